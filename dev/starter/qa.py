@@ -1,0 +1,201 @@
+"""Questions and short answers templated over the real text, and the writing of the finetuning files."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dev.starter import prose
+from dev.starter.archives import Reader
+from dev.starter.clean import RUDE, fraction, key, sentences, stable_hash
+from dev.starter.reference import countries, field, glosses, recipe_list, with_article
+from dev.starter.synthetic import Answer
+from dev.starter.talk import chatterbot
+from dev.starter.writer import VAL_FRACTION, write_conversations
+
+Pair = tuple[str, str]
+CAPS = {"geography": 2000, "words": 4500, "topics": 6000, "recipes": 800, "explain": 1500, "help": 1600, "story": 2200}
+"""Conversations at most, by kind of question, so that none swamps the others."""
+
+WHAT_IS = ("What is {x}?", "What is {x}?", "Tell me about {x}.", "What do you know about {x}?", "Explain {x}.",
+           "Can you tell me about {x}?", "what is {x}", "Do you know what {x} is?")  # fmt: skip
+WHO_WAS = ("Who was {x}?", "Who was {x}?", "Tell me about {x}.", "Who was {x}", "Do you know who {x} was?",
+           "What do you know about {x}?", "Can you tell me who {x} was?")  # fmt: skip
+WHO_IS = tuple(t.replace(" was", " is") for t in WHO_WAS)
+MEANING = ("What does {x} mean?", 'What does "{x}" mean?', "What does the word {x} mean?", "Define {x}.",
+           "what does {x} mean", "What is the meaning of {x}?", "Explain the word {x}.")  # fmt: skip
+THING = ("What is {a} {x}?", "What is {a} {x}?", "What's {a} {x}?", "What does {x} mean?", "what is {a} {x}",
+         "Can you tell me what {a} {x} is?")  # fmt: skip
+MAKE = ("How do I make {x}?", "How can I cook {x}?", "Give me a recipe for {x}.", "How do you make {x}?",
+        "I want to make {x}. What do I need?", "how to make {x}")  # fmt: skip
+CAPITAL = ("What is the capital of {x}?", "What's the capital of {x}?", "Which city is the capital of {x}?",
+           "capital of {x}", "Tell me the capital of {x}.", "Do you know the capital of {x}?")  # fmt: skip
+
+
+def choose(templates: tuple[str, ...], x: str, **more: str) -> str:
+    """One of the templates, picked by the words it is about."""
+    return templates[stable_hash(x, "template") % len(templates)].format(x=x, **more)
+
+
+def start_sentence(text: str) -> str:
+    """With a capital first letter, the rest as it is."""
+    return text[0].upper() + text[1:]
+
+
+def geography(readers: dict[str, Reader]) -> Iterator[Pair]:
+    """Capitals (both ways, in three wordings), neighbours and languages of every country."""
+    for name, record in countries(readers["factbook"]).items():
+        place = with_article(name)
+        capital = re.split(r"[;(]", field(record, "Government", "Capital", "name"))[0].strip()
+        if capital and re.fullmatch(r"[^\d,:]{2,30}", capital) and "none" not in capital.lower():
+            start = stable_hash(name) % len(CAPITAL)
+            for i in range(3):
+                yield CAPITAL[(start + i) % len(CAPITAL)].format(x=place), f"The capital of {place} is {capital}."
+            if capital != name:
+                yield f"{capital} is the capital of which country?", f"{capital} is the capital of {place}."
+        borders = re.sub(r" [\d,.]+ km", "", field(record, "Geography", "Land boundaries", "border countries"))
+        near = [b.strip() for b in re.sub(r"\([^)]*\)", "", borders).split(";") if b.strip()]
+        if 1 < len(near) < 8 and all(re.fullmatch(r"[^\d:]{2,40}", b) for b in near):
+            question = choose(("Which countries border {x}?", "What are the neighbours of {x}?"), place)
+            yield question, f"{start_sentence(place)} borders {', '.join(near[:-1])} and {near[-1]}."
+        where = re.split(r"[;]", field(record, "Geography", "Location"))[0]
+        if 10 < len(where) < 200 and ":" not in where and not re.search(r"\d", where):
+            yield f"Where is {place}?", f"{start_sentence(place)} is in {where}."
+
+
+def words(readers: dict[str, Reader], countable: set[str]) -> Iterator[Pair]:
+    """Meanings of frequent words with few senses, since the first sense listed need not be the usual one."""
+    for word, meanings in glosses(readers["wordnet"], least=25):
+        gloss = meanings[0]
+        if len(word) < 4 or len(gloss) > 130 or len(meanings) > 2:
+            continue
+        article = "an" if word[0] in "aeiou" else "a"
+        if re.match(r"an? ", gloss) and word in countable:
+            yield choose(THING, word, a=article), f"{article.capitalize()} {word} is {gloss}."
+        else:
+            yield choose(MEANING, word), f'"{word.capitalize()}" means {gloss}.'
+
+
+def brief(text: str, limit: int = 45) -> str:
+    """The first sentence, and the second if both stay under `limit` words; "" if the first is too long."""
+    parts = sentences(text)
+    if not parts or len(parts[0].split()) > limit:
+        return ""
+    both = " ".join(parts[:2])
+    return both if len(both.split()) <= limit else parts[0]
+
+
+DIVINE = re.compile(
+    r"\b(?:is|was) (?:an?|the) [^.]{0,40}\b(?:god|goddess|deity|king|queen|emperor|pharaoh|prophet|patriarch|apostle"
+    r"|saint|disciple|hero)\b"
+)
+"""Gods and figures of legend are asked for with "who", like people."""
+
+
+def subject(title: str, answer: str, topic: str, vocabulary: set[str]) -> str:
+    """A title as it stands in a sentence: an article where the answer has one, small letters for common nouns."""
+    first, _, rest = title.partition(" ")
+    proper = topic in ("People", "Geography", "History") or rest != rest.lower() or first[1:] != first[1:].lower()
+    name = title if proper or first.lower() not in vocabulary else title[0].lower() + title[1:]
+    article = re.match(r"(An?|The) ", answer)
+    return f"{article[1].lower()} {name}" if article and not re.match("(An?|The) ", name) else name
+
+
+def lower_case_words(leads: dict[str, str]) -> set[str]:
+    """Words that the leads have in small letters in mid-sentence."""
+    return {word for lead in leads.values() for word in re.findall(r"(?<=[a-z,] )[a-z]{3,}", lead)}
+
+
+def explained(answers: list[Answer], leads: dict[str, str], kinds: dict[str, str]) -> Iterator[Pair]:
+    """Model-written explanations, asked for by title."""
+    vocabulary = lower_case_words(leads)
+    for title, text in generated(answers, "explain", 60):
+        if kinds.get(title) == "People":
+            yield choose(("Tell me about {x}.", "What do you know about {x}?"), title), text
+        else:
+            yield choose(WHAT_IS[2:6], subject(title, leads.get(title, text), kinds.get(title, ""), vocabulary)), text
+
+
+def topics(leads: dict[str, str], kinds: dict[str, str]) -> Iterator[Pair]:
+    """What is X, who was X, tell me about X: the first sentence or two of the lead. `kinds`: title -> topic."""
+    vocabulary = lower_case_words(leads)
+    for title, lead in leads.items():
+        answer, name = brief(lead), re.sub(r"\s*\([^)]*\)$", "", title)
+        if not answer or re.search(r"[\[\]/]|\(.*\(.*\(|^List|\d{4}s?$", title + answer) or RUDE.search(title + answer):
+            continue
+        opening = sentences(answer)[0]
+        stem = re.escape(name.split()[0].rstrip("s"))
+        if not re.match(rf"(?:(?:An?|The|Sir|Pope|Saint|King|Queen) )?{stem}", opening, re.IGNORECASE):
+            continue
+        person = kinds.get(title) == "People" and not opening.startswith(("The ", "A ", "An "))
+        if person or DIVINE.search(opening):
+            yield choose(WHO_WAS if re.search(r"\bwas\b", opening) else WHO_IS, name), answer
+        else:
+            yield choose(WHAT_IS, subject(name, answer, kinds.get(title, ""), vocabulary)), answer
+
+
+def cooking(readers: dict[str, Reader]) -> Iterator[Pair]:
+    """Short recipes: what you need, then the steps."""
+    for title, ingredients, steps in recipe_list(readers["recipes"]):
+        things = [re.sub(r"\s*\([^)]*\)", "", i).rstrip(".") for i in ingredients]
+        method = " ".join(s if s[-1] in ".!?)" else s + "." for s in steps)
+        answer = f"You need {', '.join(things[:-1])} and {things[-1]}. {method}"
+        if len(answer.split()) <= 90 and "(" not in title:
+            yield choose(MAKE, title.lower() if title.isascii() else title), answer
+
+
+def trivia(readers: dict[str, Reader]) -> Iterator[Pair]:
+    """Question and answer pairs of general knowledge and computer trouble."""
+    for question, answer in chatterbot(readers["chatterbot"], "trivia", "tech_support"):
+        if question.endswith(("?", ".")) and not question.startswith("["):
+            yield question, answer if answer[-1] in ".!?" else answer + "."
+
+
+def generated(answers: list[Answer], kind: str, limit: int) -> Iterator[Pair]:
+    """Model-written answers of one kind, of at most `limit` words."""
+    for answer in answers:
+        if answer.kind == kind and len(answer.text.split()) <= limit:
+            yield answer.question, answer.text
+
+
+def conversations(
+    readers: dict[str, Reader], leads: dict[str, str], answers: list[Answer], countable: set[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """All of them, each kind capped by question hash, as ("qa", [question, answer])."""
+    topic_of = prose.topics(readers["wikipedia"])
+    kinds: dict[str, Any] = {
+        "geography": geography(readers),
+        "words": words(readers, countable),
+        "topics": topics(leads, topic_of),
+        "recipes": cooking(readers),
+        "trivia": trivia(readers),
+        "explain": explained(answers, leads, topic_of),
+        "help": generated(answers, "help", 70),
+        "story": generated(answers, "story", 110),
+    }
+    for kind, pairs in kinds.items():
+        ordered = sorted(set(pairs), key=lambda pair: (stable_hash("\n".join(pair), "cap"), pair))
+        for question, answer in ordered[: CAPS.get(kind)]:
+            yield "qa", [question, answer]
+
+
+def split_key(source: str, turns: list[str]) -> str:
+    """What decides the side of the split: the question, or for chats the whole opening."""
+    return key(" ".join(turns) if source == "smalltalk" and len(turns) > 2 else turns[0])
+
+
+def write(
+    out: Path, others: list[tuple[str, list[str]]], identity: list[list[str]], held_out: list[list[str]]
+) -> dict[str, int]:
+    """Write sft_train.parquet and sft_val.parquet; returns conversations by source."""
+    unique = {(source, tuple(map(key, turns))): (source, turns) for source, turns in others}
+    kept_out = {key(question) for question, _ in held_out}
+    everything = [c for c in unique.values() if not kept_out & set(map(key, c[1][::2]))]
+    sides: list[list[tuple[str, list[str]]]] = [[], []]
+    for source, turns in everything:
+        sides[fraction(split_key(source, turns), "split") < VAL_FRACTION].append((source, turns))
+    sides[0] += [("identity", turns) for turns in identity]
+    sides[1] += [("identity", pair) for pair in held_out]
+    write_conversations(out / "sft_train.parquet", sides[0])
+    write_conversations(out / "sft_val.parquet", sides[1])
+    return {s: sum(source == s for side in sides for source, _ in side) for s in ("smalltalk", "qa", "identity")}

@@ -1,0 +1,1 @@
+"""nanochat: train your own ChatGPT from raw text."""

@@ -1,0 +1,148 @@
+"""What every module may need: the base folder, atomic files, user errors, console output.
+
+Imports nothing from nanochat. This module and runtime.py are the only readers of environment variables.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+"""In vocabulary order: they take the ids right after the merges."""
+
+
+class UserError(ValueError):
+    """A mistake of the person at the keyboard. Its message is one line that names the mistake and the fix.
+
+    Scripts print it without a traceback and exit with code 2.
+    """
+
+
+def get_base_dir() -> Path:
+    """The folder that holds everything nanochat makes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat.
+
+    Created if missing. Raises UserError if it cannot be created or written to.
+    """
+    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the base folder {path}: {error.strerror}; set NANOCHAT_BASE_DIR") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"the base folder {path} is not writable; set NANOCHAT_BASE_DIR to one that is")
+    return path
+
+
+def get_datasets_dir() -> Path | None:
+    """A local mirror of Hugging Face data sets in hub layout ($NANOCHAT_DATASETS_DIR), or None."""
+    path = os.environ.get("NANOCHAT_DATASETS_DIR")
+    return Path(path).expanduser().resolve() if path else None
+
+
+def debug_enabled() -> bool:
+    """NANOCHAT_DEBUG=1 shows the traceback behind one-line errors."""
+    return os.environ.get("NANOCHAT_DEBUG", "") not in ("", "0")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary neighbour of `path`; on success flush it to disk and rename it over `path`.
+
+    A reader sees the old file or the new one, never a half-written one. On any exception the
+    temporary file is removed and `path` is untouched. Text modes are UTF-8.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp's 0600 would hide the file from a group
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def current_umask() -> int:
+    """The process's umask; POSIX can only read it by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically."""
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file; raises UserError naming the file if it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it may be cut short") from error
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Console
+
+
+def on_terminal() -> bool:
+    """True if standard output is a terminal that a live line can be redrawn on."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def warn(message: str) -> None:
+    """One visible line on standard error; the work goes on."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """`75` -> `1m15s`."""
+    seconds = round(seconds)
+    hours, minutes = divmod(seconds // 60, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
+
+
+def format_count(value: float) -> str:
+    """`1234567` -> `1.23M`."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"

@@ -1,0 +1,255 @@
+"""What a conversation is, and the only place that turns one into token ids and a training mask.
+
+A conversation is a dict with a list of messages, an optional system message first, then user and
+assistant turns alternating, the user first:
+
+    {"messages": [{"role": "system",    "content": "Be brief."},
+                  {"role": "user",      "content": "2+2?"},
+                  {"role": "assistant", "content": [{"type": "python", "text": "2+2"},
+                                                    {"type": "python_output", "text": "4"},
+                                                    {"type": "text", "text": "It is 4."}]}]}
+
+User and system content is a string; an assistant's is a string or a list of such parts. Rendered, it
+reads as below; the mask is 1 on what stands between brackets, which is what the assistant must produce:
+
+    <|bos|><|user_start|>Be brief.\\n\\n2+2?<|user_end|><|assistant_start|>
+    [<|python_start|>2+2<|python_end|>]<|output_start|>4<|output_end|>[It is 4.<|assistant_end|>]
+
+Text is always encoded as ordinary text: only this module writes special tokens, so nobody can forge a
+turn by typing one.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Protocol
+
+from nanochat.common import UserError
+
+Message = dict[str, Any]
+Conversation = dict[str, Any]
+Rendered = tuple[list[int], list[int]]  # ids and mask, of the same length
+
+PART_TOKENS = {  # part type -> (opening token, closing token, does the assistant produce it)
+    "text": (None, None, 1),
+    "python": ("<|python_start|>", "<|python_end|>", 1),
+    "python_output": ("<|output_start|>", "<|output_end|>", 0),
+}
+
+
+class TextEncoder(Protocol):
+    """The part of a tokenizer that rendering needs."""
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_special(self, name: str) -> int: ...
+
+
+class TextDecoder(Protocol):
+    """The part of a tokenizer that parsing an answer needs."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def encode_special(self, name: str) -> int: ...
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checking
+
+
+def validate_conversation(conversation: Any, for_training: bool = False) -> None:
+    """Raise ValueError with the reason, in one line, if this is not a conversation.
+
+    for_training: it must also hold an assistant message, else there is nothing to learn from.
+    """
+    if not isinstance(conversation, dict):
+        raise ValueError(f"a conversation is an object with 'messages', not {_kind(conversation)}")
+    if "messages" not in conversation:
+        found = ", ".join(map(repr, conversation)) or "nothing"
+        raise ValueError(f"a conversation needs 'messages'; found {found}")
+    validate_messages(conversation["messages"])
+    if for_training and not any(message["role"] == "assistant" for message in conversation["messages"]):
+        raise ValueError("there is no assistant message to learn from")
+
+
+def validate_messages(messages: Any) -> None:
+    """Raise ValueError with the reason if these are not the messages of a conversation."""
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"'messages' must be a list, not {_kind(messages)}")
+    if not messages:
+        raise ValueError("'messages' is empty")
+    first_turn = 0
+    for index, message in enumerate(messages):
+        where = f"message {index + 1}"
+        if not isinstance(message, dict):
+            raise ValueError(f"{where} must be an object with 'role' and 'content', not {_kind(message)}")
+        if missing := [key for key in ("role", "content") if key not in message]:
+            raise ValueError(f"{where} has no {missing[0]!r}")
+        if index == 0 and message["role"] == "system":
+            first_turn = 1
+        else:
+            expected = ("user", "assistant")[(index - first_turn) % 2]
+            if message["role"] != expected:
+                raise ValueError(f"{where} must have role {expected!r}, not {message['role']!r}: "
+                                 "after an optional system message, user and assistant take turns")
+        _validate_content(message["role"], message["content"], where)
+
+
+def _validate_content(role: str, content: Any, where: str) -> None:
+    if isinstance(content, str):
+        return
+    if role != "assistant":
+        raise ValueError(f"{where}: the content of a {role} message must be a string, not {_kind(content)}")
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"{where}: content must be a string or a list of parts, not {_kind(content)}")
+    if not content:
+        raise ValueError(f"{where}: the list of parts is empty")
+    for number, part in enumerate(content, start=1):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}: part {number} must be an object with 'type' and a string 'text'")
+        if part.get("type") not in PART_TOKENS:
+            raise ValueError(f"{where}: part {number} has type {part.get('type')!r}; "
+                             f"allowed: {', '.join(PART_TOKENS)}")
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Rendering
+
+
+def render(tokenizer: TextEncoder, conversation: Conversation, max_tokens: int | None = None) -> Rendered:
+    """Ids and mask of a whole conversation, two lists of the same length.
+
+    max_tokens cuts hard, in the middle of a turn if need be; training cuts by truncate_turns instead.
+    Raises ValueError if it is not a conversation.
+    """
+    validate_conversation(conversation)
+    turns = _turns(conversation["messages"])
+    if not turns:
+        raise ValueError("there is only a system message")
+    ids, mask = _join(tokenizer, [_render_turn(tokenizer, turn) for turn in turns])
+    return ids[:max_tokens], mask[:max_tokens]
+
+
+def render_prompt(tokenizer: TextEncoder, messages: Sequence[Message]) -> list[int]:
+    """Ids that ask the assistant for its next turn: they end in <|assistant_start|>.
+
+    A trailing assistant turn is left out: it is the answer that is being asked for. Raises ValueError
+    if these are no messages or no user turn is left.
+    """
+    validate_messages(messages)
+    turns = _turns(messages)
+    if turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise ValueError("there is no user message to answer")
+    ids, _ = _join(tokenizer, [_render_turn(tokenizer, turn) for turn in turns])
+    return [*ids, tokenizer.encode_special("<|assistant_start|>")]
+
+
+def _turns(messages: Sequence[Message]) -> list[Message]:
+    """The messages with a system message joined to the first user turn by a blank line."""
+    if messages[0]["role"] != "system":
+        return list(messages)
+    if len(messages) == 1:
+        return []
+    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
+
+
+def _join(tokenizer: TextEncoder, rendered: Sequence[Rendered]) -> Rendered:
+    """bos, then the turns."""
+    ids, mask = [tokenizer.encode_special("<|bos|>")], [0]
+    for turn_ids, turn_mask in rendered:
+        ids += turn_ids
+        mask += turn_mask
+    return ids, mask
+
+
+def _render_turn(tokenizer: TextEncoder, turn: Message) -> Rendered:
+    """One turn in its start and end tokens. The assistant produces its end token, but not its start."""
+    role, content = turn["role"], turn["content"]
+    spoken = int(role == "assistant")
+    ids, mask = [tokenizer.encode_special(f"<|{role}_start|>")], [0]
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        opening, closing, supervised = PART_TOKENS[part["type"]]
+        piece = tokenizer.encode(part["text"])
+        if opening and closing:
+            piece = [tokenizer.encode_special(opening), *piece, tokenizer.encode_special(closing)]
+        ids += piece
+        mask += [spoken & supervised] * len(piece)
+    return [*ids, tokenizer.encode_special(f"<|{role}_end|>")], [*mask, spoken]
+
+
+def parse_answer(tokenizer: TextDecoder, ids: Sequence[int]) -> str | list[dict[str, str]]:
+    """The assistant content that `ids` spell, ids being what came after <|assistant_start|>.
+
+    A string where there are no tool parts, else a list of parts; <|assistant_end|> (or a bos) ends it.
+    Never raises on what a model may produce: a part left open ends with the ids, stray special tokens
+    are dropped.
+    """
+    special = tokenizer.encode_special
+    opens = {special(tokens[0]): kind for kind, tokens in PART_TOKENS.items() if tokens[0]}
+    closes = {special(tokens[1]) for tokens in PART_TOKENS.values() if tokens[1]}
+    stray = {special(name) for name in ("<|user_start|>", "<|user_end|>", "<|assistant_start|>")}
+    runs: list[tuple[str, list[int]]] = [("text", [])]
+    for token in ids:
+        if token in (special("<|assistant_end|>"), special("<|bos|>")):
+            break
+        if token in opens:
+            runs.append((opens[token], []))
+        elif token in closes:
+            runs.append(("text", []))
+        elif token not in stray:
+            runs[-1][1].append(token)
+    parts = [{"type": kind, "text": tokenizer.decode(run)} for kind, run in runs if run or kind != "text"]
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------
+# Fitting into a length, by whole turns
+
+
+def truncate_turns(
+    tokenizer: TextEncoder, conversation: Conversation, max_tokens: int
+) -> Conversation | None:
+    """For training: the earliest turns that render to at most max_tokens, ending in an assistant turn.
+
+    The conversation itself where all of it fits; None where not even the first exchange does.
+    """
+    validate_conversation(conversation)
+    messages = conversation["messages"]
+    turns = _turns(messages)
+    lengths = accumulate((len(_render_turn(tokenizer, turn)[0]) for turn in turns), initial=1)  # 1 for bos
+    fitting = sum(length <= max_tokens for length in list(lengths)[1:])
+    fitting -= fitting % 2  # the assistant has the even turns: end on one
+    if fitting == 0:
+        return None
+    if fitting == len(turns):
+        return conversation
+    return {**conversation, "messages": list(messages[: len(messages) - len(turns) + fitting])}
+
+
+def drop_oldest_turns(tokenizer: TextEncoder, messages: Sequence[Message], max_tokens: int) -> list[Message]:
+    """For chatting: messages whose prompt (see render_prompt) takes at most max_tokens.
+
+    The system message and the last user turn always stay; the oldest exchanges go first. Raises
+    ValueError if the messages do not end in a user turn, UserError if even what must stay is too long.
+    """
+    validate_messages(messages)
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"the last message must have role 'user', not {messages[-1]['role']!r}")
+    system = list(messages[:1]) if messages[0]["role"] == "system" else []
+    turns = list(messages[len(system):])
+    lengths = [len(_render_turn(tokenizer, turn)[0]) for turn in turns]
+    needed = 0
+    for start in range(0, len(turns), 2):
+        first = _turns([*system, turns[start]])[0]
+        first_length = len(_render_turn(tokenizer, first)[0]) if system else lengths[start]
+        needed = 2 + first_length + sum(lengths[start + 1:])  # 2 for bos and assistant_start
+        if needed <= max_tokens:
+            return [*system, *turns[start:]]
+    raise UserError(f"the last message{' with the system message' if system else ''} takes {needed} tokens "
+                    f"and only {max_tokens} fit; shorten it")

@@ -1,0 +1,192 @@
+"""Documents in, (B, T) batches out, with a state from which the next batches come out the same.
+
+Pretraining: PretrainLoader, here. Finetuning: ConversationLoader, in conversation_loader.py. The global batch
+of step k is a function of (seed, data, k) alone: of how many processes share it, each gets its rows.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nanochat.batches import Batch, Prefetcher
+from nanochat.common import UserError, get_base_dir
+from nanochat.conversation_loader import ConversationLoader
+from nanochat.dataset import resolve_corpus
+from nanochat.document_order import Corpus, DocumentOrder
+from nanochat.lanes import REFILL_ROWS, LanePacker, LaneState, TextEncoder, check_layout
+
+__all__ = ["Batch", "ConversationLoader", "PretrainLoader", "tokenizing_distributed_data_loader_with_state_bos_bestfit"]
+
+MAX_LANES = 32
+NAMED_BLOCKS = 8  # in a batch's origin
+
+
+class _Step(NamedTuple):
+    """A batch, and the state of the lanes after it."""
+
+    batch: Batch
+    states: list[LaneState]
+
+
+class PretrainLoader:
+    """Packed rows of documents for ever, epoch after epoch, each in another order.
+
+    One step has `rows_per_step` rows over all processes; row j comes from lane j mod L, and rank r of W owns the
+    lanes l with l % W == r. L is gcd(rows_per_step, 32) unless given (it must divide rows_per_step). Rows are
+    made ahead of need on a thread that starts with the first batch; see lanes.py for what a row is.
+
+    Raises UserError for sizes that do not go together, and while reading, whatever the corpus raises.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: TextEncoder,
+        *,
+        sequence_len: int,
+        rows_per_step: int,
+        split: str = "train",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        num_lanes: int | None = None,
+        num_threads: int = 2,
+    ) -> None:
+        self.sequence_len, self.rows_per_step = sequence_len, rows_per_step
+        self.num_lanes = num_lanes or math.gcd(rows_per_step, MAX_LANES)
+        check_sizes(sequence_len, rows_per_step, self.num_lanes, world_size)
+        assert 0 <= rank < world_size
+        self.lanes = range(rank, self.num_lanes, world_size)
+        order = DocumentOrder(corpus, split, num_lanes=self.num_lanes, own_lanes=len(self.lanes), seed=seed,
+                              shuffle=shuffle)  # fmt: skip
+        self._packer = LanePacker(order, tokenizer, list(self.lanes), sequence_len=sequence_len,
+                                  num_threads=num_threads)  # fmt: skip
+        data = fingerprint_number(f"{corpus.fingerprint} {split}")
+        self._layout = {"version": 1, "lanes": self.num_lanes, "sequence_len": sequence_len, "seed": seed,
+                        "shuffle": int(shuffle), "data": data}  # fmt: skip
+        self._states = self._packer.states()  # after the last batch handed out
+        self._prefetcher: Prefetcher[_Step] | None = None
+
+    def next_batch(self) -> Batch:
+        """This process's rows of the next step, in the order of the global batch."""
+        if self._prefetcher is None:
+            rounds = self.rows_per_step // self.num_lanes
+            depth = max(3, 2 * REFILL_ROWS // rounds)  # so that rows are at hand while the lanes read
+            self._prefetcher = Prefetcher(partial(_make_step, self._packer, rounds), depth)
+        step = self._prefetcher.get()
+        self._states = step.states
+        return step.batch
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Where this process's lanes stand after the last batch handed out, however far the thread is ahead.
+
+        Keys carry the lane: the states of all ranks can be joined into one dict, and loaded by any number.
+        """
+        state = {f"loader.{name}": np.array(value, np.int64) for name, value in self._layout.items()}
+        for lane, lane_state in zip(self.lanes, self._states, strict=True):
+            state |= lane_state.to_arrays(f"lane{lane:02d}", self._packer.dtype)
+        return state
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from a saved state, which must hold all lanes of this process. Raises UserError for another run's."""
+        check_layout({name: int(state[f"loader.{name}"]) for name in self._layout if f"loader.{name}" in state},
+                     self._layout)  # fmt: skip
+        self.close()
+        dtype = self._packer.dtype
+        self._packer.restore([LaneState.from_arrays(state, f"lane{lane:02d}", dtype) for lane in self.lanes])
+        self._states = self._packer.states()
+
+    def stats(self) -> dict[str, float]:
+        """Of this process's lanes, up to the last batch handed out: documents begun, target tokens, the share of
+        documents that were cropped (their tails came back), whole epochs read, rows."""
+        counts = [state.counts for state in self._states]
+        documents, rows = sum(c.documents for c in counts), sum(c.rows for c in counts)
+        return {"documents": documents, "tokens": rows * self.sequence_len, "rows": rows,
+                "cropped_share": sum(c.cropped for c in counts) / max(documents, 1),
+                "epoch": min(state.cursor.epoch for state in self._states)}  # fmt: skip
+
+    def close(self) -> None:
+        """End the thread. The state stays readable; the next batch after it starts another thread there."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+            self._packer.restore(self._states)
+
+
+def check_sizes(sequence_len: int, rows_per_step: int, num_lanes: int, world_size: int) -> None:
+    """Raise UserError for sizes that no batch can have."""
+    if sequence_len < 2:
+        raise UserError(f"--max-seq-len must be at least 2, got {sequence_len}")
+    if rows_per_step < 1:
+        raise UserError("--total-batch-size must hold at least one row of --max-seq-len tokens")
+    if rows_per_step % num_lanes:
+        raise UserError(f"{num_lanes} lanes do not divide {rows_per_step} rows a step; use a divisor")
+    if world_size > num_lanes:
+        raise UserError(f"at most {num_lanes} processes can share {rows_per_step} rows a step, not {world_size}; make "
+                        "--total-batch-size / --max-seq-len a multiple of a larger power of two")  # fmt: skip
+
+
+def fingerprint_number(fingerprint: str) -> int:
+    """63 bits of a fingerprint, to be kept among arrays."""
+    return int.from_bytes(hashlib.sha256(fingerprint.encode()).digest()[:8], "big") >> 1
+
+
+def _make_step(packer: LanePacker, rounds: int) -> _Step:
+    """The next step of all the packer's lanes, `rounds` rows each."""
+    rows, sources = packer.next_rows(rounds)
+    rows_tensor = torch.from_numpy(rows)  # (N, T+1)
+    lanes = [lane.index for lane in packer.lanes]
+    origin = f"{describe_sources(sources)}, {len(lanes)} lanes from {lanes[0]} to {lanes[-1]}"
+    batch = Batch(rows_tensor[:, :-1].contiguous(), rows_tensor[:, 1:].contiguous(), None, origin)  # (N, T) each
+    return _Step(batch, packer.states())
+
+
+def describe_sources(sources: set[tuple[int, int]]) -> str:
+    """`epoch 0 to 1, blocks 3 17`: where a batch's documents came from, the first few blocks of them."""
+    epochs, blocks = {epoch for epoch, _ in sources}, sorted({block for _, block in sources})
+    named = " ".join(map(str, blocks[:NAMED_BLOCKS]))
+    more = f" and {len(blocks) - NAMED_BLOCKS} more" if len(blocks) > NAMED_BLOCKS else ""
+    last = f" to {max(epochs)}" if len(epochs) > 1 else ""
+    return f"epoch {min(epochs)}{last}, blocks {named}{more}"
+
+
+def tokenizing_distributed_data_loader_with_state_bos_bestfit(
+    tokenizer: TextEncoder,
+    B: int,
+    T: int,
+    split: str,
+    tokenizer_threads: int = 2,
+    tokenizer_batch_size: int = 128,
+    device: torch.device | str = "cpu",
+    resume_state_dict: dict[str, np.ndarray] | None = None,
+    buffer_size: int = 1000,
+    *,
+    corpus: Corpus | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    """The published form of PretrainLoader: (inputs, targets, state) for ever, (B, T) int64 on `device`.
+
+    B rows on each process. The state is the one after the batch it comes with. Without `corpus`, reads what
+    --data="" means. tokenizer_batch_size and buffer_size have no effect: see POOL_ROWS in lanes.py.
+    """
+    many = dist.is_available() and dist.is_initialized()
+    world_size = dist.get_world_size() if many else 1
+    loader = PretrainLoader(corpus or resolve_corpus("", get_base_dir()), tokenizer, sequence_len=T, split=split,
+                            rows_per_step=B * world_size, rank=dist.get_rank() if many else 0, world_size=world_size,
+                            num_lanes=world_size * math.gcd(B, MAX_LANES), seed=seed,
+                            num_threads=tokenizer_threads)  # fmt: skip
+    if resume_state_dict is not None:
+        loader.load_state_dict(resume_state_dict)
+    try:
+        while True:
+            batch = loader.next_batch()
+            yield batch.inputs.to(device), batch.targets.to(device), loader.state_dict()
+    finally:
+        loader.close()

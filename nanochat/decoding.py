@@ -1,0 +1,258 @@
+"""Rows of tokens decoded together: who is in the batch, what each is given next, when it is done.
+
+    Row      one sequence: its prompt, what it said so far, its random numbers, its calculator calls
+    Batch    each step feeds every row its last token and draws the next; rows join once their prompt is
+             prefilled and leave when they are done
+
+A row's tokens depend on its prompt, settings, seed and sample index, not on who is beside it. (The last
+bits of its logits may: a matrix product adds up in another order for another number of rows.)
+
+Shapes: B rows, T tokens of a piece of prompt, V vocabulary.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from nanochat.calculator import use_calculator
+from nanochat.gpt import GPT
+from nanochat.kv_cache import KVCache
+from nanochat.sampling import Sampling, choose, make_rng
+
+PREFILL_CHUNK = 256  # tokens: bounds how long one prompt can keep the other rows waiting, and its attention's memory
+
+
+class Tokenizer(Protocol):
+    """The part of a tokenizer that generating needs."""
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
+    def encode_special(self, name: str) -> int: ...
+
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence being continued. `tokens` holds what came after the prompt, without the token that ended it."""
+
+    prompt: list[int]
+    max_tokens: int  # how many may come after the prompt
+    sampling: Sampling
+    seed: int
+    index: int  # which sample of the request this is
+    tokens: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)  # 1 where the model chose the token, 0 where a tool forced it
+    end: int | None = None  # the token the model stopped with; None while it runs, and if it ran out of room
+    done: bool = False
+    forced: deque[int] = field(default_factory=deque)  # tokens that come next whatever the model says
+    expression: list[int] | None = None  # tokens since <|python_start|>, None outside
+
+    def __post_init__(self) -> None:
+        self.rng = make_rng(self.seed, self.index)
+        self.done = self.max_tokens <= 0
+
+
+@dataclass(eq=False, slots=True)
+class Token:
+    """What one step gave one row: an id, and 1 if the model chose it, 0 if a tool forced it."""
+
+    row: Row
+    id: int
+    mask: int
+
+
+class ToolUse:
+    """The calculator: what stands between python tokens is worked out and its result forced between output tokens.
+
+    An expression that the calculator does not understand forces nothing: the model goes on by itself.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        names = ("python_start", "python_end", "output_start", "output_end")
+        self.start, self.end, self.output_start, self.output_end = (
+            tokenizer.encode_special(f"<|{name}|>") for name in names
+        )
+
+    def watch(self, row: Row, token: int) -> None:
+        """Follow `row` by one token; at the end of an expression, queue its result."""
+        if token == self.start:
+            row.expression = []
+        elif row.expression is None:
+            return
+        elif token == self.end:
+            result = use_calculator(self.tokenizer.decode(row.expression))
+            row.expression = None
+            if result is not None:
+                row.forced += [self.output_start, *self.tokenizer.encode(str(result)), self.output_end]
+        else:
+            row.expression.append(token)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The running batch
+
+
+class Batch:
+    """Rows decoded together. Submit prompts at any time, call `step` until it is `idle`. Not for several threads."""
+
+    def __init__(self, model: GPT, tools: ToolUse, end_tokens: set[int], max_rows: int, max_tokens: int) -> None:
+        """Reserves a cache of `max_rows` rows of `max_tokens` tokens, prompt included."""
+        device, dtype = model.device, model.compute_dtype
+        self.model, self.tools, self.end_tokens = model, tools, end_tokens
+        self.cache = KVCache(model.config, max_rows, max_tokens, device, dtype, num_rows=0)
+        self.rows: list[Row] = []  # row i of the cache is rows[i]
+        self.waiting: deque[list[Row]] = deque()  # groups that share a prompt
+        self.scratch = KVCache(model.config, 1, max_tokens, device, dtype)  # the prompt being prefilled
+        self.prompt_logits: torch.Tensor | None = None  # (1, V) once it is
+
+    @property
+    def idle(self) -> bool:
+        return not self.rows and not self.waiting
+
+    def submit(self, group: Sequence[Row]) -> None:
+        """Queue rows with the same prompt: it is prefilled once for all of them."""
+        group = [row for row in group if not row.done]
+        if group:
+            self.waiting.append(group)
+
+    def cancel(self, row: Row) -> None:
+        """Take a row out, wherever it is."""
+        row.done = True
+        first = self.waiting[0] if self.waiting else None
+        self.waiting = deque(left for group in self.waiting if (left := [r for r in group if not r.done]))
+        if first is not None and all(r.done for r in first):
+            self._forget_prompt()
+        self._drop_done()
+
+    @torch.inference_mode()
+    def step(self, prefill_chunks: int | None = None) -> list[Token]:
+        """One token for every running row, and for rows whose prompt got ready meanwhile.
+
+        At most `prefill_chunks` pieces of waiting prompts are prefilled in between; None fills every free row.
+        """
+        new = self._decode()
+        done_chunks = 0
+        while self.waiting and len(self.rows) < self.cache.batch_size:
+            if self.prompt_logits is None:
+                if done_chunks == prefill_chunks:
+                    break
+                self._prefill_chunk()
+                done_chunks += 1
+            if self.prompt_logits is not None:
+                new += self._admit(self.prompt_logits)
+        return new
+
+    def _decode(self) -> list[Token]:
+        """Feed every running row its last token and draw the next ones."""
+        if not self.rows:
+            return []
+        last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.model.device)  # (B, 1)
+        logits = self.model(last, kv_cache=self.cache)[:, -1]  # (B, V)
+        return self._take(list(self.rows), logits)
+
+    def _prefill_chunk(self) -> None:
+        """Run the next piece of the oldest waiting prompt through the model."""
+        prompt, start = self.waiting[0][0].prompt, self.scratch.length(0)
+        piece = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=self.model.device)  # (1, T)
+        if start + piece.size(1) == len(prompt):
+            self.prompt_logits = self.model(piece, kv_cache=self.scratch)[:, -1]
+        else:
+            self.model.hidden(piece, kv_cache=self.scratch)
+
+    def _admit(self, logits: torch.Tensor) -> list[Token]:
+        """Let as many rows of the prefilled group in as there is room for. logits (1, V) after their prompt."""
+        group = self.waiting[0]
+        room = self.cache.batch_size - len(self.rows)
+        joining, self.waiting[0] = group[:room], group[room:]
+        for _ in joining:
+            self.cache.join(self.scratch)
+        self.rows += joining
+        if not self.waiting[0]:
+            self.waiting.popleft()
+            self._forget_prompt()
+        return self._take(joining, logits.expand(len(joining), -1))
+
+    def _take(self, rows: list[Row], logits: torch.Tensor) -> list[Token]:
+        """Give each of `rows` its next token, forced or drawn from logits (B, V), and let the finished go."""
+        drawing = [i for i, row in enumerate(rows) if not row.forced]
+        if len(drawing) < len(rows):
+            logits = logits[torch.tensor(drawing, dtype=torch.long, device=logits.device)]
+        chosen = iter(choose(logits, [rows[i].sampling for i in drawing], [rows[i].rng for i in drawing]))
+        new = []
+        for row in rows:
+            mask = int(not row.forced)
+            token = next(chosen) if mask else row.forced.popleft()
+            new.append(Token(row, token, mask))
+            self._append(row, token, mask)
+        self._drop_done()
+        return new
+
+    def _append(self, row: Row, token: int, mask: int) -> None:
+        if mask and token in self.end_tokens:
+            row.end, row.done = token, True
+            return
+        row.tokens.append(token)
+        row.mask.append(mask)
+        row.done = len(row.tokens) >= row.max_tokens
+        if mask:
+            self.tools.watch(row, token)
+
+    def _drop_done(self) -> None:
+        for i in reversed(range(len(self.rows))):
+            if self.rows[i].done:
+                self.cache.leave(i)  # moves the last row here
+                self.rows[i] = self.rows[-1]
+                self.rows.pop()
+
+    def _forget_prompt(self) -> None:
+        self.scratch.clear()
+        self.prompt_logits = None
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model, ready to decode
+
+
+class DecodingWeights:
+    """A model for decoding: its weights in the dtype it multiplies in.
+
+    Training keeps weights in fp32 and casts them for every product. A decode step has so few products per weight
+    that the cast would cost more than they do, so it is done once, ahead; the numbers are the same. The copy
+    follows its model: it is renewed when a weight has been changed in place, as optimizers do.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self._copy: GPT | None = None
+        self._versions: list[int] = []
+        self._lock = threading.Lock()
+
+    def current(self) -> GPT:
+        """A model with today's weights: the original where nothing needs casting."""
+        dtype = self.model.compute_dtype
+        if all(p.dtype == dtype for p in self.model.parameters()):
+            return self.model
+        with self._lock:
+            versions = [0 if p.is_inference() else p._version for p in self.model.parameters()]
+            if self._copy is None:
+                self._copy = self._cast(dtype)
+            elif versions != self._versions:
+                with torch.no_grad():
+                    for mine, theirs in zip(self._copy.parameters(), self.model.parameters()):
+                        mine.copy_(theirs)
+            self._versions = versions
+            return self._copy
+
+    def _cast(self, dtype: torch.dtype) -> GPT:
+        with torch.device("meta"):
+            copy = GPT(self.model.config, dtype)
+        state = {name: p.detach().to(dtype) for name, p in self.model.named_parameters()}
+        copy.load_state_dict(state, strict=True, assign=True)
+        copy.cos, copy.sin = self.model.cos, self.model.sin
+        return copy.requires_grad_(False).eval()

@@ -1,0 +1,151 @@
+"""Inference: prompts in, tokens out. One running batch (decoding.py) under every way of generating text.
+
+    Engine      a model ready to decode: generate and generate_batch for samples of one prompt, complete and
+                generate_many for many prompts
+    TextStream  tokens to text, piece by piece, never cutting a character in two
+"""
+
+import codecs
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from nanochat.common import warn
+from nanochat.decoding import Batch, DecodingWeights, Row, Tokenizer, ToolUse
+from nanochat.gpt import GPT
+from nanochat.kv_cache import KVCache
+from nanochat.sampling import Sampling
+
+__all__ = ["Engine", "KVCache", "Row", "TextStream"]
+
+
+
+class Engine:
+    """A model and its tokenizer, ready to generate. Calls from several threads do not disturb each other."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.tools = ToolUse(tokenizer)
+        self.end_tokens = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
+        self._weights = DecodingWeights(model)
+
+    @property
+    def max_context(self) -> int:
+        """Tokens a sequence may have, prompt included."""
+        return self.model.config.sequence_len
+
+    def generate(
+        self,
+        tokens: list[int],
+        num_samples: int = 1,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 42,
+        top_p: float | None = None,
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Continue one prompt `num_samples` times; yields per step (a token per sample, a mask per sample).
+
+        Mask 0: a tool forced the token. A sample ends with <|assistant_end|> or <|bos|>, which is yielded; until
+        the others are done too its column shows <|assistant_end|> with mask 0. Every sample stops after
+        `max_tokens` tokens (None: no limit) and where prompt and answer fill the model's context.
+        Raises ValueError, before the first step, for an empty or overlong prompt or a value that is not allowed.
+        """
+        if not tokens:
+            raise ValueError("the prompt is empty; start it with <|bos|>")
+        if len(tokens) > self.max_context:
+            raise ValueError(f"the prompt has {len(tokens)} tokens, the model's context {self.max_context}; shorten it")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        rows = self._rows([tokens] * num_samples, max_tokens, Sampling(temperature, top_k, top_p), seed)
+        return self._columns(rows)
+
+    def _columns(self, rows: list[Row]) -> Iterator[tuple[list[int], list[int]]]:
+        filler = self.tokenizer.encode_special("<|assistant_end|>")
+        batch = self._batch(rows, len(rows))
+        batch.submit(rows)
+        while not batch.idle:
+            new = {token.row.index: token for token in batch.step()}
+            got = [new.get(row.index) for row in rows]
+            yield [filler if token is None else token.id for token in got], [0 if t is None else t.mask for t in got]
+
+    def generate_batch(
+        self, tokens: list[int], num_samples: int = 1, **kwargs: Any
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Continue one prompt `num_samples` times: (sequences with the prompt, masks of the same lengths).
+
+        The token that ends a sample is left out; the prompt's mask is 0. Arguments as for generate.
+        """
+        sequences, masks = [list(tokens) for _ in range(num_samples)], [[0] * len(tokens) for _ in range(num_samples)]
+        running = set(range(num_samples))
+        for column, column_mask in self.generate(tokens, num_samples, **kwargs):
+            running -= {i for i in running if column[i] in self.end_tokens}
+            for i in running:
+                sequences[i].append(column[i])
+                masks[i].append(column_mask[i])
+        return sequences, masks
+
+    def complete(
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 42,
+        top_p: float | None = None,
+        batch_size: int = 32,
+    ) -> list[Row]:
+        """Continue many prompts, at most `batch_size` at a time; a finished row makes place for the next prompt.
+
+        Returns a Row per prompt, in order: tokens, mask, and the token it ended with. A prompt is sample i of
+        `seed`, i being its place in the list; neighbours that are equal are prefilled once. A prompt that leaves
+        no room in the context gets an empty answer, with a warning. Raises ValueError for an empty prompt.
+        """
+        if not all(prompts):
+            raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} is empty; start it with <|bos|>")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        rows = self._rows(prompts, max_tokens, Sampling(temperature, top_k, top_p), seed)
+        if overlong := sum(len(prompt) >= self.max_context for prompt in prompts):
+            warn(f"{overlong} of {len(prompts)} prompts leave no room in the context of {self.max_context} tokens")
+        if all(row.done for row in rows):
+            return rows
+        batch = self._batch(rows, batch_size)
+        for _, group in itertools.groupby(rows, key=lambda row: row.prompt):
+            batch.submit(list(group))
+        while not batch.idle:
+            batch.step()
+        return rows
+
+    def generate_many(self, prompts: Sequence[list[int]], **kwargs: Any) -> list[list[int]]:
+        """What complete() answers to each prompt, as token ids without the one that ends it."""
+        return [row.tokens for row in self.complete(prompts, **kwargs)]
+
+    def _rows(self, prompts: Sequence[list[int]], max_tokens: int | None, sampling: Sampling, seed: int) -> list[Row]:
+        if max_tokens is not None and max_tokens < 0:
+            raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}")
+        limit = self.max_context if max_tokens is None else max_tokens
+        return [
+            Row(list(prompt), min(limit, self.max_context - len(prompt)), sampling, seed, index)
+            for index, prompt in enumerate(prompts)
+        ]
+
+    def _batch(self, rows: list[Row], batch_size: int) -> Batch:
+        longest = max((len(row.prompt) + row.max_tokens for row in rows if not row.done), default=1)
+        return Batch(self._weights.current(), self.tools, self.end_tokens, min(batch_size, len(rows)), longest)
+
+
+class TextStream:
+    """Tokens to text as they come. Bytes that begin a character wait for the rest of it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int) -> str:
+        """The text that `token` completes, possibly none."""
+        return self._decoder.decode(self.tokenizer.decode_bytes([token]))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for a character that was never completed. The stream may then start anew."""
+        return self._decoder.decode(b"", final=True)

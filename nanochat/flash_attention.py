@@ -1,0 +1,198 @@
+"""Causal attention with sliding windows behind one signature, whatever the hardware.
+
+Shapes: B batch, T time, S keys, H query heads, G key/value heads (G divides H), D head size.
+`window_size=(left, 0)` lets position t see keys t-left .. t; left >= T-1 is plain causal attention.
+
+Backends of `flash_attn.flash_attn_func`, chosen once by device (choose_backend):
+  fa3      FlashAttention 3, on Hopper with its package installed
+  flex     torch flex_attention, compiled, on other CUDA devices (block-sparse windows)
+  blocked  plain matrix products over blocks of queries, everywhere else: each block reads only the
+           keys its window reaches, so cost falls with the window and no T x T mask ever exists.
+           On CPUs forward and backward together are faster than PyTorch's own flash kernel.
+"""
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------
+# blocked: matrix products over blocks of queries
+
+
+def _query_block(window: int) -> int:
+    """Queries per block: large blocks waste work at a narrow window's edge, small ones starve the GEMM."""
+    return 64 if window < 256 else 128
+
+
+def _block_spans(length: int, window: int) -> list[tuple[int, int, int]]:
+    """(first key, first query, end) per block of queries; keys and queries share the end."""
+    size = _query_block(window)
+    return [(max(0, start - window), start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _block_bias(lo: int, start: int, end: int, window: int, like: torch.Tensor) -> torch.Tensor:
+    """(queries, keys) zeros where the query may look, -inf where not; equal for all inner blocks."""
+    query = torch.arange(start, end, device=like.device)[:, None]
+    key = torch.arange(lo, end, device=like.device)[None, :]
+    hidden = (key > query) | (query - key > window)
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """q, k, v: (N, T, D) with N = B*H -> (N, T, D). Keeps the probabilities, only within the window."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        scale = 1 / math.sqrt(q.size(-1))
+        out = torch.empty_like(q)
+        kept = []
+        for lo, start, end in _block_spans(q.size(1), window):
+            scores = torch.bmm(q[:, start:end], k[:, lo:end].transpose(1, 2))  # (N, queries, keys)
+            scores.mul_(scale).add_(_block_bias(lo, start, end, window, scores))
+            weights = torch.softmax(scores, dim=-1)
+            out[:, start:end] = torch.bmm(weights, v[:, lo:end])
+            kept.append(weights)
+        ctx.window = window
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        q, k, v, out, *kept = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        scale = 1 / math.sqrt(q.size(-1))
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        # The softmax's backward needs sum_j P_ij dP_ij, which equals the row sum of grad * out.
+        row_sum = (grad * out).sum(-1, keepdim=True)
+        for (lo, start, end), weights in zip(_block_spans(q.size(1), ctx.window), kept):
+            part = grad[:, start:end]
+            dv[:, lo:end].baddbmm_(weights.transpose(1, 2), part)
+            dscores = torch.bmm(part, v[:, lo:end].transpose(1, 2))
+            dscores.sub_(row_sum[:, start:end]).mul_(weights).mul_(scale)
+            dq[:, start:end] = torch.bmm(dscores, k[:, lo:end])
+            dk[:, lo:end].baddbmm_(dscores.transpose(1, 2), q[:, start:end])
+        return dq, dk, dv, None
+
+
+def _blocked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    B, T, H, D = q.shape
+    repeat = H // k.size(2)
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
+    q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v))
+    y = _BlockedAttention.apply(q, k, v, min(window, T))
+    return y.view(B, H, T, D).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------
+# flex and FlashAttention 3 (CUDA; not exercised on hardware yet)
+
+
+@functools.cache
+def _flex_parts(length: int, window: int, device: str) -> tuple[Any, Any]:
+    """The compiled kernel and its block mask; the mask is stored per 128 x 128 block, not per position."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
+        return (key <= query) & (query - key <= window)
+
+    return torch.compile(flex_attention), create_block_mask(visible, None, None, length, length, device=device)
+
+
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    kernel, mask = _flex_parts(q.size(1), min(window, q.size(1)), str(q.device))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return kernel(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def _fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    from flash_attn_interface import flash_attn_func as kernel
+
+    return kernel(q, k, v, causal=True, window_size=(window, 0))
+
+
+BACKENDS: dict[str, AttentionFunction] = {"fa3": _fa3, "flex": _flex, "blocked": _blocked}
+
+
+@functools.cache
+def choose_backend(device_type: str, dtype: torch.dtype) -> str:
+    """The fastest backend this machine has for tensors of that kind."""
+    if device_type != "cuda":
+        return "blocked"
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    if hopper and dtype in (torch.bfloat16, torch.float16) and importlib.util.find_spec("flash_attn_interface"):
+        return "fa3"
+    return "flex"
+
+
+# ---------------------------------------------------------------------------------------------------
+# the one signature
+
+
+def flash_attn_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = True, window_size: tuple[int, int] = (-1, -1)
+) -> torch.Tensor:
+    """Causal attention. q (B, T, H, D), k and v (B, T, G, D) -> (B, T, H, D).
+
+    `window_size[0] < 0` means no window. Only causal attention is implemented.
+    """
+    assert causal and window_size[1] <= 0, "only causal attention is implemented"
+    assert q.size(2) % k.size(2) == 0, "query heads must be a multiple of key/value heads"
+    window = window_size[0] if window_size[0] >= 0 else q.size(1)
+    return BACKENDS[choose_backend(q.device.type, q.dtype)](q, k, v, window)
+
+
+def attend_at_positions(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_pos: torch.Tensor, key_pos: torch.Tensor, window: int
+) -> torch.Tensor:
+    """Attention of few queries over cached keys in any order.
+
+    q (B, T, H, D); k, v (B, S, G, D); query_pos (B, T); key_pos (B, S), negative for an empty slot.
+    A query sees the keys at positions pos-window .. pos. Returns (B, T, H, D).
+    """
+    distance = query_pos[:, :, None] - key_pos[:, None, :]  # (B, T, S)
+    visible = (distance >= 0) & (distance <= window) & (key_pos >= 0)[:, None, :]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=q.size(1) != k.size(1))
+    return y.transpose(1, 2)
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """Published form: write k, v (B, T, G, D) into the caches (B, S, G, D) after each row's `cache_seqlens`
+    (B,) tokens, in place, then attend from q (B, T, H, D). nanochat's own engine keeps windowed layers in
+    ring buffers instead (engine.KVCache)."""
+    assert causal
+    B, T = q.shape[:2]
+    S = k_cache.size(1)
+    lengths = torch.zeros(B, dtype=torch.long, device=q.device) if cache_seqlens is None else cache_seqlens.long()
+    if k is None or v is None:
+        lengths = lengths - T  # the new keys are already in the cache
+    else:
+        slots = lengths[:, None] + torch.arange(T, device=q.device)  # (B, T)
+        rows = torch.arange(B, device=q.device)[:, None]
+        k_cache[rows, slots], v_cache[rows, slots] = k.to(k_cache.dtype), v.to(v_cache.dtype)
+    query_pos = lengths[:, None] + torch.arange(T, device=q.device)
+    key_pos = torch.arange(S, device=q.device).expand(B, S)
+    return attend_at_positions(q, k_cache, v_cache, query_pos, key_pos, window_size[0] if window_size[0] >= 0 else S)
+
+
+flash_attn = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)
+"""The published handle: `flash_attn.flash_attn_func(...)`."""

@@ -1,0 +1,335 @@
+"""The model: initialisation and forward pass of the GPT, nothing else. Its sizes and features are in gpt_config.py.
+
+Shapes: B batch, T time, C channels (n_embd), H query heads, G key/value heads, D head size, V vocabulary.
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.flash_attention import flash_attn
+from nanochat.gpt_config import GPTConfig
+from nanochat.loss_head import head_logits, head_loss
+
+__all__ = ["GPT", "GPTConfig"]
+
+
+class AttentionCache(Protocol):
+    """What the model asks of a key/value cache (engine.KVCache)."""
+
+    previous_embedding: Any  # (B, 1, C) tensor for smear, or None before the first token
+
+    @property
+    def lengths(self) -> torch.Tensor: ...  # (B,) tokens already cached per row
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor: ...
+
+    def advance(self, num_tokens: int) -> None: ...
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm without parameters (arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the halves of each head (RoPE, arXiv 2104.09864). x (B, T, H, D); cos, sin (B or 1, T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+class Linear(nn.Linear):
+    """A matrix without bias: kept in fp32, multiplied in the dtype of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A look-up table that GPT.init_weights fills."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: the default would draw numbers to be thrown away, and import the compiler to do so."""
+
+
+class CausalSelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions, normed q and k, and gated value embeddings."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        C, D, H, G = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
+        self.c_q = Linear(C, H * D)
+        self.c_k = Linear(C, G * D)
+        self.c_v = Linear(C, G * D)
+        self.c_proj = Linear(H * D, C)
+        self.ve_gate = Linear(config.value_gate_channels, G) if config.has_value_embed(layer) else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        ve: torch.Tensor | None,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        window_size: tuple[int, int],
+        kv_cache: AttentionCache | None = None,
+    ) -> torch.Tensor:
+        """x (B, T, C); ve (B, T, G*D) value embeddings or None -> (B, T, C)."""
+        B, T, _ = x.shape
+        D = self.config.head_dim
+        q = self.c_q(x).view(B, T, -1, D)
+        k = self.c_k(x).view(B, T, -1, D)
+        v = self.c_v(x).view(B, T, -1, D)
+        if ve is not None:
+            assert self.ve_gate is not None
+            gate = torch.sigmoid(self.ve_gate(x[..., : self.config.value_gate_channels]))  # (B, T, G)
+            v = v + self.config.value_gate_scale * gate.unsqueeze(-1) * ve.view(B, T, -1, D)
+        q, k = (norm(apply_rotary(y, *cos_sin)) for y in (q, k))
+        if self.config.qk_scale != 1:
+            q, k = q * self.config.qk_scale, k * self.config.qk_scale
+        if kv_cache is None:
+            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
+        else:
+            y = kv_cache.attend(self.layer, q, k, v, window_size[0])
+        return self.c_proj(y.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """Two matrices with ReLU squared between them (arXiv 2109.08668)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a normed copy and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = CausalSelfAttention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        ve: torch.Tensor | None,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        window_size: tuple[int, int],
+        kv_cache: AttentionCache | None = None,
+    ) -> torch.Tensor:
+        x = x + self.attn(norm(x), ve, cos_sin, window_size, kv_cache)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """The whole network. Build with `GPT.create`, which allocates and initialises every tensor."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.window_sizes = config.window_sizes()
+        C, V = config.n_embd, config.padded_vocab_size
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": Embedding(V, C),
+                "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+            }
+        )
+        self.lm_head = Linear(C, V)
+        with_values = [i for i in range(config.n_layer) if config.has_value_embed(i)]
+        kv_dim = config.n_kv_head * config.head_dim
+        self.value_embeds = nn.ModuleDict({str(i): Embedding(V, kv_dim) for i in with_values})
+        if config.residual_scalars:
+            self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        if config.smear:
+            self.smear_gate = Linear(config.smear_channels, 1)
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.empty(1))
+        # Ten contexts' worth of rotations: evaluation prompts may be longer than the training rows.
+        positions = (10 * config.sequence_len, config.head_dim // 2)
+        self.register_buffer("cos", torch.empty(positions), persistent=False)
+        self.register_buffer("sin", torch.empty(positions), persistent=False)
+
+    @classmethod
+    def create(
+        cls,
+        config: GPTConfig,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype = torch.float32,
+        seed: int = 42,
+    ) -> "GPT":
+        """Lay the model out without memory, allocate it on `device`, then initialise every tensor from `seed`."""
+        with torch.device("meta"):
+            model = cls(config, compute_dtype)
+        model.to_empty(device=device)
+        model.init_weights(seed)
+        return model
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 42) -> None:
+        """Initialise every parameter and buffer; the two published recipes differ in `config.init`."""
+        cfg, later = self.config, self.config.init == "later"
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        bound = math.sqrt(3 / cfg.n_embd)  # a uniform distribution with standard deviation 1/sqrt(n_embd)
+        nn.init.normal_(self.wte.weight, std=0.8 if later else 1.0, generator=generator)
+        nn.init.normal_(self.lm_head.weight, std=0.001, generator=generator)
+        for block in self.blocks:
+            for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                nn.init.uniform_(matrix.weight, -bound, bound, generator=generator)
+            fc_bound = 0.4 * bound if later else bound
+            nn.init.uniform_(block.mlp.c_fc.weight, -fc_bound, fc_bound, generator=generator)
+            nn.init.zeros_(block.attn.c_proj.weight)  # every block starts as the identity
+            nn.init.zeros_(block.mlp.c_proj.weight)
+            if block.attn.ve_gate is not None:
+                nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02 if later else 0.0, generator=generator)
+        for embed in self.value_embeds.values():
+            nn.init.uniform_(embed.weight, -bound, bound, generator=generator)  # type: ignore[arg-type]
+        if cfg.residual_scalars:
+            depth = torch.linspace(0, 1, cfg.n_layer, device=self.device)
+            self.resid_lambdas.copy_(1.15 - 0.10 * depth if later else torch.ones_like(depth))
+            self.x0_lambdas.copy_(0.20 - 0.15 * depth if later else torch.full_like(depth, 0.1))
+        if cfg.smear:
+            nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02, generator=generator)
+            nn.init.zeros_(self.smear_lambda)
+        if cfg.backout:
+            nn.init.constant_(self.backout_lambda, 0.2)
+        self.init_rotary()
+
+    @torch.no_grad()
+    def init_rotary(self) -> None:
+        """Fill the cosine and sine tables, (10 * sequence_len, D/2) each."""
+        D = self.config.head_dim
+        rates = self.config.rope_base ** (-torch.arange(0, D, 2, device=self.device, dtype=torch.float32) / D)
+        angles = torch.outer(torch.arange(self.cos.size(0), device=self.device, dtype=torch.float32), rates)
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+
+    # -- forward --------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        kv_cache: AttentionCache | None = None,
+        loss_reduction: str = "mean",
+    ) -> torch.Tensor:
+        """idx (B, T) -> softcapped fp32 logits (B, T, V); with targets (B, T), -1 = ignored, the loss instead.
+
+        `loss_reduction`: "mean" over targets, "sum", or "none" for (B*T,) losses without gradient.
+        """
+        if targets is None:
+            x = self.hidden(idx, kv_cache)
+            return head_logits(x, self.head_weight, self.config.softcap)
+        total, losses = self.loss(idx, targets)
+        if loss_reduction == "mean":
+            return total / (targets >= 0).sum().clamp_min(1)
+        assert loss_reduction in ("sum", "none"), f"unknown loss_reduction {loss_reduction!r}"
+        return total if loss_reduction == "sum" else losses
+
+    def loss(
+        self, idx: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(differentiable sum of weighted losses, each token's loss (B*T,) detached); all inputs (B, T)."""
+        x = self.hidden(idx).flatten(0, 1)  # (B*T, C)
+        weights = None if token_weights is None else token_weights.flatten()
+        return head_loss(x, self.head_weight, targets.flatten(), weights, self.config.softcap)
+
+    def hidden(self, idx: torch.Tensor, kv_cache: AttentionCache | None = None) -> torch.Tensor:
+        """idx (B, T) -> final normed hidden states (B, T, C) in the compute dtype."""
+        cfg = self.config
+        x = norm(self.wte(idx).to(self.compute_dtype))
+        if cfg.smear:
+            x = self._smear(x, kv_cache)
+        x0, middle = x, None
+        cos_sin = self._rotary(idx.size(1), kv_cache)
+        for i, block in enumerate(self.blocks):
+            if cfg.residual_scalars:
+                x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            ve = self.value_embeds[str(i)](idx).to(x.dtype) if cfg.has_value_embed(i) else None
+            x = block(x, ve, cos_sin, self.window_sizes[i], kv_cache)
+            if cfg.backout and i == cfg.n_layer // 2:
+                middle = x
+        if middle is not None:
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        if kv_cache is not None:
+            kv_cache.advance(idx.size(1))
+        return norm(x)
+
+    def _smear(self, x: torch.Tensor, kv_cache: AttentionCache | None) -> torch.Tensor:
+        """Add a gated bit of the previous token's embedding; position 0 has none."""
+        before = torch.zeros_like(x[:, :1])
+        if kv_cache is not None:
+            before = before if kv_cache.previous_embedding is None else kv_cache.previous_embedding
+            kv_cache.previous_embedding = x[:, -1:]
+        previous = torch.cat([before, x[:, :-1]], dim=1)  # (B, T, C)
+        gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))  # (B, T, 1)
+        return x + self.smear_lambda.to(x.dtype) * gate * previous
+
+    def _rotary(self, T: int, kv_cache: AttentionCache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin for this call's positions, (1 or B, T, 1, D/2)."""
+        if kv_cache is None:
+            assert self.cos.size(0) >= T, f"{T} tokens are past the rotary table's {self.cos.size(0)}"
+            cos, sin = self.cos[None, :T, None], self.sin[None, :T, None]
+        else:
+            positions = kv_cache.lengths[:, None] + torch.arange(T, device=self.device)  # (B, T)
+            cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        return cos.to(self.compute_dtype), sin.to(self.compute_dtype)
+
+    # -- facts about the model ------------------------------------------------------------------------
+
+    @property
+    def wte(self) -> nn.Embedding:
+        return self.transformer["wte"]  # type: ignore[return-value]
+
+    @property
+    def blocks(self) -> Any:
+        return self.transformer["h"]
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, C): the head without its padding rows."""
+        return self.lm_head.weight[: self.config.vocab_size]
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    def get_device(self) -> torch.device:
+        """Published name of `device`."""
+        return self.device
+
+    def num_scaling_params(self) -> dict[str, int]:
+        """Parameters by kind; scaling laws fit best on transformer_matrices + lm_head."""
+        counts = {
+            "wte": self.wte.weight.numel(),
+            "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
+            "lm_head": self.lm_head.weight.numel(),
+            "transformer_matrices": sum(p.numel() for p in self.transformer["h"].parameters()),
+        }
+        total = sum(p.numel() for p in self.parameters())
+        return {**counts, "scalars": total - sum(counts.values()), "total": total}
+
+    def estimate_flops(self) -> int:
+        """Training FLOPs per token: 6 per matmul weight (PaLM, arXiv 2204.02311, appendix B), and attention's
+        12 * H * D per key a token can see. Embedding look-ups are free."""
+        counts = self.num_scaling_params()
+        matmul = counts["transformer_matrices"] + counts["lm_head"]
+        matmul += self.smear_gate.weight.numel() if self.config.smear else 0
+        seen = sum(min(left, self.config.sequence_len) for left, _ in self.window_sizes)
+        return 6 * matmul + 12 * self.config.n_head * self.config.head_dim * seen

@@ -1,0 +1,41 @@
+"""Bits per byte: the loss in a unit that does not depend on the vocabulary."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from nanochat.gpt import GPT
+from nanochat.runtime import Runtime
+
+
+@torch.no_grad()
+def evaluate_bpb(
+    model: GPT,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    steps: int,
+    token_bytes: torch.Tensor,
+    runtime: Runtime | None = None,
+) -> float:
+    """Total loss in bits over total bytes of the target tokens.
+
+    `batches` yields (inputs, targets), each (B, T), -1 = no target; at most `steps` of them are taken.
+    `token_bytes` (V,) holds each token's length in bytes; special tokens have 0 and are left out of both sums.
+    With `runtime`, sums over all processes. inf when there was not one byte.
+    """
+    nats = torch.zeros((), dtype=torch.float64)
+    count = torch.zeros((), dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    for (inputs, targets), _ in zip(batches, range(steps)):
+        inputs, targets = inputs.to(model.device), targets.to(model.device)
+        losses = model(inputs, targets, loss_reduction="none")  # (B*T,)
+        flat = targets.flatten()
+        sizes = token_bytes.to(flat.device)[flat.clamp_min(0)] * (flat >= 0)
+        nats += (losses * (sizes > 0)).sum(dtype=torch.float64).cpu()
+        count += sizes.sum(dtype=torch.float64).cpu()
+    model.train(was_training)
+    if runtime is not None and runtime.world_size > 1:
+        both = runtime.sum(torch.stack([nats, count]).to(runtime.device))
+        nats, count = both[0].cpu(), both[1].cpu()
+    return nats.item() / (math.log(2) * count.item()) if count.item() else math.inf

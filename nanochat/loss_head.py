@@ -1,0 +1,94 @@
+"""The output head and its loss in chunks: the full (tokens, vocabulary) logits never exist in training.
+
+Shapes: N tokens, C channels, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def softcap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(logits / cap), in place (Gemma 2, arXiv 2408.00118)."""
+    return logits.div_(cap).tanh_().mul_(cap)
+
+
+def head_logits(x: torch.Tensor, weight: torch.Tensor, cap: float) -> torch.Tensor:
+    """x (..., C), weight (V, C) -> softcapped fp32 logits (..., V)."""
+    return softcap_(F.linear(x, weight.to(x.dtype)).float(), cap)
+
+
+class _ChunkedHeadLoss(torch.autograd.Function):
+    """Sum of weighted token losses, and each token's own loss.
+
+    The gradients are made in the forward pass, while a chunk's logits are still in cache: nothing is
+    computed twice and only (C,)-sized rows are kept. The backward pass multiplies by the incoming scalar.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,  # (N, C)
+        weight: torch.Tensor,  # (V, C)
+        targets: torch.Tensor,  # (N,)
+        token_weights: torch.Tensor,  # (N,)
+        cap: float,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        w = weight.to(x.dtype)
+        losses = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
+        dx = torch.empty_like(x) if need_grad else None
+        dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_grad else None
+        for start in range(0, x.size(0), chunk):
+            part = slice(start, start + chunk)
+            capped = softcap_(F.linear(x[part], w).float(), cap)  # (chunk, V)
+            target = targets[part, None]
+            lse = torch.logsumexp(capped, dim=-1, keepdim=True)
+            losses[part] = (lse - capped.gather(1, target)).squeeze(1)
+            if dx is None or dw is None:
+                continue
+            slope = (capped / cap).square_().neg_().add_(1)  # of the softcap
+            grad = capped.sub_(lse).exp_()  # softmax
+            grad.scatter_add_(1, target, torch.full_like(lse, -1.0))
+            grad = grad.mul_(slope).mul_(token_weights[part, None]).to(x.dtype)
+            torch.mm(grad, w, out=dx[part])
+            dw += grad.T @ x[part]
+        if need_grad:
+            ctx.save_for_backward(dx, dw)
+        ctx.mark_non_differentiable(losses)
+        return (losses * token_weights).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        dx, dw = ctx.saved_tensors
+        return dx * grads[0].to(dx.dtype), dw * grads[0], None, None, None, None
+
+
+def chunk_tokens(vocab_size: int, device_type: str) -> int:
+    """Tokens per chunk: a chunk's logits should stay in a CPU's cache, or fill a GPU without filling its memory."""
+    budget = 2**20 if device_type == "cpu" else 2**27  # logits
+    return max(64, budget // vocab_size)
+
+
+def head_loss(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor | None, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softcapped cross-entropy of x (N, C) through weight (V, C) against targets (N,), -1 = ignored.
+
+    Returns (the differentiable sum over tokens of token_weights * loss, each token's loss (N,), detached,
+    0 where ignored). `token_weights` (N,) defaults to 1.
+    """
+    kept = targets >= 0
+    ones = kept.to(torch.float32)
+    token_weights = ones if token_weights is None else token_weights * ones
+    chunk = chunk_tokens(weight.size(0), x.device.type)
+    if x.device.type == "cpu" and not bool(kept.all()):
+        # Prompts and padding have no target: leave their rows out instead of multiplying them by zero.
+        index = kept.nonzero().squeeze(1)
+        total, some = _ChunkedHeadLoss.apply(x[index], weight, targets[index], token_weights[index], cap, chunk)
+        losses = torch.zeros(x.size(0), dtype=torch.float32).index_copy_(0, index, some)
+        return total, losses
+    total, losses = _ChunkedHeadLoss.apply(x, weight, targets.clamp_min(0), token_weights, cap, chunk)
+    return total, losses * ones

@@ -1,0 +1,175 @@
+"""Where a run happens: device, number format, processes, seed. Made once in main(), closed once.
+
+Everything that depends on the machine is decided here and handed down as a value, so no other module
+asks the environment or keeps a global dtype.
+"""
+
+import os
+import platform
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanochat.common import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Runtime:
+    """One process's place in the run. `rank` counts all processes, `local_rank` those on this host."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations and matrix products; weights and optimizer state stay fp32
+    dtype_reason: str
+    seed: int
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def create(cls, device_type: str = "", dtype: str = "", seed: int = 42) -> "Runtime":
+        """Pick device and dtype (empty = the best there is), join the process group under torchrun.
+
+        Raises UserError for a device that is not there or an unknown dtype.
+        """
+        device_type = pick_device_type(device_type)
+        rank, local_rank, world_size = (
+            int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+        )
+        device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+        if device_type == "cuda":
+            torch.cuda.set_device(device)
+        chosen, reason = pick_dtype(device_type, dtype or os.environ.get("NANOCHAT_DTYPE", ""))
+        if world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        seed_everything(seed)
+        return cls(device, chosen, reason, seed, rank, local_rank, world_size)
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes."""
+        return self.rank == 0
+
+    def print0(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the main process only."""
+        if self.is_main:
+            print(*args, **{"flush": True, **kwargs})
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all processes (in place); the identity for one process."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait for queued device work, so that clocks read true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def describe(self) -> str:
+        """One line for the head of a run's output."""
+        where = f"{self.device.type} ({device_name(self.device)})"
+        if self.device.type == "cpu":
+            where += f", {torch.get_num_threads()} threads"
+        many = f", {self.world_size} processes" if self.world_size > 1 else ""
+        return f"{where}{many}, {str(self.dtype).removeprefix('torch.')} ({self.dtype_reason})"
+
+
+def pick_device_type(wanted: str) -> str:
+    """`wanted` if this machine has it, else the best there is: cuda, mps, cpu."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not wanted:
+        return next(name for name, there in available.items() if there)
+    if wanted not in available:
+        raise UserError(f"--device-type must be one of {', '.join(available)} (or empty for the best), got {wanted!r}")
+    if not available[wanted]:
+        there = ", ".join(name for name, yes in available.items() if yes)
+        raise UserError(f"--device-type={wanted}: this machine has none that PyTorch can use; available: {there}")
+    return wanted
+
+
+def pick_dtype(device_type: str, wanted: str = "") -> tuple[torch.dtype, str]:
+    """bfloat16 where the hardware multiplies it fast, else float32; with the reason in words."""
+    if wanted:
+        if wanted not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r} (NANOCHAT_DTYPE?)")
+        return DTYPES[wanted], "as asked"
+    if device_type == "cuda":
+        if torch.cuda.get_device_capability() >= (8, 0):
+            return torch.bfloat16, "CUDA SM80 or newer"
+        return torch.float32, "this GPU has no fast bfloat16"
+    if device_type == "cpu":
+        feature = fast_bf16_cpu_feature(cpu_flags())
+        return (torch.bfloat16, f"CPU has {feature}") if feature else (torch.float32, "CPU has no AMX or AVX512-BF16")
+    return torch.float32, f"{device_type} default"
+
+
+def fast_bf16_cpu_feature(flags: set[str]) -> str | None:
+    """The instruction set that makes bfloat16 products faster than float32 ones, if the CPU has one."""
+    for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
+        if flag in flags:
+            return name
+    return None
+
+
+def cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
+    """Feature flags of the first CPU; empty where the system does not list them."""
+    try:
+        with open(path) as file:
+            return next((set(line.split(":", 1)[1].split()) for line in file if line.startswith("flags")), set())
+    except OSError:
+        return set()
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators. Code that samples should still take an explicit generator."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of the global torch generators, as uint8 tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restore what rng_state returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,101 @@
+"""Choosing the next token from logits.
+
+Shapes: B rows, V vocabulary.
+
+A draw takes one uniform number and walks the cumulative probabilities, so a row's random numbers depend
+on its seed and on how many tokens it has drawn: not on its neighbours, nor on the size of the vocabulary.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose. Applied in this order: temperature, then top_k, then top_p among what is left.
+
+    Raises ValueError for a value outside what is allowed.
+    """
+
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_k: int | None = None  # only the k most likely tokens; None or 0 is off
+    top_p: float | None = None  # only the fewest tokens that together have this probability; None or 1 is off
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be a number from 0 up, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1 (off), got {self.top_p}")
+
+
+def make_rng(seed: int, index: int) -> random.Random:
+    """The random numbers of sample `index` of a request: unrelated for any two (seed, index), negative too."""
+    return random.Random(f"{seed}/{index}")  # a string is hashed with SHA-512, on every platform alike
+
+
+def choose(logits: torch.Tensor, samplings: Sequence[Sampling], rngs: Sequence[random.Random]) -> list[int]:
+    """The next token of each row. logits (B, V) fp32; draws one number from the generator of each row that samples.
+
+    Raises FloatingPointError if the logits are not finite.
+    """
+    groups: dict[Sampling, list[int]] = {}
+    for row, sampling in enumerate(samplings):
+        groups.setdefault(sampling, []).append(row)
+    tokens = [0] * len(samplings)
+    for sampling, rows in groups.items():
+        part = logits if len(groups) == 1 else logits[torch.tensor(rows, device=logits.device)]
+        for row, token in zip(rows, _choose_alike(part, sampling, [rngs[row] for row in rows])):
+            tokens[row] = token
+    return tokens
+
+
+def _choose_alike(logits: torch.Tensor, sampling: Sampling, rngs: list[random.Random]) -> list[int]:
+    """choose() for rows with the same settings."""
+    if sampling.temperature == 0 or sampling.top_k == 1:
+        best = logits.max(dim=-1)
+        _check(best.values)
+        return best.indices.tolist()
+    probs, ids = distribution(logits, sampling)
+    cumulative = probs.double().cumsum(dim=-1)
+    _check(cumulative[:, -1])
+    draws = torch.tensor([[rng.random()] for rng in rngs], dtype=torch.float64).to(logits.device)
+    # right=True steps over tokens of probability zero; a draw is below 1, so the last token is never passed
+    # but by rounding.
+    picked = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+    picked = picked.clamp_(max=probs.size(-1) - 1)  # (B, 1)
+    return (picked if ids is None else ids.gather(-1, picked)).squeeze(-1).tolist()
+
+
+def distribution(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What is drawn from, temperature above 0: (probabilities (B, K) that need not sum to 1, token ids (B, K)).
+
+    Ids ascend, so that the order of two almost equal tokens never decides a draw; None stands for 0 .. V-1.
+    """
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
+    ids = None
+    if sampling.top_k and sampling.top_k < logits.size(-1):
+        ids = logits.topk(sampling.top_k, dim=-1, sorted=False).indices.sort(dim=-1).values  # (B, K)
+        logits = logits.gather(-1, ids)
+    probs = torch.softmax(logits / sampling.temperature, dim=-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        probs = keep_nucleus(probs, sampling.top_p)
+    return probs, ids
+
+
+def keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zero all but the fewest most likely tokens that together reach top_p (arXiv 1904.09751); at least one stays."""
+    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ranked.double().cumsum(dim=-1) - ranked  # what the more likely ones have together
+    ranked = ranked.masked_fill(before >= top_p, 0)
+    return torch.zeros_like(probs).scatter_(-1, order, ranked)
+
+
+def _check(values: torch.Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged or diverged")

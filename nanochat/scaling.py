@@ -1,0 +1,156 @@
+"""From one dial to every number: depth -> sizes, horizon, batch, learning rates.
+
+Sources: compute-optimal ratio and reference rates as published with the February 2026 system; batch size grows
+with the horizon as in arXiv 2505.13738; rates with the square root of the batch.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat.common import UserError, format_count
+from nanochat.gpt import GPTConfig
+
+REFERENCE_BATCH_TOKENS = 2**19  # the batch at which the reference learning rates were tuned
+REFERENCE_DEPTH = 12
+MAX_DEPTH = 128
+
+
+@dataclass
+class Sizes:
+    """What depth implies, unless told otherwise."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_kv_head: int
+
+
+def derive_sizes(
+    depth: int, aspect_ratio: int = 64, head_dim: int = 128, n_embd: int = -1, n_head: int = -1, n_kv_head: int = -1
+) -> Sizes:
+    """Width = depth * aspect_ratio, rounded up to a multiple of head_dim; explicit sizes override (-1 = derive)."""
+    for name, value in (("--depth", depth), ("--aspect-ratio", aspect_ratio), ("--head-dim", head_dim)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    if depth > MAX_DEPTH:
+        raise UserError(f"--depth must be between 1 and {MAX_DEPTH}, got {depth}")
+    if n_embd == -1:
+        n_embd = n_head * head_dim if n_head > 0 else math.ceil(depth * aspect_ratio / head_dim) * head_dim
+    if n_head == -1:
+        if n_embd % head_dim:
+            raise UserError(
+                f"--n-embd={n_embd} is not a multiple of --head-dim={head_dim}; change one or give --n-head"
+            )
+        n_head = n_embd // head_dim
+    return Sizes(depth, n_embd, n_head, n_head if n_kv_head == -1 else n_kv_head)
+
+
+def count_params(config: GPTConfig) -> dict[str, int]:
+    """GPT.num_scaling_params of that config, by counting on tensors without memory."""
+    import torch
+
+    from nanochat.gpt import GPT
+
+    with torch.device("meta"):
+        return GPT(config).num_scaling_params()
+
+
+def scaling_params(counts: dict[str, int]) -> int:
+    """The parameter count that scaling laws fit best: transformer matrices and head."""
+    return counts["transformer_matrices"] + counts["lm_head"]
+
+
+@dataclass
+class Plan:
+    """Every number of a pretraining run. `tokens` = num_steps * total_batch_tokens."""
+
+    num_steps: int
+    total_batch_tokens: int
+    flops_per_token: int
+    params: dict[str, int]
+    lr_scale: float
+    weight_decay: float
+    horizon: str  # what fixed num_steps
+
+    @property
+    def tokens(self) -> int:
+        return self.num_steps * self.total_batch_tokens
+
+    @property
+    def tokens_per_param(self) -> float:
+        return self.tokens / scaling_params(self.params)
+
+
+def optimal_batch_tokens(tokens: float, reference_tokens: float) -> int:
+    """2^19 * (tokens / tokens at the reference depth)^0.383, to the nearest power of two."""
+    exact = REFERENCE_BATCH_TOKENS * (tokens / reference_tokens) ** 0.383
+    return 2 ** round(math.log2(max(exact, 1)))
+
+
+def align_batch(total_batch_tokens: int, sequence_len: int) -> int:
+    """The nearest positive multiple of one row."""
+    return max(1, round(total_batch_tokens / sequence_len)) * sequence_len
+
+
+def scaled_weight_decay(weight_decay: float, depth: int) -> float:
+    """weight_decay * (12 / depth)^2, as published: deeper models train longer and want less."""
+    return weight_decay * (REFERENCE_DEPTH / depth) ** 2
+
+
+def make_plan(
+    config: GPTConfig,
+    *,
+    flops_per_token: int,
+    params: dict[str, int],
+    num_iterations: int = -1,
+    target_flops: float = -1.0,
+    target_param_data_ratio: float = 10.5,
+    total_batch_size: int = -1,
+    weight_decay: float = 0.2,
+) -> Plan:
+    """Resolve the horizon (--num-iterations, then --target-flops, then --target-param-data-ratio) and the batch."""
+    if num_iterations == 0 or num_iterations < -1:
+        raise UserError(f"--num-iterations must be positive, or -1 to derive it, got {num_iterations}")
+    ratio_tokens = max(target_param_data_ratio, 0.1) * scaling_params(params)
+    if target_flops > 0:
+        ratio_tokens = target_flops / flops_per_token
+    if total_batch_size == -1:
+        sizes = derive_sizes(REFERENCE_DEPTH)
+        reference = GPTConfig(sequence_len=config.sequence_len, vocab_size=config.vocab_size, n_layer=REFERENCE_DEPTH,
+                              n_embd=sizes.n_embd, n_head=sizes.n_head, n_kv_head=sizes.n_kv_head)  # fmt: skip
+        reference_tokens = max(target_param_data_ratio, 0.1) * scaling_params(count_params(reference))
+        total_batch_size = optimal_batch_tokens(ratio_tokens, reference_tokens)
+    elif total_batch_size < 1:
+        raise UserError(f"--total-batch-size must be positive, in tokens, or -1 to derive it, got {total_batch_size}")
+    batch = align_batch(total_batch_size, config.sequence_len)
+    if num_iterations > 0:
+        steps, horizon = num_iterations, "--num-iterations"
+    elif target_flops > 0:
+        steps, horizon = max(1, round(ratio_tokens / batch)), "--target-flops"
+    elif target_param_data_ratio > 0:
+        steps, horizon = max(1, round(ratio_tokens / batch)), "--target-param-data-ratio"
+    else:
+        raise UserError("no horizon: give --num-iterations, --target-flops, --target-param-data-ratio or --minutes")
+    decay = scaled_weight_decay(weight_decay, config.n_layer)
+    return Plan(steps, batch, flops_per_token, params, math.sqrt(batch / REFERENCE_BATCH_TOKENS), decay, horizon)
+
+
+def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:
+    """The plan as (name, value) rows, to print before training starts and to keep in the report."""
+    counts = plan.params
+    rows: list[tuple[str, Any]] = [
+        ("layers x width", f"{config.n_layer} x {config.n_embd}"),
+        ("heads (key/value), head size", f"{config.n_head} ({config.n_kv_head}), {config.head_dim}"),
+        ("context, windows", f"{config.sequence_len}, {config.window_pattern} (short {config.short_window})"),
+        ("vocabulary", f"{config.vocab_size:,}"),
+        ("parameters", f"{counts['total']:,} ({format_count(scaling_params(counts))} in matrices and head)"),
+        ("training FLOPs per token", f"{plan.flops_per_token:,}"),
+        ("tokens per step", f"{plan.total_batch_tokens:,}"),
+        ("steps", f"{plan.num_steps:,} (from {plan.horizon})"),
+        ("tokens", f"{plan.tokens:,} ({plan.tokens_per_param:.2f} per parameter)"),
+        ("training FLOPs", f"{plan.tokens * plan.flops_per_token:.3e}"),
+        ("rates x", f"{plan.lr_scale:.4f} (square root of batch / 2^19)"),
+        ("matrix weight decay", f"{plan.weight_decay:.4g}"),
+    ]
+    return [(name, str(value)) for name, value in rows]

@@ -1,0 +1,300 @@
+"""What surrounds the training loop in every stage: the run's folder, its metrics, its console line, saving, resuming.
+
+A run's folder holds STEP/ checkpoints, `metrics.jsonl` (one object a line, every step) and `plan.json` (the
+numbers fixed before the first step).
+"""
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nanochat.checkpoint_manager import Checkpoint, list_steps, load_model_state, open_checkpoint, save_checkpoint
+from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, warn
+from nanochat.gpt import GPT
+from nanochat.runtime import Runtime, rng_state, set_rng_state
+from nanochat.trainer import Interrupted, NonFiniteLoss, Progress, Record, Trainer
+
+PLAIN_LINE_SECONDS = 10.0  # how often a log file gets a line
+
+
+# ---------------------------------------------------------------------------------------------------
+# The run's folder
+
+
+def prepare_run(run: Path, resume: bool, step: int | None, runtime: Runtime) -> Checkpoint | None:
+    """The checkpoint to go on from, or None for a fresh run.
+
+    A fresh run where an older one stands moves the older one aside instead of writing over it. Resuming where
+    nothing was saved yet starts from the beginning.
+    """
+    if resume or step is not None:
+        if step is None and not list_steps(run):
+            runtime.print0(f"nothing saved in {run} yet: starting from the beginning")
+            return None
+        return open_checkpoint(run, step)
+    runtime.barrier()
+    if runtime.is_main and list_steps(run):
+        aside = next(p for n in range(1, 10_000) if not (p := run.with_name(f"{run.name}.old{n}")).exists())
+        run.rename(aside)
+        print(f"the earlier run {run.name} was moved aside to {aside.name}; --resume would have continued it")
+    runtime.barrier()
+    return None
+
+
+def merge_saved_config(given: Any, saved: dict[str, Any], may_change: Sequence[str]) -> Any:
+    """The saved run's config with only the `may_change` fields taken from the command line.
+
+    What could change the numbers stays as it was; a differing value on the command line is ignored with a warning.
+    """
+    values = asdict(given)
+    for name, value in saved.items():
+        if name not in values or name in may_change:
+            continue
+        if values[name] != value and values[name] != getattr(type(given)(), name):
+            warn(f"resuming: --{name.replace('_', '-')} stays {value!r} as in the saved run, not {values[name]!r}")
+        values[name] = value
+    return type(given)(**values)
+
+
+def save_trainer(trainer: Trainer, run: Path, tokenizer: Any, meta: dict[str, Any], keep_last: int) -> None:
+    """Write everything needed to go on exactly from here. All ranks call it; the main one writes."""
+    loader_state = gather_loader_state(trainer)
+    if not trainer.runtime.is_main:
+        return
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    save_checkpoint(
+        run,
+        trainer.progress.step,
+        model_state=trainer.model.state_dict(),
+        meta={**meta, "progress": asdict(trainer.progress), "runtime": numeric_settings(trainer)},
+        tokenizer=tokenizer,
+        optimizer_state=trainer.optimizer.named_state(names),
+        loader_state=loader_state,
+        rng_state=rng_state(trainer.runtime.device),
+        keep_last=keep_last,
+    )
+
+
+def gather_loader_state(trainer: Trainer) -> dict[str, np.ndarray]:
+    """The lanes of all ranks in one dict; lane keys never collide."""
+    state = trainer.loader.state_dict()  # type: ignore[attr-defined]
+    if trainer.runtime.world_size == 1:
+        return state
+    parts: list[Any] = [None] * trainer.runtime.world_size
+    dist.all_gather_object(parts, state)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def numeric_settings(trainer: Trainer) -> dict[str, Any]:
+    """What the same batch needs to give the same bits."""
+    return {"device_batch_size": trainer.device_batch_size, "num_threads": torch.get_num_threads(),
+            "dtype": str(trainer.model.compute_dtype).removeprefix("torch."),
+            "device": trainer.runtime.device.type}  # fmt: skip
+
+
+def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Put a fresh trainer where the saved one stood."""
+    device = trainer.runtime.device
+    load_model_state(trainer.model, checkpoint.model_state(device), checkpoint.path)
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    trainer.optimizer.load_named_state(names, *checkpoint.optimizer_state())
+    trainer.loader.load_state_dict(checkpoint.loader_state())  # type: ignore[attr-defined]
+    set_rng_state(checkpoint.rng_state(), device)
+    trainer.progress = Progress(**checkpoint.meta["progress"])
+    trainer.last_saved_step = checkpoint.step
+    saved = checkpoint.meta["runtime"]
+    trainer.device_batch_size = saved["device_batch_size"]
+    torch.set_num_threads(saved["num_threads"])
+    now = numeric_settings(trainer)
+    changed = [f"{key} {saved[key]} -> {now[key]}" for key in ("dtype", "device") if saved[key] != now[key]]
+    if changed:
+        warn(f"resuming on other hardware ({', '.join(changed)}): the numbers will not match a straight run exactly")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines past `step`, which a resumed run will write again, and a last line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    with atomic_write(path, "w") as file:
+        file.writelines(line + "\n" for line in kept)
+
+
+class Metrics:
+    """Writes every step's record to metrics.jsonl and shows the run on the console; main process only."""
+
+    def __init__(
+        self, path: Path, runtime: Runtime, *, flops_per_token: float, peak_flops: float, sinks: Sequence[Any] = ()
+    ) -> None:
+        self.runtime, self.flops_per_token, self.peak_flops = runtime, flops_per_token, peak_flops
+        self.sinks = sinks  # called with (step, record): wandb, tensorboard
+        self.live = on_terminal()
+        self.last_line = 0.0
+        self.rate = 0.0  # smoothed tokens per second
+        self.file = None
+        if runtime.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the whole run)
+
+    def __call__(self, trainer: Trainer, record: Record) -> None:
+        if self.file is None:
+            return
+        self.file.write(json.dumps({k: v for k, v in record.items() if v is not None}) + "\n")
+        for sink in self.sinks:
+            sink(record["step"], record)
+        rate = record["tokens_per_second"]
+        self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
+        last = record["step"] == trainer.schedule.num_steps
+        now = time.monotonic()
+        evaluated = "val_bpb" in record
+        if self.live:
+            print("\r\x1b[K" + self.line(trainer), end="\n" if last or evaluated else "", flush=True)
+        elif last or evaluated or now - self.last_line > PLAIN_LINE_SECONDS:
+            self.last_line = now
+            print(self.line(trainer), flush=True)
+
+    def line(self, trainer: Trainer) -> str:
+        """step 120/400 | loss 3.21 | bpb 1.43 | 5.2k tok/s | 41% of peak | 1m10s left"""
+        now, total = trainer.progress, trainer.schedule.num_steps
+        left = now.seconds / max(now.step, 1) * (total - now.step)
+        bpb = f" | bpb {now.val_bpb:.4f}" if now.val_bpb is not None else ""
+        share = self.rate * self.flops_per_token / self.peak_flops / self.runtime.world_size if self.peak_flops else 0
+        peak = f" | {share:.0%} of peak" if share else ""
+        return (f"step {now.step}/{total} | loss {now.debiased_loss():.4f}{bpb} | {format_count(self.rate)} tok/s"
+                f"{peak} | {format_seconds(left)} left")  # fmt: skip
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def open_sinks(run_name: str, run: Path, use_tensorboard: bool, config: dict[str, Any], is_main: bool) -> list[Any]:
+    """wandb (run_name other than "dummy") and tensorboard, each an optional extra."""
+    sinks: list[Any] = []
+    if run_name != "dummy" and is_main:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--run needs wandb: pip install 'nanochat[wandb]', or leave --run=dummy") from None
+        session = wandb.init(project="nanochat", name=run_name, config=config)
+        sinks.append(lambda step, record: session.log(record, step=step))
+    if use_tensorboard and is_main:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs tensorboard: pip install 'nanochat[tensorboard]'") from None
+        writer = SummaryWriter(str(run / "tensorboard"))
+
+        def to_tensorboard(step: int, record: Record) -> None:
+            for name, value in record.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, step)
+
+        sinks.append(to_tensorboard)
+    return sinks
+
+
+# ---------------------------------------------------------------------------------------------------
+# Measuring and running
+
+
+def measure_peak_flops(runtime: Runtime, seconds: float = 0.3) -> float:
+    """FLOP/s of large matrix products on this machine, now: the yardstick for "share of peak"."""
+    size = 1024 if runtime.device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=runtime.device, dtype=runtime.dtype)
+    a @ a
+    runtime.synchronize()
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        a @ a
+        runtime.synchronize()
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - started)
+
+
+def choose_device_batch(given: int, rows: int, sequence_len: int, runtime: Runtime) -> int:
+    """Rows per micro-batch: as given, else a size that keeps a CPU's caches warm or a GPU busy."""
+    if given == 0 or given < -1:
+        raise UserError(f"--device-batch-size must be positive, or -1 to choose it, got {given}")
+    own = math.ceil(rows / runtime.world_size)
+    if given > 0:
+        return min(given, own)
+    tokens = 4096 if runtime.device.type == "cpu" else 65536
+    return max(1, min(own, tokens // sequence_len))
+
+
+def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
+    """Train; turn what can end a run early into one line and an exit code (0 when it reached the horizon)."""
+    runtime = trainer.runtime
+    try:
+        trainer.run()
+        return 0
+    except Interrupted as stop:
+        runtime.print0(f"\n{stop}: stopped after step {trainer.progress.step}, which is saved. Go on with:\n"
+                       f"  {resume_command}")  # fmt: skip
+        return 128 + stop.signum
+    except NonFiniteLoss as error:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return 1
+    except OSError as error:
+        saved = trainer.last_saved_step
+        print(f"\nerror: could not save step {trainer.progress.step}: {error}; the last good checkpoint in {run} is "
+              f"{'none' if saved is None else f'step {saved}'}", file=sys.stderr, flush=True)  # fmt: skip
+        return 1
+
+
+def command_line(script: str, config: Any, **extra: Any) -> str:
+    """The command that starts `script` with every non-default field of `config`."""
+    defaults = asdict(type(config)())
+    flags = {k: v for k, v in {**asdict(config), **extra}.items() if extra.get(k) is not None or v != defaults.get(k)}
+    words = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag}={value}")
+    return shlex.join(["python", "-m", f"scripts.{script}", *words])
+
+
+@dataclass
+class Throughput:
+    """Seconds of one whole optimizer step, measured before a run to fix its horizon."""
+
+    step_seconds: float
+    steps_measured: int
+
+
+def measure_throughput(make_trainer: Callable[[GPT], Trainer], model: GPT, batch: Any, budget: float) -> Throughput:
+    """Time real steps on a copy of the model, thrown away afterwards; at least two, within about `budget` seconds."""
+    import copy
+
+    trial = make_trainer(copy.deepcopy(model))
+    trial.loss_fn = trial.loss_fn or trial.model.loss
+    trial.step(batch)  # warm-up: allocation, compilation
+    times: list[float] = []
+    while len(times) < 2 or (sum(times) < budget and len(times) < 20):
+        started = time.perf_counter()
+        trial.step(batch)
+        times.append(time.perf_counter() - started)
+    return Throughput(float(np.median(times)), len(times))

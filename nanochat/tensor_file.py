@@ -1,0 +1,87 @@
+"""Safetensors files, streamed one tensor at a time and hashed on the way (format: github.com/huggingface/safetensors).
+
+The safetensors library turns a full disk into an exception of its own when it writes, and maps the file when it
+reads, so that a file cut short meanwhile kills the process. Here a failed write is the OSError it is, and what was
+hashed is what the caller holds. Imports nothing from nanochat.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_file(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
+    """Write `chunks` (bytes-like) through to the disk; the file's SHA-256 and size, taken on the way."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += memoryview(chunk).nbytes
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": digest.hexdigest(), "bytes": size}
+
+
+def tensor_chunks(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> Iterator[Any]:
+    """A safetensors file piece by piece: the header, then each tensor's bytes, widest dtype first (alignment)."""
+    # Arrays are copied: one that is read-only cannot become a tensor.
+    named = {name: value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+             for name, value in tensors.items()}  # fmt: skip
+    order = sorted(named, key=lambda name: (-named[name].element_size(), name))
+    header, end = {}, 0
+    for name in order:
+        begin, end = end, end + named[name].numel() * named[name].element_size()
+        dtype, shape = DTYPE_NAMES[named[name].dtype], list(named[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield named[name].to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a file, each in memory of its own, and the SHA-256 of the bytes they were read from.
+
+    Raises ValueError, KeyError or TypeError when it is not a safetensors file.
+    """
+    digest, tensors, position = hashlib.sha256(), {}, 0
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), os.fstat(file.fileno()).st_size))
+        digest.update(length + header)
+        entries = json.loads(header)
+        if not isinstance(entries, dict):
+            raise ValueError("its header is no table of tensors")
+        entries.pop("__metadata__", None)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
+            if begin != position or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"its header is inconsistent at {name}")
+            flat = torch.empty(min(end, os.fstat(file.fileno()).st_size) - begin, dtype=torch.uint8)
+            data = flat.numpy().data
+            if file.readinto(data) != end - begin:
+                raise ValueError(f"it ends inside {name}")
+            digest.update(data)
+            tensors[name] = flat.view(dtype).view(shape).to(device)
+            position = end
+        if file.read(1):
+            raise ValueError("it goes on after its last tensor")
+    return tensors, digest.hexdigest()

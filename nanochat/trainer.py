@@ -1,0 +1,231 @@
+"""The one training loop, for pretraining, SFT and RL alike.
+
+A step takes one global batch, splits this process's rows into micro-batches, sums their gradients divided by the
+global number of target tokens, and updates. So the result does not depend on how the rows were split or spread.
+Everything else (evaluation, samples, checkpoints, metrics) watches from outside through hooks.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from nanochat.common import warn
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW
+from nanochat.runtime import Runtime
+from nanochat.schedules import decay_multiplier, lr_multiplier, muon_momentum
+
+Record = dict[str, Any]
+
+
+class Loader(Protocol):
+    """Where batches come from: this process's rows of each global batch, in order."""
+
+    def next_batch(self) -> Batch: ...
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite. The weights are those from before the step."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and the step under way was finished first."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@dataclass
+class ScheduleConfig:
+    """How rates move over the run; see schedules.py."""
+
+    num_steps: int
+    warmup_steps: int = 0
+    warmdown_ratio: float = 0.5
+    final_lr_frac: float = 0.0
+    momentum_warmup_steps: int = 300
+    momentum_peak: float = 0.95
+    momentum_warmdown: bool = False
+    decay_shape: str = "linear"
+
+
+@dataclass
+class Hook:
+    """Call `run(trainer)` after every `every`-th step, and after the last one if `at_end`.
+
+    What it returns joins that step's metrics line. `every` < 1 means at the end only.
+    """
+
+    run: Callable[["Trainer"], Record | None]
+    every: int = -1
+    at_end: bool = True
+
+    def due(self, step: int, num_steps: int) -> bool:
+        return (self.every > 0 and step % self.every == 0) or (self.at_end and step == num_steps)
+
+
+@dataclass
+class Progress:
+    """Where the run stands; saved with every checkpoint."""
+
+    step: int = 0  # finished optimizer steps
+    tokens: int = 0  # target positions seen, over all processes
+    seconds: float = 0.0  # spent in training steps, over all sessions of the run
+    smooth_loss: float = 0.0  # exponential average, not yet bias-corrected
+    val_bpb: float | None = None
+    best_val_bpb: float | None = None
+
+    def debiased_loss(self, beta: float = 0.9) -> float:
+        """The average without the pull of its zero start."""
+        return self.smooth_loss / (1 - beta**self.step) if self.step else math.nan
+
+
+@dataclass
+class Trainer:
+    """Turns the wheel: batch, gradients, update. `device_batch_size` is in rows."""
+
+    model: GPT
+    optimizer: MuonAdamW
+    loader: Loader
+    runtime: Runtime
+    schedule: ScheduleConfig
+    device_batch_size: int
+    hooks: list[Hook] = field(default_factory=list)
+    log: Callable[["Trainer", Record], None] = lambda trainer, record: None
+    save: Callable[["Trainer"], Any] | None = None
+    save_every: int = -1
+    progress: Progress = field(default_factory=Progress)
+    last_saved_step: int | None = None
+    loss_fn: Any = None  # model.loss, or its compiled form
+    stop_signal: int | None = None
+
+    def run(self) -> Progress:
+        """Train to the horizon. Raises Interrupted after a signal, NonFiniteLoss, or what the final save raises."""
+        self.loss_fn = self.loss_fn or self.model.loss
+        self.model.train()
+        with catch_signals(self._request_stop):
+            while self.progress.step < self.schedule.num_steps:
+                try:
+                    batch = self.loader.next_batch()
+                except StopIteration:
+                    break
+                record = self.step(batch)
+                self._after_step(record)
+        return self.progress
+
+    def step(self, batch: Batch) -> Record:
+        """One optimizer step on one global batch; returns its metrics."""
+        started = time.perf_counter()
+        multiplier = self.set_rates()
+        loss, num_targets = self.accumulate(batch)
+        if not math.isfinite(loss):
+            saved = self.last_saved_step
+            where = "no checkpoint yet" if saved is None else f"last good checkpoint: step {saved}"
+            raise NonFiniteLoss(f"loss is {loss} at step {self.progress.step} on {batch.origin}; {where}")
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        self.runtime.synchronize()
+        seconds = time.perf_counter() - started
+        now = self.progress
+        now.step += 1
+        now.tokens += num_targets
+        now.seconds += seconds
+        now.smooth_loss = 0.9 * now.smooth_loss + 0.1 * loss
+        rows = batch.inputs.numel() * self.runtime.world_size
+        return {"step": now.step, "loss": loss, "lr_multiplier": multiplier, "tokens": now.tokens,
+                "tokens_per_second": rows / seconds, "seconds": now.seconds}  # fmt: skip
+
+    def accumulate(self, batch: Batch) -> tuple[float, int]:
+        """Gradients of the mean loss over the global batch's targets; returns (that mean, their number)."""
+        device = self.runtime.device
+        counted = self.runtime.sum((batch.targets >= 0).sum().to(device))
+        num_targets = max(int(counted), 1)
+        total = torch.zeros((), device=device)
+        for inputs, targets, weights in self.micro_batches(batch):
+            summed, _ = self.loss_fn(inputs, targets, weights)
+            (summed / num_targets).backward()
+            total += summed.detach()
+        return float(self.runtime.sum(total)) / num_targets, num_targets
+
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """(inputs, targets, weights) of at most device_batch_size rows each, on the device."""
+        cuda = self.runtime.device.type == "cuda"
+
+        def put(x: torch.Tensor) -> torch.Tensor:
+            return x.pin_memory().to(self.runtime.device, non_blocking=True) if cuda else x.to(self.runtime.device)
+
+        for start in range(0, batch.inputs.size(0), self.device_batch_size):
+            rows = slice(start, start + self.device_batch_size)
+            weights = None if batch.weights is None else put(batch.weights[rows])
+            yield put(batch.inputs[rows]), put(batch.targets[rows]), weights
+
+    def set_rates(self) -> float:
+        """Put this step's learning rate, momentum and weight decay into the optimizer's groups."""
+        plan, step = self.schedule, self.progress.step
+        multiplier = lr_multiplier(step, plan.num_steps, plan.warmup_steps, plan.warmdown_ratio, plan.final_lr_frac)
+        down = plan.warmdown_ratio if plan.momentum_warmdown else 0.0
+        momentum = muon_momentum(step, plan.num_steps, plan.momentum_warmup_steps, plan.momentum_peak, down)
+        decay = decay_multiplier(step, plan.num_steps, plan.decay_shape)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+            if group["kind"] == "muon":
+                group["momentum"] = momentum
+                group["weight_decay"] = group["initial_weight_decay"] * decay
+        return multiplier
+
+    def _after_step(self, record: Record) -> None:
+        step, num_steps = self.progress.step, self.schedule.num_steps
+        for hook in self.hooks:
+            if hook.due(step, num_steps):
+                record.update(hook.run(self) or {})
+                self.model.train()
+        self.log(self, record)
+        last = step == num_steps
+        if last or (self.save_every > 0 and step % self.save_every == 0):
+            self._save(final=last)
+        if self.stop_signal is not None and not last:
+            self._save(final=True)
+            raise Interrupted(self.stop_signal)
+
+    def _save(self, final: bool) -> None:
+        """A failed periodic save is loud and training goes on; a failed final one is an error."""
+        if self.save is None or self.last_saved_step == self.progress.step:
+            return
+        try:
+            self.save(self)
+            self.last_saved_step = self.progress.step
+        except OSError as error:
+            if final:
+                raise
+            warn(f"could not save step {self.progress.step}: {error}; training goes on, "
+                 f"the last good checkpoint is step {self.last_saved_step}")  # fmt: skip
+
+    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
+        if self.stop_signal is not None:
+            raise KeyboardInterrupt  # asked twice: leave now
+        self.stop_signal = signum
+
+
+class catch_signals:
+    """While open, SIGINT and SIGTERM call `handler` instead of killing the process. Main thread only."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        self.handler = handler
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self.handler) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)

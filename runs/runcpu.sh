@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# From raw text to a chat on this machine, with no internet after the installation.
+#
+#   bash runs/runcpu.sh                # about 15 minutes of work, whatever the machine
+#   bash runs/runcpu.sh --minutes=60   # a better model
+#   bash runs/runcpu.sh --smoke        # every stage at toy size, to see that all of it runs
+#
+# Stages that are already done are skipped; one that was interrupted goes on where it stopped.
+# NANOCHAT_BASE_DIR moves everything that is made. Delete that folder to start over.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+MINUTES=15 SMOKE=""
+for arg in "$@"; do
+  case "$arg" in
+    --minutes=*) MINUTES="${arg#*=}" ;;
+    --smoke) SMOKE=1 ;;
+    *) echo "error: unknown argument $arg; usage: bash runs/runcpu.sh [--minutes=15] [--smoke]" >&2; exit 2 ;;
+  esac
+done
+if ! [[ "$MINUTES" =~ ^[0-9]+([.][0-9]+)?$ ]] || [[ "$MINUTES" =~ ^0+([.]0+)?$ ]]; then
+  echo "error: --minutes takes a positive number, got '$MINUTES'" >&2; exit 2
+fi
+
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/python -c 'import nanochat, torch' 2>/dev/null || .venv/bin/python -m pip install --quiet --disable-pip-version-check -e .
+source .venv/bin/activate
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+
+# The share of the minutes each long stage gets; the rest goes to the tokenizer and the evaluations.
+share() { python -c "print(round($MINUTES * $1, 3))"; }
+if [ -n "$SMOKE" ]; then
+  export NANOCHAT_BASE_DIR="$(mktemp -d)"
+  trap 'rm -rf "$NANOCHAT_BASE_DIR"' EXIT
+  VOCAB=1024 CHARS=1000000 DEPTH=2
+  BASE="--num-iterations=20 --eval-tokens=4096" SFT="--num-iterations=20 --eval-tokens=4096" EVAL="-x 8 -m 32"
+else
+  VOCAB=4096 CHARS=20000000 DEPTH=4
+  BASE="--minutes=$(share 0.38) --eval-every=100 --save-every=100 --eval-tokens=65536"
+  SFT="--minutes=$(share 0.48) --eval-every=200 --save-every=100 --eval-tokens=65536" EVAL="-x 200"
+fi
+done_file() { [ -f "$NANOCHAT_BASE_DIR/.done/$1" ]; }
+stage() {  # stage NAME COMMAND...: run it once
+  local name="$1"; shift
+  if done_file "$name"; then echo "== $name: already done"; return; fi
+  echo "== $name"
+  "$@"
+  mkdir -p "$NANOCHAT_BASE_DIR/.done" && touch "$NANOCHAT_BASE_DIR/.done/$name"
+}
+
+stage tok_train  python -m scripts.tok_train --data=starter --vocab-size=$VOCAB --max-chars=$CHARS
+stage base_train python -m scripts.base_train --resume --data=starter --depth=$DEPTH --head-dim=64 --max-seq-len=512 \
+  --total-batch-size=8192 --sample-every=-1 $BASE
+stage base_eval  python -m scripts.base_eval --data=starter --split-tokens=65536
+stage chat_sft   python -m scripts.chat_sft --resume --total-batch-size=8192 $SFT
+stage chat_eval  python -m scripts.chat_eval $EVAL
+
+echo "== three questions to your model"
+for question in "Hello! Who are you?" "What is 12 + 30?" "Tell me a short story about a dog."; do
+  echo "> $question"
+  python -m scripts.chat_cli --prompt "$question"
+done
+python -m scripts.report
+echo "talk to it:  source .venv/bin/activate && python -m scripts.chat_cli"

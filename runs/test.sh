@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Every check there is: style, types, tests, and the whole pipeline end to end at toy size.
+# Installs what the tests need into .venv. `bash runs/test.sh --fast` leaves the pipeline out.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+
+.venv/bin/ruff check .
+.venv/bin/mypy
+.venv/bin/pytest
+[ "${1:-}" = "--fast" ] || bash runs/runcpu.sh --smoke

@@ -1,0 +1,74 @@
+"""The one command-line front door: a config dataclass in, a parsed config out, errors as one line.
+
+Every script is a dataclass plus `main(argv=None)`; `run(main)` turns mistakes into exit codes:
+0 done, 1 failed, 2 the user's mistake (one line, no traceback), 130 interrupted.
+"""
+
+import contextlib
+import errno
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from nanochat.common import UserError, debug_enabled
+
+Config = TypeVar("Config")
+
+
+def parse(config: type[Config], argv: Sequence[str] | None = None, description: str | None = None) -> Config:
+    """Build `config` from the command line. A leading `--`, as torchrun users type it, is skipped.
+
+    Unknown flags and bad values raise UserError with the parser's words in one line.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["--"]:
+        args = args[1:]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config, args=args, description=description or config.__doc__, prog=program_name())
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(one_line(said.getvalue())) from None
+
+
+def program_name() -> str:
+    """How the person started this: `python -m scripts.base_train`."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"python -m {spec.name}" if spec and spec.name.startswith("scripts.") else "nanochat"
+
+
+def one_line(box: str) -> str:
+    """The parser's framed, wrapped message without its frame."""
+    box = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip(" │╭╮╰╯─|") for line in box.splitlines()]
+    words = " ".join(line for line in lines if line)
+    words = re.sub(r"^Value error (Error parsing Config: )?", "", words)
+    words = words.replace("Unrecognized options Unrecognized", "unrecognized")
+    return re.sub(r" (Argument helptext:|For full helptext,).*$", "", words) + "; see --help" or "could not parse the command line; see --help"
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main` and leave the process with the right exit code."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        if debug_enabled():
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except OSError as error:
+        if debug_enabled() or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)

@@ -1,0 +1,182 @@
+"""What the training scripts share: their common flags, and the path from a trainer to a finished run."""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nanochat.checkpoint_manager import Checkpoint
+from nanochat.common import UserError, read_json
+from nanochat.gpt import GPT
+from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
+from nanochat.runtime import Runtime
+from nanochat.session import (
+    Metrics,
+    command_line,
+    cut_metrics,
+    measure_peak_flops,
+    measure_throughput,
+    open_sinks,
+    restore_trainer,
+    run_to_end,
+    save_trainer,
+)  # fmt: skip
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.trainer import Trainer
+
+# Flags that a resumed run may take anew: none of them can change the numbers.
+OPERATIONAL = (
+    "run", "device_type", "resume", "resume_from_step", "eval_every", "eval_tokens", "sample_every", "save_every",
+    "keep_last", "tensorboard", "core_metric_every", "core_metric_max_per_task",
+)  # fmt: skip
+
+
+@dataclass
+class TrainFlags:
+    run: str = "dummy"
+    """Name of the wandb run; "dummy" logs to the run's folder only."""
+    tensorboard: bool = False
+    """Also log to tensorboard, in the run's folder."""
+    device_type: str = ""
+    """cuda, mps or cpu; empty picks the best there is."""
+    seed: int = 42
+    """Seeds weights and data order."""
+    model_tag: str = ""
+    """Name of the run's folder; empty derives it."""
+    compile: str = "auto"
+    """on, off, or auto: torch.compile on CUDA only, where it pays back."""
+    minutes: float = -1.0
+    """Train for about this long: throughput is measured once and fixes the number of steps."""
+    num_iterations: int = -1
+    """Optimizer steps; -1 derives them."""
+    device_batch_size: int = -1
+    """Rows per micro-batch and process; -1 chooses. Does not change the result."""
+    total_batch_size: int = -1
+    """Tokens per optimizer step over all processes; -1 derives it."""
+    embedding_lr: float = 0.3
+    """Rate of the token embedding at width 768 and 2^19 tokens a step; all rates are scaled from there."""
+    unembedding_lr: float = 0.004
+    """Rate of the output head."""
+    matrix_lr: float = 0.02
+    """Rate of the matrices inside the blocks (Muon)."""
+    scalar_lr: float = 0.5
+    """Rate of the per-layer scalars."""
+    weight_decay: float = 0.2
+    """Cautious decay of the matrices at depth 12, scaled by (12/depth)^2 and to zero over the run."""
+    adam_beta1: float = 0.8
+    """AdamW's first moment decay."""
+    adam_beta2: float = 0.95
+    """AdamW's second moment decay."""
+    eval_every: int = 250
+    """Steps between evaluations on validation data; -1 only at the end."""
+    eval_tokens: int = -1
+    """Tokens per evaluation; -1 is 2^17 on a CPU and 20 * 2^19 elsewhere."""
+    sample_every: int = 2000
+    """Steps between samples; -1 only at the end."""
+    save_every: int = -1
+    """Steps between checkpoints; -1 only at the end (and on Ctrl-C or SIGTERM)."""
+    keep_last: int = 2
+    """Checkpoints kept; 0 keeps all."""
+    resume: bool = False
+    """Go on from the run's latest good checkpoint, exactly."""
+    resume_from_step: int = -1
+    """Go on from this step's checkpoint."""
+
+    def optimizer_config(self) -> OptimizerConfig:
+        return OptimizerConfig(
+            embedding_lr=self.embedding_lr, unembedding_lr=self.unembedding_lr, matrix_lr=self.matrix_lr,
+            scalar_lr=self.scalar_lr, adam_beta1=self.adam_beta1, adam_beta2=self.adam_beta2,
+            head_beta2=self.adam_beta2, embed_beta2=self.adam_beta2,
+        )  # fmt: skip
+
+    def evaluation_tokens(self, runtime: Runtime) -> int:
+        return self.eval_tokens if self.eval_tokens > 0 else (2**17 if runtime.device.type == "cpu" else 20 * 2**19)
+
+
+def make_optimizer(
+    model: GPT, config: OptimizerConfig, runtime: Runtime, lr_scale: float, weight_decay: float
+) -> MuonAdamW:
+    """MuonAdamW for this model; the distributed form when there are several processes."""
+    # Orthogonalising in bf16 pays only where bf16 products are fast.
+    ns_dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
+    groups = build_param_groups(model, config, lr_scale=lr_scale, weight_decay=weight_decay, ns_dtype=ns_dtype)
+    return (DistMuonAdamW if runtime.world_size > 1 else MuonAdamW)(groups)
+
+
+def compiled_loss(model: GPT, wanted: str, runtime: Runtime):
+    """model.loss, compiled if asked for."""
+    if wanted not in ("auto", "on", "off"):
+        raise UserError(f"--compile must be auto, on or off, got {wanted!r}")
+    use = wanted == "on" or (wanted == "auto" and runtime.device.type == "cuda")
+    return torch.compile(model.loss, dynamic=False) if use else model.loss
+
+
+def saved_steps(checkpoint: Checkpoint | None, config: TrainFlags, run: Path) -> int | None:
+    """The horizon fixed by an earlier session of this run: it is measured once and does not move again."""
+    if checkpoint:
+        return checkpoint.meta["plan"]["num_steps"]
+    if config.resume and (run / "plan.json").exists():
+        plan = read_json(run / "plan.json")
+        same = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
+        if all(plan["user_config"].get(k) == v for k, v in same.items()):
+            return plan["num_steps"]
+    return None
+
+
+def steps_for_minutes(config: TrainFlags, make_trainer: Any, model: GPT, batch: Any, runtime: Runtime) -> int:
+    """How many optimizer steps fit in --minutes, by timing real ones on a copy of the model."""
+    seconds = measure_throughput(make_trainer, model, batch, budget=min(10.0, config.minutes * 60 * 0.04)).step_seconds
+    steps = torch.tensor(max(1, round(config.minutes * 60 * 0.95 / seconds)), device=runtime.device)
+    if runtime.world_size > 1:  # all processes must agree; the main one's clock decides
+        torch.distributed.broadcast(steps, 0)
+    runtime.print0(f"measured {seconds:.3f} s a step: {int(steps)} steps fit in {config.minutes:g} minutes")
+    return int(steps)
+
+
+def drive(
+    trainer: Trainer,
+    *,
+    script: str,
+    run: Path,
+    config: TrainFlags,
+    tokenizer: RustBPETokenizer,
+    checkpoint: Checkpoint | None,
+    meta: dict[str, Any],
+) -> int:
+    """From a fresh trainer to the end of its run: restore, log, train, save. Returns the exit code."""
+    runtime = trainer.runtime
+    if checkpoint:
+        restore_trainer(trainer, checkpoint)
+        runtime.print0(f"resumed at step {checkpoint.step} of {trainer.schedule.num_steps}")
+    if runtime.is_main:
+        cut_metrics(run / "metrics.jsonl", checkpoint.step if checkpoint else -1)
+    metrics = Metrics(run / "metrics.jsonl", runtime, flops_per_token=trainer.model.estimate_flops(),
+                      peak_flops=measure_peak_flops(runtime),
+                      sinks=open_sinks(config.run, run, config.tensorboard, asdict(config), runtime.is_main))  # fmt: skip
+    meta = {**meta, "model_config": trainer.model.config.to_dict(), "user_config": asdict(config),
+            "plan": {"num_steps": trainer.schedule.num_steps}}  # fmt: skip
+    trainer.log = metrics
+    trainer.save = partial(save_trainer, run=run, tokenizer=tokenizer, meta=meta, keep_last=config.keep_last)
+    trainer.save_every = config.save_every
+    try:
+        return run_to_end(trainer, run, command_line(script, config, resume=True))
+    finally:
+        metrics.close()
+        trainer.loader.close()  # type: ignore[attr-defined]
+
+
+def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """Name/value rows on the console."""
+    table = Table(title=title, show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def relative_to(path: Path, base: Path) -> str:
+    """`path` as seen from the base folder, for records that move with it."""
+    return str(path.resolve().relative_to(base.resolve()))

@@ -1,0 +1,245 @@
+"""Finetune a base model on conversations: `python -m scripts.chat_sft`."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from nanochat.dataloader import Batch, ConversationLoader
+from nanochat.engine import Engine
+
+from nanochat.checkpoint_manager import find_run, load_model, run_dir
+from nanochat.common import UserError, format_count, get_base_dir, write_json
+from nanochat.gpt import GPT
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.report import record_stage
+from nanochat.runtime import Runtime
+from nanochat.scaling import align_batch
+from nanochat.session import choose_device_batch, command_line, merge_saved_config, prepare_run
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.trainer import Hook, Record, ScheduleConfig, Trainer
+from scripts import _cli
+from scripts._train import (
+    OPERATIONAL,
+    TrainFlags,
+    compiled_loss,
+    drive,
+    make_optimizer,
+    print_table,
+    relative_to,
+    saved_steps,
+    steps_for_minutes,
+)  # fmt: skip
+from tasks.common import TaskMixture
+from tasks.mixtures import Part, own_conversations, published_mixture, starter_mixture
+
+QUESTIONS = ("Hello! Who are you?", "What is 17 + 25?", "Spell the word: garden", "What is the capital of France?")
+
+
+@dataclass
+class Config(TrainFlags):
+    """Finetune a base model on conversations. Sizes, windows and tokenizer are the base model's. -1 means "derive it"."""
+
+    base_tag: str = ""
+    """Tag of the base run to start from; empty takes the latest."""
+    model_step: int = -1
+    """Its step; -1 takes the last."""
+    data: str = "starter"
+    """starter, published (the public mixture, as far as its data is at hand), or a .jsonl of your conversations."""
+    init_lr_frac: float = 1.0
+    """All rates are multiplied by this."""
+    num_epochs: int = 1
+    """Passes over the mixture, unless --num-iterations or --minutes says otherwise."""
+    warmdown_ratio: float = 0.2
+    """Share of the run over which the rates fall linearly to zero."""
+    max_seq_len: int = -1
+    """Row length in tokens; -1 takes the base model's context."""
+    eval_every: int = 100
+    """Steps between evaluations on validation conversations; -1 only at the end."""
+    sample_every: int = -1
+    """Steps between sample answers; -1 only at the end."""
+    weight_decay: float = 0.0
+    """Cautious decay of the matrices at depth 12, scaled by (12/depth)^2 and to zero over the run."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = _cli.parse(Config, argv)
+    with Runtime.create(config.device_type, seed=config.seed) as runtime:
+        return train(config, runtime)
+
+
+def train(config: Config, runtime: Runtime) -> int:
+    """One finetuning run, fresh or resumed, to its end. Returns the exit code."""
+    base_dir = get_base_dir()
+    base_run = find_run(base_dir, "base", config.base_tag or config.model_tag or None)
+    run = run_dir(base_dir, "sft", config.model_tag or base_run.name)
+    checkpoint = prepare_run(
+        run, config.resume, None if config.resume_from_step < 0 else config.resume_from_step, runtime
+    )
+    if checkpoint:
+        config = merge_saved_config(config, checkpoint.meta["user_config"], OPERATIONAL)
+    step = None if config.model_step < 0 else config.model_step
+    model, tokenizer, base_meta = load_model("base", runtime, base_dir=base_dir, model_tag=base_run.name, step=step,
+                                             compute_dtype=runtime.dtype)  # fmt: skip
+    runtime.print0(f"{runtime.describe()}\nbase model: {base_run.name}, step {base_meta['step']}; run folder: {run}")
+    train_parts, val_parts = load_mixture(config.data, config.seed, runtime)
+    T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
+    if not 2 <= T <= model.config.sequence_len:
+        raise UserError(f"--max-seq-len must lie between 2 and the base model's {model.config.sequence_len}, got {T}")
+    total = (
+        config.total_batch_size if config.total_batch_size > 0 else base_meta["user_config"].get("total_batch_size", -1)
+    )
+    rows = align_batch(total if total > 0 else 2**19, T) // T
+    loader_for = partial(ConversationLoader, tokenizer=tokenizer, sequence_len=T, rank=runtime.rank,
+                         world_size=runtime.world_size)  # fmt: skip
+    loader = loader_for(TaskMixture([p.task for p in train_parts], seed=config.seed), rows_per_step=rows, seed=config.seed,
+                        num_epochs=None if config.num_iterations > 0 or config.minutes > 0 else config.num_epochs)  # fmt: skip
+    make_trainer = partial(build_trainer, config, runtime, rows, T)
+    num_steps = saved_steps(checkpoint, config, run) or find_horizon(
+        config, make_trainer, model, loader, rows, T, runtime
+    )
+    if runtime.is_main:
+        write_json(run / "plan.json", {"num_steps": num_steps, "user_config": asdict(config)})
+        plan = plan_rows(train_parts, rows * T, num_steps, T)
+        print_table("plan", plan)
+    trainer = make_trainer(model=model, loader=loader, num_steps=num_steps)
+    validation = partial(
+        loader_for, TaskMixture([p.task for p in val_parts], seed=0), rows_per_step=8, seed=0, num_epochs=1
+    )
+    trainer.hooks = [
+        Hook(partial(evaluate, validation=validation, tokenizer=tokenizer, tokens=config.evaluation_tokens(runtime)),
+             config.eval_every),
+        Hook(partial(sample, tokenizer=tokenizer), config.sample_every),
+    ]  # fmt: skip
+    started = time.perf_counter()
+    code = drive(trainer, script="chat_sft", run=run, config=config, tokenizer=tokenizer, checkpoint=checkpoint,
+                 meta={"stage": "sft", "base": {"tag": base_run.name, "step": base_meta["step"]}})  # fmt: skip
+    if code == 0 and runtime.is_main:
+        report(base_dir, run, config, trainer, tokenizer, time.perf_counter() - started, plan, loader.stats())
+    return code
+
+
+def load_mixture(data: str, seed: int, runtime: Runtime) -> tuple[list[Part], list[Part]]:
+    """(training parts, validation parts); absent public data sets are named and skipped."""
+    if data == "starter":
+        return starter_mixture("train", seed), starter_mixture("val", seed)
+    if data != "published":
+        return own_conversations(Path(data), "train"), own_conversations(Path(data), "val")
+    train, missing = published_mixture("train")
+    val, _ = published_mixture("val")
+    for reason in missing:
+        runtime.print0(f"skipped: {reason}")
+    if not train or not val:
+        raise UserError("no public data set is at hand: set NANOCHAT_DATASETS_DIR to a mirror, or use --data=starter")
+    return train, val
+
+
+def find_horizon(
+    config: Config, make_trainer: Callable[..., Trainer], model: GPT, loader: ConversationLoader, rows: int, T: int,
+    runtime: Runtime,
+) -> int:  # fmt: skip
+    """Steps: as given, or what fits in --minutes, or the mixture's epochs."""
+    if config.num_iterations > 0:
+        return config.num_iterations
+    if config.minutes <= 0:
+        return loader.num_steps()
+    random = torch.Generator().manual_seed(config.seed)
+    own = len(range(runtime.rank, rows, runtime.world_size))
+    tokens = torch.randint(model.config.vocab_size, (own, T + 1), generator=random)
+    targets = tokens[:, 1:].clone()
+    targets[:, ::2] = -1  # about half of a conversation is prompt
+    batch = Batch(tokens[:, :-1].contiguous(), targets, None, "timing")
+    return steps_for_minutes(
+        config, lambda copy: make_trainer(model=copy, loader=None, num_steps=1000), model, batch, runtime
+    )
+
+
+def build_trainer(
+    config: Config, runtime: Runtime, rows: int, T: int, model: GPT, loader: Any, num_steps: int
+) -> Trainer:
+    """Optimizer and loop around `model`."""
+    lr_scale = (rows * T / 2**19) ** 0.5 * config.init_lr_frac
+    decay = config.weight_decay * (12 / model.config.n_layer) ** 2
+    optimizer = make_optimizer(model, config.optimizer_config(), runtime, lr_scale, decay)
+    schedule = ScheduleConfig(num_steps, warmdown_ratio=config.warmdown_ratio)
+    micro = choose_device_batch(config.device_batch_size, rows, T, runtime)
+    return Trainer(
+        model, optimizer, loader, runtime, schedule, micro, loss_fn=compiled_loss(model, config.compile, runtime)
+    )
+
+
+def plan_rows(parts: list[Part], tokens_per_step: int, num_steps: int, T: int) -> list[tuple[str, str]]:
+    """What will be trained on, for the console and the report."""
+    total = sum(len(part.task) for part in parts)
+    rows = [(part.name, f"{len(part.task):,} conversations ({len(part.task) / total:.0%})") for part in parts]
+    return [*rows, ("row length", f"{T}"), ("tokens per step", f"{tokens_per_step:,}"), ("steps", f"{num_steps:,}")]
+
+
+def evaluate(
+    trainer: Trainer, validation: Callable[[], ConversationLoader], tokenizer: RustBPETokenizer, tokens: int
+) -> Record:
+    """Bits per byte on the assistant's tokens of held-out conversations."""
+    loader = validation()
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        seen = 0
+        while seen < tokens:
+            try:
+                batch = loader.next_batch()
+            except StopIteration:
+                return
+            seen += batch.inputs.numel() * trainer.runtime.world_size
+            for start in range(0, batch.inputs.size(0), trainer.device_batch_size):
+                rows = slice(start, start + trainer.device_batch_size)
+                yield batch.inputs[rows], batch.targets[rows]
+
+    bpb = evaluate_bpb(trainer.model, batches(), 10**9, torch.tensor(tokenizer.token_bytes), trainer.runtime)
+    loader.close()
+    trainer.progress.val_bpb = bpb
+    trainer.progress.best_val_bpb = min(bpb, trainer.progress.best_val_bpb or bpb)
+    return {"val_bpb": bpb}
+
+
+def answers(model: GPT, tokenizer: RustBPETokenizer) -> list[dict[str, str]]:
+    """Greedy answers to the fixed questions."""
+    engine, samples = Engine(model, tokenizer), []
+    for question in QUESTIONS:
+        conversation = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]}
+        tokens = tokenizer.render_for_completion(conversation)
+        results, _ = engine.generate_batch(tokens, num_samples=1, max_tokens=64, temperature=0.0)
+        samples.append({"prompt": question, "text": tokenizer.decode(results[0][len(tokens) :])})
+    return samples
+
+
+def sample(trainer: Trainer, tokenizer: RustBPETokenizer) -> None:
+    """Print answers to the fixed questions."""
+    if trainer.runtime.is_main:
+        print()
+        for item in answers(trainer.model, tokenizer):
+            print(f"  {item['prompt']} -> {item['text']!r}", flush=True)
+
+
+def report(
+    base_dir: Path, run: Path, config: Config, trainer: Trainer, tokenizer: RustBPETokenizer, seconds: float,
+    plan: list[tuple[str, str]], stats: dict[str, Any],
+) -> None:  # fmt: skip
+    """Hand the run's figures to the report."""
+    now = trainer.progress
+    values = {
+        "seconds": seconds, "train_seconds": now.seconds, "val_bpb": now.val_bpb, "best_val_bpb": now.best_val_bpb,
+        "loss": now.debiased_loss(), "steps": now.step, "tokens": now.tokens,
+        "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
+        "num_params": trainer.model.num_scaling_params()["total"], "mixture": plan, "loader": stats,
+        "metrics": relative_to(run / "metrics.jsonl", base_dir), "command": command_line("chat_sft", config),
+        "samples": answers(trainer.model, tokenizer),
+    }  # fmt: skip
+    record_stage(base_dir, "chat_sft", values)
+    print(f"{now.step} steps, {format_count(now.tokens)} supervised tokens in {seconds:.0f} s; "
+          f"val bpb {now.val_bpb:.4f}; saved in {run}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    _cli.run(main)

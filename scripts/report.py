@@ -1,0 +1,55 @@
+"""Draw report.md and report.html again from what the stages recorded, and print a short summary.
+
+    python -m scripts.report
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nanochat.common import format_seconds, get_base_dir
+from nanochat.report import load_report, render_report
+from nanochat.report_view import Record, headline, skills_of, stages_of
+from scripts._cli import parse, run
+
+
+@dataclass
+class ReportConfig:
+    """Draw the report of the base folder ($NANOCHAT_BASE_DIR) again and print a summary."""
+
+    base_dir: Path | None = None
+    """Another base folder than $NANOCHAT_BASE_DIR."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(ReportConfig, argv)
+    base_dir = config.base_dir or get_base_dir()
+    page = render_report(base_dir)
+    print_summary(load_report(base_dir), Console())
+    print(page)
+    return 0
+
+
+def print_summary(report: Record, console: Console) -> None:
+    """Headline, time by stage and skills with their intervals."""
+    if headline(report):
+        console.print(" · ".join(f"{label} [bold]{escape(text)}[/bold]" for label, text in headline(report)))
+    times = Table("stage", "time", box=None, header_style="dim")
+    for _, title, values in stages_of(report):
+        running = values.get("status") == "running"
+        times.add_row(title, "running" if running else format_seconds(values.get("seconds") or 0))
+    console.print(times)
+    skills = [skill for _, _, values in stages_of(report) for skill in skills_of(values)]
+    if skills:
+        table = Table("task", "accuracy", "95% interval", "right", box=None, header_style="dim")
+        for s in skills:
+            table.add_row(escape(s.name), f"{s.accuracy:.1%}", f"{s.low:.1%} – {s.high:.1%}", f"{s.passed}/{s.total}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    run(main)

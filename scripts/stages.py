@@ -1,0 +1,45 @@
+"""The `nanochat` command: lists the stages in order and runs them."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from nanochat.common import UserError
+from scripts import _cli
+
+STAGES = {
+    "tok_train": "train the tokenizer on raw text",
+    "tok_eval": "how well it compresses, beside GPT-2's and GPT-4's",
+    "base_train": "pretrain a base model",
+    "base_eval": "bits per byte and samples of the base model",
+    "chat_sft": "finetune it on conversations",
+    "chat_eval": "measure the chat model's skills",
+    "chat_cli": "talk to it in the terminal",
+    "report": "show where the report is, and draw it anew",
+}
+
+
+def usage() -> str:
+    width = max(map(len, STAGES))
+    lines = [f"  {name:<{width}}  {what}" for name, what in STAGES.items()]
+    return "\n".join(["usage: nanochat STAGE [flags]     (nanochat STAGE --help lists a stage's flags)", "",
+                      "the stages, in order:", *lines])  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if args[0] not in STAGES:
+        raise UserError(f"unknown stage {args[0]!r}; the stages are {', '.join(STAGES)}")
+    return importlib.import_module(f"scripts.{args[0]}").main(args[1:])
+
+
+def entry() -> None:
+    """Console entry point."""
+    _cli.run(main)
+
+
+if __name__ == "__main__":
+    entry()

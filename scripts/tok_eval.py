@@ -1,0 +1,111 @@
+"""Compare the tokenizer with GPT-2's and GPT-4's: `python -m scripts.tok_eval`.
+
+Bytes per token on validation text, by source. Where their ranks are looked for: scripts/_ranks.py.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nanochat.common import UserError, get_base_dir
+from nanochat.dataset import resolve_corpus
+from nanochat.textfiles import Document
+from nanochat.tokenizer import get_tokenizer
+from scripts import _cli
+from scripts._ranks import GPT2, GPT4, Counter, find_reference
+
+OURS, OTHERS, ALL = "nanochat", "(other sources)", "all"
+MAX_SOURCES, BATCH_DOCUMENTS = 30, 512
+
+@dataclass
+class Config:
+    """Bytes per token by source, beside GPT-2 and GPT-4."""
+
+    data: str = ""
+    """As for tok_train: the validation part of this text is measured."""
+    max_chars: int = 1_000_000
+    """Measure at most this many characters of each source."""
+    gpt2_ranks: str = ""
+    """GPT-2's ranks: vocab.bpe, the folder that holds it, or a .tiktoken file; empty looks around."""
+    gpt4_ranks: str = ""
+    """GPT-4's ranks: cl100k_base.tiktoken or the folder that holds it; empty looks around."""
+
+    def __post_init__(self) -> None:
+        if self.max_chars < 1:
+            raise UserError(f"--max-chars must be at least 1, got {self.max_chars}")
+
+
+def count_by_source(
+    documents: Iterable[Document], counters: dict[str, Counter], max_chars: int
+) -> dict[str, dict[str, int]]:
+    """source -> {"documents", "bytes", "characters", and tokens by tokenizer}, and the sums under ALL."""
+    fields = ("documents", "bytes", "characters", *counters)
+    counts: dict[str, dict[str, int]] = {}
+    stream = iter(documents)
+    while batch := list(islice(stream, BATCH_DOCUMENTS)):
+        texts: dict[str, list[str]] = {}
+        for text, source in batch:
+            source = source if source in counts or len(counts) < MAX_SOURCES else OTHERS
+            row = counts.setdefault(source, dict.fromkeys(fields, 0))
+            text = text[: max_chars - row["characters"]]
+            if text:
+                texts.setdefault(source, []).append(text)
+                row["documents"] += 1
+                row["characters"] += len(text)
+                row["bytes"] += len(text.encode("utf-8"))
+        for source, some in texts.items():
+            for name, counter in counters.items():
+                counts[source][name] += counter(some)
+    counts[ALL] = {key: sum(row[key] for row in counts.values()) for key in fields}
+    return counts
+
+
+def print_table(counts: dict[str, dict[str, int]], names: Sequence[str]) -> None:
+    """One line a source: bytes per token, and how many tokens fewer or more than the others take."""
+    table = Table(title="bytes per token on validation text, and tokens taken against the others")
+    for column in ("source", "docs", "MB", *names, *(f"vs {name}" for name in names[1:])):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for source, row in counts.items():
+        table.add_row(
+            source, f"{row['documents']:,}", f"{row['bytes'] / 1e6:.2f}",
+            *(f"{row['bytes'] / max(1, row[name]):.2f}" for name in names),
+            *(f"{row[OURS] / max(1, row[name]) - 1:+.1%}" for name in names[1:]),
+            style="bold" if source == ALL else None, end_section=source == list(counts)[-2:-1],
+        )
+    Console().print(table)
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Measure and print; returns the figures for the report."""
+    base_dir = get_base_dir()
+    start = time.monotonic()
+    tokenizer = get_tokenizer()
+    counters: dict[str, Counter] = {OURS: lambda texts: sum(map(len, tokenizer.encode(texts)))}
+    for reference, given in ((GPT2, config.gpt2_ranks), (GPT4, config.gpt4_ranks)):
+        if counter := find_reference(reference, given, base_dir):
+            counters[reference.name] = counter
+    corpus = resolve_corpus(config.data, base_dir)
+    counts = count_by_source(corpus.iter_documents("val"), counters, config.max_chars)
+    print_table(counts, list(counters))
+    stage_record = {
+        "seconds": time.monotonic() - start,
+        "data": corpus.name,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "bytes_per_token": {source: {name: row["bytes"] / max(1, row[name]) for name in counters}
+                            for source, row in counts.items()},
+    }
+    return stage_record
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, evaluate."""
+    evaluate(_cli.parse(Config, argv))
+
+
+if __name__ == "__main__":
+    _cli.run(main)

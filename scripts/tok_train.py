@@ -1,0 +1,120 @@
+"""Train the tokenizer: `python -m scripts.tok_train`. Writes tokenizer/tokenizer.json in the base folder."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat.common import UserError, format_count, format_seconds, get_base_dir, on_terminal
+from nanochat.dataset import resolve_corpus
+from nanochat.textfiles import Document
+from nanochat.report import record_stage
+from nanochat.tokenizer import MIN_VOCAB_SIZE, RustBPETokenizer
+from scripts import _cli
+
+SAMPLE_CHARS = 1_000_000  # of validation text, to measure compression on
+
+
+@dataclass
+class Config:
+    """Train a byte-pair tokenizer on raw text."""
+
+    data: str = ""
+    """starter, fineweb-edu, climbmix, or a path or glob of parquet, jsonl or txt; empty: what is there."""
+    max_chars: int = 2_000_000_000
+    """Stop reading after this many characters."""
+    doc_cap: int = 10_000
+    """Read at most this many characters of each document, so that no long one dominates."""
+    vocab_size: int = 32_768
+    """Number of tokens, special tokens included."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_chars", 1), ("doc_cap", 1), ("vocab_size", MIN_VOCAB_SIZE)):
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} must be at least {least}, got {getattr(self, name)}")
+
+
+class Reading:
+    """The texts to train on, counted as they pass, with a live line (or a plain one now and then)."""
+
+    def __init__(self, documents: Iterable[Document], config: Config):
+        self.documents, self.config = documents, config
+        self.num_documents = self.num_chars = 0
+        self.live = on_terminal()
+        self.shown_at = time.monotonic()
+
+    def __iter__(self) -> Iterator[str]:
+        for document in self.documents:
+            text = document.text[: min(self.config.doc_cap, self.config.max_chars - self.num_chars)]
+            self.num_documents += 1
+            self.num_chars += len(text)
+            self.show()
+            yield text
+            if self.num_chars >= self.config.max_chars:
+                break
+        self.show(done=True)
+
+    def show(self, done: bool = False) -> None:
+        if not done and time.monotonic() - self.shown_at < (0.2 if self.live else 10.0):
+            return
+        self.shown_at = time.monotonic()
+        line = f"read {format_count(self.num_documents)} documents, {format_count(self.num_chars)} characters"
+        if self.live:
+            print(f"\r\x1b[K{line}", end="\n" if done else "", flush=True)
+        else:
+            print(line, flush=True)
+        if done:
+            print(f"merging up to a vocabulary of {self.config.vocab_size:,} ...", flush=True)
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train, save, measure; returns the figures for the report (and prints them)."""
+    base_dir = get_base_dir()
+    corpus = resolve_corpus(config.data, base_dir)
+    print(f"training a tokenizer on {corpus.name}", flush=True)
+    start = time.monotonic()
+    reading = Reading(corpus.iter_documents("train"), config)
+    tokenizer = RustBPETokenizer.train_from_iterator(reading, config.vocab_size)
+    path = tokenizer.save(base_dir / "tokenizer")
+    seconds = time.monotonic() - start
+    sample = measure(tokenizer, corpus.iter_documents("val"))
+    stage_record = {
+        "seconds": seconds,
+        "data": corpus.name,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "documents": reading.num_documents,
+        "characters": reading.num_chars,
+        "hash": tokenizer.hash,
+        **sample,
+    }
+    print(f"vocabulary of {tokenizer.get_vocab_size():,} tokens in {format_seconds(seconds)}; on validation text "
+          f"{sample['bytes_per_token']:.2f} bytes per token, {sample['megabytes_per_second']:.1f} MB/s\nsaved {path}")
+    record_stage(base_dir, "tokenizer", stage_record)
+    return stage_record
+
+
+def measure(tokenizer: RustBPETokenizer, documents: Iterable[Document]) -> dict[str, float]:
+    """Compression and speed on the first SAMPLE_CHARS of `documents`."""
+    texts: list[str] = []
+    left = SAMPLE_CHARS
+    for document in documents:
+        texts.append(document.text[:left])
+        left -= len(texts[-1])
+        if left <= 0:
+            break
+    start = time.monotonic()
+    num_tokens = sum(map(len, tokenizer.encode(texts)))
+    seconds = time.monotonic() - start
+    num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    return {"bytes_per_token": num_bytes / max(1, num_tokens),
+            "megabytes_per_second": num_bytes / 1e6 / max(1e-9, seconds)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, train."""
+    train(_cli.parse(Config, argv))
+
+
+if __name__ == "__main__":
+    _cli.run(main)

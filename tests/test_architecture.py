@@ -1,0 +1,106 @@
+"""Who may import whom, and what may happen at import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = [
+    {"common", "runtime", "schedules", "packing", "calculator", "execution"},
+    {
+        "conversation", "tokenizer", "dataset", "dataloader", "flash_attention", "gpt", "gpt_config", "loss_head",
+        "optim", "scaling", "convert", "textfiles", "download", "batches", "document_order", "lanes",
+        "conversation_loader",
+    },
+    {
+        "checkpoint_manager", "checkpoint_folder", "tensor_file", "engine", "kv_cache", "sampling", "loss_eval",
+        "core_eval", "trainer", "session", "export", "report", "report_html", "report_view",
+    },
+    {"server"},
+]  # fmt: skip
+LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted(p for p in (ROOT / folder).rglob("*.py") if p.name != "__init__.py")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything `path` imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def inner(names: set[str], package: str) -> set[str]:
+    return {n.split(".")[1] for n in names if n.startswith(package + ".")}
+
+
+@pytest.mark.parametrize("path", modules("nanochat"), ids=lambda p: p.stem)
+def test_imports_run_down_the_layers(path: Path) -> None:
+    names = imports(path)
+    assert path.stem in LAYER_OF, f"{path.stem} has no layer: give it one"
+    assert not {n for n in names if n.split(".")[0] in ("tasks", "scripts", "bench")}
+    for other in inner(names, "nanochat") & set(LAYER_OF):
+        assert LAYER_OF[other] <= LAYER_OF[path.stem], f"{path.stem} imports {other}, which stands above it"
+
+
+def test_who_must_not_know_whom() -> None:
+    def known(name: str) -> set[str]:
+        return inner(imports(ROOT / "nanochat" / f"{name}.py"), "nanochat")
+
+    assert not known("gpt") & {"optim", "trainer", "engine"}
+    assert not known("trainer") & {"loss_eval", "core_eval", "engine", "report", "session", "checkpoint_manager"}
+    assert not known("engine") & {"checkpoint_manager", "server"}
+
+
+@pytest.mark.parametrize("path", modules("tasks"), ids=lambda p: p.stem)
+def test_tasks_know_no_scripts(path: Path) -> None:
+    assert not {n for n in imports(path) if n.split(".")[0] == "scripts"}
+
+
+@pytest.mark.parametrize("path", modules("scripts"), ids=lambda p: p.stem)
+def test_no_script_imports_a_script(path: Path) -> None:
+    for other in inner(imports(path), "scripts"):
+        assert other.startswith("_"), f"{path.stem} imports the script {other}"
+
+
+def test_only_common_and_runtime_read_the_environment() -> None:
+    for path in modules("nanochat") + modules("tasks"):
+        text = path.read_text(encoding="utf-8")
+        if path.stem not in ("common", "runtime"):
+            assert "os.environ" not in text and "getenv" not in text, path
+
+
+def test_nothing_loads_pickles() -> None:
+    for folder in ("nanochat", "tasks", "scripts", "bench"):
+        for path in modules(folder):
+            names = imports(path)
+            assert not names & {"pickle", "dill", "joblib", "cloudpickle"}, path
+            assert "torch.load(" not in path.read_text(encoding="utf-8"), path
+
+
+def test_imports_have_no_effects() -> None:
+    """Importing every module reads no argument, makes no folder, touches no device, opens no socket."""
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for f in ("nanochat", "tasks", "scripts") for p in modules(f)]
+    code = f"""
+import sys, socket, os, importlib
+sys.argv = ["x", "--nonsense"]
+os.environ["NANOCHAT_BASE_DIR"] = "/nonexistent/never"
+def refuse(*a, **k): raise RuntimeError("socket at import")
+socket.socket.connect = refuse
+import torch
+threads = torch.get_num_threads()
+for name in {names!r}:
+    importlib.import_module(name)
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+assert torch.get_num_threads() == threads and "matplotlib" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,222 @@
+"""The calculator against Python's own arithmetic, and against people who mean it harm."""
+
+import random
+import threading
+import time
+import tracemalloc
+from fractions import Fraction
+
+import pytest
+
+from nanochat.calculator import MAX_SOURCE_CHARS, use_calculator
+
+
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        ("2+3*4", 14),
+        ("(2+3)*4", 20),
+        ("1,234+5", 1239),
+        ("1,234,567 * 2", 2469134),
+        ("  12 - 30 ", -18),
+        ("-5 + +3", -2),
+        ("7 // 2", 3),
+        ("-7 // 2", -4),
+        ("7 % 3", 1),
+        ("2**10", 1024),
+        ("2**-1", 0.5),
+        ("2**100", 1267650600228229401496703205376),
+        ("10/4", 2.5),
+        ("84/7", 12),
+        ("0.1+0.2", 0.3),
+        ("1/3", 0.333333333333),
+        (".5*10", 5),
+        ("1e3+1", 1001),
+        ("3.0", 3),
+        ('"strawberry".count("r")', 3),
+        ("'strawberry'.count('rr')", 1),
+        ('" strawberry".count("r")', 3),
+        ('"été".count("é") + 1', 3),
+        ('"1,234".count(",")', 1),
+        ('"a(b)".count("(") * 2', 2),
+        ('"abc".count("z")', 0),
+    ],
+)
+def test_values(source: str, value: int | float) -> None:
+    result = use_calculator(source)
+    assert result == value
+    assert str(result) == str(value)  # what the model is shown
+
+
+def test_agrees_with_exact_fractions() -> None:
+    rng = random.Random(7)
+    for _ in range(300):
+        numbers = [rng.randint(1, 999) for _ in range(4)]
+        a, b, c, d = numbers
+        exact = Fraction(a) + Fraction(b) * c / d - a
+        result = use_calculator(f"{a}+{b}*{c}/{d}-{a}")
+        assert result == pytest.approx(float(exact), rel=1e-9, abs=1e-6)
+        if exact.denominator == 1:
+            assert isinstance(result, int)
+
+
+HOSTILE = [
+    "",
+    " ",
+    "'a'.ljust(10**9)",
+    "'a'*10**9",
+    "'a'.count('a'*10**9)",
+    "('a'*10).count('a')",
+    "9**9**9",
+    "9**9**9**9",
+    "2**100000",
+    "(2**500)**(2**9)",
+    "10**200*10**200",
+    "(10**100)**10**2",
+    "2**0.5**1e400",
+    "1e308*10",
+    "1e400",
+    "-1e400",
+    "1e308*10-1e308*10",
+    "1/0",
+    "1//0",
+    "1%0",
+    "1.0%0",
+    "0**-1",
+    "(-8)**0.5",
+    "1<<1000000",
+    "~1",
+    "1|2",
+    "1@2",
+    "not 1",
+    "1 if 1 else 2",
+    "1<2",
+    "nan",
+    "inf",
+    "float('nan')",
+    "True",
+    "None",
+    "...",
+    "1j",
+    "0x10",
+    "x",
+    "__import__('os').system('true')",
+    "().__class__.__bases__[0].__subclasses__()",
+    "'a'.__class__",
+    "'a'.count.__self__",
+    "'a'.count",
+    "'a'.count()",
+    "'a'.count('a', 0)",
+    "'a'.count(*'a')",
+    "'a'.count(sub='a')",
+    "'a'.count(1)",
+    "(1).count('a')",
+    "'a'.count('a').count('a')",
+    "'a'.upper()",
+    "'%1000000000d' % 5",
+    "'{:>1000000000}'.format(1)",
+    "'a'+'b'",
+    "'abc'",
+    "f'{1}'",
+    "f'{9**9**9}'.count('1')",
+    "b'a'.count(b'a')",
+    "lambda: 1",
+    "(x:=1)",
+    "[1]*10",
+    "[i for i in range(9)]",
+    "{1:2}",
+    "(1,2)",
+    "1,2",
+    "1,23",
+    "print(1)",
+    "eval('1')",
+    "exec('1')",
+    "open('/etc/passwd').read().count('r')",
+    "1;2",
+    "1\n2",
+    "1 # comment",
+    "import os",
+    "١+٢",
+    "２+３",
+    "2²",
+    "1\x00+1",
+    "'a\x00'.count('a')",
+    "'\\x61'.count('a')",
+    "'\\d'.count('d')",
+    "\ud800",
+    "'\ud800'.count('a')",
+    "1if 1else 2",
+    "1__0",
+    "1_",
+    "0777",
+    "1.2.3",
+    "12+7=",
+    "2+",
+    "(",
+    ")",
+    "'",
+    "'a'.count('a",
+    "(" * 10_000 + "1" + ")" * 10_000,
+    "(" * 250 + "1" + ")" * 250,
+    "-" * 500 + "1",
+    "+".join("1" * 200),
+    "1+" * 10_000 + "1",
+    "9" * 300,
+    "9" * 10_000,
+    "1" + "0" * 400 + ".0",
+    "'" + "a" * 10_000_000 + "'.count('a')",
+    "2**" * 100 + "2",
+    "1e-400**-1",
+    "0.1**-400",
+]
+
+
+@pytest.mark.parametrize("source", HOSTILE, ids=lambda source: ascii(source)[:40])
+def test_refuses(source: str) -> None:
+    assert use_calculator(source) is None
+
+
+def test_refusing_costs_neither_time_nor_memory() -> None:
+    tracemalloc.start()
+    began = time.perf_counter()
+    for source in HOSTILE:
+        use_calculator(source)
+    seconds = time.perf_counter() - began
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds < 1.0
+    assert peak_bytes < 4 * 2**20
+
+
+@pytest.mark.parametrize("source", [None, 12, b"1+1", ["1"], object()])
+def test_what_is_not_text_is_refused(source: object) -> None:
+    assert use_calculator(source) is None  # type: ignore[arg-type]
+
+
+def test_random_garbage_never_raises() -> None:
+    rng = random.Random(3)
+    alphabet = "0123456789+-*/%().,eE_ '\"count\t" + "\\\n\x00é²λ{}[]:=fb"
+    for _ in range(5000):
+        source = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 30)))
+        assert isinstance(use_calculator(source), int | float | None)
+
+
+def test_the_longest_source() -> None:
+    count = '"' + "r" * (MAX_SOURCE_CHARS - len('"".count("r")')) + '".count("r")'
+    assert len(count) == MAX_SOURCE_CHARS
+    assert use_calculator(count) == count.count("r") - 1
+    assert use_calculator(count + " ") is None
+
+
+def test_works_in_any_thread_and_deep_in_the_stack() -> None:
+    results: list[object] = []
+
+    def deep(levels: int) -> object:
+        return use_calculator("2+3*4") if levels == 0 else deep(levels - 1)
+
+    threads = [threading.Thread(target=lambda: results.append(deep(600))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [14] * 8

@@ -1,0 +1,254 @@
+"""Rendering is checked against the published implementation's ids and against a spelled-out template."""
+
+import base64
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat import conversation as conv
+from nanochat.common import SPECIAL_TOKENS, UserError
+from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer
+
+GOLDEN = json.loads((Path(__file__).parent / "goldens" / "conversations.json").read_text(encoding="utf-8"))
+
+
+class Spelled:
+    """A tokenizer of one id per character, special tokens below zero: ids can be read back as a template."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def encode_special(self, name: str) -> int:
+        return -1 - SPECIAL_TOKENS.index(name)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(SPECIAL_TOKENS[-1 - i] if i < 0 else chr(i) for i in ids)
+
+
+SPELLED = Spelled()
+TOOL_ANSWER = [
+    {"type": "text", "text": "Let me see. "},
+    {"type": "python", "text": "2+2"},
+    {"type": "python_output", "text": "4"},
+    {"type": "text", "text": "It is 4."},
+]
+
+
+def talk(*contents: object, system: str | None = None) -> dict:
+    """A conversation of alternating turns, the user first."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return {"messages": messages}
+
+
+def spell(ids: Sequence[int]) -> str:
+    return SPELLED.decode(ids).replace("<|", "<").replace("|>", ">")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Rendering
+
+
+@pytest.fixture(scope="module")
+def published_tokenizer() -> RustBPETokenizer:
+    """The golden's vocabulary. Tokens that its texts never pass through are bytes that no text contains."""
+    known = {rank: base64.b64decode(token) for rank, token in GOLDEN["merges"]}
+    known |= {value: bytes([value]) for value in range(256)}
+    unreachable = (b"\xff\xfe%d" % rank for rank in range(GOLDEN["num_ranks"]))
+    tokens = [known.get(rank, filler) for rank, filler in enumerate(unreachable)]
+    return RustBPETokenizer(GOLDEN["pattern"], tokens, list(GOLDEN["special_tokens"]))
+
+
+@pytest.mark.parametrize("case", GOLDEN["conversations"])
+def test_equal_to_the_published_implementation(published_tokenizer: RustBPETokenizer, case: dict) -> None:
+    assert GOLDEN["pattern"] == SPLIT_PATTERN
+    assert published_tokenizer.special_ids == GOLDEN["special_tokens"]
+    before = copy.deepcopy(case)
+    assert conv.render(published_tokenizer, case["conversation"]) == (case["ids"], case["mask"])
+    assert published_tokenizer.render_conversation(case["conversation"]) == (case["ids"], case["mask"])
+    assert published_tokenizer.render_for_completion(case["conversation"]) == case["completion_ids"]
+    assert case == before, "rendering must not change its input"
+
+
+def test_template_and_mask_spelled_out() -> None:
+    ids, mask = conv.render(SPELLED, talk("2+2?", TOOL_ANSWER, "Thanks", "Bye", system="Be brief."))
+    assert spell(ids) == (
+        "<bos><user_start>Be brief.\n\n2+2?<user_end>"
+        "<assistant_start>Let me see. <python_start>2+2<python_end><output_start>4<output_end>It is 4.<assistant_end>"
+        "<user_start>Thanks<user_end><assistant_start>Bye<assistant_end>"
+    )
+    supervised = "".join(spell([i]) if m else "·" for i, m in zip(ids, mask))
+    assert [run for run in supervised.split("·") if run] == [
+        "Let me see. <python_start>2+2<python_end>", "It is 4.<assistant_end>", "Bye<assistant_end>"]  # fmt: skip
+
+
+def test_prompt_ends_where_the_assistant_begins() -> None:
+    asked = talk("Hi", "Hello", "Who?", system="S")
+    expected = ("<bos><user_start>S\n\nHi<user_end><assistant_start>Hello<assistant_end>"
+                "<user_start>Who?<user_end><assistant_start>")  # fmt: skip
+    assert spell(conv.render_prompt(SPELLED, asked["messages"])) == expected
+    answered = talk("Hi", "Hello", "Who?", "Me.", system="S")
+    assert spell(conv.render_prompt(SPELLED, answered["messages"])) == expected, "the answer asked for is left out"
+    with pytest.raises(ValueError, match="no user message"):
+        conv.render_prompt(SPELLED, [{"role": "system", "content": "S"}])
+
+
+def test_max_tokens_cuts_hard() -> None:
+    whole_ids, whole_mask = conv.render(SPELLED, talk("Hi", "Hello"))
+    for length in range(len(whole_ids) + 3):
+        assert conv.render(SPELLED, talk("Hi", "Hello"), length) == (whole_ids[:length], whole_mask[:length])
+
+
+texts = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(SPECIAL_TOKENS)), max_size=3).map("".join)
+parts = st.fixed_dictionaries({"type": st.sampled_from(list(conv.PART_TOKENS)), "text": texts})
+answers = st.one_of(texts, st.lists(parts, min_size=1, max_size=4))
+exchanges = st.lists(st.tuples(texts, answers), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=60, database=None)
+@given(exchanges=exchanges, system=st.one_of(st.none(), texts))
+def test_nobody_can_forge_a_turn(tokenizer: RustBPETokenizer, exchanges: list, system: str | None) -> None:
+    contents = [content for exchange in exchanges for content in exchange]
+    ids, mask = conv.render(tokenizer, talk(*contents, system=system))
+    assert len(ids) == len(mask)
+    special = [tokenizer.decode([i]) for i in ids if i >= tokenizer.encode_special("<|bos|>")]
+    expected = ["<|bos|>"]
+    for question_and_answer in exchanges:
+        answer = question_and_answer[1]
+        tools = [p["type"] for p in answer if p["type"] != "text"] if isinstance(answer, list) else []
+        names = [name for kind in tools for name in (conv.PART_TOKENS[kind][0], conv.PART_TOKENS[kind][1])]
+        expected += ["<|user_start|>", "<|user_end|>", "<|assistant_start|>", *names, "<|assistant_end|>"]
+    assert special == expected, "special tokens are those of the structure, whatever people type"
+    spoken = b"".join(tokenizer.decode_bytes([i]) for i, m in zip(ids, mask) if m).decode("utf-8")
+    assert spoken == "".join(spoken_text(answer) + "<|assistant_end|>" for _, answer in exchanges)
+
+
+def spoken_text(content: str | list[dict]) -> str:
+    if isinstance(content, str):
+        return content
+    wrap = {"text": "{}", "python": "<|python_start|>{}<|python_end|>", "python_output": ""}
+    return "".join(wrap[part["type"]].replace("{}", part["text"]) for part in content)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> RustBPETokenizer:
+    return RustBPETokenizer.train_from_iterator(["user assistant start end python output hello <|bos|>"] * 3, 280)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading an answer back
+
+
+@pytest.mark.parametrize("content", ["", "Hello 😀", TOOL_ANSWER, TOOL_ANSWER[1:3], [{"type": "python", "text": ""}]])
+def test_parse_answer_is_the_inverse_of_rendering(content: object) -> None:
+    prompt = conv.render_prompt(SPELLED, talk("Q")["messages"])
+    ids, _ = conv.render(SPELLED, talk("Q", content))
+    assert conv.parse_answer(SPELLED, ids[len(prompt):]) == content
+    assert conv.parse_answer(SPELLED, ids[len(prompt):-1]) == content, "with or without the end token"
+
+
+def test_text_parts_alone_are_a_string() -> None:
+    assert conv.parse_answer(SPELLED, SPELLED.encode("ab")) == "ab"
+    stray = [SPELLED.encode_special("<|user_start|>"), ord("a"), SPELLED.encode_special("<|python_end|>"), ord("b")]
+    assert conv.parse_answer(SPELLED, stray) == "ab"
+
+
+@settings(deadline=None, max_examples=100, database=None)
+@given(st.lists(st.one_of(st.integers(-9, -1), st.integers(97, 99)), max_size=12))
+def test_parse_answer_takes_whatever_a_model_says(ids: list[int]) -> None:
+    content = conv.parse_answer(SPELLED, ids)
+    conv.validate_conversation(talk("Q", content))
+    assert spell([-1]) not in str(content)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checking
+
+
+@pytest.mark.parametrize(("wrong", "reason"), [
+    (None, "not null"),
+    ([], "not list"),
+    ({}, "needs 'messages'; found nothing"),
+    ({"text": "x"}, "found 'text'"),
+    ({"messages": "hi"}, "must be a list"),
+    ({"messages": []}, "is empty"),
+    ({"messages": ["hi"]}, "message 1 must be an object"),
+    ({"messages": [{"role": "user"}]}, "message 1 has no 'content'"),
+    ({"messages": [{"content": "x"}]}, "message 1 has no 'role'"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "message 1 must have role 'user'"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 must have role 'user', not 'tool'"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 must have role 'user'"),
+    ({"messages": [*talk("x")["messages"], *talk("y")["messages"]]}, "message 2 must have role 'assistant'"),
+    ({"messages": [*talk("x", "y")["messages"], {"role": "system", "content": "s"}]}, "message 3 must have"),
+    (talk(None), "message 1: the content of a user message must be a string, not null"),
+    (talk(TOOL_ANSWER), "message 1: the content of a user message must be a string"),
+    (talk("x", 5), "message 2: content must be a string or a list of parts"),
+    (talk("x", []), "message 2: the list of parts is empty"),
+    (talk("x", ["y"]), "message 2: part 1 must be an object"),
+    (talk("x", [{"type": "text"}]), "part 1 must be an object with 'type' and a string 'text'"),
+    (talk("x", [TOOL_ANSWER[0], {"type": "image", "text": ""}]), "part 2 has type 'image'; allowed: text, python"),
+])  # fmt: skip
+def test_mistakes_are_named(wrong: object, reason: str) -> None:
+    with pytest.raises(ValueError) as error:
+        conv.validate_conversation(wrong)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_training_needs_an_answer() -> None:
+    conv.validate_conversation(talk("x", system="s"))
+    conv.validate_conversation(talk("x", "y", "z"), for_training=True)
+    for lacking in (talk("x"), talk("x", system="s"), talk(system="s")):
+        with pytest.raises(ValueError, match="no assistant message"):
+            conv.validate_conversation(lacking, for_training=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Fitting into a length
+
+
+def rendered_length(conversation: dict) -> int:
+    return len(conv.render(SPELLED, conversation)[0])
+
+
+@pytest.mark.parametrize("system", [None, "system"])
+@pytest.mark.parametrize("contents", [("a", "bb"), ("aaaaaa", TOOL_ANSWER, "c"), ("a", "bb", "ccc", "dddd", "e", "f")])
+def test_truncate_turns_keeps_all_early_exchanges_that_fit(system: str | None, contents: tuple) -> None:
+    whole = {**talk(*contents, system=system), "source": "kept"}
+    for limit in range(rendered_length(whole) + 2):
+        candidates = [talk(*contents[:n], system=system) for n in range(2, len(contents) + 1, 2)]
+        fitting = [candidate for candidate in candidates if rendered_length(candidate) <= limit]
+        got = conv.truncate_turns(SPELLED, whole, limit)
+        assert got == ({**fitting[-1], "source": "kept"} if fitting else None)
+
+
+def test_a_conversation_that_fits_is_not_touched_and_a_lone_question_is_nothing() -> None:
+    whole = talk("a", "b")
+    assert conv.truncate_turns(SPELLED, whole, rendered_length(whole)) is whole
+    assert conv.truncate_turns(SPELLED, talk("a"), 1000) is None
+    assert conv.truncate_turns(SPELLED, talk(system="s"), 1000) is None
+    assert conv.truncate_turns(SPELLED, talk("a" * 5000, "b"), 100) is None, "longer than any row: must not clog"
+
+
+@pytest.mark.parametrize("system", [None, "be so brief"])
+def test_drop_oldest_turns_keeps_all_late_exchanges_that_fit(system: str | None) -> None:
+    contents = ["first", "answer", "q", TOOL_ANSWER, "third question", "yes", "last"]
+    messages = talk(*contents, system=system)["messages"]
+    candidates = [talk(*contents[start:], system=system)["messages"] for start in range(0, len(contents), 2)]
+    lengths = [len(conv.render_prompt(SPELLED, candidate)) for candidate in candidates]
+    for limit in range(lengths[-1], lengths[0] + 3):
+        expected = next(candidate for candidate, length in zip(candidates, lengths) if length <= limit)
+        assert conv.drop_oldest_turns(SPELLED, messages, limit) == expected
+    with pytest.raises(UserError, match=f"takes {lengths[-1]} tokens and only {lengths[-1] - 1} fit"):
+        conv.drop_oldest_turns(SPELLED, messages, lengths[-1] - 1)
+
+
+def test_drop_oldest_turns_wants_a_question_last() -> None:
+    with pytest.raises(ValueError, match="must have role 'user', not 'assistant'"):
+        conv.drop_oldest_turns(SPELLED, talk("a", "b")["messages"], 100)

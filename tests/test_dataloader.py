@@ -1,0 +1,486 @@
+"""The pretraining loader: no token lost, exact resumption, and the same global batch for any number of processes."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat import document_order, lanes
+from nanochat.batches import Prefetcher, seeded_rng
+from nanochat.common import UserError
+from nanochat.dataloader import PretrainLoader, tokenizing_distributed_data_loader_with_state_bos_bestfit
+from nanochat.dataset import resolve_corpus
+from nanochat.document_order import Cursor, DocumentOrder, cut
+from nanochat.lanes import LanePacker
+from nanochat.tensor_file import tensor_chunks, write_file
+from nanochat.textfiles import Document
+from nanochat.tokenizer import RustBPETokenizer
+
+BOS = 99_999
+
+
+class FakeCorpus:
+    """Blocks of documents. A document "17:5" is the 5 tokens 1700 to 1704, so that each token is known by sight."""
+
+    name = "fake"
+
+    def __init__(self, block_sizes, longest=40, seed=0):
+        rng, number = np.random.default_rng(seed), 0
+        self.blocks = []
+        for size in block_sizes:
+            lengths = rng.integers(1, longest + 1, size)
+            self.blocks.append([f"{number + i}:{length}" for i, length in enumerate(lengths)])
+            number += size
+        self.fingerprint = f"{block_sizes} {longest} {seed}"
+        self.reads = Counter()
+
+    def num_blocks(self, split):
+        return len(self.blocks)
+
+    def read_block(self, split, index):
+        self.reads[index] += 1
+        return [Document(text, "fake") for text in self.blocks[index]]
+
+    @property
+    def texts(self):
+        return [text for block in self.blocks for text in block]
+
+
+class FakeTokenizer:
+    def encode(self, texts, num_threads=1):
+        return [tokens_of(text) for text in texts]
+
+    def get_bos_token_id(self):
+        return BOS
+
+    def get_vocab_size(self):
+        return BOS + 1
+
+
+def tokens_of(text):
+    number, length = map(int, text.split(":"))
+    return [100 * number + i for i in range(length)]
+
+
+def make_loader(corpus=None, T=16, rows=8, **settings):
+    return PretrainLoader(corpus or FakeCorpus([7, 0, 12, 3, 9]), FakeTokenizer(), sequence_len=T, rows_per_step=rows,
+                          **settings)  # fmt: skip
+
+
+def take_rows(loader, steps):
+    """The rows of T+1 of each step, (steps, N, T+1), having checked that targets are inputs moved by one."""
+    rows = []
+    for _ in range(steps):
+        batch = loader.next_batch()
+        assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+        assert batch.inputs.is_contiguous() and batch.targets.is_contiguous() and batch.weights is None
+        assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+        rows.append(torch.cat([batch.inputs, batch.targets[:, -1:]], 1).numpy())
+    loader.close()
+    return np.array(rows)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What rows hold
+
+
+def test_rows_are_full_and_start_with_bos():
+    rows = take_rows(make_loader(T=16, rows=8), 20)
+    assert rows.shape == (20, 8, 17)
+    assert (rows[:, :, 0] == BOS).all()
+
+
+def test_rows_hold_documents_as_they_are():
+    """Between one bos and the next stands a run of one document's tokens, from its start or after a crop."""
+    for row in take_rows(make_loader(), 20).reshape(-1, 17):
+        starts = np.flatnonzero(row == BOS)
+        for start, end in pairwise([*starts, len(row)]):
+            run = row[start + 1 : end]
+            assert (np.diff(run) == 1).all()
+            assert len(set(run // 100)) <= 1
+
+
+@pytest.mark.parametrize("T", [2, 3, 16, 100])
+def test_no_token_is_lost_or_repeated(T):
+    """In rows or still waiting: exactly the tokens of the documents read, as often as they were read."""
+    corpus = FakeCorpus([7, 0, 12, 3, 9])
+    order = DocumentOrder(corpus, "train", num_lanes=2, own_lanes=2, seed=0)
+    read, take = Counter(), order.take
+
+    def spy(*args):
+        texts, cursor = take(*args)
+        for text in texts:
+            read.update(tokens_of(text.text))
+        return texts, cursor
+
+    order.take = spy
+    packer = LanePacker(order, FakeTokenizer(), [0, 1], sequence_len=T, num_threads=1)
+    seen = Counter()
+    rows, _ = packer.next_rows(3000 // T)
+    seen.update(rows[rows != BOS].tolist())
+    for state in packer.states():
+        for piece in state.pieces:
+            seen.update(piece.ids.tolist())
+    assert seen == read
+    assert set(read) == {token for text in corpus.texts for token in tokens_of(text)}
+
+
+def test_every_token_is_a_target():
+    """An epoch and a bit: what was in an epoch's rows was also a target, crops and all."""
+    corpus = FakeCorpus([40], longest=90)
+    loader = make_loader(corpus, T=16, rows=2)
+    targets = np.concatenate([loader.next_batch().targets.numpy().ravel() for _ in range(300)])
+    loader.close()
+    assert set(targets.tolist()) - {BOS} == {token for text in corpus.texts for token in tokens_of(text)}
+
+
+def test_the_share_of_cropped_documents():
+    """Documents of 10 tokens with bos in rows of 15: one whole, one cropped; its tail of 6 joins a whole one, ..."""
+    corpus = FakeCorpus([0])
+    corpus.blocks = [[f"{i}:9" for i in range(50)]]
+    loader = make_loader(corpus, T=14, rows=1)
+    rows = take_rows(loader, 8).reshape(8, 15)
+    stats = loader.stats()
+    first, cropped = set(), set()
+    for row in rows:
+        starts = np.flatnonzero(row == BOS)
+        for start, end in pairwise([*starts, len(row)]):
+            run = row[start + 1 : end]
+            if len(run) and run[0] % 100 == 0:
+                first.add(run[0])
+                cropped |= {run[0]} if len(run) < 9 else set()
+    assert stats["documents"] == len(first)
+    assert stats["cropped_share"] == pytest.approx(len(cropped) / len(first))
+    assert 0 < stats["cropped_share"] < 1
+    assert (stats["tokens"], stats["rows"]) == (8 * 14, 8)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Order
+
+
+def read_epochs(corpus, num_lanes, epochs, **settings):
+    """The documents of each epoch, by reading each lane until it is past them."""
+    order = DocumentOrder(corpus, "train", num_lanes=num_lanes, own_lanes=num_lanes, **{"seed": 0, **settings})
+    found = [[] for _ in range(epochs)]
+    for lane in range(num_lanes):
+        cursor = Cursor()
+        while cursor.epoch < epochs:
+            texts, cursor = order.take(lane, cursor, 4, 10**6)
+            assert len({text.epoch for text in texts}) == 1
+            if texts[0].epoch < epochs:
+                found[texts[0].epoch] += [text.text for text in texts]
+    return found
+
+
+@pytest.mark.parametrize("sizes", [[7, 0, 12, 3, 9], [1], [2, 0], [3] * 40, [50]])
+@pytest.mark.parametrize("num_lanes", [1, 4])
+def test_every_epoch_is_the_whole_corpus_in_another_order(sizes, num_lanes):
+    """Not the tail of the first epoch again, and not one pass only."""
+    corpus = FakeCorpus(sizes)
+    epochs = read_epochs(corpus, num_lanes, 3)
+    assert all(sorted(epoch) == sorted(corpus.texts) for epoch in epochs)
+    if sum(sizes) > 20:
+        assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_without_shuffling_one_lane_reads_in_file_order():
+    corpus = FakeCorpus([7, 0, 12, 3, 9])
+    assert read_epochs(corpus, 1, 2, shuffle=False) == [corpus.texts, corpus.texts]
+
+
+def test_a_block_is_shared_by_many_lanes():
+    corpus = FakeCorpus([400])
+    order = DocumentOrder(corpus, "train", num_lanes=8, own_lanes=8, seed=0)
+    firsts = [order.take(lane, Cursor(), 50, 10**6)[0] for lane in range(8)]
+    assert all(len(texts) >= 40 for texts in firsts)
+    assert len({text.text for texts in firsts for text in texts}) == sum(map(len, firsts))
+
+
+def test_seeds():
+    same, again, other, minus = (take_rows(make_loader(seed=seed), 4).tolist() for seed in (1, 1, 2, -1))
+    assert same == again != other
+    assert minus != same, "random.seed(-1) == random.seed(1) once mixed train and test"
+    draws = {tuple(seeded_rng(*key).integers(0, 2**62, 2)) for key in
+             [(1, 0), (1, 0, 1), (1, 1, 0), (1, 0, 0, 1), (2, 0), (1, -1), (1, 2**32), (1, 1, 1), (0, 1)]}  # fmt: skip
+    assert len(draws) == 9
+
+
+# ---------------------------------------------------------------------------------------------------
+# Any number of processes
+
+
+@pytest.mark.parametrize("rows", [4, 12])
+def test_the_global_batch_does_not_depend_on_the_number_of_processes(rows):
+    alone = take_rows(make_loader(rows=rows), 12)
+    for world_size in (2, 3, 4):
+        merged = np.zeros_like(alone)
+        for rank in range(world_size):
+            loader = make_loader(rows=rows, rank=rank, world_size=world_size)
+            mine = [j for j in range(rows) if j % loader.num_lanes % world_size == rank]
+            merged[:, mine] = take_rows(loader, 12)
+        np.testing.assert_array_equal(merged, alone)
+
+
+def test_a_state_of_two_processes_loads_in_one_three_or_four():
+    whole = take_rows(make_loader(), 12)
+    state = {}
+    for rank in range(2):
+        loader = make_loader(rank=rank, world_size=2)
+        take_rows(loader, 5)
+        state |= loader.state_dict()
+    for world_size in (1, 3, 4):
+        for rank in range(world_size):
+            loader = make_loader(rank=rank, world_size=world_size)
+            loader.load_state_dict(state)
+            mine = [j for j in range(8) if j % world_size == rank]
+            np.testing.assert_array_equal(take_rows(loader, 7), whole[5:, mine])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def test_a_restored_loader_goes_on_exactly_from_every_step():
+    """Over three epochs and their borders; the saved state is that of the batch, not of the thread ahead of it."""
+    loader = make_loader(FakeCorpus([7, 0, 5]), rows=2)
+    states, rows = [loader.state_dict()], []
+    while loader.stats()["epoch"] < 3:
+        rows.append(loader.next_batch().inputs.numpy())
+        states.append(loader.state_dict())
+    loader.close()
+    assert 20 < len(rows) < 200
+    for step in range(len(rows) - 3):
+        restored = make_loader(FakeCorpus([7, 0, 5]), rows=2)
+        restored.load_state_dict(states[step])
+        assert_same_state(restored.state_dict(), states[step])
+        for expected, state in zip(rows[step : step + 3], states[step + 1 :]):
+            np.testing.assert_array_equal(restored.next_batch().inputs.numpy(), expected)
+            assert_same_state(restored.state_dict(), state)
+        restored.close()
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert value.dtype == other[key].dtype, key
+        np.testing.assert_array_equal(value, other[key], err_msg=key)
+
+
+def test_going_back_in_the_same_loader():
+    loader = make_loader()
+    take_rows(loader, 3)
+    state = loader.state_dict()
+    ahead = take_rows(loader, 5)
+    loader.load_state_dict(state)
+    np.testing.assert_array_equal(take_rows(loader, 5), ahead)
+
+
+IN_ANOTHER_PROCESS = """
+import sys, numpy as np
+from pathlib import Path
+from nanochat.tensor_file import read_tensors
+from test_dataloader import make_loader
+loader = make_loader()
+loader.load_state_dict({name: tensor.numpy() for name, tensor in read_tensors(Path(sys.argv[1]))[0].items()})
+print(np.array([loader.next_batch().inputs.numpy() for _ in range(5)]).tolist())
+"""  # and no close(): the interpreter must end all the same
+
+
+def test_a_new_process_goes_on_from_a_file_and_exits_cleanly(tmp_path):
+    loader = make_loader()
+    take_rows(loader, 4)
+    write_file(tmp_path / "state.safetensors", tensor_chunks(loader.state_dict()))
+    ahead = take_rows(loader, 5)[:, :, :-1]
+    done = subprocess.run([sys.executable, "-W", "error", "-c", IN_ANOTHER_PROCESS, tmp_path / "state.safetensors"],
+                          cwd=__file__.rsplit("/", 1)[0], capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{ahead.tolist()}\n"
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"T": 17}, {"rows": 2}, {"corpus": FakeCorpus([8])}, {"split": "val"}])
+def test_another_runs_state_is_refused_by_name(change):
+    state = make_loader().state_dict()
+    with pytest.raises(UserError, match=r"its (seed|sequence len|lanes|data) was"):
+        make_loader(**change).load_state_dict(state)
+
+
+def test_timing_does_not_matter():
+    class Slow(FakeTokenizer):
+        def encode(self, texts, num_threads=1):
+            time.sleep(0.001 * (len(texts) % 5))
+            return super().encode(texts)
+
+    loader = PretrainLoader(FakeCorpus([7, 0, 12, 3, 9]), Slow(), sequence_len=16, rows_per_step=8)
+    np.testing.assert_array_equal(take_rows(loader, 15), take_rows(make_loader(), 15))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Odd corpora and odd sizes
+
+
+@pytest.mark.parametrize("sizes", [[1], [0, 1, 0], [2], [5, 1], [0] * 30 + [3]])
+def test_fewer_documents_than_lanes(sizes):
+    corpus = FakeCorpus(sizes)
+    rows = take_rows(make_loader(corpus, T=12, rows=32), 12)
+    assert (rows[:, :, 0] == BOS).all()
+    assert set(rows.ravel().tolist()) == {BOS} | {token for text in corpus.texts for token in tokens_of(text)}
+
+
+def test_one_document_longer_than_many_rows():
+    corpus = FakeCorpus([0])
+    corpus.blocks = [["0:95"]]
+    rows = take_rows(make_loader(corpus, T=8, rows=1), 40).reshape(40, 9)
+    assert set(rows.ravel().tolist()) == {BOS, *range(95)}
+    assert (rows == 0).sum() <= 40 / 12 + 3, "read ahead by no more than an epoch"
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [0] * 50])
+def test_no_text_is_an_error_not_an_endless_search(sizes):
+    corpus = FakeCorpus(sizes)
+    corpus.blocks = [["", ""] for _ in sizes]
+    with pytest.raises(UserError, match="no text in its train split"):
+        make_loader(corpus).next_batch()
+
+
+def test_sizes_that_do_not_go_together():
+    for settings, words in (({"T": 1}, "at least 2"), ({"rows": 0}, "at least one row"),
+                            ({"rows": 8, "num_lanes": 3}, "divide"),
+                            ({"rows": 9, "world_size": 2}, "at most 1 processes")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            make_loader(**settings)
+    assert make_loader(rows=24).num_lanes == 8
+    assert make_loader(rows=64, num_lanes=16).num_lanes == 16
+
+
+def test_blocks_are_let_go():
+    """Row groups held for ever made memory grow. Each block is read once an epoch and kept only while needed."""
+    corpus = FakeCorpus([3] * 200)
+    order = DocumentOrder(corpus, "train", num_lanes=2, own_lanes=2, seed=0)
+    cursors = [Cursor(), Cursor()]
+    while cursors[0].epoch == 0:
+        for lane in range(2):
+            _, cursors[lane] = order.take(lane, cursors[lane], 1, 10**6)
+            assert len(order._kept) <= 2
+    assert max(corpus.reads.values()) <= 2  # the next epoch has begun
+
+
+def test_kept_text_is_bounded(monkeypatch):
+    monkeypatch.setattr(document_order, "CACHE_BYTES", 2000)
+    order = DocumentOrder(FakeCorpus([10] * 20), "train", num_lanes=8, own_lanes=8, seed=0)
+    for lane in range(8):
+        order.take(lane, Cursor(), 100, 10**6)
+        assert order._kept_bytes <= 2000
+        assert order._kept_bytes == sum(size for size, _ in order._kept.values())
+
+
+def test_the_pool_of_a_lane_is_bounded():
+    loader = make_loader(FakeCorpus([300] * 3), T=64, rows=2)
+    take_rows(loader, 20)
+    most = (lanes.POOL_ROWS[1] * 65 + lanes.TAKE_DOCUMENTS * 41)
+    assert all(len(state.pieces) < 600 and sum(p.length for p in state.pieces) < most for state in loader._states)
+
+
+def test_very_long_texts_are_tokenised_in_pieces(monkeypatch):
+    monkeypatch.setattr(document_order, "LONGEST_TEXT", 20)
+    text = "Der Wind weht über das Land.\nEin Satz folgt, und " + "x" * 50 + " Ende"
+    pieces = cut(text)
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= 20 for piece in pieces)
+    assert pieces[0] == "Der Wind weht über "
+    assert cut("") == []
+    assert cut("short") == ["short"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The thread
+
+
+def test_an_error_while_reading_reaches_the_caller():
+    class Broken(FakeCorpus):
+        def read_block(self, split, index):
+            raise UserError("shard 7 is damaged")
+
+    loader = make_loader(Broken([3] * 9))
+    for _ in range(2):
+        with pytest.raises(UserError, match="shard 7"):
+            loader.next_batch()
+    loader.close()
+
+
+def prefetch_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "nanochat-prefetch"]
+
+
+def test_the_thread_ends_with_close_and_with_the_loader():
+    gc.collect()
+    before = len(prefetch_threads())
+    loader = make_loader()
+    assert len(prefetch_threads()) == before, "the thread starts with the first batch"
+    first = loader.next_batch()
+    assert len(prefetch_threads()) == before + 1
+    loader.close()
+    loader.close()
+    assert len(prefetch_threads()) == before
+    assert not torch.equal(loader.next_batch().inputs, first.inputs), "it goes on after close"
+    del loader
+    gc.collect()
+    assert len(prefetch_threads()) == before
+
+
+def test_the_prefetcher_stays_within_its_depth():
+    made = []
+    prefetcher = Prefetcher(lambda: made.append(0) or len(made), depth=3)
+    assert [prefetcher.get() for _ in range(5)] == [1, 2, 3, 4, 5]
+    time.sleep(0.05)
+    assert len(made) <= 5 + 3
+    prefetcher.close()
+
+
+# ---------------------------------------------------------------------------------------------------
+# With a real corpus and tokenizer, and under the published name
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    texts = [f"Žluťoučký kůň číslo {i}. " + "犬が走る。" * (i % 9) + "\n\nمرحبا 🦜" for i in range(150)]
+    (folder / "texts.jsonl").write_text("".join(f'{{"text": {text!r}}}\n'.replace("'", '"') for text in texts), "utf-8")
+    corpus = resolve_corpus(str(folder / "texts.jsonl"), folder / "base")
+    return corpus, RustBPETokenizer.train_from_iterator(texts, 300)
+
+
+def test_real_documents_come_back_whole(real):
+    corpus, tokenizer = real
+    loader = PretrainLoader(corpus, tokenizer, sequence_len=2048, rows_per_step=2)
+    assert loader._packer.dtype == np.uint16
+    found = set()
+    while loader.stats()["epoch"] < 3:
+        for row in loader.next_batch().inputs.tolist():
+            found |= set(tokenizer.decode(row).split("<|bos|>"))
+    loader.close()
+    assert {document.text for document in corpus.iter_documents("train")} <= found
+    assert not {document.text for document in corpus.iter_documents("val")} & found
+
+
+def test_the_published_loader(real):
+    corpus, tokenizer = real
+    make = tokenizing_distributed_data_loader_with_state_bos_bestfit
+    loader = make(tokenizer, 3, 32, "train", corpus=corpus)
+    batches = [next(loader) for _ in range(6)]
+    loader.close()
+    assert not prefetch_threads()
+    inputs, targets, state = batches[2]
+    assert inputs.shape == targets.shape == (3, 32)
+    resumed = make(tokenizer, 3, 32, "train", corpus=corpus, resume_state_dict=state)
+    for inputs, targets, _ in batches[3:]:
+        again = next(resumed)
+        assert torch.equal(again[0], inputs) and torch.equal(again[1], targets)
+    resumed.close()

@@ -1,0 +1,212 @@
+"""Every attention backend against the definition, written out in float64."""
+
+import functools
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanochat import flash_attention
+from nanochat.flash_attention import attend_at_positions, choose_backend, flash_attn, flash_attn_func
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = -1) -> torch.Tensor:
+    """softmax(q k' / sqrt(D)) v over the keys t-window .. t, all pairs at once, in float64."""
+    T, H, D = q.shape[1:]
+    repeat = H // k.size(2)
+    q, k, v = q.double(), k.double().repeat_interleave(repeat, 2), v.double().repeat_interleave(repeat, 2)
+    seen = [[t - (T if window < 0 else window) <= s <= t for s in range(T)] for t in range(T)]
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / D**0.5
+    weights = scores.masked_fill(~torch.tensor(seen), -float("inf")).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
+
+
+def random_qkv(
+    B: int, T: int, H: int, G: int, D: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, T, heads, D, generator=generator, dtype=torch.float64).to(dtype) for heads in (H, G, G)]
+
+
+# Lengths around the blocks of 64 and 128 queries, windows from nothing but oneself to more than everything.
+SHAPES = [(1, -1), (1, 0), (5, 2), (63, 7), (64, 64), (65, 0), (65, 1), (128, 63), (129, 65), (150, -1), (150, 149),
+          (150, 5000), (200, 128), (290, 256), (290, 257)]  # fmt: skip
+
+
+@pytest.mark.parametrize("T, window", SHAPES)
+def test_blocked_matches_the_definition_and_its_gradients(T: int, window: int) -> None:
+    heads = [(4, 4), (4, 2), (3, 1)][T % 3]
+    tensors = [x.requires_grad_() for x in random_qkv(2, T, *heads, D=6)]
+    copies = [x.detach().clone().requires_grad_() for x in tensors]
+    out, wanted = flash_attn_func(*tensors, window_size=(window, 0)), reference(*copies, window)
+    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
+    weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((out * weights).sum(), tensors)
+    wanted_grads = torch.autograd.grad((wanted * weights).sum(), copies)
+    torch.testing.assert_close(grads, wanted_grads, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_blocked_in_working_precision(dtype: torch.dtype, tolerance: float) -> None:
+    q, k, v = random_qkv(2, 140, 4, 2, 16, dtype)
+    out = flash_attn_func(q, k, v, window_size=(50, 0))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), reference(q, k, v, 50), rtol=tolerance, atol=tolerance)
+
+
+def test_windowed_blocks_pass_gradcheck() -> None:
+    tensors = [x.requires_grad_() for x in random_qkv(1, 5, 2, 1, 2)]
+    assert torch.autograd.gradcheck(functools.partial(flash_attn_func, window_size=(2, 0)), tensors)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = random_qkv(1, 70, 2, 2, 8, torch.float32)
+    out = flash_attn_func(q * 1e3, k * 1e3, v)
+    torch.testing.assert_close(out.double(), reference(q * 1e3, k * 1e3, v), rtol=1e-3, atol=1e-3)
+
+
+class Watch(TorchDispatchMode):
+    """While open, remembers the largest rows x columns of any tensor made, and how many products were summed up."""
+
+    largest = products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "bmm" in func.__name__:
+            a, b = args[-2:]
+            self.products += a.numel() * b.size(-1)
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor) and x.dim() >= 2:
+                self.largest = max(self.largest, x.size(-1) * x.size(-2))
+        return out
+
+
+@pytest.mark.parametrize("window", [64, 1024])
+def test_no_mask_of_all_pairs_is_ever_built(window: int) -> None:
+    T = 1024
+    tensors = [x.requires_grad_() for x in random_qkv(1, T, 1, 1, 4, torch.float32)]
+    with Watch() as seen:
+        flash_attn_func(*tensors, window_size=(window, 0)).sum().backward()
+    assert seen.largest <= 128 * T < T * T
+
+
+def test_cost_falls_with_the_window() -> None:
+    def products(window: int) -> int:
+        tensors = [x.requires_grad_() for x in random_qkv(1, 1024, 1, 1, 4, torch.float32)]
+        with Watch() as seen:
+            flash_attn_func(*tensors, window_size=(window, 0)).sum().backward()
+        return seen.products
+
+    full = products(1024)
+    assert full >= 5 * 4 * 1024**2 / 2  # forward 2, backward 3, over the lower triangle
+    assert products(256) < 0.65 * full and products(64) < 0.25 * full
+
+
+# ---------------------------------------------------------------------------------------------------
+# Backends that need other hardware: their wiring
+
+
+@pytest.fixture
+def flex_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """flex_attention's own slow path, which runs anywhere: the same mask and layout, no compiler."""
+    monkeypatch.setattr(torch, "compile", lambda kernel: kernel)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    flash_attention._flex_parts.cache_clear()
+    yield
+    flash_attention._flex_parts.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention.*")
+@pytest.mark.parametrize("T, window, G", [(150, 40, 2), (128, 5000, 4), (129, 0, 1)])
+def test_flex_sees_the_same_keys(flex_in_eager_mode: None, T: int, window: int, G: int) -> None:
+    q, k, v = random_qkv(2, T, 4, G, 16, torch.float32)
+    out = flash_attention.BACKENDS["flex"](q, k, v, window)
+    torch.testing.assert_close(out.double(), reference(q, k, v, window), rtol=1e-5, atol=1e-5)
+
+
+def test_fa3_is_called_with_the_same_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window_size: tuple[int, int]) -> Any:
+        assert causal and window_size == (9, 0)
+        return reference(q, k, v, window_size[0])
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=kernel))  # type: ignore
+    q, k, v = random_qkv(1, 20, 2, 1, 4)
+    torch.testing.assert_close(flash_attention.BACKENDS["fa3"](q, k, v, 9), reference(q, k, v, 9))
+
+
+@pytest.mark.parametrize(
+    "device, capability, installed, dtype, chosen",
+    [
+        ("cpu", None, True, torch.bfloat16, "blocked"),
+        ("mps", None, False, torch.float32, "blocked"),
+        ("cuda", (9, 0), True, torch.bfloat16, "fa3"),
+        ("cuda", (9, 0), True, torch.float32, "flex"),  # FlashAttention multiplies 16-bit numbers only
+        ("cuda", (9, 0), False, torch.bfloat16, "flex"),
+        ("cuda", (8, 0), True, torch.bfloat16, "flex"),
+        ("cuda", (10, 0), True, torch.bfloat16, "flex"),  # the package is built for Hopper
+    ],
+)
+def test_choice_of_backend(
+    monkeypatch: pytest.MonkeyPatch, device: str, capability: Any, installed: bool, dtype: torch.dtype, chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    choose_backend.cache_clear()
+    try:
+        assert choose_backend(device, dtype) == chosen
+    finally:
+        choose_backend.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Attention over a cache
+
+
+@pytest.mark.parametrize("window", [-1, 0, 3, 100])
+@pytest.mark.parametrize("pieces", [[9], [4, 1, 1, 3], [1] * 9])
+def test_cache_filled_in_pieces_equals_one_pass(window: int, pieces: list[int]) -> None:
+    q, k, v = random_qkv(2, 9, 4, 2, 8)
+    caches = [torch.full((2, 16, 2, 8), 50.0, dtype=torch.float64) for _ in range(2)]  # stale values past the end
+    done, outs = 0, []
+    for size in pieces:
+        now = slice(done, done + size)
+        lengths = torch.tensor([done, done], dtype=torch.int32)
+        outs.append(flash_attn.flash_attn_with_kvcache(
+            q[:, now], *caches, k=k[:, now], v=v[:, now], cache_seqlens=lengths, window_size=(window, 0)))  # fmt: skip
+        done += size
+    torch.testing.assert_close(torch.cat(outs, 1), reference(q, k, v, window), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(caches[0][:, :9], k)
+    assert (caches[1][:, 9:] == 50).all()
+
+
+def test_rows_of_different_lengths_share_a_cache() -> None:
+    q, k, v = random_qkv(2, 7, 2, 2, 4)
+    wanted = reference(q, k, v, 3)
+    k_cache, v_cache = k.clone(), v.clone()
+    k_cache[0, 5:] = v_cache[0, 5:] = k_cache[1, 2:] = v_cache[1, 2:] = 50.0
+    at = torch.tensor([5, 2])
+    rows = torch.arange(2)
+    step = [x[rows, at][:, None] for x in (q, k, v)]
+    out = flash_attn.flash_attn_with_kvcache(
+        step[0], k_cache, v_cache, k=step[1], v=step[2], cache_seqlens=at, window_size=(3, 0)
+    )
+    torch.testing.assert_close(out[:, 0], wanted[rows, at], rtol=1e-10, atol=1e-12)
+
+
+def test_query_alone_reads_what_the_cache_already_holds() -> None:
+    q, k, v = random_qkv(1, 6, 2, 1, 4)
+    out = flash_attn.flash_attn_with_kvcache(q[:, 5:], k, v, cache_seqlens=torch.tensor([6]))
+    torch.testing.assert_close(out, reference(q, k, v)[:, 5:], rtol=1e-10, atol=1e-12)
+
+
+def test_keys_in_any_order_with_empty_slots() -> None:
+    """As in a ring buffer: positions say where a key stands, negative ones that a slot is empty."""
+    q, k, v = random_qkv(1, 8, 4, 2, 4)
+    order = torch.tensor([5, 6, 7, 3, 4, -1])
+    keys, values = (x[:, order.clamp_min(0)].clone() for x in (k, v))
+    keys[:, -1] = values[:, -1] = 50.0
+    out = attend_at_positions(q[:, 7:], keys, values, torch.tensor([[7]]), order[None], window=4)
+    torch.testing.assert_close(out, reference(q, k, v, 4)[:, 7:], rtol=1e-10, atol=1e-12)

@@ -1,0 +1,258 @@
+"""Run records and the pages drawn from them."""
+
+import json
+import math
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.report import accuracy_values, load_report, record_stage, render_report, to_json
+from nanochat.report_view import STAGES, curves_of, facts_of, read_metrics, smooth, sparkline, thin, wilson_interval
+from scripts.report import main
+
+NASTY = '<script>alert("1")</script> & <b>| `x` ``` </pre>\n| über 日本語 \\'
+
+
+def write_metrics(base: Path, steps: int = 120) -> str:
+    """A run's metrics; its last line is cut short, as a reader of a live run may find it."""
+    path = base / "base_checkpoints" / "d2" / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for step in range(1, steps + 1):
+            line = {"step": step, "loss": 3 + 6 / step, "lr_multiplier": 1 - step / steps, "tokens_per_second": 9000.0}
+            file.write(json.dumps(line | ({"val_bpb": 1 + 1 / step} if step % 20 == 0 else {})) + "\n")
+        file.write('{"step": 121, "lo')
+    return "base_checkpoints/d2/metrics.jsonl"
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder where every stage of the CPU pipeline was recorded."""
+    base = tmp_path_factory.mktemp("base")
+    table = {"Bytes per token": [{"source": "tales|x", "nanochat": 4.0625, "GPT-2": None}]}
+    record_stage(base, "tokenizer", {"seconds": 20, "vocab_size": 8192, "tables": table, "command": "tok <1>"})
+    record_stage(base, "base_eval", {"seconds": 9, "samples": [{"prompt": "<i>Once", "text": NASTY}]})
+    record_stage(base, "chat_sft", {"seconds": 200, "val_bpb": 0.4})
+    results = {"Arithmetic": (80, 100), "ARC<Easy>": (25, 100)}
+    record_stage(base, "chat_eval", {"seconds": 30, **accuracy_values(results, {"ARC<Easy>": 0.25})})
+    record_stage(base, "base_train", {"seconds": 600.5, "val_bpb": 1.05, "tokens": 5_000_000, "num_params": 11_500_000,
+                                      "tokens_per_second": 9000.0, "metrics": write_metrics(base),
+                                      "plan": [("layers x width", "4 x 256")]})  # fmt: skip
+    return base
+
+
+class Page(HTMLParser):
+    """Checks nesting as it reads, and keeps tags, attributes and text."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def html_of(base: Path) -> str:
+    return (base / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_record_holds_what_readers_look_for(full: Path) -> None:
+    report = json.loads((full / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["total_seconds"] == pytest.approx(859.5)
+    assert report["plan"] == [["layers x width", "4 x 256"]] and "plan" not in report["base_train"]
+    assert report["base_train"]["val_bpb"] == 1.05 and report["base_train"]["num_params"] == 11_500_000
+    assert report["chat_eval"]["Arithmetic"] == 0.8 and report["chat_eval"]["counts"]["Arithmetic"] == [80, 100]
+    assert {"processor", "cores", "memory", "torch", "python", "system", "commit"} <= set(report["machine"])
+    for stage in ("tokenizer", "base_train", "base_eval", "chat_sft", "chat_eval"):
+        assert report[stage]["seconds"] > 0 and report[stage]["finished_at"].endswith("+00:00")
+
+
+def test_page_is_self_contained_and_escaped(full: Path) -> None:
+    text = html_of(full)
+    page = Page(text)
+    assert "http" not in text and "url(http" not in text and "@import" not in text
+    assert not page.tags & {"script", "link", "img", "iframe"}
+    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "action")]
+    assert all(value and value.startswith("#") for value in links)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert NASTY in page.text and "<i>Once" in page.text and "ARC<Easy>" in page.text and "tok <1>" in page.text
+    assert 'http-equiv="refresh"' not in text
+
+
+def test_page_draws_curves_in_the_page_colours(full: Path) -> None:
+    text = html_of(full)
+    assert text.count("<svg") == 4  # loss, bits per byte, tokens per second, learning rate
+    assert "currentColor" in text and "var(--series)" in text and "prefers-color-scheme: dark" in text
+    assert "#0102" not in text and "@media print" in text
+    svg = text[text.index("<svg") : text.index("</svg>")]
+    assert "#ffffff" not in svg and "rdf" not in svg and " width=" not in svg.split(">", 1)[0]
+
+
+def test_drawing_twice_gives_the_same_page(full: Path) -> None:
+    before = html_of(full)
+    assert render_report(full) == full / "report" / "report.html"
+    assert html_of(full) == before
+
+
+def test_markdown_says_the_same(full: Path) -> None:
+    text = (full / "report" / "report.md").read_text(encoding="utf-8")
+    for wanted in ("80.0%", "71.1% – 86.7%", "14m20s", "9,000", "4 x 256", "tales\\|x", "ARC&lt;Easy>", "▁"):
+        assert wanted in text, wanted
+    fence = "````"  # longer than any run of backticks inside
+    assert f"{fence}text\n> <i>Once\n{NASTY}\n{fence}" in text
+
+
+def test_wilson_interval_against_its_definition() -> None:
+    """The interval's ends are the shares p whose own standard error puts the observed share z away."""
+    z = 1.959963984540054
+    for passed, total in ((80, 100), (1, 10), (499, 500), (3, 7)):
+        for end in wilson_interval(passed, total):
+            assert abs(passed / total - end) == pytest.approx(z * math.sqrt(end * (1 - end) / total), rel=1e-9)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    low, high = wilson_interval(0, 20)
+    assert low == 0.0 and high == pytest.approx(z * z / (20 + z * z))
+    assert wilson_interval(20, 20) == pytest.approx((1 - high, 1.0))
+
+
+def test_second_record_replaces_unless_the_checkpoint_is_the_same(tmp_path: Path) -> None:
+    def record(checkpoint: str, results: dict[str, tuple[int, int]]) -> dict:
+        record_stage(tmp_path, "chat_eval", {"checkpoint": checkpoint, "seconds": 1, **accuracy_values(results)})
+        return load_report(tmp_path)["chat_eval"]
+
+    record("sft/d2/10", {"A": (1, 2), "B": (1, 4)})
+    joined = record("sft/d2/10", {"B": (3, 4)})
+    assert joined["A"] == 0.5 and joined["B"] == 0.75 and set(joined["intervals"]) == {"A", "B"}
+    assert "A" not in record("sft/d2/20", {"B": (3, 4)})
+    record_stage(tmp_path, "chat_sft", {"seconds": 1, "val_bpb": 0.5})
+    record_stage(tmp_path, "chat_sft", {"seconds": 2})
+    assert "val_bpb" not in load_report(tmp_path)["chat_sft"]
+
+
+def test_values_of_any_kind_become_json(tmp_path: Path) -> None:
+    values = {"a": np.float32(0.5), "b": torch.tensor(3), "c": float("nan"), "d": (np.int64(2), True), "e": Path("x"),
+              "f": np.array([1.0, math.inf]), "g": None}  # fmt: skip
+    assert to_json(values) == {"a": 0.5, "b": 3, "c": None, "d": [2, True], "e": "x", "f": [1.0, None], "g": None}
+    record_stage(tmp_path, "base_eval", values)
+    assert "NaN" not in (tmp_path / "report" / "report.json").read_text(encoding="utf-8")
+
+
+def test_page_of_a_running_stage_refreshes(tmp_path: Path) -> None:
+    record_stage(tmp_path, "base_train", {"status": "running", "seconds": 5})
+    assert 'http-equiv="refresh"' in html_of(tmp_path) and "Pretraining is under way" in Page(html_of(tmp_path)).text
+    assert "finished_at" not in load_report(tmp_path)["base_train"]
+    record_stage(tmp_path, "base_train", {"seconds": 9})
+    assert 'http-equiv="refresh"' not in html_of(tmp_path)
+
+
+def test_every_stage_alone_can_be_drawn(tmp_path: Path) -> None:
+    for stage in STAGES:
+        record_stage(tmp_path / stage, stage, {"metrics": "not/there.jsonl", "samples": [], "tables": {}, "plan": []})
+        Page(html_of(tmp_path / stage))
+
+
+def test_records_from_several_threads_all_arrive(tmp_path: Path) -> None:
+    threads = [threading.Thread(target=record_stage, args=(tmp_path, stage, {"seconds": 1})) for stage in STAGES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert load_report(tmp_path)["total_seconds"] == len(STAGES)
+
+
+def test_damaged_record_is_put_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record_stage(tmp_path, "tokenizer", {"seconds": 1})
+    path = tmp_path / "report" / "report.json"
+    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_report(tmp_path)
+    record_stage(tmp_path, "chat_sft", {"seconds": 2})
+    assert load_report(tmp_path)["total_seconds"] == 2
+    assert (path.parent / "report.damaged.json").exists() and "moved to" in capsys.readouterr().err
+
+
+def test_numbers_survive_a_page_that_cannot_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nanochat.report._draw", fails)
+    record_stage(tmp_path, "chat_sft", {"seconds": 2})
+    assert load_report(tmp_path)["chat_sft"]["seconds"] == 2 and "No space left" in capsys.readouterr().err
+
+
+def test_metrics_reader_stops_at_a_torn_line_and_skips_what_is_not_finite(tmp_path: Path) -> None:
+    path = write_metrics(tmp_path)
+    assert len(read_metrics(tmp_path / path)) == 120
+    assert read_metrics(tmp_path / "none.jsonl") == []
+    (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 1.0}\n')
+    (curve,) = curves_of({"metrics": "m.jsonl"}, tmp_path)
+    assert (curve.steps, curve.values) == ([1, 3], [2.0, 1.0])
+
+
+def test_thinning_keeps_means_and_the_last_step() -> None:
+    steps, values = thin([(i, float(i)) for i in range(1, 11)], limit=4)
+    assert steps == [3, 6, 9, 10] and values == [2.0, 5.0, 8.0, 10.0]
+    assert len(thin([(i, 0.0) for i in range(100_001)])[0]) <= 400
+
+
+def test_smoothing_follows_a_straight_line_without_lag() -> None:
+    line = [2.0 * i for i in range(600)]
+    assert smooth(line)[:589] == pytest.approx(line[:589])
+    noisy = np.random.default_rng(0).normal(size=600)
+    assert np.std(smooth(list(noisy))) < 0.5 * np.std(noisy)
+
+
+def test_sparkline_spans_its_range() -> None:
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█" and sparkline([2.0, 2.0]) == "▁▁"
+
+
+def test_facts_read_well() -> None:
+    facts = dict(facts_of({"tokens": 5_000_000, "val_bpb": 1.0471234, "mfu": 0.312, "eval_seconds": 75.0, "x": 1e-7,
+                           "intervals": {"T": [0, 1]}, "T": 0.5, "seconds": 3}))  # fmt: skip
+    assert facts == {"validation bits per byte": "1.0471", "share of machine peak": "31.2%", "tokens": "5,000,000",
+                     "eval seconds": "1m15s", "x": "1e-07"}  # fmt: skip
+
+
+def test_command_line(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--base-dir", str(full)]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == str(full / "report" / "report.html")
+    assert "80.0%" in said and "Pretraining" in said and "ARC<Easy>" in said
+    with pytest.raises(UserError, match="run a stage first"):
+        main(["--base-dir", str(tmp_path)])
+
+
+def test_importing_draws_in_no_plotting_library() -> None:
+    code = "import sys, nanochat.report, nanochat.report_html as _; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0

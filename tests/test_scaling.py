@@ -1,0 +1,58 @@
+"""Depth to sizes, and the horizon's precedence, against published numbers."""
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.gpt import GPTConfig
+from nanochat.scaling import count_params, derive_sizes, make_plan, optimal_batch_tokens, scaling_params
+
+D24 = GPTConfig(n_layer=24, n_embd=1536, n_head=12, n_kv_head=12)
+
+
+def plan(config: GPTConfig, flops: int = 100, **flags: object):  # noqa: ANN201
+    return make_plan(config, flops_per_token=flops, params=count_params(config), **flags)  # type: ignore[arg-type]
+
+
+def test_sizes() -> None:
+    sizes = derive_sizes(12)
+    assert (sizes.n_embd, sizes.n_head, sizes.n_kv_head) == (768, 6, 6)
+    assert derive_sizes(5).n_embd == 384  # 320 rounded up to a multiple of 128
+    assert derive_sizes(4, head_dim=64).n_head == 4
+    assert derive_sizes(24, n_embd=1024, n_head=8).n_kv_head == 8
+
+
+@pytest.mark.parametrize("bad", [{"depth": 0}, {"depth": 1000}, {"depth": 4, "head_dim": 0}, {"depth": 4, "n_embd": 100}])
+def test_impossible_sizes(bad: dict[str, int]) -> None:
+    with pytest.raises(UserError):
+        derive_sizes(**bad)  # type: ignore[arg-type]
+
+
+def test_published_d24_run() -> None:
+    # 16,704 steps of 2^19 tokens at 12 tokens per scaling parameter
+    made = plan(D24, target_param_data_ratio=12, total_batch_size=2**19)
+    assert made.num_steps == pytest.approx(16_704, rel=0.01)
+
+
+def test_precedence_of_horizons() -> None:
+    flags = {"total_batch_size": 2**19}
+    assert plan(D24, num_iterations=7, target_flops=1e12, **flags).num_steps == 7
+    assert plan(D24, target_flops=100 * 2**19 * 5, **flags).num_steps == 5
+    assert plan(D24, **flags).horizon == "--target-param-data-ratio"
+    with pytest.raises(UserError, match="horizon"):
+        plan(D24, target_param_data_ratio=-1, **flags)
+    with pytest.raises(UserError, match="num-iterations"):
+        plan(D24, num_iterations=0)
+
+
+def test_batch_and_rates() -> None:
+    assert optimal_batch_tokens(1e9, 1e9) == 2**19
+    assert optimal_batch_tokens(8e9, 1e9) == 2**20  # 8^0.383 = 2.2
+    made = plan(D24, num_iterations=1, total_batch_size=2**17 + 100)
+    assert made.total_batch_tokens == 2**17 and made.lr_scale == pytest.approx(0.5)
+    assert made.weight_decay == pytest.approx(0.05)  # 0.2 * (12/24)^2
+
+
+def test_reference_depth_trains_at_the_reference_batch() -> None:
+    config = GPTConfig()
+    assert plan(config).total_batch_tokens == 2**19
+    assert plan(config).tokens == pytest.approx(10.5 * scaling_params(count_params(config)), rel=0.001)

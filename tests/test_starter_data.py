@@ -1,0 +1,193 @@
+"""The committed starter corpus: schema, size, cleanliness, splits; and how its builder refuses wrong archives."""
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from importlib.resources import files
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from dev import build_starter_data
+from dev.starter import clean, identity, synthetic, writer
+from nanochat.common import SPECIAL_TOKENS
+
+STARTER = Path(str(files("nanochat") / "starter"))
+SYNTHETIC = Path(build_starter_data.__file__).parent / "starter" / "synthetic"
+MARKUP = re.compile(r"\[\[|\]\]|\{\{|\}\}|</?(?:ref|br|p|div|span|i|b|strong|sub|sup)\b|\[\d+\]|https?://|\ufffd|'''")
+
+
+@pytest.fixture(scope="module")
+def corpus() -> dict[str, list[dict[str, str]]]:
+    """Split -> rows of text and source."""
+    return {split: pq.read_table(STARTER / f"{split}.parquet").to_pylist() for split in ("train", "val")}
+
+
+@pytest.fixture(scope="module")
+def chats() -> dict[str, list[dict]]:
+    """Split -> rows of messages and source."""
+    return {split: pq.read_table(STARTER / f"sft_{split}.parquet").to_pylist() for split in ("train", "val")}
+
+
+def normal(text: str) -> str:
+    """Another normalisation than the builder's, on purpose: letters and digits of the lower-cased text."""
+    return "".join(c for c in text.lower() if c.isalnum())
+
+
+def test_committed_size() -> None:
+    committed = [p for folder in (STARTER, SYNTHETIC) for p in folder.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in committed) <= 25e6
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_corpus_schema(name: str) -> None:
+    file = pq.ParquetFile(STARTER / f"{name}.parquet")
+    assert file.schema_arrow.names == ["text", "source"]
+    assert all(str(t) == "string" for t in file.schema_arrow.types)
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    assert all(group.num_rows == 1024 for group in groups[:-1])
+    assert groups[0].column(0).compression == "ZSTD"
+
+
+def test_corpus_split_and_sources(corpus: dict) -> None:
+    train, val = corpus["train"], corpus["val"]
+    texts = [normal(row["text"]) for row in train + val]
+    assert len(set(texts)) == len(texts)
+    assert {row["source"] for row in val} == {row["source"] for row in train}
+    assert 0.01 < len(val) / len(texts) < 0.03
+
+
+def test_corpus_weights(corpus: dict) -> None:
+    sizes: Counter[str] = Counter()
+    for row in corpus["train"]:
+        sizes[row["source"]] += len(row["text"].encode())
+    total = sizes.total()
+    assert 30e6 < total < 60e6
+    assert max(sizes.values()) < 0.3 * total
+    books = ("shakespeare", "kjv", "austen", "speeches", "moby_dick", "tales")
+    assert sum(sizes[b] for b in books) < 0.2 * total
+
+
+def test_row_groups_are_a_fair_mix(corpus: dict) -> None:
+    rows = corpus["train"]
+    share = Counter(row["source"] for row in rows)
+    for at in range(0, len(rows) - 1024, 1024):
+        group = Counter(row["source"] for row in rows[at : at + 1024])
+        assert all(abs(group[s] / 1024 - n / len(rows)) < 0.03 for s, n in share.items())
+
+
+def test_no_residue(corpus: dict, chats: dict) -> None:
+    texts = [row["text"] for split in corpus.values() for row in split]
+    texts += [m["content"] for split in chats.values() for row in split for m in row["messages"]]
+    special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)) + r"|<\|")
+    for text in texts:
+        assert text and text == text.strip() and "\r" not in text
+        assert not MARKUP.search(text), text[:200]
+        assert not special.search(text), text[:200]
+        assert "Project Gutenberg" not in text and "  " not in text, text[:200]
+
+
+def test_conversations_alternate(chats: dict) -> None:
+    for row in chats["train"] + chats["val"]:
+        roles = [m["role"] for m in row["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
+    counts = Counter(row["source"] for row in chats["train"])
+    assert set(counts) == {"smalltalk", "qa", "identity"} and counts.total() < 26_000
+
+
+def test_answers_are_short(chats: dict) -> None:
+    words = sorted(len(row["messages"][-1]["content"].split()) for row in chats["train"])
+    assert words[len(words) // 2] < 40 and words[-1] <= 150
+
+
+def test_questions_do_not_straddle_the_split(chats: dict) -> None:
+    first = defaultdict(set)
+    for split, rows in chats.items():
+        for row in rows:
+            if row["source"] == "qa":
+                first[normal(row["messages"][0]["content"])].add(split)
+    assert all(len(splits) == 1 for splits in first.values())
+
+
+def test_identity_held_out(chats: dict) -> None:
+    held_out = [row["messages"] for row in chats["val"] if row["source"] == "identity"]
+    asked = {normal(m["content"]) for row in chats["train"] for m in row["messages"] if m["role"] == "user"}
+    assert len(held_out) >= 55 and all(len(messages) == 2 for messages in held_out)
+    assert all("nanochat" in messages[1]["content"] for messages in held_out)
+    assert not {normal(messages[0]["content"]) for messages in held_out} & asked
+
+
+def test_identity_questions_are_many_and_named() -> None:
+    blocks = identity.blocks().values()
+    assert len({clean.key(q) for b in blocks if b.tag != "smalltalk" for q in b.questions}) >= 250
+    assert all("nanochat" in answer for b in blocks if b.tag == "name" for answer in b.answers)
+
+
+def test_words() -> None:
+    train = (STARTER / "words_train.txt").read_text().split()
+    test = (STARTER / "words_test.txt").read_text().split()
+    assert not set(train) & set(test) and len(set(train)) == len(train)
+    assert all(re.fullmatch("[a-z]{3,12}", word) for word in train + test)
+    assert 10_000 < len(train) + len(test) < 25_000 and 0.07 < len(test) / len(train + test) < 0.13
+
+
+def test_every_source_is_attributed(corpus: dict) -> None:
+    attribution = (STARTER / "ATTRIBUTION.md").read_text()
+    assert all(f"`{source}`" in attribution for source in {row["source"] for row in corpus["train"]})
+    assert {p.name for p in (STARTER / "licenses").glob("CC-*")} == {"CC-BY-SA-4.0.txt", "CC-BY-4.0.txt"}
+
+
+def test_hash_mismatch_stops_with_both_hashes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "fake-1.0.tar.gz").write_bytes(b"not what was pinned")
+    actual, pinned = hashlib.sha256(b"not what was pinned").hexdigest(), "0" * 64
+    entry = {"key": "fake", "registry": "pypi-sdist", "name": "fake", "version": "1.0"}
+    entry |= {"filename": "fake-1.0.tar.gz", "sha256": pinned}
+    (tmp_path / "manifest.json").write_text(json.dumps([entry]))
+    arguments = ["--cache", str(tmp_path), "--manifest", str(tmp_path / "manifest.json"), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        build_starter_data.main(arguments)
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and "\n" not in error and actual in error and pinned in error
+    assert not list(tmp_path.glob("*.parquet"))
+
+
+def test_near_duplicates_are_found() -> None:
+    text = "The quick brown fox jumps over the lazy dog and runs into the deep green forest to sleep. " * 3
+    other = "Something else entirely, about the price of tea."
+    docs = [("a", text), ("b", text.replace("sleep", "rest")), ("c", other)]
+    assert [source for source, _ in clean.deduplicate(docs)] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("One.  Two\u00a0three\r\n\r\n\r\n\r\nfour ", "One. Two three\n\nfour"),
+        ("e\u0301t\u00e9 \u201cyes\u201d it\u2019s", 'été "yes" it\'s'),
+        ("a\u200bb &amp; c", "ab & c"),
+    ],
+)
+def test_normalise(raw: str, expected: str) -> None:
+    assert clean.normalise(raw) == expected
+
+
+def test_unfinished_answers_are_cut_back() -> None:
+    assert clean.cut_to_sentence('He went home. "All is well," she said. And then they') == (
+        'He went home. "All is well," she said.'
+    )
+    assert clean.cut_to_sentence("no end at all") == ""
+
+
+def test_explanations_must_keep_to_their_text() -> None:
+    source = "Shen Kuo was a Chinese scientist of the Song dynasty who studied mathematics and optics."
+    answer = "Shen Kuo was a scientist of the Song dynasty who studied optics."
+    assert synthetic.grounded("Shen Kuo", source, answer)
+    assert not synthetic.grounded("Shen Kuo", source, answer.replace("Song", "Ming"))
+
+
+def test_parquet_is_byte_identical(tmp_path: Path) -> None:
+    docs = [(source, f"document {i} of {source}") for source in ("a", "b") for i in range(50)]
+    for name, order in (("one", docs), ("two", docs[::-1])):
+        writer.write_documents(tmp_path / f"{name}.parquet", order)
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()

@@ -1,0 +1,189 @@
+"""The training loop: what it computes, how it stops, how it goes on."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
+from nanochat.runtime import Runtime
+from nanochat.session import cut_metrics, merge_saved_config, run_to_end
+from nanochat.trainer import Hook, Interrupted, NonFiniteLoss, ScheduleConfig, Trainer
+
+CPU = Runtime(torch.device("cpu"), torch.float32, "test", seed=0)
+CONFIG = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+
+
+class Batches:
+    """Endless random batches, the same for the same seed; some tokens have no target."""
+
+    def __init__(self, rows: int = 6, seed: int = 0, weights: bool = False) -> None:
+        self.rows, self.weights = rows, weights
+        self.random = torch.Generator().manual_seed(seed)
+        self.served = 0
+
+    def next_batch(self) -> Batch:
+        tokens = torch.randint(64, (self.rows, 17), generator=self.random)
+        targets = tokens[:, 1:].clone()
+        targets[: self.rows // 2, :10] = -1  # so that micro-batches hold unequal numbers of targets
+        weights = torch.rand(self.rows, 16, generator=self.random) if self.weights else None
+        self.served += 1
+        return Batch(tokens[:, :-1].contiguous(), targets, weights, f"batch {self.served}")
+
+
+def make_trainer(steps: int = 4, device_batch_size: int = 6, lr_scale: float = 0.2, **loader: object) -> Trainer:
+    model = GPT.create(CONFIG, seed=1)
+    groups = build_param_groups(model, OptimizerConfig(), lr_scale=lr_scale, weight_decay=0.1, ns_dtype=torch.float32)
+    return Trainer(model, MuonAdamW(groups), Batches(**loader), CPU, ScheduleConfig(steps), device_batch_size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradient_does_not_depend_on_the_device_batch(weighted: bool) -> None:
+    batch = Batches(weights=weighted).next_batch()
+    grads, losses = [], []
+    for size in (6, 4, 1):
+        trainer = make_trainer(device_batch_size=size)
+        trainer.loss_fn = trainer.model.loss
+        for p in trainer.model.parameters():  # away from the zeros of the initialisation
+            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        losses.append(trainer.accumulate(batch)[0])
+        grads.append({name: p.grad for name, p in trainer.model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] == pytest.approx(losses[0], rel=1e-6)
+    for other in grads[1:]:
+        for name, value in grads[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_loss_is_the_mean_over_all_targets_of_the_global_batch() -> None:
+    trainer = make_trainer(steps=1, device_batch_size=1)
+    reference = GPT.create(CONFIG, seed=1)
+    batch = Batches().next_batch()
+    logits = reference(batch.inputs).double()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-1)
+    records = []
+    trainer.log = lambda t, record: records.append(record)
+    trainer.run()
+    assert records[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert records[0]["tokens"] == int((batch.targets >= 0).sum())
+
+
+def test_num_steps_counts_optimizer_steps() -> None:
+    trainer = make_trainer(steps=3, device_batch_size=2)  # three micro-batches a step
+    progress = trainer.run()
+    assert progress.step == 3 and trainer.loader.served == 3  # type: ignore[attr-defined]
+
+
+def test_smoothed_loss_is_unbiased_from_the_first_step() -> None:
+    trainer = make_trainer(steps=1)
+    records = []
+    trainer.log = lambda t, record: records.append(record)
+    progress = trainer.run()
+    assert progress.debiased_loss() == pytest.approx(records[0]["loss"])
+
+
+def test_hooks_run_when_due_and_join_the_record() -> None:
+    trainer = make_trainer(steps=5)
+    seen, records = [], []
+    trainer.hooks = [Hook(lambda t: seen.append(t.progress.step) or {"x": t.progress.step}, every=2)]
+    trainer.log = lambda t, record: records.append(dict(record))
+    trainer.run()
+    assert seen == [2, 4, 5]
+    assert [r.get("x") for r in records] == [None, 2, None, 4, 5]
+
+
+def test_nan_stops_before_the_update_and_names_everything() -> None:
+    trainer = make_trainer(steps=5)
+    trainer.save, trainer.save_every = lambda t: None, 1
+
+    def poison(t: Trainer) -> None:
+        t.model.lm_head.weight.data.fill_(math.nan)
+
+    trainer.hooks = [Hook(poison, every=2)]
+    with pytest.raises(NonFiniteLoss, match=r"step 2 on batch 3; last good checkpoint: step 2"):
+        trainer.run()
+    assert trainer.progress.step == 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(signum: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(steps=50)
+    saved = []
+    trainer.save = lambda t: saved.append(t.progress.step)
+    trainer.log = lambda t, record: os.kill(os.getpid(), signum) if record["step"] == 3 else None
+    before = signal.getsignal(signum)
+    code = run_to_end(trainer, tmp_path, "python -m scripts.base_train --resume")
+    assert code == 128 + signum and saved == [3] and trainer.progress.step == 3
+    assert "--resume" in capsys.readouterr().out
+    assert signal.getsignal(signum) is before
+
+
+def test_a_failed_periodic_save_is_loud_and_training_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(steps=4)
+
+    def save(t: Trainer) -> None:
+        if t.progress.step == 2:
+            raise OSError(28, "No space left on device")
+
+    trainer.save, trainer.save_every = save, 1
+    trainer.run()
+    assert trainer.progress.step == 4 and trainer.last_saved_step == 4
+    assert "could not save step 2" in capsys.readouterr().err
+
+
+def test_a_failed_final_save_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(steps=2)
+
+    def save(t: Trainer) -> None:
+        raise OSError(28, "No space left on device")
+
+    trainer.save = save
+    assert run_to_end(trainer, tmp_path, "") == 1
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_the_loss_goes_down() -> None:
+    trainer = make_trainer(steps=30, lr_scale=0.5)
+    fixed = Batches().next_batch()
+    trainer.loader.next_batch = lambda: fixed  # type: ignore[method-assign]
+    records: list[dict] = []
+    trainer.log = lambda t, record: records.append(record)
+    trainer.run()
+    assert records[-1]["loss"] < 0.5 * records[0]["loss"]
+    assert records[-1]["lr_multiplier"] < 0.1
+
+
+def test_metrics_past_the_step_and_a_broken_last_line_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in range(1, 8)) + '{"step": 8, "lo')
+    cut_metrics(path, 5)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_resumed_run_keeps_what_could_change_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts._train import OPERATIONAL
+    from scripts.base_train import Config
+
+    given = Config(depth=4, matrix_lr=0.5, eval_every=7, resume=True)
+    saved = {**Config(depth=4, matrix_lr=0.1, eval_every=99).__dict__}
+    merged = merge_saved_config(given, saved, OPERATIONAL)
+    assert (merged.matrix_lr, merged.eval_every, merged.resume) == (0.1, 7, True)
+    assert "--matrix-lr stays 0.1" in capsys.readouterr().err
+
+
+def test_interrupted_carries_the_signal() -> None:
+    assert str(Interrupted(signal.SIGTERM)) == "SIGTERM"
+
+
+def test_device_batch_must_be_positive() -> None:
+    from nanochat.session import choose_device_batch
+
+    assert choose_device_batch(-1, 64, 512, CPU) == 8 and choose_device_batch(16, 4, 512, CPU) == 4
+    with pytest.raises(UserError, match="device-batch-size"):
+        choose_device_batch(0, 4, 512, CPU)
