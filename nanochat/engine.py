@@ -2,7 +2,8 @@
 
     Engine      a model ready to decode: generate and generate_batch for samples of one prompt, complete and
                 generate_many for many prompts
-    TextStream  tokens to text, piece by piece, never cutting a character in two
+    TextStream  tokens to text, piece by piece, never cutting a character in two; AnswerStream, the same with
+                the calculator's parts told apart
 """
 
 import codecs
@@ -10,13 +11,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from nanochat.common import warn
+from nanochat.common import SPECIAL_TOKENS, warn
+from nanochat.conversation import PART_TOKENS
 from nanochat.decoding import Batch, DecodingWeights, Row, Tokenizer, ToolUse
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampling
 
-__all__ = ["Engine", "KVCache", "Row", "TextStream"]
+__all__ = ["AnswerStream", "Engine", "KVCache", "Row", "TextStream"]
 
 
 
@@ -149,3 +151,31 @@ class TextStream:
     def finish(self) -> str:
         """What is left: U+FFFD for a character that was never completed. The stream may then start anew."""
         return self._decoder.decode(b"", final=True)
+
+
+class AnswerStream:
+    """An answer's tokens to (kind, text) pieces as they come: conversation.parse_answer, streamed.
+
+    The kinds are those of an assistant's parts: text, python, python_output. Other special tokens have no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        special = tokenizer.encode_special
+        self._special = {special(name) for name in SPECIAL_TOKENS}
+        self._kinds = {special(opening): kind for kind, (opening, _, _) in PART_TOKENS.items() if opening}
+        self._kinds |= {special(closing): "text" for _, closing, _ in PART_TOKENS.values() if closing}
+        self._kind, self._text = "text", TextStream(tokenizer)
+
+    def feed(self, token: int) -> list[tuple[str, str]]:
+        """The pieces that `token` completes: none, one, or (where a part ends inside a character) U+FFFD."""
+        if token in self._kinds:
+            pieces = self.finish()
+            self._kind = self._kinds[token]
+            return pieces
+        text = "" if token in self._special else self._text.feed(token)
+        return [(self._kind, text)] if text else []
+
+    def finish(self) -> list[tuple[str, str]]:
+        """What is left of the current part."""
+        text = self._text.finish()
+        return [(self._kind, text)] if text else []

@@ -1,12 +1,23 @@
 """What several test files share: a model small enough to train in a test."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat.gpt import GPT, GPTConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On tensors this small, threads only wait for each other: ten times as long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,0 +1,177 @@
+"""Talk to a model in the terminal: `python -m scripts.chat_cli`, or `-p "a question"` for one answer."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from nanochat.checkpoint_manager import find_run, load_model
+from nanochat.common import UserError, get_base_dir
+from nanochat.runtime import Runtime
+from nanochat.sampling import Sampling
+from scripts import _cli
+from scripts._chat import Chat
+
+COMMANDS = {"base": "python -m scripts.base_train", "sft": "python -m scripts.chat_sft", "rl": "python -m scripts.chat_rl"}
+HELP = """/clear         forget the conversation
+/system TEXT   give the model a standing instruction and start anew; without TEXT: none
+/quit          leave (or Ctrl-D)
+Ctrl-C stops an answer; at the prompt, pressed twice, it leaves. Alt-Enter starts a new line."""
+
+
+@dataclass
+class Config:
+    """Talk to a model. A base model continues your text; sft and rl models answer it."""
+
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    """Which model: base, sft or rl."""
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
+    """Tag of the run; empty takes the latest."""
+    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
+    """Its step; -1 takes the last."""
+    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
+    """Give one answer to this and leave."""
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
+    """0 takes the most likely token; higher is more varied."""
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
+    """Sample among the k most likely tokens; 0 is off."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens that together have this probability; 1 is off."""
+    max_tokens: int = 512
+    """Longest answer."""
+    seed: int = 42
+    """The same words and the same seed get the same answer."""
+    device_type: str = ""
+    """cuda, mps or cpu; empty picks the best there is."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = _cli.parse(Config, argv)
+    sampling = check(config)
+    for stream in (sys.stdin, sys.stdout):  # bytes that are no text must not end a chat
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
+    with Runtime.create(config.device_type) as runtime:
+        model, tokenizer, meta = load(config, runtime)
+        chat = Chat(model, tokenizer, sampling, config.max_tokens, config.seed, answers=config.source != "base")
+        if config.prompt:
+            say(chat, config.prompt)
+            return 0
+        base_dir = get_base_dir()
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            print(f"{config.source} model, step {meta['step']}, on {runtime.describe()}\n/help lists the commands.")
+            return converse(chat, terminal_reader(base_dir / "chat_history"))
+        return converse(chat, pipe_reader())
+
+
+def check(config: Config) -> Sampling:
+    """The sampling settings; raises UserError for a flag out of range."""
+    if config.source not in COMMANDS:
+        raise UserError(f"-i must be one of {', '.join(COMMANDS)}, got {config.source!r}")
+    if config.max_tokens < 1:
+        raise UserError(f"--max-tokens must be at least 1, got {config.max_tokens}")
+    try:
+        return Sampling(config.temperature, config.top_k, config.top_p)
+    except ValueError as error:
+        raise UserError(f"{error}; see --help") from error
+
+
+def load(config: Config, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
+    """(model, tokenizer, meta); raises UserError that names the command to run where there is no model yet."""
+    base_dir = get_base_dir()
+    try:
+        find_run(base_dir, config.source, None)
+    except UserError as error:
+        raise UserError(f"there is no {config.source} model in {base_dir} yet; make one with {COMMANDS[config.source]}, "
+                        "or the whole way with bash runs/runcpu.sh") from error  # fmt: skip
+    step = None if config.step < 0 else config.step
+    return load_model(config.source, runtime, base_dir=base_dir, model_tag=config.model_tag or None, step=step,
+                      compute_dtype=runtime.dtype)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------
+# The conversation
+
+
+def converse(chat: Chat, read: Callable[[], str]) -> int:
+    """Read, answer, repeat, until the input ends, /quit, or Ctrl-C twice without an answer in between."""
+    interrupted = False
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            if interrupted:
+                return 0
+            interrupted = True
+            print("(Ctrl-C again, Ctrl-D or /quit leaves)", file=sys.stderr)
+            continue
+        if line in ("/quit", "/exit", "quit", "exit"):
+            return 0
+        try:
+            interrupted = bool(line) and not (command(chat, line) if line.startswith("/") else say(chat, line))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def say(chat: Chat, text: str) -> bool:
+    """Print the model's answer as it comes; False if Ctrl-C stopped it."""
+    completed = True
+    pieces: Iterator[str] = chat.stream(text)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        completed = False
+        print(" [stopped]", end="")
+    finally:
+        chat.remember()
+    print(flush=True)
+    if chat.forgotten:
+        print(f"(the conversation is long: its first {chat.forgotten} messages are forgotten)", file=sys.stderr)
+    return completed
+
+
+def command(chat: Chat, line: str) -> bool:
+    """Obey a line that starts with a slash."""
+    name, _, rest = line.partition(" ")
+    if name == "/clear":
+        chat.clear()
+    elif name == "/system":
+        chat.clear(system=rest.strip())
+    elif name == "/help":
+        print(HELP)
+    else:
+        print(f"there is no command {name}; /help lists them", file=sys.stderr)
+    return True
+
+
+def terminal_reader(history: Path) -> Callable[[], str]:
+    """Reads a message with line editing and history; Enter sends it, Alt-Enter starts a new line."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    session: PromptSession[str] = PromptSession(history=FileHistory(str(history)), key_bindings=keys)
+    return lambda: session.prompt("\n> ")
+
+
+def pipe_reader() -> Callable[[], str]:
+    """Reads a message per line from standard input."""
+
+    def read() -> str:
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+
+    return read
+
+
+if __name__ == "__main__":
+    _cli.run(main)

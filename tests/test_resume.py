@@ -1,0 +1,135 @@
+"""Killed at random moments, a run resumes, loses at most the steps since its last save, and ends the same."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import sha256_file
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["torch", "scripts.base_train", "scripts.chat_sft", "scripts.tok_train"])
+
+STEPS, SAVE_EVERY = 40, 3
+BASE = [
+    "--depth=1", "--n-embd=32", "--head-dim=16", "--max-seq-len=32", "--total-batch-size=128", "--eval-every=10",
+    "--eval-tokens=1024", "--sample-every=-1", f"--num-iterations={STEPS}", f"--save-every={SAVE_EVERY}",
+    "--device-type=cpu", "--model-tag=tiny", "--keep-last=2",
+]  # fmt: skip
+SFT = [
+    f"--num-iterations={STEPS}", f"--save-every={SAVE_EVERY}", "--total-batch-size=128", "--eval-tokens=512",
+    "--eval-every=20", "--device-type=cpu", "--model-tag=tiny",
+]  # fmt: skip
+
+
+def child(stage: str, argv: list[str], base_dir: str, log: str) -> None:
+    """Run one stage with its output in a file."""
+    import importlib
+
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["NANOCHAT_BASE_DIR"] = base_dir
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    raise SystemExit(importlib.import_module(f"scripts.{stage}").main(argv))
+
+
+def start(stage: str, argv: list[str], base: Path) -> multiprocessing.process.BaseProcess:
+    process = FORKSERVER.Process(target=child, args=(stage, argv, str(base), str(base / "log.txt")))
+    process.start()
+    return process
+
+
+def finish(stage: str, argv: list[str], base: Path) -> None:
+    process = start(stage, argv, base)
+    process.join(120)
+    assert process.exitcode == 0, (base / "log.txt").read_text()[-3000:]
+
+
+def result(base: Path, folder: str) -> tuple[str, str, list[tuple[int, float, float | None]]]:
+    """Hashes of the final weights and optimizer state, and (step, loss, val_bpb) of every metrics line."""
+    run = base / folder / "tiny"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = run / f"{STEPS:06d}"
+    return (
+        sha256_file(last / "model.safetensors"),
+        sha256_file(last / "optimizer.safetensors"),
+        [(line["step"], line["loss"], line.get("val_bpb")) for line in lines],
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder with a tokenizer, a base run and an SFT run that nobody disturbed."""
+    base = tmp_path_factory.mktemp("straight")
+    text = [{"text": f"{w} and {v} went to the {w}. " * (1 + i % 7)} for i, (w, v) in
+            enumerate((w, v) for w in ("sea", "hill", "town", "wood") for v in ("anna", "ben", "carl", "dora") for _ in range(9))]  # fmt: skip
+    data = base / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{i} {t['text']}"}) + "\n" for i, t in enumerate(text)))
+    chats = base / "chats.jsonl"
+    chats.write_text("".join(
+        json.dumps([{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}]) + "\n"
+        for i in range(60)))  # fmt: skip
+    finish("tok_train", [f"--data={data}", "--vocab-size=300"], base)
+    finish("base_train", [*BASE, f"--data={data}"], base)
+    finish("chat_sft", [*SFT, f"--data={chats}"], base)
+    return base
+
+
+@pytest.mark.parametrize(("stage", "argv", "folder"), [("base_train", BASE, "base_checkpoints"),
+                                                       ("chat_sft", SFT, "chatsft_checkpoints")])  # fmt: skip
+def test_killed_runs_end_like_one_never_killed(
+    stage: str, argv: list[str], folder: str, straight: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(straight / "tokenizer", tmp_path / "tokenizer")
+    if stage == "chat_sft":
+        shutil.copytree(straight / "base_checkpoints", tmp_path / "base_checkpoints")
+    data = straight / ("data.jsonl" if stage == "base_train" else "chats.jsonl")
+    flags = [*argv, f"--data={data}", "--resume"]
+    rng, kills, reached = random.Random(7), 0, 0
+    run = tmp_path / folder / "tiny"
+    while kills < 20:
+        process = start(stage, flags, tmp_path)
+        deadline = time.monotonic() + rng.uniform(0.3, 2.5)
+        while process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not process.is_alive():
+            assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-3000:]
+            break
+        os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        process.join()
+        kills += 1
+        saved = max((int(p.name) for p in run.glob("0*") if (p / "manifest.json").exists()), default=0)
+        assert saved >= reached, "a save was lost"
+        reached = saved
+    finish(stage, flags, tmp_path)
+    assert kills > 0
+    assert result(tmp_path, folder) == result(straight, folder)
+
+
+def test_resuming_at_an_earlier_step_gives_the_same_end(straight: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("tokenizer", "base_checkpoints"):
+        shutil.copytree(straight / name, tmp_path / name)
+    finish("base_train", [*BASE, f"--data={straight / 'data.jsonl'}", f"--resume-from-step={STEPS - 1}"], tmp_path)
+    assert result(tmp_path, "base_checkpoints") == result(straight, "base_checkpoints")
+
+
+def test_a_second_fresh_run_moves_the_first_aside(straight: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("tokenizer", "base_checkpoints"):
+        shutil.copytree(straight / name, tmp_path / name)
+    finish("base_train", [*BASE, f"--data={straight / 'data.jsonl'}", "--num-iterations=2"], tmp_path)
+    assert (tmp_path / "base_checkpoints" / "tiny.old1" / f"{STEPS:06d}" / "manifest.json").exists()
+    assert (tmp_path / "base_checkpoints" / "tiny" / "000002" / "manifest.json").exists()
