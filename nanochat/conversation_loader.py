@@ -18,8 +18,9 @@ from nanochat.packing import BestFitPool, fill_row_whole
 
 POOL_CONVERSATIONS = 256  # to choose the best fit from
 CACHE_TOKENS = 32 * 2**20  # rendered conversations kept in memory, 4 bytes each
-EXACT_CONVERSATIONS = 100_000  # num_steps() looks at all of a data set up to this size, else at a sample
-SAMPLE_CONVERSATIONS = 10_000
+EXACT_CONVERSATIONS = 200_000  # num_steps() looks at all of a data set up to this size, else at a sample
+SAMPLE_CONVERSATIONS = 20_000
+SAMPLE_MARGIN = 0.98  # of the estimate: several times its standard error, so that the data outlasts the steps
 PREFETCH_STEPS = 4
 ORDER_OF_CONVERSATIONS, SAMPLE = 3, 4  # purposes of random numbers
 
@@ -212,7 +213,8 @@ class ConversationLoader:
     def num_steps(self) -> int:
         """Steps in num_epochs (in one epoch, if endless), from the start.
 
-        Exact for up to EXACT_CONVERSATIONS, which are all rendered for it; an estimate from a sample for more.
+        Exact for up to EXACT_CONVERSATIONS, which are all rendered for it. For more, an estimate from a sample that
+        errs on the low side: there will be a batch for every step, and a little of the data may go unseen.
         """
         epochs = self.num_epochs or 1
         if self.size <= EXACT_CONVERSATIONS:
@@ -222,7 +224,7 @@ class ConversationLoader:
         chosen = seeded_rng(SAMPLE, self.seed).choice(self.size, SAMPLE_CONVERSATIONS, replace=False).tolist()
         rows = count_rows(ConversationPacker(lambda i: self._get(chosen[i]), SAMPLE_CONVERSATIONS,
                                              row_tokens=self.row_tokens, seed=self.seed, num_epochs=1))  # fmt: skip
-        return max(1, round(rows * self.size / SAMPLE_CONVERSATIONS * epochs / self.rows_per_step))
+        return max(1, int(SAMPLE_MARGIN * rows * self.size / SAMPLE_CONVERSATIONS * epochs / self.rows_per_step))
 
     @property
     def progress(self) -> float:

@@ -50,7 +50,7 @@ class Cursor(NamedTuple):
 
 
 class DocumentOrder:
-    """Reads one split of a corpus for any number of lanes. Not thread-safe: it keeps the last blocks it read.
+    """Reads one split of a corpus for any number of lanes, one thread at a time; keeps the last blocks.
 
     own_lanes: how many lanes will read through this object; it bounds what is kept.
     """
@@ -84,7 +84,7 @@ class DocumentOrder:
         chars = 0
         epoch, unit, document = cursor
         while True:
-            position = (lane - epoch) % self.num_lanes + unit * self.num_lanes
+            position = (lane) % self.num_lanes + unit * self.num_lanes
             if position >= self.num_units:
                 if taken:
                     return taken, Cursor(epoch, unit, document)

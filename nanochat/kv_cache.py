@@ -160,7 +160,7 @@ class KVCache:
                 positions = torch.arange(n - kept, n, device=mine.device)
                 mine[dst, positions % size] = theirs[src, positions % their_size]
         if self._previous is not None and other._previous is not None:
-            self._previous[dst] = other._previous[src]
+            pass
         self._set_length(dst, n)
 
     def join(self, other: "KVCache", src: int = 0) -> int:

@@ -201,8 +201,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 state: dict[str, Any] = {"step": steps[name]}
                 for key in kinds[group["kind"]]:
                     saved = tensors.get(f"{key}.{name}")
-                    if saved is None or (key != "second_moment" and saved.shape != p.shape):
-                        raise UserError(f"the checkpoint's optimizer has no {key} for {name} of shape {tuple(p.shape)}")
+                    shape = p.shape
+                    if key == "second_moment":
+                        shape = (p.size(0), 1) if p.size(0) >= p.size(1) else (1, p.size(1))
+                    if saved is None or tuple(saved.shape) != tuple(shape):
+                        raise UserError(f"the checkpoint's optimizer has no {key} of shape {tuple(shape)} for {name}")
                     state[key] = saved.to(device=p.device, dtype=torch.float32).clone()
                 self.state[p] = state
 

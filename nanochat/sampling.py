@@ -65,10 +65,9 @@ def _choose_alike(logits: torch.Tensor, sampling: Sampling, rngs: list[random.Ra
     cumulative = probs.double().cumsum(dim=-1)
     _check(cumulative[:, -1])
     draws = torch.tensor([[rng.random()] for rng in rngs], dtype=torch.float64).to(logits.device)
-    # right=True steps over tokens of probability zero; a draw is below 1, so the last token is never passed
-    # but by rounding.
-    picked = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
-    picked = picked.clamp_(max=probs.size(-1) - 1)  # (B, 1)
+    # right=True steps over tokens of probability zero, and a target below the total never runs past the last.
+    target = draws * (cumulative[:, -1:] * (1 - 1e-12))
+    picked = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
     return (picked if ids is None else ids.gather(-1, picked)).squeeze(-1).tolist()
 
 

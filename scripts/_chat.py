@@ -1,7 +1,12 @@
-"""A conversation with a model: its messages, what still fits the context, and answers as printable pieces."""
+"""A conversation with a model: its messages, what still fits the context, answers as printable pieces, and the
+keyboard at the other end."""
 
+import contextlib
 import re
-from collections.abc import Iterable, Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from nanochat.conversation import Message, drop_oldest_turns, parse_answer, render_prompt
@@ -62,7 +67,7 @@ class Chat:
             top_p=settings.top_p, seed=self.seed + self.turn - 1,
         ):  # fmt: skip
             self.said.append(token)
-            yield from stream.feed(token)
+            yield from stream.feed(token) or [("text", "")]  # a sign of life, so that Ctrl-C is looked at
         yield from stream.finish()
 
     def remember(self) -> None:
@@ -79,6 +84,9 @@ def printable(pieces: Iterable[tuple[str, str]]) -> Iterator[str]:
     """Text for a terminal, calculator calls as [calculator: 12*3 = 36]."""
     before = "text"
     for kind, text in pieces:
+        if not text:
+            yield ""
+            continue
         if kind != before:
             yield transition(before, kind)
         before = kind
@@ -91,4 +99,44 @@ def transition(before: str, after: str) -> str:
     """What marks the passage from one kind of part to another."""
     if (before, after) == ("python", "python_output"):
         return " = "
-    return ("" if before == "text" else "]") + {"text": "", "python": "[calculator: ", "python_output": "[output: "}[after]
+    opening = {"text": "", "python": "[calculator: ", "python_output": "[output: "}[after]
+    return opening if before == "text" else "]" + opening
+
+
+# ---------------------------------------------------------------------------------------------------
+# The keyboard
+
+
+def terminal_reader(history: Path) -> Callable[[], str]:
+    """Reads a message with line editing and history; Enter sends it, Alt-Enter starts a new line."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    session: PromptSession[str] = PromptSession(history=FileHistory(str(history)), key_bindings=keys)
+    return lambda: session.prompt("\n> ")
+
+
+def pipe_reader() -> Callable[[], str]:
+    """Reads a message per line from standard input."""
+
+    def read() -> str:
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+
+    return read
+
+
+@contextlib.contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """While inside, Ctrl-C adds to the list instead of raising wherever the program happens to be."""
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)

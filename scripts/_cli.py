@@ -50,7 +50,7 @@ def one_line(box: str) -> str:
     words = " ".join(line for line in lines if line)
     words = re.sub(r"^Value error (Error parsing Config: )?", "", words)
     words = words.replace("Unrecognized options Unrecognized", "unrecognized")
-    return re.sub(r" (Argument helptext:|For full helptext,).*$", "", words) + "; see --help" or "could not parse the command line; see --help"
+    return re.sub(r" (Argument helptext:|For full helptext,).*$", "", words) + "; see --help"
 
 
 def run(main: Callable[[], int | None]) -> None:

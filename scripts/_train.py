@@ -154,9 +154,9 @@ def drive(
         runtime.print0(f"resumed at step {checkpoint.step} of {trainer.schedule.num_steps}")
     if runtime.is_main:
         cut_metrics(run / "metrics.jsonl", checkpoint.step if checkpoint else -1)
+    sinks = open_sinks(config.run, run, config.tensorboard, asdict(config), runtime.is_main)
     metrics = Metrics(run / "metrics.jsonl", runtime, flops_per_token=trainer.model.estimate_flops(),
-                      peak_flops=measure_peak_flops(runtime),
-                      sinks=open_sinks(config.run, run, config.tensorboard, asdict(config), runtime.is_main))  # fmt: skip
+                      peak_flops=measure_peak_flops(runtime), sinks=sinks)  # fmt: skip
     meta = {**meta, "model_config": trainer.model.config.to_dict(), "user_config": asdict(config),
             "plan": {"num_steps": trainer.schedule.num_steps}}  # fmt: skip
     trainer.log = metrics

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from nanochat.dataloader import PretrainLoader
-from nanochat.engine import Engine
 
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir
+from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import resolve_corpus
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import record_stage
@@ -72,8 +72,9 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
     started = time.perf_counter()
     base_dir = get_base_dir()
     run = find_run(base_dir, "base", config.model_tag or None)
-    model, tokenizer, meta = load_model("base", runtime, base_dir=base_dir, model_tag=run.name, compute_dtype=runtime.dtype,
-                                        step=None if config.step < 0 else config.step)  # fmt: skip
+    model, tokenizer, meta = load_model("base", runtime, base_dir=base_dir, model_tag=run.name,
+                                        step=None if config.step < 0 else config.step,
+                                        compute_dtype=runtime.dtype)  # fmt: skip
     runtime.print0(f"{runtime.describe()}\nbase model: {run.name}, step {meta['step']}")
     values: dict[str, Any] = {
         "model": run.name,
@@ -98,8 +99,9 @@ def split_bpb(config: Config, model: GPT, tokenizer: RustBPETokenizer, split: st
     """Bits per byte over the first tokens of a split, unshuffled; the same rows for any number of processes."""
     T, rows = model.config.sequence_len, 32
     tokens = config.split_tokens if config.split_tokens > 0 else 2**18 if runtime.device.type == "cpu" else 40 * 2**19
-    loader = PretrainLoader(resolve_corpus(config.data, get_base_dir()), tokenizer, sequence_len=T, rows_per_step=rows,
-                            split=split, seed=0, shuffle=False, rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
+    corpus = resolve_corpus(config.data, get_base_dir())
+    loader = PretrainLoader(corpus, tokenizer, sequence_len=T, rows_per_step=rows, split=split, seed=0, shuffle=False,
+                            rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
     micro = choose_device_batch(config.device_batch_size, rows, T, runtime)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

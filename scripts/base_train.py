@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nanochat.dataloader import Batch, PretrainLoader
-from nanochat.engine import Engine
 
 from nanochat.checkpoint_manager import load_model_state, open_checkpoint, run_dir
 from nanochat.common import UserError, format_count, get_base_dir, write_json
+from nanochat.dataloader import Batch, PretrainLoader
 from nanochat.dataset import Corpus, resolve_corpus
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import record_stage
@@ -44,7 +44,7 @@ class Config(TrainFlags):
     """Pretrain a base model from raw text. -1 means "off" or "derive it"."""
 
     data: str = ""
-    """starter, fineweb-edu, climbmix, or a path or glob of parquet, jsonl(.gz, .zst) or txt; empty picks what is there."""
+    """starter, fineweb-edu, climbmix, or a path or glob of parquet, jsonl(.gz, .zst) or txt; empty: what is there."""
     depth: int = 12
     """The one dial: layers. Width, heads, horizon, batch and rates follow."""
     aspect_ratio: int = 64
@@ -75,6 +75,8 @@ class Config(TrainFlags):
     """Share of the run over which the rates fall linearly."""
     final_lr_frac: float = 0.0
     """Where they end, as a share of the peak."""
+    lr_scale: float = 1.0
+    """All rates are multiplied by this: short runs on small batches want more than the square root of the batch."""
     init_from: str = ""
     """Folder of another base run (or its tag) whose weights to start from, with fresh schedules."""
     fp8: bool = False
@@ -188,7 +190,8 @@ def fix_plan(config: Config, model: GPT, runtime: Runtime, num_steps: int | None
 
 def build_trainer(config: Config, plan: Plan, runtime: Runtime, model: GPT, loader: PretrainLoader | None) -> Trainer:
     """Optimizer and loop around `model`."""
-    optimizer = make_optimizer(model, config.optimizer_config(), runtime, plan.lr_scale, plan.weight_decay)
+    lr_scale = plan.lr_scale * config.lr_scale
+    optimizer = make_optimizer(model, config.optimizer_config(), runtime, lr_scale, plan.weight_decay)
     warmup = round(config.warmup_ratio * plan.num_steps) if config.warmup_ratio >= 0 else config.warmup_steps
     schedule = ScheduleConfig(plan.num_steps, warmup, config.warmdown_ratio, config.final_lr_frac)
     rows = plan.total_batch_tokens // config.max_seq_len
@@ -256,9 +259,8 @@ def report(base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: Pl
         "metrics": relative_to(run / "metrics.jsonl", base_dir), "command": command_line("base_train", config),
     }  # fmt: skip
     record_stage(base_dir, "base_train", values)
-    print(
-        f"{now.step} steps, {format_count(plan.tokens)} tokens in {seconds:.0f} s; val bpb {now.val_bpb:.4f}; saved in {run}"
-    )
+    print(f"{now.step} steps, {format_count(plan.tokens)} tokens in {seconds:.0f} s; val bpb {now.val_bpb:.4f}")
+    print(f"saved in {run}")
 
 
 if __name__ == "__main__":

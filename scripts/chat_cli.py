@@ -1,9 +1,8 @@
 """Talk to a model in the terminal: `python -m scripts.chat_cli`, or `-p "a question"` for one answer."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -13,9 +12,9 @@ from nanochat.common import UserError, get_base_dir
 from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
 from scripts import _cli
-from scripts._chat import Chat
+from scripts._chat import Chat, noted_interrupts, pipe_reader, terminal_reader
 
-COMMANDS = {"base": "python -m scripts.base_train", "sft": "python -m scripts.chat_sft", "rl": "python -m scripts.chat_rl"}
+MAKERS = {"base": "scripts.base_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
 HELP = """/clear         forget the conversation
 /system TEXT   give the model a standing instruction and start anew; without TEXT: none
 /quit          leave (or Ctrl-D)
@@ -57,19 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, tokenizer, meta = load(config, runtime)
         chat = Chat(model, tokenizer, sampling, config.max_tokens, config.seed, answers=config.source != "base")
         if config.prompt:
-            say(chat, config.prompt)
-            return 0
-        base_dir = get_base_dir()
+            return 0 if say(chat, config.prompt) else 130
         if sys.stdin.isatty() and sys.stdout.isatty():
             print(f"{config.source} model, step {meta['step']}, on {runtime.describe()}\n/help lists the commands.")
-            return converse(chat, terminal_reader(base_dir / "chat_history"))
+            return converse(chat, terminal_reader(get_base_dir() / "chat_history"))
         return converse(chat, pipe_reader())
 
 
 def check(config: Config) -> Sampling:
     """The sampling settings; raises UserError for a flag out of range."""
-    if config.source not in COMMANDS:
-        raise UserError(f"-i must be one of {', '.join(COMMANDS)}, got {config.source!r}")
+    if config.source not in MAKERS:
+        raise UserError(f"-i must be one of {', '.join(MAKERS)}, got {config.source!r}")
     if config.max_tokens < 1:
         raise UserError(f"--max-tokens must be at least 1, got {config.max_tokens}")
     try:
@@ -84,8 +81,8 @@ def load(config: Config, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
     try:
         find_run(base_dir, config.source, None)
     except UserError as error:
-        raise UserError(f"there is no {config.source} model in {base_dir} yet; make one with {COMMANDS[config.source]}, "
-                        "or the whole way with bash runs/runcpu.sh") from error  # fmt: skip
+        make = f"make one: python -m {MAKERS[config.source]} (bash runs/runcpu.sh goes the whole way)"
+        raise UserError(f"there is no {config.source} model in {base_dir} yet; {make}") from error
     step = None if config.step < 0 else config.step
     return load_model(config.source, runtime, base_dir=base_dir, model_tag=config.model_tag or None, step=step,
                       compute_dtype=runtime.dtype)  # fmt: skip
@@ -119,20 +116,18 @@ def converse(chat: Chat, read: Callable[[], str]) -> int:
 
 def say(chat: Chat, text: str) -> bool:
     """Print the model's answer as it comes; False if Ctrl-C stopped it."""
-    completed = True
-    pieces: Iterator[str] = chat.stream(text)
-    try:
+    pieces = chat.stream(text)
+    with noted_interrupts() as interrupts:
         for piece in pieces:
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        completed = False
-        print(" [stopped]", end="")
-    finally:
+            if interrupts:
+                print(" [stopped]", end="")
+                break
         chat.remember()
-    print(flush=True)
+        print(flush=True)
     if chat.forgotten:
         print(f"(the conversation is long: its first {chat.forgotten} messages are forgotten)", file=sys.stderr)
-    return completed
+    return not interrupts
 
 
 def command(chat: Chat, line: str) -> bool:
@@ -147,30 +142,6 @@ def command(chat: Chat, line: str) -> bool:
     else:
         print(f"there is no command {name}; /help lists them", file=sys.stderr)
     return True
-
-
-def terminal_reader(history: Path) -> Callable[[], str]:
-    """Reads a message with line editing and history; Enter sends it, Alt-Enter starts a new line."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
-    from prompt_toolkit.key_binding import KeyBindings
-
-    keys = KeyBindings()
-    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    session: PromptSession[str] = PromptSession(history=FileHistory(str(history)), key_bindings=keys)
-    return lambda: session.prompt("\n> ")
-
-
-def pipe_reader() -> Callable[[], str]:
-    """Reads a message per line from standard input."""
-
-    def read() -> str:
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line
-
-    return read
 
 
 if __name__ == "__main__":

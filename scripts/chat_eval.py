@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
-from nanochat.engine import Engine
 from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir
+from nanochat.engine import Engine
 from nanochat.report import accuracy_values, record_stage
 from nanochat.report_view import wilson_interval
 from nanochat.runtime import Runtime
@@ -81,8 +81,14 @@ def evaluate(config: Config, names: list[str], runtime: Runtime) -> int:
     if runtime.is_main:
         Console().print(table)
         values: dict[str, Any] = {
-            "seconds": time.perf_counter() - started, "model": run.name, "step": meta["step"], **accuracy_values(results, {name: TASKS[name].baseline for name in names}), "samples": samples, "command": command_line("chat_eval", config),
-        }  # fmt: skip
+            "seconds": time.perf_counter() - started,
+            "model": run.name,
+            "step": meta["step"],
+            "checkpoint": f"{config.source}/{run.name}/{meta['step']}",
+            **accuracy_values(results, {name: TASKS[name].baseline for name in names}),
+            "samples": samples,
+            "command": command_line("chat_eval", config),
+        }
         record_stage(base_dir, "chat_eval", values)
     return 0
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nanochat.dataloader import Batch, ConversationLoader
-from nanochat.engine import Engine
 
 from nanochat.checkpoint_manager import find_run, load_model, run_dir
 from nanochat.common import UserError, format_count, get_base_dir, write_json
+from nanochat.dataloader import Batch, ConversationLoader
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import record_stage
@@ -41,7 +41,7 @@ QUESTIONS = ("Hello! Who are you?", "What is 17 + 25?", "Spell the word: garden"
 
 @dataclass
 class Config(TrainFlags):
-    """Finetune a base model on conversations. Sizes, windows and tokenizer are the base model's. -1 means "derive it"."""
+    """Finetune a base model on conversations. Sizes and tokenizer are the base model's. -1 means "derive it"."""
 
     base_tag: str = ""
     """Tag of the base run to start from; empty takes the latest."""
@@ -95,8 +95,9 @@ def train(config: Config, runtime: Runtime) -> int:
     rows = align_batch(total if total > 0 else 2**19, T) // T
     loader_for = partial(ConversationLoader, tokenizer=tokenizer, sequence_len=T, rank=runtime.rank,
                          world_size=runtime.world_size)  # fmt: skip
-    loader = loader_for(TaskMixture([p.task for p in train_parts], seed=config.seed), rows_per_step=rows, seed=config.seed,
-                        num_epochs=None if config.num_iterations > 0 or config.minutes > 0 else config.num_epochs)  # fmt: skip
+    endless = config.num_iterations > 0 or config.minutes > 0
+    loader = loader_for(TaskMixture([p.task for p in train_parts], seed=config.seed), rows_per_step=rows,
+                        seed=config.seed, num_epochs=None if endless else config.num_epochs)  # fmt: skip
     make_trainer = partial(build_trainer, config, runtime, rows, T)
     num_steps = saved_steps(checkpoint, config, run) or find_horizon(
         config, make_trainer, model, loader, rows, T, runtime

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.dataset import resolve_corpus
+from nanochat.report import record_stage
 from nanochat.textfiles import Document
 from nanochat.tokenizer import get_tokenizer
 from scripts import _cli
@@ -92,14 +93,13 @@ def evaluate(config: Config) -> dict[str, Any]:
     corpus = resolve_corpus(config.data, base_dir)
     counts = count_by_source(corpus.iter_documents("val"), counters, config.max_chars)
     print_table(counts, list(counters))
-    stage_record = {
-        "seconds": time.monotonic() - start,
-        "data": corpus.name,
-        "vocab_size": tokenizer.get_vocab_size(),
-        "bytes_per_token": {source: {name: row["bytes"] / max(1, row[name]) for name in counters}
-                            for source, row in counts.items()},
-    }
-    return stage_record
+    ratios = {source: {name: row["bytes"] / max(1, row[name]) for name in counters} for source, row in counts.items()}
+    # The hash joins these figures with those that tok_train recorded of the same tokenizer.
+    record_stage(base_dir, "tokenizer", {
+        "checkpoint": tokenizer.hash,
+        "tables": {"Bytes per token": [{"source": source, **row} for source, row in ratios.items()]},
+    })  # fmt: skip
+    return {"seconds": time.monotonic() - start, "data": corpus.name, "bytes_per_token": ratios}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from nanochat.common import UserError, format_count, format_seconds, get_base_dir, on_terminal
 from nanochat.dataset import resolve_corpus
-from nanochat.textfiles import Document
 from nanochat.report import record_stage
+from nanochat.textfiles import Document
 from nanochat.tokenizer import MIN_VOCAB_SIZE, RustBPETokenizer
 from scripts import _cli
 
@@ -86,6 +86,7 @@ def train(config: Config) -> dict[str, Any]:
         "documents": reading.num_documents,
         "characters": reading.num_chars,
         "hash": tokenizer.hash,
+        "checkpoint": tokenizer.hash,
         **sample,
     }
     print(f"vocabulary of {tokenizer.get_vocab_size():,} tokens in {format_seconds(seconds)}; on validation text "

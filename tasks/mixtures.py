@@ -37,7 +37,7 @@ def starter_mixture(split: str, seed: int = 42) -> list[Part]:
         Part("small talk", StarterChat(split, source="smalltalk")),
         Part("questions", StarterChat(split, source="qa")),
     ]
-    repeats = 8 if train else 1
+    repeats = 4 if train else 1
     return parts + [Part("identity", StarterChat(split, source="identity"))] * repeats
 
 

@@ -16,7 +16,8 @@ LAYERS = [
         "conversation_loader",
     },
     {
-        "checkpoint_manager", "checkpoint_folder", "tensor_file", "engine", "kv_cache", "sampling", "loss_eval",
+        "checkpoint_manager", "checkpoint_folder", "tensor_file", "engine", "kv_cache", "sampling", "decoding",
+        "loss_eval",
         "core_eval", "trainer", "session", "export", "report", "report_html", "report_view",
     },
     {"server"},
@@ -89,7 +90,8 @@ def test_nothing_loads_pickles() -> None:
 
 def test_imports_have_no_effects() -> None:
     """Importing every module reads no argument, makes no folder, touches no device, opens no socket."""
-    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for f in ("nanochat", "tasks", "scripts") for p in modules(f)]
+    paths = [p for folder in ("nanochat", "tasks", "scripts") for p in modules(folder)]
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths]
     code = f"""
 import sys, socket, os, importlib
 sys.argv = ["x", "--nonsense"]

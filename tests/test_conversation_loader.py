@@ -203,7 +203,7 @@ def test_num_steps_of_a_large_data_set_is_estimated(monkeypatch):
     exact = make_loader(chats(3000), rows=2).num_steps()
     monkeypatch.setattr(conversation_loader, "EXACT_CONVERSATIONS", 1000)
     monkeypatch.setattr(conversation_loader, "SAMPLE_CONVERSATIONS", 600)
-    assert make_loader(chats(3000), rows=2).num_steps() == pytest.approx(exact, rel=0.05)
+    assert 0.93 * exact < make_loader(chats(3000), rows=2).num_steps() <= exact, "the data must outlast the steps"
 
 
 def test_progress_rises_to_one():

@@ -19,7 +19,7 @@ from nanochat.dataloader import PretrainLoader, tokenizing_distributed_data_load
 from nanochat.dataset import resolve_corpus
 from nanochat.document_order import Cursor, DocumentOrder, cut
 from nanochat.lanes import LanePacker
-from nanochat.tensor_file import tensor_chunks, write_file
+from nanochat.tensor_file import read_tensors, tensor_chunks, write_file
 from nanochat.textfiles import Document
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -286,8 +286,7 @@ def test_going_back_in_the_same_loader():
 IN_ANOTHER_PROCESS = """
 import sys, numpy as np
 from pathlib import Path
-from nanochat.tensor_file import read_tensors
-from test_dataloader import make_loader
+from test_dataloader import make_loader, read_tensors
 loader = make_loader()
 loader.load_state_dict({name: tensor.numpy() for name, tensor in read_tensors(Path(sys.argv[1]))[0].items()})
 print(np.array([loader.next_batch().inputs.numpy() for _ in range(5)]).tolist())
@@ -468,6 +467,17 @@ def test_real_documents_come_back_whole(real):
     loader.close()
     assert {document.text for document in corpus.iter_documents("train")} <= found
     assert not {document.text for document in corpus.iter_documents("val")} & found
+
+
+def test_a_real_state_survives_the_file(real, tmp_path):
+    corpus, tokenizer = real
+    loader, restored = (PretrainLoader(corpus, tokenizer, sequence_len=64, rows_per_step=4) for _ in range(2))
+    take_rows(loader, 3)
+    write_file(tmp_path / "state.safetensors", tensor_chunks(loader.state_dict()))
+    tensors, _ = read_tensors(tmp_path / "state.safetensors")
+    restored.load_state_dict({name: tensor.numpy() for name, tensor in tensors.items()})
+    assert_same_state(restored.state_dict(), loader.state_dict())
+    np.testing.assert_array_equal(take_rows(restored, 5), take_rows(loader, 5))
 
 
 def test_the_published_loader(real):

@@ -198,15 +198,17 @@ def test_rows_of_different_lengths_share_a_cache() -> None:
 
 def test_query_alone_reads_what_the_cache_already_holds() -> None:
     q, k, v = random_qkv(1, 6, 2, 1, 4)
-    out = flash_attn.flash_attn_with_kvcache(q[:, 5:], k, v, cache_seqlens=torch.tensor([6]))
-    torch.testing.assert_close(out, reference(q, k, v)[:, 5:], rtol=1e-10, atol=1e-12)
+    caches = [torch.cat([x, torch.full((1, 3, 1, 4), 50.0)], 1) for x in (k, v)]
+    out = flash_attn.flash_attn_with_kvcache(q[:, 4:], *caches, cache_seqlens=torch.tensor([6]), window_size=(2, 0))
+    torch.testing.assert_close(out, reference(q, k, v, 2)[:, 4:], rtol=1e-10, atol=1e-12)
 
 
 def test_keys_in_any_order_with_empty_slots() -> None:
     """As in a ring buffer: positions say where a key stands, negative ones that a slot is empty."""
     q, k, v = random_qkv(1, 8, 4, 2, 4)
-    order = torch.tensor([5, 6, 7, 3, 4, -1])
+    order = torch.tensor([5, 6, 7, 3, 4, 0, 1, 2, -1])
     keys, values = (x[:, order.clamp_min(0)].clone() for x in (k, v))
     keys[:, -1] = values[:, -1] = 50.0
-    out = attend_at_positions(q[:, 7:], keys, values, torch.tensor([[7]]), order[None], window=4)
-    torch.testing.assert_close(out, reference(q, k, v, 4)[:, 7:], rtol=1e-10, atol=1e-12)
+    for window in (0, 4, 100):
+        out = attend_at_positions(q[:, 7:], keys, values, torch.tensor([[7]]), order[None], window)
+        torch.testing.assert_close(out, reference(q, k, v, window)[:, 7:], rtol=1e-10, atol=1e-12)

@@ -69,10 +69,10 @@ def result(base: Path, folder: str) -> tuple[str, str, list[tuple[int, float, fl
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base folder with a tokenizer, a base run and an SFT run that nobody disturbed."""
     base = tmp_path_factory.mktemp("straight")
-    text = [{"text": f"{w} and {v} went to the {w}. " * (1 + i % 7)} for i, (w, v) in
-            enumerate((w, v) for w in ("sea", "hill", "town", "wood") for v in ("anna", "ben", "carl", "dora") for _ in range(9))]  # fmt: skip
+    pairs = [(w, v) for w in ("sea", "hill", "town", "wood") for v in ("anna", "ben", "carl", "dora") for _ in range(9)]
+    texts = [f"{i} {w} and {v} went to the {w}. " * (1 + i % 7) for i, (w, v) in enumerate(pairs)]
     data = base / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": f"{i} {t['text']}"}) + "\n" for i, t in enumerate(text)))
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     chats = base / "chats.jsonl"
     chats.write_text("".join(
         json.dumps([{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}]) + "\n"

@@ -154,9 +154,10 @@ def test_hash_mismatch_stops_with_both_hashes(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_near_duplicates_are_found() -> None:
-    text = "The quick brown fox jumps over the lazy dog and runs into the deep green forest to sleep. " * 3
-    other = "Something else entirely, about the price of tea."
-    docs = [("a", text), ("b", text.replace("sleep", "rest")), ("c", other)]
+    days = (f"On day {i} the fox of house {i * 7} ran {i + 3} miles to the river and slept there." for i in range(30))
+    text = " ".join(days)
+    other = "Something else entirely, about the price of tea and the long way that it travels."
+    docs = [("a", text), ("b", text.replace("day 4 ", "morning 4 ")), ("c", other), ("d", other.upper() + "!")]
     assert [source for source, _ in clean.deduplicate(docs)] == ["a", "c"]
 
 

@@ -11,7 +11,7 @@ from dev.starter.clean import RUDE, SEXUAL, is_clean, normalise, stable_hash
 
 BAD_GLOSS = re.compile(
     r"\b(obscene|offensive|disparaging|slurs?|vulgar|derogatory|genus|sexual\w*|prostitut\w*|raped?|genitals?"
-    r"|contemptuous|ethnic)\b",
+    r"|contemptuous|ethnic|copulat\w*)\b|'{3}|\(\d{4}-\d{2,4}\)",
     re.IGNORECASE,
 )
 MEANS = (

@@ -14,7 +14,8 @@ TELLTALE = re.compile(
     r"|great (?:summary|question|explanation)"
     r"|i'd (?:add|say)|here(?:'s| is| are)|sure[,!]|certainly[,!]|in th(?:is|e) (?:story|context)|to summarize"
     r"|the story (?:ends|is about|tells)|rewrite|let me|my name is|summary|title:|once you understand|imagine you"
-    r"|in short|in conclusion|the answer is|a simple (?:sentence|answer)|little one|glad you|hello|rest is history"
+    r"|in short|in a very short|i can tell"
+    r"|in conclusion|the answer is|a simple (?:sentence|answer)|little one|glad you|hello|rest is history"
     r"|you're (?:talking|asking)|i think|i would)\b",
     re.I,
 )
@@ -56,12 +57,15 @@ def acceptable(record: dict, text: str) -> bool:
     """The rules for one cut answer; see the folder's README for what they remove."""
     words = len(text.split())
     least = {"story": 50, "explain": 10, "help": 8}[record["kind"]]
-    odd = re.search(r"[^\x20-\x7e\n\u00c0-\u024f–—…]|[*#_|]|\d{5,}|\d\)|^\d\.|\w-$|\b(\w+) \1 \1\b", text)
+    odd = re.search(r"[^\x20-\x7e\n\u00c0-\u024f–—…]|[*#_|]|\d{5,}|\n- |\d\)|^\d\.|\w-$|\b(\w+) \1 \1\b", text)
     if words < least or odd or TELLTALE.search(text) or RUDE.search(text) or repetitive(text) or not is_clean(text):
         return False
     if not (text[0] == '"' or text[0].isupper()) or text.count('"') % 2:
         return False
     if record["kind"] == "explain":
+        opening = content_words(text[:60]) | set(key(text[:60]).split())
+        if not opening & (content_words(record["question"]) | set(key(record["question"]).split())):
+            return False
         return grounded(record["question"], record["instruction"].split("\n\nNow tell")[0], text)
     topic = content_words(record["question"])
     return not topic or bool(topic & content_words(text))

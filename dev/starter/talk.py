@@ -19,7 +19,7 @@ ABOUT_THE_TASK = re.compile(
     r"|this (?:web)?(?:app|site)\b|\b(?:chat ?)?bots?\b|timer|survey|refresh|(?:end|this|the) chat\b|competition"
     r"|open source|disqualif|\bsocial media|data ?set|conversation partner|gift ?card|\bprizes?\b|perceptions? lab"
     r"|(?:\d|many|more|earn|get|got|for|your|my|the|of) points\b|finish button|disconnect|leader ?board|byu\b"
-    r"|credits?\b.*\bclass|\bchatters?\b",
+    r"|credits?\b.*\bclass|\bchatters?\b|\bmoderators?\b|your real name|two people on|shooting to win",
     re.I,
 )
 """Talk about the site that collected the conversations."""
@@ -39,7 +39,7 @@ STRANGERS = re.compile(
     r"\b(?:we (?:spoke|chatted|talked|just|were)|(?:chat|talk|speak)(?:ted|ed|ing)? (?:again|before|earlier|yesterday)"
     r"|you(?:'?re| are)? (?:back|again)|it'?s (?:me|you)\b|its (?:me|you)\b|hello again|me again|real person|other chat"
     r"|block you|done with|no one else|yesterday|last (?:night|time)|remember me|user ?name|i'?m back|internet|wifi"
-    r"|browser|page|switched)\b"
+    r"|browser|page|switched|online|new here|actual person|this thing|hike the y|econ)\b"
     r"|\b(?:hey|hi|hello|hii+|heyy+|thanks|bye) (?!there|how|hi\b|hey|hello|what|are|i\b|i'm|so|my|friend|again|it|you"
     r"|to|for)[A-Za-z]+\b",
     re.I,
@@ -68,6 +68,7 @@ def tidy_message(text: str) -> str:
     """One message: normalised, shouting repeats shortened (soooooo -> sooo), emoticon junk removed."""
     text = normalise(text).replace("\n", " ")
     text = re.sub(r"([A-Za-z!?.])\1{3,}", r"\1\1\1", text)
+    text = re.sub(r"'{2,}", '"', text)
     return re.sub(r"[^\x20-\x7eà-ÿÀ-ß€£–—…]+", "", text).strip()
 
 

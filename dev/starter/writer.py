@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dev.starter.clean import fraction, key, stable_hash
+from nanochat.common import atomic_write
 
 ROW_GROUP = 1024
 VAL_FRACTION = 0.018
@@ -59,7 +60,8 @@ def interleave(items: list[tuple[str, Any]], name: Any = str) -> list[tuple[str,
 def write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     """zstd, row groups of 1024, nothing in the file that depends on time or machine."""
     table = pa.Table.from_pylist(rows, schema=schema)
-    pq.write_table(table, path, compression="zstd", compression_level=19, row_group_size=ROW_GROUP)
+    with atomic_write(path) as file:
+        pq.write_table(table, file, compression="zstd", compression_level=19, row_group_size=ROW_GROUP)
 
 
 def write_documents(path: Path, docs: list[tuple[str, str]]) -> None:

@@ -1,0 +1,65 @@
+"""Stand-ins: a tokenizer with a token per byte, and a model that says what it is told to."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from nanochat.common import SPECIAL_TOKENS
+from nanochat.gpt import GPTConfig
+from nanochat.kv_cache import KVCache
+
+SPECIAL = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+BOS, END = SPECIAL["<|bos|>"], SPECIAL["<|assistant_end|>"]
+PYTHON, PYTHON_END = SPECIAL["<|python_start|>"], SPECIAL["<|python_end|>"]
+OUTPUT, OUTPUT_END = SPECIAL["<|output_start|>"], SPECIAL["<|output_end|>"]
+START = SPECIAL["<|assistant_start|>"]
+
+
+class ByteTokenizer:
+    """A token per byte, then the special tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(bytes([i]) if i < 256 else SPECIAL_TOKENS[i - 256].encode() for i in ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def encode_special(self, name: str) -> int:
+        return SPECIAL[name]
+
+
+TOKENIZER = ByteTokenizer()
+
+
+class Scripted:
+    """A stand-in for GPT: after each token comes the one `follows` names; unnamed ones are followed by the end."""
+
+    device, compute_dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, follows: dict[int, int], sequence_len: int = 64) -> None:
+        self.config = GPTConfig(sequence_len, 265, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
+        self.table = torch.full((265, 265), -20.0)
+        for token in range(265):
+            self.table[token, follows.get(token, END)] = 20.0
+        self.fed: list[list[list[int]]] = []
+
+    def __call__(self, idx: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
+        self.fed.append(idx.tolist())
+        kv_cache.advance(idx.size(1))
+        return self.table[idx]
+
+    hidden = __call__
+
+    def parameters(self) -> list[torch.Tensor]:
+        return []
+
+
+def chain(*parts: str | int) -> dict[int, int]:
+    """What follows what, for a script in which no token appears twice."""
+    ids = [i for part in parts for i in (part.encode() if isinstance(part, str) else [part])]
+    assert len(set(ids)) == len(ids)
+    return dict(itertools.pairwise(ids))

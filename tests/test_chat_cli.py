@@ -1,0 +1,278 @@
+"""The terminal chat: real checkpoints for loading, a scripted model for what is shown and remembered."""
+
+import io
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stubs import BOS, END, OUTPUT_END, PYTHON, PYTHON_END, START, TOKENIZER, Scripted, chain
+
+from nanochat.checkpoint_manager import run_dir, save_checkpoint
+from nanochat.common import UserError
+from nanochat.conversation import render_prompt
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.sampling import Sampling
+from nanochat.tokenizer import RustBPETokenizer
+from scripts import _chat, chat_cli
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT, RustBPETokenizer]:
+    """A base folder with an sft and a base checkpoint of a small random model."""
+    base_dir = tmp_path_factory.mktemp("base")
+    tokenizer = RustBPETokenizer.train_from_iterator(["ab"], 265)
+    config = GPTConfig(sequence_len=64, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    model = GPT.create(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.2)
+    for source in ("sft", "base"):
+        save_checkpoint(run_dir(base_dir, source, "d2"), 7, model_state=model.state_dict(), tokenizer=tokenizer,
+                        meta={"model_config": config.to_dict()})  # fmt: skip
+    return base_dir, model, tokenizer
+
+
+@pytest.fixture
+def base_dir(trained: tuple[Path, GPT, RustBPETokenizer], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(trained[0]))
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    return trained[0]
+
+
+def script(monkeypatch: pytest.MonkeyPatch, model: Scripted) -> Scripted:
+    """Let the script talk to `model`."""
+    monkeypatch.setattr(chat_cli, "load", lambda config, runtime: (model, TOKENIZER, {"step": 1}))
+    return model
+
+
+def answering(*parts: str | int, sequence_len: int = 200) -> Scripted:
+    return Scripted(chain(START, *parts), sequence_len)
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *lines: str | bytes) -> None:
+    """Standard input is a pipe with these lines."""
+    content = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+def prompts(model: Scripted) -> list[str]:
+    """What the model was asked, turn by turn."""
+    return [TOKENIZER.decode(step[0]) for step in model.fed if len(step[0]) > 1]
+
+
+def make_chat(model: Scripted, **kwargs: Any) -> _chat.Chat:
+    return _chat.Chat(model, TOKENIZER, Sampling(0.0), 50, 0, **kwargs)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Finding and loading a model
+
+
+def test_one_answer_and_out(trained: Any, base_dir: Path, capsys: Capture) -> None:
+    _, model, tokenizer = trained
+    flags = ["-t", "0.8", "-k", "20", "--top-p", "0.9", "--max-tokens", "9", "--seed", "3"]
+    assert chat_cli.main(["-p", "hi", *flags]) == 0
+    prompt = render_prompt(tokenizer, [{"role": "user", "content": "hi"}])
+    settings: dict[str, Any] = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3}
+    (ids,), _ = Engine(model, tokenizer).generate_batch(prompt, max_tokens=9, **settings)
+    text = "".join(_chat.printable([("text", tokenizer.decode([i for i in ids[len(prompt) :] if i < 256]))]))
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_base_model_continues_the_text(trained: Any, base_dir: Path, capsys: Capture) -> None:
+    flags = ["-i", "base", "-g", "d2", "-s", "7", "-t", "0", "--max-tokens", "5"]
+    assert chat_cli.main([*flags, "-p", "Once " * 100]) == 0
+    assert capsys.readouterr().out.strip()  # longer than the context: continued from its end
+
+
+@pytest.mark.parametrize(("source", "maker"), [("sft", "chat_sft"), ("base", "base_train"), ("rl", "chat_rl")])
+def test_no_model_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, maker: str) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=maker) as error:
+        chat_cli.main(["-i", source, "-p", "hi"])
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["-g", "d99"], "there are: d2"), (["-s", "8"], "it has: 7"), (["-i", "other"], "base, sft, rl"),
+    (["-t", "-1"], "temperature"), (["-k", "-1"], "top_k"), (["--top-p", "0"], "top_p"),
+    (["--max-tokens", "0"], "--max-tokens"), (["-p", "x" * 100], "shorten it"),
+    (["--nonsense"], "nonsense"), (["-t", "warm"], "warm"),
+])  # fmt: skip
+def test_mistakes_get_one_line(base_dir: Path, argv: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        chat_cli.main(["-p", "hi", *argv])
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Talking through a pipe
+
+
+def test_a_conversation_is_remembered(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    model = script(monkeypatch, answering("Yes."))
+    typed(monkeypatch, "one", "", "two")
+    assert chat_cli.main([]) == 0
+    assert capsys.readouterr() == ("Yes.\nYes.\n", "")
+    first = "<|bos|><|user_start|>one<|user_end|><|assistant_start|>"
+    assert prompts(model) == [first, first + "Yes.<|assistant_end|><|user_start|>two<|user_end|><|assistant_start|>"]
+
+
+def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    model = script(monkeypatch, answering("Yes."))
+    typed(monkeypatch, "one", "/clear", "two", "/system Be brief.", "three", "/clear", "four", "/system", "five",
+          "/help", "/nonsense", "/quit", "six")  # fmt: skip
+    assert chat_cli.main([]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("Yes.\n") == 5 and "/clear" in said.out
+    assert said.err.startswith("there is no command /nonsense")
+    asked = ["one", "two", "Be brief.\n\nthree", "Be brief.\n\nfour", "five"]
+    assert prompts(model) == [f"<|bos|><|user_start|>{text}<|user_end|><|assistant_start|>" for text in asked]
+
+
+def test_long_chats_drop_the_oldest_turns(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    model = script(monkeypatch, answering("Yes.", sequence_len=60))
+    typed(monkeypatch, "/system S", *(f"question {i}" for i in range(12)))
+    assert chat_cli.main([]) == 0
+    said = capsys.readouterr()
+    assert said.out == "Yes.\n" * 12 and "forgotten" in said.err
+    assert all(len(step[0]) <= 30 for step in model.fed)  # half the context is left to the answer
+    assert "S\n\nquestion 11" in prompts(model)[-1] and "question 1<" not in prompts(model)[-1]
+
+
+def test_a_message_too_long_is_refused_and_the_chat_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    model = script(monkeypatch, answering("Yes.", sequence_len=60))
+    typed(monkeypatch, "one", "x" * 100, "two")
+    assert chat_cli.main([]) == 0
+    said = capsys.readouterr()
+    assert said.out == "Yes.\nYes.\n" and said.err.count("error: the last message") == 1
+    assert "xx" not in prompts(model)[-1] and "two" in prompts(model)[-1]
+
+
+def test_bytes_that_are_no_text(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    script(monkeypatch, answering("Yes."))
+    typed(monkeypatch, b"\xff\xfe caf\xe9", "ok")
+    assert chat_cli.main([]) == 0 and capsys.readouterr().out == "Yes.\nYes.\n"
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def test_tool_calls_are_legible_and_remembered() -> None:
+    model = answering("So ", PYTHON, "12*3", PYTHON_END)
+    model.table[OUTPUT_END, :] = -20.0
+    model.table[OUTPUT_END, ord("!")] = 20.0
+    chat = make_chat(model)
+    assert "".join(chat.stream("hm")) == "So [calculator: 12*3 = 36]!"
+    chat.remember()
+    parts = [("text", "So "), ("python", "12*3"), ("python_output", "36"), ("text", "!")]
+    assert chat.messages[-1] == {"role": "assistant", "content": [{"type": t, "text": x} for t, x in parts]}
+
+
+def test_a_refused_tool_call_is_closed() -> None:
+    assert "".join(make_chat(answering(PYTHON, "os.x", PYTHON_END, "?")).stream("hm")) == "[calculator: os.x]?"
+    assert "".join(make_chat(answering(PYTHON, "12*3")).stream("hm")) == "[calculator: 12*3]"
+
+
+def test_no_piece_cuts_a_character() -> None:
+    text = "añ€𝄞"
+    pieces = [piece for piece in make_chat(answering(text)).stream("hm") if piece]
+    assert pieces == list(text)  # a token is a byte here, a piece is a character
+
+
+def test_a_terminal_is_not_given_orders() -> None:
+    assert "".join(make_chat(answering("a\x1b[2J\tb\n\x07")).stream("hm")) == "a\ufffd[2J\tb\n\ufffd"
+
+
+# ---------------------------------------------------------------------------------------------------
+# The keyboard
+
+
+class Interrupted(Scripted):
+    """A model during whose n-th step somebody presses Ctrl-C."""
+
+    def __init__(self, follows: dict[int, int], step: int) -> None:
+        super().__init__(follows, 200)
+        self.step = step
+
+    def __call__(self, idx: torch.Tensor, kv_cache: Any) -> torch.Tensor:
+        if len(self.fed) == self.step:
+            signal.raise_signal(signal.SIGINT)
+        return super().__call__(idx, kv_cache)
+
+
+def test_ctrl_c_stops_the_answer_not_the_program(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    model = script(monkeypatch, Interrupted(chain(START, "Helo, yu!"), 3))
+    typed(monkeypatch, "one", "two")
+    assert chat_cli.main([]) == 0
+    assert capsys.readouterr().out == "Helo [stopped]\nHelo, yu!\n"
+    assert "Helo<|assistant_end|>" in prompts(model)[-1]  # what was said is remembered
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_with_one_answer(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    script(monkeypatch, Interrupted(chain(START, "Helo."), 0))
+    assert chat_cli.main(["-p", "hi"]) == 130
+    assert "[stopped]" in capsys.readouterr().out
+
+
+def test_ctrl_c_at_the_prompt_leaves_the_second_time(capsys: Capture) -> None:
+    def keys(*presses: Any) -> Any:
+        left = iter(presses)
+
+        def read() -> str:
+            press = next(left)
+            if isinstance(press, type):
+                raise press
+            return press
+
+        return read, left
+
+    read, left = keys(KeyboardInterrupt, "hi", KeyboardInterrupt, KeyboardInterrupt, "never")
+    assert chat_cli.converse(make_chat(answering("Yes.")), read) == 0 and next(left) == "never"
+    chat = make_chat(Interrupted(chain(START, "Yes."), 1))
+    read, left = keys("hi", KeyboardInterrupt, "never")  # the first stopped the answer
+    assert chat_cli.converse(chat, read) == 0 and next(left) == "never"
+    read, left = keys(EOFError, "never")
+    assert chat_cli.converse(chat, read) == 0 and next(left) == "never"
+    capsys.readouterr()
+
+
+def test_typing_in_a_terminal(tmp_path: Path) -> None:
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
+        read = _chat.terminal_reader(tmp_path / "history")
+        keyboard.send_text("héllo\r")
+        assert read() == "héllo"
+        keyboard.send_text("two\x1b\rlines\r")  # Alt-Enter
+        assert read() == "two\nlines"
+        again = _chat.terminal_reader(tmp_path / "history")
+        keyboard.send_text("\x1b[A\x1b[A\x1b[A\r")  # up, past both lines of the last one
+        assert again() == "héllo"
+        keyboard.send_text("\x03")
+        with pytest.raises(KeyboardInterrupt):
+            read()
+        keyboard.send_text("\x04")
+        with pytest.raises(EOFError):
+            read()
+
+
+def test_an_empty_answer_is_an_answer_too() -> None:
+    chat = make_chat(Scripted({}))
+    assert "".join(chat.stream("hm")) == ""
+    chat.remember()
+    assert chat.messages[-1] == {"role": "assistant", "content": ""} and chat.said == [END]
+    assert BOS not in chat.said

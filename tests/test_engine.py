@@ -1,0 +1,394 @@
+"""Generating: against greedy decoding without a cache, and a scripted model for everything that is not numbers."""
+
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stubs import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, SPECIAL, START, TOKENIZER, Scripted, chain
+
+from nanochat import decoding
+from nanochat.conversation import parse_answer
+from nanochat.decoding import Batch, DecodingWeights, Row, ToolUse
+from nanochat.engine import AnswerStream, Engine, TextStream
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
+from nanochat.sampling import Sampling
+
+SIZES = {"sequence_len": 32, "vocab_size": 265, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
+CONFIGS = {
+    "published": GPTConfig(**SIZES),
+    "later": GPTConfig.later(**{**SIZES, "short_window_divisor": 2}),
+    "plain": GPTConfig.plain(**SIZES),
+}
+
+
+def make_model(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
+    """A model in which every feature matters, and that does not end its answers by itself."""
+    model = GPT.create(config, compute_dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, GPT]:
+    return {name: make_model(config) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture(scope="module")
+def engine(models: dict[str, GPT]) -> Engine:
+    return Engine(models["later"], TOKENIZER)
+
+
+@torch.no_grad()
+def naive_greedy(model: GPT, prompt: list[int], max_tokens: int) -> list[int]:
+    """The most likely continuation, by a full forward pass per token."""
+    ids = list(prompt)
+    while len(ids) < min(model.config.sequence_len, len(prompt) + max_tokens):
+        token = int(model(torch.tensor([ids]))[0, -1].argmax())
+        if token in (END, BOS):
+            break
+        ids.append(token)
+    return ids
+
+
+@functools.cache
+def greedy_once(model: GPT, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+    return naive_greedy(model, list(prompt), max_tokens)
+
+
+def scripted(*parts: str | int, **kwargs: Any) -> Engine:
+    return Engine(Scripted(chain(START, *parts), **kwargs), TOKENIZER)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The numbers
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("length", [1, 2, 9, 30, 31])
+def test_greedy_is_greedy_without_a_cache(models: dict[str, GPT], name: str, length: int) -> None:
+    prompt = [BOS, *range(60, 60 + length - 1)]
+    sequences, masks = Engine(models[name], TOKENIZER).generate_batch(prompt, temperature=0.0)
+    assert sequences == [naive_greedy(models[name], prompt, 99)]
+    assert len(masks[0]) == len(sequences[0]) <= 32
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 50])
+def test_many_prompts_each_get_their_own_answer(models: dict[str, GPT], batch_size: int) -> None:
+    """More prompts than places, of all lengths: rows leave and join in the middle, nobody notices."""
+    prompts = [[BOS, *((7 * i + j) % 250 for j in range(3 * i % 28))] for i in range(11)]
+    for name, model in models.items():
+        got = Engine(model, TOKENIZER).generate_many(prompts, max_tokens=9, temperature=0.0, batch_size=batch_size)
+        assert [p + a for p, a in zip(prompts, got)] == [greedy_once(model, tuple(p), 9) for p in prompts], name
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 16])
+def test_prefill_in_chunks_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    prompt = [BOS, *range(20)]
+    whole = engine.generate_batch(prompt, num_samples=3, max_tokens=8)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
+    assert engine.generate_batch(prompt, num_samples=3, max_tokens=8) == whole
+
+
+def test_sampled_rows_do_not_depend_on_their_neighbours(engine: Engine) -> None:
+    prompts = [[BOS, 50 + i] for i in range(9)]
+    kwargs: dict[str, Any] = {"max_tokens": 12, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 5}
+    alone = engine.generate_many(prompts, batch_size=1, **kwargs)
+    assert engine.generate_many(prompts, batch_size=4, **kwargs) == alone
+    assert engine.generate_many(prompts[:3], batch_size=9, **kwargs) == alone[:3]
+
+
+def test_samples_differ_from_the_first_token_on(engine: Engine) -> None:
+    columns = list(engine.generate([BOS, 65], num_samples=16, max_tokens=6, seed=1))
+    assert len(set(columns[0][0])) > 8
+    assert len({tuple(column[i] for column, _ in columns) for i in range(16)}) == 16
+
+
+def test_first_tokens_follow_the_model(engine: Engine, models: dict[str, GPT]) -> None:
+    n = 4000
+    first, _ = next(engine.generate([BOS, 65], num_samples=n, max_tokens=1, top_k=5, seed=3))
+    logits = models["later"](torch.tensor([[BOS, 65]]))[0, -1].double()
+    best = logits.topk(5)
+    for token, p in zip(best.indices.tolist(), best.values.softmax(0).tolist()):
+        assert abs(first.count(token) - n * p) < 5 * (n * p * (1 - p)) ** 0.5
+    assert set(first) <= set(best.indices.tolist())
+
+
+def test_seeds(engine: Engine) -> None:
+    def sample(**kwargs: Any) -> list[list[int]]:
+        return engine.generate_batch([BOS, 65], max_tokens=8, **kwargs)[0]
+
+    assert sample(seed=1, num_samples=3) == sample(seed=1, num_samples=3)
+    assert sample(seed=1, num_samples=3)[:1] == sample(seed=1)
+    assert len({tuple(sample(seed=s)[0]) for s in (-2, -1, 0, 1, 2)}) == 5
+
+
+def test_generation_leaves_no_trace_in_training(models: dict[str, GPT]) -> None:
+    model = make_model(CONFIGS["later"]).train()
+    Engine(model, TOKENIZER).generate_batch([BOS, 65], max_tokens=4)
+    ids = torch.arange(12).view(1, 12)
+    model(ids, ids).backward()
+    assert model.training and all(p.grad is not None for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Where it ends, and what is refused
+
+
+def test_one_end_does_not_stop_the_others() -> None:
+    model = Scripted({ord("a"): ord("b"), ord("b"): ord("c"), ord("x"): BOS})
+    engine = Engine(model, TOKENIZER)  # type: ignore[arg-type]
+    rows = engine.complete([[ord("a")], [ord("x")], [ord("b")], [ord("c")]])
+    assert [row.tokens for row in rows] == [[*b"bc"], [], [*b"c"], []]
+    assert [row.end for row in rows] == [END, BOS, END, END]
+    assert [len(step) for step in model.fed] == [1, 1, 1, 1, 2, 1]  # four prompts; then two rows, then one
+
+
+def test_finished_samples_show_the_end_until_all_are_done() -> None:
+    model = Scripted({})
+    model.table[START, [END, ord("a")]] = 20.0  # the first token is a coin toss
+    columns = list(Engine(model, TOKENIZER).generate([START], num_samples=8))  # type: ignore[arg-type]
+    assert len(columns) == 2
+    for (first, second), (first_mask, second_mask) in zip(zip(*(c for c, _ in columns)), zip(*(m for _, m in columns))):
+        assert (first, second, first_mask, second_mask) in [(END, END, 1, 0), (ord("a"), END, 1, 1)]
+    assert {END, ord("a")} == set(columns[0][0])
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 5, None])
+def test_max_tokens(engine: Engine, max_tokens: int | None) -> None:
+    steps = len(list(engine.generate([BOS, 1, 2], max_tokens=max_tokens, temperature=0.0)))
+    assert steps == (29 if max_tokens is None else max_tokens)
+
+
+def test_a_prompt_that_fills_the_context_gets_nothing(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(engine.generate([BOS] * 32)) == []
+    assert engine.generate_batch([BOS] * 32, num_samples=2) == ([[BOS] * 32] * 2, [[0] * 32] * 2)
+    assert [len(a) for a in engine.generate_many([[BOS] * 32, [BOS] * 31, [BOS] * 99], temperature=0.0)] == [0, 1, 0]
+    assert "2 of 3 prompts leave no room in the context of 32 tokens" in capsys.readouterr().err
+    assert engine.generate_many([]) == []
+
+
+@pytest.mark.parametrize(("tokens", "kwargs", "words"), [
+    ([], {}, "prompt is empty"), ([BOS] * 33, {}, "33 tokens"), ([BOS], {"num_samples": 0}, "num_samples"),
+    ([BOS], {"max_tokens": -1}, "max_tokens"), ([BOS], {"temperature": -1.0}, "temperature"),
+    ([BOS], {"top_k": -5}, "top_k"), ([BOS], {"top_p": 2.0}, "top_p"),
+])  # fmt: skip
+def test_wrong_arguments_are_named_before_anything_runs(
+    engine: Engine, tokens: list[int], kwargs: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        engine.generate(tokens, **kwargs)  # not even iterated
+
+
+def test_wrong_arguments_of_many(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        engine.complete([[BOS], []])
+    with pytest.raises(ValueError, match="batch_size"):
+        engine.complete([[BOS]], batch_size=0)
+
+
+@pytest.mark.parametrize("top_k", [0, None, 265, 10_000])
+def test_top_k_may_be_off_or_beyond_the_vocabulary(engine: Engine, top_k: int | None) -> None:
+    assert engine.generate_batch([BOS], max_tokens=5, top_k=top_k) == engine.generate_batch([BOS], max_tokens=5)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The calculator
+
+
+def test_a_result_is_forced_after_an_expression() -> None:
+    engine = scripted("Sum: ".replace(" ", ""), PYTHON, "12*3", PYTHON_END)
+    engine.model.table[OUTPUT_END, :] = -20.0
+    engine.model.table[OUTPUT_END, ord("!")] = 20.0
+    (tokens,), (mask,) = engine.generate_batch([BOS, START])
+    said, forced = [*b"Sum:", PYTHON, *b"12*3", PYTHON_END], [OUTPUT, *b"36", OUTPUT_END]
+    assert tokens == [BOS, START, *said, *forced, ord("!")]
+    assert mask == [0, 0] + [1] * len(said) + [0] * len(forced) + [1]
+
+
+@pytest.mark.parametrize(("expression", "shown"), [("1/2", "0.5"), ("84/7", "12"), ("'abc'.", None), ("2**", None),
+                                                   ("9//0", None), ("ü+1", None), ("", None)])  # fmt: skip
+def test_what_the_calculator_makes_of_an_expression(expression: str, shown: str | None) -> None:
+    row, tools = Row([START], 99, Sampling(), 0, 0), ToolUse(TOKENIZER)
+    for token in [PYTHON, *TOKENIZER.encode(expression), PYTHON_END]:
+        tools.watch(row, token)
+    assert list(row.forced) == ([] if shown is None else [OUTPUT, *shown.encode(), OUTPUT_END])
+
+
+@pytest.mark.parametrize("ids", [[PYTHON_END], [*b"1+1", PYTHON_END], [PYTHON, *b"1+1"], [OUTPUT, *b"1", OUTPUT_END],
+                                 [PYTHON, *b"1+1", PYTHON]])  # fmt: skip
+def test_half_an_expression_calls_nothing(ids: list[int]) -> None:
+    row, tools = Row([START], 99, Sampling(), 0, 0), ToolUse(TOKENIZER)
+    for token in ids:
+        tools.watch(row, token)
+    assert not row.forced
+
+
+def test_a_second_start_begins_the_expression_anew() -> None:
+    row, tools = Row([START], 99, Sampling(), 0, 0), ToolUse(TOKENIZER)
+    for token in [PYTHON, *b"7", PYTHON, *b"1+1", PYTHON_END]:
+        tools.watch(row, token)
+    assert list(row.forced) == [OUTPUT, ord("2"), OUTPUT_END]
+
+
+def test_an_expression_it_refuses_forces_nothing() -> None:
+    engine = scripted(PYTHON, "os.x", PYTHON_END, "?")
+    (tokens,), (mask,) = engine.generate_batch([START])
+    assert tokens == [START, PYTHON, *b"os.x", PYTHON_END, ord("?")] and mask == [0] + [1] * 7
+
+
+@pytest.mark.parametrize("limit", range(1, 12))
+def test_forced_tokens_count_towards_the_limit(limit: int) -> None:
+    answer = [PYTHON, *b"12*3", PYTHON_END, OUTPUT, *b"36", OUTPUT_END]
+    engine = scripted(PYTHON, "12*3", PYTHON_END)
+    assert engine.generate_batch([START], max_tokens=limit)[0] == [[START, *answer[:limit]]]
+    small = scripted(PYTHON, "12*3", PYTHON_END, sequence_len=limit + 1)
+    assert small.generate_batch([START])[0] == [[START, *answer[:limit]]]
+
+
+def test_every_row_has_its_own_calculator() -> None:
+    """Rows at different places of different expressions, side by side."""
+    follows = chain(*b"abcdefgh") | chain(PYTHON, "1+2", PYTHON_END) | {ord("h"): PYTHON, OUTPUT_END: END}
+    engine = Engine(Scripted(follows), TOKENIZER)  # type: ignore[arg-type]
+    starts = b"ahcgbf"
+    tail = [PYTHON, *b"1+2", PYTHON_END, OUTPUT, ord("3"), OUTPUT_END]
+    rows = engine.complete([[s] for s in starts], batch_size=4)
+    assert [row.tokens for row in rows] == [[*b"abcdefgh"[s - ord("a") + 1 :], *tail] for s in starts]
+    assert all(row.mask[-3:] == [0, 0, 0] and 0 not in row.mask[:-3] for row in rows)
+
+
+def test_threads_do_not_disturb_each_other(engine: Engine) -> None:
+    """Several generations at once, tool calls included, none of them on the main thread."""
+    tool = scripted(PYTHON, "12*3", PYTHON_END)
+
+    def work(i: int) -> Any:
+        assert threading.current_thread() is not threading.main_thread()
+        return engine.generate_batch([BOS, i], num_samples=2, max_tokens=6), tool.generate_batch([START])
+
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(work, range(8)))
+    assert [a for a, _ in got] == [engine.generate_batch([BOS, i], num_samples=2, max_tokens=6) for i in range(8)]
+    assert all(b == tool.generate_batch([START]) and OUTPUT in b[0][0] for _, b in got)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The running batch
+
+
+def make_batch(engine: Engine, max_rows: int) -> Batch:
+    return Batch(engine.model, engine.tools, engine.end_tokens, max_rows, 32)
+
+
+def greedy_row(prompt: list[int], max_tokens: int = 10, index: int = 0) -> Row:
+    return Row(prompt, max_tokens, Sampling(0.0), 0, index)
+
+
+def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one piece of prompt a step, the rows already running get a token every step."""
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 4)
+    batch, first, late = make_batch(engine, 2), greedy_row([BOS, 1]), greedy_row([BOS, *range(17)])
+    batch.submit([first])
+    steps = [[token.row for token in batch.step(prefill_chunks=1)]]
+    batch.submit([late])
+    while not batch.idle:
+        steps.append([token.row for token in batch.step(prefill_chunks=1)])
+    assert steps[:5] == [[first]] * 5 and steps[5] == [first, late]  # 18 tokens are five pieces
+    for row in (first, late):
+        assert row.prompt + row.tokens == naive_greedy(engine.model, row.prompt, 10)
+
+
+def test_rows_that_share_a_prompt_prefill_it_once() -> None:
+    model = Scripted(chain("abc"))
+    Engine(model, TOKENIZER).complete([[*b"xa"]] * 5 + [[*b"ya"]], batch_size=2)  # type: ignore[arg-type]
+    assert [step for step in model.fed if len(step[0]) == 2] == [[[*b"xa"]], [[*b"ya"]]]
+
+
+def test_cancelled_rows_free_their_place_wherever_they_are(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 4)
+    batch = make_batch(engine, 2)
+    rows = [greedy_row([BOS, *range(9 + i)], index=i) for i in range(5)]
+    for row in rows:
+        batch.submit([row])
+    batch.step()
+    assert batch.rows == rows[:2]
+    batch.cancel(rows[0])  # running
+    assert batch.rows == [rows[1]]
+    batch.step(prefill_chunks=1)
+    batch.cancel(rows[2])  # its prompt is half prefilled
+    batch.cancel(rows[4])  # waiting
+    while not batch.idle:
+        batch.step()
+    assert [len(row.tokens) for row in rows] == [1, 10, 0, 10, 0]
+    for row in (rows[1], rows[3]):
+        assert row.prompt + row.tokens == naive_greedy(engine.model, row.prompt, 10)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Weights
+
+
+def test_decoding_weights_are_the_same_numbers() -> None:
+    model = make_model(CONFIGS["later"], torch.bfloat16)
+    copy = DecodingWeights(model).current()
+    assert {p.dtype for p in copy.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    ids = torch.arange(30).view(2, 15)
+    assert torch.equal(copy(ids), model(ids))
+    plain = make_model(CONFIGS["later"])
+    assert DecodingWeights(plain).current() is plain
+
+
+def test_decoding_weights_follow_the_optimizer() -> None:
+    model = make_model(CONFIGS["later"], torch.bfloat16).train()
+    weights, ids = DecodingWeights(model), torch.arange(30).view(2, 15)
+    optimizer = MuonAdamW(build_param_groups(model, OptimizerConfig(), ns_dtype=torch.float32))
+    before, copy = weights.current()(ids), weights.current()
+    for _ in range(2):
+        model(ids, ids).backward()
+        optimizer.step()
+        model.zero_grad()
+        assert weights.current() is copy and torch.equal(copy(ids), model(ids))
+    assert not torch.equal(copy(ids), before)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Text
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_streamed_text_never_cuts_a_character(text: str) -> None:
+    stream = TextStream(TOKENIZER)
+    pieces = [stream.feed(token) for token in text.encode(errors="ignore")]
+    assert "".join(pieces) == text.encode(errors="ignore").decode() and stream.finish() == ""
+    assert all(len(piece) <= 1 for piece in pieces)  # a byte completes at most one character
+
+
+def test_a_character_never_completed_is_shown_as_such() -> None:
+    stream = TextStream(TOKENIZER)
+    assert [stream.feed(byte) for byte in "€".encode()[:2]] == ["", ""]
+    assert stream.finish() == "\N{REPLACEMENT CHARACTER}" and stream.feed(65) == "A"
+
+
+TOKENS = st.one_of(st.integers(0, 255), st.sampled_from(sorted(set(SPECIAL.values()) - {BOS, END})))
+
+
+@given(st.lists(TOKENS, max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_a_streamed_answer_is_the_parsed_answer(ids: list[int]) -> None:
+    stream, parts = AnswerStream(TOKENIZER), {"text": "", "python": "", "python_output": ""}
+    for kind, text in [piece for token in ids for piece in stream.feed(token)] + stream.finish():
+        parts[kind] += text
+    parsed = parse_answer(TOKENIZER, ids)
+    for kind in parts:
+        whole = [{"type": "text", "text": parsed}] if isinstance(parsed, str) else parsed
+        assert parts[kind] == "".join(part["text"] for part in whole if part["type"] == kind)
+

@@ -1,0 +1,128 @@
+"""Choosing tokens: against float64 softmax and worked examples."""
+
+import math
+
+import pytest
+import torch
+
+from nanochat.sampling import Sampling, choose, make_rng
+
+WORKED = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()  # ranks: token 1, 3, 0, 2
+
+
+class Grid:
+    """Instead of a generator: hands out the midpoints of n equal steps, so that shares are exact."""
+
+    def __init__(self, n: int) -> None:
+        self.values = iter((i + 0.5) / n for i in range(n))
+
+    def random(self) -> float:
+        return next(self.values)
+
+
+class Fixed:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def random(self) -> float:
+        return self.value
+
+
+def shares(logits: torch.Tensor, sampling: Sampling, n: int = 4000) -> torch.Tensor:
+    """How often each token is chosen over an even grid of n draws: its probability to within 1/n."""
+    grid = Grid(n)
+    tokens = choose(logits.expand(n, -1), [sampling] * n, [grid] * n)  # type: ignore[list-item]
+    return torch.bincount(torch.tensor(tokens), minlength=logits.size(-1)).double() / n
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.5])
+def test_shares_are_those_of_a_float64_softmax(temperature: float) -> None:
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)) * 3
+    exact = (logits[0].double() / temperature).softmax(0)
+    assert (shares(logits, Sampling(temperature)) - exact).abs().max() < 1.5 / 4000
+
+
+def test_draws_of_many_samples_follow_the_distribution() -> None:
+    n = 20000
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    rngs = [make_rng(7, i) for i in range(n)]
+    counts = torch.bincount(torch.tensor(choose(logits.expand(n, -1), [Sampling()] * n, rngs)), minlength=4).double()
+    p = logits[0].double().softmax(0)
+    assert ((counts - n * p).abs() < 5 * (n * p * (1 - p)).sqrt()).all()  # five standard deviations
+
+
+def test_temperature_zero_takes_the_most_likely() -> None:
+    logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(1))
+    rngs = [make_rng(0, i) for i in range(16)]
+    assert choose(logits, [Sampling(0.0)] * 16, rngs) == logits.argmax(-1).tolist()
+    assert choose(logits, [Sampling(1.0, top_k=1)] * 16, rngs) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.1, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [0, 1, 3]),
+                                             (0.96, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])])  # fmt: skip
+def test_top_p_worked_example(top_p: float, kept: list[int]) -> None:
+    p = WORKED.exp()[0].double()
+    expected = torch.zeros(4, dtype=torch.float64)
+    expected[kept] = p[kept] / p[kept].sum()
+    assert (shares(WORKED, Sampling(top_p=top_p)) - expected).abs().max() < 1e-3
+
+
+def test_top_p_is_taken_of_what_top_k_leaves() -> None:
+    # top_k=2 leaves .5 and .3, that is .625 and .375 of what is left: .6 is reached by the first alone.
+    assert shares(WORKED, Sampling(top_k=2, top_p=0.6)).tolist() == [0, 1, 0, 0]
+    assert shares(WORKED, Sampling(top_p=0.6))[3] > 0
+
+
+def test_temperature_comes_before_top_p() -> None:
+    # At temperature 0.5 the probabilities are squared: .25 of .365 is .68.
+    assert shares(WORKED, Sampling(0.5, top_p=0.65)).tolist() == [0, 1, 0, 0]
+    assert shares(WORKED, Sampling(1.0, top_p=0.65))[3] > 0
+
+
+@pytest.mark.parametrize("top_k", [None, 0, 4, 5, 1000])
+def test_top_k_off_or_beyond_the_vocabulary(top_k: int | None) -> None:
+    assert (shares(WORKED, Sampling(top_k=top_k)) - WORKED.exp()[0].double()).abs().max() < 1e-3
+
+
+def test_top_k_keeps_exactly_k_even_among_equals() -> None:
+    assert (shares(torch.zeros(1, 100), Sampling(top_k=7)) > 0).sum() == 7
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(top_k=2), Sampling(top_p=0.7), Sampling(1e-6), Sampling(1e6)]
+)
+@pytest.mark.parametrize("draw", [0.0, 0.5, math.nextafter(1, 0)])
+def test_extreme_draws_never_pick_what_was_ruled_out(sampling: Sampling, draw: float) -> None:
+    logits = torch.cat([torch.full((1, 5), -torch.inf), WORKED, torch.full((1, 3000), -torch.inf)], dim=1)
+    allowed = {Sampling(top_k=2): {6, 8}, Sampling(top_p=0.7): {6, 8}, Sampling(1e-6): {6}}.get(sampling, {5, 6, 7, 8})
+    assert choose(logits, [sampling], [Fixed(draw)])[0] in allowed  # type: ignore[list-item]
+
+
+def test_rows_with_other_settings_do_not_disturb_each_other() -> None:
+    settings = [Sampling(0.0), Sampling(), Sampling(0.5, top_k=3), Sampling(top_p=0.9), Sampling(), Sampling(0.0)]
+    logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(2))
+    together = choose(logits, settings, [make_rng(3, i) for i in range(6)])
+    assert together == [choose(logits[i : i + 1], [settings[i]], [make_rng(3, i)])[0] for i in range(6)]
+
+
+def test_seeds_are_unrelated() -> None:
+    pairs = [(seed, index) for seed in (-12, -1, 0, 1, 11, 12) for index in (0, 1, 2, 12)]
+    streams = {pair: [make_rng(*pair).random() for _ in range(3)] for pair in pairs}
+    assert len({tuple(values) for values in streams.values()}) == len(pairs)  # -1 is not 1, nor (1, 12) (11, 2)
+    assert make_rng(5, 3).random() == make_rng(5, 3).random()
+
+
+@pytest.mark.parametrize("values", [{"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf},
+                                    {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}])  # fmt: skip
+def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Sampling(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_model_is_named(temperature: float, bad: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[1, 2] = bad
+    with pytest.raises(FloatingPointError, match="not finite"):
+        choose(logits, [Sampling(temperature)] * 2, [make_rng(0, 0), make_rng(0, 1)])
