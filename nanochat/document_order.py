@@ -84,7 +84,7 @@ class DocumentOrder:
         chars = 0
         epoch, unit, document = cursor
         while True:
-            position = (lane) % self.num_lanes + unit * self.num_lanes
+            position = (lane - epoch) % self.num_lanes + unit * self.num_lanes
             if position >= self.num_units:
                 if taken:
                     return taken, Cursor(epoch, unit, document)

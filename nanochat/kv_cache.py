@@ -152,15 +152,13 @@ class KVCache:
         """Make row `dst` what row `src` of `other` is; the two caches may differ in size."""
         n = other._host_lengths[src]
         assert n <= self.max_tokens, f"a row of {n} tokens does not fit in {self.max_tokens}"
+        # Two rings of one layer differ in size only where a cache is shorter than the window, and such a ring
+        # never wraps; so the row's tokens stand in the same slots of both.
         for mine, theirs in zip([*self.k, *self.v], [*other.k, *other.v]):
-            kept, size, their_size = min(n, mine.size(1)), mine.size(1), theirs.size(1)
-            if n <= min(size, their_size) or size == their_size:  # nothing wrapped, or wrapped alike
-                mine[dst, :kept] = theirs[src, :kept]
-            else:
-                positions = torch.arange(n - kept, n, device=mine.device)
-                mine[dst, positions % size] = theirs[src, positions % their_size]
+            kept = min(n, mine.size(1))
+            mine[dst, :kept] = theirs[src, :kept]
         if self._previous is not None and other._previous is not None:
-            pass
+            self._previous[dst] = other._previous[src]
         self._set_length(dst, n)
 
     def join(self, other: "KVCache", src: int = 0) -> int:

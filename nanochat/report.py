@@ -84,7 +84,7 @@ def record_stage(base_dir: Path, stage: str, values: Mapping[str, Any]) -> None:
         write_json(folder / "report.json", report)
         try:
             _draw(Path(base_dir), report)
-        except (OSError, ImportError) as error:  # the numbers are safe; the pages can be drawn again
+        except Exception as error:  # the numbers are safe; the pages can be drawn again
             warn(f"could not draw the report ({error}); the numbers are in {folder / 'report.json'}, "
                  "and `python -m scripts.report` draws it again")  # fmt: skip
 

@@ -60,7 +60,7 @@ def merge_saved_config(given: Any, saved: dict[str, Any], may_change: Sequence[s
     for name, value in saved.items():
         if name not in values or name in may_change:
             continue
-        if values[name] != value and values[name] != getattr(type(given)(), name):
+        if values[name] not in (value, -1, getattr(type(given)(), name)):  # -1 asks to derive it
             warn(f"resuming: --{name.replace('_', '-')} stays {value!r} as in the saved run, not {values[name]!r}")
         values[name] = value
     return type(given)(**values)

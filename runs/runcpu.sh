@@ -35,9 +35,9 @@ if [ -n "$SMOKE" ]; then
   VOCAB=1024 CHARS=1000000 CONTEXT=128 DEPTH=2 BATCH=1024
   BASE="--num-iterations=20 --eval-tokens=4096" SFT="--num-iterations=20 --eval-tokens=4096" EVAL="-x 8 -m 32"
 else
-  VOCAB=4096 CHARS=20000000 CONTEXT=512 DEPTH=4 BATCH=4096
-  BASE="--minutes=$(share 0.38) --eval-every=100 --save-every=100 --eval-tokens=65536"
-  SFT="--minutes=$(share 0.48) --eval-every=200 --save-every=100 --eval-tokens=65536" EVAL="-x 200"
+  VOCAB=4096 CHARS=20000000 CONTEXT=512 DEPTH=-1 BATCH=4096
+  BASE="--minutes=$(share 0.33) --eval-every=100 --save-every=100 --eval-tokens=65536"
+  SFT="--minutes=$(share 0.53) --eval-every=200 --save-every=100 --eval-tokens=65536" EVAL="-x 200"
 fi
 done_file() { [ -f "$NANOCHAT_BASE_DIR/.done/$1" ]; }
 stage() {  # stage NAME COMMAND...: run it once
@@ -49,10 +49,10 @@ stage() {  # stage NAME COMMAND...: run it once
 }
 
 stage tok_train  python -m scripts.tok_train --data=starter --vocab-size=$VOCAB --max-chars=$CHARS
-stage base_train python -m scripts.base_train --resume --data=starter --depth=$DEPTH --head-dim=64 --max-seq-len=$CONTEXT \
+stage base_train python -m scripts.base_train --resume --data=starter --model-tag=cpu --depth=$DEPTH --head-dim=64 --max-seq-len=$CONTEXT \
   --total-batch-size=$BATCH --lr-scale=3 --sample-every=-1 $BASE
 stage base_eval  python -m scripts.base_eval --data=starter --split-tokens=65536
-stage chat_sft   python -m scripts.chat_sft --resume --total-batch-size=$BATCH --init-lr-frac=2 $SFT
+stage chat_sft   python -m scripts.chat_sft --resume --model-tag=cpu --total-batch-size=$BATCH --init-lr-frac=2 $SFT
 stage chat_eval  python -m scripts.chat_eval $EVAL
 
 echo "== three questions to your model"

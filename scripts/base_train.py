@@ -18,8 +18,14 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
-from nanochat.scaling import Plan, align_batch, derive_sizes, describe, make_plan
-from nanochat.session import choose_device_batch, command_line, merge_saved_config, prepare_run
+from nanochat.scaling import REFERENCE_DEPTH, Plan, align_batch, derive_sizes, describe, make_plan, scaling_params
+from nanochat.session import (
+    choose_device_batch,
+    command_line,
+    measure_peak_flops,
+    merge_saved_config,
+    prepare_run,
+)  # fmt: skip
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.trainer import Hook, Record, ScheduleConfig, Trainer
 from scripts import _cli
@@ -35,6 +41,10 @@ from scripts._train import (
     steps_for_minutes,
 )  # fmt: skip
 
+# In the minutes of a CPU run far fewer tokens than the compute-optimal ten per parameter can be seen, and finetuning
+# adds as many again: below this many a shallower model ends better (dev/LOG.md).
+MIN_TOKENS_PER_PARAM = 2
+USUAL_SHARE_OF_PEAK = 0.4
 EVAL_ROWS = 32  # per evaluation step over all processes: fixed, so that the figure does not depend on them
 PROMPTS = ("The capital of France is", "Once upon a time", "The sun is", "My favourite food is")
 
@@ -46,7 +56,7 @@ class Config(TrainFlags):
     data: str = ""
     """starter, fineweb-edu, climbmix, or a path or glob of parquet, jsonl(.gz, .zst) or txt; empty: what is there."""
     depth: int = 12
-    """The one dial: layers. Width, heads, horizon, batch and rates follow."""
+    """The one dial: layers. Width, heads, horizon, batch and rates follow. -1 with --minutes: what fits the time."""
     aspect_ratio: int = 64
     """Width per layer."""
     head_dim: int = 128
@@ -109,6 +119,8 @@ def train(config: Config, runtime: Runtime) -> int:
     if checkpoint:
         config = merge_saved_config(config, checkpoint.meta["user_config"], OPERATIONAL)
     tokenizer = checkpoint.tokenizer() if checkpoint else get_tokenizer()
+    if config.depth == -1:
+        config.depth = choose_depth(config, tokenizer, runtime)
     corpus = resolve_corpus(config.data, base_dir)
     if checkpoint and checkpoint.meta["corpus"] != corpus.fingerprint:
         raise UserError(f"the data has changed since step {checkpoint.step} was saved: cannot resume exactly; "
@@ -137,6 +149,28 @@ def train(config: Config, runtime: Runtime) -> int:
     if code == 0 and runtime.is_main:
         report(base_dir, run, config, trainer, plan, time.perf_counter() - started)
     return code
+
+
+def choose_depth(config: Config, tokenizer: RustBPETokenizer, runtime: Runtime) -> int:
+    """The deepest model, from 2 layers on, that sees MIN_TOKENS_PER_PARAM in --minutes at a usual share of peak."""
+    if config.minutes <= 0:
+        raise UserError("--depth=-1 derives the depth from --minutes: give --minutes, or a depth")
+    flops = config.minutes * 60 * USUAL_SHARE_OF_PEAK * measure_peak_flops(runtime)
+    best = 2
+    for depth in range(2, REFERENCE_DEPTH + 1):
+        sizes = derive_sizes(depth, config.aspect_ratio, config.head_dim)
+        vocab_size = tokenizer.get_vocab_size()
+        model_config = GPTConfig(sequence_len=config.max_seq_len, vocab_size=vocab_size, **asdict(sizes))
+        with torch.device("meta"):
+            model = GPT(model_config)
+        tokens = flops / model.estimate_flops()
+        if tokens >= MIN_TOKENS_PER_PARAM * scaling_params(model.num_scaling_params()):
+            best = depth
+    chosen = torch.tensor(best, device=runtime.device)
+    if runtime.world_size > 1:
+        torch.distributed.broadcast(chosen, 0)
+    runtime.print0(f"{config.minutes:g} minutes on this machine suit depth {int(chosen)}")
+    return int(chosen)
 
 
 def build_model(config: Config, tokenizer: RustBPETokenizer, runtime: Runtime, base_dir: Path) -> GPT:

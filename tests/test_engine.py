@@ -314,7 +314,7 @@ def test_rows_that_share_a_prompt_prefill_it_once() -> None:
 def test_cancelled_rows_free_their_place_wherever_they_are(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "PREFILL_CHUNK", 4)
     batch = make_batch(engine, 2)
-    rows = [greedy_row([BOS, *range(9 + i)], index=i) for i in range(5)]
+    rows = [greedy_row([BOS, *range(40 * i, 40 * i + 9 + i)], index=i) for i in range(5)]
     for row in rows:
         batch.submit([row])
     batch.step()

@@ -25,7 +25,8 @@ NAMES = {
 FLAGS = {
     "base_train": "run device_type fp8 fp8_recipe adam_beta1 adam_beta2 depth aspect_ratio head_dim max_seq_len "
     "window_pattern num_iterations target_flops target_param_data_ratio device_batch_size total_batch_size "
-    "embedding_lr unembedding_lr weight_decay matrix_lr scalar_lr warmup_steps warmup_ratio warmdown_ratio final_lr_frac "
+    "embedding_lr unembedding_lr weight_decay matrix_lr scalar_lr warmup_steps warmup_ratio warmdown_ratio "
+    "final_lr_frac "
     "resume_from_step eval_every eval_tokens core_metric_every core_metric_max_per_task sample_every save_every "
     "model_tag n_embd n_head n_kv_head data init_from resume minutes",
     "chat_sft": "run device_type model_tag model_step device_batch_size total_batch_size embedding_lr unembedding_lr "

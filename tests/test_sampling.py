@@ -79,6 +79,15 @@ def test_temperature_comes_before_top_p() -> None:
     assert shares(WORKED, Sampling(1.0, top_p=0.65))[3] > 0
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=3), Sampling(top_p=0.99)])
+def test_the_order_of_two_equals_decides_nothing(sampling: Sampling) -> None:
+    """Another batch size may change a logit's last bits: that must not change what is drawn."""
+    draws = [Fixed(i / 50) for i in range(50)]
+    first = torch.tensor([[1.0 + 1e-6, 0.0, 1.0, 0.5]]).expand(50, -1)
+    second = torch.tensor([[1.0, 0.0, 1.0 + 1e-6, 0.5]]).expand(50, -1)
+    assert choose(first, [sampling] * 50, draws) == choose(second, [sampling] * 50, draws)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("top_k", [None, 0, 4, 5, 1000])
 def test_top_k_off_or_beyond_the_vocabulary(top_k: int | None) -> None:
     assert (shares(WORKED, Sampling(top_k=top_k)) - WORKED.exp()[0].double()).abs().max() < 1e-3

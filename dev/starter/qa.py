@@ -54,7 +54,8 @@ def geography(readers: dict[str, Reader]) -> Iterator[Pair]:
             if capital != name:
                 yield f"{capital} is the capital of which country?", f"{capital} is the capital of {place}."
         borders = re.sub(r" [\d,.]+ km", "", field(record, "Geography", "Land boundaries", "border countries"))
-        near = [b.strip() for b in re.sub(r"\([^)]*\)", "", borders).split(";") if b.strip()]
+        parts = re.split(r";|  and ", re.sub(r"\([^)]*\)", "", borders))
+        near = list(dict.fromkeys(p.strip() for p in parts if p.strip()))
         if 1 < len(near) < 8 and all(re.fullmatch(r"[^\d:]{2,40}", b) for b in near):
             question = choose(("Which countries border {x}?", "What are the neighbours of {x}?"), place)
             yield question, f"{start_sentence(place)} borders {', '.join(near[:-1])} and {near[-1]}."
@@ -188,7 +189,8 @@ def write(
     out: Path, others: list[tuple[str, list[str]]], identity: list[list[str]], held_out: list[list[str]]
 ) -> dict[str, int]:
     """Write sft_train.parquet and sft_val.parquet; returns conversations by source."""
-    unique = {(source, tuple(map(key, turns))): (source, turns) for source, turns in others}
+    tidy = ((source, [re.sub(r" {2,}", " ", turn) for turn in turns]) for source, turns in others)
+    unique = {(source, tuple(map(key, turns))): (source, turns) for source, turns in tidy}
     kept_out = {key(question) for question, _ in held_out}
     everything = [c for c in unique.values() if not kept_out & set(map(key, c[1][::2]))]
     sides: list[list[tuple[str, list[str]]]] = [[], []]

@@ -1,0 +1,172 @@
+"""A person's mistakes end in one clear line and exit code 2."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scripts import _cli, base_eval, base_train, chat_eval, chat_sft, stages, tok_train
+
+TINY = ["--depth=1", "--n-embd=16", "--head-dim=8", "--max-seq-len=16", "--total-batch-size=32", "--num-iterations=1",
+        "--eval-tokens=64", "--device-type=cpu", "--model-tag=tiny"]  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "base"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder with a tokenizer and a one-step run."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"line {i} of text"}) + "\n" for i in range(200)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        tok_train.main([f"--data={folder / 'text.jsonl'}", "--vocab-size=265"])
+        assert base_train.main([*TINY, f"--data={folder / 'text.jsonl'}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(trained: Path, base: Path) -> Path:
+    shutil.copytree(trained, base)
+    return base
+
+
+def refused(main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run as from the command line; returns the one line after "error: "."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        _cli.run(lambda: main(argv))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2, said
+    lines = [line for line in said.strip().splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in said, said
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--depth=0"], "--depth"),
+        (["--depth=many"], "--depth"),
+        (["--depht=4"], "--depht"),
+        (["--n-embd=20"], "--n-embd=20"),
+        (["--n-head=3", "--n-embd=16"], "n_head=3"),
+        (["--n-embd=16", "--n-head=2", "--n-kv-head=3"], "n_kv_head=3"),
+        (["--max-seq-len=1"], "--max-seq-len"),
+        (["--window-pattern=SXL"], "window_pattern"),
+        (["--num-iterations=0"], "--num-iterations"),
+        (["--device-batch-size=0"], "--device-batch-size"),
+        (["--device-type=abacus"], "--device-type"),
+        (["--arch=new"], "--arch"),
+        (["--compile=maybe"], "--compile"),
+        (["--data=/no/such/place.txt"], "/no/such/place.txt"),
+        (["--data=fineweb-edu"], "nanochat.dataset"),
+        (["--fp8"], "--fp8"),
+        (["--resume-from-step=77"], "77"),
+        (["--init-from=unknown"], "unknown"),
+    ],
+)
+def test_base_train(flags: list[str], says: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [] if any(f.startswith("--data") for f in flags) else [f"--data={copied / 'text.jsonl'}"]
+    assert says in refused(base_train.main, [*TINY, *data, *flags], capsys)
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"", "empty"), (b"fine\nbad \xff byte\n" * 3, "UTF-8")])
+def test_bad_text(content: bytes, says: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copied / "mine.txt"
+    path.write_bytes(content)
+    said = refused(base_train.main, [*TINY, f"--data={path}"], capsys)
+    assert "mine.txt" in said and says.lower() in said.lower()
+
+
+def test_parquet_without_text(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"title": ["a", "b"]}), copied / "titles.parquet")
+    said = refused(tok_train.main, [f"--data={copied / 'titles.parquet'}"], capsys)
+    assert "titles.parquet" in said and "title" in said
+
+
+def test_vocabulary_too_small(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "265" in refused(tok_train.main, ["--data=starter", "--vocab-size=264"], capsys)
+
+
+def test_no_tokenizer_yet(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "tok_train" in refused(base_train.main, [*TINY, "--data=starter"], capsys)
+
+
+def test_no_checkpoint_yet(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for main in (base_eval.main, chat_sft.main, chat_eval.main):
+        assert "base_train" in (said := refused(main, ["--device-type=cpu"], capsys)) or "chat_sft" in said
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short])
+def test_damaged_checkpoint(damage, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(copied / "base_checkpoints" / "tiny" / "000001" / "model.safetensors")
+    said = refused(base_eval.main, ["--device-type=cpu", "--step=1"], capsys)
+    assert "model.safetensors" in said
+
+
+def test_another_tokenizer(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = copied / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": "wholly other words here"}) + "\n" for _ in range(99)))
+    tok_train.main([f"--data={other}", "--vocab-size=270"])
+    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=next", "--init-from=tiny"]
+    assert "tokenizer" in refused(base_train.main, flags, capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self").exists(), reason="needs /proc")
+def test_unwritable_base_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "/proc/self/nanochat")  # not even root can write there
+    said = refused(tok_train.main, ["--data=starter"], capsys)
+    assert "NANOCHAT_BASE_DIR" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "says"), [("not json", "1"), ('[{"role": "robot", "content": "x"}]', "robot"), ("[]", "1")]
+)
+def test_bad_conversations(line: str, says: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copied / "chats.jsonl"
+    path.write_text(line + "\n")
+    said = refused(chat_sft.main, [f"--data={path}", "--device-type=cpu"], capsys)
+    assert "chats.jsonl" in said and says in said
+
+
+def test_unknown_stage_and_task(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "base_train" in refused(stages.main, ["bas_train"], capsys)
+    assert "Arithmetic" in refused(chat_eval.main, ["-a", "Juggling"], capsys)
+    assert "bpb" in refused(base_eval.main, ["--eval=vibes"], capsys)
+
+
+def test_stages_lists_every_script(capsys: pytest.CaptureFixture[str]) -> None:
+    assert stages.main([]) == 0
+    listed = capsys.readouterr().out
+    scripts = {p.stem for p in Path(stages.__file__).parent.glob("[a-z]*.py")} - {"stages"}
+    assert all(name in listed for name in scripts)
+
+
+def test_init_from_takes_the_weights(copied: Path) -> None:
+    from nanochat.checkpoint_manager import open_checkpoint, run_dir
+
+    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=next", "--init-from=tiny", "--lr-scale=0"]
+    assert base_train.main(flags) == 0
+    first, second = (open_checkpoint(run_dir(copied, "base", tag)).model_state() for tag in ("tiny", "next"))
+    assert all((first[name] == second[name]).all() for name in first)
