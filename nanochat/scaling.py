@@ -98,6 +98,12 @@ def scaled_weight_decay(weight_decay: float, depth: int) -> float:
     return weight_decay * (REFERENCE_DEPTH / depth) ** 2
 
 
+def horizon_weight_decay(weight_decay: float, batch: float, tokens: float, reference_tokens: float) -> float:
+    """weight_decay * sqrt(batch / 2^19) * reference tokens / tokens: the weights forget at the run's own pace
+    (arXiv 2405.13698)."""
+    return weight_decay * math.sqrt(batch / REFERENCE_BATCH_TOKENS) * reference_tokens / tokens
+
+
 def make_plan(
     config: GPTConfig,
     *,
@@ -108,6 +114,7 @@ def make_plan(
     target_param_data_ratio: float = 10.5,
     total_batch_size: int = -1,
     weight_decay: float = 0.2,
+    decay_by_horizon: bool = False,
 ) -> Plan:
     """Resolve the horizon (--num-iterations, then --target-flops, then --target-param-data-ratio) and the batch."""
     if num_iterations == 0 or num_iterations < -1:
@@ -115,11 +122,11 @@ def make_plan(
     ratio_tokens = max(target_param_data_ratio, 0.1) * scaling_params(params)
     if target_flops > 0:
         ratio_tokens = target_flops / flops_per_token
+    sizes = derive_sizes(REFERENCE_DEPTH)
+    reference = GPTConfig(sequence_len=config.sequence_len, vocab_size=config.vocab_size, n_layer=REFERENCE_DEPTH,
+                          n_embd=sizes.n_embd, n_head=sizes.n_head, n_kv_head=sizes.n_kv_head)  # fmt: skip
+    reference_tokens = max(target_param_data_ratio, 0.1) * scaling_params(count_params(reference))
     if total_batch_size == -1:
-        sizes = derive_sizes(REFERENCE_DEPTH)
-        reference = GPTConfig(sequence_len=config.sequence_len, vocab_size=config.vocab_size, n_layer=REFERENCE_DEPTH,
-                              n_embd=sizes.n_embd, n_head=sizes.n_head, n_kv_head=sizes.n_kv_head)  # fmt: skip
-        reference_tokens = max(target_param_data_ratio, 0.1) * scaling_params(count_params(reference))
         total_batch_size = optimal_batch_tokens(ratio_tokens, reference_tokens)
     elif total_batch_size < 1:
         raise UserError(f"--total-batch-size must be positive, in tokens, or -1 to derive it, got {total_batch_size}")
@@ -133,6 +140,8 @@ def make_plan(
     else:
         raise UserError("no horizon: give --num-iterations, --target-flops, --target-param-data-ratio or --minutes")
     decay = scaled_weight_decay(weight_decay, config.n_layer)
+    if decay_by_horizon:
+        decay = horizon_weight_decay(weight_decay, batch, steps * batch, reference_tokens)
     return Plan(steps, batch, flops_per_token, params, math.sqrt(batch / REFERENCE_BATCH_TOKENS), decay, horizon)
 
 

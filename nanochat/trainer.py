@@ -116,10 +116,10 @@ class Trainer:
             while self.progress.step < self.schedule.num_steps:
                 try:
                     batch = self.loader.next_batch()
-                except StopIteration:
+                except StopIteration:  # the data ended before the horizon: finish here
+                    self._end_early()
                     break
-                record = self.step(batch)
-                self._after_step(record)
+                self._after_step(self.step(batch))
         return self.progress
 
     def step(self, batch: Batch) -> Record:
@@ -195,6 +195,14 @@ class Trainer:
         if self.stop_signal is not None and not last:
             self._save(final=True)
             raise Interrupted(self.stop_signal)
+
+    def _end_early(self) -> None:
+        """Close a run whose data was shorter than its horizon as if the horizon had been here."""
+        warn(f"the data ended after step {self.progress.step} of {self.schedule.num_steps}")
+        for hook in self.hooks:
+            if hook.at_end and self.progress.step:
+                hook.run(self)
+        self._save(final=True)
 
     def _save(self, final: bool) -> None:
         """A failed periodic save is loud and training goes on; a failed final one is an error."""

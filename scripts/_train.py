@@ -57,19 +57,19 @@ class TrainFlags:
     """Rows per micro-batch and process; -1 chooses. Does not change the result."""
     total_batch_size: int = -1
     """Tokens per optimizer step over all processes; -1 derives it."""
-    embedding_lr: float = 0.3
-    """Rate of the token embedding at width 768 and 2^19 tokens a step; all rates are scaled from there."""
-    unembedding_lr: float = 0.004
+    embedding_lr: float = -1.0
+    """Rate of the token embedding at width 768 and 2^19 tokens a step; -1 takes the recipe's, here and below."""
+    unembedding_lr: float = -1.0
     """Rate of the output head."""
-    matrix_lr: float = 0.02
+    matrix_lr: float = -1.0
     """Rate of the matrices inside the blocks (Muon)."""
-    scalar_lr: float = 0.5
+    scalar_lr: float = -1.0
     """Rate of the per-layer scalars."""
-    weight_decay: float = 0.2
-    """Cautious decay of the matrices at depth 12, scaled by (12/depth)^2 and to zero over the run."""
-    adam_beta1: float = 0.8
+    weight_decay: float = -1.0
+    """Cautious decay of the matrices at depth 12; scaled to the run as the recipe says."""
+    adam_beta1: float = -1.0
     """AdamW's first moment decay."""
-    adam_beta2: float = 0.95
+    adam_beta2: float = -1.0
     """AdamW's second moment decay."""
     eval_every: int = 250
     """Steps between evaluations on validation data; -1 only at the end."""
@@ -86,12 +86,13 @@ class TrainFlags:
     resume_from_step: int = -1
     """Go on from this step's checkpoint."""
 
-    def optimizer_config(self) -> OptimizerConfig:
-        return OptimizerConfig(
-            embedding_lr=self.embedding_lr, unembedding_lr=self.unembedding_lr, matrix_lr=self.matrix_lr,
-            scalar_lr=self.scalar_lr, adam_beta1=self.adam_beta1, adam_beta2=self.adam_beta2,
-            head_beta2=self.adam_beta2, embed_beta2=self.adam_beta2,
-        )  # fmt: skip
+    def optimizer_config(self, recipe: str) -> OptimizerConfig:
+        """The recipe's rates, with what the command line gave in their place."""
+        names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "adam_beta1", "adam_beta2")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) >= 0}
+        if "adam_beta2" in given:
+            given |= {"head_beta2": self.adam_beta2, "embed_beta2": self.adam_beta2}
+        return OptimizerConfig.later(**given) if recipe == "later" else OptimizerConfig(**given)
 
     def evaluation_tokens(self, runtime: Runtime) -> int:
         return self.eval_tokens if self.eval_tokens > 0 else (2**17 if runtime.device.type == "cpu" else 20 * 2**19)

@@ -96,11 +96,11 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
 
 
 def split_bpb(config: Config, model: GPT, tokenizer: RustBPETokenizer, split: str, runtime: Runtime) -> float:
-    """Bits per byte over the first tokens of a split, unshuffled; the same rows for any number of processes."""
+    """Bits per byte over a fixed sample of a split; the same rows for any number of processes."""
     T, rows = model.config.sequence_len, 32
     tokens = config.split_tokens if config.split_tokens > 0 else 2**18 if runtime.device.type == "cpu" else 40 * 2**19
     corpus = resolve_corpus(config.data, get_base_dir())
-    loader = PretrainLoader(corpus, tokenizer, sequence_len=T, rows_per_step=rows, split=split, seed=0, shuffle=False,
+    loader = PretrainLoader(corpus, tokenizer, sequence_len=T, rows_per_step=rows, split=split, seed=0,
                             rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
     micro = choose_device_batch(config.device_batch_size, rows, T, runtime)
 

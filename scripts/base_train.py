@@ -71,8 +71,8 @@ class Config(TrainFlags):
     """Context length in tokens."""
     window_pattern: str = "SSSL"
     """Per layer, tiled: S short window, L full context; the last layer is always L."""
-    arch: str = "published"
-    """published, later (smear, backout, sharper attention, quarter windows) or plain (full attention, no extras)."""
+    recipe: str = "published"
+    """Model features and rates: published, later (smear, backout, quarter windows, …) or plain (no extras)."""
     target_flops: float = -1.0
     """Horizon in training FLOPs."""
     target_param_data_ratio: float = 10.5
@@ -176,15 +176,15 @@ def choose_depth(config: Config, tokenizer: RustBPETokenizer, runtime: Runtime) 
 def build_model(config: Config, tokenizer: RustBPETokenizer, runtime: Runtime, base_dir: Path) -> GPT:
     """The model that depth and the explicit sizes give, initialised, or with another run's weights."""
     forms: dict[str, Any] = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
-    if config.arch not in forms:
-        raise UserError(f"--arch must be one of {', '.join(forms)}, got {config.arch!r}")
+    if config.recipe not in forms:
+        raise UserError(f"--recipe must be one of {', '.join(forms)}, got {config.recipe!r}")
     if config.max_seq_len < 2:
         raise UserError(f"--max-seq-len must be at least 2, got {config.max_seq_len}")
     sizes = derive_sizes(
         config.depth, config.aspect_ratio, config.head_dim, config.n_embd, config.n_head, config.n_kv_head
     )
-    pattern = "L" if config.arch == "plain" else config.window_pattern
-    model_config = forms[config.arch](sequence_len=config.max_seq_len, vocab_size=tokenizer.get_vocab_size(),
+    pattern = "L" if config.recipe == "plain" else config.window_pattern
+    model_config = forms[config.recipe](sequence_len=config.max_seq_len, vocab_size=tokenizer.get_vocab_size(),
                                       window_pattern=pattern, **asdict(sizes))  # fmt: skip
     if not config.init_from:
         return GPT.create(model_config, runtime.device, runtime.dtype, config.seed)
@@ -205,7 +205,8 @@ def fix_plan(config: Config, model: GPT, runtime: Runtime, num_steps: int | None
         total = 2**19 if runtime.device.type != "cpu" else 2**13
     make = partial(make_plan, model.config, flops_per_token=model.estimate_flops(), params=model.num_scaling_params(),
                    target_flops=config.target_flops, target_param_data_ratio=config.target_param_data_ratio,
-                   total_batch_size=total, weight_decay=config.weight_decay)  # fmt: skip
+                   total_batch_size=total, decay_by_horizon=config.recipe == "later",
+                   weight_decay=config.optimizer_config(config.recipe).weight_decay)  # fmt: skip
     if num_steps is not None:
         return make(num_iterations=num_steps)
     if config.minutes <= 0 or config.num_iterations > 0:
@@ -225,9 +226,11 @@ def fix_plan(config: Config, model: GPT, runtime: Runtime, num_steps: int | None
 def build_trainer(config: Config, plan: Plan, runtime: Runtime, model: GPT, loader: PretrainLoader | None) -> Trainer:
     """Optimizer and loop around `model`."""
     lr_scale = plan.lr_scale * config.lr_scale
-    optimizer = make_optimizer(model, config.optimizer_config(), runtime, lr_scale, plan.weight_decay)
+    optimizer = make_optimizer(model, config.optimizer_config(config.recipe), runtime, lr_scale, plan.weight_decay)
     warmup = round(config.warmup_ratio * plan.num_steps) if config.warmup_ratio >= 0 else config.warmup_steps
     schedule = ScheduleConfig(plan.num_steps, warmup, config.warmdown_ratio, config.final_lr_frac)
+    if config.recipe == "later":
+        schedule.momentum_peak, schedule.momentum_warmdown, schedule.decay_shape = 0.97, True, "cosine"
     rows = plan.total_batch_tokens // config.max_seq_len
     micro = choose_device_batch(config.device_batch_size, rows, config.max_seq_len, runtime)
     return Trainer(model, optimizer, loader, runtime, schedule, micro,  # type: ignore[arg-type]
@@ -244,7 +247,7 @@ def validation_batches(
     """The same validation rows every time, in micro-batches; each process takes its lanes."""
     T, runtime = trainer.model.config.sequence_len, trainer.runtime
     loader = PretrainLoader(corpus, tokenizer, sequence_len=T, rows_per_step=EVAL_ROWS, split="val", seed=0,
-                            shuffle=False, rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
+                            rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
     try:
         for _ in range(max(1, tokens // (EVAL_ROWS * T))):
             batch = loader.next_batch()
@@ -290,6 +293,7 @@ def report(base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: Pl
         "loss": now.debiased_loss(), "steps": now.step, "tokens": plan.tokens,
         "tokens_per_second": plan.tokens / max(now.seconds, 1e-9), "num_params": plan.params["total"],
         "flops": plan.tokens * plan.flops_per_token, "plan": describe(trainer.model.config, plan),
+        "loader": trainer.loader.stats(),  # type: ignore[attr-defined]
         "metrics": relative_to(run / "metrics.jsonl", base_dir), "command": command_line("base_train", config),
     }  # fmt: skip
     record_stage(base_dir, "base_train", values)

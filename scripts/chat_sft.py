@@ -98,7 +98,8 @@ def train(config: Config, runtime: Runtime) -> int:
     endless = config.num_iterations > 0 or config.minutes > 0
     loader = loader_for(TaskMixture([p.task for p in train_parts], seed=config.seed), rows_per_step=rows,
                         seed=config.seed, num_epochs=None if endless else config.num_epochs)  # fmt: skip
-    make_trainer = partial(build_trainer, config, runtime, rows, T)
+    recipe = base_meta["user_config"].get("recipe", "published")
+    make_trainer = partial(build_trainer, config, recipe, runtime, rows, T)
     num_steps = saved_steps(checkpoint, config, run) or find_horizon(
         config, make_trainer, model, loader, rows, T, runtime
     )
@@ -159,12 +160,12 @@ def find_horizon(
 
 
 def build_trainer(
-    config: Config, runtime: Runtime, rows: int, T: int, model: GPT, loader: Any, num_steps: int
+    config: Config, recipe: str, runtime: Runtime, rows: int, T: int, model: GPT, loader: Any, num_steps: int
 ) -> Trainer:
     """Optimizer and loop around `model`."""
     lr_scale = (rows * T / 2**19) ** 0.5 * config.init_lr_frac
     decay = config.weight_decay * (12 / model.config.n_layer) ** 2
-    optimizer = make_optimizer(model, config.optimizer_config(), runtime, lr_scale, decay)
+    optimizer = make_optimizer(model, config.optimizer_config(recipe), runtime, lr_scale, decay)
     schedule = ScheduleConfig(num_steps, warmdown_ratio=config.warmdown_ratio)
     micro = choose_device_batch(config.device_batch_size, rows, T, runtime)
     return Trainer(

@@ -64,7 +64,7 @@ def refused(main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--num-iterations=0"], "--num-iterations"),
         (["--device-batch-size=0"], "--device-batch-size"),
         (["--device-type=abacus"], "--device-type"),
-        (["--arch=new"], "--arch"),
+        (["--recipe=new"], "--recipe"),
         (["--compile=maybe"], "--compile"),
         (["--data=/no/such/place.txt"], "/no/such/place.txt"),
         (["--data=fineweb-edu"], "nanochat.dataset"),
