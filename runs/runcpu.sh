@@ -36,8 +36,8 @@ if [ -n "$SMOKE" ]; then
   BASE="--num-iterations=20 --eval-tokens=4096" SFT="--num-iterations=20 --eval-tokens=4096" EVAL="-x 8 -m 32"
 else
   VOCAB=4096 CHARS=20000000 CONTEXT=512 DEPTH=-1 BATCH=4096
-  BASE="--minutes=$(share 0.33) --eval-every=100 --save-every=100 --eval-tokens=65536"
-  SFT="--minutes=$(share 0.53) --eval-every=200 --save-every=100 --eval-tokens=65536" EVAL="-x 200"
+  BASE="--minutes=$(share 0.33) --eval-every=150 --save-every=100 --eval-tokens=32768"
+  SFT="--minutes=$(share 0.53) --eval-every=300 --save-every=100 --eval-tokens=32768" EVAL="-x 200"
 fi
 done_file() { [ -f "$NANOCHAT_BASE_DIR/.done/$1" ]; }
 stage() {  # stage NAME COMMAND...: run it once

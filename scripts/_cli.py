@@ -7,6 +7,7 @@ Every script is a dataclass plus `main(argv=None)`; `run(main)` turns mistakes i
 import contextlib
 import errno
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +63,10 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        # Nothing may be left to flush at exit, where it would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except OSError as error:
         if debug_enabled() or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise

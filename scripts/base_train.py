@@ -298,7 +298,8 @@ def report(base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: Pl
     }  # fmt: skip
     record_stage(base_dir, "base_train", values)
     print(f"{now.step} steps, {format_count(plan.tokens)} tokens in {seconds:.0f} s; val bpb {now.val_bpb:.4f}")
-    print(f"saved in {run}")
+    cropped = values["loader"]["cropped_share"]
+    print(f"{cropped:.1%} of documents were cut at a row's end (their rest came later); saved in {run}")
 
 
 if __name__ == "__main__":

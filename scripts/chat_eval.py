@@ -104,7 +104,8 @@ def run_task(config: Config, task: Task, engine: Engine, tokenizer: Any) -> tupl
     correct = [float(task.evaluate(conversations[i // config.num_samples], text)) for i, text in enumerate(texts)]
     shown = [{"prompt": c["messages"][0]["content"], "text": texts[i * config.num_samples]}
              for i, c in enumerate(conversations[:3])]  # fmt: skip
-    return sum(correct) / config.num_samples, total, shown
+    right = sum(correct) / config.num_samples
+    return int(right) if right.is_integer() else right, total, shown
 
 
 if __name__ == "__main__":
