@@ -69,7 +69,9 @@ def find_run(base_dir: Path, source: str, tag: str | None) -> Path:
         return folder / tag
     if tag is None and written:
         return max(written, key=lambda run: written[run])
-    there = f"there are: {', '.join(run.name for run in written)}" if written else "there is none yet; train one first"
+    stage = {"base": "base_train", "sft": "chat_sft", "rl": "chat_rl"}[source]
+    none = f"there is none yet: make one with `python -m scripts.{stage}`"
+    there = f"there are: {', '.join(run.name for run in written)}" if written else none
     wanted = f"no complete {source} checkpoint" + (f" with the model tag {tag!r}" if tag else "")
     raise UserError(f"{wanted} in {folder}; {there}")
 

@@ -184,10 +184,14 @@ class Trainer:
 
     def _after_step(self, record: Record) -> None:
         step, num_steps = self.progress.step, self.schedule.num_steps
-        for hook in self.hooks:
-            if hook.due(step, num_steps):
-                record.update(hook.run(self) or {})
-                self.model.train()
+        try:
+            for hook in self.hooks:
+                if hook.due(step, num_steps):
+                    record.update(hook.run(self) or {})
+                    self.model.train()
+        except Exception:  # an observer failed: that must not cost the steps since the last save
+            self._save(final=True)
+            raise
         self.log(self, record)
         last = step == num_steps
         if last or (self.save_every > 0 and step % self.save_every == 0):

@@ -122,6 +122,8 @@ def samples(model: GPT, tokenizer: RustBPETokenizer) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     for prompt, temperature, length in [(p, 0.0, 32) for p in PROMPTS] + [("", 0.8, 64)] * 3:
         tokens = tokenizer.encode(prompt, prepend="<|bos|>")
+        if len(tokens) >= engine.max_context:
+            continue
         results, _ = generate(tokens, max_tokens=length, temperature=temperature, seed=42 + len(found))
         found.append({"prompt": prompt, "text": tokenizer.decode(results[0][len(tokens) :])})
     return found

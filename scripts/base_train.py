@@ -280,6 +280,8 @@ def sample_texts(model: GPT, tokenizer: RustBPETokenizer) -> list[dict[str, str]
     engine, samples = Engine(model, tokenizer), []
     for prompt in PROMPTS:
         tokens = tokenizer.encode(prompt, prepend="<|bos|>")
+        if len(tokens) >= engine.max_context:
+            continue
         results, _ = engine.generate_batch(tokens, num_samples=1, max_tokens=24, temperature=0.0)
         samples.append({"prompt": prompt, "text": tokenizer.decode(results[0][len(tokens) :])})
     return samples

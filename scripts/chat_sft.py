@@ -211,6 +211,8 @@ def answers(model: GPT, tokenizer: RustBPETokenizer) -> list[dict[str, str]]:
     for question in QUESTIONS:
         conversation = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]}
         tokens = tokenizer.render_for_completion(conversation)
+        if len(tokens) >= engine.max_context:
+            continue
         results, _ = engine.generate_batch(tokens, num_samples=1, max_tokens=64, temperature=0.0)
         samples.append({"prompt": question, "text": tokenizer.decode(results[0][len(tokens) :])})
     return samples

@@ -280,10 +280,10 @@ def test_missing_or_misshapen_state_is_named() -> None:
     run = Run()
     run.steps(0, 1)
     tensors, counts = run.optimizer.named_state(run.names)
-    with pytest.raises(UserError, match=r"no exp_avg_sq for embedding of shape \(5, 3\)"):
+    with pytest.raises(UserError, match=r"no exp_avg_sq of shape \(5, 3\) for embedding"):
         short = {k: v for k, v in tensors.items() if k != "exp_avg_sq.embedding"}
         run.optimizer.load_named_state(run.names, short, counts)
-    with pytest.raises(UserError, match="momentum_buffer for a"):
+    with pytest.raises(UserError, match=r"momentum_buffer of shape \(.*\) for a"):
         run.optimizer.load_named_state(run.names, {**tensors, "momentum_buffer.a": torch.zeros(6, 4)}, counts)
 
 

@@ -187,3 +187,32 @@ def test_device_batch_must_be_positive() -> None:
     assert choose_device_batch(-1, 64, 512, CPU) == 8 and choose_device_batch(16, 4, 512, CPU) == 4
     with pytest.raises(UserError, match="device-batch-size"):
         choose_device_batch(0, 4, 512, CPU)
+
+
+def test_a_failing_observer_costs_no_steps() -> None:
+    trainer = make_trainer(steps=5)
+    saved: list[int] = []
+    trainer.save = lambda t: saved.append(t.progress.step)
+
+    def fail(t: Trainer) -> None:
+        raise ZeroDivisionError
+
+    trainer.hooks = [Hook(fail, every=3)]
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    assert saved == [3]
+
+
+def test_data_that_ends_early_ends_the_run_with_a_save(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(steps=9)
+    fetch, saved = trainer.loader.next_batch, []
+
+    def two() -> Batch:
+        if trainer.progress.step == 2:
+            raise StopIteration
+        return fetch()
+
+    trainer.loader.next_batch = two  # type: ignore[method-assign]
+    trainer.save = lambda t: saved.append(t.progress.step)
+    trainer.run()
+    assert saved == [2] and "ended after step 2 of 9" in capsys.readouterr().err

@@ -127,7 +127,7 @@ def test_damaged_checkpoint(damage, copied: Path, capsys: pytest.CaptureFixture[
 
 def test_another_tokenizer(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = copied / "other.jsonl"
-    other.write_text("".join(json.dumps({"text": "wholly other words here"}) + "\n" for _ in range(99)))
+    other.write_text("".join(json.dumps({"text": f"wholly other words {i}"}) + "\n" for i in range(99)))
     tok_train.main([f"--data={other}", "--vocab-size=270"])
     flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=next", "--init-from=tiny"]
     assert "tokenizer" in refused(base_train.main, flags, capsys)
