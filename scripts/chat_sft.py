@@ -1,6 +1,7 @@
 """Finetune a base model on conversations: `python -m scripts.chat_sft`."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -176,7 +177,11 @@ def build_trainer(
 def plan_rows(parts: list[Part], tokens_per_step: int, num_steps: int, T: int) -> list[tuple[str, str]]:
     """What will be trained on, for the console and the report."""
     total = sum(len(part.task) for part in parts)
-    rows = [(part.name, f"{len(part.task):,} conversations ({len(part.task) / total:.0%})") for part in parts]
+    rows = []
+    for name, times in Counter(part.name for part in parts).items():
+        size = next(len(part.task) for part in parts if part.name == name)
+        passes = f" x {times}" if times > 1 else ""
+        rows.append((name, f"{size:,} conversations{passes} ({size * times / total:.0%})"))
     return [*rows, ("row length", f"{T}"), ("tokens per step", f"{tokens_per_step:,}"), ("steps", f"{num_steps:,}")]
 
 
