@@ -34,21 +34,24 @@ PLAIN_LINE_SECONDS = 10.0  # how often a log file gets a line
 def prepare_run(run: Path, resume: bool, step: int | None, runtime: Runtime) -> Checkpoint | None:
     """The checkpoint to go on from, or None for a fresh run.
 
-    A fresh run where an older one stands moves the older one aside instead of writing over it. Resuming where
-    nothing was saved yet starts from the beginning.
+    Resuming where nothing was saved yet starts from the beginning. A fresh run calls move_aside later.
     """
     if resume or step is not None:
         if step is None and not list_steps(run):
             runtime.print0(f"nothing saved in {run} yet: starting from the beginning")
             return None
         return open_checkpoint(run, step)
+    return None
+
+
+def move_aside(run: Path, runtime: Runtime) -> None:
+    """Make room for a fresh run. Call it once everything that the user could have mistaken is checked."""
     runtime.barrier()
     if runtime.is_main and list_steps(run):
         aside = next(p for n in range(1, 10_000) if not (p := run.with_name(f"{run.name}.old{n}")).exists())
         run.rename(aside)
         print(f"the earlier run {run.name} was moved aside to {aside.name}; --resume would have continued it")
     runtime.barrier()
-    return None
 
 
 def merge_saved_config(given: Any, saved: dict[str, Any], may_change: Sequence[str]) -> Any:

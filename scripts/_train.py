@@ -1,5 +1,6 @@
 """What the training scripts share: their common flags, and the path from a trainer to a finished run."""
 
+import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -180,4 +181,4 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 def relative_to(path: Path, base: Path) -> str:
     """`path` as seen from the base folder, for records that move with it."""
-    return str(path.resolve().relative_to(base.resolve()))
+    return os.path.relpath(path, base)

@@ -24,6 +24,7 @@ from nanochat.session import (
     command_line,
     measure_peak_flops,
     merge_saved_config,
+    move_aside,
     prepare_run,
 )  # fmt: skip
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -129,6 +130,8 @@ def train(config: Config, runtime: Runtime) -> int:
     runtime.print0(f"{runtime.describe()}\ndata: {corpus.name}; run folder: {run}")
 
     plan = fix_plan(config, model, runtime, saved_steps(checkpoint, config, run))
+    if not checkpoint:
+        move_aside(run, runtime)
     if runtime.is_main:
         write_json(run / "plan.json", {"num_steps": plan.num_steps, "user_config": asdict(config)})
         print_table("plan", describe(model.config, plan))

@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"-i must be sft or rl, got {config.source!r}")
     names = [n.strip() for n in config.task_name.replace("|", ",").split(",") if n.strip()]
     names = [task_spec(name).name for name in names] or [name for name, spec in TASKS.items() if spec.starter]
+    sizes = (config.num_samples, config.batch_size, config.max_new_tokens)
+    if config.max_problems == 0 or min(sizes) < 1 or config.temperature < 0 or config.top_k < 0:
+        raise UserError("-x, -n, -b and -m must be positive (-x -1 is all), -t and -k not negative")
     with Runtime.create(config.device_type) as runtime:
         return evaluate(config, names, runtime)
 

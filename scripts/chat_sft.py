@@ -19,7 +19,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch
-from nanochat.session import choose_device_batch, command_line, merge_saved_config, prepare_run
+from nanochat.session import choose_device_batch, command_line, merge_saved_config, move_aside, prepare_run
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Hook, Record, ScheduleConfig, Trainer
 from scripts import _cli
@@ -93,7 +93,7 @@ def train(config: Config, runtime: Runtime) -> int:
     total = (
         config.total_batch_size if config.total_batch_size > 0 else base_meta["user_config"].get("total_batch_size", -1)
     )
-    rows = align_batch(total if total > 0 else 2**19, T) // T
+    rows = align_batch(total if total > 0 else 2**13 if runtime.device.type == "cpu" else 2**19, T) // T
     loader_for = partial(ConversationLoader, tokenizer=tokenizer, sequence_len=T, rank=runtime.rank,
                          world_size=runtime.world_size)  # fmt: skip
     endless = config.num_iterations > 0 or config.minutes > 0
@@ -104,6 +104,8 @@ def train(config: Config, runtime: Runtime) -> int:
     num_steps = saved_steps(checkpoint, config, run) or find_horizon(
         config, make_trainer, model, loader, rows, T, runtime
     )
+    if not checkpoint:
+        move_aside(run, runtime)
     if runtime.is_main:
         write_json(run / "plan.json", {"num_steps": num_steps, "user_config": asdict(config)})
         plan = plan_rows(train_parts, rows * T, num_steps, T)
