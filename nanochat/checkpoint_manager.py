@@ -1,8 +1,8 @@
 """Checkpoints that are complete or not there: written aside, checksummed, renamed last; verified when read.
 
-    <base>/{base,chatsft,chatrl}_checkpoints/TAG/000120/
-        model.safetensors  optimizer.safetensors  loader.safetensors  rng.safetensors
-        meta.json  tokenizer.json  manifest.json (see checkpoint_folder.py, which also survives the crashes)
+<base>/{base,chatsft,chatrl}_checkpoints/TAG/000120/
+    model.safetensors  optimizer.safetensors  loader.safetensors  rng.safetensors
+    meta.json  tokenizer.json  manifest.json (see checkpoint_folder.py, which also survives the crashes)
 """
 
 import json
@@ -74,6 +74,11 @@ def find_run(base_dir: Path, source: str, tag: str | None) -> Path:
     there = f"there are: {', '.join(run.name for run in written)}" if written else none
     wanted = f"no complete {source} checkpoint" + (f" with the model tag {tag!r}" if tag else "")
     raise UserError(f"{wanted} in {folder}; {there}")
+
+
+def has_run(base_dir: Path, source: str, tag: str) -> bool:
+    """Whether the run has a complete step."""
+    return bool(list_steps(run_dir(base_dir, source, tag)))
 
 
 # ---------------------------------------------------------------------------------------------------

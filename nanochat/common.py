@@ -126,6 +126,14 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def say(text: str, end: str = "\n") -> None:
+    """Print what a long run has to tell. A reader that has gone (`| head`) ends the telling, not the run."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whatever is printed from here on
+
+
 def warn(message: str) -> None:
     """One visible line on standard error; the work goes on."""
     print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -87,8 +87,10 @@ def validate_messages(messages: Any) -> None:
         else:
             expected = ("user", "assistant")[(index - first_turn) % 2]
             if message["role"] != expected:
-                raise ValueError(f"{where} must have role {expected!r}, not {message['role']!r}: "
-                                 "after an optional system message, user and assistant take turns")
+                raise ValueError(
+                    f"{where} must have role {expected!r}, not {message['role']!r}: "
+                    "after an optional system message, user and assistant take turns"
+                )
         _validate_content(message["role"], message["content"], where)
 
 
@@ -105,8 +107,7 @@ def _validate_content(role: str, content: Any, where: str) -> None:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             raise ValueError(f"{where}: part {number} must be an object with 'type' and a string 'text'")
         if part.get("type") not in PART_TOKENS:
-            raise ValueError(f"{where}: part {number} has type {part.get('type')!r}; "
-                             f"allowed: {', '.join(PART_TOKENS)}")
+            raise ValueError(f"{where}: part {number} has type {part.get('type')!r}; allowed: {', '.join(PART_TOKENS)}")
 
 
 def _kind(value: Any) -> str:
@@ -212,9 +213,7 @@ def parse_answer(tokenizer: TextDecoder, ids: Sequence[int]) -> str | list[dict[
 # Fitting into a length, by whole turns
 
 
-def truncate_turns(
-    tokenizer: TextEncoder, conversation: Conversation, max_tokens: int
-) -> Conversation | None:
+def truncate_turns(tokenizer: TextEncoder, conversation: Conversation, max_tokens: int) -> Conversation | None:
     """For training: the earliest turns that render to at most max_tokens, ending in an assistant turn.
 
     The conversation itself where all of it fits; None where not even the first exchange does.
@@ -242,14 +241,16 @@ def drop_oldest_turns(tokenizer: TextEncoder, messages: Sequence[Message], max_t
     if messages[-1]["role"] != "user":
         raise ValueError(f"the last message must have role 'user', not {messages[-1]['role']!r}")
     system = list(messages[:1]) if messages[0]["role"] == "system" else []
-    turns = list(messages[len(system):])
+    turns = list(messages[len(system) :])
     lengths = [len(_render_turn(tokenizer, turn)[0]) for turn in turns]
     needed = 0
     for start in range(0, len(turns), 2):
         first = _turns([*system, turns[start]])[0]
         first_length = len(_render_turn(tokenizer, first)[0]) if system else lengths[start]
-        needed = 2 + first_length + sum(lengths[start + 1:])  # 2 for bos and assistant_start
+        needed = 2 + first_length + sum(lengths[start + 1 :])  # 2 for bos and assistant_start
         if needed <= max_tokens:
             return [*system, *turns[start:]]
-    raise UserError(f"the last message{' with the system message' if system else ''} takes {needed} tokens "
-                    f"and only {max_tokens} fit; shorten it")
+    raise UserError(
+        f"the last message{' with the system message' if system else ''} takes {needed} tokens "
+        f"and only {max_tokens} fit; shorten it"
+    )

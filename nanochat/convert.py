@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,14 +23,14 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from nanochat.common import UserError, current_umask, read_json, write_json
-from nanochat.textfiles import MIB, Document, document_hash, file_documents
+from nanochat.textfiles import MIB, Document, document_hash, file_documents, kind_of
 
 BLOCK_DOCUMENTS, BLOCK_BYTES = 1024, 16 * MIB  # a row group is full at either
 SHARD_BLOCKS = 64
 SHUFFLE_DOCUMENTS, SHUFFLE_BYTES = 16384, 64 * MIB
 VAL_LIMIT = 2**64 // 100  # a document whose hash is below it is for validation: one in a hundred
 MANIFEST = "manifest.json"
-CONVERSION_VERSION = 1  # part of the key: raise it when the same files would give other shards
+CONVERSION_VERSION = 2  # part of the key: raise it when the same files would give other shards
 
 
 @dataclass
@@ -103,10 +104,24 @@ def write_shards(folder: Path, paths: list[Path]) -> Tally:
     """Stream all documents, mixed, into train and validation shards; what was seen."""
     tally = Tally()
     train, val = ShardWriter(folder, "train"), ShardWriter(folder, "val")
+    documents = (document for path in paths for document in file_documents(path))
     with train, val:
-        for document in shuffled(document for path in paths for document in file_documents(path)):
+        for document in shuffled(split_lone_text(paths, documents)):
             (val if tally.count(document.text) else train).add(document)
     return tally
+
+
+def split_lone_text(paths: list[Path], documents: Iterator[Document]) -> Iterator[Document]:
+    """The documents; but the only one of a single short text file becomes its paragraphs, or else its lines."""
+    first = list(islice(documents, 2))
+    if len(first) != 1 or len(paths) != 1 or not (kind_of(paths[0]) or "").startswith(".txt"):
+        yield from chain(first, documents)
+        return
+    (whole,) = first
+    pieces = next((p for border in ("\n\n", "\n") if len(p := whole.text.split(border)) > 1), [whole.text])
+    for piece in pieces:
+        if piece.strip():
+            yield Document(piece.strip("\n"), whole.source)
 
 
 def shuffled(documents: Iterable[Document], seed: int = 0) -> Iterator[Document]:

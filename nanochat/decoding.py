@@ -35,7 +35,6 @@ class Tokenizer(Protocol):
     def encode_special(self, name: str) -> int: ...
 
 
-
 @dataclass(eq=False)
 class Row:
     """One sequence being continued. `tokens` holds what came after the prompt, without the token that ended it."""

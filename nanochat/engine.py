@@ -1,9 +1,9 @@
 """Inference: prompts in, tokens out. One running batch (decoding.py) under every way of generating text.
 
-    Engine      a model ready to decode: generate and generate_batch for samples of one prompt, complete and
-                generate_many for many prompts
-    TextStream  tokens to text, piece by piece, never cutting a character in two; AnswerStream, the same with
-                the calculator's parts told apart
+Engine      a model ready to decode: generate and generate_batch for samples of one prompt, complete and
+            generate_many for many prompts
+TextStream  tokens to text, piece by piece, never cutting a character in two; AnswerStream, the same with
+            the calculator's parts told apart
 """
 
 import codecs
@@ -19,7 +19,6 @@ from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampling
 
 __all__ = ["AnswerStream", "Engine", "KVCache", "Row", "TextStream"]
-
 
 
 class Engine:

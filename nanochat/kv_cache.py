@@ -125,9 +125,7 @@ class KVCache:
             self._plans[size] = _Decode(where, num_slots, visible)
         return self._plans[size]
 
-    def _attend_many(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
-    ) -> torch.Tensor:
+    def _attend_many(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Several tokens after others: over the ring and the new keys together, told apart by position."""
         B, T = q.shape[:2]
         used = min(self.k[layer].size(1), max(self._host_lengths[:B]))

@@ -10,12 +10,11 @@ import random
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError
+from nanochat.common import UserError, say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,16 +55,24 @@ class Runtime:
         """True on the one process that prints and writes."""
         return self.rank == 0
 
-    def print0(self, *args: Any, **kwargs: Any) -> None:
+    def print0(self, text: str) -> None:
         """Print on the main process only."""
         if self.is_main:
-            print(*args, **{"flush": True, **kwargs})
+            say(text)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes (in place); the identity for one process."""
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
+
+    def largest(self, value: float) -> float:
+        """The largest of all processes' values, so that they decide alike; the identity for one process."""
+        if self.world_size == 1:
+            return value
+        shared = torch.tensor(float(value), device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return float(shared)
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -5,15 +5,21 @@ with the horizon as in arXiv 2505.13738; rates with the square root of the batch
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from nanochat.common import UserError, format_count
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 
 REFERENCE_BATCH_TOKENS = 2**19  # the batch at which the reference learning rates were tuned
 REFERENCE_DEPTH = 12
 MAX_DEPTH = 128
+# In the minutes of a CPU run far fewer tokens than the compute-optimal ten per parameter can be seen, and finetuning
+# adds as many again: below this many a shallower model ends better (dev/LOG.md).
+MIN_TOKENS_PER_PARAM = 2
 
 
 @dataclass
@@ -35,6 +41,9 @@ def derive_sizes(
             raise UserError(f"{name} must be at least 1, got {value}")
     if depth > MAX_DEPTH:
         raise UserError(f"--depth must be between 1 and {MAX_DEPTH}, got {depth}")
+    for name, value in (("--n-embd", n_embd), ("--n-head", n_head), ("--n-kv-head", n_kv_head)):
+        if value < 1 and value != -1:
+            raise UserError(f"{name} must be at least 1, or -1 to derive it, got {value}")
     if n_embd == -1:
         n_embd = n_head * head_dim if n_head > 0 else math.ceil(depth * aspect_ratio / head_dim) * head_dim
     if n_head == -1:
@@ -46,14 +55,11 @@ def derive_sizes(
     return Sizes(depth, n_embd, n_head, n_head if n_kv_head == -1 else n_kv_head)
 
 
-def count_params(config: GPTConfig) -> dict[str, int]:
-    """GPT.num_scaling_params of that config, by counting on tensors without memory."""
-    import torch
-
-    from nanochat.gpt import GPT
-
+def estimate(config: GPTConfig) -> tuple[int, dict[str, int]]:
+    """(training FLOPs per token, parameter counts) of that config, by counting on tensors without memory."""
     with torch.device("meta"):
-        return GPT(config).num_scaling_params()
+        model = GPT(config)
+    return model.estimate_flops(), model.num_scaling_params()
 
 
 def scaling_params(counts: dict[str, int]) -> int:
@@ -82,6 +88,19 @@ class Plan:
         return self.tokens / scaling_params(self.params)
 
 
+def depth_for_flops(flops: float, sizes: Callable[[int], Sizes], form: Callable[..., GPTConfig]) -> int:
+    """The deepest model, from 2 to 12 layers, that sees MIN_TOKENS_PER_PARAM tokens for these training FLOPs.
+
+    `sizes` maps a depth to Sizes, `form` makes the config from their fields.
+    """
+    best = 2
+    for depth in range(2, REFERENCE_DEPTH + 1):
+        flops_per_token, counts = estimate(form(**asdict(sizes(depth))))
+        if flops / flops_per_token >= MIN_TOKENS_PER_PARAM * scaling_params(counts):
+            best = depth
+    return best
+
+
 def optimal_batch_tokens(tokens: float, reference_tokens: float) -> int:
     """2^19 * (tokens / tokens at the reference depth)^0.383, to the nearest power of two."""
     exact = REFERENCE_BATCH_TOKENS * (tokens / reference_tokens) ** 0.383
@@ -107,8 +126,6 @@ def horizon_weight_decay(weight_decay: float, batch: float, tokens: float, refer
 def make_plan(
     config: GPTConfig,
     *,
-    flops_per_token: int,
-    params: dict[str, int],
     num_iterations: int = -1,
     target_flops: float = -1.0,
     target_param_data_ratio: float = 10.5,
@@ -119,13 +136,14 @@ def make_plan(
     """Resolve the horizon (--num-iterations, then --target-flops, then --target-param-data-ratio) and the batch."""
     if num_iterations == 0 or num_iterations < -1:
         raise UserError(f"--num-iterations must be positive, or -1 to derive it, got {num_iterations}")
+    flops_per_token, params = estimate(config)
     ratio_tokens = max(target_param_data_ratio, 0.1) * scaling_params(params)
     if target_flops > 0:
         ratio_tokens = target_flops / flops_per_token
     sizes = derive_sizes(REFERENCE_DEPTH)
     reference = GPTConfig(sequence_len=config.sequence_len, vocab_size=config.vocab_size, n_layer=REFERENCE_DEPTH,
                           n_embd=sizes.n_embd, n_head=sizes.n_head, n_kv_head=sizes.n_kv_head)  # fmt: skip
-    reference_tokens = max(target_param_data_ratio, 0.1) * scaling_params(count_params(reference))
+    reference_tokens = max(target_param_data_ratio, 0.1) * scaling_params(estimate(reference)[1])
     if total_batch_size == -1:
         total_batch_size = optimal_batch_tokens(ratio_tokens, reference_tokens)
     elif total_batch_size < 1:

@@ -4,6 +4,7 @@ A run's folder holds STEP/ checkpoints, `metrics.jsonl` (one object a line, ever
 numbers fixed before the first step).
 """
 
+import contextlib
 import json
 import math
 import shlex
@@ -19,10 +20,10 @@ import torch
 import torch.distributed as dist
 
 from nanochat.checkpoint_manager import Checkpoint, list_steps, load_model_state, open_checkpoint, save_checkpoint
-from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, warn
+from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, say, warn
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime, rng_state, set_rng_state
-from nanochat.trainer import Interrupted, NonFiniteLoss, Progress, Record, Trainer
+from nanochat.trainer import Interrupted, NonFiniteLoss, Progress, Record, SaveFailed, Trainer
 
 PLAIN_LINE_SECONDS = 10.0  # how often a log file gets a line
 
@@ -50,7 +51,7 @@ def move_aside(run: Path, runtime: Runtime) -> None:
     if runtime.is_main and list_steps(run):
         aside = next(p for n in range(1, 10_000) if not (p := run.with_name(f"{run.name}.old{n}")).exists())
         run.rename(aside)
-        print(f"the earlier run {run.name} was moved aside to {aside.name}; --resume would have continued it")
+        say(f"the earlier run {run.name} was moved aside to {aside.name}; --resume would have continued it")
     runtime.barrier()
 
 
@@ -155,6 +156,7 @@ class Metrics:
         self.last_line = 0.0
         self.rate = 0.0  # smoothed tokens per second
         self.file = None
+        self.write_failed = False
         if runtime.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the whole run)
@@ -162,7 +164,7 @@ class Metrics:
     def __call__(self, trainer: Trainer, record: Record) -> None:
         if self.file is None:
             return
-        self.file.write(json.dumps({k: v for k, v in record.items() if v is not None}) + "\n")
+        self.write(record)
         for sink in self.sinks:
             sink(record["step"], record)
         rate = record["tokens_per_second"]
@@ -171,10 +173,20 @@ class Metrics:
         now = time.monotonic()
         evaluated = "val_bpb" in record
         if self.live:
-            print("\r\x1b[K" + self.line(trainer), end="\n" if last or evaluated else "", flush=True)
+            say("\r\x1b[K" + self.line(trainer), end="\n" if last or evaluated else "")
         elif last or evaluated or now - self.last_line > PLAIN_LINE_SECONDS:
             self.last_line = now
-            print(self.line(trainer), flush=True)
+            say(self.line(trainer))
+
+    def write(self, record: Record) -> None:
+        """Append one line. A full disk costs the line, not the run."""
+        assert self.file is not None
+        try:
+            self.file.write(json.dumps({k: v for k, v in record.items() if v is not None}) + "\n")
+        except OSError as error:
+            if not self.write_failed:
+                warn(f"metrics.jsonl cannot be written ({error}); training goes on, its lines are lost")
+            self.write_failed = True
 
     def line(self, trainer: Trainer) -> str:
         """step 120/400 | loss 3.21 | bpb 1.43 | 5.2k tok/s | 41% of peak | 1m10s left"""
@@ -188,7 +200,8 @@ class Metrics:
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what a full disk refused before, it refuses again
+                self.file.close()
 
 
 def open_sinks(run_name: str, run: Path, use_tensorboard: bool, config: dict[str, Any], is_main: bool) -> list[Any]:
@@ -259,7 +272,7 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
     except NonFiniteLoss as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return 1
-    except OSError as error:
+    except SaveFailed as error:
         saved = trainer.last_saved_step
         print(f"\nerror: could not save step {trainer.progress.step}: {error}; the last good checkpoint in {run} is "
               f"{'none' if saved is None else f'step {saved}'}", file=sys.stderr, flush=True)  # fmt: skip
@@ -299,5 +312,5 @@ def measure_throughput(make_trainer: Callable[[GPT], Trainer], model: GPT, batch
     while len(times) < 2 or (sum(times) < budget and len(times) < 20):
         started = time.perf_counter()
         trial.step(batch)
-        times.append(time.perf_counter() - started)
+        times.append(trial.runtime.largest(time.perf_counter() - started))  # all processes stop after as many steps
     return Throughput(float(np.median(times)), len(times))

@@ -58,7 +58,8 @@ class RustBPETokenizer:
         self.hash = _content_hash(pattern, tokens, special_tokens)
         self._tokens = list(tokens)
         self._encoding = tiktoken.Encoding(
-            "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids)
+            "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
+        )
 
     @classmethod
     def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> "RustBPETokenizer":
@@ -69,8 +70,10 @@ class RustBPETokenizer:
         vocab_size is too small or there is no text at all.
         """
         if vocab_size < MIN_VOCAB_SIZE:
-            raise UserError(f"--vocab-size must be at least {MIN_VOCAB_SIZE} (256 bytes and "
-                            f"{len(SPECIAL_TOKENS)} special tokens), got {vocab_size}")
+            raise UserError(
+                f"--vocab-size must be at least {MIN_VOCAB_SIZE} (256 bytes and "
+                f"{len(SPECIAL_TOKENS)} special tokens), got {vocab_size}"
+            )
         seen_text = False
 
         def pieces() -> Iterator[str]:
@@ -80,15 +83,16 @@ class RustBPETokenizer:
                 yield from encodable_pieces(text)
 
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(pieces(), vocab_size - len(SPECIAL_TOKENS), buffer_size=1024,
-                                    pattern=SPLIT_PATTERN)
+        trainer.train_from_iterator(pieces(), vocab_size - len(SPECIAL_TOKENS), buffer_size=1024, pattern=SPLIT_PATTERN)
         if not seen_text:
             raise UserError("there is no text to train the tokenizer on; check --data")
         by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
         tokenizer = cls(SPLIT_PATTERN, [bytes(token) for token, _ in by_rank])
         if tokenizer.get_vocab_size() < vocab_size:
-            warn(f"this corpus has pairs for a vocabulary of {tokenizer.get_vocab_size():,} only, "
-                 f"{vocab_size:,} were asked for; the smaller one is used")
+            warn(
+                f"this corpus has pairs for a vocabulary of {tokenizer.get_vocab_size():,} only, "
+                f"{vocab_size:,} were asked for; the smaller one is used"
+            )
         return tokenizer
 
     # -----------------------------------------------------------------------------------------------
@@ -107,8 +111,10 @@ class RustBPETokenizer:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path} is not a nanochat tokenizer; train one with python -m scripts.tok_train")
         if content.get("version") != VERSION:
-            raise UserError(f"{path} has version {content.get('version')!r}, this program reads version "
-                            f"{VERSION}; train the tokenizer again or use the program that wrote it")
+            raise UserError(
+                f"{path} has version {content.get('version')!r}, this program reads version "
+                f"{VERSION}; train the tokenizer again or use the program that wrote it"
+            )
         try:
             tokens = [base64.b64decode(row[0], validate=True) for row in content["tokens"]]
             tokenizer = cls(content["pattern"], tokens, content["special_tokens"])
@@ -117,8 +123,10 @@ class RustBPETokenizer:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"{path} is damaged ({reason}); restore it or train it again") from error
         if content != expected:
-            raise UserError(f"{path} is damaged: its contents do not match its recorded hash; restore it or "
-                            "train the tokenizer again")
+            raise UserError(
+                f"{path} is damaged: its contents do not match its recorded hash; restore it or "
+                "train the tokenizer again"
+            )
         return tokenizer
 
     def save(self, directory: Path | str) -> Path:
@@ -131,21 +139,34 @@ class RustBPETokenizer:
 
     def _head(self) -> dict[str, Any]:
         """What stands in the file before the tokens."""
-        return {"format": FORMAT, "version": VERSION, "hash": self.hash, "vocab_size": self.get_vocab_size(),
-                "pattern": self.pattern, "special_tokens": list(self.special_ids),
-                "columns": ["base64", "bytes", "text"]}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "hash": self.hash,
+            "vocab_size": self.get_vocab_size(),
+            "pattern": self.pattern,
+            "special_tokens": list(self.special_ids),
+            "columns": ["base64", "bytes", "text"],
+        }
 
     # -----------------------------------------------------------------------------------------------
     # Text to ids and back
 
     @overload
-    def encode(self, text: str, prepend: str | int | None = None, append: str | int | None = None,
-               num_threads: int = 2) -> list[int]: ...
+    def encode(
+        self, text: str, prepend: str | int | None = None, append: str | int | None = None, num_threads: int = 2
+    ) -> list[int]: ...
     @overload
-    def encode(self, text: list[str], prepend: str | int | None = None, append: str | int | None = None,
-               num_threads: int = 2) -> list[list[int]]: ...
-    def encode(self, text: str | list[str], prepend: str | int | None = None, append: str | int | None = None,
-               num_threads: int = 2) -> list[int] | list[list[int]]:
+    def encode(
+        self, text: list[str], prepend: str | int | None = None, append: str | int | None = None, num_threads: int = 2
+    ) -> list[list[int]]: ...
+    def encode(
+        self,
+        text: str | list[str],
+        prepend: str | int | None = None,
+        append: str | int | None = None,
+        num_threads: int = 2,
+    ) -> list[int] | list[list[int]]:
         """Ids of a text, or of each text of a list (on num_threads threads).
 
         prepend, append: a special token, by name or id, put around each. The text itself never yields a
@@ -262,7 +283,7 @@ def encodable_pieces(text: str) -> Iterator[str]:
     start = 0
     if len(text) >= MAX_WHITESPACE_RUN:
         for run in LONG_WHITESPACE.finditer(text):
-            yield text[start:run.end()]
+            yield text[start : run.end()]
             start = run.end()
     yield text[start:]
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nanochat.common import warn
+from nanochat.common import UserError, warn
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
@@ -34,6 +34,10 @@ class Loader(Protocol):
 
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite. The weights are those from before the step."""
+
+
+class SaveFailed(OSError):
+    """The last save of a run, or the one after a signal, did not succeed."""
 
 
 class Interrupted(Exception):
@@ -56,6 +60,14 @@ class ScheduleConfig:
     momentum_peak: float = 0.95
     momentum_warmdown: bool = False
     decay_shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise UserError(f"the warm-up cannot be negative, got {self.warmup_steps} steps")
+        if not 0 <= self.warmdown_ratio <= 1:
+            raise UserError(f"--warmdown-ratio is a share of the run, from 0 to 1, got {self.warmdown_ratio:g}")
+        if self.final_lr_frac < 0:
+            raise UserError(f"--final-lr-frac cannot be negative, got {self.final_lr_frac:g}")
 
 
 @dataclass
@@ -80,6 +92,7 @@ class Progress:
     step: int = 0  # finished optimizer steps
     tokens: int = 0  # target positions seen, over all processes
     seconds: float = 0.0  # spent in training steps, over all sessions of the run
+    wall_seconds: float = 0.0  # the same with evaluations, samples and saves
     smooth_loss: float = 0.0  # exponential average, not yet bias-corrected
     val_bpb: float | None = None
     best_val_bpb: float | None = None
@@ -107,10 +120,12 @@ class Trainer:
     last_saved_step: int | None = None
     loss_fn: Any = None  # model.loss, or its compiled form
     stop_signal: int | None = None
+    started: float = field(default_factory=time.perf_counter)  # as if all sessions had been one
 
     def run(self) -> Progress:
-        """Train to the horizon. Raises Interrupted after a signal, NonFiniteLoss, or what the final save raises."""
+        """Train to the horizon. Raises Interrupted after a signal, NonFiniteLoss, or SaveFailed at the end."""
         self.loss_fn = self.loss_fn or self.model.loss
+        self.started = time.perf_counter() - self.progress.wall_seconds
         self.model.train()
         with catch_signals(self._request_stop):
             while self.progress.step < self.schedule.num_steps:
@@ -196,9 +211,10 @@ class Trainer:
         last = step == num_steps
         if last or (self.save_every > 0 and step % self.save_every == 0):
             self._save(final=last)
-        if self.stop_signal is not None and not last:
+        stop_signal = int(self.runtime.largest(self.stop_signal or 0))  # any process may have been told
+        if stop_signal and not last:
             self._save(final=True)
-            raise Interrupted(self.stop_signal)
+            raise Interrupted(stop_signal)
 
     def _end_early(self) -> None:
         """Close a run whose data was shorter than its horizon as if the horizon had been here."""
@@ -210,6 +226,7 @@ class Trainer:
 
     def _save(self, final: bool) -> None:
         """A failed periodic save is loud and training goes on; a failed final one is an error."""
+        self.progress.wall_seconds = time.perf_counter() - self.started
         if self.save is None or self.last_saved_step == self.progress.step:
             return
         try:
@@ -217,7 +234,7 @@ class Trainer:
             self.last_saved_step = self.progress.step
         except OSError as error:
             if final:
-                raise
+                raise SaveFailed(str(error)) from error
             warn(f"could not save step {self.progress.step}: {error}; training goes on, "
                  f"the last good checkpoint is step {self.last_saved_step}")  # fmt: skip
 

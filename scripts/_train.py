@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.common import UserError, read_json
+from nanochat.common import UserError, get_base_dir, read_json, say
+from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
@@ -27,7 +28,7 @@ from nanochat.session import (
     save_trainer,
 )  # fmt: skip
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.trainer import Trainer
+from nanochat.trainer import Record, Trainer
 
 # Flags that a resumed run may take anew: none of them can change the numbers.
 OPERATIONAL = (
@@ -95,6 +96,10 @@ class TrainFlags:
             given |= {"head_beta2": self.adam_beta2, "embed_beta2": self.adam_beta2}
         return OptimizerConfig.later(**given) if recipe == "later" else OptimizerConfig(**given)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be between 0 and 2^63 - 1, got {self.seed}")
+
     def evaluation_tokens(self, runtime: Runtime) -> int:
         return self.eval_tokens if self.eval_tokens > 0 else (2**17 if runtime.device.type == "cpu" else 20 * 2**19)
 
@@ -117,26 +122,42 @@ def compiled_loss(model: GPT, wanted: str, runtime: Runtime):
     return torch.compile(model.loss, dynamic=False) if use else model.loss
 
 
-def saved_steps(checkpoint: Checkpoint | None, config: TrainFlags, run: Path) -> int | None:
-    """The horizon fixed by an earlier session of this run: it is measured once and does not move again."""
+@dataclass
+class Earlier:
+    """What an earlier session of the same run fixed. It was measured once and does not move again."""
+
+    num_steps: int
+    user_config: dict[str, Any]
+
+
+def earlier_session(checkpoint: Checkpoint | None, config: TrainFlags, run: Path) -> Earlier | None:
+    """The session being resumed: its checkpoint's, or, killed before the first save, its plan if the flags agree."""
     if checkpoint:
-        return checkpoint.meta["plan"]["num_steps"]
+        return Earlier(checkpoint.meta["plan"]["num_steps"], checkpoint.meta["user_config"])
     if config.resume and (run / "plan.json").exists():
         plan = read_json(run / "plan.json")
-        same = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
-        if all(plan["user_config"].get(k) == v for k, v in same.items()):
-            return plan["num_steps"]
+        asked = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL and v != -1}
+        if all(plan["user_config"].get(k) == v for k, v in asked.items()):
+            return Earlier(plan["num_steps"], plan["user_config"])
     return None
 
 
 def steps_for_minutes(config: TrainFlags, make_trainer: Any, model: GPT, batch: Any, runtime: Runtime) -> int:
     """How many optimizer steps fit in --minutes, by timing real ones on a copy of the model."""
     seconds = measure_throughput(make_trainer, model, batch, budget=min(10.0, config.minutes * 60 * 0.04)).step_seconds
-    steps = torch.tensor(max(1, round(config.minutes * 60 * 0.95 / seconds)), device=runtime.device)
-    if runtime.world_size > 1:  # all processes must agree; the main one's clock decides
-        torch.distributed.broadcast(steps, 0)
-    runtime.print0(f"measured {seconds:.3f} s a step: {int(steps)} steps fit in {config.minutes:g} minutes")
-    return int(steps)
+    steps = max(1, round(config.minutes * 60 * 0.95 / seconds))
+    runtime.print0(f"measured {seconds:.3f} s a step: {steps} steps fit in {config.minutes:g} minutes")
+    return steps
+
+
+def random_batch(rows: int, T: int, vocab_size: int, runtime: Runtime, supervised: float = 1.0) -> Batch:
+    """This process's share of a global batch of noise, for timing; every 1/supervised-th position has a target."""
+    own = len(range(runtime.rank, rows, runtime.world_size))
+    tokens = torch.randint(vocab_size, (own, T + 1), generator=torch.Generator().manual_seed(runtime.seed))
+    targets = torch.full((own, T), -1)
+    every = round(1 / supervised)
+    targets[:, ::every] = tokens[:, 1::every]
+    return Batch(tokens[:, :-1].contiguous(), targets, None, "timing")
 
 
 def drive(
@@ -147,6 +168,7 @@ def drive(
     config: TrainFlags,
     tokenizer: RustBPETokenizer,
     checkpoint: Checkpoint | None,
+    total_batch_tokens: int,
     meta: dict[str, Any],
 ) -> int:
     """From a fresh trainer to the end of its run: restore, log, train, save. Returns the exit code."""
@@ -160,7 +182,7 @@ def drive(
     metrics = Metrics(run / "metrics.jsonl", runtime, flops_per_token=trainer.model.estimate_flops(),
                       peak_flops=measure_peak_flops(runtime), sinks=sinks)  # fmt: skip
     meta = {**meta, "model_config": trainer.model.config.to_dict(), "user_config": asdict(config),
-            "plan": {"num_steps": trainer.schedule.num_steps}}  # fmt: skip
+            "plan": {"num_steps": trainer.schedule.num_steps, "total_batch_tokens": total_batch_tokens}}  # fmt: skip
     trainer.log = metrics
     trainer.save = partial(save_trainer, run=run, tokenizer=tokenizer, meta=meta, keep_last=config.keep_last)
     trainer.save_every = config.save_every
@@ -171,14 +193,38 @@ def drive(
         trainer.loader.close()  # type: ignore[attr-defined]
 
 
+def note_bpb(trainer: Trainer, bpb: float) -> Record:
+    """Keep a validation figure with the run's progress, and give it to the step's metrics line."""
+    now = trainer.progress
+    now.val_bpb, now.best_val_bpb = bpb, min(bpb, now.best_val_bpb or bpb)
+    return {"val_bpb": bpb}
+
+
+def training_figures(trainer: Trainer, run: Path, command: str) -> dict[str, Any]:
+    """What the report keeps of any training stage."""
+    now = trainer.progress
+    return {
+        "seconds": now.wall_seconds, "train_seconds": now.seconds, "val_bpb": now.val_bpb,
+        "best_val_bpb": now.best_val_bpb, "loss": now.debiased_loss(), "steps": now.step,
+        "num_params": trainer.model.num_scaling_params()["total"],
+        "loader": trainer.loader.stats(),  # type: ignore[attr-defined]
+        "metrics": os.path.relpath(run / "metrics.jsonl", get_base_dir()), "command": command,
+    }  # fmt: skip
+
+
+def print_samples(samples: list[dict[str, str]]) -> None:
+    """Prompts and what came of them, from inside a run."""
+    say("")
+    for item in samples:
+        say(f"  {item['prompt']} -> {item['text']!r}")
+
+
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     """Name/value rows on the console."""
     table = Table(title=title, show_header=False)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
-
-
-def relative_to(path: Path, base: Path) -> str:
-    """`path` as seen from the base folder, for records that move with it."""
-    return os.path.relpath(path, base)
+    console = Console()
+    with console.capture() as drawn:
+        console.print(table)
+    say(drawn.get(), end="")

@@ -1,25 +1,20 @@
 """Evaluate a base model: `python -m scripts.base_eval --eval bpb,sample`."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-
-import torch
 
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir
-from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import resolve_corpus
-from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.session import choose_device_batch, command_line
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import _cli
+from scripts._observe import EVAL_ROWS, continuations, corpus_bpb
 
 PROMPTS = (
     "The capital of France is",
@@ -82,8 +77,15 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
         "num_params": model.num_scaling_params()["total"],
     }
     if "bpb" in wanted:
+        corpus = resolve_corpus(config.data, base_dir)
+        tokens = (
+            config.split_tokens if config.split_tokens > 0 else 2**18 if runtime.device.type == "cpu" else 40 * 2**19
+        )
+        micro = choose_device_batch(config.device_batch_size, EVAL_ROWS, model.config.sequence_len, runtime)
         for split in ("train", "val"):
-            values[f"{split}_bpb"] = split_bpb(config, model, tokenizer, split, runtime)
+            values[f"{split}_bpb"] = corpus_bpb(
+                model, corpus, tokenizer, runtime, split=split, tokens=tokens, device_batch_size=micro
+            )
             runtime.print0(f"{split} bits per byte: {values[f'{split}_bpb']:.4f}")
     if "sample" in wanted and runtime.is_main:
         values["samples"] = samples(model, tokenizer)
@@ -95,38 +97,14 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
     return 0
 
 
-def split_bpb(config: Config, model: GPT, tokenizer: RustBPETokenizer, split: str, runtime: Runtime) -> float:
-    """Bits per byte over a fixed sample of a split; the same rows for any number of processes."""
-    T, rows = model.config.sequence_len, 32
-    tokens = config.split_tokens if config.split_tokens > 0 else 2**18 if runtime.device.type == "cpu" else 40 * 2**19
-    corpus = resolve_corpus(config.data, get_base_dir())
-    loader = PretrainLoader(corpus, tokenizer, sequence_len=T, rows_per_step=rows, split=split, seed=0,
-                            rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
-    micro = choose_device_batch(config.device_batch_size, rows, T, runtime)
-
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for _ in range(max(1, tokens // (rows * T))):
-            batch = loader.next_batch()
-            for start in range(0, batch.inputs.size(0), micro):
-                yield batch.inputs[start : start + micro], batch.targets[start : start + micro]
-
-    bpb = evaluate_bpb(model, batches(), 10**9, torch.tensor(tokenizer.token_bytes), runtime)
-    loader.close()
-    return bpb
-
-
 def samples(model: GPT, tokenizer: RustBPETokenizer) -> list[dict[str, str]]:
-    """Greedy continuations of the fixed prompts, then three free ones at temperature 0.8."""
-    engine = Engine(model, tokenizer)
-    generate = partial(engine.generate_batch, num_samples=1, seed=42)
-    found: list[dict[str, str]] = []
-    for prompt, temperature, length in [(p, 0.0, 32) for p in PROMPTS] + [("", 0.8, 64)] * 3:
-        tokens = tokenizer.encode(prompt, prepend="<|bos|>")
-        if len(tokens) >= engine.max_context:
-            continue
-        results, _ = generate(tokens, max_tokens=length, temperature=temperature, seed=42 + len(found))
-        found.append({"prompt": prompt, "text": tokenizer.decode(results[0][len(tokens) :])})
-    return found
+    """Greedy continuations of the fixed prompts, then three from nothing at temperature 0.8."""
+    prompts = [(prompt, tokenizer.encode(prompt, prepend="<|bos|>")) for prompt in PROMPTS]
+    free = [("", tokenizer.encode("", prepend="<|bos|>"))] * 3
+    return [
+        *continuations(model, tokenizer, prompts, max_tokens=32),
+        *continuations(model, tokenizer, free, max_tokens=64, temperature=0.8),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,21 +1,16 @@
 """Finetune a base model on conversations: `python -m scripts.chat_sft`."""
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from nanochat.checkpoint_manager import find_run, load_model, run_dir
-from nanochat.common import UserError, format_count, get_base_dir, write_json
-from nanochat.dataloader import Batch, ConversationLoader
-from nanochat.engine import Engine
+from nanochat.checkpoint_manager import find_run, has_run, load_model, run_dir
+from nanochat.common import UserError, format_count, get_base_dir, say, write_json
+from nanochat.dataloader import ConversationLoader
 from nanochat.gpt import GPT
-from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch
@@ -23,20 +18,25 @@ from nanochat.session import choose_device_batch, command_line, merge_saved_conf
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Hook, Record, ScheduleConfig, Trainer
 from scripts import _cli
+from scripts._observe import continuations, loader_bpb
 from scripts._train import (
     OPERATIONAL,
     TrainFlags,
     compiled_loss,
     drive,
+    earlier_session,
     make_optimizer,
+    note_bpb,
+    print_samples,
     print_table,
-    relative_to,
-    saved_steps,
+    random_batch,
     steps_for_minutes,
+    training_figures,
 )  # fmt: skip
 from tasks.common import TaskMixture
 from tasks.mixtures import Part, own_conversations, published_mixture, starter_mixture
 
+EVAL_ROWS = 8  # per evaluation step over all processes: there may be few held-out conversations
 QUESTIONS = ("Hello! Who are you?", "What is 17 + 25?", "Spell the word: garden", "What is the capital of France?")
 
 
@@ -75,14 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, runtime: Runtime) -> int:
     """One finetuning run, fresh or resumed, to its end. Returns the exit code."""
     base_dir = get_base_dir()
-    base_run = find_run(base_dir, "base", config.base_tag or config.model_tag or None)
-    run = run_dir(base_dir, "sft", config.model_tag or base_run.name)
+    run, base_run = find_runs(config, base_dir)
     checkpoint = prepare_run(
         run, config.resume, None if config.resume_from_step < 0 else config.resume_from_step, runtime
     )
-    if checkpoint:
-        config = merge_saved_config(config, checkpoint.meta["user_config"], OPERATIONAL)
+    earlier = earlier_session(checkpoint, config, run)
+    if earlier:
+        config = merge_saved_config(config, earlier.user_config, OPERATIONAL)
     step = None if config.model_step < 0 else config.model_step
+    if checkpoint:  # the base model as it was, even if it has been trained on since
+        base_run, step = run_dir(base_dir, "base", checkpoint.meta["base"]["tag"]), checkpoint.meta["base"]["step"]
     model, tokenizer, base_meta = load_model("base", runtime, base_dir=base_dir, model_tag=base_run.name, step=step,
                                              compute_dtype=runtime.dtype)  # fmt: skip
     runtime.print0(f"{runtime.describe()}\nbase model: {base_run.name}, step {base_meta['step']}; run folder: {run}")
@@ -90,10 +92,10 @@ def train(config: Config, runtime: Runtime) -> int:
     T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
     if not 2 <= T <= model.config.sequence_len:
         raise UserError(f"--max-seq-len must lie between 2 and the base model's {model.config.sequence_len}, got {T}")
-    total = (
-        config.total_batch_size if config.total_batch_size > 0 else base_meta["user_config"].get("total_batch_size", -1)
-    )
-    rows = align_batch(total if total > 0 else 2**13 if runtime.device.type == "cpu" else 2**19, T) // T
+    total = base_meta["plan"]["total_batch_tokens"] if config.total_batch_size == -1 else config.total_batch_size
+    if total < 1:
+        raise UserError(f"--total-batch-size must be positive, in tokens, or -1 for the base model's, got {total}")
+    rows = align_batch(total, T) // T
     loader_for = partial(ConversationLoader, tokenizer=tokenizer, sequence_len=T, rank=runtime.rank,
                          world_size=runtime.world_size)  # fmt: skip
     endless = config.num_iterations > 0 or config.minutes > 0
@@ -101,30 +103,37 @@ def train(config: Config, runtime: Runtime) -> int:
                         seed=config.seed, num_epochs=None if endless else config.num_epochs)  # fmt: skip
     recipe = base_meta["user_config"].get("recipe", "published")
     make_trainer = partial(build_trainer, config, recipe, runtime, rows, T)
-    num_steps = saved_steps(checkpoint, config, run) or find_horizon(
-        config, make_trainer, model, loader, rows, T, runtime
-    )
+    num_steps = earlier.num_steps if earlier else find_horizon(config, make_trainer, model, loader, rows, T, runtime)
     if not checkpoint:
         move_aside(run, runtime)
+    plan = plan_rows(train_parts, rows * T, num_steps, T)
     if runtime.is_main:
         write_json(run / "plan.json", {"num_steps": num_steps, "user_config": asdict(config)})
-        plan = plan_rows(train_parts, rows * T, num_steps, T)
         print_table("plan", plan)
     trainer = make_trainer(model=model, loader=loader, num_steps=num_steps)
     validation = partial(
-        loader_for, TaskMixture([p.task for p in val_parts], seed=0), rows_per_step=8, seed=0, num_epochs=1
+        loader_for, TaskMixture([p.task for p in val_parts], seed=0), rows_per_step=EVAL_ROWS, seed=0, num_epochs=1
     )
+    steps = max(1, config.evaluation_tokens(runtime) // (EVAL_ROWS * T))
     trainer.hooks = [
-        Hook(partial(evaluate, validation=validation, tokenizer=tokenizer, tokens=config.evaluation_tokens(runtime)),
-             config.eval_every),
+        Hook(partial(evaluate, validation=validation, tokenizer=tokenizer, steps=steps), config.eval_every),
         Hook(partial(sample, tokenizer=tokenizer), config.sample_every),
-    ]  # fmt: skip
-    started = time.perf_counter()
+    ]
     code = drive(trainer, script="chat_sft", run=run, config=config, tokenizer=tokenizer, checkpoint=checkpoint,
+                 total_batch_tokens=rows * T,
                  meta={"stage": "sft", "base": {"tag": base_run.name, "step": base_meta["step"]}})  # fmt: skip
     if code == 0 and runtime.is_main:
-        report(base_dir, run, config, trainer, tokenizer, time.perf_counter() - started, plan, loader.stats())
+        report(base_dir, run, config, trainer, tokenizer, plan)
     return code
+
+
+def find_runs(config: Config, base_dir: Path) -> tuple[Path, Path]:
+    """(this run's folder, the base run it starts from), from whichever tags were given."""
+    resuming = config.resume or config.resume_from_step >= 0
+    tag = config.model_tag or (find_run(base_dir, "sft", None).name if resuming and not config.base_tag else "")
+    base_tag = config.base_tag or (tag if tag and has_run(base_dir, "base", tag) else "")
+    base_run = find_run(base_dir, "base", base_tag or None)
+    return run_dir(base_dir, "sft", tag or base_run.name), base_run
 
 
 def load_mixture(data: str, seed: int, runtime: Runtime) -> tuple[list[Part], list[Part]]:
@@ -151,12 +160,7 @@ def find_horizon(
         return config.num_iterations
     if config.minutes <= 0:
         return loader.num_steps()
-    random = torch.Generator().manual_seed(config.seed)
-    own = len(range(runtime.rank, rows, runtime.world_size))
-    tokens = torch.randint(model.config.vocab_size, (own, T + 1), generator=random)
-    targets = tokens[:, 1:].clone()
-    targets[:, ::2] = -1  # about half of a conversation is prompt
-    batch = Batch(tokens[:, :-1].contiguous(), targets, None, "timing")
+    batch = random_batch(rows, T, model.config.vocab_size, runtime, supervised=0.5)  # about half is prompt
     return steps_for_minutes(
         config, lambda copy: make_trainer(model=copy, loader=None, num_steps=1000), model, batch, runtime
     )
@@ -188,67 +192,45 @@ def plan_rows(parts: list[Part], tokens_per_step: int, num_steps: int, T: int) -
 
 
 def evaluate(
-    trainer: Trainer, validation: Callable[[], ConversationLoader], tokenizer: RustBPETokenizer, tokens: int
+    trainer: Trainer, validation: Callable[[], ConversationLoader], tokenizer: RustBPETokenizer, steps: int
 ) -> Record:
     """Bits per byte on the assistant's tokens of held-out conversations."""
-    loader = validation()
-
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        seen = 0
-        while seen < tokens:
-            try:
-                batch = loader.next_batch()
-            except StopIteration:
-                return
-            seen += batch.inputs.numel() * trainer.runtime.world_size
-            for start in range(0, batch.inputs.size(0), trainer.device_batch_size):
-                rows = slice(start, start + trainer.device_batch_size)
-                yield batch.inputs[rows], batch.targets[rows]
-
-    bpb = evaluate_bpb(trainer.model, batches(), 10**9, torch.tensor(tokenizer.token_bytes), trainer.runtime)
-    loader.close()
-    trainer.progress.val_bpb = bpb
-    trainer.progress.best_val_bpb = min(bpb, trainer.progress.best_val_bpb or bpb)
-    return {"val_bpb": bpb}
+    return note_bpb(trainer, loader_bpb(trainer.model, validation(), tokenizer, trainer.runtime, steps,
+                                        trainer.device_batch_size))  # fmt: skip
 
 
 def answers(model: GPT, tokenizer: RustBPETokenizer) -> list[dict[str, str]]:
     """Greedy answers to the fixed questions."""
-    engine, samples = Engine(model, tokenizer), []
-    for question in QUESTIONS:
-        conversation = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]}
-        tokens = tokenizer.render_for_completion(conversation)
-        if len(tokens) >= engine.max_context:
-            continue
-        results, _ = engine.generate_batch(tokens, num_samples=1, max_tokens=64, temperature=0.0)
-        samples.append({"prompt": question, "text": tokenizer.decode(results[0][len(tokens) :])})
-    return samples
+    empty = {"role": "assistant", "content": ""}
+    prompts = [
+        (question, tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}, empty]}))
+        for question in QUESTIONS
+    ]
+    return continuations(model, tokenizer, prompts, max_tokens=64)
 
 
 def sample(trainer: Trainer, tokenizer: RustBPETokenizer) -> None:
     """Print answers to the fixed questions."""
     if trainer.runtime.is_main:
-        print()
-        for item in answers(trainer.model, tokenizer):
-            print(f"  {item['prompt']} -> {item['text']!r}", flush=True)
+        print_samples(answers(trainer.model, tokenizer))
 
 
 def report(
-    base_dir: Path, run: Path, config: Config, trainer: Trainer, tokenizer: RustBPETokenizer, seconds: float,
-    plan: list[tuple[str, str]], stats: dict[str, Any],
-) -> None:  # fmt: skip
+    base_dir: Path,
+    run: Path,
+    config: Config,
+    trainer: Trainer,
+    tokenizer: RustBPETokenizer,
+    plan: list[tuple[str, str]],
+) -> None:
     """Hand the run's figures to the report."""
     now = trainer.progress
-    values = {
-        "seconds": seconds, "train_seconds": now.seconds, "val_bpb": now.val_bpb, "best_val_bpb": now.best_val_bpb,
-        "loss": now.debiased_loss(), "steps": now.step, "tokens": now.tokens,
-        "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
-        "num_params": trainer.model.num_scaling_params()["total"], "mixture": plan, "loader": stats,
-        "metrics": relative_to(run / "metrics.jsonl", base_dir), "command": command_line("chat_sft", config),
+    values = training_figures(trainer, run, command_line("chat_sft", config)) | {
+        "tokens": now.tokens, "tokens_per_second": now.tokens / max(now.seconds, 1e-9), "mixture": plan,
         "samples": answers(trainer.model, tokenizer),
     }  # fmt: skip
     record_stage(base_dir, "chat_sft", values)
-    print(f"{now.step} steps, {format_count(now.tokens)} supervised tokens in {seconds:.0f} s; "
+    say(f"{now.step} steps, {format_count(now.tokens)} supervised tokens in {values['seconds']:.0f} s; "
           f"val bpb {now.val_bpb:.4f}; saved in {run}")  # fmt: skip
 
 

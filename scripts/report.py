@@ -1,6 +1,6 @@
 """Draw report.md and report.html again from what the stages recorded, and print a short summary.
 
-    python -m scripts.report
+python -m scripts.report
 """
 
 from collections.abc import Sequence

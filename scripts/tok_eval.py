@@ -23,6 +23,7 @@ from scripts._ranks import GPT2, GPT4, Counter, find_reference
 OURS, OTHERS, ALL = "nanochat", "(other sources)", "all"
 MAX_SOURCES, BATCH_DOCUMENTS = 30, 512
 
+
 @dataclass
 class Config:
     """Bytes per token by source, beside GPT-2 and GPT-4."""
@@ -73,10 +74,13 @@ def print_table(counts: dict[str, dict[str, int]], names: Sequence[str]) -> None
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, row in counts.items():
         table.add_row(
-            source, f"{row['documents']:,}", f"{row['bytes'] / 1e6:.2f}",
+            source,
+            f"{row['documents']:,}",
+            f"{row['bytes'] / 1e6:.2f}",
             *(f"{row['bytes'] / max(1, row[name]):.2f}" for name in names),
             *(f"{row[OURS] / max(1, row[name]) - 1:+.1%}" for name in names[1:]),
-            style="bold" if source == ALL else None, end_section=source == list(counts)[-2:-1],
+            style="bold" if source == ALL else None,
+            end_section=source == list(counts)[-2:-1],
         )
     Console().print(table)
 

@@ -89,8 +89,10 @@ def train(config: Config) -> dict[str, Any]:
         "checkpoint": tokenizer.hash,
         **sample,
     }
-    print(f"vocabulary of {tokenizer.get_vocab_size():,} tokens in {format_seconds(seconds)}; on validation text "
-          f"{sample['bytes_per_token']:.2f} bytes per token, {sample['megabytes_per_second']:.1f} MB/s\nsaved {path}")
+    print(
+        f"vocabulary of {tokenizer.get_vocab_size():,} tokens in {format_seconds(seconds)}; on validation text "
+        f"{sample['bytes_per_token']:.2f} bytes per token, {sample['megabytes_per_second']:.1f} MB/s\nsaved {path}"
+    )
     record_stage(base_dir, "tokenizer", stage_record)
     return stage_record
 
@@ -108,8 +110,10 @@ def measure(tokenizer: RustBPETokenizer, documents: Iterable[Document]) -> dict[
     num_tokens = sum(map(len, tokenizer.encode(texts)))
     seconds = time.monotonic() - start
     num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    return {"bytes_per_token": num_bytes / max(1, num_tokens),
-            "megabytes_per_second": num_bytes / 1e6 / max(1e-9, seconds)}
+    return {
+        "bytes_per_token": num_bytes / max(1, num_tokens),
+        "megabytes_per_second": num_bytes / 1e6 / max(1e-9, seconds),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

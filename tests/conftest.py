@@ -1,10 +1,13 @@
 """What several test files share: a model small enough to train in a test."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from stubs import TINY
 
 from nanochat.gpt import GPT, GPTConfig
 
@@ -36,3 +39,32 @@ def tiny_config() -> GPTConfig:
 def tiny_model(tiny_config: GPTConfig) -> GPT:
     """A freshly initialised tiny model on the CPU."""
     return GPT.create(tiny_config, seed=1)
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base folder of this test's own, empty."""
+    folder = tmp_path / "base"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder with a tokenizer and a one-step run."""
+    from scripts import base_train, tok_train
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"line {i} of text"}) + "\n" for i in range(200)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        tok_train.main([f"--data={folder / 'text.jsonl'}", "--vocab-size=265"])
+        assert base_train.main([*TINY, f"--data={folder / 'text.jsonl'}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(trained: Path, base: Path) -> Path:
+    """`base` with a copy of what `trained` made."""
+    shutil.copytree(trained, base)
+    return base

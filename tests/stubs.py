@@ -15,6 +15,10 @@ PYTHON, PYTHON_END = SPECIAL["<|python_start|>"], SPECIAL["<|python_end|>"]
 OUTPUT, OUTPUT_END = SPECIAL["<|output_start|>"], SPECIAL["<|output_end|>"]
 START = SPECIAL["<|assistant_start|>"]
 
+# Flags of a run small enough for a test; the fixture `trained` holds one.
+TINY = ["--depth=1", "--n-embd=16", "--head-dim=8", "--max-seq-len=16", "--total-batch-size=32", "--num-iterations=1",
+        "--eval-tokens=64", "--device-type=cpu", "--model-tag=tiny"]  # fmt: skip
+
 
 class ByteTokenizer:
     """A token per byte, then the special tokens."""

@@ -146,9 +146,7 @@ def test_long_chats_drop_the_oldest_turns(monkeypatch: pytest.MonkeyPatch, capsy
     assert "S\n\nquestion 11" in prompts(model)[-1] and "question 1<" not in prompts(model)[-1]
 
 
-def test_a_message_too_long_is_refused_and_the_chat_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_a_message_too_long_is_refused_and_the_chat_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     model = script(monkeypatch, answering("Yes.", sequence_len=60))
     typed(monkeypatch, "one", "x" * 100, "two")
     assert chat_cli.main([]) == 0

@@ -149,8 +149,8 @@ def tokenizer() -> RustBPETokenizer:
 def test_parse_answer_is_the_inverse_of_rendering(content: object) -> None:
     prompt = conv.render_prompt(SPELLED, talk("Q")["messages"])
     ids, _ = conv.render(SPELLED, talk("Q", content))
-    assert conv.parse_answer(SPELLED, ids[len(prompt):]) == content
-    assert conv.parse_answer(SPELLED, ids[len(prompt):-1]) == content, "with or without the end token"
+    assert conv.parse_answer(SPELLED, ids[len(prompt) :]) == content
+    assert conv.parse_answer(SPELLED, ids[len(prompt) : -1]) == content, "with or without the end token"
 
 
 def test_text_parts_alone_are_a_string() -> None:

@@ -383,7 +383,7 @@ def test_kept_text_is_bounded(monkeypatch):
 def test_the_pool_of_a_lane_is_bounded():
     loader = make_loader(FakeCorpus([300] * 3), T=64, rows=2)
     take_rows(loader, 20)
-    most = (lanes.POOL_ROWS[1] * 65 + lanes.TAKE_DOCUMENTS * 41)
+    most = lanes.POOL_ROWS[1] * 65 + lanes.TAKE_DOCUMENTS * 41
     assert all(len(state.pieces) < 600 and sum(p.length for p in state.pieces) < most for state in loader._states)
 
 

@@ -291,10 +291,12 @@ def test_validation_blocks_of_mixed_files_are_remembered_within_limits(own: Path
 
 def test_processes_convert_once(own: Path, base: Path) -> None:
     (own / "a.jsonl").write_bytes(jsonl(make_texts(20000)))
-    code = ("import sys; from pathlib import Path; from nanochat import convert, dataset; real = convert.convert_into\n"
-            "def spy(*a): print('converting'); real(*a)\n"
-            "convert.convert_into = spy\n"
-            "print(dataset.resolve_corpus(sys.argv[1], Path(sys.argv[2])).fingerprint)")
+    code = (
+        "import sys; from pathlib import Path; from nanochat import convert, dataset; real = convert.convert_into\n"
+        "def spy(*a): print('converting'); real(*a)\n"
+        "convert.convert_into = spy\n"
+        "print(dataset.resolve_corpus(sys.argv[1], Path(sys.argv[2])).fingerprint)"
+    )
     command = [sys.executable, "-c", code, str(own), str(base)]
     jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [job.communicate(timeout=60)[0].split() for job in jobs]
@@ -421,6 +423,22 @@ def test_paths_that_lead_nowhere(own: Path, base: Path) -> None:
     assert "parquet, .jsonl or .txt" in error_of(own / "a.csv", base)
     (own / "broken.txt").symlink_to(own / "gone")
     assert "broken.txt" in error_of(own, base)
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        ("One.\n\nTwo\nlines.\n\n\n\nThree.\n", ["One.", "Three.", "Two\nlines."]),
+        ("One.\nTwo lines.\nThree.", ["One.", "Three.", "Two lines."]),
+    ],
+)
+def test_a_lone_short_text_is_split_to_have_something_to_validate_on(
+    text: str, documents: list[str], own: Path, base: Path
+) -> None:
+    (own / "notes.txt").write_text(text)
+    corpus = resolve_corpus(str(own / "notes.txt"), base)
+    held_out, trained = ([d.text for d in corpus.iter_documents(split)] for split in ("val", "train"))
+    assert len(held_out) == 1 and sorted(held_out + trained) == documents
 
 
 def test_files_without_text(own: Path, base: Path, capsys) -> None:

@@ -86,9 +86,16 @@ class FakeHub:
         if not request.path.startswith("/store/"):
             if head and self.heads[name]:
                 return self.answer(request, self.heads[name].pop(0))
-            return self.answer(request, 302, {
-                "Location": f"http://localhost:{self.port}/store/{name}", "X-Repo-Commit": "c" * 40,
-                "X-Linked-Size": str(len(body)), "X-Linked-Etag": f'"{hashlib.sha256(body).hexdigest()}"'})
+            return self.answer(
+                request,
+                302,
+                {
+                    "Location": f"http://localhost:{self.port}/store/{name}",
+                    "X-Repo-Commit": "c" * 40,
+                    "X-Linked-Size": str(len(body)),
+                    "X-Linked-Etag": f'"{hashlib.sha256(body).hexdigest()}"',
+                },
+            )
         self.gets.append((name, request.headers.get("Range")))
         self.busy += 1
         self.most_busy = max(self.most_busy, self.busy)

@@ -391,4 +391,3 @@ def test_a_streamed_answer_is_the_parsed_answer(ids: list[int]) -> None:
     for kind in parts:
         whole = [{"type": "text", "text": parsed}] if isinstance(parsed, str) else parsed
         assert parts[kind] == "".join(part["text"] for part in whole if part["type"] == kind)
-

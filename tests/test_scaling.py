@@ -4,13 +4,13 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
-from nanochat.scaling import count_params, derive_sizes, make_plan, optimal_batch_tokens, scaling_params
+from nanochat.scaling import derive_sizes, estimate, make_plan, optimal_batch_tokens, scaling_params
 
 D24 = GPTConfig(n_layer=24, n_embd=1536, n_head=12, n_kv_head=12)
 
 
-def plan(config: GPTConfig, flops: int = 100, **flags: object):
-    return make_plan(config, flops_per_token=flops, params=count_params(config), **flags)  # type: ignore[arg-type]
+def plan(config: GPTConfig, **flags: object):
+    return make_plan(config, **flags)  # type: ignore[arg-type]
 
 
 def test_sizes() -> None:
@@ -36,7 +36,7 @@ def test_published_d24_run() -> None:
 def test_precedence_of_horizons() -> None:
     flags = {"total_batch_size": 2**19}
     assert plan(D24, num_iterations=7, target_flops=1e12, **flags).num_steps == 7
-    assert plan(D24, target_flops=100 * 2**19 * 5, **flags).num_steps == 5
+    assert plan(D24, target_flops=estimate(D24)[0] * 2**19 * 5, **flags).num_steps == 5
     assert plan(D24, **flags).horizon == "--target-param-data-ratio"
     with pytest.raises(UserError, match="horizon"):
         plan(D24, target_param_data_ratio=-1, **flags)
@@ -55,4 +55,4 @@ def test_batch_and_rates() -> None:
 def test_reference_depth_trains_at_the_reference_batch() -> None:
     config = GPTConfig()
     assert plan(config).total_batch_tokens == 2**19
-    assert plan(config).tokens == pytest.approx(10.5 * scaling_params(count_params(config)), rel=0.001)
+    assert plan(config).tokens == pytest.approx(10.5 * scaling_params(estimate(config)[1]), rel=0.001)

@@ -2,40 +2,12 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
+from stubs import TINY
 
 from scripts import _cli, base_eval, base_train, chat_eval, chat_sft, stages, tok_train
-
-TINY = ["--depth=1", "--n-embd=16", "--head-dim=8", "--max-seq-len=16", "--total-batch-size=32", "--num-iterations=1",
-        "--eval-tokens=64", "--device-type=cpu", "--model-tag=tiny"]  # fmt: skip
-
-
-@pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "base"
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base folder with a tokenizer and a one-step run."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"line {i} of text"}) + "\n" for i in range(200)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        tok_train.main([f"--data={folder / 'text.jsonl'}", "--vocab-size=265"])
-        assert base_train.main([*TINY, f"--data={folder / 'text.jsonl'}"]) == 0
-    return folder
-
-
-@pytest.fixture
-def copied(trained: Path, base: Path) -> Path:
-    shutil.copytree(trained, base)
-    return base
 
 
 def refused(main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -63,6 +35,13 @@ def refused(main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--window-pattern=SXL"], "window_pattern"),
         (["--num-iterations=0"], "--num-iterations"),
         (["--device-batch-size=0"], "--device-batch-size"),
+        (["--minutes=nan"], "--minutes"),
+        (["--matrix-lr=inf"], "--matrix-lr"),
+        (["--warmdown-ratio=2"], "--warmdown-ratio"),
+        (["--seed=-1"], "--seed"),
+        (["--n-head=0"], "--n-head"),
+        (["--n-embd=0"], "--n-embd"),
+        (["--total-batch-size=0"], "--total-batch-size"),
         (["--device-type=abacus"], "--device-type"),
         (["--recipe=new"], "--recipe"),
         (["--compile=maybe"], "--compile"),
@@ -161,12 +140,3 @@ def test_stages_lists_every_script(capsys: pytest.CaptureFixture[str]) -> None:
     listed = capsys.readouterr().out
     scripts = {p.stem for p in Path(stages.__file__).parent.glob("[a-z]*.py")} - {"stages"}
     assert all(name in listed for name in scripts)
-
-
-def test_init_from_takes_the_weights(copied: Path) -> None:
-    from nanochat.checkpoint_manager import open_checkpoint, run_dir
-
-    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=next", "--init-from=tiny", "--lr-scale=0"]
-    assert base_train.main(flags) == 0
-    first, second = (open_checkpoint(run_dir(copied, "base", tag)).model_state() for tag in ("tiny", "next"))
-    assert all((first[name] == second[name]).all() for name in first)

@@ -108,7 +108,7 @@ def usual_names(text: str) -> str:
 
 
 def with_article(name: str) -> str:
-    """"United States" -> "the United States"."""
+    """ "United States" -> "the United States"."""
     plural = r"\b(States|Kingdom|Republic|Islands|Emirates|Netherlands|Philippines|Bahamas|Maldives|Gambia)\b"
     return f"the {name}" if re.search(plural, name) else name
 

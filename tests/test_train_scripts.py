@@ -1,0 +1,136 @@
+"""base_train and chat_sft from the command line's side: where a run starts from, which run is meant, how it ends."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from stubs import TINY
+
+from nanochat.checkpoint_manager import list_steps, open_checkpoint, run_dir
+from nanochat.common import UserError
+from scripts import base_train, chat_sft
+from scripts._train import earlier_session
+
+SFT = ["--num-iterations=1", "--total-batch-size=16", "--eval-tokens=16", "--device-type=cpu"]
+
+
+@pytest.fixture
+def chats(copied: Path) -> str:
+    """--data with two conversations of one's own, short enough for the tiny model."""
+    path = copied / "chats.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text((json.dumps(turns) + "\n") * 2)
+    return f"--data={path}"
+
+
+def test_init_from_takes_the_weights_and_needs_the_source_only_once(copied: Path) -> None:
+    data = f"--data={copied / 'text.jsonl'}"
+    flags = [*TINY, data, "--model-tag=next", "--init-from=tiny", "--num-iterations=2", "--save-every=1"]
+    assert base_train.main([*flags, "--lr-scale=0"]) == 0
+    first, second = (open_checkpoint(run_dir(copied, "base", tag)).model_state() for tag in ("tiny", "next"))
+    assert all((first[name] == second[name]).all() for name in first)
+    shutil.rmtree(copied / "base_checkpoints" / "tiny")
+    assert base_train.main(["--model-tag=next", "--resume-from-step=1", "--eval-tokens=64", data]) == 0
+
+
+def test_init_from_keeps_the_context(copied: Path) -> None:
+    data = f"--data={copied / 'text.jsonl'}"
+    flags = ["--init-from=tiny", "--num-iterations=1", "--total-batch-size=32", "--eval-tokens=64", data]
+    with pytest.raises(UserError, match="context is 16, not 8"):
+        base_train.main([*flags, "--model-tag=next", "--max-seq-len=8"])
+    with pytest.raises(UserError, match="--init-from needs --model-tag"):
+        base_train.main(flags)
+    assert base_train.main([*flags, "--model-tag=next"]) == 0
+    saved = open_checkpoint(run_dir(copied, "base", "next")).meta
+    assert saved["model_config"]["sequence_len"] == saved["user_config"]["max_seq_len"] == 16
+
+
+def test_sft_tags(copied: Path, chats: str) -> None:
+    """A new tag finetunes the newest base run; resuming without a tag goes on with the newest finetuning run."""
+    assert chat_sft.main([*SFT, chats, "--model-tag=mine"]) == 0
+    saved = open_checkpoint(run_dir(copied, "sft", "mine"))
+    assert saved.meta["base"] == {"tag": "tiny", "step": 1}
+    assert base_train.main([*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=newer"]) == 0
+    config = chat_sft.Config(resume=True)
+    assert chat_sft.find_runs(config, copied)[0].name == "mine"
+    assert chat_sft.find_runs(replace(config, resume=False), copied)[0].name == "newer"
+    assert chat_sft.find_runs(chat_sft.Config(model_tag="tiny"), copied)[1].name == "tiny"
+    shutil.rmtree(copied / "base_checkpoints" / "newer")
+    assert chat_sft.main([chats, "--resume", *SFT]) == 0  # already at its end: nothing to do, and that is fine
+
+
+def test_sft_takes_the_batch_that_pretraining_derived(copied: Path, chats: str) -> None:
+    assert chat_sft.main([chats, "--num-iterations=1", "--eval-tokens=16", "--device-type=cpu"]) == 0
+    sft, base = (open_checkpoint(run_dir(copied, stage, "tiny")).meta["plan"] for stage in ("sft", "base"))
+    assert sft["total_batch_tokens"] == base["total_batch_tokens"] == 32
+
+
+def test_what_was_fixed_before_the_first_save_stays(tmp_path: Path) -> None:
+    """A run killed early keeps the depth and horizon it measured, unless it is asked for something else."""
+    chosen = {**vars(base_train.Config(depth=3, minutes=5, model_tag="x"))}
+    (tmp_path / "plan.json").write_text(json.dumps({"num_steps": 77, "user_config": chosen}))
+    asked = base_train.Config(depth=-1, minutes=5, model_tag="x", resume=True)
+    earlier = earlier_session(None, asked, tmp_path)
+    assert earlier and earlier.num_steps == 77 and earlier.user_config["depth"] == 3
+    assert earlier_session(None, replace(asked, minutes=6), tmp_path) is None
+    assert earlier_session(None, replace(asked, resume=False), tmp_path) is None
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(copied: Path) -> None:
+    """`base_train | head -1`: the run goes on without its listener, to its last save."""
+    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=piped", "--num-iterations=3", "--sample-every=1",
+             "--eval-every=1"]  # fmt: skip
+    command = [sys.executable, "-m", "scripts.base_train", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 0, said
+    assert list_steps(copied / "base_checkpoints" / "piped") == [3]
+
+
+def told_to_stop(rank: int, port: int, answers: multiprocessing.Queue) -> None:
+    """One of two processes; only the second gets the signal."""
+    from test_trainer import make_trainer
+
+    from nanochat.runtime import Runtime
+    from nanochat.trainer import Interrupted
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    trainer = make_trainer(steps=50)
+    trainer.runtime = Runtime(torch.device("cpu"), torch.float32, "test", 0, rank, rank, 2)
+    if rank == 1:
+        trainer.log = lambda trainer, record: setattr(trainer, "stop_signal", 15 if record["step"] == 3 else None)
+    try:
+        trainer.run()
+        answers.put((rank, "ran on"))
+    except Interrupted as stop:
+        answers.put((rank, stop.signum, trainer.progress.step))
+    trainer.runtime.close()
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step() -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn = multiprocessing.get_context("spawn")
+    answers = spawn.Queue()
+    processes = [spawn.Process(target=told_to_stop, args=(rank, port, answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    assert sorted(answers.get(timeout=120) for _ in processes) == [(0, 15, 3), (1, 15, 3)]
+    for process in processes:
+        process.join(30)
