@@ -60,6 +60,11 @@ def debug_enabled() -> bool:
     return os.environ.get("NANOCHAT_DEBUG", "") not in ("", "0")
 
 
+def kernels_enabled() -> bool:
+    """NANOCHAT_KERNELS=0 keeps to plain PyTorch on the CPU, to compare with."""
+    return os.environ.get("NANOCHAT_KERNELS", "") != "0"
+
+
 # ---------------------------------------------------------------------------------------------------
 # Files
 

@@ -235,7 +235,7 @@ class DecodingWeights:
     def current(self) -> GPT:
         """A model with today's weights: the original where nothing needs casting."""
         dtype = self.model.compute_dtype
-        if all(p.dtype == dtype for p in self.model.parameters()):
+        if all(p.dtype == _decoding_dtype(p, dtype) for p in self.model.parameters()):
             return self.model
         with self._lock:
             versions = [0 if p.is_inference() else p._version for p in self.model.parameters()]
@@ -251,7 +251,13 @@ class DecodingWeights:
     def _cast(self, dtype: torch.dtype) -> GPT:
         with torch.device("meta"):
             copy = GPT(self.model.config, dtype)
-        state = {name: p.detach().to(dtype) for name, p in self.model.named_parameters()}
+        state = {name: p.detach().to(_decoding_dtype(p, dtype)) for name, p in self.model.named_parameters()}
         copy.load_state_dict(state, strict=True, assign=True)
         copy.cos, copy.sin = self.model.cos, self.model.sin
         return copy.requires_grad_(False).eval()
+
+
+def _decoding_dtype(parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Scalars stay as they are: they multiply in fp32."""
+    return dtype if parameter.dim() > 1 else parameter.dtype
+

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from nanochat.fused import block_softmax_, block_softmax_backward_
+
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
@@ -39,14 +41,6 @@ def _block_spans(length: int, window: int) -> list[tuple[int, int, int]]:
     return [(max(0, start - window), start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _block_bias(lo: int, start: int, end: int, window: int, like: torch.Tensor) -> torch.Tensor:
-    """(queries, keys) zeros where the query may look, -inf where not; equal for all inner blocks."""
-    query = torch.arange(start, end, device=like.device)[:, None]
-    key = torch.arange(lo, end, device=like.device)[None, :]
-    hidden = (key > query) | (query - key > window)
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
-
-
 class _BlockedAttention(torch.autograd.Function):
     """q, k, v: (N, T, D) with N = B*H -> (N, T, D). Keeps the probabilities, only within the window."""
 
@@ -57,27 +51,24 @@ class _BlockedAttention(torch.autograd.Function):
         kept = []
         for lo, start, end in _block_spans(q.size(1), window):
             scores = torch.bmm(q[:, start:end], k[:, lo:end].transpose(1, 2))  # (N, queries, keys)
-            scores.mul_(scale).add_(_block_bias(lo, start, end, window, scores))
-            weights = torch.softmax(scores, dim=-1)
+            weights = block_softmax_(scores, start - lo, window, scale)
             out[:, start:end] = torch.bmm(weights, v[:, lo:end])
             kept.append(weights)
         ctx.window = window
-        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.save_for_backward(q, k, v, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q, k, v, out, *kept = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         grad = grads[0].contiguous()
         scale = 1 / math.sqrt(q.size(-1))
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        # The softmax's backward needs sum_j P_ij dP_ij, which equals the row sum of grad * out.
-        row_sum = (grad * out).sum(-1, keepdim=True)
         for (lo, start, end), weights in zip(_block_spans(q.size(1), ctx.window), kept):
             part = grad[:, start:end]
             dv[:, lo:end].baddbmm_(weights.transpose(1, 2), part)
             dscores = torch.bmm(part, v[:, lo:end].transpose(1, 2))
-            dscores.sub_(row_sum[:, start:end]).mul_(weights).mul_(scale)
+            dscores = block_softmax_backward_(dscores, weights, scale)
             dq[:, start:end] = torch.bmm(dscores, k[:, lo:end])
             dk[:, lo:end].baddbmm_(dscores.transpose(1, 2), q[:, start:end])
         return dq, dk, dv, None
@@ -123,7 +114,7 @@ def _fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torc
 BACKENDS: dict[str, AttentionFunction] = {"fa3": _fa3, "flex": _flex, "blocked": _blocked}
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # decided while tracing
 def choose_backend(device_type: str, dtype: torch.dtype) -> str:
     """The fastest backend this machine has for tensors of that kind."""
     if device_type != "cuda":

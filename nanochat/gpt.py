@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.flash_attention import flash_attn
+from nanochat.fused import mix, norm, normed_rotary, relu_squared
 from nanochat.gpt_config import GPTConfig
 from nanochat.loss_head import head_logits, head_loss
 
@@ -28,17 +29,6 @@ class AttentionCache(Protocol):
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor: ...
 
     def advance(self, num_tokens: int) -> None: ...
-
-
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm without parameters (arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of each head (RoPE, arXiv 2104.09864). x (B, T, H, D); cos, sin (B or 1, T, 1, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
 class Linear(nn.Linear):
@@ -89,9 +79,7 @@ class CausalSelfAttention(nn.Module):
             assert self.ve_gate is not None
             gate = torch.sigmoid(self.ve_gate(x[..., : self.config.value_gate_channels]))  # (B, T, G)
             v = v + self.config.value_gate_scale * gate.unsqueeze(-1) * ve.view(B, T, -1, D)
-        q, k = (norm(apply_rotary(y, *cos_sin)) for y in (q, k))
-        if self.config.qk_scale != 1:
-            q, k = q * self.config.qk_scale, k * self.config.qk_scale
+        q, k = (normed_rotary(y, *cos_sin, self.config.qk_scale) for y in (q, k))
         if kv_cache is None:
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
         else:
@@ -108,7 +96,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(relu_squared(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -260,7 +248,7 @@ class GPT(nn.Module):
         cos_sin = self._rotary(idx.size(1), kv_cache)
         for i, block in enumerate(self.blocks):
             if cfg.residual_scalars:
-                x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+                x = mix(x, x0, self.resid_lambdas[i], self.x0_lambdas[i])
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if cfg.has_value_embed(i) else None
             x = block(x, ve, cos_sin, self.window_sizes[i], kv_cache)
             if cfg.backout and i == cfg.n_layer // 2:
@@ -289,7 +277,7 @@ class GPT(nn.Module):
         else:
             positions = kv_cache.lengths[:, None] + torch.arange(T, device=self.device)  # (B, T)
             cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
-        return cos.to(self.compute_dtype), sin.to(self.compute_dtype)
+        return cos, sin
 
     # -- facts about the model ------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from nanochat.fused import head_rows_
+
 
 def softcap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
     """cap * tanh(logits / cap), in place (Gemma 2, arXiv 2408.00118)."""
@@ -43,18 +45,11 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_grad else None
         for start in range(0, x.size(0), chunk):
             part = slice(start, start + chunk)
-            capped = softcap_(F.linear(x[part], w).float(), cap)  # (chunk, V)
-            target = targets[part, None]
-            lse = torch.logsumexp(capped, dim=-1, keepdim=True)
-            losses[part] = (lse - capped.gather(1, target)).squeeze(1)
-            if dx is None or dw is None:
-                continue
-            slope = (capped / cap).square_().neg_().add_(1)  # of the softcap
-            grad = capped.sub_(lse).exp_()  # softmax
-            grad.scatter_add_(1, target, torch.full_like(lse, -1.0))
-            grad = grad.mul_(slope).mul_(token_weights[part, None]).to(x.dtype)
-            torch.mm(grad, w, out=dx[part])
-            dw += grad.T @ x[part]
+            logits = x[part] @ w.T  # (chunk, V)
+            losses[part], grad = head_rows_(logits, targets[part], token_weights[part], cap, need_grad)
+            if dx is not None and dw is not None:
+                torch.mm(grad, w, out=dx[part])
+                add_product_(dw, grad.T, x[part])
         if need_grad:
             ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(losses)
@@ -64,6 +59,14 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         dx, dw = ctx.saved_tensors
         return dx * grads[0].to(dx.dtype), dw * grads[0], None, None, None, None
+
+
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, where `total` may have a finer dtype than the factors."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def chunk_tokens(vocab_size: int, device_type: str) -> int:
@@ -84,7 +87,7 @@ def head_loss(
     ones = kept.to(torch.float32)
     token_weights = ones if token_weights is None else token_weights * ones
     chunk = chunk_tokens(weight.size(0), x.device.type)
-    if x.device.type == "cpu" and not bool(kept.all()):
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(kept.all()):
         # Prompts and padding have no target: leave their rows out instead of multiplying them by zero.
         index = kept.nonzero().squeeze(1)
         total, some = _ChunkedHeadLoss.apply(x[index], weight, targets[index], token_weights[index], cap, chunk)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"common", "runtime", "schedules", "packing", "calculator", "execution"},
+    {"common", "runtime", "schedules", "packing", "calculator", "execution", "kernels", "fused"},
     {
         "conversation", "tokenizer", "dataset", "dataloader", "flash_attention", "gpt", "gpt_config", "loss_head",
         "optim", "scaling", "convert", "textfiles", "download", "batches", "document_order", "lanes",

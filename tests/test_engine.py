@@ -338,7 +338,7 @@ def test_cancelled_rows_free_their_place_wherever_they_are(engine: Engine, monke
 def test_decoding_weights_are_the_same_numbers() -> None:
     model = make_model(CONFIGS["later"], torch.bfloat16)
     copy = DecodingWeights(model).current()
-    assert {p.dtype for p in copy.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in copy.parameters() if p.dim() > 1} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     ids = torch.arange(30).view(2, 15)
     assert torch.equal(copy(ids), model(ids))

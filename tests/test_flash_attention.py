@@ -154,11 +154,7 @@ def test_choice_of_backend(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
-    choose_backend.cache_clear()
-    try:
-        assert choose_backend(device, dtype) == chosen
-    finally:
-        choose_backend.cache_clear()
+    assert choose_backend(device, dtype) == chosen
 
 
 # ---------------------------------------------------------------------------------------------------

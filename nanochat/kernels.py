@@ -1,0 +1,85 @@
+"""Builds kernels.c with the machine's own C compiler, once, and calls it.
+
+Where there is no compiler, everything still works, slower: fused.py then keeps to its plain PyTorch form.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.common import get_base_dir, kernels_enabled, warn
+from nanochat.runtime import cpu_flags
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def usable(*tensors: torch.Tensor) -> bool:
+    """Whether the C form applies: real CPU tensors of a known dtype, outside the compiler's tracing."""
+    if torch.compiler.is_compiling() or any(x.device.type != "cpu" or x.dtype not in DTYPES for x in tensors):
+        return False
+    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors) and library() is not None
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call the C function `name`. Tensors go as addresses (they must be contiguous), floats as float, ints as long."""
+    kernel = getattr(library(), name)
+    kernel.restype = None
+    kernel(*(_as_c(argument) for argument in arguments))
+
+
+def _as_c(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        assert value.is_contiguous()
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, built now if they are not in the base folder yet; None where that cannot be done."""
+    if not kernels_enabled():
+        return None
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    try:
+        path = get_base_dir() / "kernels" / f"{build_key()}.so"
+        if not path.exists():
+            if compiler is None:
+                warn("no C compiler found: training on this CPU will be slower (install gcc or clang)")
+                return None
+            build(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        warn(f"the CPU kernels cannot be built or loaded ({error}): training will be slower")
+        return None
+
+
+def build_key() -> str:
+    """Changes with the source and with what -march=native means here, as a base folder may move to another machine."""
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest.update(" ".join([*FLAGS, platform.platform(), platform.machine(), *sorted(cpu_flags())]).encode())
+    return digest.hexdigest()[:16]
+
+
+def build(compiler: str, path: Path) -> None:
+    """Compile to `path`, atomically. OpenMP, where the compiler has it, shares PyTorch's threads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    command = [compiler, *FLAGS, "-o", temporary, str(SOURCE), "-lm"]
+    try:
+        if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
+            subprocess.run(command, capture_output=True, check=True)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
