@@ -52,6 +52,8 @@ def run_dir(base_dir: Path, source: str, tag: str) -> Path:
         raise UserError(f"the source must be one of {', '.join(CHECKPOINT_FOLDERS)}, got {source!r}")
     if not tag or tag.startswith(".") or re.search(r"[/\\\0]", tag):
         raise UserError(f"the model tag must be a plain folder name (no slashes, no leading dot), got {tag!r}")
+    if len(tag.encode()) > 200:
+        raise UserError(f"the model tag is too long for a folder's name: {tag[:40]}…")
     return Path(base_dir) / CHECKPOINT_FOLDERS[source] / tag
 
 

@@ -128,14 +128,15 @@ def sha256_file(path: Path | str) -> str:
 
 def on_terminal() -> bool:
     """True if standard output is a terminal that a live line can be redrawn on."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print what a long run has to tell. A reader that has gone (`| head`) ends the telling, not the run."""
+    """Print what a long run has to tell. A reader that has gone (`| head`) or a log on a full disk ends the
+    telling, not the run."""
     try:
         print(text, end=end, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whatever is printed from here on
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from nanochat.fused import block_softmax_, block_softmax_backward_
 
+FA3_INSTALLED = importlib.util.find_spec("flash_attn_interface") is not None
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
@@ -114,13 +115,12 @@ def _fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torc
 BACKENDS: dict[str, AttentionFunction] = {"fa3": _fa3, "flex": _flex, "blocked": _blocked}
 
 
-@torch.compiler.assume_constant_result  # decided while tracing
 def choose_backend(device_type: str, dtype: torch.dtype) -> str:
     """The fastest backend this machine has for tensors of that kind."""
     if device_type != "cuda":
         return "blocked"
     hopper = torch.cuda.get_device_capability()[0] == 9
-    if hopper and dtype in (torch.bfloat16, torch.float16) and importlib.util.find_spec("flash_attn_interface"):
+    if hopper and dtype in (torch.bfloat16, torch.float16) and FA3_INSTALLED:
         return "fa3"
     return "flex"
 

@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from nanochat.checkpoint_manager import Checkpoint, list_steps, load_model_state, open_checkpoint, save_checkpoint
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, say, warn
@@ -43,6 +44,22 @@ def prepare_run(run: Path, resume: bool, step: int | None, runtime: Runtime) -> 
             return None
         return open_checkpoint(run, step)
     return None
+
+
+@contextlib.contextmanager
+def only_session(run: Path, runtime: Runtime) -> Iterator[None]:
+    """Keep other processes from training in the same folder. UserError if one already does."""
+    if not runtime.is_main:
+        yield
+        return
+    run.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.parent / f".{run.name}.lock")  # beside the folder, which may be moved
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training in {run}; wait for it, or give another --model-tag") from None
+    with lock:
+        yield
 
 
 def move_aside(run: Path, runtime: Runtime) -> None:

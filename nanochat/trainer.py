@@ -204,10 +204,10 @@ class Trainer:
                 if hook.due(step, num_steps):
                     record.update(hook.run(self) or {})
                     self.model.train()
+            self.log(self, record)
         except Exception:  # an observer failed: that must not cost the steps since the last save
             self._save(final=True)
             raise
-        self.log(self, record)
         last = step == num_steps
         if last or (self.save_every > 0 and step % self.save_every == 0):
             self._save(final=last)
@@ -245,7 +245,10 @@ class Trainer:
 
 
 class catch_signals:
-    """While open, SIGINT and SIGTERM call `handler` instead of killing the process. Main thread only."""
+    """While open, SIGINT, SIGTERM and SIGHUP (a terminal that closes) call `handler` instead of killing the process.
+
+    Main thread only. A signal that is ignored, as nohup has SIGHUP ignored, stays so.
+    """
 
     def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
         self.handler = handler
@@ -253,7 +256,9 @@ class catch_signals:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self.handler) for s in (signal.SIGINT, signal.SIGTERM)}
+            signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+            heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]
+            self.before = {s: signal.signal(s, self.handler) for s in heard}
 
     def __exit__(self, *exc: object) -> None:
         for signum, handler in self.before.items():

@@ -19,6 +19,7 @@ import tyro
 from nanochat.common import UserError, debug_enabled
 
 Config = TypeVar("Config")
+EXPECTED = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def parse(config: type[Config], argv: Sequence[str] | None = None, description: str | None = None) -> Config:
@@ -73,7 +74,7 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if debug_enabled() or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if debug_enabled() or error.errno not in EXPECTED:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 1

@@ -99,6 +99,10 @@ class TrainFlags:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be between 0 and 2^63 - 1, got {self.seed}")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if not (value == -1 or 0 <= value < 1):
+                raise UserError(f"--{name.replace('_', '-')} must be below 1 (or -1 for the recipe's), got {value:g}")
 
     def evaluation_tokens(self, runtime: Runtime) -> int:
         return self.eval_tokens if self.eval_tokens > 0 else (2**17 if runtime.device.type == "cpu" else 20 * 2**19)

@@ -20,6 +20,7 @@ from nanochat.session import (
     measure_peak_flops,
     merge_saved_config,
     move_aside,
+    only_session,
     prepare_run,
 )  # fmt: skip
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -95,6 +96,11 @@ class Config(TrainFlags):
     core_metric_max_per_task: int = 500
     """Items per CORE task."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_scale < 0:
+            raise UserError(f"--lr-scale cannot be negative, got {self.lr_scale:g}")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
@@ -113,6 +119,12 @@ def train(config: Config, runtime: Runtime) -> int:
         flag = "--init-from" if config.init_from else "--depth=-1"
         raise UserError(f"{flag} needs --model-tag: the run's folder cannot be named after a depth not known yet")
     run = run_dir(base_dir, "base", config.model_tag or f"d{config.depth}")
+    with only_session(run, runtime):
+        return train_in(run, config, runtime, base_dir)
+
+
+def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int:
+    """The same, in the run's folder, which is ours alone."""
     checkpoint = prepare_run(
         run, config.resume, None if config.resume_from_step < 0 else config.resume_from_step, runtime
     )
@@ -128,15 +140,15 @@ def train(config: Config, runtime: Runtime) -> int:
     runtime.print0(f"{runtime.describe()}\ndata: {corpus.name}; run folder: {run}")
 
     plan = fix_plan(config, model, runtime, earlier)
+    loader = PretrainLoader(corpus, tokenizer, sequence_len=config.max_seq_len, seed=config.seed,
+                            rows_per_step=plan.total_batch_tokens // config.max_seq_len,
+                            rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
+    trainer = build_trainer(config, plan, runtime, model, loader)
     if not checkpoint:
         move_aside(run, runtime)
     if runtime.is_main:
         write_json(run / "plan.json", {"num_steps": plan.num_steps, "user_config": asdict(config)})
         print_table("plan", describe(model.config, plan))
-    loader = PretrainLoader(corpus, tokenizer, sequence_len=config.max_seq_len, seed=config.seed,
-                            rows_per_step=plan.total_batch_tokens // config.max_seq_len,
-                            rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
-    trainer = build_trainer(config, plan, runtime, model, loader)
     tokens = config.evaluation_tokens(runtime)
     trainer.hooks = [
         Hook(partial(evaluate, corpus=corpus, tokenizer=tokenizer, tokens=tokens), config.eval_every),
@@ -161,8 +173,7 @@ def build_model(
     if checkpoint:
         return make(GPTConfig.from_dict(checkpoint.meta["model_config"]))
     if config.init_from:
-        path = Path(config.init_from)
-        source = open_checkpoint(path if path.is_dir() else run_dir(base_dir, "base", config.init_from))
+        source = open_source(config.init_from, base_dir)
         if source.tokenizer().hash != tokenizer.hash:
             raise UserError(f"--init-from: {source.path} was trained with another tokenizer")
         model_config = GPTConfig.from_dict(source.meta["model_config"])
@@ -175,6 +186,14 @@ def build_model(
         runtime.print0(f"weights from {source.path}; its sizes are kept, the schedules start anew")
         return model
     return make(new_config(config, tokenizer, runtime))
+
+
+def open_source(init_from: str, base_dir: Path) -> Checkpoint:
+    """What --init-from names: a run's tag, its folder, or the folder of one of its steps."""
+    path = Path(init_from)
+    if path.is_dir() and path.name.isdigit() and (path / "manifest.json").exists():
+        return open_checkpoint(path.parent, int(path.name))
+    return open_checkpoint(path if path.is_dir() else run_dir(base_dir, "base", init_from))
 
 
 def new_config(config: Config, tokenizer: RustBPETokenizer, runtime: Runtime) -> GPTConfig:

@@ -1,5 +1,8 @@
 """Finetune a base model on conversations: `python -m scripts.chat_sft`."""
 
+import contextlib
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -7,14 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint_manager import find_run, has_run, load_model, run_dir
+from nanochat.checkpoint_manager import Checkpoint, find_run, has_run, load_model, run_dir
 from nanochat.common import UserError, format_count, get_base_dir, say, write_json
 from nanochat.dataloader import ConversationLoader
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch
-from nanochat.session import choose_device_batch, command_line, merge_saved_config, move_aside, prepare_run
+from nanochat.session import (
+    choose_device_batch,
+    command_line,
+    merge_saved_config,
+    move_aside,
+    only_session,
+    prepare_run,
+)
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Hook, Record, ScheduleConfig, Trainer
 from scripts import _cli
@@ -65,6 +75,11 @@ class Config(TrainFlags):
     weight_decay: float = 0.0
     """Cautious decay of the matrices at depth 12, scaled by (12/depth)^2 and to zero over the run."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_epochs < 1:
+            raise UserError(f"--num-epochs must be at least 1, got {self.num_epochs}")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
@@ -75,65 +90,117 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, runtime: Runtime) -> int:
     """One finetuning run, fresh or resumed, to its end. Returns the exit code."""
     base_dir = get_base_dir()
-    run, base_run = find_runs(config, base_dir)
+    run = find_own_run(config, base_dir)
+    with only_session(run, runtime):
+        return train_in(run, config, runtime, base_dir)
+
+
+def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int:
+    """The same, in the run's folder, which is ours alone."""
     checkpoint = prepare_run(
         run, config.resume, None if config.resume_from_step < 0 else config.resume_from_step, runtime
     )
     earlier = earlier_session(checkpoint, config, run)
     if earlier:
         config = merge_saved_config(config, earlier.user_config, OPERATIONAL)
-    step = None if config.model_step < 0 else config.model_step
-    if checkpoint:  # the base model as it was, even if it has been trained on since
-        base_run, step = run_dir(base_dir, "base", checkpoint.meta["base"]["tag"]), checkpoint.meta["base"]["step"]
-    model, tokenizer, base_meta = load_model("base", runtime, base_dir=base_dir, model_tag=base_run.name, step=step,
-                                             compute_dtype=runtime.dtype)  # fmt: skip
-    runtime.print0(f"{runtime.describe()}\nbase model: {base_run.name}, step {base_meta['step']}; run folder: {run}")
+    start = resumed_model(checkpoint, runtime) if checkpoint else base_model(run, config, runtime, base_dir)
+    model, tokenizer = start.model, start.tokenizer
+    runtime.print0(f"{runtime.describe()}\nbase model: {start.tag}, step {start.step}; run folder: {run}")
+
     train_parts, val_parts = load_mixture(config.data, config.seed, runtime)
+    mixture = TaskMixture([p.task for p in train_parts], seed=config.seed)
+    data = fingerprint(mixture)
+    if checkpoint and checkpoint.meta["data"] != data:
+        raise UserError(f"the conversations have changed since step {checkpoint.step} was saved: cannot resume "
+                        "exactly; give the same --data, or start a new run")  # fmt: skip
     T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
     if not 2 <= T <= model.config.sequence_len:
         raise UserError(f"--max-seq-len must lie between 2 and the base model's {model.config.sequence_len}, got {T}")
-    total = base_meta["plan"]["total_batch_tokens"] if config.total_batch_size == -1 else config.total_batch_size
+    total = start.total_batch_tokens if config.total_batch_size == -1 else config.total_batch_size
     if total < 1:
         raise UserError(f"--total-batch-size must be positive, in tokens, or -1 for the base model's, got {total}")
     rows = align_batch(total, T) // T
     loader_for = partial(ConversationLoader, tokenizer=tokenizer, sequence_len=T, rank=runtime.rank,
                          world_size=runtime.world_size)  # fmt: skip
     endless = config.num_iterations > 0 or config.minutes > 0
-    loader = loader_for(TaskMixture([p.task for p in train_parts], seed=config.seed), rows_per_step=rows,
-                        seed=config.seed, num_epochs=None if endless else config.num_epochs)  # fmt: skip
-    recipe = base_meta["user_config"].get("recipe", "published")
-    make_trainer = partial(build_trainer, config, recipe, runtime, rows, T)
+    training = partial(loader_for, mixture, rows_per_step=rows, seed=config.seed,
+                       num_epochs=None if endless else config.num_epochs)  # fmt: skip
+    validation = partial(
+        loader_for, TaskMixture([p.task for p in val_parts], seed=0), rows_per_step=EVAL_ROWS, seed=0, num_epochs=1
+    )
+    for make_loader in (training, validation):  # conversations of which none fits are found now, not hours later
+        probe = make_loader()
+        probe.next_batch()
+        probe.close()
+    loader = training()
+    make_trainer = partial(build_trainer, config, start.recipe, runtime, rows, T)
     num_steps = earlier.num_steps if earlier else find_horizon(config, make_trainer, model, loader, rows, T, runtime)
+    trainer = make_trainer(model=model, loader=loader, num_steps=num_steps)
     if not checkpoint:
         move_aside(run, runtime)
     plan = plan_rows(train_parts, rows * T, num_steps, T)
     if runtime.is_main:
         write_json(run / "plan.json", {"num_steps": num_steps, "user_config": asdict(config)})
         print_table("plan", plan)
-    trainer = make_trainer(model=model, loader=loader, num_steps=num_steps)
-    validation = partial(
-        loader_for, TaskMixture([p.task for p in val_parts], seed=0), rows_per_step=EVAL_ROWS, seed=0, num_epochs=1
-    )
     steps = max(1, config.evaluation_tokens(runtime) // (EVAL_ROWS * T))
     trainer.hooks = [
         Hook(partial(evaluate, validation=validation, tokenizer=tokenizer, steps=steps), config.eval_every),
         Hook(partial(sample, tokenizer=tokenizer), config.sample_every),
     ]
+    base = {"tag": start.tag, "step": start.step, "recipe": start.recipe}
     code = drive(trainer, script="chat_sft", run=run, config=config, tokenizer=tokenizer, checkpoint=checkpoint,
-                 total_batch_tokens=rows * T,
-                 meta={"stage": "sft", "base": {"tag": base_run.name, "step": base_meta["step"]}})  # fmt: skip
+                 total_batch_tokens=rows * T, meta={"stage": "sft", "base": base, "data": data})  # fmt: skip
     if code == 0 and runtime.is_main:
         report(base_dir, run, config, trainer, tokenizer, plan)
     return code
 
 
-def find_runs(config: Config, base_dir: Path) -> tuple[Path, Path]:
-    """(this run's folder, the base run it starts from), from whichever tags were given."""
-    resuming = config.resume or config.resume_from_step >= 0
-    tag = config.model_tag or (find_run(base_dir, "sft", None).name if resuming and not config.base_tag else "")
-    base_tag = config.base_tag or (tag if tag and has_run(base_dir, "base", tag) else "")
-    base_run = find_run(base_dir, "base", base_tag or None)
-    return run_dir(base_dir, "sft", tag or base_run.name), base_run
+@dataclass
+class Start:
+    """What a finetuning run inherits."""
+
+    model: GPT
+    tokenizer: RustBPETokenizer
+    tag: str  # of the base run
+    step: int
+    recipe: str
+    total_batch_tokens: int
+
+
+def find_own_run(config: Config, base_dir: Path) -> Path:
+    """This run's folder: the tag as given, else the latest of its kind when resuming, else named like the base run."""
+    tag = config.model_tag
+    if not tag and not config.base_tag and (config.resume or config.resume_from_step >= 0):
+        with contextlib.suppress(UserError):  # nothing to resume yet
+            tag = find_run(base_dir, "sft", None).name
+    return run_dir(base_dir, "sft", tag or find_run(base_dir, "base", config.base_tag or None).name)
+
+
+def base_model(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> Start:
+    """The base model to finetune: --base-tag, else the one of this run's name, else the latest."""
+    tag = config.base_tag or (run.name if has_run(base_dir, "base", run.name) else None)
+    step = None if config.model_step < 0 else config.model_step
+    name = find_run(base_dir, "base", tag).name
+    model, tokenizer, meta = load_model("base", runtime, base_dir=base_dir, model_tag=name, step=step,
+                                        compute_dtype=runtime.dtype)  # fmt: skip
+    recipe = meta["user_config"].get("recipe", "published")
+    return Start(model, tokenizer, name, meta["step"], recipe, meta["plan"]["total_batch_tokens"])
+
+
+def resumed_model(checkpoint: Checkpoint, runtime: Runtime) -> Start:
+    """A saved run's own model (its weights come later): the base run may be gone or have been trained on."""
+    meta, base = checkpoint.meta, checkpoint.meta["base"]
+    model = GPT.create(GPTConfig.from_dict(meta["model_config"]), runtime.device, runtime.dtype)
+    total = meta["plan"]["total_batch_tokens"]
+    return Start(model, checkpoint.tokenizer(), base["tag"], base["step"], base["recipe"], total)
+
+
+def fingerprint(mixture: TaskMixture) -> str:
+    """Changes when the conversations do: their number, or any of up to a thousand of them."""
+    digest = hashlib.sha256(str(len(mixture)).encode())
+    for index in range(0, len(mixture), max(1, len(mixture) // 1000)):
+        digest.update(json.dumps(mixture[index], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def load_mixture(data: str, seed: int, runtime: Runtime) -> tuple[list[Part], list[Part]]:

@@ -153,7 +153,7 @@ def test_choice_of_backend(
     monkeypatch: pytest.MonkeyPatch, device: str, capability: Any, installed: bool, dtype: torch.dtype, chosen: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(flash_attention, "FA3_INSTALLED", installed)
     assert choose_backend(device, dtype) == chosen
 
 

@@ -39,6 +39,8 @@ def test_init_from_takes_the_weights_and_needs_the_source_only_once(copied: Path
     assert all((first[name] == second[name]).all() for name in first)
     shutil.rmtree(copied / "base_checkpoints" / "tiny")
     assert base_train.main(["--model-tag=next", "--resume-from-step=1", "--eval-tokens=64", data]) == 0
+    step = copied / "base_checkpoints" / "next" / "000001"
+    assert base_train.main([*TINY, data, "--model-tag=third", f"--init-from={step}"]) == 0
 
 
 def test_init_from_keeps_the_context(copied: Path) -> None:
@@ -57,14 +59,43 @@ def test_sft_tags(copied: Path, chats: str) -> None:
     """A new tag finetunes the newest base run; resuming without a tag goes on with the newest finetuning run."""
     assert chat_sft.main([*SFT, chats, "--model-tag=mine"]) == 0
     saved = open_checkpoint(run_dir(copied, "sft", "mine"))
-    assert saved.meta["base"] == {"tag": "tiny", "step": 1}
+    assert saved.meta["base"] == {"tag": "tiny", "step": 1, "recipe": "published"}
     assert base_train.main([*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=newer"]) == 0
-    config = chat_sft.Config(resume=True)
-    assert chat_sft.find_runs(config, copied)[0].name == "mine"
-    assert chat_sft.find_runs(replace(config, resume=False), copied)[0].name == "newer"
-    assert chat_sft.find_runs(chat_sft.Config(model_tag="tiny"), copied)[1].name == "tiny"
-    shutil.rmtree(copied / "base_checkpoints" / "newer")
-    assert chat_sft.main([chats, "--resume", *SFT]) == 0  # already at its end: nothing to do, and that is fine
+    named = {config: chat_sft.find_own_run(chat_sft.Config(**dict(config)), copied).name
+             for config in [(("resume", True),), (), (("model_tag", "tiny"),)]}  # fmt: skip
+    assert list(named.values()) == ["mine", "newer", "tiny"]
+
+
+def test_sft_resumes_without_its_base_model(copied: Path, chats: str) -> None:
+    assert chat_sft.main([*SFT, chats, "--model-tag=mine", "--num-iterations=2", "--save-every=1"]) == 0
+    shutil.rmtree(copied / "base_checkpoints")
+    assert chat_sft.main([chats, "--resume-from-step=1", "--eval-tokens=16"]) == 0
+
+
+def test_sft_does_not_go_on_with_other_conversations(copied: Path, chats: str) -> None:
+    assert chat_sft.main([*SFT, chats, "--num-iterations=2", "--save-every=1"]) == 0
+    path = Path(chats.removeprefix("--data="))
+    path.write_text(path.read_text().replace('"b"', '"c"'))
+    with pytest.raises(UserError, match="conversations have changed"):
+        chat_sft.main([chats, "--resume-from-step=1"])
+
+
+def test_what_cannot_be_trained_on_costs_no_earlier_run(copied: Path, chats: str) -> None:
+    assert chat_sft.main([*SFT, chats]) == 0
+    path = Path(chats.removeprefix("--data="))
+    turns = [{"role": "user", "content": "a" * 99}, {"role": "assistant", "content": "b"}]
+    path.write_text(path.read_text() + json.dumps(turns) + "\n")  # the last one validates, and does not fit
+    with pytest.raises(UserError, match="none of 1 conversations"):
+        chat_sft.main([*SFT, chats])
+    assert [p.name for p in (copied / "chatsft_checkpoints").iterdir() if p.is_dir()] == ["tiny"]
+
+
+def test_one_session_at_a_time(copied: Path) -> None:
+    from filelock import FileLock
+
+    with FileLock(copied / "base_checkpoints" / ".tiny.lock"), pytest.raises(UserError, match="another process"):
+        base_train.main([*TINY, f"--data={copied / 'text.jsonl'}"])
+    assert list_steps(copied / "base_checkpoints" / "tiny") == [1]
 
 
 def test_sft_takes_the_batch_that_pretraining_derived(copied: Path, chats: str) -> None:
@@ -96,6 +127,13 @@ def test_a_reader_that_leaves_does_not_end_the_run(copied: Path) -> None:
         said = process.stderr.read().decode()
     assert process.returncode == 0, said
     assert list_steps(copied / "base_checkpoints" / "piped") == [3]
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(copied: Path) -> None:
+    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=full"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-m", "scripts.base_train", *flags], stdout=full).returncode == 0
+    assert list_steps(copied / "base_checkpoints" / "full") == [1]
 
 
 def told_to_stop(rank: int, port: int, answers: multiprocessing.Queue) -> None:

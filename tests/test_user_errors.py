@@ -38,6 +38,9 @@ def refused(main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--minutes=nan"], "--minutes"),
         (["--matrix-lr=inf"], "--matrix-lr"),
         (["--warmdown-ratio=2"], "--warmdown-ratio"),
+        (["--adam-beta1=1.0"], "--adam-beta1"),
+        (["--lr-scale=-1"], "--lr-scale"),
+        (["--model-tag=" + "x" * 300], "too long"),
         (["--seed=-1"], "--seed"),
         (["--n-head=0"], "--n-head"),
         (["--n-embd=0"], "--n-embd"),
@@ -127,6 +130,10 @@ def test_bad_conversations(line: str, says: str, copied: Path, capsys: pytest.Ca
     path.write_text(line + "\n")
     said = refused(chat_sft.main, [f"--data={path}", "--device-type=cpu"], capsys)
     assert "chats.jsonl" in said and says in said
+
+
+def test_no_epochs(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--num-epochs" in refused(chat_sft.main, ["--num-epochs=0"], capsys)
 
 
 def test_unknown_stage_and_task(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
