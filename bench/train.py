@@ -1,0 +1,146 @@
+"""One whole optimizer step, as base_train takes it: `python -m bench.train --depth=4`.
+
+matmul_share is the yardstick: how long the products of all linear layers of a micro-batch take, run bare at the same
+shapes and in the same dtype, divided by how long forward and backward take. 1 would mean that training costs
+nothing but the products it cannot do without. Products and steps are timed in turn, in one run.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any
+
+from bench import _run
+from bench._common import (
+    Flags,
+    LinearProducts,
+    linear_shapes,
+    model_config,
+    peak_during,
+    peak_memory,
+    process_age,
+    sample_in_turn,
+    tensor_bytes,
+)
+from bench._run import Result
+from nanochat.common import format_count
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPT
+from nanochat.runtime import Runtime
+from nanochat.scaling import make_plan
+from nanochat.session import measure_peak_flops
+from nanochat.trainer import ScheduleConfig, Trainer
+from scripts import _cli
+from scripts._train import TrainFlags, compiled_loss, make_optimizer, random_batch
+
+LONG_RUN = 10_000  # steps in the plan; only the first few are taken
+
+
+@dataclass
+class TimedTrainer(Trainer):
+    """A trainer that notes how long the forward and backward passes of each step took."""
+
+    gradient_seconds: list[float] = field(default_factory=list)
+
+    def accumulate(self, batch: Batch) -> tuple[float, int]:
+        started = time.perf_counter()
+        result = super().accumulate(batch)  # ends with the loss on the CPU: queued work is done
+        self.gradient_seconds.append(time.perf_counter() - started)
+        return result
+
+
+def make_trainer(flags: Flags, runtime: Runtime) -> TimedTrainer:
+    """A fresh model, its optimizer and the loop around them; a step's batch is one micro-batch."""
+    config = model_config(flags)
+    rates = TrainFlags().optimizer_config(flags.recipe)
+    plan = make_plan(config, num_iterations=LONG_RUN, total_batch_size=flags.tokens, weight_decay=rates.weight_decay)
+    model = GPT.create(config, runtime.device, runtime.dtype)
+    optimizer = make_optimizer(model, rates, runtime, plan.lr_scale, plan.weight_decay)
+    return TimedTrainer(model, optimizer, None, runtime, ScheduleConfig(LONG_RUN), flags.batch,  # type: ignore[arg-type]
+                        loss_fn=compiled_loss(model, "auto", runtime))  # fmt: skip
+
+
+def measure(flags: Flags, runtime: Runtime) -> Result:
+    program = peak_memory(runtime)
+    trainer = make_trainer(flags, runtime)
+    batch = random_batch(flags.batch, flags.seq_len, flags.vocab_size, runtime)
+    step = partial(trainer.step, batch)
+    step()
+    first = peak_memory(runtime)
+    around = peak_during(step, runtime)
+    age = process_age()
+    peak = max(first, peak_memory(runtime))  # asked now: the products' own memory will come on top
+    state = state_bytes(trainer)
+
+    shapes = linear_shapes(trainer.model)
+    products = LinearProducts(shapes, flags.tokens, runtime)
+    peaks: list[float] = []
+    actions: dict[str, Callable[[], Any]] = {
+        "products": products,
+        "step": step,
+        "peak": lambda: peaks.append(measure_peak_flops(runtime, 0.1)),
+    }
+    samples = sample_in_turn(actions, flags.seconds, runtime, least=5)
+    seconds, matmul = median(samples["step"]), median(samples["products"])
+    gradient = trainer.gradient_seconds[-len(samples["step"]) :]  # of the same steps
+    update = [whole - part for whole, part in zip(samples["step"], gradient)]
+    flops = trainer.model.estimate_flops() * flags.tokens / seconds
+    values: dict[str, Any] = {
+        "tokens_per_second": flags.tokens / seconds,
+        "step_seconds": seconds,
+        "forward_backward_seconds": median(gradient),
+        "optimizer_seconds": median(update),  # all that follows the gradients
+        "matmul_seconds": matmul,
+        "matmul_share": matmul / median(gradient),
+        "matmul_share_of_fastest": min(samples["products"]) / min(gradient),  # steadier where others use the machine
+        "flops_per_second": flops,
+        "share_of_peak": flops / median(peaks),
+        "seconds_to_second_step": age,
+        "peak_memory_bytes": peak,
+        "program_memory_bytes": program,  # before there was a model
+        "state_bytes": state,
+        "peak_step_bytes_above_state": around and around[1] - state,
+        "steps_timed": len(gradient),
+        "num_params": trainer.model.num_scaling_params()["total"],
+    }
+    return Result(f"bench.train on {runtime.describe()}", ["", ""], describe(values), values)
+
+
+def state_bytes(trainer: Trainer) -> int:
+    """Memory of weights, their gradients and what the optimizer remembers of them."""
+    weights = tensor_bytes(trainer.model.parameters())
+    return 2 * weights + tensor_bytes(t for state in trainer.optimizer.state.values() for t in state.values())
+
+
+def describe(values: dict[str, Any]) -> list[Sequence[str]]:
+    """The figures with their units, for the table."""
+
+    def bytes_of(key: str) -> str:
+        return "unknown" if values[key] is None else f"{values[key] / 2**20:,.0f} MiB"
+
+    return [
+        ("parameters", f"{values['num_params']:,}"),
+        ("tokens a second", f"{values['tokens_per_second']:,.0f}"),
+        ("one step", f"{values['step_seconds']:.4f} s"),
+        ("  forward and backward", f"{values['forward_backward_seconds']:.4f} s"),
+        ("  update", f"{values['optimizer_seconds']:.4f} s"),
+        ("bare products of the linear layers", f"{values['matmul_seconds']:.4f} s"),
+        ("  their share of forward and backward", f"{values['matmul_share']:.1%}"),
+        ("  the same for the fastest of each", f"{values['matmul_share_of_fastest']:.1%}"),
+        ("FLOP/s", format_count(values["flops_per_second"])),
+        ("  share of the matrix peak", f"{values['share_of_peak']:.1%}"),
+        ("from the program's start to the second step's end", f"{values['seconds_to_second_step']:.1f} s"),
+        ("peak memory", bytes_of("peak_memory_bytes")),
+        ("  before there was a model", bytes_of("program_memory_bytes")),
+        ("  of a step, above weights, gradients, optimizer state", bytes_of("peak_step_bytes_above_state")),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return _run.run("train", Flags, measure, argv)
+
+
+if __name__ == "__main__":
+    _cli.run(main)
