@@ -260,4 +260,3 @@ class DecodingWeights:
 def _decoding_dtype(parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     """Scalars stay as they are: they multiply in fp32."""
     return dtype if parameter.dim() > 1 else parameter.dtype
-

@@ -10,6 +10,7 @@ from scripts import _cli
 STAGES = {
     "tok_train": "train the tokenizer on raw text",
     "tok_eval": "how well it compresses, beside GPT-2's and GPT-4's",
+    "plan": "what a run will take: steps, memory, time, cost",
     "base_train": "pretrain a base model",
     "base_eval": "bits per byte and samples of the base model",
     "chat_sft": "finetune it on conversations",

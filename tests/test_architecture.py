@@ -13,7 +13,7 @@ LAYERS = [
     {
         "conversation", "tokenizer", "dataset", "dataloader", "flash_attention", "gpt", "gpt_config", "loss_head",
         "optim", "scaling", "convert", "textfiles", "download", "batches", "document_order", "lanes",
-        "conversation_loader",
+        "conversation_loader", "planner",
     },
     {
         "checkpoint_manager", "checkpoint_folder", "tensor_file", "engine", "kv_cache", "sampling", "decoding",
@@ -90,7 +90,7 @@ def test_nothing_loads_pickles() -> None:
 
 def test_imports_have_no_effects() -> None:
     """Importing every module reads no argument, makes no folder, touches no device, opens no socket."""
-    paths = [p for folder in ("nanochat", "tasks", "scripts") for p in modules(folder)]
+    paths = [p for folder in ("nanochat", "tasks", "scripts", "bench") for p in modules(folder)]
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths]
     code = f"""
 import sys, socket, os, importlib

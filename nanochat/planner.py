@@ -1,0 +1,552 @@
+"""What a pretraining run will need and bring, before it is started: memory, time, money, loss.
+
+scaling.py says how many steps of how many tokens a run has. Here those meet a machine (`Gpu`, `Pace`), and the
+losses of finished runs (`Law`). Every assumption behind a figure is listed with it, in words.
+
+Letters: B batch rows, T time, C channels (n_embd), H query heads, G key/value heads, D head size, V vocabulary;
+in scaling laws N parameters and D tokens, as in the papers.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from nanochat.common import UserError, format_count, format_seconds, read_json, write_json
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_head import chunk_tokens
+from nanochat.scaling import Plan, describe, estimate, scaling_params
+
+USABLE_MEMORY = 0.9  # the rest goes to the CUDA context, the allocator's gaps and the update's working copies
+SOME_WAY_BEYOND = 10.0  # times the FLOPs of the largest run fitted, from where a forecast carries a warning
+
+# ---------------------------------------------------------------------------------------------------
+# Machines
+
+
+@dataclass
+class Gpu:
+    """One accelerator, or this machine. Peaks are dense FLOP/s, bandwidth bytes/s, memory what PyTorch can have."""
+
+    name: str
+    memory_bytes: float
+    peak_flops: float  # in `dtype`, products accumulated in fp32
+    peak_fp8: float | None  # None: no fp8 units
+    bandwidth: float
+    dollars_per_hour: float | None
+    dtype: str = "bfloat16"
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+
+def _preset(name: str, gib: float, peak: float, fp8: float | None, tb_s: float, dollars: float, **more: Any) -> Gpu:
+    return Gpu(name, gib * 2**30, peak * 1e12, fp8 and fp8 * 1e12, tb_s * 1e12, dollars, **more)
+
+
+# Peaks and bandwidths from the vendors' data sheets, without sparsity; prices are typical of cloud offers and drift.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        #        GiB   TFLOP/s fp8   TB/s  $/h
+        _preset("b200", 178, 2250, 4500, 8.0, 5.50),
+        _preset("h200", 139, 989, 1979, 4.8, 3.50),
+        _preset("h100", 79, 989, 1979, 3.35, 3.00),  # SXM
+        _preset("a100", 79, 312, None, 2.04, 1.80),  # SXM, 80 GB
+        _preset("l4", 22, 121, 242, 0.30, 0.70),
+        _preset("4090", 23.5, 165, 330, 1.01, 0.40),
+        _preset("3090", 23.5, 71, None, 0.94, 0.22),
+        _preset("v100", 15.7, 125, None, 0.90, 0.50, dtype="float16"),  # SXM2, 16 GB
+        _preset("t4", 14.6, 65, None, 0.32, 0.35, dtype="float16"),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The preset of that name, in whatever case."""
+    if name.lower() not in GPUS:
+        raise UserError(f"--gpu={name} is not known; it is here (this machine) or one of {', '.join(GPUS)}")
+    return GPUS[name.lower()]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Time
+
+
+@dataclass
+class Pace:
+    """How fast one GPU trains: seconds per token, and per update of the weights; and where that is known from."""
+
+    token_seconds: float
+    update_seconds: float
+    source: str
+
+    def step_seconds(self, tokens: int) -> float:
+        """One optimizer step in which this GPU sees so many tokens."""
+        return self.update_seconds + tokens * self.token_seconds
+
+
+# One rule for every GPU, width and depth. A step's matrix products run at a fixed share of the format's dense peak;
+# everything between them (norms, rotations, activations, residuals, the update) is bound by memory, and moves about
+# as many bytes per token as there are channels, whatever the width. So narrow models reach less of the peak.
+# The three numbers are fitted to the published 8xH100 runs (tests/test_planner.py), which they meet within 5%:
+# d24 and d26 at 50 to 60% of the bf16 peak, and d12 in about five minutes.
+PRODUCT_SHARE = 0.60  # of the dense 16-bit peak
+FP8_PRODUCT_SHARE = 0.365  # of the dense fp8 peak; attention, head and the casts around each product stay 16-bit
+BYTES_PER_CHANNEL = 150  # per layer and token, forward and backward
+
+
+def expected_pace(config: GPTConfig, gpu: Gpu, fp8: bool = False) -> Pace:
+    """The rule above. Raises UserError where the GPU has no fp8."""
+    if fp8 and gpu.peak_fp8 is None:
+        able = ", ".join(other.name for other in GPUS.values() if other.peak_fp8)
+        raise UserError(f"--fp8: {gpu.name} has no fp8 products; leave it out, or take one of {able}")
+    flops_per_token, _ = estimate(config)
+    rate = FP8_PRODUCT_SHARE * gpu.peak_fp8 if fp8 and gpu.peak_fp8 else PRODUCT_SHARE * gpu.peak_flops
+    between = BYTES_PER_CHANNEL * config.n_layer * config.n_embd / gpu.bandwidth
+    share, kind = (FP8_PRODUCT_SHARE, "fp8") if fp8 else (PRODUCT_SHARE, gpu.dtype)
+    source = (f"matrix products at {share:.1%} of the dense {kind} peak, and {BYTES_PER_CHANNEL} bytes a channel, "
+              "layer and token through memory: fitted to published runs on 8xH100")  # fmt: skip
+    source += "" if gpu.name == "h100" else f", carried over to {gpu.name} by its data sheet, not measured there"
+    return Pace(flops_per_token / rate + between, 0.0, source)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Memory
+
+
+def activation_bytes(config: GPTConfig, rows: int, element: int, *, fused: bool = False, blocked: bool = False) -> int:
+    """Bytes that the forward pass of `rows` rows keeps for the backward pass, `element` bytes per number.
+
+    Tensor by tensor as eager PyTorch keeps them. `fused`: the C kernels of a CPU, which keep one side of a norm and
+    of a ReLU squared, not both. `blocked`: the attention of a CPU, which keeps its probabilities. The tests compare
+    with what autograd saves; whoever changes what gpt.py keeps changes a line here.
+    """
+    T, C, both = config.sequence_len, config.n_embd, 1 if fused else 2
+    queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    # Per token, first what there is once: the norm of the embedding, smear and backout, the last norm, and the
+    # gradient that the head's loss makes already in the forward pass.
+    kept = C * ((both if config.residual_scalars else 1) + 2 * config.smear + config.backout + 2.0)
+    for layer, (window, _) in enumerate(config.window_sizes()):
+        kept += C * config.residual_scalars  # x, for its lambda's gradient
+        kept += both * (2 * C + queries + keys)  # the norms before attention and MLP, and those of q and k
+        kept += keys + queries  # v, and what attention made of it
+        kept += keys * config.has_value_embed(layer)  # for the gradient of its gate
+        kept += both * 4 * C  # ReLU squared
+        if blocked:
+            span = min(window, T)
+            block = 64 if span < 256 else 128  # of queries; the keys that only some of them see add half of it
+            kept += config.n_head * min(span - span**2 / (2 * T) + block / 2, T)
+            kept += 2 * (queries - keys) if config.n_kv_head < config.n_head else 0  # k and v, repeated
+    return int(rows * T * kept * element)
+
+
+def memory_by_kind(config: GPTConfig, gpu: Gpu, num_gpus: int, rows: int, device_type: str = "cuda") -> dict[str, int]:
+    """Bytes on each GPU at the peak of the backward pass of a micro-batch of `rows` rows.
+
+    Weights and gradients are fp32 and whole on every GPU; the optimizer's state is shared out (ZeRO-2).
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    counts, element, cpu = model.num_scaling_params(), gpu.element_bytes, device_type == "cpu"
+    products = counts["transformer_matrices"] + counts["lm_head"]
+    # AdamW keeps two moments per weight; Muon a momentum per weight and a second moment along a matrix's longer side.
+    muon = sum(p.numel() + max(p.shape) for p in model.blocks.parameters())
+    adamw = 2 * (counts["total"] - counts["transformer_matrices"])
+    chunk = min(chunk_tokens(config.vocab_size, device_type), rows * config.sequence_len)
+    return {
+        "weights": 4 * counts["total"],
+        "gradients": 4 * counts["total"],
+        "optimizer": math.ceil(4 * (muon + adamw) / num_gpus),
+        "weight_casts": 0 if element == 4 else element * products,
+        "activations": activation_bytes(config, rows, element, fused=cpu, blocked=device_type != "cuda"),
+        # Of a chunk the logits, their capped form and its slope in fp32, and their gradient; on a CPU all in one
+        # place. The head's gradient in fp32, and the same multiplied by the loss's.
+        "logits": chunk * config.vocab_size * (element if cpu else 12) + 8 * counts["lm_head"],
+    }
+
+
+def choose_rows(own_rows: int, fits: Callable[[int], bool], most: int | None = None) -> int:
+    """The largest power of two that divides this GPU's rows of a step, is at most `most`, and fits; at least 1."""
+    best = 1
+    rows = 2
+    while own_rows % rows == 0 and (most is None or rows <= most) and fits(rows):
+        best, rows = rows, 2 * rows
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------
+# The whole plan
+
+
+@dataclass
+class RunPlan:
+    """A pretraining run on a machine, every number of it."""
+
+    config: GPTConfig
+    plan: Plan
+    gpu: Gpu
+    num_gpus: int
+    pace: Pace
+    device_batch_size: int  # rows
+    grad_accum_steps: int
+    memory: dict[str, int]  # bytes per GPU, by kind
+    dollars_per_gpu_hour: float | None
+    fp8: bool = False
+    forecast: "Forecast | None" = None
+    assumptions: list[str] = field(default_factory=list)
+
+    @property
+    def step_seconds(self) -> float:
+        own_rows = math.ceil(self.plan.total_batch_tokens / self.config.sequence_len / self.num_gpus)
+        return self.pace.step_seconds(own_rows * self.config.sequence_len)
+
+    @property
+    def seconds(self) -> float:
+        return self.plan.num_steps * self.step_seconds
+
+    @property
+    def dollars(self) -> float | None:
+        hourly = self.dollars_per_gpu_hour
+        return None if hourly is None else self.seconds / 3600 * self.num_gpus * hourly
+
+    @property
+    def flops(self) -> int:
+        return self.plan.tokens * self.plan.flops_per_token
+
+    @property
+    def peak_flops(self) -> float:
+        """Of one GPU, in the number format of the matrix products."""
+        return self.gpu.peak_fp8 if self.fp8 and self.gpu.peak_fp8 else self.gpu.peak_flops
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs per second as a share of all GPUs' peak."""
+        return self.flops / self.seconds / self.num_gpus / self.peak_flops
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_bytes <= USABLE_MEMORY * self.gpu.memory_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        plan = self.plan
+        return {
+            "steps": plan.num_steps, "total_batch_size": plan.total_batch_tokens, "tokens": plan.tokens,
+            "flops": self.flops, "flops_per_token": plan.flops_per_token, "num_params": plan.params["total"],
+            "scaling_params": scaling_params(plan.params), "tokens_per_param": plan.tokens_per_param,
+            "horizon": plan.horizon, "model_config": self.config.to_dict(),
+            "gpu": self.gpu.name, "num_gpus": self.num_gpus, "dtype": self.gpu.dtype, "fp8": self.fp8,
+            "peak_flops": self.peak_flops, "utilisation": self.utilisation,
+            "device_batch_size": self.device_batch_size, "grad_accum_steps": self.grad_accum_steps,
+            "memory_bytes": self.memory_bytes, "memory": self.memory,
+            "memory_available_bytes": int(self.gpu.memory_bytes), "fits": self.fits,
+            "step_seconds": self.step_seconds, "seconds": self.seconds, "dollars": self.dollars,
+            "forecast_bpb": self.forecast and self.forecast.bpb,
+            "forecast_bpb_error": self.forecast and self.forecast.error, "assumptions": self.assumptions,
+        }  # fmt: skip
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) rows to print."""
+        room = self.gpu.memory_bytes
+        kinds = [(f"  {kind.replace('_', ' ')}", gigabytes(size)) for kind, size in self.memory.items()]
+        verdict = "" if self.fits else ": DOES NOT FIT"
+        hourly = self.dollars_per_gpu_hour
+        cost = "not known" if hourly is None else f"${self.dollars:,.2f} at ${hourly:.2f} per GPU hour"
+        return [
+            *describe(self.config, self.plan),
+            ("machine", f"{self.num_gpus} x {self.gpu.name}"),
+            ("memory per GPU", f"{gigabytes(self.memory_bytes)} of {gigabytes(room)}{verdict}"),
+            *kinds,
+            ("rows per micro-batch", str(self.device_batch_size)),
+            ("micro-batches per step", str(self.grad_accum_steps)),
+            ("tokens per second", format_count(self.plan.tokens / self.seconds)),
+            ("share of peak", f"{self.utilisation:.1%} of {self.num_gpus} x {self.peak_flops / 1e12:.3g} TFLOP/s"),
+            ("time", f"{long_time(self.seconds)} ({self.step_seconds:.3g} s a step)"),
+            ("cost", cost),
+            *([("bits per byte, forecast", str(self.forecast))] if self.forecast else []),
+        ]
+
+
+def gigabytes(size: float) -> str:
+    """Bytes in GiB, or MiB where that would read 0."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"
+
+
+def long_time(seconds: float) -> str:
+    """As everywhere, and in days where hours would be many."""
+    return f"{seconds / 86400:,.1f} days" if seconds > 3 * 86400 else format_seconds(seconds)
+
+
+def plan_run(
+    config: GPTConfig,
+    plan: Plan,
+    gpu: Gpu,
+    pace: Pace,
+    *,
+    num_gpus: int = 1,
+    device_batch_size: int = -1,
+    most_rows: int | None = None,
+    dollars_per_gpu_hour: float = -1.0,
+    fp8: bool = False,
+    device_type: str = "cuda",
+    law: "Law | None" = None,
+) -> RunPlan:
+    """Put the steps of `plan` on a machine. -1: the largest device batch that fits, the machine's usual price."""
+    if device_batch_size == 0 or device_batch_size < -1:
+        raise UserError(f"--device-batch-size must be positive, or -1 to choose it, got {device_batch_size}")
+    own_rows = math.ceil(plan.total_batch_tokens / config.sequence_len / num_gpus)
+
+    def memory(rows: int) -> dict[str, int]:
+        return memory_by_kind(config, gpu, num_gpus, rows, device_type)
+
+    def fits(rows: int) -> bool:
+        return sum(memory(rows).values()) <= USABLE_MEMORY * gpu.memory_bytes
+
+    rows = choose_rows(own_rows, fits, most_rows) if device_batch_size == -1 else min(device_batch_size, own_rows)
+    hourly = dollars_per_gpu_hour if dollars_per_gpu_hour >= 0 else gpu.dollars_per_hour
+    forecast = law.forecast(scaling_params(plan.params), plan.tokens) if law else None
+    made = RunPlan(config, plan, gpu, num_gpus, pace, rows, math.ceil(own_rows / rows), memory(rows), hourly, fp8,
+                   forecast)  # fmt: skip
+    made.assumptions = list(assumptions(made, usual_price=dollars_per_gpu_hour < 0))
+    return made
+
+
+def assumptions(made: RunPlan, usual_price: bool) -> Iterable[str]:
+    """What the figures rest on, a sentence each."""
+    yield f"time: {made.pace.source}"
+    yield "time: training steps only; compilation, evaluation, samples and checkpoints come on top"
+    if made.num_gpus > 1:
+        yield "time: gradients travel while products run, as over NVLink; GPUs joined by PCIe alone take longer"
+        yield f"memory: the optimizer's state is shared out over the {made.num_gpus} GPUs (ZeRO-2), nothing else is"
+    yield (f"memory: fp32 weights and gradients; activations as without torch.compile, with it they are fewer; "
+           f"{1 - USABLE_MEMORY:.0%} is left free")  # fmt: skip
+    if not made.fits:
+        yield (f"memory: this does not fit, not even {made.device_batch_size} row(s) at a time; time and cost are "
+               "those of a machine like this with more memory")  # fmt: skip
+    if made.gpu.dtype == "float16":
+        yield f"number format: {made.gpu.name} has no fast bfloat16; the figures are for NANOCHAT_DTYPE=float16"
+    if made.dollars_per_gpu_hour is None:
+        yield "cost: not known for this machine; --dollars-per-gpu-hour sets it"
+    elif usual_price:
+        yield "cost: a typical cloud price, which drifts; --dollars-per-gpu-hour sets yours"
+    if made.forecast is None:
+        yield "loss: no fitted law yet: no forecast of the loss"
+    else:
+        yield f"loss: {made.forecast.basis}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# The fitted scaling law
+
+LAW_FILE = Path(__file__).parent / "law.json"
+HUBER = 0.005  # residuals of the log loss count squared up to here and linearly beyond: one bad run is outvoted
+Point = tuple[float, float, float]  # (N scaling parameters, D tokens, loss in bits per byte)
+
+
+class Candidate(NamedTuple):
+    """A model one could train."""
+
+    params: int  # scaling parameters
+    flops_per_token: float
+
+
+class Choice(NamedTuple):
+    """The model to train: its key among the candidates, the tokens it would see, and the loss to expect."""
+
+    key: int
+    tokens: float
+    loss: float
+
+
+class Forecast(NamedTuple):
+    """A loss to expect, with its standard error."""
+
+    bpb: float
+    error: float | None
+    basis: str
+
+    def __str__(self) -> str:
+        return f"{self.bpb:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+
+
+@dataclass
+class Law:
+    """loss(N, D) = E + A / N^alpha + B / D^beta (Chinchilla, arXiv 2203.15556), in bits per byte.
+
+    `resamples` are refits to other draws of the noise: (E, A, alpha, B, beta) each. The five numbers are strongly
+    correlated, so errors of anything computed from them come from the resamples, not from the numbers' own errors.
+    """
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+    points: list[Point] = field(default_factory=list)
+    resamples: list[list[float]] = field(default_factory=list)
+    corpus: str = ""  # what the runs were trained and measured on
+
+    @classmethod
+    def fit(cls, points: Sequence[Point], corpus: str = "", num_resamples: int = 100, seed: int = 0) -> "Law":
+        """The law of finished runs; see fit_law."""
+        return fit_law(points, corpus, num_resamples, seed)
+
+    @property
+    def parameters(self) -> list[float]:
+        return [self.E, self.A, self.alpha, self.B, self.beta]
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Standard error of each parameter."""
+        columns = zip(("E", "A", "alpha", "B", "beta"), zip(*self.resamples))
+        return {name: float(np.std(values)) for name, values in columns}
+
+    def loss(self, n: float, d: float) -> float:
+        """Bits per byte of a model with n scaling parameters after d tokens."""
+        return float(_law_loss(np.array(self.parameters), n, d))
+
+    def loss_error(self, n: float, d: float) -> float | None:
+        """Standard error of `loss`, from the resamples; None without any."""
+        return float(np.std(_law_loss(np.array(self.resamples), n, d))) if self.resamples else None
+
+    def forecast(self, n: float, d: float) -> Forecast:
+        """The loss of a run to come, and what the figure rests on."""
+        beyond = n * d / max((params * tokens for params, tokens, _ in self.points), default=math.inf)
+        basis = f"a law fitted to {len(self.points)} runs" + (f" on {self.corpus}" if self.corpus else "")
+        if beyond > SOME_WAY_BEYOND:
+            basis += f"; this run is {beyond:.3g} times the largest of them, so trust it accordingly"
+        return Forecast(self.loss(n, d), self.loss_error(n, d), basis)
+
+    def best(self, budget_flops: float | Callable[[int], float], candidates: Mapping[int, Candidate]) -> Choice:
+        """The candidate with the lowest loss when each trains for the whole budget, in FLOPs.
+
+        A budget in seconds is a function of the candidate's key: `lambda depth: seconds * flops_per_second(depth)`.
+        """
+        assert candidates, "nothing to choose from"
+        budget = budget_flops if callable(budget_flops) else lambda key: budget_flops
+        tokens = {key: budget(key) / model.flops_per_token for key, model in candidates.items()}
+        losses = {key: self.loss(model.params, tokens[key]) for key, model in candidates.items()}
+        best = min(losses, key=lambda key: losses[key])
+        return Choice(best, tokens[best], losses[best])
+
+    def save(self, path: Path = LAW_FILE) -> None:
+        write_json(path, {**vars(self), "errors": self.errors})
+
+    @classmethod
+    def load(cls, path: Path = LAW_FILE) -> "Law | None":
+        """The law in that file; None where there is no such file yet."""
+        if not path.exists():
+            return None
+        values = read_json(path)
+        try:
+            points = [(float(n), float(d), float(loss)) for n, d, loss in values.get("points", [])]
+            E, A, alpha, B, beta = (float(values[name]) for name in ("E", "A", "alpha", "B", "beta"))
+            return cls(E, A, alpha, B, beta, points, values.get("resamples", []), values.get("corpus", ""))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not a scaling law: {error}") from error
+
+
+def candidates_by_depth(form: Callable[[int], GPTConfig], depths: Iterable[int]) -> dict[int, Candidate]:
+    """Candidates for Law.best: the models that `form` makes of depths."""
+    found = {}
+    for depth in depths:
+        flops_per_token, counts = estimate(form(depth))
+        found[depth] = Candidate(scaling_params(counts), flops_per_token)
+    return found
+
+
+def _law_loss(parameters: np.ndarray, n: float, d: float) -> np.ndarray:
+    """parameters (..., 5) -> (...,)"""
+    E, A, alpha, B, beta = np.moveaxis(parameters, -1, 0)
+    return E + A * n**-alpha + B * d**-beta
+
+
+def fit_law(points: Sequence[Point], corpus: str = "", num_resamples: int = 100, seed: int = 0) -> Law:
+    """The law that fits the points' log losses best under a Huber loss, from many starts; errors by bootstrap.
+
+    Raises UserError where the points cannot determine five numbers.
+    """
+    if not all(math.isfinite(value) and value > 0 for point in points for value in point):
+        raise UserError("a scaling law needs sizes, lengths and losses above 0: leave runs without them out")
+    sizes, lengths = ({round(math.log(p[i]), 2) for p in points} for i in (0, 1))
+    if len(points) < 6 or len(sizes) < 3 or len(lengths) < 3:
+        raise UserError(f"a scaling law needs at least six runs of three sizes and three lengths, got {len(points)} "
+                        f"runs of {len(sizes)} sizes and {len(lengths)} lengths")  # fmt: skip
+    n, d, loss = np.log(np.array(points, dtype=np.float64)).T
+    # Centred logarithms: A and B become the terms' values in the middle of the points, hardly tied to the exponents.
+    middle_n, middle_d = n.mean(), d.mean()
+    n, d = n - middle_n, d - middle_d
+    starts = np.array([[loss.min() + math.log(e), loss.mean() + math.log((1 - e) * a), math.log(alpha),
+                        loss.mean() + math.log((1 - e) * (1 - a)), math.log(beta)]
+                       for e in (0.2, 0.5, 0.8) for a in (0.2, 0.5, 0.8)
+                       for alpha in (0.15, 0.4, 0.9) for beta in (0.15, 0.4, 0.9)])  # fmt: skip
+    found, costs = _descend(starts, n, d, loss)
+    best = found[costs.argmin()]
+    # The runs as they might have turned out: what the law says, and a residual drawn from those there are. Drawing
+    # runs instead would too often leave too few different ones. Five fitted numbers have shrunk the residuals.
+    fitted = loss + _residuals(best[None], n, d, loss)[0][0]
+    residuals = (loss - fitted) * math.sqrt(len(points) / max(1, len(points) - 5))
+    drawn = np.random.default_rng(seed).choice(residuals, size=(num_resamples, len(points)))
+    again, _ = _descend(np.tile(best, (num_resamples, 1)), n, d, fitted + drawn)
+
+    def plain(theta: np.ndarray) -> list[float]:
+        e, a, log_alpha, b, log_beta = map(float, theta)
+        alpha, beta = math.exp(log_alpha), math.exp(log_beta)
+        return [math.exp(e), math.exp(a + alpha * middle_n), alpha, math.exp(b + beta * middle_d), beta]
+
+    E, A, alpha, B, beta = plain(best)
+    kept = [(float(n), float(d), float(bpb)) for n, d, bpb in points]
+    return Law(E, A, alpha, B, beta, kept, [plain(theta) for theta in again], corpus)
+
+
+def _residuals(theta: np.ndarray, n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log residuals (S, P) and their slopes (S, P, 5) of theta (S, 5) = (log E, log A, log alpha, log B, log beta)."""
+    e, a, log_alpha, b, log_beta = (column[:, None] for column in theta.T)
+    size, length = -np.exp(log_alpha) * n, -np.exp(log_beta) * d  # log N^-alpha, log D^-beta
+    terms = np.stack(np.broadcast_arrays(e, a + size, b + length), axis=-1)
+    total = np.logaddexp.reduce(terms, axis=-1)
+    of_e, of_a, of_b = np.moveaxis(np.exp(terms - total[..., None]), -1, 0)  # each term's share of the loss
+    return total - loss, np.stack([of_e, of_a, of_a * size, of_b, of_b * length], axis=-1)
+
+
+def _descend(
+    theta: np.ndarray, n: np.ndarray, d: np.ndarray, loss: np.ndarray, steps: int = 50
+) -> tuple[np.ndarray, np.ndarray]:
+    """Levenberg-Marquardt on the Huber loss, all S starts side by side. loss (P,) or (S, P), in logs."""
+
+    def cost(residuals: np.ndarray) -> np.ndarray:
+        size = np.abs(residuals)
+        return np.where(size < HUBER, size**2 / 2, HUBER * (size - HUBER / 2)).sum(-1)
+
+    # Exponents between 0.02 and 3, an E of at least a hundredth of the lowest loss: flat directions end somewhere.
+    low = np.array([loss.min() - math.log(100), -20, math.log(0.02), -20, math.log(0.02)])
+    high = np.array([loss.min(), 20, math.log(3), 20, math.log(3)])
+    damping = np.full(len(theta), 1e-2)
+    residuals, slopes = _residuals(theta, n, d, loss)
+    now = cost(residuals)
+    for _ in range(steps):
+        # A point beyond the bend of the Huber loss pulls with constant force: the same as a smaller weight.
+        pull = HUBER / np.maximum(np.abs(residuals), HUBER)
+        gradient = np.einsum("spi,sp->si", slopes, pull * residuals)
+        curvature = np.einsum("spi,sp,spj->sij", slopes, pull, slopes)
+        scale = np.einsum("sii->si", curvature) * damping[:, None] + 1e-10
+        move = np.linalg.solve(curvature + scale[:, :, None] * np.eye(5), -gradient[..., None])[..., 0]
+        tried = np.clip(theta + np.clip(move, -0.5, 0.5), low, high)
+        new_residuals, new_slopes = _residuals(tried, n, d, loss)
+        new = cost(new_residuals)
+        better = new < now
+        theta, now = np.where(better[:, None], tried, theta), np.where(better, new, now)
+        residuals = np.where(better[:, None], new_residuals, residuals)
+        slopes = np.where(better[:, None, None], new_slopes, slopes)
+        damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-9, 1e9)
+    return theta, now
