@@ -17,8 +17,9 @@ import torch
 
 from nanochat.common import UserError, say
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.law import Law
 from nanochat.optim import OptimizerConfig
-from nanochat.planner import Gpu, Law, Pace, RunPlan, expected_pace, find_gpu, memory_by_kind, plan_run
+from nanochat.planner import Gpu, Pace, RunPlan, expected_pace, find_gpu, memory_by_kind, plan_run
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import Plan, align_batch, derive_sizes, estimate, make_plan
 from nanochat.session import choose_device_batch, measure_peak_flops

@@ -13,18 +13,8 @@ from test_user_errors import refused
 from nanochat import fused
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.planner import (
-    GPUS,
-    Candidate,
-    Law,
-    activation_bytes,
-    candidates_by_depth,
-    choose_rows,
-    expected_pace,
-    find_gpu,
-    fit_law,
-    memory_by_kind,
-)  # fmt: skip
+from nanochat.law import Candidate, Law, candidates_by_depth, fit_law
+from nanochat.planner import GPUS, activation_bytes, choose_rows, expected_pace, find_gpu, memory_by_kind
 from nanochat.scaling import derive_sizes, estimate, scaling_params
 from scripts import plan
 
