@@ -39,6 +39,7 @@ class Text(NamedTuple):
     text: str
     epoch: int
     block: int
+    number: int  # in the block
 
 
 class Cursor(NamedTuple):
@@ -96,7 +97,7 @@ class DocumentOrder:
             chosen = self._documents_of(epoch, block, part)
             for index in chosen[document:]:
                 text = self._read(block)[index]
-                taken.append(Text(text, epoch, block))
+                taken.append(Text(text, epoch, block, int(index)))
                 chars += len(text)
                 document += 1
                 if len(taken) == max_documents or chars >= max_chars:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from nanochat.common import UserError
-from nanochat.document_order import Cursor, DocumentOrder
+from nanochat.document_order import Cursor, DocumentOrder, Text
 from nanochat.packing import BestFitPool, fill_row
 
 # The pool is topped up every REFILL_ROWS rows, and whenever it is empty, to POOL_DOCUMENTS pieces, but to no less
@@ -22,6 +22,7 @@ REFILL_ROWS = 8
 POOL_DOCUMENTS = 128
 POOL_ROWS = (16, 64)
 TAKE_DOCUMENTS, TAKE_CHARS = 32, 64_000  # at a time
+REMEMBERED_BYTES = 256 * 2**20  # of documents' tokens, for the next epoch
 
 
 class TextEncoder(Protocol):
@@ -44,6 +45,28 @@ class Piece(NamedTuple):
     def length(self) -> int:
         """Tokens in a row, with its bos."""
         return len(self.ids) + 1
+
+
+class TokenMemory:
+    """Tokenises documents, and remembers the tokens of as many as fit, so that later epochs of a small corpus cost
+    nothing. The first ones stay: of an epoch larger than the memory, the latest would always be gone when asked."""
+
+    def __init__(self, tokenizer: TextEncoder, dtype: np.dtype, num_threads: int) -> None:
+        self.tokenizer, self.dtype, self.num_threads = tokenizer, dtype, num_threads
+        self.known: dict[tuple[int, int], np.ndarray] = {}  # by block and index
+        self.free_bytes = REMEMBERED_BYTES
+
+    def encode(self, texts: list[Text]) -> list[np.ndarray]:
+        """Token ids of each document, arrays that nobody may write to."""
+        found = [self.known.get((text.block, text.number)) for text in texts]
+        new = [i for i, ids in enumerate(found) if ids is None]
+        encoded = self.tokenizer.encode([texts[i].text for i in new], num_threads=self.num_threads) if new else []
+        for i, ids in zip(new, encoded, strict=True):
+            found[i] = array = np.array(ids, self.dtype)
+            if array.nbytes <= self.free_bytes:
+                self.known[texts[i].block, texts[i].number] = array
+                self.free_bytes -= array.nbytes + 200  # and what Python needs to keep it
+        return found  # type: ignore[return-value]
 
 
 class Counts(NamedTuple):
@@ -120,10 +143,11 @@ class LanePacker:
     def __init__(
         self, order: DocumentOrder, tokenizer: TextEncoder, lanes: list[int], *, sequence_len: int, num_threads: int
     ) -> None:
-        self.order, self.tokenizer, self.num_threads = order, tokenizer, num_threads
+        self.order = order
         self.row_tokens = sequence_len + 1
         self.bos = tokenizer.get_bos_token_id()
         self.dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32)
+        self.memory = TokenMemory(tokenizer, self.dtype, num_threads)
         self.lanes = [Lane(index, self.row_tokens) for index in lanes]
 
     def states(self) -> list[LaneState]:
@@ -171,10 +195,8 @@ class LanePacker:
             for lane in lanes:
                 texts, lane.cursor = self.order.take(lane.index, lane.cursor, TAKE_DOCUMENTS, TAKE_CHARS)
                 taken += [(lane, text) for text in texts]
-            encoded = self.tokenizer.encode([text.text for _, text in taken], num_threads=self.num_threads)
-            for (lane, text), ids in zip(taken, encoded, strict=True):
-                piece = Piece(np.array(ids, self.dtype), text.epoch, text.block, False)
-                lane.pool.add(piece.length, piece)
+            for (lane, text), ids in zip(taken, self.memory.encode([text for _, text in taken]), strict=True):
+                lane.pool.add(len(ids) + 1, Piece(ids, text.epoch, text.block, False))
 
 
 def check_layout(found: dict[str, Any], expected: dict[str, int]) -> None:

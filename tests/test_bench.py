@@ -63,7 +63,7 @@ def test_prints_a_table_and_last_a_line_of_json(
         assert values[key] > 0, key
     if name == "data":
         assert values["never_seen_share"] == values["seen_again_share"] == 0
-        assert values["tokenised_tokens_per_second"] is None
+        assert values["tokenised_tokens_per_second"] > 0
     if name == "train":
         assert values["forward_backward_seconds"] < values["step_seconds"] < values["seconds_to_second_step"]
         assert values["peak_memory_bytes"] > values["state_bytes"]
