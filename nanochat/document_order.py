@@ -75,6 +75,7 @@ class DocumentOrder:
             self.parts = max(1, min(self.parts, most))
         self.num_units = self.num_blocks * self.parts
         self._permutation = lru_cache(maxsize=4 + KEPT_UNITS // self.num_units)(self._make_permutation)
+        self._documents_of = lru_cache(maxsize=own_lanes)(self._share_out)  # a unit is taken from many times
 
     def take(self, lane: int, cursor: Cursor, max_documents: int, max_chars: int) -> tuple[list[Text], Cursor]:
         """The lane's next documents and the cursor after them: at least one, never across the end of an epoch.
@@ -110,7 +111,7 @@ class DocumentOrder:
             return np.arange(self.num_units)
         return seeded_rng(ORDER_OF_UNITS, self.seed, epoch).permutation(self.num_units)
 
-    def _documents_of(self, epoch: int, block: int, part: int) -> np.ndarray:
+    def _share_out(self, epoch: int, block: int, part: int) -> np.ndarray:
         """Indices in the block of a unit's documents; the parts of a block share its documents out anew each epoch."""
         size = int(self._sizes[block])
         if size < 0:
