@@ -71,7 +71,7 @@ def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 def chunk_tokens(vocab_size: int, device_type: str) -> int:
     """Tokens per chunk: a chunk's logits should stay in a CPU's cache, or fill a GPU without filling its memory."""
-    budget = 2**20 if device_type == "cpu" else 2**27  # logits
+    budget = 2**22 if device_type == "cpu" else 2**27  # logits; fewer tokens a chunk starve the products
     return max(64, budget // vocab_size)
 
 
