@@ -192,6 +192,7 @@ class ConversationLoader:
             raise UserError(f"a step needs at least one row of two tokens, got {rows_per_step} of {sequence_len}")
         assert 0 <= rank < world_size and (num_epochs is None or num_epochs > 0)
         self.rows_per_step, self.rank, self.world_size = rows_per_step, rank, world_size
+        self.sequence_len = sequence_len
         self.seed, self.num_epochs, self.size, self.row_tokens = seed, num_epochs, len(dataset), sequence_len + 1
         self._bos = tokenizer.encode_special("<|bos|>")
         self._get = RenderedConversations(dataset, tokenizer, self.row_tokens).get

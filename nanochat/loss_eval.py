@@ -32,8 +32,9 @@ def evaluate_bpb(
         losses = model(inputs, targets, loss_reduction="none")  # (B*T,)
         flat = targets.flatten()
         sizes = token_bytes.to(flat.device)[flat.clamp_min(0)] * (flat >= 0)
-        nats += (losses * (sizes > 0)).sum(dtype=torch.float64).cpu()
-        count += sizes.sum(dtype=torch.float64).cpu()
+        # Summed on the CPU: an Apple GPU has no float64.
+        nats += (losses * (sizes > 0)).cpu().sum(dtype=torch.float64)
+        count += sizes.cpu().sum(dtype=torch.float64)
     model.train(was_training)
     if runtime is not None and runtime.world_size > 1:
         both = runtime.sum(torch.stack([nats, count]).to(runtime.device))

@@ -41,6 +41,8 @@ class Runtime:
         rank, local_rank, world_size = (
             int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
         )
+        if device_type == "mps" and world_size > 1:
+            raise UserError("an Apple GPU trains in one process: leave torchrun out, or give --device-type=cpu")
         device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
         if device_type == "cuda":
             torch.cuda.set_device(device)
@@ -54,6 +56,11 @@ class Runtime:
     def is_main(self) -> bool:
         """True on the one process that prints and writes."""
         return self.rank == 0
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients pass through float16, below whose range they would vanish if not scaled up."""
+        return self.dtype == torch.float16
 
     def print0(self, text: str) -> None:
         """Print on the main process only."""
@@ -83,6 +90,8 @@ class Runtime:
         """Wait for queued device work, so that clocks read true."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def close(self) -> None:
         """Leave the process group."""
@@ -118,19 +127,24 @@ def pick_device_type(wanted: str) -> str:
 
 
 def pick_dtype(device_type: str, wanted: str = "") -> tuple[torch.dtype, str]:
-    """bfloat16 where the hardware multiplies it fast, else float32; with the reason in words."""
+    """bfloat16 where the hardware multiplies it fast, float16 on GPUs fast in that alone, else float32; with the
+    reason in words."""
     if wanted:
         if wanted not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r} (NANOCHAT_DTYPE?)")
         return DTYPES[wanted], "as asked"
     if device_type == "cuda":
-        if torch.cuda.get_device_capability() >= (8, 0):
+        capability = torch.cuda.get_device_capability()
+        if capability >= (8, 0):
             return torch.bfloat16, "CUDA SM80 or newer"
-        return torch.float32, "this GPU has no fast bfloat16"
+        if capability >= (7, 0):  # Volta and Turing, the first with tensor cores
+            return torch.float16, "this GPU has no bfloat16; the loss is scaled"
+        return torch.float32, "this GPU has no tensor cores"
     if device_type == "cpu":
         feature = fast_bf16_cpu_feature(cpu_flags())
         return (torch.bfloat16, f"CPU has {feature}") if feature else (torch.float32, "CPU has no AMX or AVX512-BF16")
-    return torch.float32, f"{device_type} default"
+    # PyTorch has bfloat16 there from macOS 14 on only; NANOCHAT_DTYPE=bfloat16 asks for it.
+    return torch.float32, "works on every Apple GPU"
 
 
 def fast_bf16_cpu_feature(flags: set[str]) -> str | None:

@@ -61,6 +61,8 @@ def _choose_alike(logits: torch.Tensor, sampling: Sampling, rngs: list[random.Ra
         best = logits.max(dim=-1)
         _check(best.values)
         return best.indices.tolist()
+    if logits.device.type == "mps":
+        logits = logits.cpu()  # an Apple GPU has no float64
     probs, ids = distribution(logits, sampling)
     cumulative = probs.double().cumsum(dim=-1)
     _check(cumulative[:, -1])

@@ -266,7 +266,10 @@ def measure_peak_flops(runtime: Runtime, seconds: float = 0.3) -> float:
 
 
 def choose_device_batch(given: int, rows: int, sequence_len: int, runtime: Runtime) -> int:
-    """Rows per micro-batch: as given, else a size that keeps a CPU's caches warm or a GPU busy."""
+    """Rows per micro-batch: as given, else a size that keeps a CPU's caches warm or a GPU busy.
+
+    Whether a GPU's memory holds that many is for find_device_batch to see.
+    """
     if given == 0 or given < -1:
         raise UserError(f"--device-batch-size must be positive, or -1 to choose it, got {given}")
     own = math.ceil(rows / runtime.world_size)
@@ -274,6 +277,21 @@ def choose_device_batch(given: int, rows: int, sequence_len: int, runtime: Runti
         return min(given, own)
     tokens = 4096 if runtime.device.type == "cpu" else 65536
     return max(1, min(own, tokens // sequence_len))
+
+
+def find_device_batch(trial: Callable[[int], None], rows: int, runtime: Runtime) -> int:
+    """`rows`, halved until `trial(rows)` raises no torch.OutOfMemoryError on any process."""
+    while True:
+        try:
+            trial(rows)
+            failed = False
+        except torch.OutOfMemoryError:
+            failed = True
+        if not runtime.largest(float(failed)):
+            return rows
+        if rows == 1:
+            raise UserError("not even one row fits in the GPU's memory: give a smaller --depth or --max-seq-len")
+        rows //= 2
 
 
 def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:

@@ -25,6 +25,10 @@ from nanochat.schedules import decay_multiplier, lr_multiplier, muon_momentum
 
 Record = dict[str, Any]
 
+# Scaling of the loss in float16, as in mixed precision training (arXiv 1710.03740) and torch.amp.GradScaler.
+FIRST_LOSS_SCALE = 2.0**16
+GOOD_STEPS_TO_DOUBLE = 2000
+
 
 class Loader(Protocol):
     """Where batches come from: this process's rows of each global batch, in order."""
@@ -96,6 +100,8 @@ class Progress:
     smooth_loss: float = 0.0  # exponential average, not yet bias-corrected
     val_bpb: float | None = None
     best_val_bpb: float | None = None
+    loss_scale: float = FIRST_LOSS_SCALE  # of gradients in float16
+    good_steps: int = 0  # without overflow, since the scale last changed
 
     def debiased_loss(self, beta: float = 0.9) -> float:
         """The average without the pull of its zero start."""
@@ -146,7 +152,8 @@ class Trainer:
             saved = self.last_saved_step
             where = "no checkpoint yet" if saved is None else f"last good checkpoint: step {saved}"
             raise NonFiniteLoss(f"loss is {loss} at step {self.progress.step} on {batch.origin}; {where}")
-        self.optimizer.step()
+        if not self.runtime.scales_loss or self.unscale_gradients():
+            self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.runtime.synchronize()
         seconds = time.perf_counter() - started
@@ -156,8 +163,9 @@ class Trainer:
         now.seconds += seconds
         now.smooth_loss = 0.9 * now.smooth_loss + 0.1 * loss
         rows = batch.inputs.numel() * self.runtime.world_size
-        return {"step": now.step, "loss": loss, "lr_multiplier": multiplier, "tokens": now.tokens,
-                "tokens_per_second": rows / seconds, "seconds": now.seconds}  # fmt: skip
+        record = {"step": now.step, "loss": loss, "lr_multiplier": multiplier, "tokens": now.tokens,
+                  "tokens_per_second": rows / seconds, "seconds": now.seconds}  # fmt: skip
+        return record | ({"loss_scale": now.loss_scale} if self.runtime.scales_loss else {})
 
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         """Gradients of the mean loss over the global batch's targets; returns (that mean, their number)."""
@@ -166,10 +174,44 @@ class Trainer:
         num_targets = max(int(counted), 1)
         total = torch.zeros((), device=device)
         for inputs, targets, weights in self.micro_batches(batch):
+            total += self.add_gradients(inputs, targets, weights, num_targets)
+        return float(self.runtime.sum(total)) / num_targets, num_targets
+
+    def add_gradients(
+        self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, num_targets: int
+    ) -> torch.Tensor:
+        """Add a micro-batch's share of the mean loss's gradients, all inputs (B, T); returns its summed loss."""
+        if not self.runtime.scales_loss:
             summed, _ = self.loss_fn(inputs, targets, weights)
             (summed / num_targets).backward()
-            total += summed.detach()
-        return float(self.runtime.sum(total)) / num_targets, num_targets
+            return summed.detach()
+        # The head makes its gradients in float16 in its forward pass (loss_head.py). Only as a part of the tokens'
+        # weights does the scale reach them before they are rounded.
+        factor = self.progress.loss_scale / num_targets
+        ones = torch.ones(targets.shape, device=targets.device)
+        summed, _ = self.loss_fn(inputs, targets, factor * (ones if weights is None else weights))
+        summed.backward()
+        return summed.detach() / factor
+
+    def unscale_gradients(self) -> bool:
+        """Divide the scale out of the gradients and move it. False if one overflowed: the step is to be skipped.
+
+        All processes decide alike. NonFiniteLoss when no scale helps.
+        """
+        now = self.progress
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        finite = bool(torch.nn.utils.get_total_norm(grads).isfinite())
+        if self.runtime.largest(float(not finite)):
+            now.loss_scale, now.good_steps = now.loss_scale / 2, 0
+            if now.loss_scale < 1:
+                raise NonFiniteLoss(f"the gradients are not finite at step {now.step}, though the loss is")
+            return False
+        for grad in grads:
+            grad /= now.loss_scale
+        now.good_steps += 1
+        if now.good_steps == GOOD_STEPS_TO_DOUBLE:
+            now.loss_scale, now.good_steps = now.loss_scale * 2, 0
+        return True
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """(inputs, targets, weights) of at most device_batch_size rows each, on the device."""

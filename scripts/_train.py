@@ -20,6 +20,7 @@ from nanochat.session import (
     Metrics,
     command_line,
     cut_metrics,
+    find_device_batch,
     measure_peak_flops,
     measure_throughput,
     open_sinks,
@@ -148,7 +149,13 @@ def earlier_session(checkpoint: Checkpoint | None, config: TrainFlags, run: Path
 
 def steps_for_minutes(config: TrainFlags, make_trainer: Any, model: GPT, batch: Any, runtime: Runtime) -> int:
     """How many optimizer steps fit in --minutes, by timing real ones on a copy of the model."""
-    seconds = measure_throughput(make_trainer, model, batch, budget=min(10.0, config.minutes * 60 * 0.04)).step_seconds
+
+    def make(copy: GPT) -> Trainer:
+        trainer = make_trainer(copy)
+        fit_device_batch(trainer, config.device_batch_size, batch.inputs.size(1))
+        return trainer
+
+    seconds = measure_throughput(make, model, batch, budget=min(10.0, config.minutes * 60 * 0.04)).step_seconds
     steps = max(1, round(config.minutes * 60 * 0.95 / seconds))
     runtime.print0(f"measured {seconds:.3f} s a step: {steps} steps fit in {config.minutes:g} minutes")
     return steps
@@ -162,6 +169,35 @@ def random_batch(rows: int, T: int, vocab_size: int, runtime: Runtime, supervise
     every = round(1 / supervised)
     targets[:, ::every] = tokens[:, 1::every]
     return Batch(tokens[:, :-1].contiguous(), targets, None, "timing")
+
+
+def fit_device_batch(trainer: Trainer, given: int, T: int) -> None:
+    """On a GPU, unless the user gave a number: as many rows of T tokens per micro-batch as its memory holds."""
+    if given > 0 or trainer.runtime.device.type != "cuda":
+        return
+    wished = trainer.device_batch_size
+    trainer.device_batch_size = find_device_batch(partial(try_micro_batches, trainer, T=T), wished, trainer.runtime)
+    if trainer.device_batch_size < wished:
+        trainer.runtime.print0(f"{wished} rows do not fit in memory: {trainer.device_batch_size} per micro-batch")
+
+
+def try_micro_batches(trainer: Trainer, rows: int, T: int) -> None:
+    """Two micro-batches of noise, the second one beside the first one's gradients, with the optimizer's state to come.
+
+    Raises OutOfMemoryError where that is too much. What it compiles is what the run needs.
+    """
+    runtime, state = trainer.runtime, {"adamw": 8, "muon": 4}  # bytes a parameter: two fp32 moments, or one
+    torch.cuda.empty_cache()  # of what a larger trial left behind
+    trainer.device_batch_size = rows
+    size = sum(p.numel() * state[g["kind"]] for g in trainer.optimizer.param_groups for p in g["params"])
+    room = torch.empty(size, dtype=torch.uint8, device=runtime.device)
+    batch = random_batch(2 * rows * runtime.world_size, T, trainer.model.config.vocab_size, runtime)
+    try:
+        for micro in trainer.micro_batches(batch):
+            trainer.add_gradients(*micro, num_targets=2 * rows * T)
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+    del room  # held until here
 
 
 def drive(
@@ -180,6 +216,8 @@ def drive(
     if checkpoint:
         restore_trainer(trainer, checkpoint)
         runtime.print0(f"resumed at step {checkpoint.step} of {trainer.schedule.num_steps}")
+    else:
+        fit_device_batch(trainer, config.device_batch_size, trainer.loader.sequence_len)  # type: ignore[attr-defined]
     if runtime.is_main:
         cut_metrics(run / "metrics.jsonl", checkpoint.step if checkpoint else -1)
     sinks = open_sinks(config.run, run, config.tensorboard, asdict(config), runtime.is_main)

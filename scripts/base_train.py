@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nanochat import fp8
 from nanochat.checkpoint_manager import Checkpoint, load_model_state, open_checkpoint, run_dir
 from nanochat.common import UserError, format_count, get_base_dir, say, write_json
 from nanochat.dataloader import PretrainLoader
@@ -88,9 +89,9 @@ class Config(TrainFlags):
     init_from: str = ""
     """Folder of another base run (or its tag) whose weights to start from, with fresh schedules."""
     fp8: bool = False
-    """fp8 matrix products; needs a Hopper-class GPU."""
+    """Matrix products of the blocks in fp8; needs a GPU of compute capability 8.9 (Ada, Hopper) and torchao."""
     fp8_recipe: str = "tensorwise"
-    """How fp8 scales are kept."""
+    """One fp8 scale per tensor (tensorwise, the fastest) or per row (rowwise, more exact)."""
     core_metric_every: int = -1
     """Steps between CORE evaluations."""
     core_metric_max_per_task: int = 500
@@ -104,8 +105,6 @@ class Config(TrainFlags):
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    if config.fp8:
-        raise UserError("--fp8 is not available in this version; train in bf16 by leaving it out")
     if config.core_metric_every > 0:
         raise UserError("--core-metric-every: the CORE evaluation is not part of this version; leave it at -1")
     with Runtime.create(config.device_type, seed=config.seed) as runtime:
@@ -240,7 +239,9 @@ def fix_plan(config: Config, model: GPT, runtime: Runtime, earlier: Earlier | No
 
 
 def build_trainer(config: Config, plan: Plan, runtime: Runtime, model: GPT, loader: PretrainLoader | None) -> Trainer:
-    """Optimizer and loop around `model`."""
+    """Optimizer and loop around `model`, its products in fp8 if asked for."""
+    if config.fp8:
+        fp8.convert(model, config.fp8_recipe, runtime)
     lr_scale = plan.lr_scale * config.lr_scale
     optimizer = make_optimizer(model, config.optimizer_config(config.recipe), runtime, lr_scale, plan.weight_decay)
     warmup = round(config.warmup_ratio * plan.num_steps) if config.warmup_ratio >= 0 else config.warmup_steps
@@ -259,15 +260,18 @@ def build_trainer(config: Config, plan: Plan, runtime: Runtime, model: GPT, load
 
 def evaluate(trainer: Trainer, corpus: Corpus, tokenizer: RustBPETokenizer, tokens: int) -> Record:
     """Validation bits per byte."""
-    return note_bpb(trainer, corpus_bpb(trainer.model, corpus, tokenizer, trainer.runtime, split="val", tokens=tokens,
-                                        device_batch_size=trainer.device_batch_size))  # fmt: skip
+    with fp8.without_fp8(trainer.model):
+        bpb = corpus_bpb(trainer.model, corpus, tokenizer, trainer.runtime, split="val", tokens=tokens,
+                         device_batch_size=trainer.device_batch_size)  # fmt: skip
+    return note_bpb(trainer, bpb)
 
 
 def sample(trainer: Trainer, tokenizer: RustBPETokenizer) -> None:
     """Print what the model makes of a few prompts."""
     if trainer.runtime.is_main:
         prompts = [(prompt, tokenizer.encode(prompt, prepend="<|bos|>")) for prompt in PROMPTS]
-        print_samples(continuations(trainer.model, tokenizer, prompts, max_tokens=24))
+        with fp8.without_fp8(trainer.model):
+            print_samples(continuations(trainer.model, tokenizer, prompts, max_tokens=24))
 
 
 def report(base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: Plan) -> None:

@@ -13,7 +13,7 @@ LAYERS = [
     {
         "conversation", "tokenizer", "dataset", "dataloader", "flash_attention", "gpt", "gpt_config", "loss_head",
         "optim", "scaling", "convert", "textfiles", "download", "batches", "document_order", "lanes",
-        "conversation_loader", "planner", "law",
+        "conversation_loader", "planner", "law", "fp8",
     },
     {
         "checkpoint_manager", "checkpoint_folder", "tensor_file", "engine", "kv_cache", "sampling", "decoding",
