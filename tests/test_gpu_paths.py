@@ -1,0 +1,373 @@
+"""What GPUs need, checked without one: which number format and products are chosen, how float16 gradients are scaled,
+how the size of a micro-batch is found."""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from test_trainer import CONFIG, CPU, Batches, make_trainer
+
+from nanochat import fp8, runtime, trainer
+from nanochat.common import UserError
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_head import head_loss
+from nanochat.optim import OptimizerConfig, build_param_groups
+from nanochat.runtime import Runtime, pick_dtype
+from nanochat.sampling import Sampling, choose, make_rng
+from nanochat.session import find_device_batch
+from nanochat.trainer import NonFiniteLoss, Progress, Trainer
+from scripts import _train
+
+GPU = Runtime(torch.device("cuda"), torch.bfloat16, "test", seed=0)
+HALF = replace(CPU, dtype=torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Number formats
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((9, 0), torch.bfloat16, "SM80"),
+        ((8, 0), torch.bfloat16, "SM80"),
+        ((7, 5), torch.float16, "scaled"),
+        ((7, 0), torch.float16, "scaled"),
+        ((6, 1), torch.float32, "tensor cores"),
+    ],
+)
+def test_number_format_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
+    chosen, why = pick_dtype("cuda")
+    assert chosen == dtype and reason in why
+    assert Runtime(torch.device("cuda"), chosen, why, 0).scales_loss == (dtype == torch.float16)
+
+
+def test_apple_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.pick_device_type("") == "mps"
+    assert pick_dtype("mps")[0] == torch.float32 and pick_dtype("mps", "bfloat16")[0] == torch.bfloat16
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        Runtime.create("mps")
+
+
+class OnApple(torch.Tensor):
+    """A tensor that says it lives on an Apple GPU, where float64 does not exist."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+            return torch.device("mps")
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        assert not (isinstance(out, OnApple) and out.dtype == torch.float64), func
+        return out
+
+
+def test_no_float64_on_an_apple_gpu() -> None:
+    class Model(nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, inputs: torch.Tensor, targets: torch.Tensor, loss_reduction: str) -> torch.Tensor:
+            return torch.full((targets.numel(),), math.log(2)).as_subclass(OnApple)  # type: ignore[return-value]
+
+    batch = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))
+    bytes_each = torch.full((4,), 2)
+    assert evaluate_bpb(Model(), [batch], 1, bytes_each) == pytest.approx(0.5)  # type: ignore[arg-type]
+    logits = torch.tensor([[0.0, 9.0, 0.0]])
+    settings = ([Sampling(temperature=1.0, top_p=0.9)], [make_rng(0, 0)])
+    assert choose(logits.as_subclass(OnApple), *settings) == [1]  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------
+# float16: scaling of the loss
+
+
+def stir(model: GPT, amount: float = 0.05) -> None:
+    """Move the weights away from the zeros of the initialisation, where some gradients are rounding errors alone."""
+    for p in model.parameters():
+        p.data += amount * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+
+
+def weights_of(t: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in t.model.named_parameters()}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_scaling_changes_no_result(weighted: bool) -> None:
+    """In float32, where a power of two costs no digits, the scaled run is the plain one up to the order of sums."""
+    runs = []
+    for where in (CPU, HALF):
+        t = make_trainer(steps=3, device_batch_size=4, weights=weighted)
+        t.runtime = where
+        stir(t.model)
+        records: list[dict] = []
+        t.log = lambda t, record, records=records: records.append(record)  # type: ignore[misc]
+        t.run()
+        runs.append((weights_of(t), [r["loss"] for r in records], [r.get("loss_scale") for r in records]))
+    assert runs[0][2] == [None] * 3 and runs[1][2] == [65536.0] * 3
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-5)
+    for name, value in runs[0][0].items():
+        torch.testing.assert_close(runs[1][0][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def overflow(t: Trainer) -> None:
+    """Let one gradient of the next backward passes be infinite."""
+    t.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
+
+
+def test_overflow_skips_the_step_and_halves_the_scale() -> None:
+    t = make_trainer()
+    t.runtime, t.loss_fn = HALF, t.model.loss
+    t.progress.good_steps = 7
+    before, state = weights_of(t), t.optimizer.named_state({p: n for n, p in t.model.named_parameters()})
+    overflow(t)
+    record = t.step(t.loader.next_batch())
+    assert all(torch.equal(before[name], value) for name, value in weights_of(t).items())
+    assert t.optimizer.named_state({p: n for n, p in t.model.named_parameters()}) == state
+    assert (t.progress.loss_scale, t.progress.good_steps, t.progress.step) == (32768.0, 0, 1)
+    assert record["loss_scale"] == 32768.0 and math.isfinite(record["loss"])
+    assert all(p.grad is None for p in t.model.parameters())
+
+
+def test_no_scale_helps() -> None:
+    t = make_trainer(steps=99)
+    t.runtime = HALF
+    overflow(t)
+    with pytest.raises(NonFiniteLoss, match="gradients are not finite"):
+        t.run()
+    assert t.progress.step == 16  # 2**16 can be halved so often
+
+
+def test_the_scale_doubles_after_enough_good_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "GOOD_STEPS_TO_DOUBLE", 2)
+    t = make_trainer(steps=5)
+    t.runtime = HALF
+    t.run()
+    assert (t.progress.loss_scale, t.progress.good_steps) == (2.0**18, 1)
+    assert Progress(**asdict(t.progress)) == t.progress  # as it is saved with a checkpoint
+
+
+def test_all_processes_skip_when_one_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = make_trainer()
+    t.runtime, t.loss_fn = HALF, t.model.loss
+    before = weights_of(t)
+    t.accumulate(t.loader.next_batch())
+    monkeypatch.setattr(Runtime, "largest", lambda self, value: 1.0)  # another process's gradients
+    assert not t.unscale_gradients() and t.progress.loss_scale == 32768.0
+    assert all(torch.equal(before[name], value) for name, value in weights_of(t).items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_in_float16_too() -> None:
+    t = make_trainer(steps=3)
+    t.runtime = HALF
+    t.model.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(NonFiniteLoss, match="loss is nan at step 0"):
+        t.run()
+
+
+def test_float16_gradients_are_those_of_float32() -> None:
+    grads = []
+    batch = Batches(rows=4).next_batch()
+    for dtype in (torch.float32, torch.float16):
+        t = make_trainer(device_batch_size=2)
+        t.model.compute_dtype, t.runtime = dtype, replace(CPU, dtype=dtype)
+        t.loss_fn = t.model.loss
+        stir(t.model)
+        t.accumulate(batch)
+        assert dtype == torch.float32 or t.unscale_gradients()
+        grads.append({name: p.grad for name, p in t.model.named_parameters()})
+    for name, value in grads[0].items():
+        assert (grads[1][name] - value).norm() < 0.03 * value.norm(), name
+
+
+def test_the_scale_reaches_gradients_before_they_are_rounded_to_float16() -> None:
+    """Unlikely tokens: their share, exp(-18), is below float16's smallest number, and so is all of it over 4096."""
+    x, weight = torch.ones(1, 1, dtype=torch.float16), torch.tensor([[20.0], [-3.0]])
+    target = torch.tensor([0])
+    shares = []
+    for factor in (1 / 4096, 65536.0 / 4096):
+        w = weight.clone().requires_grad_()
+        head_loss(x, w, target, torch.tensor([factor]), cap=15.0)[0].backward()
+        shares.append(float(w.grad[1]) / factor)  # type: ignore[index]
+    w = weight.double().requires_grad_()
+    nn.functional.cross_entropy(15 * torch.tanh(x.double() @ w.T / 15), target).backward()
+    assert shares[0] == 0 and shares[1] == pytest.approx(float(w.grad[1]), rel=0.1)  # type: ignore[index]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The size of a micro-batch
+
+
+@pytest.mark.parametrize(("fitting", "chosen"), [(100, 32), (32, 32), (31, 16), (9, 8), (1, 1)])
+def test_rows_are_halved_until_they_fit(fitting: int, chosen: int) -> None:
+    tried: list[int] = []
+
+    def trial(rows: int) -> None:
+        tried.append(rows)
+        if rows > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert find_device_batch(trial, 32, CPU) == chosen == tried[-1]
+    assert tried == [32 >> i for i in range(len(tried))]
+
+
+def test_a_model_too_large_for_one_row_is_refused() -> None:
+    def trial(rows: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match="not even one row"):
+        find_device_batch(trial, 6, CPU)
+
+
+def test_processes_agree_on_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = iter([1.0, 1.0, 0.0])  # another process runs out of memory twice
+    monkeypatch.setattr(Runtime, "largest", lambda self, value: max(value, next(others)))
+    assert find_device_batch(lambda rows: None, 8, CPU) == 2
+
+
+def test_the_search_runs_on_gpus_only_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = make_trainer(device_batch_size=8)
+    t.loss_fn = t.model.loss
+    monkeypatch.setattr(_train, "find_device_batch", lambda *args: 3)
+    _train.fit_device_batch(t, -1, 16)
+    assert t.device_batch_size == 8
+    t.runtime = GPU
+    _train.fit_device_batch(t, 8, 16)
+    assert t.device_batch_size == 8  # as the user said
+    _train.fit_device_batch(t, -1, 16)
+    assert t.device_batch_size == 3
+    t.runtime, before, random = CPU, weights_of(t), torch.get_rng_state()
+    seen: list[tuple[int, ...]] = []
+    t.loss_fn = lambda inputs, *rest: seen.append(tuple(inputs.shape)) or t.model.loss(inputs, *rest)
+    _train.try_micro_batches(t, 5, T=16)
+    assert seen == [(5, 16), (5, 16)] and torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(before[n], v) for n, v in weights_of(t).items())
+    assert all(p.grad is None for p in t.model.parameters()) and t.loader.served == 0  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------
+# fp8
+
+WIDE = GPTConfig(sequence_len=16, vocab_size=256, n_layer=2, n_head=2, n_kv_head=1, n_embd=256)
+
+
+class FakeFloat8(nn.Linear):
+    """In torchao's place: takes over the parameter, and its products are told apart by doubling them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+def fake_conversion(module: nn.Module, *, module_filter_fn: Any, config: Any) -> nn.Module:
+    """What torchao.float8.convert_to_float8_training does to the tree of modules."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and module_filter_fn(child, name):
+                with torch.device("meta"):
+                    new = FakeFloat8(child.in_features, child.out_features, bias=False)
+                new.weight = child.weight
+                setattr(parent, name, new)
+    return module
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU of capability 9.0 with torchao, neither of them real."""
+    config = SimpleNamespace(from_recipe_name=lambda name: name)
+    fake = SimpleNamespace(Float8LinearConfig=config, convert_to_float8_training=fake_conversion)
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(float8=fake))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torchao.float8", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    yield
+
+
+def float8_layers(model: GPT) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, FakeFloat8)}
+
+
+def test_large_layers_of_the_blocks_are_converted_and_keep_their_parameters(hopper: None) -> None:
+    model = GPT.create(WIDE, compute_dtype=torch.bfloat16)
+    before = dict(model.named_parameters())
+    groups = build_param_groups(model, OptimizerConfig(), ns_dtype=torch.bfloat16)
+    fp8.convert(model, "rowwise", GPU)
+    names = ["attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert float8_layers(model) == {f"transformer.h.{i}.{name}" for i in range(2) for name in names}
+    after = dict(model.named_parameters())
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+    for old, new in zip(groups, build_param_groups(model, OptimizerConfig(), ns_dtype=torch.bfloat16), strict=True):
+        assert [id(p) for p in old["params"]] == [id(p) for p in new["params"]]
+
+
+def test_evaluation_is_in_bfloat16_and_training_goes_on_in_fp8(hopper: None) -> None:
+    model, tokens = GPT.create(WIDE, compute_dtype=torch.bfloat16), torch.arange(32).view(2, 16)
+    stir(model)
+    plain, names = model(tokens), list(model.state_dict())
+    fp8.convert(model, "tensorwise", GPU)
+    layers = float8_layers(model)
+    modules = [model.get_submodule(name) for name in layers]
+    assert not torch.equal(model(tokens), plain)
+    with pytest.raises(ZeroDivisionError), fp8.without_fp8(model):
+        assert torch.equal(model(tokens), plain) and not float8_layers(model)
+        assert all(isinstance(model.get_submodule(name), Linear) for name in layers)
+        assert list(model.state_dict()) == names
+        raise ZeroDivisionError  # an evaluation that fails must not leave the model half converted
+    assert [model.get_submodule(name) for name in layers] == modules and list(model.state_dict()) == names
+
+
+def test_a_model_without_fp8_is_left_alone() -> None:
+    model = GPT.create(CONFIG)
+    modules = dict(model.named_modules())
+    with fp8.without_fp8(model):
+        assert dict(model.named_modules()) == modules
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"recipe": "blockwise"}, "--fp8-recipe must be one of tensorwise, rowwise"),
+        ({"where": CPU}, "not cpu"),
+        ({"capability": (8, 6)}, "8.9 or newer, this one has 8.6"),
+        ({"dtype": torch.float32}, "bfloat16, not float32"),
+        ({"sequence_len": 24}, "divisible by 16"),
+        ({"n_embd": 32}, "no layer of 128"),
+        ({"torchao": None}, r"nanochat\[torchao\]"),
+    ],
+    ids=str,
+)
+def test_refusals(hopper: None, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], says: str) -> None:
+    given = {"recipe": "tensorwise", "where": GPU, "capability": (8, 9), "dtype": torch.bfloat16, **change}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: given["capability"])
+    if "torchao" in given:
+        monkeypatch.setitem(sys.modules, "torchao.float8", None)  # type: ignore[arg-type]
+    sizes = {name: change[name] for name in ("sequence_len", "n_embd") if name in change}
+    with torch.device("meta"):
+        model = GPT(replace(WIDE, **sizes), given["dtype"])
+    with pytest.raises(UserError, match=says):
+        fp8.convert(model, given["recipe"], given["where"])
+    assert not float8_layers(model)
+
+
+def test_a_batch_is_pinned_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("pinned memory belongs to CUDA")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    t = make_trainer()
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    assert len(list(t.micro_batches(Batch(tokens, tokens, None, "")))) == 1
+    t.runtime = replace(CPU, device=torch.device("meta"))  # stands for any device that is not CUDA
+    assert len(list(t.micro_batches(Batch(tokens, tokens, None, "")))) == 1
