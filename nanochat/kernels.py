@@ -31,6 +31,11 @@ def usable(*tensors: torch.Tensor) -> bool:
     return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors) and library() is not None
 
 
+def in_use(device: torch.device) -> bool:
+    """Whether a model on that device runs through the kernels."""
+    return device.type == "cpu" and library() is not None
+
+
 def call(name: str, *arguments: Any) -> None:
     """Call the C function `name`. Tensors go as addresses (they must be contiguous), floats as float, ints as long."""
     kernel = getattr(library(), name)

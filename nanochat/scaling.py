@@ -6,7 +6,7 @@ with the horizon as in arXiv 2505.13738; rates with the square root of the batch
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ MAX_DEPTH = 128
 # In the minutes of a CPU run far fewer tokens than the compute-optimal ten per parameter can be seen, and finetuning
 # adds as many again: below this many a shallower model ends better (dev/LOG.md).
 MIN_TOKENS_PER_PARAM = 2
+USUAL_SHARE_OF_PEAK = 0.4  # of the measured matrix peak that training reaches, before it has been timed
 
 
 @dataclass
@@ -88,14 +89,11 @@ class Plan:
         return self.tokens / scaling_params(self.params)
 
 
-def depth_for_flops(flops: float, sizes: Callable[[int], Sizes], form: Callable[..., GPTConfig]) -> int:
-    """The deepest model, from 2 to 12 layers, that sees MIN_TOKENS_PER_PARAM tokens for these training FLOPs.
-
-    `sizes` maps a depth to Sizes, `form` makes the config from their fields.
-    """
+def depth_for_flops(flops: float, of_depth: Callable[[int], GPTConfig]) -> int:
+    """The deepest model, from 2 to 12 layers, that sees MIN_TOKENS_PER_PARAM tokens for these training FLOPs."""
     best = 2
     for depth in range(2, REFERENCE_DEPTH + 1):
-        flops_per_token, counts = estimate(form(**asdict(sizes(depth))))
+        flops_per_token, counts = estimate(of_depth(depth))
         if flops / flops_per_token >= MIN_TOKENS_PER_PARAM * scaling_params(counts):
             best = depth
     return best
@@ -120,7 +118,12 @@ def scaled_weight_decay(weight_decay: float, depth: int) -> float:
 def horizon_weight_decay(weight_decay: float, batch: float, tokens: float, reference_tokens: float) -> float:
     """weight_decay * sqrt(batch / 2^19) * reference tokens / tokens: the weights forget at the run's own pace
     (arXiv 2405.13698)."""
-    return weight_decay * math.sqrt(batch / REFERENCE_BATCH_TOKENS) * reference_tokens / tokens
+    return weight_decay * batch_lr_scale(batch) * reference_tokens / tokens
+
+
+def batch_lr_scale(batch_tokens: float) -> float:
+    """What the reference rates are multiplied by at this batch: the square root of its share of 2^19."""
+    return math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
 
 
 def make_plan(
@@ -160,7 +163,7 @@ def make_plan(
     decay = scaled_weight_decay(weight_decay, config.n_layer)
     if decay_by_horizon:
         decay = horizon_weight_decay(weight_decay, batch, steps * batch, reference_tokens)
-    return Plan(steps, batch, flops_per_token, params, math.sqrt(batch / REFERENCE_BATCH_TOKENS), decay, horizon)
+    return Plan(steps, batch, flops_per_token, params, batch_lr_scale(batch), decay, horizon)
 
 
 def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:

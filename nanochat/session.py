@@ -5,6 +5,7 @@ numbers fixed before the first step).
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import shlex
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+from nanochat import kernels
 from nanochat.checkpoint_manager import Checkpoint, list_steps, load_model_state, open_checkpoint, save_checkpoint
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, say, warn
 from nanochat.gpt import GPT
@@ -53,13 +55,15 @@ def only_session(run: Path, runtime: Runtime) -> Iterator[None]:
         yield
         return
     run.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.parent / f".{run.name}.lock")  # beside the folder, which may be moved
+    lock = FileLock(run.parent / f".{run.name}.lock", timeout=0)  # beside the folder, which may be moved
     try:
-        lock.acquire(timeout=0)
+        lock.acquire()
     except Timeout:
         raise UserError(f"another process is training in {run}; wait for it, or give another --model-tag") from None
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def move_aside(run: Path, runtime: Runtime) -> None:
@@ -120,7 +124,7 @@ def numeric_settings(trainer: Trainer) -> dict[str, Any]:
     """What the same batch needs to give the same bits."""
     return {"device_batch_size": trainer.device_batch_size, "num_threads": torch.get_num_threads(),
             "dtype": str(trainer.model.compute_dtype).removeprefix("torch."),
-            "device": trainer.runtime.device.type}  # fmt: skip
+            "device": trainer.runtime.device.type, "kernels": kernels.in_use(trainer.runtime.device)}  # fmt: skip
 
 
 def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -137,9 +141,9 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.device_batch_size = saved["device_batch_size"]
     torch.set_num_threads(saved["num_threads"])
     now = numeric_settings(trainer)
-    changed = [f"{key} {saved[key]} -> {now[key]}" for key in ("dtype", "device") if saved[key] != now[key]]
+    changed = [f"{key} {saved[key]} -> {now[key]}" for key in ("dtype", "device", "kernels") if saved[key] != now[key]]
     if changed:
-        warn(f"resuming on other hardware ({', '.join(changed)}): the numbers will not match a straight run exactly")
+        warn(f"resuming elsewhere ({', '.join(changed)}): the numbers will not match a straight run exactly")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -221,21 +225,25 @@ class Metrics:
                 self.file.close()
 
 
+def check_sinks(run_name: str, use_tensorboard: bool) -> None:
+    """Raise UserError, before anything is begun, where the optional extra is not installed."""
+    if run_name != "dummy" and importlib.util.find_spec("wandb") is None:
+        raise UserError("--run needs wandb: pip install 'nanochat[wandb]', or leave --run=dummy")
+    if use_tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs tensorboard: pip install 'nanochat[tensorboard]', or leave it out")
+
+
 def open_sinks(run_name: str, run: Path, use_tensorboard: bool, config: dict[str, Any], is_main: bool) -> list[Any]:
-    """wandb (run_name other than "dummy") and tensorboard, each an optional extra."""
+    """wandb (run_name other than "dummy") and tensorboard; see check_sinks."""
     sinks: list[Any] = []
     if run_name != "dummy" and is_main:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--run needs wandb: pip install 'nanochat[wandb]', or leave --run=dummy") from None
+        import wandb
+
         session = wandb.init(project="nanochat", name=run_name, config=config)
         sinks.append(lambda step, record: session.log(record, step=step))
     if use_tensorboard and is_main:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs tensorboard: pip install 'nanochat[tensorboard]'") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(run / "tensorboard"))
 
         def to_tensorboard(step: int, record: Record) -> None:

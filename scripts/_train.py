@@ -4,26 +4,31 @@ import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.common import UserError, get_base_dir, read_json, say
+from nanochat.common import UserError, get_base_dir, read_json, say, write_json
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
+from nanochat.scaling import REFERENCE_BATCH_TOKENS
 from nanochat.session import (
     Metrics,
+    check_sinks,
     command_line,
     cut_metrics,
     find_device_batch,
     measure_peak_flops,
     measure_throughput,
+    merge_saved_config,
+    move_aside,
     open_sinks,
+    prepare_run,
     restore_trainer,
     run_to_end,
     save_trainer,
@@ -147,6 +152,40 @@ def earlier_session(checkpoint: Checkpoint | None, config: TrainFlags, run: Path
     return None
 
 
+Flags = TypeVar("Flags", bound=TrainFlags)
+
+
+def open_session(run: Path, config: Flags, runtime: Runtime) -> tuple[Checkpoint | None, Earlier | None, Flags]:
+    """(the checkpoint to go on from, what earlier sessions fixed, the flags with what must not change)."""
+    step = None if config.resume_from_step < 0 else config.resume_from_step
+    checkpoint = prepare_run(run, config.resume, step, runtime)
+    earlier = earlier_session(checkpoint, config, run)
+    return checkpoint, earlier, merge_saved_config(config, earlier.user_config, OPERATIONAL) if earlier else config
+
+
+def announce(
+    run: Path, checkpoint: Checkpoint | None, config: TrainFlags, num_steps: int, table: list[tuple[str, str]],
+    runtime: Runtime,
+) -> None:  # fmt: skip
+    """Take the folder, now that nothing is left that the user could have mistaken; say and keep what was fixed."""
+    check_sinks(config.run, config.tensorboard)
+    if not checkpoint:
+        move_aside(run, runtime)
+    if runtime.is_main:
+        write_json(run / "plan.json", {"num_steps": num_steps, "user_config": asdict(config)})
+        print_table("plan", table)
+
+
+def batch_for_minutes(device_type: str) -> int:
+    """Tokens per step where time, not the data, sets the horizon: many small steps on a slow machine."""
+    return 2**13 if device_type == "cpu" else REFERENCE_BATCH_TOKENS
+
+
+def steps_in(minutes: float, step_seconds: float) -> int:
+    """How many steps to plan for; what is left over covers the start and the end."""
+    return max(1, round(minutes * 60 * 0.95 / step_seconds))
+
+
 def steps_for_minutes(config: TrainFlags, make_trainer: Any, model: GPT, batch: Any, runtime: Runtime) -> int:
     """How many optimizer steps fit in --minutes, by timing real ones on a copy of the model."""
 
@@ -156,7 +195,7 @@ def steps_for_minutes(config: TrainFlags, make_trainer: Any, model: GPT, batch: 
         return trainer
 
     seconds = measure_throughput(make, model, batch, budget=min(10.0, config.minutes * 60 * 0.04)).step_seconds
-    steps = max(1, round(config.minutes * 60 * 0.95 / seconds))
+    steps = steps_in(config.minutes, seconds)
     runtime.print0(f"measured {seconds:.3f} s a step: {steps} steps fit in {config.minutes:g} minutes")
     return steps
 

@@ -1,81 +1,59 @@
 """Pretrain a base model: `python -m scripts.base_train --depth=4`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nanochat import fp8
 from nanochat.checkpoint_manager import Checkpoint, load_model_state, open_checkpoint, run_dir
-from nanochat.common import UserError, format_count, get_base_dir, say, write_json
+from nanochat.common import UserError, format_count, get_base_dir, say
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, resolve_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
-from nanochat.scaling import Plan, align_batch, depth_for_flops, derive_sizes, describe, make_plan
+from nanochat.scaling import USUAL_SHARE_OF_PEAK, Plan, align_batch, depth_for_flops, describe, make_plan
 from nanochat.session import (
     choose_device_batch,
     command_line,
     measure_peak_flops,
-    merge_saved_config,
-    move_aside,
     only_session,
-    prepare_run,
 )  # fmt: skip
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.trainer import Hook, Record, ScheduleConfig, Trainer
 from scripts import _cli
+from scripts._model import ModelFlags, network
 from scripts._observe import continuations, corpus_bpb
 from scripts._train import (
-    OPERATIONAL,
     Earlier,
     TrainFlags,
+    announce,
+    batch_for_minutes,
     compiled_loss,
     drive,
-    earlier_session,
     make_optimizer,
     note_bpb,
+    open_session,
     print_samples,
-    print_table,
     random_batch,
     steps_for_minutes,
     training_figures,
 )  # fmt: skip
 
-USUAL_SHARE_OF_PEAK = 0.4
 PROMPTS = ("The capital of France is", "Once upon a time", "The sun is", "My favourite food is")
 
 
 @dataclass
-class Config(TrainFlags):
+class Config(ModelFlags, TrainFlags):
     """Pretrain a base model from raw text. -1 means "off" or "derive it"."""
 
     data: str = ""
     """starter, fineweb-edu, climbmix, or a path or glob of parquet, jsonl(.gz, .zst) or txt; empty: what is there."""
     depth: int = 12
     """The one dial: layers. Width, heads, horizon, batch and rates follow. -1 with --minutes: what fits the time."""
-    aspect_ratio: int = 64
-    """Width per layer."""
-    head_dim: int = 128
-    """Size of an attention head."""
-    n_embd: int = -1
-    """Width, overriding depth * aspect ratio."""
-    n_head: int = -1
-    """Query heads."""
-    n_kv_head: int = -1
-    """Key/value heads, a divisor of the query heads."""
     max_seq_len: int = -1
     """Context length in tokens; -1 is 2048, or with --init-from what that model has."""
-    window_pattern: str = "SSSL"
-    """Per layer, tiled: S short window, L full context; the last layer is always L."""
-    recipe: str = "published"
-    """Model features and rates: published, later (smear, backout, quarter windows, …) or plain (no extras)."""
-    target_flops: float = -1.0
-    """Horizon in training FLOPs."""
-    target_param_data_ratio: float = 10.5
-    """Horizon in tokens per scaling parameter."""
     warmup_steps: int = 0
     """Linear warm-up, in steps."""
     warmup_ratio: float = -1.0
@@ -124,12 +102,7 @@ def train(config: Config, runtime: Runtime) -> int:
 
 def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int:
     """The same, in the run's folder, which is ours alone."""
-    checkpoint = prepare_run(
-        run, config.resume, None if config.resume_from_step < 0 else config.resume_from_step, runtime
-    )
-    earlier = earlier_session(checkpoint, config, run)
-    if earlier:
-        config = merge_saved_config(config, earlier.user_config, OPERATIONAL)
+    checkpoint, earlier, config = open_session(run, config, runtime)
     tokenizer = checkpoint.tokenizer() if checkpoint else get_tokenizer()
     corpus = resolve_corpus(config.data, base_dir)
     if checkpoint and checkpoint.meta["corpus"] != corpus.fingerprint:
@@ -143,11 +116,7 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
                             rows_per_step=plan.total_batch_tokens // config.max_seq_len,
                             rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
     trainer = build_trainer(config, plan, runtime, model, loader)
-    if not checkpoint:
-        move_aside(run, runtime)
-    if runtime.is_main:
-        write_json(run / "plan.json", {"num_steps": plan.num_steps, "user_config": asdict(config)})
-        print_table("plan", describe(model.config, plan))
+    announce(run, checkpoint, config, plan.num_steps, describe(model.config, plan), runtime)
     tokens = config.evaluation_tokens(runtime)
     trainer.hooks = [
         Hook(partial(evaluate, corpus=corpus, tokenizer=tokenizer, tokens=tokens), config.eval_every),
@@ -197,31 +166,23 @@ def open_source(init_from: str, base_dir: Path) -> Checkpoint:
 
 def new_config(config: Config, tokenizer: RustBPETokenizer, runtime: Runtime) -> GPTConfig:
     """The network that the flags describe."""
-    forms: dict[str, Any] = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
-    if config.recipe not in forms:
-        raise UserError(f"--recipe must be one of {', '.join(forms)}, got {config.recipe!r}")
-    if config.max_seq_len == -1:
-        config.max_seq_len = 2048
-    if config.max_seq_len < 2:
-        raise UserError(f"--max-seq-len must be at least 2, got {config.max_seq_len}")
-    form = partial(forms[config.recipe], sequence_len=config.max_seq_len, vocab_size=tokenizer.get_vocab_size(),
-                   window_pattern="L" if config.recipe == "plain" else config.window_pattern)  # fmt: skip
-    sizes = partial(derive_sizes, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, n_embd=config.n_embd,
-                    n_head=config.n_head, n_kv_head=config.n_kv_head)  # fmt: skip
+    of_depth = network(config, tokenizer.get_vocab_size())
     if config.depth == -1:
         if config.minutes <= 0:
             raise UserError("--depth=-1 derives the depth from --minutes: give --minutes, or a depth")
         flops = config.minutes * 60 * USUAL_SHARE_OF_PEAK * measure_peak_flops(runtime) * runtime.world_size
-        config.depth = int(runtime.largest(depth_for_flops(flops, sizes, form)))
+        config.depth = int(runtime.largest(depth_for_flops(flops, of_depth)))
         runtime.print0(f"{config.minutes:g} minutes on this machine suit depth {config.depth}")
-    return form(**asdict(sizes(config.depth)))
+    model_config = of_depth(config.depth)
+    config.max_seq_len = model_config.sequence_len
+    return model_config
 
 
 def fix_plan(config: Config, model: GPT, runtime: Runtime, earlier: Earlier | None) -> Plan:
     """Every number of the run. With --minutes the horizon is what fits, by timing real steps."""
     total = config.total_batch_size
     if total == -1 and config.minutes > 0:
-        total = 2**19 if runtime.device.type != "cpu" else 2**13
+        total = batch_for_minutes(runtime.device.type)
     make = partial(make_plan, model.config, target_flops=config.target_flops,
                    target_param_data_ratio=config.target_param_data_ratio,
                    total_batch_size=total, decay_by_horizon=config.recipe == "later",

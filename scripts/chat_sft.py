@@ -5,40 +5,36 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import Checkpoint, find_run, has_run, load_model, run_dir
-from nanochat.common import UserError, format_count, get_base_dir, say, write_json
+from nanochat.common import UserError, format_count, get_base_dir, say
 from nanochat.dataloader import ConversationLoader
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
-from nanochat.scaling import align_batch
+from nanochat.scaling import align_batch, batch_lr_scale, scaled_weight_decay
 from nanochat.session import (
     choose_device_batch,
     command_line,
-    merge_saved_config,
-    move_aside,
     only_session,
-    prepare_run,
 )
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Hook, Record, ScheduleConfig, Trainer
 from scripts import _cli
 from scripts._observe import continuations, loader_bpb
 from scripts._train import (
-    OPERATIONAL,
     TrainFlags,
+    announce,
     compiled_loss,
     drive,
-    earlier_session,
     make_optimizer,
     note_bpb,
+    open_session,
     print_samples,
-    print_table,
     random_batch,
     steps_for_minutes,
     training_figures,
@@ -97,12 +93,7 @@ def train(config: Config, runtime: Runtime) -> int:
 
 def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int:
     """The same, in the run's folder, which is ours alone."""
-    checkpoint = prepare_run(
-        run, config.resume, None if config.resume_from_step < 0 else config.resume_from_step, runtime
-    )
-    earlier = earlier_session(checkpoint, config, run)
-    if earlier:
-        config = merge_saved_config(config, earlier.user_config, OPERATIONAL)
+    checkpoint, earlier, config = open_session(run, config, runtime)
     start = resumed_model(checkpoint, runtime) if checkpoint else base_model(run, config, runtime, base_dir)
     model, tokenizer = start.model, start.tokenizer
     runtime.print0(f"{runtime.describe()}\nbase model: {start.tag}, step {start.step}; run folder: {run}")
@@ -136,12 +127,8 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     make_trainer = partial(build_trainer, config, start.recipe, runtime, rows, T)
     num_steps = earlier.num_steps if earlier else find_horizon(config, make_trainer, model, loader, rows, T, runtime)
     trainer = make_trainer(model=model, loader=loader, num_steps=num_steps)
-    if not checkpoint:
-        move_aside(run, runtime)
     plan = plan_rows(train_parts, rows * T, num_steps, T)
-    if runtime.is_main:
-        write_json(run / "plan.json", {"num_steps": num_steps, "user_config": asdict(config)})
-        print_table("plan", plan)
+    announce(run, checkpoint, config, num_steps, plan, runtime)
     steps = max(1, config.evaluation_tokens(runtime) // (EVAL_ROWS * T))
     trainer.hooks = [
         Hook(partial(evaluate, validation=validation, tokenizer=tokenizer, steps=steps), config.eval_every),
@@ -237,8 +224,8 @@ def build_trainer(
     config: Config, recipe: str, runtime: Runtime, rows: int, T: int, model: GPT, loader: Any, num_steps: int
 ) -> Trainer:
     """Optimizer and loop around `model`."""
-    lr_scale = (rows * T / 2**19) ** 0.5 * config.init_lr_frac
-    decay = config.weight_decay * (12 / model.config.n_layer) ** 2
+    lr_scale = batch_lr_scale(rows * T) * config.init_lr_frac
+    decay = scaled_weight_decay(config.weight_decay, model.config.n_layer)
     optimizer = make_optimizer(model, config.optimizer_config(recipe), runtime, lr_scale, decay)
     schedule = ScheduleConfig(num_steps, warmdown_ratio=config.warmdown_ratio)
     micro = choose_device_batch(config.device_batch_size, rows, T, runtime)

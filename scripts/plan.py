@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,19 @@ from nanochat.law import Law
 from nanochat.optim import OptimizerConfig
 from nanochat.planner import Gpu, Pace, RunPlan, expected_pace, find_gpu, memory_by_kind, plan_run
 from nanochat.runtime import Runtime, device_name
-from nanochat.scaling import Plan, align_batch, derive_sizes, estimate, make_plan
+from nanochat.scaling import USUAL_SHARE_OF_PEAK, Plan, align_batch, estimate, make_plan
 from nanochat.session import choose_device_batch, measure_peak_flops
 from nanochat.trainer import ScheduleConfig, Trainer
 from scripts import _cli
-from scripts._train import compiled_loss, make_optimizer, print_table, random_batch
+from scripts._model import ModelFlags, network
+from scripts._train import batch_for_minutes, compiled_loss, make_optimizer, print_table, random_batch, steps_in
 
-USUAL_SHARE_OF_PEAK = 0.4  # on a machine too slow to be measured in a moment
 MEASURING_SECONDS = 20.0
 SHORTEST_ROW = 256  # tokens: fewer would not keep the matrix products busy
-IN_TIME = 0.95  # the share of --minutes that steps are planned for, as base_train does
 
 
 @dataclass
-class Config:
+class Config(ModelFlags):
     """Plan a pretraining run: steps, memory, time and cost. The model's and the horizon's flags are base_train's."""
 
     gpu: str = "here"
@@ -49,41 +48,18 @@ class Config:
     """Price; -1 takes the GPU's usual one."""
     json: bool = False
     """Print one line of JSON instead of the table."""
-    depth: int = 12
-    """The one dial: layers."""
-    aspect_ratio: int = 64
-    """Width per layer."""
-    head_dim: int = 128
-    """Size of an attention head."""
-    n_embd: int = -1
-    """Width, overriding depth * aspect ratio."""
-    n_head: int = -1
-    """Query heads."""
-    n_kv_head: int = -1
-    """Key/value heads, a divisor of the query heads."""
-    max_seq_len: int = 2048
-    """Context length in tokens."""
-    window_pattern: str = "SSSL"
-    """Per layer, tiled: S short window, L full context; the last layer is always L."""
-    recipe: str = "published"
-    """Model features: published, later (smear, backout, quarter windows, …) or plain (no extras)."""
     vocab_size: int = 32768
     """Tokens in the vocabulary."""
     num_iterations: int = -1
     """Horizon in optimizer steps."""
-    target_flops: float = -1.0
-    """Horizon in training FLOPs."""
-    target_param_data_ratio: float = 10.5
-    """Horizon in tokens per scaling parameter."""
     total_batch_size: int = -1
     """Tokens per optimizer step over all GPUs; -1 derives it."""
     device_batch_size: int = -1
     """Rows per micro-batch and GPU; -1 finds the largest that fits."""
 
     def __post_init__(self) -> None:
-        for name, value in (("--num-gpus", self.num_gpus), ("--max-seq-len", self.max_seq_len)):
-            if value < 1 and (name, value) != ("--num-gpus", -1):
-                raise UserError(f"{name} must be at least 1, got {value}")
+        if self.num_gpus < 1 and self.num_gpus != -1:
+            raise UserError(f"--num-gpus must be at least 1, or -1 for all there are, got {self.num_gpus}")
         if self.dollars_per_gpu_hour < 0 and self.dollars_per_gpu_hour != -1:
             raise UserError(f"--dollars-per-gpu-hour cannot be negative, got {self.dollars_per_gpu_hour:g}")
 
@@ -91,7 +67,7 @@ class Config:
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan, print."""
     config = _cli.parse(Config, argv)
-    model_config = build_config(config)
+    model_config = network(config, config.vocab_size)(config.depth)
     make_plan(model_config, **horizon(config, num_steps=1))  # a mistake is refused before anything is measured
     made = plan_here(config, model_config) if config.gpu.lower() == "here" else plan_there(config, model_config)
     if config.json:
@@ -101,18 +77,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     say("It assumes:")
     for sentence in made.assumptions:
         say(f"- {sentence}")
-
-
-def build_config(config: Config) -> GPTConfig:
-    """The network that the flags describe."""
-    forms: dict[str, Any] = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
-    if config.recipe not in forms:
-        raise UserError(f"--recipe must be one of {', '.join(forms)}, got {config.recipe!r}")
-    sizes = derive_sizes(config.depth, config.aspect_ratio, config.head_dim, config.n_embd, config.n_head,
-                         config.n_kv_head)  # fmt: skip
-    return forms[config.recipe](sequence_len=config.max_seq_len, vocab_size=config.vocab_size,
-                                window_pattern="L" if config.recipe == "plain" else config.window_pattern,
-                                **asdict(sizes))  # fmt: skip
 
 
 def horizon(config: Config, num_steps: int = -1) -> dict[str, Any]:
@@ -128,10 +92,10 @@ def fix_steps(config: Config, model_config: GPTConfig, pace: Pace, num_gpus: int
     if config.minutes <= 0 or config.num_iterations > 0:
         return make_plan(model_config, **horizon(config))
     if config.total_batch_size == -1:
-        config = replace(config, total_batch_size=2**13 if cpu else 2**19)
-    rows = align_batch(config.total_batch_size, config.max_seq_len) // config.max_seq_len
-    seconds = pace.step_seconds(math.ceil(rows / num_gpus) * config.max_seq_len)
-    steps = max(1, round(config.minutes * 60 * IN_TIME / seconds))
+        config = replace(config, total_batch_size=batch_for_minutes("cpu" if cpu else "cuda"))
+    T = model_config.sequence_len
+    rows = align_batch(config.total_batch_size, T) // T
+    steps = steps_in(config.minutes, pace.step_seconds(math.ceil(rows / num_gpus) * T))
     plan = make_plan(model_config, **horizon(config, steps))
     plan.horizon = f"--minutes={config.minutes:g}"
     return plan
@@ -167,7 +131,7 @@ def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
         pace = measure_pace(model_config, gpu, runtime)
         plan = fix_steps(config, model_config, pace, num_gpus, cpu)
         # On a CPU small micro-batches, which stay in its caches, are the fast ones.
-        most = choose_device_batch(-1, 2**30, config.max_seq_len, runtime) if cpu else None
+        most = choose_device_batch(-1, 2**30, model_config.sequence_len, runtime) if cpu else None
         return plan_run(model_config, plan, gpu, pace, num_gpus=num_gpus, most_rows=most,
                         device_batch_size=config.device_batch_size, device_type=runtime.device.type,
                         dollars_per_gpu_hour=config.dollars_per_gpu_hour, law=Law.load())  # fmt: skip

@@ -51,10 +51,15 @@ def test_blocked_matches_the_definition_and_its_gradients(T: int, window: int) -
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_blocked_in_working_precision(dtype: torch.dtype, tolerance: float) -> None:
-    q, k, v = random_qkv(2, 140, 4, 2, 16, dtype)
-    out = flash_attn_func(q, k, v, window_size=(50, 0))
+    tensors = [x.requires_grad_() for x in random_qkv(2, 140, 4, 2, 16, dtype)]
+    copies = [x.detach().double().requires_grad_() for x in tensors]
+    out, wanted = flash_attn_func(*tensors, window_size=(50, 0)), reference(*copies, 50)
     assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), reference(q, k, v, 50), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+    weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((out * weights).sum(), tensors)
+    for ours, exact in zip(grads, torch.autograd.grad((wanted * weights).sum(), copies), strict=True):
+        assert (ours.double() - exact).norm() <= tolerance * exact.norm()
 
 
 def test_windowed_blocks_pass_gradcheck() -> None:

@@ -90,6 +90,16 @@ def test_what_cannot_be_trained_on_costs_no_earlier_run(copied: Path, chats: str
     assert [p.name for p in (copied / "chatsft_checkpoints").iterdir() if p.is_dir()] == ["tiny"]
 
 
+@pytest.mark.parametrize("flag", ["--run=mine", "--tensorboard"])
+def test_an_extra_that_is_missing_costs_no_earlier_run(
+    flag: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    with pytest.raises(UserError, match="pip install 'nanochat"):
+        base_train.main([*TINY, f"--data={copied / 'text.jsonl'}", flag])
+    assert list_steps(copied / "base_checkpoints" / "tiny") == [1]
+
+
 def test_one_session_at_a_time(copied: Path) -> None:
     from filelock import FileLock
 
