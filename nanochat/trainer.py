@@ -289,7 +289,8 @@ class Trainer:
 class catch_signals:
     """While open, SIGINT, SIGTERM and SIGHUP (a terminal that closes) call `handler` instead of killing the process.
 
-    Main thread only. A signal that is ignored, as nohup has SIGHUP ignored, stays so.
+    Main thread only. SIGHUP stays ignored where nohup has it so; SIGINT is heard even where a shell has it ignored
+    for what it starts in the background.
     """
 
     def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
@@ -298,8 +299,9 @@ class catch_signals:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-            heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]
+            heard = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                heard.append(signal.SIGHUP)
             self.before = {s: signal.signal(s, self.handler) for s in heard}
 
     def __exit__(self, *exc: object) -> None:

@@ -111,17 +111,31 @@ def test_nan_stops_before_the_update_and_names_everything() -> None:
     assert trainer.progress.step == 2
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_saves(signum: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(steps=50)
     saved = []
     trainer.save = lambda t: saved.append(t.progress.step)
     trainer.log = lambda t, record: os.kill(os.getpid(), signum) if record["step"] == 3 else None
-    before = signal.getsignal(signum)
+    inherited = signal.signal(signum, signal.default_int_handler)  # which nohup may have ignored
     code = run_to_end(trainer, tmp_path, "python -m scripts.base_train --resume")
     assert code == 128 + signum and saved == [3] and trainer.progress.step == 3
     assert "--resume" in capsys.readouterr().out
-    assert signal.getsignal(signum) is before
+    assert signal.signal(signum, inherited) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(("signum", "heard"), [(signal.SIGINT, True), (signal.SIGHUP, False)])
+def test_what_the_shell_has_ignored(signum: int, heard: bool, tmp_path: Path) -> None:
+    """`command &` in a script ignores SIGINT, and `kill -INT` shall still save; nohup's SIGHUP is meant."""
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        trainer = make_trainer(steps=5)
+        trainer.log = lambda t, record: os.kill(os.getpid(), signum) if record["step"] == 3 else None
+        code = run_to_end(trainer, tmp_path, "")
+        assert (code, trainer.progress.step) == ((128 + signum, 3) if heard else (0, 5))
+        assert signal.getsignal(signum) is signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
 
 
 def test_a_failed_periodic_save_is_loud_and_training_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
