@@ -35,7 +35,7 @@ POSITIVE = {
     "tokenizer": """train_seconds encode_single_mb_per_second encode_single_tokens_per_second
         encode_batch_mb_per_second encode_batch_tokens_per_second decode_mb_per_second bytes_per_token""",
 }  # fmt: skip
-SMALL_TEXT = {"tokenizer": ["--chars=20000"], "data": ["--chars=20000", "--documents=100", "--blocks=1"]}
+SMALL_TEXT = {"tokenizer": ["--chars=20000"], "data": ["--chars=20000", "--documents=100", "--again=20"]}
 
 
 @pytest.fixture
