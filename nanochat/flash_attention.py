@@ -31,14 +31,14 @@ AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], to
 # blocked: matrix products over blocks of queries
 
 
-def _query_block(window: int) -> int:
-    """Queries per block: large blocks waste work at a narrow window's edge, small ones starve the GEMM."""
-    return 64 if window < 256 else 128
+def query_block(window: int, element_bytes: int) -> int:
+    """Queries per block: large blocks waste work at a narrow window's edge, small ones starve the products, those
+    in 16 bits sooner (bench/attention.py)."""
+    return (64 if window < 256 else 128) * (2 if element_bytes == 2 else 1)
 
 
-def _block_spans(length: int, window: int) -> list[tuple[int, int, int]]:
-    """(first key, first query, end) per block of queries; keys and queries share the end."""
-    size = _query_block(window)
+def _block_spans(length: int, window: int, size: int) -> list[tuple[int, int, int]]:
+    """(first key, first query, end) per block of `size` queries; keys and queries share the end."""
     return [(max(0, start - window), start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -50,12 +50,13 @@ class _BlockedAttention(torch.autograd.Function):
         scale = 1 / math.sqrt(q.size(-1))
         out = torch.empty_like(q)
         kept = []
-        for lo, start, end in _block_spans(q.size(1), window):
+        spans = _block_spans(q.size(1), window, query_block(window, q.element_size()))
+        for lo, start, end in spans:
             scores = torch.bmm(q[:, start:end], k[:, lo:end].transpose(1, 2))  # (N, queries, keys)
             weights = block_softmax_(scores, start - lo, window, scale)
             out[:, start:end] = torch.bmm(weights, v[:, lo:end])
             kept.append(weights)
-        ctx.window = window
+        ctx.spans = spans
         ctx.save_for_backward(q, k, v, *kept)
         return out
 
@@ -65,7 +66,7 @@ class _BlockedAttention(torch.autograd.Function):
         grad = grads[0].contiguous()
         scale = 1 / math.sqrt(q.size(-1))
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (lo, start, end), weights in zip(_block_spans(q.size(1), ctx.window), kept):
+        for (lo, start, end), weights in zip(ctx.spans, kept):
             part = grad[:, start:end]
             dv[:, lo:end].baddbmm_(weights.transpose(1, 2), part)
             dscores = torch.bmm(part, v[:, lo:end].transpose(1, 2))

@@ -3,7 +3,9 @@
 Shapes: B batch, T time, C channels (n_embd), H query heads, G key/value heads, D head size, V vocabulary.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -34,11 +36,32 @@ class AttentionCache(Protocol):
 class Linear(nn.Linear):
     """A matrix without bias: kept in fp32, multiplied in the dtype of its input."""
 
+    cast: torch.Tensor | None = None  # the weight in that dtype, while GPT.hold_casts is open
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.cast is not None:
+            return _CastLinear.apply(x, self.weight, self.cast)
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class _CastLinear(torch.autograd.Function):
+    """x (..., K) times a weight (M, K) that is at hand in x's dtype too; gradients go to the weight itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, cast: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, cast)
+        ctx.weight_dtype = weight.dtype
+        return F.linear(x, cast)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, cast = ctx.saved_tensors
+        g = grads[0]
+        of_weight = g.flatten(0, -2).T @ x.flatten(0, -2)  # (M, K)
+        return g @ cast if ctx.needs_input_grad[0] else None, of_weight.to(ctx.weight_dtype), None
 
 
 class Embedding(nn.Embedding):
@@ -223,7 +246,8 @@ class GPT(nn.Module):
         """
         if targets is None:
             x = self.hidden(idx, kv_cache)
-            return head_logits(x, self.head_weight, self.config.softcap)
+            head = self.head_weight if self.head_cast is None else self.head_cast
+            return head_logits(x, head, self.config.softcap)
         total, losses = self.loss(idx, targets)
         if loss_reduction == "mean":
             return total / (targets >= 0).sum().clamp_min(1)
@@ -236,7 +260,21 @@ class GPT(nn.Module):
         """(differentiable sum of weighted losses, each token's loss (B*T,) detached); all inputs (B, T)."""
         x = self.hidden(idx).flatten(0, 1)  # (B*T, C)
         weights = None if token_weights is None else token_weights.flatten()
-        return head_loss(x, self.head_weight, targets.flatten(), weights, self.config.softcap)
+        return head_loss(x, self.head_weight, targets.flatten(), weights, self.config.softcap, self.head_cast)
+
+    @contextlib.contextmanager
+    def hold_casts(self) -> Iterator[None]:
+        """While open, each matrix is cast to the compute dtype once, not at every use. The weights must not change
+        meanwhile. On GPUs nothing happens: there the compiler sees to it, and fp8 layers have casts of their own."""
+        linears = [m for m in self.modules() if type(m) is Linear] if self.device.type == "cpu" else []
+        for linear in linears:
+            if linear.cast is None and linear.weight.dtype != self.compute_dtype:
+                linear.cast = linear.weight.detach().to(self.compute_dtype)
+        try:
+            yield
+        finally:
+            for linear in linears:
+                linear.cast = None
 
     def hidden(self, idx: torch.Tensor, kv_cache: AttentionCache | None = None) -> torch.Tensor:
         """idx (B, T) -> final normed hidden states (B, T, C) in the compute dtype."""
@@ -293,6 +331,12 @@ class GPT(nn.Module):
     def head_weight(self) -> torch.Tensor:
         """(V, C): the head without its padding rows."""
         return self.lm_head.weight[: self.config.vocab_size]
+
+    @property
+    def head_cast(self) -> torch.Tensor | None:
+        """The same in the compute dtype, while hold_casts is open."""
+        cast = self.lm_head.cast
+        return None if cast is None else cast[: self.config.vocab_size]
 
     @property
     def device(self) -> torch.device:

@@ -37,9 +37,10 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         token_weights: torch.Tensor,  # (N,)
         cap: float,
         chunk: int,
+        cast: torch.Tensor | None,  # (V, C), weight in x's dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        w = weight.to(x.dtype)
+        w = weight.to(x.dtype) if cast is None else cast
         losses = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if need_grad else None
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_grad else None
@@ -58,7 +59,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         dx, dw = ctx.saved_tensors
-        return dx * grads[0].to(dx.dtype), dw * grads[0], None, None, None, None
+        return dx * grads[0].to(dx.dtype), dw * grads[0], None, None, None, None, None
 
 
 def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -76,12 +77,17 @@ def chunk_tokens(vocab_size: int, device_type: str) -> int:
 
 
 def head_loss(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor | None, cap: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor | None,
+    cap: float,
+    cast: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softcapped cross-entropy of x (N, C) through weight (V, C) against targets (N,), -1 = ignored.
 
     Returns (the differentiable sum over tokens of token_weights * loss, each token's loss (N,), detached,
-    0 where ignored). `token_weights` (N,) defaults to 1.
+    0 where ignored). `token_weights` (N,) defaults to 1. `cast`: the weight in x's dtype, if at hand.
     """
     kept = targets >= 0
     ones = kept.to(torch.float32)
@@ -90,8 +96,8 @@ def head_loss(
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(kept.all()):
         # Prompts and padding have no target: leave their rows out instead of multiplying them by zero.
         index = kept.nonzero().squeeze(1)
-        total, some = _ChunkedHeadLoss.apply(x[index], weight, targets[index], token_weights[index], cap, chunk)
+        total, some = _ChunkedHeadLoss.apply(x[index], weight, targets[index], token_weights[index], cap, chunk, cast)
         losses = torch.zeros(x.size(0), dtype=torch.float32).index_copy_(0, index, some)
         return total, losses
-    total, losses = _ChunkedHeadLoss.apply(x, weight, targets.clamp_min(0), token_weights, cap, chunk)
+    total, losses = _ChunkedHeadLoss.apply(x, weight, targets.clamp_min(0), token_weights, cap, chunk, cast)
     return total, losses * ones

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError, format_count, format_seconds
+from nanochat.flash_attention import query_block
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.law import Forecast, Law
 from nanochat.loss_head import chunk_tokens
@@ -137,7 +138,7 @@ def activation_bytes(config: GPTConfig, rows: int, element: int, *, fused: bool 
         kept += both * 4 * C  # ReLU squared
         if blocked:
             span = min(window, T)
-            block = 64 if span < 256 else 128  # of queries; the keys that only some of them see add half of it
+            block = query_block(span, element)  # of queries; the keys that only some of them see add half of it
             kept += config.n_head * min(span - span**2 / (2 * T) + block / 2, T)
             kept += 2 * (queries - keys) if config.n_kv_head < config.n_head else 0  # k and v, repeated
     return int(rows * T * kept * element)

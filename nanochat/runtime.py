@@ -4,6 +4,7 @@ Everything that depends on the machine is decided here and handed down as a valu
 asks the environment or keeps a global dtype.
 """
 
+import ctypes
 import os
 import platform
 import random
@@ -46,6 +47,8 @@ class Runtime:
         device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
         if device_type == "cuda":
             torch.cuda.set_device(device)
+        elif device_type == "cpu":
+            keep_freed_memory()
         chosen, reason = pick_dtype(device_type, dtype or os.environ.get("NANOCHAT_DTYPE", ""))
         if world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=30))
@@ -173,6 +176,22 @@ def device_name(device: torch.device) -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed for the next allocation; elsewhere nothing happens.
+
+    By default it hands every block above 32 MiB back to the system, and a training step asks for the same ones
+    again and again: each time the kernel maps and clears all their pages, up to a fifth of a step (dev/LOG.md).
+    """
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(M_MMAP_THRESHOLD, 2**30)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TOP_PAD, 2**26)
 
 
 def seed_everything(seed: int) -> None:

@@ -173,8 +173,9 @@ class Trainer:
         counted = self.runtime.sum((batch.targets >= 0).sum().to(device))
         num_targets = max(int(counted), 1)
         total = torch.zeros((), device=device)
-        for inputs, targets, weights in self.micro_batches(batch):
-            total += self.add_gradients(inputs, targets, weights, num_targets)
+        with self.model.hold_casts():
+            for inputs, targets, weights in self.micro_batches(batch):
+                total += self.add_gradients(inputs, targets, weights, num_targets)
         return float(self.runtime.sum(total)) / num_targets, num_targets
 
     def add_gradients(

@@ -371,3 +371,11 @@ def test_a_batch_is_pinned_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(list(t.micro_batches(Batch(tokens, tokens, None, "")))) == 1
     t.runtime = replace(CPU, device=torch.device("meta"))  # stands for any device that is not CUDA
     assert len(list(t.micro_batches(Batch(tokens, tokens, None, "")))) == 1
+
+
+def test_a_machine_without_glibc_trains_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_library(name: Any) -> Any:
+        raise OSError("no such library")
+
+    monkeypatch.setattr("nanochat.runtime.ctypes.CDLL", no_library)
+    assert Runtime.create("cpu").device.type == "cpu"
