@@ -1,6 +1,5 @@
 """What the benchmarks measure with: flags, clocks, memory, and the bare matrix products behind linear layers."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +14,9 @@ from torch import nn
 from nanochat.common import UserError
 from nanochat.dataset import starter_corpus
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.recipe import get_recipe
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import derive_sizes
-
-IMPORTED = time.perf_counter()
 
 
 @dataclass
@@ -38,7 +36,7 @@ class Flags:
     window_pattern: str = "SSSL"
     """Per layer, tiled: S short window, L full context."""
     recipe: str = "published"
-    """Model features and rates: published, later or plain."""
+    """Model features and rates: published, later or plain, and changes to it (later,smear=False)."""
     dtype: str = ""
     """float32, bfloat16 or float16; empty: what suits the machine."""
     device_type: str = ""
@@ -63,13 +61,9 @@ class Flags:
 
 def model_config(flags: Flags) -> GPTConfig:
     """The network that base_train makes of the same flags."""
-    forms: dict[str, Any] = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
-    if flags.recipe not in forms:
-        raise UserError(f"--recipe must be one of {', '.join(forms)}, got {flags.recipe!r}")
     sizes = derive_sizes(flags.depth, head_dim=flags.head_dim)
-    return forms[flags.recipe](sequence_len=flags.seq_len, vocab_size=flags.vocab_size,
-                               window_pattern="L" if flags.recipe == "plain" else flags.window_pattern,
-                               **asdict(sizes))  # fmt: skip
+    return get_recipe(flags.recipe).model(sequence_len=flags.seq_len, vocab_size=flags.vocab_size,
+                                          window_pattern=flags.window_pattern, **asdict(sizes))  # fmt: skip
 
 
 def circumstances(flags: Flags, runtime: Runtime) -> dict[str, Any]:
@@ -117,17 +111,6 @@ def sample_in_turn(
 def time_in_turn(actions: dict[str, Callable[[], Any]], seconds: float, runtime: Runtime) -> dict[str, float]:
     """The median seconds of each action; see sample_in_turn."""
     return {name: median(times) for name, times in sample_in_turn(actions, seconds, runtime).items()}
-
-
-def process_age() -> float:
-    """Seconds since this process was started, or, where the system does not say, since this file was imported."""
-    try:
-        # After the name, which is in brackets and may hold anything, fields 3, 4, ...; 22 is the start, in ticks.
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return uptime - int(fields[22 - 3]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return time.perf_counter() - IMPORTED
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from bench._common import (
     model_config,
     peak_during,
     peak_memory,
-    process_age,
     sample_in_turn,
     tensor_bytes,
 )
@@ -28,7 +27,7 @@ from bench._run import Result
 from nanochat.common import format_count
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
-from nanochat.runtime import Runtime
+from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import make_plan
 from nanochat.session import measure_peak_flops
 from nanochat.trainer import ScheduleConfig, Trainer

@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import random
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from nanochat.common import UserError, say
 
+IMPORTED = time.perf_counter()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -192,6 +194,17 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_THRESHOLD, 2**30)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(M_TOP_PAD, 2**26)
+
+
+def process_age() -> float:
+    """Seconds since this process was started, or, where the system does not say, since this file was imported."""
+    try:
+        # After the name, which is in brackets and may hold anything, fields 3, 4, ...; 22 is the start, in ticks.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return uptime - int(fields[22 - 3]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.perf_counter() - IMPORTED
 
 
 def seed_everything(seed: int) -> None:

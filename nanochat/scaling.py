@@ -121,9 +121,9 @@ def horizon_weight_decay(weight_decay: float, batch: float, tokens: float, refer
     return weight_decay * batch_lr_scale(batch) * reference_tokens / tokens
 
 
-def batch_lr_scale(batch_tokens: float) -> float:
-    """What the reference rates are multiplied by at this batch: the square root of its share of 2^19."""
-    return math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
+def batch_lr_scale(batch_tokens: float, exponent: float = 0.5) -> float:
+    """What the reference rates are multiplied by at this batch: a power, usually the root, of its share of 2^19."""
+    return (batch_tokens / REFERENCE_BATCH_TOKENS) ** exponent
 
 
 def make_plan(
@@ -135,6 +135,8 @@ def make_plan(
     total_batch_size: int = -1,
     weight_decay: float = 0.2,
     decay_by_horizon: bool = False,
+    batch_exponent: float = 0.5,
+    lr_scale: float = 1.0,
 ) -> Plan:
     """Resolve the horizon (--num-iterations, then --target-flops, then --target-param-data-ratio) and the batch."""
     if num_iterations == 0 or num_iterations < -1:
@@ -163,7 +165,8 @@ def make_plan(
     decay = scaled_weight_decay(weight_decay, config.n_layer)
     if decay_by_horizon:
         decay = horizon_weight_decay(weight_decay, batch, steps * batch, reference_tokens)
-    return Plan(steps, batch, flops_per_token, params, batch_lr_scale(batch), decay, horizon)
+    lr_scale *= batch_lr_scale(batch, batch_exponent)
+    return Plan(steps, batch, flops_per_token, params, lr_scale, decay, horizon)
 
 
 def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:
@@ -180,7 +183,7 @@ def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:
         ("steps", f"{plan.num_steps:,} (from {plan.horizon})"),
         ("tokens", f"{plan.tokens:,} ({plan.tokens_per_param:.2f} per parameter)"),
         ("training FLOPs", f"{plan.tokens * plan.flops_per_token:.3e}"),
-        ("rates x", f"{plan.lr_scale:.4f} (square root of batch / 2^19)"),
+        ("rates x", f"{plan.lr_scale:.4f} (batch {plan.total_batch_tokens / REFERENCE_BATCH_TOKENS:.3g} x 2^19)"),
         ("matrix weight decay", f"{plan.weight_decay:.4g}"),
     ]
     return [(name, str(value)) for name, value in rows]

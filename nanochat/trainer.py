@@ -18,6 +18,7 @@ import torch
 
 from nanochat.common import UserError, warn
 from nanochat.dataloader import Batch
+from nanochat.deadline import Deadline
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import Runtime
@@ -122,6 +123,7 @@ class Trainer:
     log: Callable[["Trainer", Record], None] = lambda trainer, record: None
     save: Callable[["Trainer"], Any] | None = None
     save_every: int = -1
+    deadline: Deadline | None = None  # moves the horizon, if there is one
     progress: Progress = field(default_factory=Progress)
     last_saved_step: int | None = None
     loss_fn: Any = None  # model.loss, or its compiled form
@@ -241,12 +243,9 @@ class Trainer:
         return multiplier
 
     def _after_step(self, record: Record) -> None:
-        step, num_steps = self.progress.step, self.schedule.num_steps
+        step, num_steps = self.progress.step, self._follow_deadline()
         try:
-            for hook in self.hooks:
-                if hook.due(step, num_steps):
-                    record.update(hook.run(self) or {})
-                    self.model.train()
+            record.update(self._observe(step, num_steps))
             self.log(self, record)
         except Exception:  # an observer failed: that must not cost the steps since the last save
             self._save(final=True)
@@ -258,6 +257,24 @@ class Trainer:
         if stop_signal and not last:
             self._save(final=True)
             raise Interrupted(stop_signal)
+
+    def _follow_deadline(self) -> int:
+        """The number of steps of the run, moved if there is a deadline; alike on all processes."""
+        if self.deadline:
+            now, plan = time.perf_counter() - self.started, self.schedule
+            plan.num_steps = int(self.runtime.largest(self.deadline.horizon(self.progress.step, plan.num_steps, now)))
+        return self.schedule.num_steps
+
+    def _observe(self, step: int, num_steps: int) -> Record:
+        """Run the hooks that are due; what they have to add to the step's record."""
+        began, found = time.perf_counter(), {}
+        for hook in self.hooks:
+            if hook.due(step, num_steps):
+                found.update(hook.run(self) or {})
+                self.model.train()
+        if self.deadline and found:  # an evaluation: the last one will take as long
+            self.deadline.note_observing(time.perf_counter() - began)
+        return found
 
     def _end_early(self) -> None:
         """Close a run whose data was shorter than its horizon as if the horizon had been here."""

@@ -6,6 +6,7 @@ from functools import partial
 
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
+from nanochat.recipe import get_recipe
 from nanochat.scaling import derive_sizes
 
 USUAL_CONTEXT = 2048
@@ -30,7 +31,8 @@ class ModelFlags:
     window_pattern: str = "SSSL"
     """Per layer, tiled: S short window, L full context; the last layer is always L."""
     recipe: str = "published"
-    """Model features and rates: published, later (smear, backout, quarter windows, …) or plain (no extras)."""
+    """Model features and rates: published, later (smear, backout, quarter windows, …) or plain (no extras); changes
+    may follow, as in later,smear=False,matrix_lr=0.03."""
     target_flops: float = -1.0
     """Horizon in training FLOPs."""
     target_param_data_ratio: float = 10.5
@@ -39,16 +41,11 @@ class ModelFlags:
 
 def network(flags: ModelFlags, vocab_size: int) -> Callable[[int], GPTConfig]:
     """What the flags make of a depth."""
-    forms: dict[str, Callable[..., GPTConfig]] = {
-        "published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain
-    }  # fmt: skip
-    if flags.recipe not in forms:
-        raise UserError(f"--recipe must be one of {', '.join(forms)}, got {flags.recipe!r}")
     context = USUAL_CONTEXT if flags.max_seq_len == -1 else flags.max_seq_len
     if context < 2:
         raise UserError(f"--max-seq-len must be at least 2, got {context}")
-    form = partial(forms[flags.recipe], sequence_len=context, vocab_size=vocab_size,
-                   window_pattern="L" if flags.recipe == "plain" else flags.window_pattern)  # fmt: skip
+    form = partial(get_recipe(flags.recipe).model, sequence_len=context, vocab_size=vocab_size,
+                   window_pattern=flags.window_pattern)  # fmt: skip
 
     def of_depth(depth: int) -> GPTConfig:
         sizes = derive_sizes(

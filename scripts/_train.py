@@ -13,9 +13,11 @@ from rich.table import Table
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError, get_base_dir, read_json, say, write_json
 from nanochat.dataloader import Batch
+from nanochat.deadline import Deadline
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
-from nanochat.runtime import Runtime
+from nanochat.recipe import get_recipe
+from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import REFERENCE_BATCH_TOKENS
 from nanochat.session import (
     Metrics,
@@ -58,7 +60,7 @@ class TrainFlags:
     compile: str = "auto"
     """on, off, or auto: torch.compile on CUDA only, where it pays back."""
     minutes: float = -1.0
-    """Train for about this long: throughput is measured once and fixes the number of steps."""
+    """Be done after this long, from the program's start to its end: the number of steps follows the clock."""
     num_iterations: int = -1
     """Optimizer steps; -1 derives them."""
     device_batch_size: int = -1
@@ -100,7 +102,7 @@ class TrainFlags:
         given = {name: getattr(self, name) for name in names if getattr(self, name) >= 0}
         if "adam_beta2" in given:
             given |= {"head_beta2": self.adam_beta2, "embed_beta2": self.adam_beta2}
-        return OptimizerConfig.later(**given) if recipe == "later" else OptimizerConfig(**given)
+        return get_recipe(recipe).optimizer(**given)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -182,12 +184,15 @@ def batch_for_minutes(device_type: str) -> int:
 
 
 def steps_in(minutes: float, step_seconds: float) -> int:
-    """How many steps to plan for; what is left over covers the start and the end."""
-    return max(1, round(minutes * 60 * 0.95 / step_seconds))
+    """How many steps to plan for; what is left over covers the start, evaluations and the end."""
+    return max(1, round(minutes * 60 * 0.93 / step_seconds))
 
 
 def steps_for_minutes(config: TrainFlags, make_trainer: Any, model: GPT, batch: Any, runtime: Runtime) -> int:
-    """How many optimizer steps fit in --minutes, by timing real ones on a copy of the model."""
+    """How many optimizer steps fit in --minutes, by timing real ones on a copy of the model.
+
+    A first guess, which the run's Deadline corrects as it goes.
+    """
 
     def make(copy: GPT) -> Trainer:
         trainer = make_trainer(copy)
@@ -196,8 +201,19 @@ def steps_for_minutes(config: TrainFlags, make_trainer: Any, model: GPT, batch: 
 
     seconds = measure_throughput(make, model, batch, budget=min(10.0, config.minutes * 60 * 0.04)).step_seconds
     steps = steps_in(config.minutes, seconds)
-    runtime.print0(f"measured {seconds:.3f} s a step: {steps} steps fit in {config.minutes:g} minutes")
+    runtime.print0(f"measured {seconds:.3f} s a step: about {steps} steps fit in {config.minutes:g} minutes")
     return steps
+
+
+def deadline_for(config: TrainFlags, trainer: Trainer, total_batch_tokens: int) -> Deadline | None:
+    """What --minutes asks for, counted from the start of the program to its end."""
+    if config.minutes <= 0 or config.num_iterations > 0:
+        return None
+    started = trainer.runtime.largest(process_age())
+    # Until an evaluation has been timed: a forward pass is about a third of a training step.
+    usual = config.minutes * 60 / trainer.schedule.num_steps
+    share = config.evaluation_tokens(trainer.runtime) / total_batch_tokens
+    return Deadline(config.minutes * 60 - started, observing_seconds=usual * share / 3)
 
 
 def random_batch(rows: int, T: int, vocab_size: int, runtime: Runtime, supervised: float = 1.0) -> Batch:
@@ -267,6 +283,7 @@ def drive(
     trainer.log = metrics
     trainer.save = partial(save_trainer, run=run, tokenizer=tokenizer, meta=meta, keep_last=config.keep_last)
     trainer.save_every = config.save_every
+    trainer.deadline = deadline_for(config, trainer, total_batch_tokens)
     try:
         return run_to_end(trainer, run, command_line(script, config, resume=True))
     finally:

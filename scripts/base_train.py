@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nanochat import fp8
 from nanochat.checkpoint_manager import Checkpoint, load_model_state, open_checkpoint, run_dir
@@ -11,6 +12,7 @@ from nanochat.common import UserError, format_count, get_base_dir, say
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, resolve_corpus
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.recipe import get_recipe
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.scaling import USUAL_SHARE_OF_PEAK, Plan, align_batch, depth_for_flops, describe, make_plan
@@ -21,7 +23,7 @@ from nanochat.session import (
     only_session,
 )  # fmt: skip
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.trainer import Hook, Record, ScheduleConfig, Trainer
+from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
 from scripts._model import ModelFlags, network
 from scripts._observe import continuations, corpus_bpb
@@ -58,9 +60,9 @@ class Config(ModelFlags, TrainFlags):
     """Linear warm-up, in steps."""
     warmup_ratio: float = -1.0
     """Linear warm-up as a share of the run; overrides --warmup-steps."""
-    warmdown_ratio: float = 0.5
-    """Share of the run over which the rates fall linearly."""
-    final_lr_frac: float = 0.0
+    warmdown_ratio: float = -1.0
+    """Share of the run over which the rates fall linearly; -1 takes the recipe's, here and below."""
+    final_lr_frac: float = -1.0
     """Where they end, as a share of the peak."""
     lr_scale: float = 1.0
     """All rates are multiplied by this: short runs on small batches want more than the square root of the batch."""
@@ -178,15 +180,19 @@ def new_config(config: Config, tokenizer: RustBPETokenizer, runtime: Runtime) ->
     return model_config
 
 
+def plan_arguments(config: Config) -> dict[str, Any]:
+    """make_plan's arguments, all but the steps."""
+    rules, rates = get_recipe(config.recipe).plan, config.optimizer_config(config.recipe)
+    return {"target_flops": config.target_flops, "target_param_data_ratio": config.target_param_data_ratio,
+            "total_batch_size": config.total_batch_size, "weight_decay": rates.weight_decay, **vars(rules)}  # fmt: skip
+
+
 def fix_plan(config: Config, model: GPT, runtime: Runtime, earlier: Earlier | None) -> Plan:
     """Every number of the run. With --minutes the horizon is what fits, by timing real steps."""
     total = config.total_batch_size
     if total == -1 and config.minutes > 0:
         total = batch_for_minutes(runtime.device.type)
-    make = partial(make_plan, model.config, target_flops=config.target_flops,
-                   target_param_data_ratio=config.target_param_data_ratio,
-                   total_batch_size=total, decay_by_horizon=config.recipe == "later",
-                   weight_decay=config.optimizer_config(config.recipe).weight_decay)  # fmt: skip
+    make = partial(make_plan, model.config, **plan_arguments(config) | {"total_batch_size": total})
     if earlier:
         return make(num_iterations=earlier.num_steps)
     if config.minutes <= 0 or config.num_iterations > 0:
@@ -206,9 +212,8 @@ def build_trainer(config: Config, plan: Plan, runtime: Runtime, model: GPT, load
     lr_scale = plan.lr_scale * config.lr_scale
     optimizer = make_optimizer(model, config.optimizer_config(config.recipe), runtime, lr_scale, plan.weight_decay)
     warmup = round(config.warmup_ratio * plan.num_steps) if config.warmup_ratio >= 0 else config.warmup_steps
-    schedule = ScheduleConfig(plan.num_steps, warmup, config.warmdown_ratio, config.final_lr_frac)
-    if config.recipe == "later":
-        schedule.momentum_peak, schedule.momentum_warmdown, schedule.decay_shape = 0.97, True, "cosine"
+    given = {name: getattr(config, name) for name in ("warmdown_ratio", "final_lr_frac") if getattr(config, name) != -1}
+    schedule = get_recipe(config.recipe).schedule(plan.num_steps, warmup_steps=warmup, **given)
     rows = plan.total_batch_tokens // config.max_seq_len
     micro = choose_device_batch(config.device_batch_size, rows, config.max_seq_len, runtime)
     return Trainer(model, optimizer, loader, runtime, schedule, micro,  # type: ignore[arg-type]
@@ -237,12 +242,13 @@ def sample(trainer: Trainer, tokenizer: RustBPETokenizer) -> None:
 
 def report(base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: Plan) -> None:
     """Hand the run's figures to the report."""
+    now = trainer.progress
     values = training_figures(trainer, run, command_line("base_train", config)) | {
-        "tokens": plan.tokens, "tokens_per_second": plan.tokens / max(trainer.progress.seconds, 1e-9),
-        "flops": plan.tokens * plan.flops_per_token, "plan": describe(trainer.model.config, plan),
+        "tokens": now.tokens, "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
+        "flops": now.tokens * plan.flops_per_token, "plan": describe(trainer.model.config, plan),
     }  # fmt: skip
     record_stage(base_dir, "base_train", values)
-    say(f"{values['steps']} steps, {format_count(plan.tokens)} tokens in {values['seconds']:.0f} s; "
+    say(f"{values['steps']} steps, {format_count(now.tokens)} tokens in {values['seconds']:.0f} s; "
           f"val bpb {values['val_bpb']:.4f}")  # fmt: skip
     cropped = values["loader"]["cropped_share"]
     say(f"{cropped:.1%} of documents were cut at a row's end (their rest came later); saved in {run}")

@@ -14,6 +14,7 @@ from nanochat.checkpoint_manager import Checkpoint, find_run, has_run, load_mode
 from nanochat.common import UserError, format_count, get_base_dir, say
 from nanochat.dataloader import ConversationLoader
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.recipe import get_recipe
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, batch_lr_scale, scaled_weight_decay
@@ -224,7 +225,8 @@ def build_trainer(
     config: Config, recipe: str, runtime: Runtime, rows: int, T: int, model: GPT, loader: Any, num_steps: int
 ) -> Trainer:
     """Optimizer and loop around `model`."""
-    lr_scale = batch_lr_scale(rows * T) * config.init_lr_frac
+    rules = get_recipe(recipe).plan
+    lr_scale = rules.lr_scale * batch_lr_scale(rows * T, rules.batch_exponent) * config.init_lr_frac
     decay = scaled_weight_decay(config.weight_decay, model.config.n_layer)
     optimizer = make_optimizer(model, config.optimizer_config(recipe), runtime, lr_scale, decay)
     schedule = ScheduleConfig(num_steps, warmdown_ratio=config.warmdown_ratio)

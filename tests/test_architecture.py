@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"common", "runtime", "schedules", "packing", "calculator", "execution", "kernels", "fused"},
+    {"common", "runtime", "schedules", "deadline", "packing", "calculator", "execution", "kernels", "fused"},
     {
         "conversation", "tokenizer", "dataset", "dataloader", "flash_attention", "gpt", "gpt_config", "loss_head",
         "optim", "scaling", "convert", "textfiles", "download", "batches", "document_order", "lanes",
@@ -18,7 +18,8 @@ LAYERS = [
     {
         "checkpoint_manager", "checkpoint_folder", "tensor_file", "engine", "kv_cache", "sampling", "decoding",
         "loss_eval",
-        "core_eval", "trainer", "session", "export", "report", "report_html", "report_view",
+        "core_eval", "trainer", "recipe", "isoflop", "study_plots", "session", "export",
+        "report", "report_html", "report_view",
     },
     {"server"},
 ]  # fmt: skip

@@ -1,0 +1,107 @@
+"""Recipes: everything about the network and its training that is not a size, a horizon or a seed, under one name.
+
+A recipe may be followed by changes: "later,smear=False,muon_beta2=0.95" is the later recipe but for two fields. So
+a researcher changes one thing with one flag, and the checkpoint says which (`bench/recipe.py` measures what it does).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from nanochat.common import UserError
+from nanochat.gpt_config import GPTConfig
+from nanochat.optim import OptimizerConfig
+from nanochat.trainer import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class PlanRules:
+    """How rates and decay follow from the batch and the horizon; scaling.make_plan has the formulas."""
+
+    decay_by_horizon: bool = False
+    batch_exponent: float = 0.5
+    lr_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a name stands for. The four dicts hold the changes to the fields of what is made."""
+
+    model_form: Callable[..., GPTConfig] = GPTConfig
+    optimizer_form: Callable[..., OptimizerConfig] = OptimizerConfig
+    model_changes: Mapping[str, Any] = field(default_factory=dict)
+    optimizer_changes: Mapping[str, Any] = field(default_factory=dict)
+    schedule_changes: Mapping[str, Any] = field(default_factory=dict)
+    plan_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def model(self, **sizes: Any) -> GPTConfig:
+        """The network of these sizes."""
+        return self.model_form(**{**sizes, **self.model_changes})
+
+    def optimizer(self, **given: Any) -> OptimizerConfig:
+        """The optimizer's rates; what is `given` goes before the recipe."""
+        return self.optimizer_form(**{**self.optimizer_changes, **given})
+
+    def schedule(self, num_steps: int, **given: Any) -> ScheduleConfig:
+        """The schedule of a pretraining run; what is `given` goes before the recipe."""
+        return ScheduleConfig(num_steps, **{**self.schedule_changes, **given})
+
+    @property
+    def plan(self) -> PlanRules:
+        return PlanRules(**self.plan_changes)
+
+
+RECIPES = {
+    "published": Recipe(),
+    "later": Recipe(
+        GPTConfig.later,
+        OptimizerConfig.later,
+        schedule_changes={"momentum_peak": 0.97, "momentum_warmdown": True, "decay_shape": "cosine"},
+        plan_changes={"decay_by_horizon": True},
+    ),
+    # Full attention and no extras, to measure features against.
+    "plain": Recipe(GPTConfig.plain, model_changes={"window_pattern": "L"}),
+}
+
+# Who takes which field of a change. Sizes and horizons have flags of their own.
+SIZES = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "num_steps"}
+OWNERS = {
+    "model_changes": GPTConfig,
+    "optimizer_changes": OptimizerConfig,
+    "schedule_changes": ScheduleConfig,
+    "plan_changes": PlanRules,
+}
+
+
+def get_recipe(text: str) -> Recipe:
+    """The recipe that `text` names: "later", or "later,smear=False,matrix_lr=0.03".
+
+    Raises UserError for a name, a field or a value that does not exist.
+    """
+    name, *changes = (part.strip() for part in text.split(","))
+    if name not in RECIPES:
+        raise UserError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    recipe = RECIPES[name]
+    changed = {kind: dict(getattr(recipe, kind)) for kind in OWNERS}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        kind = next((kind for kind, owner in OWNERS.items() if key in _types(owner)), None)
+        if not equals or kind is None:
+            known = ", ".join(sorted({key for owner in OWNERS.values() for key in _types(owner)}))
+            raise UserError(f"--recipe: after the name come changes like smear=False, not {change!r}; known: {known}")
+        changed[kind][key] = _read(key, value, _types(OWNERS[kind])[key])
+    return Recipe(recipe.model_form, recipe.optimizer_form, **changed)
+
+
+def _types(owner: Any) -> dict[str, Any]:
+    """The fields of a dataclass that a recipe may set, and their types."""
+    return {f.name: f.type for f in fields(owner) if f.name not in SIZES}
+
+
+def _read(key: str, value: str, kind: Any) -> Any:
+    """`value` as what the field wants."""
+    words: dict[str, Any] = {"true": True, "false": False, "1": True, "0": False}
+    try:
+        return words[value.lower()] if kind is bool else kind(value)
+    except (KeyError, ValueError):
+        raise UserError(f"--recipe: {key} takes a {kind.__name__}, got {value!r}") from None

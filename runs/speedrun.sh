@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The full chain on one node of 8xH100: a d24 model in about two hours, then its finetuning and its chat.
+#
+#   bash runs/speedrun.sh
+#   WANDB_RUN=speedrun bash runs/speedrun.sh        # with curves on wandb (pip install -e '.[wandb]')
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+[ -x .venv/bin/python ] || python3 -m venv .venv
+source .venv/bin/activate
+python -m pip install --quiet -e '.[torchao]'
+export OMP_NUM_THREADS=1
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+RUN="${WANDB_RUN:-dummy}" GPUS="${GPUS:-8}"
+
+# Enough text for the tokenizer first; the rest arrives while it trains.
+python -m nanochat.dataset --set climbmix -n 8
+python -m nanochat.dataset --set climbmix -n 370 & DOWNLOAD=$!
+python -m scripts.tok_train --data=climbmix --max-chars=2000000000
+python -m scripts.tok_eval
+wait $DOWNLOAD
+
+torchrun --standalone --nproc_per_node="$GPUS" -m scripts.base_train -- \
+  --data=climbmix --depth=24 --target-param-data-ratio=9.5 --fp8 --save-every=1000 --run="$RUN"
+torchrun --standalone --nproc_per_node="$GPUS" -m scripts.base_eval -- --data=climbmix --eval=bpb,sample
+torchrun --standalone --nproc_per_node="$GPUS" -m scripts.chat_sft -- --data=published --run="$RUN"
+torchrun --standalone --nproc_per_node="$GPUS" -m scripts.chat_eval -- -i sft
+python -m scripts.report

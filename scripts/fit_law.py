@@ -1,0 +1,113 @@
+"""What a study's runs say: `python -m scripts.fit_law --runs='law_*'` after `bash runs/scaling_laws.sh`.
+
+Reads the finished runs of that name, writes runs.csv, law.json and plots, and prints the fitted exponents and the
+best number of tokens per parameter, with errors.
+"""
+
+import csv
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nanochat.checkpoint_folder import list_steps
+from nanochat.checkpoint_manager import open_checkpoint, run_dir
+from nanochat.common import UserError, atomic_write, format_count, get_base_dir, say, warn, write_json
+from nanochat.gpt import GPTConfig
+from nanochat.isoflop import Optimum, Run, best_sizes
+from nanochat.law import Law
+from nanochat.scaling import estimate, scaling_params
+from nanochat.study_plots import plot_isoflops, plot_series
+from scripts import _cli
+from scripts._train import print_table
+
+
+@dataclass
+class Config:
+    """Fit a scaling law to finished runs, and draw it."""
+
+    runs: str = "law_*"
+    """Tags of the base runs, with * for any letters."""
+    out: str = ""
+    """Folder for runs.csv, law.json and the plots; empty: study/ in the base folder."""
+    fit: bool = True
+    """Fit a law; --no-fit draws the series alone."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = _cli.parse(Config, argv)
+    base_dir = get_base_dir()
+    folder = Path(config.out or base_dir / "study")
+    runs, corpus = read_runs(base_dir, config.runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "runs.csv", runs)
+    if config.fit:
+        law = Law.fit([(r.params, r.tokens, r.bpb) for r in runs], corpus)
+        law.save(folder / "law.json")
+        optima, size_exponent, length_exponent = best_sizes(runs, law)
+        print_table(f"scaling law of {len(runs)} runs", list(law_rows(law, optima, size_exponent, length_exponent)))
+        write_json(folder / "fit.json", {"optima": [asdict(o) for o in optima], "params_exponent": size_exponent,
+                                         "tokens_exponent": length_exponent, "errors": law.errors})  # fmt: skip
+        plot_isoflops(runs, law, optima, size_exponent, folder / "scaling_laws.svg")
+    else:
+        print_table(f"{len(runs)} runs", [series_row(run) for run in sorted(runs, key=lambda run: run.flops)])
+        plot_series(runs, Law.load(), folder / "miniseries.svg")
+    say(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+
+
+def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
+    """(the finished base runs whose tags match, the corpus they share)."""
+    folder = run_dir(base_dir, "base", "x").parent
+    tags = sorted(p.name for p in folder.iterdir() if list_steps(p)) if folder.is_dir() else []
+    found, corpora = [], set()
+    for tag in fnmatch.filter(tags, pattern):
+        meta = open_checkpoint(folder / tag, verify=False).meta
+        progress, plan, user = meta["progress"], meta["plan"], meta["user_config"]
+        if progress["step"] < plan["num_steps"] or progress["val_bpb"] is None:
+            warn(f"{tag} is not finished (step {progress['step']} of {plan['num_steps']}): left out")
+            continue
+        config = GPTConfig.from_dict(meta["model_config"])
+        flops_per_token, counts = estimate(config)
+        tokens = progress["step"] * plan["total_batch_tokens"]
+        corpora.add(user["data"] or "the public shards")
+        found.append(Run(tag, config.n_layer, scaling_params(counts), tokens, tokens * flops_per_token,
+                         max(user["target_flops"], 0.0), progress["val_bpb"], progress["wall_seconds"]))  # fmt: skip
+    if not found:
+        raise UserError(f"no finished base run matches --runs={pattern!r}; there are: {', '.join(tags) or 'none'}")
+    if len(corpora) > 1:
+        raise UserError(f"--runs={pattern!r} were trained on different texts: {', '.join(sorted(corpora))}")
+    return found, corpora.pop()
+
+
+def write_csv(path: Path, runs: Sequence[Run]) -> None:
+    """One line a run."""
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, list(asdict(runs[0])), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(run) for run in runs)
+
+
+def law_rows(
+    law: Law, optima: Sequence[Optimum], size_exponent: tuple[float, float], length_exponent: tuple[float, float]
+) -> Iterator[tuple[str, str]]:
+    """(name, value) rows for the table."""
+    error = law.errors
+    yield "bits per byte", "E + A / N^alpha + B / D^beta"
+    for name in ("E", "A", "alpha", "B", "beta"):
+        yield f"  {name}", f"{getattr(law, name):.4g} ± {error[name]:.2g}"
+    yield "best N grows as", f"C^({size_exponent[0]:.3f} ± {size_exponent[1]:.3f})"
+    yield "best D grows as", f"C^({length_exponent[0]:.3f} ± {length_exponent[1]:.3f})"
+    for o in optima:
+        by_curve = f"; parabola: N {format_count(o.parabola[0])}, {o.parabola[1]:.4f}" if o.parabola else ""
+        ratio = f"{o.ratio:.2g} ± {o.ratio * o.ratio_error:.1g} tokens per parameter"
+        size = f"N {format_count(o.params)} ± {o.params_error:.0%}"
+        yield f"best at {o.flops:.1e} FLOPs", f"{size}, {ratio}, bpb {o.bpb:.4f}{by_curve}"
+
+
+def series_row(run: Run) -> tuple[str, str]:
+    return (f"depth {run.depth}", f"{format_count(run.params)} parameters, {format_count(run.tokens)} tokens, "
+            f"{run.flops:.2e} FLOPs, {run.seconds:.0f} s: bpb {run.bpb:.4f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    _cli.run(main)
