@@ -43,7 +43,7 @@ class Optimum:
 
 
 def best_sizes(runs: Sequence[Run], law: Law) -> tuple[list[Optimum], tuple[float, float], tuple[float, float]]:
-    """(optima by budget, exponent of N in C with its standard error, the same of D)."""
+    """(optima by budget, of which there must be two; exponent of N in C with its standard error; the same of D)."""
     budgets = sorted({run.budget for run in runs if run.budget > 0})
     sizes = np.geomspace(min(r.params for r in runs) / 2, max(r.params for r in runs) * 2, SIZES_TRIED)
     # FLOPs per token and parameter fall with size, as attention's share does: a power law through the runs.
@@ -69,10 +69,8 @@ def best_sizes(runs: Sequence[Run], law: Law) -> tuple[list[Optimum], tuple[floa
 
 def exponent(budgets: Sequence[float], logs: Sequence[np.ndarray]) -> tuple[float, float]:
     """(slope of the logs over log C by the law, its standard deviation over the resamples)."""
-    if len(budgets) < 2:
-        return math.nan, math.nan
     slopes = np.polyfit(np.log(budgets), np.stack(logs), 1)[0]
-    return float(slopes[0]), float(slopes[1:].std()) if len(slopes) > 1 else math.nan
+    return float(slopes[0]), float(slopes[1:].std())
 
 
 def parabola(runs: Sequence[Run]) -> tuple[float, float, float] | None:

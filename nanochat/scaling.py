@@ -5,7 +5,6 @@ with the horizon as in arXiv 2505.13738; rates with the square root of the batch
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,6 @@ from nanochat.gpt import GPT, GPTConfig
 REFERENCE_BATCH_TOKENS = 2**19  # the batch at which the reference learning rates were tuned
 REFERENCE_DEPTH = 12
 MAX_DEPTH = 128
-# In the minutes of a CPU run far fewer tokens than the compute-optimal ten per parameter can be seen, and finetuning
-# adds as many again: below this many a shallower model ends better (dev/LOG.md).
-MIN_TOKENS_PER_PARAM = 2
 USUAL_SHARE_OF_PEAK = 0.4  # of the measured matrix peak that training reaches, before it has been timed
 
 
@@ -87,16 +83,6 @@ class Plan:
     @property
     def tokens_per_param(self) -> float:
         return self.tokens / scaling_params(self.params)
-
-
-def depth_for_flops(flops: float, of_depth: Callable[[int], GPTConfig]) -> int:
-    """The deepest model, from 2 to 12 layers, that sees MIN_TOKENS_PER_PARAM tokens for these training FLOPs."""
-    best = 2
-    for depth in range(2, REFERENCE_DEPTH + 1):
-        flops_per_token, counts = estimate(of_depth(depth))
-        if flops / flops_per_token >= MIN_TOKENS_PER_PARAM * scaling_params(counts):
-            best = depth
-    return best
 
 
 def optimal_batch_tokens(tokens: float, reference_tokens: float) -> int:

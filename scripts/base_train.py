@@ -1,6 +1,6 @@
 """Pretrain a base model: `python -m scripts.base_train --depth=4`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,14 @@ from nanochat.common import UserError, format_count, get_base_dir, say
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, resolve_corpus
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.law import Law
 from nanochat.recipe import get_recipe
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
-from nanochat.scaling import USUAL_SHARE_OF_PEAK, Plan, align_batch, depth_for_flops, describe, make_plan
+from nanochat.scaling import Plan, align_batch, describe, make_plan
 from nanochat.session import (
     choose_device_batch,
     command_line,
-    measure_peak_flops,
     only_session,
 )  # fmt: skip
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -27,6 +27,7 @@ from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
 from scripts._model import ModelFlags, network
 from scripts._observe import continuations, corpus_bpb
+from scripts._pace import best_depth
 from scripts._train import (
     Earlier,
     TrainFlags,
@@ -172,12 +173,23 @@ def new_config(config: Config, tokenizer: RustBPETokenizer, runtime: Runtime) ->
     if config.depth == -1:
         if config.minutes <= 0:
             raise UserError("--depth=-1 derives the depth from --minutes: give --minutes, or a depth")
-        flops = config.minutes * 60 * USUAL_SHARE_OF_PEAK * measure_peak_flops(runtime) * runtime.world_size
-        config.depth = int(runtime.largest(depth_for_flops(flops, of_depth)))
-        runtime.print0(f"{config.minutes:g} minutes on this machine suit depth {config.depth}")
+        choose_depth(config, of_depth, runtime)
     model_config = of_depth(config.depth)
     config.max_seq_len = model_config.sequence_len
     return model_config
+
+
+def choose_depth(config: Config, of_depth: Callable[[int], GPTConfig], runtime: Runtime) -> None:
+    """Fill in the depth that will have learnt the most after --minutes, by the fitted law."""
+    law = Law.load()
+    if law is None:
+        raise UserError("--depth=-1 needs a fitted scaling law (bash runs/scaling_laws.sh); give a depth")
+    total = config.total_batch_size
+    total = align_batch(batch_for_minutes(runtime.device.type) if total == -1 else total, of_depth(2).sequence_len)
+    choice = best_depth(config.minutes, total, of_depth, law, runtime)
+    config.depth = int(runtime.largest(choice.key))
+    runtime.print0(f"{config.minutes:g} minutes on this machine suit depth {config.depth}: by the fitted law about "
+                   f"{format_count(choice.tokens)} tokens and {choice.loss:.3f} bits per byte")  # fmt: skip
 
 
 def plan_arguments(config: Config) -> dict[str, Any]:

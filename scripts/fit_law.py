@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     base_dir = get_base_dir()
     folder = Path(config.out or base_dir / "study")
     runs, corpus = read_runs(base_dir, config.runs)
+    if config.fit and len({run.budget for run in runs if run.budget}) < 2:
+        raise UserError("a law needs runs of at least two budgets, from --target-flops; --no-fit draws a series")
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "runs.csv", runs)
     if config.fit:

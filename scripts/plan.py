@@ -6,30 +6,23 @@ machine by training for a few steps.
 
 import json
 import math
-import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanochat.common import UserError, say
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.law import Law
-from nanochat.optim import OptimizerConfig
-from nanochat.planner import Gpu, Pace, RunPlan, expected_pace, find_gpu, memory_by_kind, plan_run
-from nanochat.runtime import Runtime, device_name
-from nanochat.scaling import USUAL_SHARE_OF_PEAK, Plan, align_batch, estimate, make_plan
-from nanochat.session import choose_device_batch, measure_peak_flops
-from nanochat.trainer import ScheduleConfig, Trainer
+from nanochat.planner import Pace, RunPlan, expected_pace, find_gpu, plan_run
+from nanochat.runtime import Runtime
+from nanochat.scaling import Plan, align_batch, make_plan
+from nanochat.session import choose_device_batch
 from scripts import _cli
 from scripts._model import ModelFlags, network
-from scripts._train import batch_for_minutes, compiled_loss, make_optimizer, print_table, random_batch, steps_in
-
-MEASURING_SECONDS = 20.0
-SHORTEST_ROW = 256  # tokens: fewer would not keep the matrix products busy
+from scripts._pace import best_depth, measure_pace, this_machine
+from scripts._train import batch_for_minutes, print_table, steps_in
 
 
 @dataclass
@@ -67,7 +60,8 @@ class Config(ModelFlags):
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan, print."""
     config = _cli.parse(Config, argv)
-    model_config = network(config, config.vocab_size)(config.depth)
+    by_time = config.depth == -1 and config.minutes > 0 and config.gpu.lower() == "here"
+    model_config = network(config, config.vocab_size)(2 if by_time else config.depth)
     make_plan(model_config, **horizon(config, num_steps=1))  # a mistake is refused before anything is measured
     made = plan_here(config, model_config) if config.gpu.lower() == "here" else plan_there(config, model_config)
     if config.json:
@@ -115,6 +109,18 @@ def plan_there(config: Config, model_config: GPTConfig) -> RunPlan:
 # This machine
 
 
+def with_depth(config: Config, runtime: Runtime) -> Config:
+    """The depth that base_train would choose for these minutes."""
+    law, batch = Law.load(), config.total_batch_size
+    if law is None:
+        raise UserError("--depth=-1 needs a fitted scaling law (bash runs/scaling_laws.sh); give a depth")
+    of_depth = network(config, config.vocab_size)
+    T = of_depth(2).sequence_len
+    batch = align_batch(batch_for_minutes(runtime.device.type) if batch == -1 else batch, T)
+    choice = best_depth(config.minutes, batch, of_depth, law, runtime)
+    return replace(config, depth=int(runtime.largest(choice.key)))
+
+
 def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
     """On this machine: by training for a moment."""
     if config.fp8:
@@ -128,6 +134,9 @@ def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
         if not config.json:
             say(f"measuring this machine: {runtime.describe()}")
         gpu = this_machine(runtime)
+        if config.depth == -1:
+            config = with_depth(config, runtime)
+            model_config = network(config, config.vocab_size)(config.depth)
         pace = measure_pace(model_config, gpu, runtime)
         plan = fix_steps(config, model_config, pace, num_gpus, cpu)
         # On a CPU small micro-batches, which stay in its caches, are the fast ones.
@@ -135,93 +144,6 @@ def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
         return plan_run(model_config, plan, gpu, pace, num_gpus=num_gpus, most_rows=most,
                         device_batch_size=config.device_batch_size, device_type=runtime.device.type,
                         dollars_per_gpu_hour=config.dollars_per_gpu_hour, law=Law.load())  # fmt: skip
-
-
-def this_machine(runtime: Runtime) -> Gpu:
-    """The device at hand, its peak measured."""
-    name = device_name(runtime.device)
-    if runtime.device.type == "cuda":
-        memory = float(torch.cuda.mem_get_info(runtime.device)[0])
-    else:
-        name, memory = f"{name}, {os.cpu_count()} CPUs", available_memory()
-    peak = max(measure_peak_flops(runtime) for _ in range(3))  # other work on the machine can only lower it
-    return Gpu(name, memory, peak, None, 0.0, None, str(runtime.dtype).removeprefix("torch."))
-
-
-def available_memory(path: str = "/proc/meminfo") -> float:
-    """Bytes of memory that programs can still have; all there is where the system does not say."""
-    try:
-        lines = Path(path).read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def measure_pace(config: GPTConfig, gpu: Gpu, runtime: Runtime) -> Pace:
-    """Time a micro-batch and an update of the model; where that takes too long, of a shorter or shallower one."""
-    cost, params = estimate(config)
-    usual = USUAL_SHARE_OF_PEAK * gpu.peak_flops
-    for trial, rows in trials(config, choose_device_batch(-1, 2**30, config.sequence_len, runtime)):
-        trial_cost, trial_params = estimate(trial)
-        tokens = rows * trial.sequence_len
-        seconds = 2 * (tokens * trial_cost + update_flops(trial)) / usual  # once to warm up, at least once to measure
-        memory = sum(memory_by_kind(trial, gpu, 1, rows, runtime.device.type).values())
-        if seconds > MEASURING_SECONDS or memory > gpu.memory_bytes / 2:
-            continue
-        micro, update = time_step(trial, rows, runtime)
-        layers = "all" if trial.n_layer == config.n_layer else f"{trial.n_layer} of the"
-        return Pace(micro / tokens * cost / trial_cost, update * params["total"] / trial_params["total"],
-                    f"measured on this machine with {layers} layers: {micro:.3g} s for {rows} x {trial.sequence_len} "
-                    f"tokens and {update:.3g} s for an update, scaled by FLOPs and parameters")  # fmt: skip
-    return Pace(cost / usual, 0.0, f"{USUAL_SHARE_OF_PEAK:.0%} of the measured peak of matrix products, "
-                "as even one layer is too large to be measured here in a moment")  # fmt: skip
-
-
-def trials(config: GPTConfig, rows: int) -> Iterator[tuple[GPTConfig, int]]:
-    """(model, rows) to measure, the real thing first, then ever cheaper: fewer rows, shorter ones, fewer layers."""
-    yield config, rows
-    yield config, 1
-    while config.sequence_len > SHORTEST_ROW:
-        config = replace(config, sequence_len=max(SHORTEST_ROW, config.sequence_len // 2))
-        yield config, 1
-    while config.n_layer > 1:
-        config = replace(config, n_layer=config.n_layer // 2)
-        yield config, 1
-
-
-def update_flops(config: GPTConfig) -> float:
-    """FLOPs of one Muon update: per matrix and iteration two products with its smaller side's Gram matrix, one of
-    that with itself. What AdamW does is small beside it."""
-    with torch.device("meta"):
-        shapes = [sorted(p.shape) for p in GPT(config).blocks.parameters()]
-    return sum(5 * (4 * small**2 * large + 2 * small**3) for small, large in shapes)
-
-
-def time_step(config: GPTConfig, rows: int, runtime: Runtime) -> tuple[float, float]:
-    """(seconds of one micro-batch, seconds of one update), the fastest of a few after a warm-up."""
-    model = GPT.create(config, runtime.device, runtime.dtype)
-    optimizer = make_optimizer(model, OptimizerConfig(), runtime, 1.0, 0.0)
-    trainer = Trainer(model, optimizer, None, runtime, ScheduleConfig(1000), rows,  # type: ignore[arg-type]
-                      loss_fn=compiled_loss(model, "auto", runtime))  # fmt: skip
-    batch = random_batch(rows, config.sequence_len, config.vocab_size, runtime)
-    trainer.step(batch)
-    micro: list[float] = []
-    update: list[float] = []
-    while not micro or (len(micro) < 5 and sum(micro) + sum(update) < MEASURING_SECONDS / 8):
-        started = read_clock(runtime)
-        trainer.accumulate(batch)
-        summed = read_clock(runtime)
-        optimizer.step()
-        micro.append(summed - started)
-        update.append(read_clock(runtime) - summed)
-        model.zero_grad(set_to_none=True)
-    return min(micro), min(update)
-
-
-def read_clock(runtime: Runtime) -> float:
-    """Seconds, once the device is idle."""
-    runtime.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""A run with a deadline ends on time, whatever the machine does meanwhile."""
+
+from collections.abc import Callable
+
+import pytest
+from test_trainer import make_trainer
+
+from nanochat import trainer as trainer_module
+from nanochat.deadline import Deadline
+
+
+def drive(deadline: Deadline, guess: int, cost: Callable[[float], float]) -> tuple[int, float]:
+    """(steps, seconds) of a run in which a step that starts at second t takes cost(t)."""
+    step, now, horizon = 0, 0.0, guess
+    while step < horizon:
+        now += cost(now)
+        step += 1
+        horizon = deadline.horizon(step, horizon, now)
+        assert horizon >= step
+    return step, now
+
+
+@pytest.mark.parametrize("guess", [100, 400, 3000])  # four times too few, right, far too many
+def test_a_wrong_guess_is_corrected(guess: int) -> None:
+    steps, seconds = drive(Deadline(300, observing_seconds=8, closing_seconds=2), guess, lambda now: 0.7)
+    assert seconds == pytest.approx(290, abs=1.5) and steps == pytest.approx(290 / 0.7, abs=2)
+
+
+@pytest.mark.parametrize("slower", [0.5, 2.0])
+def test_a_machine_that_changes_its_pace(slower: float) -> None:
+    _, seconds = drive(Deadline(300, observing_seconds=0, closing_seconds=10), 400,
+                       lambda now: 0.7 * (slower if now > 150 else 1))  # fmt: skip
+    assert seconds == pytest.approx(290, rel=0.01)
+
+
+def test_stops_at_once_when_it_is_late() -> None:
+    deadline = Deadline(10, observing_seconds=0, closing_seconds=5)
+    steps, _ = drive(deadline, 1000, lambda now: 3.0)
+    assert steps == 6  # before which a pace says nothing
+
+
+def test_what_evaluations_take_is_kept_for_the_last_one() -> None:
+    deadline = Deadline(300, observing_seconds=0, closing_seconds=0)
+    deadline.note_observing(60)
+    _, seconds = drive(deadline, 400, lambda now: 0.7)
+    assert seconds == pytest.approx(240, abs=1.5)
+
+
+def test_the_trainer_follows_and_still_ends_with_its_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(x / 10 for x in range(10**6))  # each look at the clock a tenth of a second later
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(clock))
+    trainer = make_trainer(steps=10_000)
+    trainer.deadline = Deadline(20, observing_seconds=0, closing_seconds=1)
+    seen: list[int] = []
+    trainer.hooks = [trainer_module.Hook(lambda t: seen.append(t.progress.step))]
+    saved: list[int] = []
+    trainer.save = lambda t: saved.append(t.progress.step)
+    progress = trainer.run()
+    assert progress.step == trainer.schedule.num_steps < 100
+    assert seen == saved == [progress.step] and progress.wall_seconds == pytest.approx(19, abs=2)

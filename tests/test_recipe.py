@@ -1,0 +1,64 @@
+"""Recipes, and changes to one."""
+
+import pytest
+from stubs import TINY
+
+from nanochat.checkpoint_manager import open_checkpoint
+from nanochat.common import UserError
+from nanochat.gpt_config import GPTConfig
+from nanochat.optim import OptimizerConfig
+from nanochat.recipe import RECIPES, get_recipe
+from nanochat.runtime import Runtime
+from nanochat.trainer import ScheduleConfig
+
+
+def test_names_stand_for_what_is_published() -> None:
+    published, later = get_recipe("published"), get_recipe("later")
+    assert published.model(n_layer=3) == GPTConfig(n_layer=3) and published.optimizer() == OptimizerConfig()
+    assert published.schedule(10) == ScheduleConfig(10)
+    assert not published.plan.decay_by_horizon and published.plan.batch_exponent == 0.5
+    assert later.model(n_layer=3) == GPTConfig.later(n_layer=3) and later.optimizer() == OptimizerConfig.later()
+    assert later.schedule(10).momentum_peak == 0.97 and later.plan.decay_by_horizon
+    assert get_recipe("plain").model(window_pattern="SL").window_pattern == "L"
+
+
+def test_changes_reach_their_owner() -> None:
+    recipe = get_recipe("later, smear=false, matrix_lr=0.03, decay_shape=linear, batch_exponent=0.25, init=published")
+    config = recipe.model(n_layer=2)
+    assert not config.smear and config.init == "published" and config.backout and config.n_layer == 2
+    assert recipe.optimizer().matrix_lr == 0.03 and recipe.optimizer(matrix_lr=0.1).matrix_lr == 0.1
+    assert recipe.schedule(7).decay_shape == "linear" and recipe.schedule(7).momentum_peak == 0.97
+    assert recipe.plan.batch_exponent == 0.25 and recipe.plan.decay_by_horizon
+    assert get_recipe("later").model().smear, "the recipe itself stays"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("latest", "one of published"), ("", "one of"), ("later,", "smear=False"), ("later,smaer=1", "known: "),
+        ("later,smear", "smear=False"), ("later,smear=maybe", "takes a bool"), ("later,rope_base=x", "takes a float"),
+        ("later,n_layer=3", "not 'n_layer=3'"), ("later,num_steps=3", "not 'num_steps=3'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(text: str, says: str) -> None:
+    with pytest.raises(UserError, match="--recipe") as caught:
+        get_recipe(text)
+    assert says in str(caught.value)
+
+
+def test_a_changed_recipe_trains_and_is_remembered(copied) -> None:  # type: ignore[no-untyped-def]
+    from scripts import base_train, chat_sft
+
+    flags = [f for f in TINY if not f.startswith(("--recipe", "--model-tag"))]
+    text = f"--data={copied / 'text.jsonl'}"
+    assert base_train.main([*flags, text, "--recipe=plain,smear=True,lr_scale=2", "--model-tag=changed"]) == 0
+    saved = open_checkpoint(copied / "base_checkpoints" / "changed")
+    assert saved.meta["model_config"]["smear"] and not saved.meta["model_config"]["backout"]
+    start = chat_sft.base_model(saved.path.parent, chat_sft.Config(base_tag="changed"), Runtime.create("cpu"), copied)
+    assert start.recipe == "plain,smear=True,lr_scale=2"
+
+
+def test_every_recipe_is_complete() -> None:
+    for name in RECIPES:
+        recipe = get_recipe(name)
+        assert recipe.model() and recipe.optimizer() and recipe.schedule(5) and recipe.plan

@@ -1,0 +1,101 @@
+"""Scaling studies: the best sizes of known laws, and the script that reads finished runs."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stubs import TINY
+
+from nanochat.common import UserError
+from nanochat.isoflop import Run, best_sizes, lowest_point, parabola
+from nanochat.law import Law
+from scripts import _pace, fit_law
+
+TRUE = {"E": 0.7, "A": 60.0, "alpha": 0.35, "B": 180.0, "beta": 0.35}
+
+
+def runs_of_a_known_law(noise: float) -> list[Run]:
+    rng, runs = np.random.default_rng(0), []
+    for budget in (1e13, 1e14, 1e15):
+        for params in np.geomspace(3e5, 3e7, 7):
+            tokens = budget / (6 * params)
+            bpb = TRUE["E"] + TRUE["A"] * params ** -TRUE["alpha"] + TRUE["B"] * tokens ** -TRUE["beta"]
+            runs.append(Run("x", 1, round(params), round(tokens), budget, budget,
+                            bpb * math.exp(noise * rng.standard_normal()), 1.0))  # fmt: skip
+    return runs
+
+
+def test_the_best_size_of_a_known_law() -> None:
+    """With equal exponents, N and D both grow as C^0.5, and N* follows from setting the derivative to zero."""
+    runs = runs_of_a_known_law(noise=0.0)
+    optima, of_size, of_length = best_sizes(runs, Law.fit([(r.params, r.tokens, r.bpb) for r in runs]))
+    assert of_size[0] == pytest.approx(0.5, abs=0.02) and of_length[0] == pytest.approx(0.5, abs=0.02)
+    for optimum in optima:
+        # d/dN of A N^-a + B (6N/C)^a = 0
+        n = (TRUE["A"] / TRUE["B"]) ** (1 / 0.7) * (optimum.flops / 6) ** 0.5
+        assert optimum.params == pytest.approx(n, rel=0.05)
+        assert optimum.ratio == pytest.approx(optimum.flops / 6 / n**2, rel=0.1)
+        assert optimum.parabola is not None and optimum.parabola[0] == pytest.approx(n, rel=0.5)
+
+
+def test_errors_cover_the_noise() -> None:
+    runs = runs_of_a_known_law(noise=0.003)
+    _, of_size, _ = best_sizes(runs, Law.fit([(r.params, r.tokens, r.bpb) for r in runs]))
+    assert 0 < of_size[1] < 0.2 and abs(of_size[0] - 0.5) < 4 * of_size[1]
+
+
+def test_a_parabola_needs_a_bottom_inside() -> None:
+    falling = [Run("x", 1, n, 1, 1.0, 1.0, bpb, 1.0) for n, bpb in ((10, 3.0), (100, 2.0), (1000, 1.5))]
+    assert lowest_point(parabola(falling), falling) is None
+    assert parabola(falling[:2]) is None
+
+
+def test_fit_law_reads_finished_runs(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts import base_train
+
+    flags = [f for f in TINY if not f.startswith(("--depth", "--num-iterations", "--model-tag"))]
+    text = f"--data={copied / 'text.jsonl'}"
+    for depth in (1, 2, 3):
+        for budget in (6e6, 9e6, 12e6):
+            base_train.main([*flags, text, f"--depth={depth}", f"--target-flops={budget}",
+                             f"--model-tag=law_{depth}_{budget:.0e}"])  # fmt: skip
+    out = copied / "out"
+    fit_law.main(["--runs=law_*", f"--out={out}"])
+    assert {p.name for p in out.iterdir()} == {"runs.csv", "law.json", "fit.json", "scaling_laws.svg"}
+    rows = list(csv.DictReader((out / "runs.csv").read_text().splitlines()))
+    assert len(rows) == 9 and all(float(r["flops"]) > 0 and float(r["bpb"]) > 0 for r in rows)
+    law = Law.load(out / "law.json")
+    assert law is not None and len(law.points) == 9 and json.loads((out / "fit.json").read_text())["errors"]
+    fit_law.main(["--runs=law_1_*", "--no-fit", f"--out={out}"])
+    assert (out / "miniseries.svg").read_text().startswith("<?xml")
+    capsys.readouterr()
+    with pytest.raises(UserError, match="--no-fit"):
+        fit_law.main(["--runs=tiny"])
+    with pytest.raises(UserError, match=r"there are: .*law_1_6e"):
+        fit_law.main(["--runs=nothing"])
+
+
+def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More time, a deeper model; a machine that is ten times slower is like a tenth of the time."""
+    from nanochat.planner import Pace
+    from nanochat.runtime import Runtime
+    from scripts._model import ModelFlags, network
+
+    of_depth = network(ModelFlags(head_dim=64, max_seq_len=512), 4096)
+    law = Law(0.7, 60.0, 0.35, 180.0, 0.35)
+    speed = 1e11
+    monkeypatch.setattr(_pace, "this_machine", lambda runtime: None)
+    monkeypatch.setattr(
+        _pace, "measure_pace", lambda config, gpu, runtime: Pace(_pace.estimate(config)[0] / speed, 0.01, "test")
+    )
+    runtime = Runtime.create("cpu")
+    chosen = [_pace.best_depth(minutes, 4096, of_depth, law, runtime).key for minutes in (1, 30, 600)]
+    assert chosen == sorted(chosen) and chosen[0] < chosen[-1]
+    speed = 1e10
+    monkeypatch.setattr(
+        _pace, "measure_pace", lambda config, gpu, runtime: Pace(_pace.estimate(config)[0] / speed, 0.1, "test")
+    )
+    assert _pace.best_depth(300, 4096, of_depth, law, runtime).key == chosen[1]
