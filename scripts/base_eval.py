@@ -1,12 +1,15 @@
-"""Evaluate a base model: `python -m scripts.base_eval --eval bpb,sample`."""
+"""Evaluate a base model: `python -m scripts.base_eval --eval core,bpb,sample`."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import find_run, load_model
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError, get_base_dir, say
+from nanochat.core_bundle import Bundle
+from nanochat.core_eval import GPTScorer
 from nanochat.dataset import resolve_corpus
 from nanochat.gpt import GPT
 from nanochat.report import record_stage
@@ -14,6 +17,7 @@ from nanochat.runtime import Runtime
 from nanochat.session import choose_device_batch, command_line
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import _cli
+from scripts._core import open_bundle, report_values, run_core, write_details
 from scripts._observe import EVAL_ROWS, continuations, corpus_bpb
 
 PROMPTS = (
@@ -32,9 +36,9 @@ class Config:
     """Evaluate a base model on raw text. -1 means "off" or "the last"."""
 
     eval: str = "bpb,sample"
-    """Which evaluations, separated by commas: bpb, sample."""
+    """Which evaluations, separated by commas: core, bpb, sample."""
     hf_path: str = ""
-    """A Hugging Face model to evaluate instead."""
+    """A Hugging Face model to evaluate instead: its name on the hub, or a folder."""
     model_tag: str = ""
     """Tag of the base run; empty takes the latest."""
     step: int = -1
@@ -47,6 +51,14 @@ class Config:
     """Rows per forward pass; -1 chooses."""
     max_per_task: int = -1
     """Items per CORE task; -1 takes all."""
+    eval_bundle: str = ""
+    """Folder of the CORE bundle; empty: eval_bundle/ in the base folder, downloaded if it is not there."""
+    core_tasks: str = ""
+    """Only these CORE tasks, separated by commas."""
+    core_mode: str = "reference"
+    """How CORE prompts are written: reference (as published figures of this system) or dclm (as DCLM's harness)."""
+    baselines: str = "v1"
+    """Chance levels of CORE: v1 (the published GPT-2 figures') or v2."""
     device_type: str = ""
     """cuda, mps or cpu; empty picks the best there is."""
 
@@ -57,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in wanted if name not in EVALUATIONS]
     if unknown or not wanted:
         raise UserError(f"--eval takes {', '.join(EVALUATIONS)}, got {config.eval!r}")
-    if "core" in wanted or config.hf_path:
-        raise UserError("CORE and --hf-path are not part of this version; use --eval bpb,sample on a nanochat model")
+    if config.max_per_task == 0 or config.max_per_task < -1:
+        raise UserError(f"--max-per-task must be positive, or -1 for all, got {config.max_per_task}")
     with Runtime.create(config.device_type) as runtime:
         return evaluate(config, wanted, runtime)
 
@@ -66,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
     started = time.perf_counter()
     base_dir = get_base_dir()
+    # What can be wrong is found before a model is loaded.
+    bundle = None
+    if "core" in wanted:
+        bundle = open_bundle(config.eval_bundle, base_dir, runtime, config.baselines, config.core_tasks)
+    if config.hf_path:
+        return evaluate_hf(config, wanted, bundle, runtime, base_dir)
     run = find_run(base_dir, "base", config.model_tag or None)
     model, tokenizer, meta = load_model("base", runtime, base_dir=base_dir, model_tag=run.name,
                                         step=None if config.step < 0 else config.step,
@@ -90,10 +108,39 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
     if "sample" in wanted and runtime.is_main:
         values["samples"] = samples(model, tokenizer)
         for item in values["samples"]:
-            print(f"  {item['prompt']}{item['text']}")
+            say(f"  {item['prompt']}{item['text']}")
+    if bundle:
+        result = run_core(GPTScorer(model), tokenizer, bundle, runtime, most=config.max_per_task,
+                          mode=config.core_mode, baselines=config.baselines)  # fmt: skip
+        values |= report_values(result)
+        if runtime.is_main:
+            folder = base_dir / "base_eval" / f"{run.name}_{meta['step']:06d}"
+            say(f"details: {write_details(folder, result, run.name)}")
     if runtime.is_main:
         values |= {"seconds": time.perf_counter() - started, "command": command_line("base_eval", config)}
         record_stage(base_dir, "base_eval", values)
+    return 0
+
+
+def evaluate_hf(config: Config, wanted: list[str], bundle: Bundle | None, runtime: Runtime, base_dir: Path) -> int:
+    """The same of a Hugging Face model; printed and written beside the others, but no stage of the report."""
+    from nanochat.hf_model import load_hf_model
+
+    model, tokenizer = load_hf_model(config.hf_path, runtime)
+    runtime.print0(f"{runtime.describe()}\nHugging Face model: {config.hf_path}, context {model.max_tokens}")
+    if "bpb" in wanted:
+        corpus = resolve_corpus(config.data, base_dir)
+        tokens = config.split_tokens if config.split_tokens > 0 else 2**18
+        for split in ("train", "val"):
+            bpb = corpus_bpb(model, corpus, tokenizer, runtime, split=split, tokens=tokens,  # type: ignore[arg-type]
+                             device_batch_size=max(1, 8192 // model.max_tokens))  # fmt: skip
+            runtime.print0(f"{split} bits per byte: {bpb:.4f}")
+    if bundle:
+        result = run_core(model, tokenizer, bundle, runtime, most=config.max_per_task, mode=config.core_mode,
+                          baselines=config.baselines)  # fmt: skip
+        if runtime.is_main:
+            name = config.hf_path.strip("/").replace("/", "-")
+            say(f"details: {write_details(base_dir / 'base_eval' / name, result, config.hf_path)}")
     return 0
 
 

@@ -34,8 +34,10 @@ POSITIVE = {
     "data": "tokens_per_second tokens_per_cpu_second",
     "tokenizer": """train_seconds encode_single_mb_per_second encode_single_tokens_per_second
         encode_batch_mb_per_second encode_batch_tokens_per_second decode_mb_per_second bytes_per_token""",
+    "recipe": "steps total_batch",
 }  # fmt: skip
-SMALL_TEXT = {"tokenizer": ["--chars=20000"], "data": ["--chars=20000", "--documents=100", "--again=20"]}
+SMALL_TEXT = {"tokenizer": ["--chars=20000"], "data": ["--chars=20000", "--documents=100", "--again=20"],
+              "recipe": ["--chars=20000", "--steps=2", "--total-batch=32", "--eval-tokens=512"]}  # fmt: skip
 
 
 @pytest.fixture
@@ -58,12 +60,15 @@ def test_prints_a_table_and_last_a_line_of_json(
     assert len(lines) > 4 and "─" in lines[-2]
     values: dict[str, Any] = json.loads(lines[-1])
     assert values.items() >= CONFIG.items()
-    assert all(value is None or isinstance(value, str) or math.isfinite(value) for value in values.values())
+    assert all(value is None or isinstance(value, str | dict | list) or math.isfinite(value)
+               for value in values.values())  # fmt: skip
     for key in POSITIVE[name].split():
         assert values[key] > 0, key
     if name == "data":
         assert values["never_seen_share"] == values["seen_again_share"] == 0
         assert values["tokenised_tokens_per_second"] > 0
+    if name == "recipe":
+        assert values["trials"].keys() == {"published", "later"} and values["trials"]["published"]["effect"] == 0
     if name == "train":
         assert values["forward_backward_seconds"] < values["step_seconds"] < values["seconds_to_second_step"]
         assert values["peak_memory_bytes"] > values["state_bytes"]

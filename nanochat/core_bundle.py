@@ -1,0 +1,154 @@
+"""The CORE bundle on disk, as published: core.yaml, eval_meta_data.csv, eval_data/**/*.jsonl.
+
+Everything is checked when read, and a mistake is named by file and line: a wrong gold answer would only show as a
+score that is a little too low.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nanochat.common import UserError
+
+KINDS = ("multiple_choice", "schema", "language_modeling")
+
+# Tasks whose chance level the two published lists of baselines disagree on, in percent: (v1, v2).
+# The published GPT-2 figures, and those of this system, use v1.
+REVISED_BASELINES = {
+    "commonsense_qa": (20.0, 40.3),
+    "agi_eval_lsat_ar": (20.0, 25.0),
+    "bigbench_language_identification": (9.1, 25.0),
+}
+
+
+@dataclass
+class CoreTask:
+    """One of the 22 tasks. `items` hold, by kind: query, choices, gold; context_options, continuation, gold;
+    context, continuation."""
+
+    label: str
+    kind: str
+    num_fewshot: int
+    delimiter: str  # between context and continuation
+    baseline: float  # accuracy of guessing, 0 to 1
+    items: list[dict[str, Any]]
+
+
+@dataclass
+class Bundle:
+    """The tasks whose data is here, and the labels of those whose data is not."""
+
+    tasks: list[CoreTask]
+    missing: list[str]
+
+
+def read_bundle(folder: Path, baselines: str = "v1", only: str = "") -> Bundle:
+    """Read a bundle. `only`: labels separated by commas. `baselines`: v1 or v2.
+
+    Raises UserError for a folder that is none, a task that does not exist, or data that is not as it should be.
+    """
+    config_file, meta_file = folder / "core.yaml", folder / "eval_meta_data.csv"
+    for file in (config_file, meta_file):
+        if not file.is_file():
+            raise UserError(f"{folder} is not a CORE bundle: it has no {file.name}; delete a half-downloaded one, "
+                            "or name another with --eval-bundle")  # fmt: skip
+    chances = read_baselines(meta_file, baselines)
+    entries = read_entries(config_file)
+    wanted = [label.strip() for label in only.split(",") if label.strip()] or [entry["label"] for entry in entries]
+    if unknown := sorted(set(wanted) - {entry["label"] for entry in entries}):
+        known = ", ".join(entry["label"] for entry in entries)
+        raise UserError(f"no CORE task is called {', '.join(unknown)}; there are: {known}")
+    tasks, missing = [], []
+    for entry in entries:
+        label = entry["label"]
+        if label not in wanted:
+            continue
+        path = folder / "eval_data" / entry["dataset_uri"]
+        if not path.is_file():
+            missing.append(label)
+            continue
+        if label not in chances:
+            raise UserError(f"{meta_file} has no random baseline for {label}")
+        kind, shots = entry["icl_task_type"], entry["num_fewshot"]
+        items = read_items(path, kind)
+        tasks.append(CoreTask(label, kind, shots, entry.get("continuation_delimiter", " "), chances[label], items))
+    if not tasks:
+        raise UserError(f"{folder} holds no data of {', '.join(missing)}: was the download interrupted? Delete the "
+                        "folder and try again")  # fmt: skip
+    return Bundle(tasks, missing)
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The tasks of core.yaml, checked."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
+        for entry in entries:
+            entry["num_fewshot"] = int(entry["num_fewshot"][0])
+            if entry["icl_task_type"] not in KINDS:
+                raise UserError(f"{path}: {entry['label']} is of type {entry['icl_task_type']!r}; "
+                                f"known are {', '.join(KINDS)}")  # fmt: skip
+            if not isinstance(entry["label"], str) or not isinstance(entry["dataset_uri"], str):
+                raise TypeError("label and dataset_uri must be text")
+        return entries
+    except UserError:
+        raise
+    except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a list of CORE tasks: {' '.join(str(error).split())}") from error
+
+
+def read_baselines(path: Path, version: str) -> dict[str, float]:
+    """Accuracy of guessing by task, 0 to 1."""
+    if version not in ("v1", "v2"):
+        raise UserError(f"--baselines takes v1 (the published figures') or v2, got {version!r}")
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            found = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a table of tasks with a 'Random baseline' in percent: {error}") from error
+    for label, chances in REVISED_BASELINES.items():
+        if label in found:
+            found[label] = chances[version == "v2"]
+    return {label: percent / 100 for label, percent in found.items()}
+
+
+def read_items(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The items of a task's jsonl, checked."""
+    items = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                items.append(check_item(json.loads(line), kind))
+            except (json.JSONDecodeError, ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: {error}") from error
+    if not items:
+        raise UserError(f"{path} is empty")
+    return items
+
+
+def check_item(item: Any, kind: str) -> dict[str, Any]:
+    """The item, if it is one of that kind. Raises ValueError."""
+    texts = {"multiple_choice": ("query",), "schema": ("continuation",), "language_modeling": ("context",)}[kind]
+    if not isinstance(item, dict):
+        raise ValueError("not a JSON object")
+    for key in texts:
+        if not isinstance(item.get(key), str):
+            raise ValueError(f"{key!r} must be text")
+    if kind == "language_modeling":
+        if not isinstance(item.get("continuation"), str) or not item["continuation"].strip():
+            raise ValueError("'continuation' must be text that is not empty")
+        return item
+    options_key = "choices" if kind == "multiple_choice" else "context_options"
+    options, gold = item.get(options_key), item.get("gold")
+    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) for o in options):
+        raise ValueError(f"{options_key!r} must be a list of at least two texts")
+    if type(gold) is not int or not 0 <= gold < len(options):
+        raise ValueError(f"'gold' must be a number from 0 to {len(options) - 1}, got {gold!r}")
+    return item

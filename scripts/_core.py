@@ -1,0 +1,76 @@
+"""The CORE evaluation as scripts run it: which bundle, what is printed, what goes into the report."""
+
+from pathlib import Path
+from typing import Any
+
+from nanochat.common import UserError, atomic_write, say, warn, write_json
+from nanochat.core_bundle import Bundle, read_bundle
+from nanochat.core_download import bundle_folder
+from nanochat.core_eval import CoreResult, Scorer, TaskResult, bootstrap_error, evaluate_core
+from nanochat.core_prompts import MODES
+from nanochat.report import accuracy_values
+from nanochat.runtime import Runtime
+
+
+def open_bundle(given: str, base_dir: Path, runtime: Runtime, baselines: str = "v1", only: str = "") -> Bundle:
+    """The bundle that --eval-bundle means; on all processes, downloaded by one."""
+    if runtime.is_main:
+        bundle_folder(given, base_dir)
+    runtime.barrier()
+    bundle = read_bundle(bundle_folder(given, base_dir), baselines, only)
+    if bundle.missing and runtime.is_main:
+        warn(f"{len(bundle.missing)} CORE tasks have no data here: {', '.join(bundle.missing)}; the mean is of the "
+             f"other {len(bundle.tasks)} and marked partial")  # fmt: skip
+    return bundle
+
+
+def run_core(
+    scorer: Scorer, tokenizer: Any, bundle: Bundle, runtime: Runtime, *, most: int, mode: str = "reference",
+    baselines: str = "v1",
+) -> CoreResult:  # fmt: skip
+    """Evaluate, with a line for each task."""
+    if mode not in MODES:
+        raise UserError(f"--core-mode takes {' or '.join(MODES)}, got {mode!r}")
+
+    def progress(result: TaskResult, seconds: float) -> None:
+        if runtime.is_main:
+            cropped = f", {result.cropped} prompts cropped" if result.cropped else ""
+            say(f"  {result.label:<34}{result.accuracy:7.4f} ± {bootstrap_error(result.right):.4f}   "
+                f"centred {result.centered:7.4f}   ({len(result.right)} items, {seconds:.1f} s{cropped})")  # fmt: skip
+
+    result = evaluate_core(scorer, tokenizer, bundle, runtime, max_per_task=most, mode=mode, baselines=baselines,
+                           progress=progress)  # fmt: skip
+    runtime.print0(core_line(result))
+    return result
+
+
+def core_line(result: CoreResult) -> str:
+    """CORE 0.0123 (95% -0.0012 to 0.0261), partial: 18 of 22 tasks"""
+    total = len(result.tasks) + len(result.missing)
+    partial = f", partial: {len(result.tasks)} of {total} tasks" if result.partial else ""
+    return (f"CORE {result.core:.4f} (95% {result.low:.4f} to {result.high:.4f}, {result.baselines} baselines, "
+            f"{result.mode} prompts{partial}) in {result.seconds:.0f} s")  # fmt: skip
+
+
+def report_values(result: CoreResult) -> dict[str, Any]:
+    """What the report keeps: each task's accuracy beside chance, and the metric."""
+    by_task = {t.label: (float(sum(t.right)), len(t.right)) for t in result.tasks}
+    values = accuracy_values(by_task, {t.label: t.baseline for t in result.tasks})
+    columns = [{"task": t.label, "accuracy": t.accuracy, "standard error": bootstrap_error(t.right),
+                "centred": t.centered, "items": len(t.right), "cropped": t.cropped} for t in result.tasks]  # fmt: skip
+    return values | {"core": result.core, "core_interval": [result.low, result.high], "core_mode": result.mode,
+                     "core_baselines": result.baselines, "core_missing": result.missing,
+                     "tables": {"CORE": columns}}  # fmt: skip
+
+
+def write_details(folder: Path, result: CoreResult, model: str) -> Path:
+    """core.json with everything, and core.csv in the published table's form; the folder."""
+    write_json(folder / "core.json", {"model": model, **result.to_dict(),
+                                      "examples": {t.label: t.examples for t in result.tasks}})  # fmt: skip
+    with atomic_write(folder / "core.csv", "w") as file:
+        file.write(f"{'Task':<35}, {'Accuracy':<10}, {'Centered':<10}\n")
+        for t in result.tasks:
+            file.write(f"{t.label:<35}, {t.accuracy:<10.6f}, {t.centered:<10.6f}\n")
+        if not result.partial:
+            file.write(f"{'CORE':<35}, {'':<10}, {result.core:<10.6f}\n")
+    return folder
