@@ -41,7 +41,7 @@ from nanochat.trainer import Record, Trainer
 # Flags that a resumed run may take anew: none of them can change the numbers.
 OPERATIONAL = (
     "run", "device_type", "resume", "resume_from_step", "eval_every", "eval_tokens", "sample_every", "save_every",
-    "keep_last", "tensorboard", "core_metric_every", "core_metric_max_per_task",
+    "keep_last", "tensorboard", "core_metric_every", "core_metric_max_per_task", "eval_bundle",
 )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from nanochat import fp8
 from nanochat.checkpoint_manager import Checkpoint, load_model_state, open_checkpoint, run_dir
 from nanochat.common import UserError, format_count, get_base_dir, say
+from nanochat.core_bundle import Bundle
+from nanochat.core_eval import GPTScorer
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, resolve_corpus
 from nanochat.gpt import GPT, GPTConfig
@@ -25,6 +27,7 @@ from nanochat.session import (
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
+from scripts._core import open_bundle, run_core
 from scripts._model import ModelFlags, network
 from scripts._observe import continuations, corpus_bpb
 from scripts._pace import best_depth
@@ -74,9 +77,11 @@ class Config(ModelFlags, TrainFlags):
     fp8_recipe: str = "tensorwise"
     """One fp8 scale per tensor (tensorwise, the fastest) or per row (rowwise, more exact)."""
     core_metric_every: int = -1
-    """Steps between CORE evaluations."""
+    """Steps between CORE evaluations; there is one at the end too."""
     core_metric_max_per_task: int = 500
-    """Items per CORE task."""
+    """Items per CORE task; -1 takes all."""
+    eval_bundle: str = ""
+    """Folder of the CORE bundle; empty: eval_bundle/ in the base folder, downloaded if it is not there."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,8 +91,6 @@ class Config(ModelFlags, TrainFlags):
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    if config.core_metric_every > 0:
-        raise UserError("--core-metric-every: the CORE evaluation is not part of this version; leave it at -1")
     with Runtime.create(config.device_type, seed=config.seed) as runtime:
         return train(config, runtime)
 
@@ -108,6 +111,7 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     checkpoint, earlier, config = open_session(run, config, runtime)
     tokenizer = checkpoint.tokenizer() if checkpoint else get_tokenizer()
     corpus = resolve_corpus(config.data, base_dir)
+    bundle = open_bundle(config.eval_bundle, base_dir, runtime) if config.core_metric_every > 0 else None
     if checkpoint and checkpoint.meta["corpus"] != corpus.fingerprint:
         raise UserError(f"the data has changed since step {checkpoint.step} was saved: cannot resume exactly; "
                         "give the same --data, or start a new run with --init-from")  # fmt: skip
@@ -125,6 +129,9 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
         Hook(partial(evaluate, corpus=corpus, tokenizer=tokenizer, tokens=tokens), config.eval_every),
         Hook(partial(sample, tokenizer=tokenizer), config.sample_every),
     ]
+    if bundle:
+        core = partial(evaluate_core, tokenizer=tokenizer, bundle=bundle, most=config.core_metric_max_per_task)
+        trainer.hooks.append(Hook(core, config.core_metric_every))
     code = drive(trainer, script="base_train", run=run, config=config, tokenizer=tokenizer, checkpoint=checkpoint,
                  total_batch_tokens=plan.total_batch_tokens,
                  meta={"stage": "base", "corpus": corpus.fingerprint})  # fmt: skip
@@ -242,6 +249,13 @@ def evaluate(trainer: Trainer, corpus: Corpus, tokenizer: RustBPETokenizer, toke
         bpb = corpus_bpb(trainer.model, corpus, tokenizer, trainer.runtime, split="val", tokens=tokens,
                          device_batch_size=trainer.device_batch_size)  # fmt: skip
     return note_bpb(trainer, bpb)
+
+
+def evaluate_core(trainer: Trainer, tokenizer: RustBPETokenizer, bundle: Bundle, most: int) -> Record:
+    """CORE, in the published form."""
+    with fp8.without_fp8(trainer.model):
+        result = run_core(GPTScorer(trainer.model), tokenizer, bundle, trainer.runtime, most=most)
+    return {"core": result.core, "core_low": result.low, "core_high": result.high}
 
 
 def sample(trainer: Trainer, tokenizer: RustBPETokenizer) -> None:

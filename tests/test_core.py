@@ -1,0 +1,456 @@
+"""CORE: prompts and spans worked by hand, scores against a plain scorer, the published figures, damaged bundles."""
+
+import csv
+import http.server
+import json
+import math
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.core_bundle import CoreTask, read_bundle
+from nanochat.core_download import bundle_folder
+from nanochat.core_eval import (
+    GPTScorer,
+    Score,
+    bootstrap_error,
+    centered,
+    core_metric,
+    evaluate_core,
+    evaluate_task,
+    is_right,
+    shared_tokens,
+)
+from nanochat.core_prompts import Example, Scored, crop, dclm_shots, make_examples, reference_shots, shuffled
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import Runtime
+
+GOLDEN = json.loads((Path(__file__).parent / "goldens" / "core_gpt2.json").read_text(encoding="utf-8"))
+BOS = 256
+
+
+class Letters:
+    """A token per byte, so that spans can be counted by hand."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def get_bos_token_id(self) -> int:
+        return BOS
+
+
+class Pairs(Letters):
+    """Two bytes a token where the first is a space: what a real vocabulary does to a word's first letter."""
+
+    def encode(self, text: str) -> list[int]:
+        ids, raw, i = [], text.encode(), 0
+        while i < len(raw):
+            pair = raw[i : i + 2]
+            ids.append(1000 + pair[1] if len(pair) == 2 and pair[0] == 32 else pair[0])
+            i += 2 if ids[-1] >= 1000 else 1
+        return ids
+
+
+def task(kind: str, items: list[dict[str, Any]], shots: int = 0, delimiter: str = " ") -> CoreTask:
+    return CoreTask("t", kind, shots, delimiter, 0.25, items)
+
+
+def scored_text(example: Example) -> list[str]:
+    return [bytes(s.ids[s.start : s.end]).decode() for s in example.sequences]
+
+
+def first(t: CoreTask, tokenizer: Any = None, mode: str = "reference", max_tokens: int = 10_000) -> Example:
+    return next(make_examples(t, tokenizer or Letters(), max_tokens, most=1, mode=mode))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Prompts and spans
+
+
+def test_multiple_choice_scores_what_the_options_do_not_share() -> None:
+    example = first(task("multiple_choice", [{"query": "Q:", "choices": ["red", "blue"], "gold": 1}]))
+    assert [s.ids[0] for s in example.sequences] == [BOS, BOS] and example.gold == 1
+    assert example.texts == ["Q: red", "Q: blue"] and scored_text(example) == ["red", "blue"]
+
+
+def test_options_that_share_their_first_tokens() -> None:
+    example = first(task("multiple_choice", [{"query": "Q:", "choices": ["the cat", "the dog"], "gold": 0}]))
+    assert scored_text(example) == ["cat", "dog"]
+
+
+def test_an_option_that_begins_another_still_has_a_token() -> None:
+    example = first(task("multiple_choice", [{"query": "Q:", "choices": ["go", "gone"], "gold": 0}]))
+    assert scored_text(example) == ["o", "one"]
+    equal = first(task("multiple_choice", [{"query": "Q:", "choices": ["go", "go", ""], "gold": 0}]))
+    assert all(s.start < s.end for s in equal.sequences)
+
+
+def test_schema_scores_what_the_contexts_share_at_the_end() -> None:
+    item = {"context_options": ["Ann saw Bo and Ann", "Ann saw Bo and Bo"], "continuation": "ran.", "gold": 0}
+    example = first(task("schema", [item]))
+    assert scored_text(example) == [" ran.", " ran."]  # Ann and Bo end in different letters
+    same_end = {"context_options": ["a man", "a woman"], "continuation": "ran.", "gold": 0}
+    assert scored_text(first(task("schema", [same_end]))) == ["man ran."] * 2
+
+
+def test_language_modeling_scores_the_continuation() -> None:
+    example = first(task("language_modeling", [{"context": " 2+2 = ", "continuation": "four"}]))
+    assert example.texts == ["2+2 =", "2+2 = four"] and scored_text(example) == [" four"]
+
+
+def test_a_space_that_ends_the_context_belongs_to_the_answer() -> None:
+    """Where " f" is one token, a context that ended in a space would be no prefix of the whole."""
+    example = first(task("language_modeling", [{"context": "2+2 =", "continuation": "four"}]), Pairs())
+    s = example.sequences[0]
+    assert s.ids[s.start : s.end] == [1000 + ord("f"), *b"our"]
+
+
+def test_few_shot_examples_are_separated_by_a_blank_line_and_solved() -> None:
+    items = [{"query": f"q{i}", "choices": ["a", "b"], "gold": i % 2} for i in range(5)]
+    example = first(task("multiple_choice", items, shots=2, delimiter="\nAnswer: "))
+    assert example.texts[0].count("\n\n") == 2 and example.texts[0].endswith("\nAnswer: a")
+    for block in example.texts[0].split("\n\n")[:-1]:
+        number = int(block[1])
+        assert block == f"q{number}\nAnswer: {'ab'[number % 2]}"
+
+
+@pytest.mark.parametrize("shots", [reference_shots, dclm_shots])
+def test_examples_come_from_all_items_but_the_one_asked(shots: Any) -> None:
+    """Also where few are asked: drawing from those would let the answers leak into each other."""
+    items = [{"context": f"c{i}", "continuation": "x"} for i in range(30)]
+    seen = set()
+    asked = list(shots(task("language_modeling", items, shots=10), 4))
+    assert len(asked) == 4
+    for item, drawn in asked:
+        assert len({d["context"] for d in drawn}) == 10 and item["context"] not in {d["context"] for d in drawn}
+        seen |= {d["context"] for d in drawn}
+    few = {item["context"] for item in shuffled(items)[:4]}
+    assert {item["context"] for item, _ in asked} == few and len(seen - few) > 10
+    again = [[d["context"] for d in drawn] for _, drawn in shots(task("language_modeling", items, shots=10), 4)]
+    assert again == [[d["context"] for d in drawn] for _, drawn in asked]
+    whole = {item["context"]: [d["context"] for d in drawn]
+             for item, drawn in shots(task("language_modeling", items, shots=10), -1)}  # fmt: skip
+    assert all(whole[item["context"]] == [d["context"] for d in drawn] for item, drawn in asked)
+
+
+def test_more_examples_than_items() -> None:
+    items = [{"context": f"c{i}", "continuation": "x"} for i in range(3)]
+    for mode in ("reference", "dclm"):
+        assert len(list(make_examples(task("language_modeling", items, shots=10), Letters(), 999, mode=mode))) == 3
+
+
+def test_dclm_prompts_are_tokenised_apart() -> None:
+    items = [{"query": " q0 ", "choices": ["aa", "ab"], "gold": 1}, {"query": "q1", "choices": ["c", "d"], "gold": 0}]
+    t = task("multiple_choice", items, shots=1, delimiter="\nAnswer: ")
+    by_query = {e.texts[0]: e for e in make_examples(t, Letters(), 999, mode="dclm")}
+    example = by_query["q1\nAnswer: c\nq0\nAnswer: aa"]
+    assert scored_text(example) == [" aa", " ab"] and example.gold == 1  # also the "a" that both begin with
+    schema = task("schema", [{"context_options": ["x", "yy"], "continuation": "z.", "gold": 1}])
+    assert scored_text(first(schema, mode="dclm")) == [" z.", " z."]
+
+
+def test_long_prompts_lose_their_beginning() -> None:
+    example = Example("multiple_choice", [Scored(list(range(10)), 7, 10), Scored(list(range(5)), 3, 5)])
+    crop(example, 6)
+    assert example.sequences == [Scored([4, 5, 6, 7, 8, 9], 3, 6), Scored([0, 1, 2, 3, 4], 3, 5)] and example.cropped
+    assert crop(Example("x", [Scored(list(range(10)), 2, 10)]), 4).sequences == [Scored([6, 7, 8, 9], 1, 4)]
+    assert not crop(Example("x", [Scored(list(range(4)), 2, 4)]), 4).cropped
+
+
+# ---------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def stirred(config: GPTConfig) -> GPT:
+    model = GPT.create(config, seed=3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.05)
+    return model
+
+
+def made_up(kind: str, count: int, shots: int) -> CoreTask:
+    draw = torch.Generator().manual_seed(len(kind))
+
+    def text(low: int, high: int) -> str:
+        length = int(torch.randint(low, high, (), generator=draw))
+        return "".join(chr(97 + int(c)) for c in torch.randint(20, (length,), generator=draw))
+
+    items = []
+    for _ in range(count):
+        if kind == "multiple_choice":
+            items.append({"query": text(5, 60), "choices": [text(1, 9) for _ in range(4)], "gold": 2})
+        elif kind == "schema":
+            items.append({"context_options": [text(5, 60) for _ in range(2)], "continuation": text(2, 9), "gold": 0})
+        else:
+            items.append({"context": text(5, 60), "continuation": text(1, 3)})
+    return task(kind, items, shots)
+
+
+@torch.no_grad()
+def brute_force(model: GPT, example: Example) -> list[Score]:
+    """One sequence at a time, softmax in float64."""
+    scores = []
+    for ids, start, end in example.sequences:
+        probabilities = model(torch.tensor([ids]))[0].double().softmax(-1)
+        losses = [-math.log(probabilities[t - 1, ids[t]]) for t in range(start, end)]
+        greedy = all(int(probabilities[t - 1].argmax()) == ids[t] for t in range(start, end))
+        scores.append(Score(sum(losses) / len(losses), greedy))
+    return scores
+
+
+@pytest.mark.parametrize("form", [GPTConfig, GPTConfig.later])
+@pytest.mark.parametrize("shots", [0, 4])
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
+def test_batched_scores_are_the_plain_ones(kind: str, shots: int, form: Any) -> None:
+    """Prompts beyond the window and beyond the context among them; 50 items."""
+    model = stirred(form(sequence_len=192, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=32))
+    examples = list(make_examples(made_up(kind, 50, shots), Letters(), 192))
+    assert shots == 0 or any(e.cropped for e in examples)
+    assert (kind, shots) != ("multiple_choice", 4) or any(shared_tokens(e) > 100 for e in examples)
+    scorer = GPTScorer(model, batch_tokens=1000)
+    for example, ours in zip(examples, scorer.score(examples)):
+        theirs = brute_force(model, example)
+        assert [s.mean_loss for s in ours] == pytest.approx([s.mean_loss for s in theirs], abs=2e-4)
+        assert [s.greedy for s in ours] == [s.greedy for s in theirs]
+        assert is_right(example, ours) == is_right(example, theirs)
+
+
+def test_a_cached_beginning_is_used_only_where_nothing_in_it_is_scored() -> None:
+    same = [1, 2, 3, 4]
+    assert shared_tokens(Example("multiple_choice", [Scored([*same, 5], 4, 5), Scored([*same, 6], 4, 5)])) == 4
+    assert shared_tokens(Example("multiple_choice", [Scored(same, 3, 4), Scored(same, 3, 4)])) == 3
+    assert shared_tokens(Example("schema", [Scored([*same, 5], 2, 5), Scored([*same, 6], 2, 5)])) == 2
+    assert shared_tokens(Example("language_modeling", [Scored(same, 1, 4)])) == 0
+
+
+class Answers:
+    """A scorer that knows: certain of the gold option, of another one, or of nothing."""
+
+    max_tokens = 1000
+
+    def __init__(self, knows: str) -> None:
+        self.knows = knows
+
+    def score(self, examples: Any) -> list[list[Score]]:
+        found = []
+        for e in examples:
+            chosen = {"gold": e.gold, "wrong": (e.gold + 1) % max(2, len(e.sequences)), "nothing": -1}[self.knows]
+            found.append([Score(0.0 if i == chosen else 1.0, self.knows == "gold") for i in range(len(e.sequences))])
+        return found
+
+
+def test_models_with_known_answers() -> None:
+    items = [{"query": f"q{i}", "choices": list("abcd"), "gold": i % 4} for i in range(400)]
+    t = task("multiple_choice", items, shots=1)
+    result = {k: evaluate_task(Answers(k), t, Letters()) for k in ("gold", "nothing", "wrong")}
+    assert result["gold"].centered == 1.0 and result["wrong"].centered == pytest.approx(-1 / 3)
+    assert result["nothing"].centered == 0.0  # a uniform model chooses the first option, right a quarter of the time
+    lm = task("language_modeling", [{"context": "c", "continuation": "x"}])
+    assert evaluate_task(Answers("gold"), lm, Letters()).accuracy == 1.0
+    assert evaluate_task(Answers("nothing"), lm, Letters()).accuracy == 0.0
+
+
+def test_ranks_share_the_items_and_get_the_same_result() -> None:
+    model = stirred(GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
+    t, scorer = made_up("multiple_choice", 11, 0), GPTScorer(model)
+    alone = evaluate_task(scorer, t, Letters())
+    parts: list[torch.Tensor] = []
+
+    def keep(values: torch.Tensor) -> torch.Tensor:
+        parts.append(values)
+        return values
+
+    for rank in range(3):
+        evaluate_task(scorer, t, Letters(), rank=rank, world_size=3, sum_over_ranks=keep)
+    assert [bool(x) for x in sum(parts)[0]] == alone.right  # type: ignore[index]
+
+
+def test_bootstrap_error_is_that_of_a_share() -> None:
+    assert bootstrap_error([True] * 30 + [False] * 70) == pytest.approx(math.sqrt(0.3 * 0.7 / 100), rel=0.08)
+    assert bootstrap_error([True] * 9) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------
+# The published figures
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_published_gpt2_tables_give_the_published_core(name: str, tmp_path: Path) -> None:
+    accuracies = GOLDEN["accuracy"][name]
+    assert len(accuracies) == 22
+    published = {"gpt2": 0.113891, "gpt2-medium": 0.184903, "gpt2-large": 0.214641, "gpt2-xl": 0.256525}[name]
+    assert core_metric(accuracies, baselines_of(tmp_path, "v1")) == pytest.approx(published, abs=1e-6)
+    if name == "gpt2-xl":
+        assert core_metric(accuracies, baselines_of(tmp_path, "v2")) == pytest.approx(0.2309, abs=5e-5)
+
+
+def baselines_of(folder: Path, version: str) -> dict[str, float]:
+    from nanochat.core_bundle import read_baselines
+
+    with open(folder / "meta.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Eval Task", "Random baseline"])
+        writer.writerows(GOLDEN["baseline_percent"].items())
+    return read_baselines(folder / "meta.csv", version)
+
+
+def test_centred() -> None:
+    assert centered(1.0, 0.25) == 1 and centered(0.25, 0.25) == 0 and centered(0.0, 0.5) == -1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bundles
+
+
+def write_bundle(folder: Path) -> Path:
+    (folder / "eval_data").mkdir(parents=True)
+    (folder / "core.yaml").write_text(
+        "icl_tasks:\n"
+        "- {label: pick, dataset_uri: pick.jsonl, num_fewshot: [2], icl_task_type: multiple_choice,"
+        ' continuation_delimiter: "\\nAnswer: "}\n'
+        "- {label: pronoun, dataset_uri: pronoun.jsonl, num_fewshot: [0], icl_task_type: schema}\n"
+        "- {label: go_on, dataset_uri: go_on.jsonl, num_fewshot: [1], icl_task_type: language_modeling}\n"
+    )
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\npick,25\npronoun,50\ngo_on,0\n")
+    data = {"pick": made_up("multiple_choice", 6, 0), "pronoun": made_up("schema", 5, 0),
+            "go_on": made_up("language_modeling", 4, 0)}  # fmt: skip
+    for name, t in data.items():
+        (folder / "eval_data" / f"{name}.jsonl").write_text("".join(json.dumps(i) + "\n" for i in t.items))
+    return folder
+
+
+def test_a_bundle_is_read_and_evaluated(tmp_path: Path) -> None:
+    bundle = read_bundle(write_bundle(tmp_path / "b"))
+    assert [(t.label, t.num_fewshot, t.delimiter, t.baseline, len(t.items)) for t in bundle.tasks] == [
+        ("pick", 2, "\nAnswer: ", 0.25, 6), ("pronoun", 0, " ", 0.5, 5), ("go_on", 1, " ", 0.0, 4)]  # fmt: skip
+    result = evaluate_core(Answers("gold"), Letters(), bundle, Runtime.create("cpu"))
+    assert result.core == result.low == result.high == 1.0 and not result.partial
+    few = evaluate_core(Answers("gold"), Letters(), bundle, Runtime.create("cpu"), max_per_task=2)
+    assert [len(t.right) for t in few.tasks] == [2, 2, 2]
+    assert [t.label for t in read_bundle(tmp_path / "b", only="go_on, pick").tasks] == ["pick", "go_on"]
+
+
+def test_missing_data_is_listed_and_marks_the_mean(tmp_path: Path) -> None:
+    (write_bundle(tmp_path / "b") / "eval_data" / "pronoun.jsonl").unlink()
+    bundle = read_bundle(tmp_path / "b")
+    assert bundle.missing == ["pronoun"] and len(bundle.tasks) == 2
+    result = evaluate_core(Answers("gold"), Letters(), bundle, Runtime.create("cpu"))
+    assert result.partial and result.to_dict()["missing"] == ["pronoun"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("pick.jsonl", '{"query": "q", "choices": ["a", "b"], "gold": 0}\n{"query": 3\n', "pick.jsonl, line 2"),
+        ("pick.jsonl", '\n{"query": "q", "choices": ["a", "b"], "gold": 2}', "line 2: 'gold' must be .* 0 to 1, got 2"),
+        ("pick.jsonl", '{"query": "q", "choices": ["a", "b"], "gold": -1}', "line 1: 'gold'"),
+        ("pick.jsonl", '{"query": "q", "choices": ["a", "b"], "gold": true}', "line 1: 'gold'"),
+        ("pick.jsonl", '{"query": "q", "choices": ["a"], "gold": 0}', "at least two"),
+        ("pick.jsonl", '{"query": 1, "choices": ["a", "b"], "gold": 0}', "'query' must be text"),
+        ("pick.jsonl", '["a"]', "not a JSON object"),
+        ("pick.jsonl", "\n \n", "pick.jsonl is empty"),
+        ("go_on.jsonl", '{"context": "c", "continuation": " "}', "line 1: 'continuation'"),
+        ("pronoun.jsonl", '{"context_options": ["a", 3], "continuation": "x", "gold": 0}', "context_options"),
+        ("../core.yaml", "icl_tasks: 3", "core.yaml is not a list"),
+        ("../core.yaml", "a: [", "core.yaml is not a list"),
+        ("../core.yaml", "icl_tasks: [{label: x, dataset_uri: x, num_fewshot: [0], icl_task_type: essay}]", "essay"),
+        ("../eval_meta_data.csv", "Eval Task,Random baseline\npick,much\n", "Random baseline"),
+        ("../eval_meta_data.csv", "Eval Task,Random baseline\npick,25\n", "no random baseline for pronoun"),
+    ],
+)
+def test_damage_is_named(file: str, content: str, says: str, tmp_path: Path) -> None:
+    (write_bundle(tmp_path / "b") / "eval_data" / file).write_text(content)
+    with pytest.raises(UserError, match=says):
+        read_bundle(tmp_path / "b")
+
+
+def test_bundles_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"core\.yaml"):
+        read_bundle(tmp_path)
+    write_bundle(tmp_path / "b")
+    with pytest.raises(UserError, match="there are: pick, pronoun, go_on"):
+        read_bundle(tmp_path / "b", only="pock")
+    with pytest.raises(UserError, match="--baselines"):
+        read_bundle(tmp_path / "b", baselines="v3")
+    for path in (tmp_path / "b" / "eval_data").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="interrupted"):
+        read_bundle(tmp_path / "b")
+    (tmp_path / "b" / "eval_data" / "pick.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_bundle(tmp_path / "b")
+    with pytest.raises(UserError, match="no such folder"):
+        bundle_folder(str(tmp_path / "nowhere"), tmp_path)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        """Tests print nothing."""
+
+
+def test_the_bundle_is_downloaded_once_and_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bundle(tmp_path / "eval_bundle")
+    served, base = tmp_path / "served", tmp_path / "base"
+    served.mkdir()
+    base.mkdir()
+    with zipfile.ZipFile(served / "good.zip", "w") as archive:
+        for path in sorted((tmp_path / "eval_bundle").rglob("*")):
+            archive.write(path, path.relative_to(tmp_path))
+    (served / "bad.zip").write_bytes((served / "good.zip").read_bytes()[:200])
+
+    def handler(*args: Any) -> Quiet:
+        return Quiet(*args, directory=str(served))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        for wrong in ("bad.zip", "none.zip"):
+            with pytest.raises(UserError, match="cannot download"):
+                bundle_folder("", base, f"{url}/{wrong}")
+            assert not (base / "eval_bundle").exists()
+        assert len(read_bundle(bundle_folder("", base, f"{url}/good.zip")).tasks) == 3
+        server.shutdown()
+    assert bundle_folder("", base, "http://127.0.0.1:9/gone") == base / "eval_bundle"  # not asked again
+    assert sorted(p.name for p in base.iterdir() if p.suffix != ".lock") == ["eval_bundle"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Scripts
+
+
+def test_base_eval_writes_core(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts import base_eval
+
+    write_bundle(tmp_path / "b")
+    flags = ["--eval=core", f"--eval-bundle={tmp_path / 'b'}", "--max-per-task=3", "--device-type=cpu"]
+    assert base_eval.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "pick" in said and "CORE " in said and "partial" not in said
+    details = json.loads((copied / "base_eval" / "tiny_000001" / "core.json").read_text())
+    assert details["tasks"]["pick"]["items"] == 3 and details["examples"]["pick"]
+    report = json.loads((copied / "report" / "report.json").read_text())["base_eval"]
+    assert report["core"] == details["core_metric"] and report["counts"]["pronoun"][1] == 3
+    assert base_eval.main([*flags, "--core-mode=dclm", "--core-tasks=pick"]) == 0
+    with pytest.raises(UserError, match="--core-mode"):
+        base_eval.main([*flags, "--core-mode=other"])
+
+
+def test_core_during_training(copied: Path, tmp_path: Path) -> None:
+    from stubs import TINY
+
+    from scripts import base_train
+
+    text = f"--data={copied / 'text.jsonl'}"
+    flags = [f for f in TINY if not f.startswith(("--num-iterations", "--model-tag"))]
+    write_bundle(copied / "eval_bundle")
+    assert base_train.main([*flags, text, "--num-iterations=4", "--model-tag=c", "--core-metric-every=2",
+                            "--core-metric-max-per-task=2"]) == 0  # fmt: skip
+    metrics = (copied / "base_checkpoints" / "c" / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    assert ["core" in line for line in lines] == [False, True, False, True]
