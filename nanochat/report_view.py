@@ -14,6 +14,7 @@ Record = dict[str, Any]
 STAGES = {
     "tokenizer": "Tokenizer",
     "base_train": "Pretraining",
+    "contamination": "Benchmark items in the training text",
     "base_eval": "Base model",
     "chat_sft": "Supervised finetuning",
     "chat_rl": "Reinforcement learning",

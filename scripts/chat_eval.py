@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import find_run, load_model
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError, get_base_dir, say
 from nanochat.engine import Engine
 from nanochat.report import accuracy_values, record_stage
 from nanochat.report_view import wilson_interval
@@ -18,6 +19,7 @@ from nanochat.runtime import Runtime
 from nanochat.session import command_line
 from scripts import _cli
 from tasks.common import Task
+from tasks.evaluation import AskFlags, ChatCore, Outcome, ask, chat_core, pass_rates, write_transcripts
 from tasks.registry import TASKS, make_task, task_spec
 
 
@@ -28,11 +30,15 @@ class Config:
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
     """Which model: sft or rl."""
     task_name: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""
-    """Tasks separated by | or commas; empty runs the embedded skills."""
+    """Tasks separated by | or commas; empty runs the embedded skills, all whatever data is at hand."""
+    split: str = ""
+    """Another split than the one that a task is meant to be evaluated on, such as validation."""
+    embedded_sample: bool = False
+    """Of public benchmarks, use the few embedded items: to try the code, not to report a score."""
     max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = 200
     """Items per task; -1 takes all."""
     num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
-    """Answers per item; an item counts by its share of right ones."""
+    """Answers per item (with -t above 0); an item counts by its share of right ones, pass@k is shown beside."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 32
     """Items decoded together."""
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 128
@@ -54,15 +60,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.source not in ("sft", "rl"):
         raise UserError(f"-i must be sft or rl, got {config.source!r}")
     names = [n.strip() for n in config.task_name.replace("|", ",").split(",") if n.strip()]
+    if names == ["all"]:
+        names = list(TASKS)
     names = [task_spec(name).name for name in names] or [name for name, spec in TASKS.items() if spec.starter]
     sizes = (config.num_samples, config.batch_size, config.max_new_tokens)
     if config.max_problems == 0 or min(sizes) < 1 or config.temperature < 0 or config.top_k < 0:
         raise UserError("-x, -n, -b and -m must be positive (-x -1 is all), -t and -k not negative")
+    if config.num_samples > 1 and config.temperature == 0:
+        raise UserError("-n asks for several answers, which at -t 0 are all the same: give a temperature, such as -t 1")
+    tasks, missing = open_tasks(config, names)
     with Runtime.create(config.device_type) as runtime:
-        return evaluate(config, names, runtime)
+        for reason in missing:
+            runtime.print0(f"left out: {reason}")
+        return evaluate(config, tasks, runtime)
 
 
-def evaluate(config: Config, names: list[str], runtime: Runtime) -> int:
+def open_tasks(config: Config, names: list[str]) -> tuple[dict[str, Task], list[str]]:
+    """(the tasks by name, reasons why others are left out). With `-a all` what is not at hand is no error."""
+    tasks, missing = {}, []
+    for name in names:
+        if name == "HumanEval":
+            reason = "HumanEval runs code that a model wrote, and this version has no sandbox for it"
+            if config.task_name.strip() != "all":
+                raise UserError(reason)
+            missing.append(reason)
+            continue
+        try:
+            extra = {"sample": True} if config.embedded_sample and not TASKS[name].starter else {}
+            tasks[name] = make_task(name, config.split or None, **extra)
+        except UserError as error:  # no such data, or no such split
+            if config.task_name.strip() != "all":
+                raise
+            missing.append(str(error))
+    if not tasks:
+        raise UserError("nothing to evaluate: " + "; ".join(missing))
+    return tasks, missing
+
+
+def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
     started = time.perf_counter()
     base_dir = get_base_dir()
     run = find_run(base_dir, config.source, config.model_tag or None)
@@ -71,44 +106,77 @@ def evaluate(config: Config, names: list[str], runtime: Runtime) -> int:
                                         compute_dtype=runtime.dtype)  # fmt: skip
     runtime.print0(f"{runtime.describe()}\nchat model: {run.name}, step {meta['step']}")
     engine = Engine(model, tokenizer)
+    folder = base_dir / "chat_eval" / f"{config.source}_{run.name}_{meta['step']:06d}"
     results: dict[str, tuple[float, int]] = {}
+    shares: dict[str, list[float]] = {}
     samples: list[dict[str, str]] = []
-    table = Table("task", "right", "of", "accuracy", "95% interval")
-    for name in names:
-        task = make_task(name)
-        right, total, examples = run_task(config, task, engine, tokenizer)
-        low, high = wilson_interval(right, total)
+    rows = []
+    for name, task in tasks.items():
+        rights, outcomes = run_task(config, task, engine, tokenizer, runtime)
+        per_item = 1 if task.eval_type == "categorical" else config.num_samples
+        shares[name] = [right / per_item for right in rights]
+        right, total = sum(rights) / per_item, len(rights)
+        right = int(right) if right.is_integer() else right
         results[name] = (right, total)
-        samples += examples
-        table.add_row(name, f"{right:g}", str(total), f"{right / total:.1%}", f"{low:.1%} - {high:.1%}")
+        low, high = wilson_interval(right, total)
+        split = getattr(task, "split", "") or config.split or TASKS[name].split
+        rates = pass_rates(rights, per_item)
+        more = "  ".join(f"pass@{k} {rate:.1%}" for k, rate in rates.items() if k > 1)
+        rows.append((name, split, f"{right:g}", str(total), f"{right / total:.1%}", f"{low:.1%} - {high:.1%}", more))
+        samples += [{"prompt": o.conversation["messages"][0]["content"], "text": o.samples[0].text}
+                    for o in outcomes[:3]]  # fmt: skip
+        suffix = f".rank{runtime.rank}" if runtime.world_size > 1 else ""
+        write_transcripts(folder / f"{name}{suffix}.jsonl", name, split, outcomes)
+    core = chat_core(shares)
     if runtime.is_main:
-        Console().print(table)
+        show(rows, core)
+        say(f"every question and answer: {folder}")
         values: dict[str, Any] = {
             "seconds": time.perf_counter() - started,
             "model": run.name,
             "step": meta["step"],
             "checkpoint": f"{config.source}/{run.name}/{meta['step']}",
-            **accuracy_values(results, {name: TASKS[name].baseline for name in names}),
+            **accuracy_values(results, {name: TASKS[name].baseline for name in tasks}),
+            "splits": {row[0]: row[1] for row in rows},
             "samples": samples,
             "command": command_line("chat_eval", config),
         }
+        if core:
+            values |= {"chatcore": core.value, "chatcore_interval": [core.low, core.high],
+                       "chatcore_missing": core.missing}  # fmt: skip
         record_stage(base_dir, "chat_eval", values)
     return 0
 
 
-def run_task(config: Config, task: Task, engine: Engine, tokenizer: Any) -> tuple[float, int, list[dict[str, str]]]:
-    """(sum of correct, number of items, a few transcripts)."""
+def run_task(
+    config: Config, task: Task, engine: Engine, tokenizer: Any, runtime: Runtime
+) -> tuple[list[int], list[Outcome]]:
+    """(right answers by item, over all processes; this process's items). The items are shared out."""
     total = len(task) if config.max_problems < 0 else min(config.max_problems, len(task))
-    conversations = [task[i] for i in range(total)]
-    prompts = [tokenizer.render_for_completion(c) for c in conversations for _ in range(config.num_samples)]
-    completions = engine.generate_many(prompts, max_tokens=config.max_new_tokens, temperature=config.temperature,
-                                       top_k=config.top_k, batch_size=config.batch_size, seed=42)  # fmt: skip
-    texts = [tokenizer.decode(c) for c in completions]
-    correct = [float(task.evaluate(conversations[i // config.num_samples], text)) for i, text in enumerate(texts)]
-    shown = [{"prompt": c["messages"][0]["content"], "text": texts[i * config.num_samples]}
-             for i, c in enumerate(conversations[:3])]  # fmt: skip
-    right = sum(correct) / config.num_samples
-    return int(right) if right.is_integer() else right, total, shown
+    flags = AskFlags(config.num_samples, config.batch_size, config.max_new_tokens, config.temperature, config.top_k)
+    outcomes = ask(task, range(total)[runtime.rank :: runtime.world_size], engine, tokenizer, flags)
+    rights = torch.zeros(total, dtype=torch.float32)
+    for outcome in outcomes:
+        rights[outcome.index] = outcome.num_right
+    rights = runtime.sum(rights.to(runtime.device)).cpu()
+    return [int(right) for right in rights.tolist()], outcomes
+
+
+def show(rows: Sequence[tuple[str, ...]], core: ChatCore | None) -> None:
+    """The results as a table, and ChatCORE."""
+    columns = ["task", "split", "right", "of", "accuracy", "95% interval"]
+    if any(row[-1] for row in rows):
+        columns.append("of several answers")
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row[: len(columns)])
+    console = Console()
+    with console.capture() as drawn:
+        console.print(table)
+    say(drawn.get(), end="")
+    if core:
+        partial = f"; partial, without {', '.join(core.missing)}" if core.missing else ""
+        say(f"ChatCORE {core.value:.4f} (95% {core.low:.4f} to {core.high:.4f}{partial})")
 
 
 if __name__ == "__main__":

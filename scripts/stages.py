@@ -13,6 +13,7 @@ STAGES = {
     "plan": "what a run will take: steps, memory, time, cost",
     "base_train": "pretrain a base model",
     "fit_law": "fit a scaling law to finished runs, and draw it",
+    "contamination": "benchmark items that stand in the training text",
     "base_eval": "CORE, bits per byte and samples of the base model",
     "chat_sft": "finetune it on conversations",
     "chat_eval": "measure the chat model's skills",

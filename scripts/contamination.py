@@ -1,0 +1,120 @@
+"""Which benchmark items stand in the training text: `python -m scripts.contamination --data=starter`."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat.common import UserError, get_base_dir, say, write_json
+from nanochat.contamination import NGRAM, Index
+from nanochat.core_bundle import read_bundle
+from nanochat.dataset import Corpus, resolve_corpus
+from nanochat.report import record_stage
+from scripts import _cli
+from scripts._train import print_table
+from tasks.answers import text_of
+from tasks.registry import TASKS, make_task
+
+LINE_SECONDS = 10.0
+
+
+@dataclass
+class Config:
+    """Look for benchmark items in the training text: runs of thirteen words in common."""
+
+    data: str = ""
+    """As for base_train."""
+    tasks: str = ""
+    """Benchmarks, separated by commas; empty: all whose data is at hand."""
+    eval_bundle: str = ""
+    """Folder of the CORE bundle; empty: eval_bundle/ in the base folder, if it is there."""
+    max_documents: int = -1
+    """Training documents to look through; -1 takes all."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = _cli.parse(Config, argv)
+    base_dir, started = get_base_dir(), time.perf_counter()
+    benchmarks, missing = read_benchmarks(config, base_dir)
+    if not benchmarks:
+        raise UserError("no benchmark is at hand: " + "; ".join(missing))
+    for reason in missing:
+        say(f"left out: {reason}")
+    corpus = resolve_corpus(config.data, base_dir)
+    index = Index(benchmarks)
+    count = index.check(documents(corpus, config.max_documents))
+    rows = []
+    for name, overlap in index.overlaps.items():
+        checked = overlap.items - overlap.too_short
+        share = len(overlap.found) / checked if checked else 0.0
+        rows.append({"benchmark": name, "items": overlap.items, "too short to check": overlap.too_short,
+                     "found in training text": len(overlap.found), "share": share})  # fmt: skip
+    print_table(f"benchmark items in {count:,} documents of {corpus.name}",
+                [(str(r["benchmark"]), f"{r['found in training text']} of {r['items']} ({r['share']:.2%}); "
+                  f"{r['too short to check']} too short") for r in rows])  # fmt: skip
+    folder = base_dir / "contamination"
+    write_json(folder / "found.json", {name: overlap.found for name, overlap in index.overlaps.items()})
+    say(f"each found item with its document: {folder / 'found.json'}")
+    record_stage(base_dir, "contamination", {
+        "seconds": time.perf_counter() - started, "documents": count, "words_in_common": NGRAM,
+        "corpus": corpus.name, "tables": {"Benchmark items found in the training text": rows},
+    })  # fmt: skip
+
+
+def documents(corpus: Corpus, most: int) -> Iterator[str]:
+    """The training documents, with a line now and then."""
+    said = time.perf_counter()
+    for number, document in enumerate(corpus.iter_documents("train")):
+        if 0 <= most <= number:
+            return
+        if time.perf_counter() - said > LINE_SECONDS:
+            said = time.perf_counter()
+            say(f"{number:,} documents looked through")
+        yield document.text
+
+
+def read_benchmarks(config: Config, base_dir: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """(the items' texts by benchmark, reasons why others are left out)."""
+    wanted = [name.strip() for name in config.tasks.split(",") if name.strip()]
+    found: dict[str, list[str]] = {}
+    missing = []
+    for name, spec in TASKS.items():
+        if spec.starter or (wanted and name not in wanted):
+            continue
+        reasons = []
+        for split in dict.fromkeys((spec.split, "validation")):  # either is kept out of training
+            try:
+                found[f"{name} ({split})"] = [question_and_answer(c) for c in make_task(name, split)]
+            except UserError as error:
+                reasons.append(str(error))
+        if not any(key.startswith(f"{name} (") for key in found):
+            missing.append(reasons[0])
+    folder = Path(config.eval_bundle or base_dir / "eval_bundle")
+    if folder.is_dir():
+        for core in read_bundle(folder).tasks:
+            if not wanted or core.label in wanted:
+                found[core.label] = ["\n".join(texts_in(item)) for item in core.items]
+    elif config.eval_bundle:
+        raise UserError(f"--eval-bundle={config.eval_bundle}: there is no such folder")
+    if unknown := [name for name in wanted if name not in found and name not in TASKS]:
+        raise UserError(f"--tasks: there is no {', '.join(unknown)}; at hand are {', '.join(found) or 'none'}")
+    return found, missing
+
+
+def texts_in(item: dict[str, Any]) -> Iterator[str]:
+    """All texts of a CORE item, the options among them."""
+    for value in item.values():
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            yield from (part for part in value if isinstance(part, str))
+
+
+def question_and_answer(conversation: dict) -> str:
+    """All that is said in it."""
+    return "\n".join(text_of(message["content"]) for message in conversation["messages"])
+
+
+if __name__ == "__main__":
+    _cli.run(main)

@@ -1,0 +1,176 @@
+"""Asking a chat model a task's questions: by the letters' logits or by sampling, and what the answers amount to."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanochat.common import UserError, atomic_write
+from nanochat.engine import Engine
+from nanochat.gpt import GPT
+from nanochat.loss_head import head_logits
+from tasks.answers import Conversation, text_of
+from tasks.common import Task
+
+BATCH_TOKENS = 8192  # of questions answered by a letter, padding included
+RESAMPLES = 1000
+# The published tasks of ChatCORE, and the accuracy of guessing.
+CHATCORE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0, "SpellingBee": 0.0}
+
+
+@dataclass
+class Sample:
+    """One answer to one item."""
+
+    text: str
+    right: bool
+
+
+@dataclass
+class Outcome:
+    """An item and all answers to it."""
+
+    index: int
+    conversation: Conversation
+    samples: list[Sample]
+
+    @property
+    def num_right(self) -> int:
+        return sum(sample.right for sample in self.samples)
+
+
+@dataclass
+class AskFlags:
+    """How answers are sampled."""
+
+    num_samples: int = 1
+    batch_size: int = 32
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 50
+    seed: int = 42
+
+
+def ask(task: Task, indices: Sequence[int], engine: Engine, tokenizer: Any, flags: AskFlags) -> list[Outcome]:
+    """Put the items to the model. Items of choice are answered by the likeliest letter, all others by sampling."""
+    conversations = [task[i] for i in indices]
+    if not conversations:
+        return []
+    if task.eval_type == "categorical":
+        letters = choose_letters(engine.model, tokenizer, conversations)
+        samples = [[Sample(letter, task.evaluate(c, letter))] for c, letter in zip(conversations, letters)]
+    else:
+        samples = sample_answers(task, conversations, engine, tokenizer, flags)
+    return [Outcome(*one) for one in zip(indices, conversations, samples)]
+
+
+def sample_answers(
+    task: Task, conversations: Sequence[Conversation], engine: Engine, tokenizer: Any, flags: AskFlags
+) -> list[list[Sample]]:
+    """flags.num_samples answers to each, tool calls carried out on the way."""
+    n = flags.num_samples
+    prompts = [tokenizer.render_for_completion(c) for c in conversations for _ in range(n)]
+    completions = engine.generate_many(prompts, max_tokens=flags.max_new_tokens, temperature=flags.temperature,
+                                       top_k=flags.top_k, batch_size=flags.batch_size, seed=flags.seed)  # fmt: skip
+    texts = [tokenizer.decode(completion) for completion in completions]
+    samples = [Sample(text, bool(task.evaluate(conversations[i // n], text))) for i, text in enumerate(texts)]
+    return [samples[i * n : (i + 1) * n] for i in range(len(conversations))]
+
+
+@torch.no_grad()
+def choose_letters(model: GPT, tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
+    """For each question the letter that the model gives the highest logit, as the first token of its answer.
+
+    Questions longer than the context lose their beginning. Raises UserError where a letter is no single token.
+    """
+    prompts = [tokenizer.render_for_completion(c)[-model.config.sequence_len :] for c in conversations]
+    letter_ids = {letter: tokenizer.encode(letter) for c in conversations for letter in c["letters"]}
+    if long := sorted(letter for letter, ids in letter_ids.items() if len(ids) != 1):
+        raise UserError(f"this vocabulary has no token for the answers {', '.join(long)}: the task cannot be scored")
+    found: list[str] = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    with model.hold_casts():
+        for batch in _by_length(prompts):
+            longest = max(len(prompts[i]) for i in batch)
+            rows = [[*prompts[i], *[0] * (longest - len(prompts[i]))] for i in batch]
+            x = model.hidden(torch.tensor(rows, device=model.device))  # (B, T, C)
+            last = torch.tensor([len(prompts[i]) - 1 for i in batch], device=model.device)
+            logits = head_logits(x[torch.arange(len(batch)), last], model.head_weight, model.config.softcap).cpu()
+            for row, i in enumerate(batch):
+                letters = conversations[i]["letters"]
+                ids = torch.tensor([letter_ids[letter][0] for letter in letters])
+                found[i] = letters[int(logits[row, ids].argmax())]
+    model.train(was_training)
+    return found
+
+
+def _by_length(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Numbers of prompts of about one length, as many at a time as BATCH_TOKENS hold."""
+    batch: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        if batch and len(prompts[i]) * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------------------------------------------
+# What the answers amount to
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """The chance that of k samples drawn from these, without putting back, at least one is right (arXiv 2107.03374)."""
+    assert 1 <= k <= num_samples and 0 <= num_right <= num_samples
+    return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def pass_rates(rights: Sequence[int], num_samples: int) -> dict[int, float]:
+    """pass@k for k = 1, 2, 4, … and num_samples, over items with so many right answers each."""
+    ks = sorted({2**i for i in range(num_samples.bit_length()) if 2**i <= num_samples} | {num_samples})
+    return {k: sum(pass_at_k(num_samples, right, k) for right in rights) / len(rights) for k in ks}
+
+
+@dataclass
+class ChatCore:
+    """The centred mean over the tasks of ChatCORE that were run, with a 95% interval over the items drawn."""
+
+    value: float
+    low: float
+    high: float
+    tasks: list[str]
+    missing: list[str]
+
+
+def chat_core(shares: Mapping[str, Sequence[float]], seed: int = 0) -> ChatCore | None:
+    """ChatCORE from each task's shares of right answers by item; None if none of its tasks was run."""
+    tasks = [name for name in CHATCORE if shares.get(name)]
+    if not tasks:
+        return None
+    rng, draws, values = np.random.default_rng(seed), [], []
+    for name in tasks:
+        item, chance = np.array(shares[name], float), CHATCORE[name]
+        means = rng.choice(item, (RESAMPLES, len(item))).mean(1)
+        draws.append((means - chance) / (1 - chance))
+        values.append((item.mean() - chance) / (1 - chance))
+    low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
+    return ChatCore(float(np.mean(values)), float(low), float(high), tasks, [n for n in CHATCORE if n not in tasks])
+
+
+def write_transcripts(path: Path, task: str, split: str, outcomes: Sequence[Outcome]) -> None:
+    """An item a line, to be read: question, reference, answers."""
+    with atomic_write(path, "w") as file:
+        for outcome in outcomes:
+            messages = outcome.conversation["messages"]
+            line = {"task": task, "split": split, "index": outcome.index,
+                    "question": "\n\n".join(text_of(m["content"]) for m in messages[:-1]),
+                    "reference": messages[-1]["content"], "right": outcome.num_right,
+                    "answers": [asdict(sample) for sample in outcome.samples]}  # fmt: skip
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

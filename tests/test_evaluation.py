@@ -1,0 +1,180 @@
+"""Asking tasks: letters by logits, pass@k, ChatCORE, transcripts, and benchmark items in training text."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stubs import TOKENIZER
+
+from nanochat.contamination import Index, words_of
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import Runtime
+from scripts import chat_eval, contamination
+from tasks.common import Task
+from tasks.evaluation import CHATCORE, chat_core, choose_letters, pass_at_k, pass_rates
+from tasks.multiple_choice import mc_conversation
+
+
+class Chats:
+    """A tokenizer that renders a question and nothing around it."""
+
+    def encode(self, text: str) -> list[int]:
+        return TOKENIZER.encode(text)
+
+    def render_for_completion(self, conversation: Any) -> list[int]:
+        return self.encode(conversation["messages"][0]["content"])
+
+
+def test_letters_are_chosen_by_their_logits_alone() -> None:
+    """Against one question at a time; other tokens may have higher logits."""
+    model = GPT.create(GPTConfig(sequence_len=160, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32), seed=3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.1)
+    rng = random.Random(0)
+    letters = [list("ABCD"), list("ABC"), list("12345")]
+    asked = [mc_conversation("q" * rng.randint(1, 60), own, [str(i)] * len(own), own[0])
+             for i, own in enumerate(letters[i % 3] for i in range(40))]  # fmt: skip
+    chosen = choose_letters(model, Chats(), asked)
+    for conversation, letter in zip(asked, chosen):
+        ids = Chats().render_for_completion(conversation)[-160:]
+        logits = model(torch.tensor([ids]))[0, -1].detach()
+        assert letter == max(conversation["letters"], key=lambda c: float(logits[ord(c)]))
+    assert len(set(chosen)) > 2
+
+
+def test_pass_at_k_is_the_chance_over_all_draws() -> None:
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c <= n and k <= n:
+            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    assert pass_rates([0, 2, 4], 4) == {1: 0.5, 2: pytest.approx((0 + 5 / 6 + 1) / 3), 4: pytest.approx(2 / 3)}
+    assert list(pass_rates([3], 6)) == [1, 2, 4, 6]
+
+
+def test_chatcore_is_centred_and_says_what_is_missing() -> None:
+    perfect = chat_core({name: [1.0] * 20 for name in CHATCORE})
+    assert perfect is not None and perfect.value == perfect.low == perfect.high == 1 and not perfect.missing
+    guessing = chat_core({"MMLU": [0.25] * 400, "GSM8K": [0.0] * 50, "Arithmetic": [1.0] * 9})
+    assert guessing is not None and guessing.value == pytest.approx(0) and guessing.tasks == ["MMLU", "GSM8K"]
+    assert "HumanEval" in guessing.missing and chat_core({"Arithmetic": [1.0]}) is None
+    half = chat_core({"MMLU": [1.0, 0.0] * 100})
+    assert half is not None and half.low < half.value < half.high and half.value == pytest.approx(1 / 3)
+    assert half.high - half.low == pytest.approx(2 * 1.96 * (0.25 / 200) ** 0.5 / 0.75, rel=0.15)
+
+
+class Yes(Task):
+    """Right answers hold the letter e."""
+
+    split = "test"
+
+    def num_examples(self) -> int:
+        return 5
+
+    def get_example(self, index: int) -> Any:
+        return {"messages": [{"role": "user", "content": f"say {index}"}, {"role": "assistant", "content": "yes"}]}
+
+    def evaluate(self, conversation: Any, completion: str) -> bool:
+        return "e" in completion
+
+
+@pytest.fixture
+def finetuned(copied: Path) -> Path:
+    """`copied` with a finetuned model."""
+    from scripts import chat_sft
+
+    (copied / "chats.jsonl").write_text(
+        "".join(json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) + "\n"
+                for _ in range(40)))  # fmt: skip
+    flags = [f"--data={copied / 'chats.jsonl'}", "--num-iterations=1", "--eval-tokens=64", "--device-type=cpu"]
+    assert chat_sft.main(flags) == 0
+    return copied
+
+
+def test_chat_eval_writes_every_answer(
+    finetuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat_eval, "make_task", lambda name, split: Yes())
+    assert chat_eval.main(["-a", "GSM8K", "-n", "4", "-t", "1", "-m", "4", "-x", "3", "--device-type=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "pass@4" in said and "ChatCORE" in said and "partial" in said
+    lines = (finetuned / "chat_eval" / "sft_tiny_000001" / "GSM8K.jsonl").read_text().splitlines()
+    items = [json.loads(line) for line in lines]
+    assert [item["index"] for item in items] == [0, 1, 2] and all(len(item["answers"]) == 4 for item in items)
+    for item in items:
+        assert item["right"] == sum("e" in a["text"] for a in item["answers"]) and item["question"].startswith("say")
+    report = json.loads((finetuned / "report" / "report.json").read_text())["chat_eval"]
+    assert report["counts"]["GSM8K"][0] == pytest.approx(sum(item["right"] for item in items) / 4)
+    assert report["splits"] == {"GSM8K": "test"} and "MMLU" in report["chatcore_missing"]
+
+
+def test_embedded_samples_run_and_humaneval_is_refused(finetuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nanochat.common import UserError
+
+    with pytest.raises(UserError, match="sandbox"):
+        chat_eval.main(["-a", "HumanEval", "--device-type=cpu"])
+    with pytest.raises(UserError, match="-t 1"):
+        chat_eval.main(["-a", "GSM8K", "-n", "2", "--device-type=cpu"])
+    with pytest.raises(UserError, match="has main and socratic with"):
+        chat_eval.main(["-a", "GSM8K", "--split", "validation", "--device-type=cpu"])
+    assert chat_eval.main(["-a", "GSM8K", "--embedded-sample", "-x", "2", "-m", "2", "--device-type=cpu"]) == 0
+    assert "GSM8K" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------
+# Contamination
+
+
+def test_thirteen_words_in_common_are_found() -> None:
+    item = "The quick brown fox jumps over the lazy dog while seven old monks drink tea."
+    short = "What is the capital city of France today?"  # eight words: compared whole
+    index = Index({"a": [item, short, "too short"], "b": ["one two three four five six seven eight nine ten"]})
+    copied = "He wrote: THE QUICK, brown fox jumps -- over the lazy dog while seven OLD monks! And left."
+    near = "the quick brown fox jumps over the lazy cat while seven old monks drink tea"
+    assert index.check([near, "nothing here", copied, f"Quiz: {short.lower()} Paris."]) == 4
+    a, b = index.overlaps["a"], index.overlaps["b"]
+    assert (a.items, a.too_short, b.too_short) == (3, 1, 0) and set(a.found) == {0, 1} and not b.found
+    assert a.found[0].startswith("He wrote")
+    assert words_of("Don't STOP_now, 3.5!") == ["don", "t", "stop", "now", "3", "5"]
+
+
+def test_contamination_names_the_items(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    from test_core import write_bundle
+
+    bundle = write_bundle(tmp_path / "b")
+    question = "which of these nine words would you choose to hide in a text"
+    (bundle / "eval_data" / "pick.jsonl").write_text(json.dumps({"query": question, "choices": ["x", "y"], "gold": 0}))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in
+                                                 [f"line {i} of text" for i in range(300)] + [f"{question}? x"] * 100))
+    monkeypatch.setenv("NANOCHAT_DATASETS_DIR", str(tmp_path / "none"))
+    monkeypatch.setattr("tasks.hub.download_split", lambda *a: (None, "no network"))
+    contamination.main([f"--data={tmp_path / 'text.jsonl'}", f"--eval-bundle={bundle}"])
+    found = json.loads((base / "contamination" / "found.json").read_text())
+    assert list(found["pick"]) == ["0"] and not found["go_on"]
+    assert "1 of 1" in capsys.readouterr().out
+    rows = json.loads((base / "report" / "report.json").read_text())["contamination"]["tables"]
+    assert next(iter(rows.values()))[0]["found in training text"] == 1
+
+
+def test_ranks_share_the_items(finetuned: Path) -> None:
+    """Three processes' parts make up what one would have asked."""
+    config = chat_eval.Config(max_problems=5, max_new_tokens=3)
+    from nanochat.checkpoint_manager import load_model
+    from nanochat.engine import Engine
+
+    runtime = Runtime.create("cpu")
+    model, tokenizer, _ = load_model("sft", runtime, base_dir=finetuned, model_tag="tiny", step=None,
+                                     compute_dtype=torch.float32)  # fmt: skip
+    engine = Engine(model, tokenizer)
+    alone, _ = chat_eval.run_task(config, Yes(), engine, tokenizer, runtime)
+    parts = []
+    for rank in range(3):
+        part = Runtime(runtime.device, runtime.dtype, "", 0, rank=rank, local_rank=rank, world_size=3)
+        part.sum = lambda x: x  # type: ignore[method-assign]
+        parts.append(chat_eval.run_task(config, Yes(), engine, tokenizer, part)[0])
+    assert [sum(column) for column in zip(*parts)] == alone
