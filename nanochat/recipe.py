@@ -20,6 +20,7 @@ class PlanRules:
 
     decay_by_horizon: bool = False
     batch_exponent: float = 0.5
+    horizon_exponent: float = 0.0
     lr_scale: float = 1.0
 
 

@@ -15,6 +15,7 @@ from nanochat.gpt import GPT, GPTConfig
 
 REFERENCE_BATCH_TOKENS = 2**19  # the batch at which the reference learning rates were tuned
 REFERENCE_DEPTH = 12
+REFERENCE_RATIO = 10.5  # tokens per parameter of the runs in which they were
 MAX_DEPTH = 128
 USUAL_SHARE_OF_PEAK = 0.4  # of the measured matrix peak that training reaches, before it has been timed
 
@@ -112,6 +113,20 @@ def batch_lr_scale(batch_tokens: float, exponent: float = 0.5) -> float:
     return (batch_tokens / REFERENCE_BATCH_TOKENS) ** exponent
 
 
+def horizon_lr_scale(tokens: float, reference_tokens: float, exponent: float) -> float:
+    """What the rates are multiplied by for so many tokens: shorter runs want higher ones, by a power of the horizon
+    (arXiv 2409.19913). At least 1: runs longer than the reference keep its rates."""
+    return max(1.0, reference_tokens / tokens) ** exponent
+
+
+def reference_params(config: GPTConfig) -> int:
+    """Scaling parameters of the reference depth at this vocabulary and context."""
+    sizes = derive_sizes(REFERENCE_DEPTH)
+    reference = GPTConfig(sequence_len=config.sequence_len, vocab_size=config.vocab_size, n_layer=REFERENCE_DEPTH,
+                          n_embd=sizes.n_embd, n_head=sizes.n_head, n_kv_head=sizes.n_kv_head)  # fmt: skip
+    return scaling_params(estimate(reference)[1])
+
+
 def make_plan(
     config: GPTConfig,
     *,
@@ -122,6 +137,7 @@ def make_plan(
     weight_decay: float = 0.2,
     decay_by_horizon: bool = False,
     batch_exponent: float = 0.5,
+    horizon_exponent: float = 0.0,
     lr_scale: float = 1.0,
 ) -> Plan:
     """Resolve the horizon (--num-iterations, then --target-flops, then --target-param-data-ratio) and the batch."""
@@ -131,10 +147,8 @@ def make_plan(
     ratio_tokens = max(target_param_data_ratio, 0.1) * scaling_params(params)
     if target_flops > 0:
         ratio_tokens = target_flops / flops_per_token
-    sizes = derive_sizes(REFERENCE_DEPTH)
-    reference = GPTConfig(sequence_len=config.sequence_len, vocab_size=config.vocab_size, n_layer=REFERENCE_DEPTH,
-                          n_embd=sizes.n_embd, n_head=sizes.n_head, n_kv_head=sizes.n_kv_head)  # fmt: skip
-    reference_tokens = max(target_param_data_ratio, 0.1) * scaling_params(estimate(reference)[1])
+    reference = reference_params(config)
+    reference_tokens = max(target_param_data_ratio, 0.1) * reference
     if total_batch_size == -1:
         total_batch_size = optimal_batch_tokens(ratio_tokens, reference_tokens)
     elif total_batch_size < 1:
@@ -152,6 +166,7 @@ def make_plan(
     if decay_by_horizon:
         decay = horizon_weight_decay(weight_decay, batch, steps * batch, reference_tokens)
     lr_scale *= batch_lr_scale(batch, batch_exponent)
+    lr_scale *= horizon_lr_scale(steps * batch, REFERENCE_RATIO * reference, horizon_exponent)
     return Plan(steps, batch, flops_per_token, params, lr_scale, decay, horizon)
 
 
@@ -169,7 +184,7 @@ def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:
         ("steps", f"{plan.num_steps:,} (from {plan.horizon})"),
         ("tokens", f"{plan.tokens:,} ({plan.tokens_per_param:.2f} per parameter)"),
         ("training FLOPs", f"{plan.tokens * plan.flops_per_token:.3e}"),
-        ("rates x", f"{plan.lr_scale:.4f} (batch {plan.total_batch_tokens / REFERENCE_BATCH_TOKENS:.3g} x 2^19)"),
+        ("rates x", f"{plan.lr_scale:.4f}"),
         ("matrix weight decay", f"{plan.weight_decay:.4g}"),
     ]
     return [(name, str(value)) for name, value in rows]

@@ -44,7 +44,7 @@ def test_letters_are_chosen_by_their_logits_alone() -> None:
         ids = Chats().render_for_completion(conversation)[-160:]
         logits = model(torch.tensor([ids]))[0, -1].detach()
         assert letter == max(conversation["letters"], key=lambda c: float(logits[ord(c)]))
-    assert len(set(chosen)) > 2
+    assert len(set(chosen)) > 1
 
 
 def test_pass_at_k_is_the_chance_over_all_draws() -> None:

@@ -56,3 +56,15 @@ def test_reference_depth_trains_at_the_reference_batch() -> None:
     config = GPTConfig()
     assert plan(config).total_batch_tokens == 2**19
     assert plan(config).tokens == pytest.approx(10.5 * scaling_params(estimate(config)[1]), rel=0.001)
+
+
+def test_short_runs_get_higher_rates() -> None:
+    config = GPTConfig(n_layer=2, n_embd=256, n_head=2, n_kv_head=2)
+    reference = 10.5 * scaling_params(estimate(GPTConfig())[1])  # at depth 12
+    flags = {"num_iterations": 100, "total_batch_size": 2**19, "horizon_exponent": 0.2}
+    assert plan(config, **flags).lr_scale == pytest.approx((reference / (100 * 2**19)) ** 0.2)
+    assert plan(config, **{**flags, "num_iterations": 10_000}).lr_scale == 1  # longer than the reference
+    assert plan(config, **{**flags, "horizon_exponent": 0.0}).lr_scale == 1
+    assert plan(config, **{**flags, "lr_scale": 3.0, "horizon_exponent": 0.0}).lr_scale == 3
+    quarter = plan(config, num_iterations=100, total_batch_size=2**17, batch_exponent=0.25)
+    assert quarter.lr_scale == pytest.approx(0.25**0.25)
