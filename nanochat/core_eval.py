@@ -5,9 +5,11 @@ is right when every scored token is the likeliest. core_prompts.py makes the seq
 a time, and what options share is computed once.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -225,6 +227,11 @@ def centered(accuracy: Any, baseline: float) -> Any:
 def core_metric(accuracies: dict[str, float], baselines: dict[str, float]) -> float:
     """The mean centred accuracy."""
     return sum(centered(accuracies[label], baselines[label]) for label in accuracies) / len(accuracies)
+
+
+def published_gpt2() -> dict[str, Any]:
+    """The published table: {"accuracy": {model: {task: share}}, "baseline_percent": {task: v1 chance}}."""
+    return json.loads(resources.files("nanochat").joinpath("core_gpt2.json").read_text(encoding="utf-8"))
 
 
 def bootstrap_means(right: Sequence[bool], rng: np.random.Generator) -> np.ndarray:

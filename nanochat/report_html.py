@@ -82,14 +82,17 @@ def skills_section(report: Record) -> str:
     note = "Share answered right; the whisker is the 95% Wilson interval"
     if any(s.baseline is not None for _, skills in groups for s in skills):
         note += ", the dashed line is guessing"
+    if others := sorted({s.reference[0] for _, skills in groups for s in skills if s.reference}):
+        note += f", the diamond is {esc(' or '.join(others))} as published"
     return f'<h2>Skills</h2><p class="quiet">{note}.</p>{cards}'
 
 
 def skill_row(s: Skill) -> str:
     """One bar with its whisker, and its numbers in words."""
     guess = "" if s.baseline is None else f'<s style="left:{percent(s.baseline)}"></s>'
+    other = "" if s.reference is None else f'<b style="left:{percent(s.reference[1])}"></b>'
     bar = (f'<div class="bar" role="img" aria-label="{s.accuracy:.1%}"><i style="width:{percent(s.accuracy)}"></i>'
-           f'<u style="left:{percent(s.low)};width:{percent(s.high - s.low)}"></u>{guess}</div>')  # fmt: skip
+           f'<u style="left:{percent(s.low)};width:{percent(s.high - s.low)}"></u>{guess}{other}</div>')  # fmt: skip
     words = f"{s.low:.1%} – {s.high:.1%}" + (f" · {s.passed:,} of {s.total:,}" if s.total else "")
     return (f'<div class="skill"><div class="name">{esc(s.name)}</div>{bar}'
             f'<div class="value">{s.accuracy:.1%}</div><div class="range">{words}</div></div>')  # fmt: skip

@@ -25,7 +25,7 @@ STAGES = {
 # Keys of a stage that are shown in a place of their own, or only steer the report.
 SPECIAL_KEYS = frozenset({
     "seconds", "finished_at", "status", "checkpoint", "command", "metrics", "samples", "tables",
-    "intervals", "counts", "baselines",
+    "intervals", "counts", "baselines", "references",
 })  # fmt: skip
 
 FACT_LABELS = {
@@ -36,6 +36,7 @@ FACT_LABELS = {
     "bytes_per_token": "bytes per token",
     "vocab_size": "vocabulary",
     "core": "CORE",
+    "chatcore": "ChatCORE",
     "mfu": "share of machine peak",
 }
 
@@ -63,6 +64,7 @@ class Skill:
     passed: int
     total: int
     baseline: float | None = None  # what guessing gets
+    reference: tuple[str, float] | None = None  # another model's name and accuracy
 
 
 @dataclass
@@ -110,7 +112,9 @@ def skills_of(values: Record) -> list[Skill]:
     for name, (low, high) in values.get("intervals", {}).items():
         passed, total = values.get("counts", {}).get(name, (0, 0))
         baseline = values.get("baselines", {}).get(name)
-        skills.append(Skill(name, values.get(name) or 0.0, low, high, passed, total, baseline))
+        known = ((model, table.get(name)) for model, table in values.get("references", {}).items())
+        reference = next(((model, share) for model, share in known if share is not None), None)
+        skills.append(Skill(name, values.get(name) or 0.0, low, high, passed, total, baseline, reference))
     return skills
 
 
@@ -149,12 +153,14 @@ def format_cell(value: Any) -> str:
 
 def headline(report: Record) -> list[tuple[str, str]]:
     """The handful of numbers a reader wants first, as (label, text)."""
-    train, sft = report.get("base_train") or {}, report.get("chat_sft") or {}
+    train, core, sft, chat = (report.get(key) or {} for key in ("base_train", "base_eval", "chat_sft", "chat_eval"))
     found = [
         ("parameters", format_count(train["num_params"]) if train.get("num_params") else ""),
         ("tokens read", format_count(train["tokens"]) if train.get("tokens") else ""),
         ("bits per byte", f"{train['val_bpb']:.3f}" if train.get("val_bpb") else ""),
+        ("CORE", f"{core['core']:.4f}" if core.get("core") is not None else ""),
         ("chat bits per byte", f"{sft['val_bpb']:.3f}" if sft.get("val_bpb") else ""),
+        ("ChatCORE", f"{chat['chatcore']:.4f}" if chat.get("chatcore") is not None else ""),
         ("total time", format_seconds(report["total_seconds"]) if report.get("total_seconds") else ""),
     ]
     return [(label, text) for label, text in found if text]

@@ -6,7 +6,7 @@ from typing import Any
 from nanochat.common import UserError, atomic_write, say, warn, write_json
 from nanochat.core_bundle import Bundle, read_bundle
 from nanochat.core_download import bundle_folder
-from nanochat.core_eval import CoreResult, Scorer, TaskResult, bootstrap_error, evaluate_core
+from nanochat.core_eval import CoreResult, Scorer, TaskResult, bootstrap_error, evaluate_core, published_gpt2
 from nanochat.core_prompts import MODES
 from nanochat.report import accuracy_values
 from nanochat.runtime import Runtime
@@ -56,8 +56,12 @@ def report_values(result: CoreResult) -> dict[str, Any]:
     """What the report keeps: each task's accuracy beside chance, and the metric."""
     by_task = {t.label: (float(sum(t.right)), len(t.right)) for t in result.tasks}
     values = accuracy_values(by_task, {t.label: t.baseline for t in result.tasks})
+    published = published_gpt2()["accuracy"]
     columns = [{"task": t.label, "accuracy": t.accuracy, "standard error": bootstrap_error(t.right),
-                "centred": t.centered, "items": len(t.right), "cropped": t.cropped} for t in result.tasks]  # fmt: skip
+                "centred": t.centered, "items": len(t.right), "cropped": t.cropped,
+                "GPT-2": published["gpt2"].get(t.label), "GPT-2 XL": published["gpt2-xl"].get(t.label)}
+               for t in result.tasks]  # fmt: skip
+    values["references"] = {"GPT-2": {t.label: published["gpt2"].get(t.label) for t in result.tasks}}
     return values | {"core": result.core, "core_interval": [result.low, result.high], "core_mode": result.mode,
                      "core_baselines": result.baselines, "core_missing": result.missing,
                      "tables": {"CORE": columns}}  # fmt: skip

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.common import UserError, get_base_dir, read_json, say, write_json
+from nanochat.common import UserError, get_base_dir, read_json, say, warn, write_json
 from nanochat.dataloader import Batch
 from nanochat.deadline import Deadline
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.recipe import get_recipe
+from nanochat.report import record_stage
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import REFERENCE_BATCH_TOKENS
 from nanochat.session import (
@@ -280,15 +281,44 @@ def drive(
                       peak_flops=measure_peak_flops(runtime), sinks=sinks)  # fmt: skip
     meta = {**meta, "model_config": trainer.model.config.to_dict(), "user_config": asdict(config),
             "plan": {"num_steps": trainer.schedule.num_steps, "total_batch_tokens": total_batch_tokens}}  # fmt: skip
-    trainer.log = metrics
+    trainer.log = Watcher(metrics, script, run, command_line(script, config))
     trainer.save = partial(save_trainer, run=run, tokenizer=tokenizer, meta=meta, keep_last=config.keep_last)
     trainer.save_every = config.save_every
     trainer.deadline = deadline_for(config, trainer, total_batch_tokens)
     try:
-        return run_to_end(trainer, run, command_line(script, config, resume=True))
+        code = run_to_end(trainer, run, command_line(script, config, resume=True))
+        if code and runtime.is_main and trainer.progress.step:  # what stopped early is no longer under way
+            figures = training_figures(trainer, run, command_line(script, config))
+            record_so_far(script, figures | {"stopped_early": True})
+        return code
     finally:
         metrics.close()
         trainer.loader.close()  # type: ignore[attr-defined]
+
+
+@dataclass
+class Watcher:
+    """A trainer's log that also draws the report anew at each evaluation: report.html follows the run."""
+
+    metrics: Metrics
+    stage: str
+    run: Path
+    command: str
+
+    def __call__(self, trainer: Trainer, record: Record) -> None:
+        self.metrics(trainer, record)
+        if "val_bpb" in record and trainer.runtime.is_main and trainer.progress.step < trainer.schedule.num_steps:
+            figures = training_figures(trainer, self.run, self.command)
+            rate = {"tokens": trainer.progress.tokens, "tokens_per_second": self.metrics.rate}
+            record_so_far(self.stage, figures | rate | {"status": "running"})
+
+
+def record_so_far(stage: str, values: dict[str, Any]) -> None:
+    """Put an unfinished stage into the report. A report that cannot be written stops no training."""
+    try:
+        record_stage(get_base_dir(), stage, values)
+    except (OSError, UserError) as error:
+        warn(f"the report could not be written ({error}); training goes on")
 
 
 def note_bpb(trainer: Trainer, bpb: float) -> Record:

@@ -1,10 +1,11 @@
 """Draw report.md and report.html again from what the stages recorded, and print a short summary.
 
 python -m scripts.report
+python -m scripts.report --compare d4 d4.old1    # two or more runs side by side, in report/compare.html
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from nanochat.common import format_seconds, get_base_dir
 from nanochat.report import load_report, render_report
+from nanochat.report_compare import write_comparison
 from nanochat.report_view import Record, headline, skills_of, stages_of
 from scripts._cli import parse, run
 
@@ -23,11 +25,16 @@ class ReportConfig:
 
     base_dir: Path | None = None
     """Another base folder than $NANOCHAT_BASE_DIR."""
+    compare: list[str] = field(default_factory=list)
+    """Runs to put side by side instead: tags of base runs, sft/TAG, rl/TAG, or folders."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ReportConfig, argv)
     base_dir = config.base_dir or get_base_dir()
+    if config.compare:
+        print(write_comparison(base_dir, config.compare))
+        return 0
     page = render_report(base_dir)
     print_summary(load_report(base_dir), Console())
     print(page)

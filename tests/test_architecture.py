@@ -20,7 +20,7 @@ LAYERS = [
         "loss_eval",
         "core_eval", "core_bundle", "core_prompts", "core_download", "hf_model", "contamination",
         "trainer", "recipe", "isoflop", "study_plots", "session", "export",
-        "report", "report_html", "report_view",
+        "report", "report_html", "report_view", "report_compare",
     },
     {"server"},
 ]  # fmt: skip

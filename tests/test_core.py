@@ -24,13 +24,14 @@ from nanochat.core_eval import (
     evaluate_core,
     evaluate_task,
     is_right,
+    published_gpt2,
     shared_tokens,
 )
 from nanochat.core_prompts import Example, Scored, crop, dclm_shots, make_examples, reference_shots, shuffled
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 
-GOLDEN = json.loads((Path(__file__).parent / "goldens" / "core_gpt2.json").read_text(encoding="utf-8"))
+GOLDEN = published_gpt2()
 BOS = 256
 
 

@@ -256,3 +256,71 @@ def test_command_line(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_importing_draws_in_no_plotting_library() -> None:
     code = "import sys, nanochat.report, nanochat.report_html as _; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Live, and several runs
+
+
+def test_the_report_follows_a_run(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stubs import TINY
+
+    from scripts import _train, base_train
+
+    pages: list[tuple[str, dict]] = []
+    whole = _train.record_so_far
+
+    def look(stage: str, values: dict) -> None:
+        whole(stage, values)
+        pages.append((html_of(copied), load_report(copied)["base_train"]))
+
+    monkeypatch.setattr(_train, "record_so_far", look)
+    flags = [f for f in TINY if not f.startswith("--num-iterations")]
+    text = f"--data={copied / 'text.jsonl'}"
+    assert base_train.main([*flags, text, "--num-iterations=6", "--eval-every=2"]) == 0
+    assert [values["steps"] for _, values in pages] == [2, 4] and all(v["status"] == "running" for _, v in pages)
+    assert all('http-equiv="refresh"' in page and "under way" in page for page, _ in pages)
+    assert 'http-equiv="refresh"' not in html_of(copied) and load_report(copied)["base_train"]["steps"] == 6
+
+
+def test_a_report_that_cannot_be_written_stops_no_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scripts import _train
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_train, "record_stage", full)
+    _train.record_so_far("base_train", {})
+    assert "training goes on" in capsys.readouterr().err
+
+
+def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, extra in (("a", 0.0), ("b<i>", 0.25)):
+        run = tmp_path / "base_checkpoints" / name
+        run.mkdir(parents=True)
+        lines = [{"step": s, "loss": 3 + extra + 6 / s, "tokens": 100 * s, "seconds": s, "tokens_per_second": 100.0}
+                 | ({"val_bpb": 1 + extra + 1 / s} if s % 20 == 0 else {}) for s in range(1, 101)]  # fmt: skip
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "plan.json").write_text(json.dumps({"num_steps": 100, "user_config": {"depth": 4, "seed": extra}}))
+    assert main(["--base-dir", str(tmp_path), "--compare", "a", "b<i>"]) == 0
+    text = (tmp_path / "report" / "compare.html").read_text()
+    page = Page(text)
+    assert "+0.2500" in page.text and "b<i>" in page.text and "i" not in page.tags - {"i"} and "script" not in page.tags
+    assert "seed" in page.text and "depth" not in page.text and text.count("<svg") == 3
+    assert len(page.ids) == len(set(page.ids)) and "refresh" not in text
+    (tmp_path / "base_checkpoints" / "a" / "plan.json").write_text(json.dumps({"num_steps": 200, "user_config": {}}))
+    assert main(["--base-dir", str(tmp_path), "--compare", "a", "b<i>"]) == 0
+    assert "refresh" in (tmp_path / "report" / "compare.html").read_text()  # a is still at work
+    for wrong, says in ((["a"], "at least two"), (["a", "nobody"], "base runs there: a, b<i>")):
+        with pytest.raises(UserError, match=says):
+            main(["--base-dir", str(tmp_path), "--compare", *wrong])
+
+
+def test_another_models_results_stand_beside(tmp_path: Path) -> None:
+    values = accuracy_values({"copa": (60, 100), "other": (1, 2)}, {"copa": 0.5})
+    references = {"GPT-2": {"copa": 0.61, "other": None}}
+    record_stage(tmp_path, "base_eval", {**values, "core": 0.0123, "references": references})
+    text = html_of(tmp_path)
+    assert text.count('<b style="left:61.00%">') == 1 and "GPT-2 as published" in text and "0.0123" in text
