@@ -1,6 +1,7 @@
 """How a model is looked at, during training and after it: bits per byte on held-out rows, and what it makes of
 fixed prompts."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
+from nanochat.textfiles import Document
 from nanochat.tokenizer import RustBPETokenizer
 
 EVAL_ROWS = 32  # per evaluation step over all processes: fixed, so that the figure does not depend on them
@@ -34,8 +36,49 @@ def corpus_bpb(
     return loader_bpb(model, loader, tokenizer, runtime, max(1, tokens // (EVAL_ROWS * T)), device_batch_size)
 
 
+class OneSource:
+    """Some documents of one source, as a corpus of one block."""
+
+    def __init__(self, source: str, documents: list[Document]) -> None:
+        self.name = self.fingerprint = source
+        self.documents = documents
+        self.chars = sum(len(document.text) for document in documents)
+
+    def num_blocks(self, split: str) -> int:
+        return 1
+
+    def read_block(self, split: str, index: int) -> list[Document]:
+        return self.documents
+
+
+def bpb_by_source(
+    model: GPT, corpus: Corpus, tokenizer: RustBPETokenizer, runtime: Runtime, *, split: str, tokens: int
+) -> list[dict[str, Any]]:
+    """Bits per byte of each source of a split, and of how many documents: about `tokens` of each at most.
+
+    The sources are shared out over the processes; the figures do not depend on how many there are.
+    """
+    found: dict[str, list[Document]] = {}
+    chars: Counter[str] = Counter()
+    for document in corpus.iter_documents(split):
+        if chars[document.source] < 6 * tokens:  # more characters than so many tokens have
+            found.setdefault(document.source, []).append(document)
+            chars[document.source] += len(document.text)
+    sources, T = sorted(found), model.config.sequence_len
+    figures = torch.zeros(len(sources), dtype=torch.float32)
+    for number in range(runtime.rank, len(sources), runtime.world_size):
+        one = OneSource(sources[number], found[sources[number]])
+        loader = PretrainLoader(one, tokenizer, sequence_len=T, rows_per_step=1, split=split, seed=0)
+        per_char = len(tokenizer.encode(one.documents[0].text)) / max(1, len(one.documents[0].text))
+        rows = max(1, min(tokens, round(one.chars * per_char)) // T)
+        figures[number] = loader_bpb(model, loader, tokenizer, None, rows, 1)
+    figures = runtime.sum(figures.to(runtime.device)).cpu()
+    return [{"source": source, "documents": len(found[source]), "bits per byte": float(figure)}
+            for source, figure in zip(sources, figures)]  # fmt: skip
+
+
 def loader_bpb(
-    model: GPT, loader: Any, tokenizer: RustBPETokenizer, runtime: Runtime, steps: int, device_batch_size: int
+    model: GPT, loader: Any, tokenizer: RustBPETokenizer, runtime: Runtime | None, steps: int, device_batch_size: int
 ) -> float:
     """Bits per byte over the loader's next `steps` batches, or as many as it has; closes it."""
 

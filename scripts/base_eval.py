@@ -18,7 +18,7 @@ from nanochat.session import choose_device_batch, command_line
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import _cli
 from scripts._core import open_bundle, report_values, run_core, write_details
-from scripts._observe import EVAL_ROWS, continuations, corpus_bpb
+from scripts._observe import EVAL_ROWS, bpb_by_source, continuations, corpus_bpb
 
 PROMPTS = (
     "The capital of France is",
@@ -105,6 +105,11 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
                 model, corpus, tokenizer, runtime, split=split, tokens=tokens, device_batch_size=micro
             )
             runtime.print0(f"{split} bits per byte: {values[f'{split}_bpb']:.4f}")
+        by_source = bpb_by_source(model, corpus, tokenizer, runtime, split="val", tokens=tokens // 8)
+        if len(by_source) > 1:
+            values["tables"] = {"Validation bits per byte by source": by_source}
+            for row in by_source:
+                runtime.print0(f"  {row['source']:<24}{row['bits per byte']:8.4f}   ({row['documents']} documents)")
     if "sample" in wanted and runtime.is_main:
         values["samples"] = samples(model, tokenizer)
         for item in values["samples"]:
@@ -112,7 +117,8 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
     if bundle:
         result = run_core(GPTScorer(model), tokenizer, bundle, runtime, most=config.max_per_task,
                           mode=config.core_mode, baselines=config.baselines)  # fmt: skip
-        values |= report_values(result)
+        of_core = report_values(result)
+        values |= of_core | {"tables": values.get("tables", {}) | of_core["tables"]}
         if runtime.is_main:
             folder = base_dir / "base_eval" / f"{run.name}_{meta['step']:06d}"
             say(f"details: {write_details(folder, result, run.name)}")

@@ -1,12 +1,15 @@
 """Bits per byte against a hand count."""
 
 import math
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.runtime import Runtime
+from nanochat.textfiles import Document
 
 MODEL = GPT.create(GPTConfig(sequence_len=8, vocab_size=10, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
 
@@ -41,3 +44,44 @@ def test_no_bytes_is_infinite_and_the_mode_is_restored() -> None:
     nothing = torch.full((1, 4), -1)
     assert evaluate_bpb(MODEL, [(torch.zeros(1, 4, dtype=torch.long), nothing)], 1, torch.ones(10)) == math.inf
     assert MODEL.training
+
+
+def test_bits_per_byte_by_source_do_not_depend_on_the_processes() -> None:
+    """Against the loss of each source's documents, which all fit in one row, scored by hand."""
+    from scripts._observe import bpb_by_source
+
+    class Sources:
+        name = fingerprint = "three sources"
+
+        def iter_documents(self, split: str) -> list[Document]:
+            return [Document("abcd" * 7, "a"), Document("xyz" * 9, "b"), Document("hello there " * 2, "c")]
+
+    class Bytes:
+        token_bytes: ClassVar[list[int]] = [1] * 256 + [0] * 44
+
+        def encode(self, text: Any, **settings: Any) -> Any:
+            return list(text.encode()) if isinstance(text, str) else [list(t.encode()) for t in text]
+
+        def get_bos_token_id(self) -> int:
+            return 256
+
+        def get_vocab_size(self) -> int:
+            return 300
+
+    model = GPT.create(GPTConfig(sequence_len=24, vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=16), seed=1)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    whole = Runtime.create("cpu")
+    alone = bpb_by_source(model, Sources(), Bytes(), whole, split="val", tokens=24)  # type: ignore[arg-type]
+    assert [row["source"] for row in alone] == ["a", "b", "c"]
+    for row, document in zip(alone, Sources().iter_documents("val")):
+        ids = torch.tensor([[256, *document.text.encode()[:24]]])
+        expected = model(ids[:, :-1], ids[:, 1:]).item() / math.log(2)
+        assert row["bits per byte"] == pytest.approx(expected, rel=1e-4) and row["documents"] == 1
+    totals = [0.0, 0.0, 0.0]
+    for rank in range(2):
+        part = Runtime(whole.device, whole.dtype, "", 0, rank=rank, world_size=2)
+        part.sum = lambda x: x  # type: ignore[method-assign]
+        rows = bpb_by_source(model, Sources(), Bytes(), part, split="val", tokens=24)  # type: ignore[arg-type]
+        totals = [total + row["bits per byte"] for total, row in zip(totals, rows)]
+    assert totals == pytest.approx([row["bits per byte"] for row in alone])
