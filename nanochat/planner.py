@@ -18,6 +18,7 @@ from nanochat.flash_attention import query_block
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.law import Forecast, Law
 from nanochat.loss_head import chunk_tokens
+from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import Plan, describe, estimate, scaling_params
 
 USABLE_MEMORY = 0.9  # the rest goes to the CUDA context, the allocator's gaps and the update's working copies
@@ -70,6 +71,14 @@ def find_gpu(name: str) -> Gpu:
     if name.lower() not in GPUS:
         raise UserError(f"--gpu={name} is not known; it is here (this machine) or one of {', '.join(GPUS)}")
     return GPUS[name.lower()]
+
+
+def usual_price(runtime: Runtime) -> float | None:
+    """Dollars per hour of the GPU at hand, if it is one of those; None elsewhere."""
+    if runtime.device.type != "cuda":
+        return None
+    name = device_name(runtime.device).lower()
+    return next((gpu.dollars_per_hour for gpu in GPUS.values() if gpu.name in name), None)
 
 
 # ---------------------------------------------------------------------------------------------------

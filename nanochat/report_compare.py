@@ -72,7 +72,7 @@ def outcome_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Any]]]
     rows = []
     for run in runs:
         bpb = run.last("val_bpb")
-        apart = "" if None in (bpb, first) or run is runs[0] else f"{bpb - first:+.4f}"
+        apart = None if None in (bpb, first) or run is runs[0] else f"{bpb - first:+.4f}"
         rows.append([run.name, f"{run.last('step') or 0:,} of {run.num_steps:,}", format_count(run.last("tokens") or 0),
                      format_seconds(run.last("seconds") or 0), format_count(run.last("tokens_per_second") or 0),
                      None if bpb is None else f"{bpb:.4f}", apart,

@@ -241,7 +241,7 @@ def table(columns: Any, rows: Any, foot: str = "") -> str:
     """A table whose columns of numbers (all but the first that start with a digit) stand right."""
 
     def is_numeric(column: int) -> bool:
-        return column > 0 and all(row[column] is None or re.match(r"[-.]?\d", str(row[column])) for row in rows)
+        return column > 0 and all(row[column] is None or re.match(r"[-+.]?\d", str(row[column])) for row in rows)
 
     numeric = [is_numeric(i) for i in range(len(columns))]
 

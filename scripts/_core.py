@@ -54,7 +54,7 @@ def core_line(result: CoreResult) -> str:
 
 def report_values(result: CoreResult) -> dict[str, Any]:
     """What the report keeps: each task's accuracy beside chance, and the metric."""
-    by_task = {t.label: (float(sum(t.right)), len(t.right)) for t in result.tasks}
+    by_task = {t.label: (sum(t.right), len(t.right)) for t in result.tasks}
     values = accuracy_values(by_task, {t.label: t.baseline for t in result.tasks})
     published = published_gpt2()["accuracy"]
     columns = [{"task": t.label, "accuracy": t.accuracy, "standard error": bootstrap_error(t.right),

@@ -8,17 +8,18 @@ from typing import Any
 
 from nanochat import fp8
 from nanochat.checkpoint_manager import Checkpoint, load_model_state, open_checkpoint, run_dir
-from nanochat.common import UserError, format_count, get_base_dir, say
+from nanochat.common import UserError, format_count, format_seconds, get_base_dir, say
 from nanochat.core_bundle import Bundle
 from nanochat.core_eval import GPTScorer
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, resolve_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.law import Law
+from nanochat.planner import usual_price
 from nanochat.recipe import get_recipe
 from nanochat.report import record_stage
-from nanochat.runtime import Runtime
-from nanochat.scaling import Plan, align_batch, describe, make_plan
+from nanochat.runtime import Runtime, process_age
+from nanochat.scaling import Plan, align_batch, describe, make_plan, scaling_params
 from nanochat.session import (
     choose_device_batch,
     command_line,
@@ -272,12 +273,31 @@ def report(base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: Pl
     values = training_figures(trainer, run, command_line("base_train", config)) | {
         "tokens": now.tokens, "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
         "flops": now.tokens * plan.flops_per_token, "plan": describe(trainer.model.config, plan),
+        "tables": {"Plan and outcome": plan_and_outcome(config, trainer, plan)},
     }  # fmt: skip
+    if (price := usual_price(trainer.runtime)) is not None:
+        values["dollars"] = price * trainer.runtime.world_size * now.wall_seconds / 3600
     record_stage(base_dir, "base_train", values)
     say(f"{values['steps']} steps, {format_count(now.tokens)} tokens in {values['seconds']:.0f} s; "
           f"val bpb {values['val_bpb']:.4f}")  # fmt: skip
     cropped = values["loader"]["cropped_share"]
     say(f"{cropped:.1%} of documents were cut at a row's end (their rest came later); saved in {run}")
+
+
+def plan_and_outcome(config: Config, trainer: Trainer, plan: Plan) -> list[dict[str, Any]]:
+    """What was planned before the first step, and what came of it."""
+    now, law = trainer.progress, Law.load()
+    rows: list[dict[str, Any]] = [
+        {"": "steps", "planned": f"{plan.num_steps:,}", "outcome": f"{now.step:,}"},
+        {"": "tokens", "planned": format_count(plan.tokens), "outcome": format_count(now.tokens)},
+    ]
+    if config.minutes > 0:
+        planned, taken = format_seconds(60 * config.minutes), format_seconds(process_age())
+        rows.append({"": "time", "planned": planned, "outcome": taken})
+    if law and now.val_bpb is not None:
+        forecast = law.forecast(scaling_params(plan.params), plan.tokens)
+        rows.append({"": "bits per byte", "planned": str(forecast), "outcome": f"{now.val_bpb:.4f}"})
+    return rows
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +14,7 @@ from rich.table import Table
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir, say
 from nanochat.engine import Engine
-from nanochat.report import accuracy_values, record_stage
+from nanochat.report import accuracy_values, load_report, record_stage
 from nanochat.report_view import wilson_interval
 from nanochat.runtime import Runtime
 from nanochat.session import command_line
@@ -127,7 +128,8 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
                     for o in outcomes[:3]]  # fmt: skip
         suffix = f".rank{runtime.rank}" if runtime.world_size > 1 else ""
         write_transcripts(folder / f"{name}{suffix}.jsonl", name, split, outcomes)
-    core = chat_core(shares)
+    checkpoint = f"{config.source}/{run.name}/{meta['step']}"
+    core = chat_core({**earlier_shares(base_dir, checkpoint), **shares})
     if runtime.is_main:
         show(rows, core)
         say(f"every question and answer: {folder}")
@@ -135,7 +137,7 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
             "seconds": time.perf_counter() - started,
             "model": run.name,
             "step": meta["step"],
-            "checkpoint": f"{config.source}/{run.name}/{meta['step']}",
+            "checkpoint": checkpoint,
             **accuracy_values(results, {name: TASKS[name].baseline for name in tasks}),
             "splits": {row[0]: row[1] for row in rows},
             "samples": samples,
@@ -146,6 +148,17 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
                        "chatcore_missing": core.missing}  # fmt: skip
         record_stage(base_dir, "chat_eval", values)
     return 0
+
+
+def earlier_shares(base_dir: Path, checkpoint: str) -> dict[str, list[float]]:
+    """What the report already knows of this very model, so that its tasks may be evaluated one command at a time."""
+    try:
+        known = load_report(base_dir).get("chat_eval") or {}
+    except UserError:  # no report yet
+        return {}
+    if known.get("checkpoint") != checkpoint:
+        return {}
+    return {name: [right / total] * total for name, (right, total) in known["counts"].items() if total}
 
 
 def run_task(
