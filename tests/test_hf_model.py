@@ -1,0 +1,99 @@
+"""Hugging Face models behind the evaluations: stand-ins with the library's interface, nanochat's own model inside."""
+
+import math
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_core import Letters, made_up, stirred
+
+from nanochat.common import UserError
+from nanochat.core_eval import GPTScorer
+from nanochat.core_prompts import make_examples
+from nanochat.gpt import GPTConfig
+from nanochat.hf_model import HFModel, HFTokenizer, load_hf_model
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.runtime import Runtime
+
+CONFIG = GPTConfig(sequence_len=96, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+
+
+class FakeModel(torch.nn.Module):
+    """nanochat's model with the library's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gpt = stirred(CONFIG)
+        self.config = SimpleNamespace(max_position_embeddings=None, n_positions=96)
+
+    def forward(self, idx: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=self.gpt(idx))
+
+
+class FakeTokenizer:
+    """A byte-level tokenizer of the library's kind."""
+
+    bos_token_id, eos_token_id = None, 256
+    all_special_ids = (256,)
+
+    def __call__(self, text: Any, add_special_tokens: bool) -> dict[str, Any]:
+        assert not add_special_tokens
+        return {"input_ids": list(text.encode()) if isinstance(text, str) else [list(t.encode()) for t in text]}
+
+    def __len__(self) -> int:
+        return 300
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return ["<|end|>" if i == 256 else "ab" if i > 256 else chr(0x100 + i) for i in ids]
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
+def test_the_same_model_scores_the_same(kind: str) -> None:
+    model = FakeModel()
+    examples = list(make_examples(made_up(kind, 20, 2), Letters(), 96))
+    ours = GPTScorer(model.gpt).score(examples)
+    theirs = HFModel(model, 96, torch.device("cpu")).score(examples)
+    for a, b in zip(ours, theirs):
+        assert [s.mean_loss for s in a] == pytest.approx([s.mean_loss for s in b], abs=1e-4)
+        assert [s.greedy for s in a] == [s.greedy for s in b]
+
+
+def test_bits_per_byte_of_a_hf_model() -> None:
+    model, tokenizer = HFModel(FakeModel(), 96, torch.device("cpu")), HFTokenizer(FakeTokenizer())
+    assert tokenizer.get_bos_token_id() == 256 and tokenizer.encode(["ab"]) == [[97, 98]] and tokenizer.encode([]) == []
+    sizes = torch.tensor(tokenizer.token_bytes)
+    assert sizes[97] == 1 and sizes[256] == 0 and sizes[257] == 2
+    idx = torch.randint(256, (2, 13), generator=torch.Generator().manual_seed(0))
+    inputs, targets = idx[:, :-1], idx[:, 1:].clone()
+    targets[0, :4] = -1
+    nats = model.model.gpt(inputs, targets, loss_reduction="sum").item()
+    bpb = evaluate_bpb(model, [(inputs, targets)], 1, sizes)  # type: ignore[arg-type]
+    assert bpb == pytest.approx(nats / math.log(2) / 20, rel=1e-5)
+
+
+def test_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime.create("cpu", "float32")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"nanochat\[transformers\]"):
+        load_hf_model("gpt2", runtime)
+    asked: dict[str, Any] = {}
+
+    def model(path: str, **settings: Any) -> FakeModel:
+        asked.update(settings, path=path)
+        if path == "nobody/nothing":
+            raise OSError("nobody/nothing is not a model\nand more lines")
+        return FakeModel()
+
+    fake = ModuleType("transformers")
+    fake.AutoModelForCausalLM = SimpleNamespace(from_pretrained=model)  # type: ignore[attr-defined]
+    fake.AutoTokenizer = SimpleNamespace(from_pretrained=lambda path: FakeTokenizer())  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    loaded, _ = load_hf_model("gpt2", runtime)
+    assert loaded.max_tokens == 96 and asked["use_safetensors"] is True and asked["dtype"] == torch.float32
+    with pytest.raises(UserError, match=r"^--hf-path=nobody/nothing: nobody/nothing is not a model$"):
+        load_hf_model("nobody/nothing", runtime)
+    fake.AutoTokenizer.from_pretrained = lambda path: SimpleNamespace(bos_token_id=None, eos_token_id=None)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="neither a bos nor an eos"):
+        load_hf_model("gpt2", runtime)
