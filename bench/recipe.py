@@ -1,4 +1,4 @@
-"""What a change to the recipe is worth, at equal time: `python -m bench.recipe --trials later later,smear=False`.
+"""What a change to the recipe is worth, at equal time: `python -m bench.recipe --trials default default,smear=False`.
 
 The first trial is the yardstick. Steps of all trials are timed in turn, and each trial gets as many as fit in the
 time that the first one needs for its own. All of them train on the starter corpus, from the same seeds, and are
@@ -34,8 +34,8 @@ from scripts.base_train import Config, build_trainer, plan_arguments
 class RecipeFlags(Flags):
     """Which recipes, how long, how often."""
 
-    trials: list[str] = field(default_factory=lambda: ["published", "later"])
-    """Recipes and changes to them, such as later,smear=False; the first is the yardstick."""
+    trials: list[str] = field(default_factory=lambda: ["default", "published"])
+    """Recipes and changes to them, such as default,smear=False; the first is the yardstick."""
     steps: int = 300
     """Optimizer steps of the first trial."""
     total_batch: int = 4096

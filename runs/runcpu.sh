@@ -50,7 +50,7 @@ stage() {  # stage NAME COMMAND...: run it once
 
 stage tok_train  python -m scripts.tok_train --data=starter --vocab-size=$VOCAB --max-chars=$CHARS
 stage base_train python -m scripts.base_train --resume --data=starter --model-tag=cpu --depth=$DEPTH --head-dim=64 --max-seq-len=$CONTEXT \
-  --recipe=later --total-batch-size=$BATCH --lr-scale=3 --sample-every=-1 $BASE
+  --total-batch-size=$BATCH --sample-every=-1 $BASE
 stage base_eval  python -m scripts.base_eval --data=starter --split-tokens=65536
 stage chat_sft   python -m scripts.chat_sft --resume --model-tag=cpu --total-batch-size=$BATCH --init-lr-frac=2 $SFT
 stage chat_eval  python -m scripts.chat_eval $EVAL

@@ -30,9 +30,9 @@ class ModelFlags:
     """Context length in tokens; -1 is 2048."""
     window_pattern: str = "SSSL"
     """Per layer, tiled: S short window, L full context; the last layer is always L."""
-    recipe: str = "published"
-    """Model features and rates: published, later (smear, backout, quarter windows, …) or plain (no extras); changes
-    may follow, as in later,smear=False,matrix_lr=0.03."""
+    recipe: str = "default"
+    """Model features and rates: default, published, later (smear, backout, quarter windows, …) or plain (no extras);
+    changes may follow, as in default,smear=False,matrix_lr=0.03."""
     target_flops: float = -1.0
     """Horizon in training FLOPs."""
     target_param_data_ratio: float = 10.5

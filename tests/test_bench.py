@@ -24,7 +24,7 @@ from scripts import _cli
 TOY = ["--depth=1", "--head-dim=8", "--seq-len=16", "--batch=2", "--vocab-size=300", "--seconds=0.01",
        "--device-type=cpu", "--dtype=float32"]  # fmt: skip
 CONFIG = {"depth": 1, "head_dim": 8, "seq_len": 16, "batch": 2, "vocab_size": 300, "window_pattern": "SSSL",
-          "recipe": "published", "dtype": "float32", "device": "cpu", "threads": 1}  # fmt: skip
+          "recipe": "default", "dtype": "float32", "device": "cpu", "threads": 1}  # fmt: skip
 POSITIVE = {
     "train": """tokens_per_second step_seconds forward_backward_seconds optimizer_seconds matmul_seconds matmul_share
         seconds_to_second_step peak_memory_bytes flops_per_second share_of_peak num_params state_bytes""",
@@ -68,7 +68,7 @@ def test_prints_a_table_and_last_a_line_of_json(
         assert values["never_seen_share"] == values["seen_again_share"] == 0
         assert values["tokenised_tokens_per_second"] > 0
     if name == "recipe":
-        assert values["trials"].keys() == {"published", "later"} and values["trials"]["published"]["effect"] == 0
+        assert values["trials"].keys() == {"default", "published"} and values["trials"]["default"]["effect"] == 0
     if name == "train":
         assert values["forward_backward_seconds"] < values["step_seconds"] < values["seconds_to_second_step"]
         assert values["peak_memory_bytes"] > values["state_bytes"]

@@ -198,9 +198,9 @@ def brute_force(model: GPT, example: Example) -> list[Score]:
     """One sequence at a time, softmax in float64."""
     scores = []
     for ids, start, end in example.sequences:
-        probabilities = model(torch.tensor([ids]))[0].double().softmax(-1)
-        losses = [-math.log(probabilities[t - 1, ids[t]]) for t in range(start, end)]
-        greedy = all(int(probabilities[t - 1].argmax()) == ids[t] for t in range(start, end))
+        probabilities = model(torch.tensor([ids]))[0, start - 1 : end - 1].double().softmax(-1)
+        losses = [-math.log(p[token]) for p, token in zip(probabilities, ids[start:end])]
+        greedy = all(int(p.argmax()) == token for p, token in zip(probabilities, ids[start:end]))
         scores.append(Score(sum(losses) / len(losses), greedy))
     return scores
 

@@ -19,6 +19,11 @@ def test_names_stand_for_what_is_published() -> None:
     assert not published.plan.decay_by_horizon and published.plan.batch_exponent == 0.5
     assert later.model(n_layer=3) == GPTConfig.later(n_layer=3) and later.optimizer() == OptimizerConfig.later()
     assert later.schedule(10).momentum_peak == 0.97 and later.plan.decay_by_horizon
+    # The default is the later one, but for the rates of short runs.
+    default = get_recipe("default")
+    assert default.model(n_layer=3) == later.model(n_layer=3) and default.optimizer() == later.optimizer()
+    assert default.schedule(10) == later.schedule(10) and default.plan.decay_by_horizon
+    assert (default.plan.horizon_exponent, later.plan.horizon_exponent) == (0.2, 0.0)
     assert get_recipe("plain").model(window_pattern="SL").window_pattern == "L"
 
 
@@ -35,7 +40,7 @@ def test_changes_reach_their_owner() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("latest", "one of published"), ("", "one of"), ("later,", "smear=False"), ("later,smaer=1", "known: "),
+        ("latest", "one of default"), ("", "one of"), ("later,", "smear=False"), ("later,smaer=1", "known: "),
         ("later,smear", "smear=False"), ("later,smear=maybe", "takes a bool"), ("later,rope_base=x", "takes a float"),
         ("later,n_layer=3", "not 'n_layer=3'"), ("later,num_steps=3", "not 'num_steps=3'"),
     ],

@@ -59,7 +59,7 @@ def test_sft_tags(copied: Path, chats: str) -> None:
     """A new tag finetunes the newest base run; resuming without a tag goes on with the newest finetuning run."""
     assert chat_sft.main([*SFT, chats, "--model-tag=mine"]) == 0
     saved = open_checkpoint(run_dir(copied, "sft", "mine"))
-    assert saved.meta["base"] == {"tag": "tiny", "step": 1, "recipe": "published"}
+    assert saved.meta["base"] == {"tag": "tiny", "step": 1, "recipe": "default"}
     assert base_train.main([*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=newer"]) == 0
     named = {config: chat_sft.find_own_run(chat_sft.Config(**dict(config)), copied).name
              for config in [(("resume", True),), (), (("model_tag", "tiny"),)]}  # fmt: skip
