@@ -21,7 +21,8 @@ def test_names_stand_for_what_is_published() -> None:
     assert later.schedule(10).momentum_peak == 0.97 and later.plan.decay_by_horizon
     # The default is the later one, but for what short runs want.
     default = get_recipe("default")
-    assert default.model(n_layer=3) == later.model(n_layer=3, init="published") and default.optimizer() == later.optimizer()
+    assert default.model(n_layer=3) == later.model(n_layer=3, init="published")
+    assert default.optimizer() == later.optimizer()
     assert default.schedule(10) == later.schedule(10) and default.plan.decay_by_horizon
     assert (default.plan.horizon_exponent, later.plan.horizon_exponent) == (0.2, 0.0)
     assert get_recipe("plain").model(window_pattern="SL").window_pattern == "L"
