@@ -42,6 +42,7 @@ class Forecast(NamedTuple):
     bpb: float
     error: float | None
     basis: str
+    beyond: float = 0.0  # times the largest run that was fitted
 
     def __str__(self) -> str:
         return f"{self.bpb:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
@@ -93,7 +94,7 @@ class Law:
         basis = f"a law fitted to {len(self.points)} runs" + (f" on {self.corpus}" if self.corpus else "")
         if beyond > SOME_WAY_BEYOND:
             basis += f"; this run is {beyond:.3g} times the largest of them, so trust it accordingly"
-        return Forecast(self.loss(n, d), self.loss_error(n, d), basis)
+        return Forecast(self.loss(n, d), self.loss_error(n, d), basis, beyond)
 
     def best(self, budget_flops: float | Callable[[int], float], candidates: Mapping[int, Candidate]) -> Choice:
         """The candidate with the lowest loss when each trains for the whole budget, in FLOPs.

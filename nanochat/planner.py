@@ -21,6 +21,7 @@ from nanochat.loss_head import chunk_tokens
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import Plan, describe, estimate, scaling_params
 
+OUT_OF_SIGHT = 1000.0  # times the FLOPs of the largest run that the law was fitted to: no forecast from there on
 USABLE_MEMORY = 0.9  # the rest goes to the CUDA context, the allocator's gaps and the update's working copies
 
 # ---------------------------------------------------------------------------------------------------
@@ -206,6 +207,7 @@ class RunPlan:
     dollars_per_gpu_hour: float | None
     fp8: bool = False
     forecast: Forecast | None = None
+    wall_seconds: float | None = None  # from the program's start to its end, where that is what was asked for
     assumptions: list[str] = field(default_factory=list)
 
     @property
@@ -258,6 +260,7 @@ class RunPlan:
             "memory_bytes": self.memory_bytes, "memory": self.memory,
             "memory_available_bytes": int(self.gpu.memory_bytes), "fits": self.fits,
             "step_seconds": self.step_seconds, "seconds": self.seconds, "dollars": self.dollars,
+            "wall_seconds": self.wall_seconds,
             "forecast_bpb": self.forecast and self.forecast.bpb,
             "forecast_bpb_error": self.forecast and self.forecast.error, "assumptions": self.assumptions,
         }  # fmt: skip
@@ -278,7 +281,8 @@ class RunPlan:
             ("micro-batches per step", str(self.grad_accum_steps)),
             ("tokens per second", format_count(self.plan.tokens / self.seconds)),
             ("share of peak", f"{self.utilisation:.1%} of {self.num_gpus} x {self.peak_flops / 1e12:.3g} TFLOP/s"),
-            ("time", f"{long_time(self.seconds)} ({self.step_seconds:.3g} s a step)"),
+            ("training time", f"{long_time(self.seconds)} ({self.step_seconds:.3g} s a step)"),
+            *([("from start to end", long_time(self.wall_seconds))] if self.wall_seconds else []),
             ("cost", cost),
             *([("bits per byte, forecast", str(self.forecast))] if self.forecast else []),
         ]
@@ -322,6 +326,8 @@ def plan_run(
     rows = choose_rows(own_rows, fits, most_rows) if device_batch_size == -1 else min(device_batch_size, own_rows)
     hourly = dollars_per_gpu_hour if dollars_per_gpu_hour >= 0 else gpu.dollars_per_hour
     forecast = law.forecast(scaling_params(plan.params), plan.tokens) if law else None
+    if forecast and forecast.beyond > OUT_OF_SIGHT:
+        forecast = None
     made = RunPlan(config, plan, gpu, num_gpus, pace, rows, math.ceil(own_rows / rows), memory(rows), hourly, fp8,
                    forecast)  # fmt: skip
     made.assumptions = list(assumptions(made, usual_price=dollars_per_gpu_hour < 0))
@@ -347,6 +353,6 @@ def assumptions(made: RunPlan, usual_price: bool) -> Iterable[str]:
     elif usual_price:
         yield "cost: a typical cloud price, which drifts; --dollars-per-gpu-hour sets yours"
     if made.forecast is None:
-        yield "loss: no fitted law yet: no forecast of the loss"
+        yield "loss: no forecast: there is no fitted law, or its runs were too small to say anything of this one"
     else:
         yield f"loss: {made.forecast.basis}"

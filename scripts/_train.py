@@ -1,6 +1,7 @@
 """What the training scripts share: their common flags, and the path from a trainer to a finished run."""
 
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,9 @@ def compiled_loss(model: GPT, wanted: str, runtime: Runtime):
     if wanted not in ("auto", "on", "off"):
         raise UserError(f"--compile must be auto, on or off, got {wanted!r}")
     use = wanted == "on" or (wanted == "auto" and runtime.device.type == "cuda")
+    if use and wanted == "auto" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        warn("no C compiler found, which torch.compile needs: training without it, slower (install gcc or clang)")
+        use = False
     return torch.compile(model.loss, dynamic=False) if use else model.loss
 
 

@@ -4,6 +4,7 @@ Steps, FLOPs, memory, time and cost, with the assumptions behind them. `--gpu=he
 machine by training for a few steps.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -19,10 +20,13 @@ from nanochat.planner import Pace, RunPlan, expected_pace, find_gpu, plan_run
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, align_batch, make_plan
 from nanochat.session import choose_device_batch
+from nanochat.tokenizer import get_tokenizer
 from scripts import _cli
 from scripts._model import ModelFlags, network
 from scripts._pace import best_depth, measure_pace, this_machine
 from scripts._train import batch_for_minutes, print_table, steps_in
+
+USUAL_VOCAB_SIZE = 32768
 
 
 @dataclass
@@ -41,8 +45,8 @@ class Config(ModelFlags):
     """Price; -1 takes the GPU's usual one."""
     json: bool = False
     """Print one line of JSON instead of the table."""
-    vocab_size: int = 32768
-    """Tokens in the vocabulary."""
+    vocab_size: int = -1
+    """Tokens in the vocabulary; -1 is 32768, or with --gpu=here what the trained tokenizer has."""
     num_iterations: int = -1
     """Horizon in optimizer steps."""
     total_batch_size: int = -1
@@ -60,10 +64,16 @@ class Config(ModelFlags):
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan, print."""
     config = _cli.parse(Config, argv)
+    if config.vocab_size == -1:
+        config = replace(config, vocab_size=usual_vocab_size(config.gpu.lower() == "here"))
     by_time = config.depth == -1 and config.minutes > 0 and config.gpu.lower() == "here"
     model_config = network(config, config.vocab_size)(2 if by_time else config.depth)
     make_plan(model_config, **horizon(config, num_steps=1))  # a mistake is refused before anything is measured
     made = plan_here(config, model_config) if config.gpu.lower() == "here" else plan_there(config, model_config)
+    if config.minutes > 0 and config.num_iterations == -1:
+        made.wall_seconds = 60 * config.minutes
+        made.assumptions.append("time: --minutes counts from the program's start to its end, evaluations and report "
+                                "included; the number of steps follows the clock")  # fmt: skip
     if config.json:
         say(json.dumps(made.to_dict()))
         return
@@ -71,6 +81,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     say("It assumes:")
     for sentence in made.assumptions:
         say(f"- {sentence}")
+
+
+def usual_vocab_size(here: bool) -> int:
+    """Of the tokenizer that base_train would take, if there is one and it is for this machine."""
+    if here:
+        with contextlib.suppress(UserError):  # none trained yet
+            return get_tokenizer().get_vocab_size()
+    return USUAL_VOCAB_SIZE
 
 
 def horizon(config: Config, num_steps: int = -1) -> dict[str, Any]:
