@@ -6,6 +6,8 @@
     optimizer   one update: Muon, AdamW, and the products inside Muon
     data        the loader: tokens a second from text, and whether an epoch shows every token
     tokenizer   training, encoding, decoding
+    recipe      what a change to the training recipe is worth at equal time, over seeds (as long as you let it train)
+    core        the CORE evaluation, batched beside one item at a time
 
 All take the same flags (`--depth --head-dim --seq-len --batch --vocab-size --window-pattern --recipe --dtype
 --device-type --seconds`, see `--help`), print a table and, as the last line, one JSON object.

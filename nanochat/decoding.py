@@ -21,6 +21,7 @@ import torch
 from nanochat.calculator import use_calculator
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
+from nanochat.prefix_cache import PrefixCache
 from nanochat.sampling import Sampling, choose, make_rng
 
 PREFILL_CHUNK = 256  # tokens: bounds how long one prompt can keep the other rows waiting, and its attention's memory
@@ -48,12 +49,23 @@ class Row:
     mask: list[int] = field(default_factory=list)  # 1 where the model chose the token, 0 where a tool forced it
     end: int | None = None  # the token the model stopped with; None while it runs, and if it ran out of room
     done: bool = False
+    top_logprobs: int | None = None  # how many likeliest tokens to tell with each token's log probability; None: none
+    prompt_logprobs: bool = False  # tell them of the prompt's tokens too
+    told: list["Told"] = field(default_factory=list)  # of the prompt's tokens but the first, if asked
     forced: deque[int] = field(default_factory=deque)  # tokens that come next whatever the model says
     expression: list[int] | None = None  # tokens since <|python_start|>, None outside
 
     def __post_init__(self) -> None:
         self.rng = make_rng(self.seed, self.index)
         self.done = self.max_tokens <= 0
+
+
+@dataclass(slots=True)
+class Told:
+    """A token's log probability, in nats, and the likeliest tokens in its place with theirs."""
+
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(eq=False, slots=True)
@@ -63,6 +75,18 @@ class Token:
     row: Row
     id: int
     mask: int
+    told: Told | None = None
+
+
+def tell(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Told]:
+    """Log probabilities of `tokens` under logits (N, V), before temperature and the like, and the `top` likeliest."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    of_tokens = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1).tolist()
+    if not top:
+        return [Told(value, []) for value in of_tokens]
+    best = logprobs.topk(min(top, logprobs.size(-1)), dim=-1)
+    return [Told(value, list(zip(ids, values)))
+            for value, ids, values in zip(of_tokens, best.indices.tolist(), best.values.tolist())]  # fmt: skip
 
 
 class ToolUse:
@@ -100,9 +124,18 @@ class ToolUse:
 class Batch:
     """Rows decoded together. Submit prompts at any time, call `step` until it is `idle`. Not for several threads."""
 
-    def __init__(self, model: GPT, tools: ToolUse, end_tokens: set[int], max_rows: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        tools: ToolUse,
+        end_tokens: set[int],
+        max_rows: int,
+        max_tokens: int,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
         """Reserves a cache of `max_rows` rows of `max_tokens` tokens, prompt included."""
         device, dtype = model.device, model.compute_dtype
+        self.prefixes = prefixes
         self.model, self.tools, self.end_tokens = model, tools, end_tokens
         self.cache = KVCache(model.config, max_rows, max_tokens, device, dtype, num_rows=0)
         self.rows: list[Row] = []  # row i of the cache is rows[i]
@@ -115,7 +148,7 @@ class Batch:
         return not self.rows and not self.waiting
 
     def submit(self, group: Sequence[Row]) -> None:
-        """Queue rows with the same prompt: it is prefilled once for all of them."""
+        """Queue rows with the same prompt: it is prefilled once for all of them, and told of as the first row asks."""
         group = [row for row in group if not row.done]
         if group:
             self.waiting.append(group)
@@ -157,12 +190,29 @@ class Batch:
 
     def _prefill_chunk(self) -> None:
         """Run the next piece of the oldest waiting prompt through the model."""
-        prompt, start = self.waiting[0][0].prompt, self.scratch.length(0)
+        first = self.waiting[0][0]
+        prompt, start = first.prompt, self.scratch.length(0)
+        prefixes = None if first.prompt_logprobs else self.prefixes  # what is told must be computed
+        if start == 0 and prefixes:
+            start = prefixes.fill(self.scratch, prompt)
         piece = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=self.model.device)  # (1, T)
-        if start + piece.size(1) == len(prompt):
+        end = start + piece.size(1)
+        if first.prompt_logprobs:
+            self._tell_prompt(first, self.model(piece, kv_cache=self.scratch), start)
+        elif end == len(prompt):
             self.prompt_logits = self.model(piece, kv_cache=self.scratch)[:, -1]
         else:
             self.model.hidden(piece, kv_cache=self.scratch)
+        if prefixes and piece.size(1) == PREFILL_CHUNK:
+            prefixes.add(self.scratch, prompt, start)
+
+    def _tell_prompt(self, row: Row, logits: torch.Tensor, start: int) -> None:
+        """Log probabilities of the prompt's tokens that follow those of a piece, from its logits (1, T, V)."""
+        following = row.prompt[start + 1 : start + 1 + logits.size(1)]
+        if following:
+            row.told += tell(logits[0, : len(following)], following, row.top_logprobs or 0)
+        if start + logits.size(1) == len(row.prompt):
+            self.prompt_logits = logits[:, -1]
 
     def _admit(self, logits: torch.Tensor) -> list[Token]:
         """Let as many rows of the prefilled group in as there is room for. logits (1, V) after their prompt."""
@@ -182,15 +232,28 @@ class Batch:
         drawing = [i for i, row in enumerate(rows) if not row.forced]
         if len(drawing) < len(rows):
             logits = logits[torch.tensor(drawing, dtype=torch.long, device=logits.device)]
-        chosen = iter(choose(logits, [rows[i].sampling for i in drawing], [rows[i].rng for i in drawing]))
+        picked = choose(logits, [rows[i].sampling for i in drawing], [rows[i].rng for i in drawing])
+        told = dict(self._tell_drawn([rows[i] for i in drawing], picked, logits))
+        chosen = iter(picked)
         new = []
         for row in rows:
             mask = int(not row.forced)
             token = next(chosen) if mask else row.forced.popleft()
-            new.append(Token(row, token, mask))
+            new.append(Token(row, token, mask, told.get(id(row)) if mask else None))
             self._append(row, token, mask)
         self._drop_done()
         return new
+
+    @staticmethod
+    def _tell_drawn(rows: list[Row], picked: list[int], logits: torch.Tensor) -> list[tuple[int, Told]]:
+        """(id of the row, what is told of its token) for the rows that ask. logits (B, V)."""
+        asking = [i for i, row in enumerate(rows) if row.top_logprobs is not None]
+        if not asking:
+            return []
+        most = max(rows[i].top_logprobs or 0 for i in asking)
+        at = torch.tensor(asking, device=logits.device)
+        told = tell(logits[at], [picked[i] for i in asking], most)
+        return [(id(rows[i]), Told(t.logprob, t.top[: rows[i].top_logprobs])) for i, t in zip(asking, told)]
 
     def _append(self, row: Row, token: int, mask: int) -> None:
         if mask and token in self.end_tokens:

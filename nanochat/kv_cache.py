@@ -159,6 +159,29 @@ class KVCache:
             self._previous[dst] = other._previous[src]
         self._set_length(dst, n)
 
+    def read_chunk(self, row: int, start: int, end: int) -> list[torch.Tensor]:
+        """A copy of what the tokens start .. end-1, the last that `row` holds, left behind: k and v of each layer, as
+        far as its ring still has them, and the last embedding."""
+        assert self._host_lengths[row] == end
+        parts = []
+        for ring in [*self.k, *self.v]:
+            size = ring.size(1)
+            positions = torch.arange(max(start, end - size), end, device=ring.device)
+            parts.append(ring[row, positions % size])  # (kept, G, D)
+        return parts if self._previous is None else [*parts, self._previous[row].clone()]
+
+    def write_chunk(self, row: int, start: int, end: int, parts: list[torch.Tensor]) -> None:
+        """Give `row`, which holds `start` tokens, what read_chunk took of the next ones."""
+        assert self._host_lengths[row] == start and end <= self.max_tokens
+        for ring, part in zip([*self.k, *self.v], parts):
+            size = ring.size(1)
+            kept = part[-size:]  # this cache may be shorter than the one that was read
+            positions = torch.arange(end - kept.size(0), end, device=ring.device)
+            ring[row, positions % size] = kept
+        if self._previous is not None:
+            self._previous[row] = parts[-1]
+        self._set_length(row, end)
+
     def join(self, other: "KVCache", src: int = 0) -> int:
         """Take a copy of a row of `other` in as the last row in use, and return its number."""
         assert self.num_rows < self.batch_size, "no row is free"
