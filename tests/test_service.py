@@ -1,0 +1,198 @@
+"""The running batch as a service: joining, leaving, cancelling, dying, closing."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from stubs import TOKENIZER
+from test_prefix_cache import make_model
+
+from nanochat.decoding import Token
+from nanochat.engine import Engine
+from nanochat.sampling import Sampling
+from nanochat.service import Busy, Closed, End, Order, Service, WorkerPool, row_bytes
+
+MODEL = make_model()
+
+
+class Receiver:
+    """Collects what is delivered."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Token] = []
+        self.end: End | None = None
+        self.done = threading.Event()
+
+    def __call__(self, what: list[Token] | End) -> None:
+        assert self.end is None, "something came after the end"
+        if isinstance(what, End):
+            self.end = what
+            self.done.set()
+        else:
+            self.tokens += what
+
+    def wait(self) -> "Receiver":
+        assert self.done.wait(20), "no end was delivered"
+        return self
+
+
+@pytest.fixture
+def service() -> Any:
+    made = Service(MODEL, TOKENIZER, max_rows=4, max_waiting=8)  # type: ignore[arg-type]
+    yield made
+    made.close()
+    assert not made._thread.is_alive()
+
+
+def order(text: str = "abc", max_tokens: int = 8, **changes: Any) -> Order:
+    return Order([256, *text.encode()], max_tokens, **{"sampling": Sampling(1.0), "seed": 5, **changes})
+
+
+def test_the_engine_says_the_same(service: Service) -> None:
+    """Alone, among others, or through Engine.generate_batch: one seed, one answer."""
+    receivers = [Receiver() for _ in range(7)]
+    tickets = [service.submit(order("x" * i, seed=i, samples=1 + i % 2), r) for i, r in enumerate(receivers)]
+    engine = Engine(MODEL, TOKENIZER)  # type: ignore[arg-type]
+    for i, (ticket, receiver) in enumerate(zip(tickets, receivers)):
+        assert receiver.wait().end == End()
+        prompt = [256, *b"x" * i]
+        expected, _ = engine.generate_batch(prompt, 1 + i % 2, max_tokens=8, temperature=1.0, seed=i)
+        assert [prompt + row.tokens for row in ticket.rows] == expected
+        for row in ticket.rows:
+            ends = [row.end] if row.end is not None else []
+            assert [t.id for t in receiver.tokens if t.row is row] == row.tokens + ends
+    assert service.stats()["rows_running"] == 0 and service.load == 0
+
+
+def test_cancelled_rows_leave_within_a_step(service: Service) -> None:
+    receivers = [Receiver() for _ in range(6)]
+    tickets = [service.submit(order(max_tokens=50, samples=2, sampling=Sampling(1.0, top_k=0)), r) for r in receivers]
+    for ticket in tickets:
+        ticket.cancel()
+        ticket.cancel()  # twice is once
+    for receiver in receivers:
+        assert receiver.wait().end == End()
+    assert service.stats()["rows_running"] == service.stats()["requests_waiting"] == 0
+    assert service.submit(order(), receiver := Receiver()) and receiver.wait().tokens
+
+
+def test_one_sample_of_several_can_be_cancelled(service: Service) -> None:
+    receiver = Receiver()
+    ticket = service.submit(order(max_tokens=20, samples=2), receiver)
+    ticket.cancel(0)
+    receiver.wait()
+    assert ticket.rows[1].done and (ticket.rows[1].end is not None or len(ticket.rows[1].tokens) == 20)
+
+
+def test_a_full_queue_says_when_to_come_again(service: Service) -> None:
+    gate, first = threading.Event(), Receiver()
+
+    def hold(what: Any) -> None:
+        gate.wait(20)
+        first(what)
+
+    service.submit(order(), hold)
+    time.sleep(0.1)  # it is in the batch, and its receiver holds the thread
+    others = [Receiver() for _ in range(8)]
+    for receiver in others:
+        service.submit(order(), receiver)
+    with pytest.raises(Busy) as busy:
+        service.submit(order(), Receiver())
+    assert busy.value.retry_after >= 1
+    gate.set()
+    for receiver in [first, *others]:
+        receiver.wait()
+
+
+@pytest.mark.parametrize(("bad", "says"), [({"prompt": []}, "empty"), ({"prompt": [1] * 99}, "context"),
+                                           ({"max_tokens": -1}, "negative"), ({"samples": 0}, "at least 1")])  # fmt: skip
+def test_impossible_orders(service: Service, bad: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        service.submit(Order(**{"prompt": [256], "max_tokens": 3, **bad}), Receiver())
+
+
+def test_no_room_and_no_tokens(service: Service) -> None:
+    for asked in (order(max_tokens=0), order("x" * 63, max_tokens=5)):
+        receiver = Receiver()
+        service.submit(asked, receiver)
+        assert receiver.wait().end == End() and not receiver.tokens
+    told, receiver = order(max_tokens=0, top_logprobs=2, prompt_logprobs=True), Receiver()
+    ticket = service.submit(told, receiver)
+    receiver.wait()
+    assert len(ticket.rows[0].told) == 3  # of a, b, c
+
+
+def test_a_receiver_that_fails_harms_nobody(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(what: Any) -> None:
+        raise RuntimeError("no")
+
+    service.submit(order(), fail)
+    receiver = Receiver()
+    service.submit(order(), receiver)
+    assert receiver.wait().end == End() and service.alive
+    assert "receiver failed" in capsys.readouterr().err
+
+
+def test_closing_lets_what_is_under_way_finish() -> None:
+    service, receiver = Service(MODEL, TOKENIZER), Receiver()  # type: ignore[arg-type]
+    service.submit(order(max_tokens=30, sampling=Sampling(0.0)), receiver)
+    service.close(drain_seconds=20)
+    assert receiver.wait().end == End()
+    with pytest.raises(Closed):
+        service.submit(order(), Receiver())
+
+
+def test_closing_at_once_ends_what_is_under_way() -> None:
+    service = Service(MODEL, TOKENIZER, max_rows=1)  # type: ignore[arg-type]
+    receivers = [Receiver() for _ in range(20)]
+    for receiver in receivers:
+        service.submit(order(max_tokens=60, sampling=Sampling(0.0)), receiver)
+    service.close()
+    for receiver in receivers:
+        receiver.wait()
+    assert any(isinstance(r.end.error, Closed) for r in receivers if r.end)
+
+
+def test_a_dead_replica_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    pool = WorkerPool(lambda index: Service(MODEL, TOKENIZER), 2)  # type: ignore[arg-type]
+    broken = pool.services[0]
+
+    def explode(**settings: Any) -> None:
+        raise MemoryError("boom")
+
+    broken.batch.step = explode  # type: ignore[method-assign]
+    receiver = Receiver()
+    broken.submit(order(), receiver)
+    assert isinstance(receiver.wait().end.error, MemoryError)  # type: ignore[union-attr]
+    assert not broken.alive and pool.alive
+    for _ in range(4):
+        receiver = Receiver()
+        pool.submit(order(), receiver)
+        assert receiver.wait().end == End()
+    assert pool.replaced == 1 and pool.services[0] is not broken and pool.stats()["replaced"] == 1
+    assert "boom" in capsys.readouterr().err
+    pool.close()
+    assert not pool.alive
+
+
+def test_the_least_loaded_is_next() -> None:
+    pool = WorkerPool(lambda index: Service(MODEL, TOKENIZER), 3)  # type: ignore[arg-type]
+    gates = []
+    for _ in range(6):
+        gate = threading.Event()
+        gates.append(gate)
+        pool.submit(order(max_tokens=2), lambda what, gate=gate: gate.wait(20))  # type: ignore[misc]
+    assert sorted(s.load for s in pool.services) == [2, 2, 2]
+    for gate in gates:
+        gate.set()
+    pool.close(20)
+
+
+def test_memory_bounds_the_rows() -> None:
+    size = row_bytes(MODEL)
+    service = Service(MODEL, TOKENIZER, max_rows=32, memory_bytes=3 * size + 1)  # type: ignore[arg-type]
+    assert service.max_rows == 3 and service.batch.cache.num_bytes == 3 * size
+    service.close()
+    torch.manual_seed(0)
