@@ -5,9 +5,12 @@ frees its rows within a step. Every error has OpenAI's form: {"error": {"message
 """
 
 import asyncio
+import base64
+import hashlib
 import hmac
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -33,14 +36,13 @@ from nanochat.api_types import (
     TokenizeRequest,
 )
 from nanochat.api_types import Request as GenerateRequest
-from nanochat.common import UserError
 from nanochat.conversation import drop_oldest_turns, render_prompt
 from nanochat.decoding import Token
 from nanochat.sampling import Sampling
 from nanochat.service import Busy, Closed, End, Order, Ticket, WorkerPool
 
 CONTENT_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 SECURITY_HEADERS = {
@@ -484,7 +486,7 @@ class BodyLimit:
         if announced.isdigit() and int(announced) > self.most:
             await error.response()(scope, receive, send)
             return
-        seen = 0
+        seen, refused = 0, False
 
         async def counted() -> Any:
             nonlocal seen
@@ -494,7 +496,15 @@ class BodyLimit:
                 raise error
             return message
 
-        await self.app(scope, counted, send)
+        async def answered(message: Any) -> None:  # whatever the application makes of the error, ours goes out
+            nonlocal refused
+            if seen <= self.most:
+                await send(message)
+            elif not refused:
+                refused = True
+                await error.response()(scope, receive, send)
+
+        await self.app(scope, counted, answered)
 
 
 def add_middleware(app: FastAPI, api: Api) -> None:
@@ -524,8 +534,8 @@ def check_key(request: Request, settings: Settings) -> None:
     if not settings.api_key or request.url.path in ("/", "/health", "/health/live", "/health/ready"):
         return
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    # Compared in constant time, as bytes: a string beyond ASCII would be an error.
-    right = hmac.compare_digest(given.strip().encode(), settings.api_key.encode())
+    # Compared in constant time, as the bytes that were sent: headers are read as Latin-1.
+    right = hmac.compare_digest(given.strip().encode("latin-1"), settings.api_key.encode())
     if scheme.lower() != "bearer" or not right:
         raise ApiError(401, "a wrong or missing API key; send Authorization: Bearer KEY", "authentication_error",
                        code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
@@ -651,10 +661,15 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
     async def metrics() -> Response:
         return Response(generate_latest(api.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    text = resources.files("nanochat").joinpath("ui.html").read_text(encoding="utf-8")
+    policy = CONTENT_POLICY.format(script=hash_of(text, "script"), style=hash_of(text, "style"))
+
     @app.get("/")
     async def page() -> HTMLResponse:
-        try:
-            text = resources.files("nanochat").joinpath("ui.html").read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise UserError("this installation has no page (ui.html)") from error
-        return HTMLResponse(text, headers={"Content-Security-Policy": CONTENT_POLICY})
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
+
+
+def hash_of(page: str, tag: str) -> str:
+    """What a content policy allows: the page's one inline element of that kind, and nothing that is put in later."""
+    (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"

@@ -18,6 +18,7 @@ STAGES = {
     "chat_sft": "finetune it on conversations",
     "chat_eval": "measure the chat model's skills",
     "chat_cli": "talk to it in the terminal",
+    "chat_web": "talk to it in the browser; serve it to any OpenAI client",
     "report": "show where the report is, and draw it anew",
 }
 

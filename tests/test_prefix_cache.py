@@ -16,8 +16,9 @@ from nanochat.sampling import Sampling
 CHUNK = 8
 
 
-def make_model(form=GPTConfig) -> GPT:  # type: ignore[no-untyped-def]
-    model = GPT.create(form(sequence_len=64, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=32), seed=3)
+def make_model(form=GPTConfig, vocab_size: int = 300) -> GPT:  # type: ignore[no-untyped-def]
+    config = form(sequence_len=64, vocab_size=vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
+    model = GPT.create(config, seed=3)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.1)

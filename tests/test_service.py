@@ -106,8 +106,11 @@ def test_a_full_queue_says_when_to_come_again(service: Service) -> None:
         receiver.wait()
 
 
-@pytest.mark.parametrize(("bad", "says"), [({"prompt": []}, "empty"), ({"prompt": [1] * 99}, "context"),
-                                           ({"max_tokens": -1}, "negative"), ({"samples": 0}, "at least 1")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [({"prompt": []}, "empty"), ({"prompt": [1] * 99}, "context"), ({"max_tokens": -1}, "negative"),
+     ({"samples": 0}, "at least 1")],
+)  # fmt: skip
 def test_impossible_orders(service: Service, bad: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         service.submit(Order(**{"prompt": [256], "max_tokens": 3, **bad}), Receiver())

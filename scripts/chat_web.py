@@ -1,0 +1,186 @@
+"""Serve a model: the page and an OpenAI-compatible API, `python -m scripts.chat_web`."""
+
+import logging
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+import uvicorn
+
+from nanochat.checkpoint_manager import find_run, load_model
+from nanochat.common import UserError, get_base_dir, say
+from nanochat.runtime import Runtime
+from nanochat.sampling import Sampling
+from nanochat.server import Metrics, Settings, create_app
+from nanochat.service import MIB, Service, WorkerPool
+from scripts import _cli
+
+USUAL_PORT = 8000
+PORTS_TRIED = 20
+
+
+@dataclass
+class Config:
+    """Serve a model: a page to talk to it, and the API that every OpenAI client speaks."""
+
+    num_gpus: int = 1
+    """Replicas: one for each GPU; on a CPU they share it."""
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    """Which model: base, sft or rl."""
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8
+    """Unless a request says otherwise; 0 takes the most likely token."""
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
+    """Unless a request says otherwise; 0 is off."""
+    max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
+    """Longest answer, unless a request says otherwise."""
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
+    """Tag of the run; empty takes the latest."""
+    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
+    """Its step; -1 takes the last."""
+    port: Annotated[int, tyro.conf.arg(aliases=["-p"])] = -1
+    """Port; -1 is 8000, or the next one that is free."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets others in, who should then need a key."""
+    device_type: str = ""
+    """cuda, mps or cpu; empty picks the best there is."""
+    api_key_file: str = ""
+    """File with the key that requests must bring; empty asks for none."""
+    cors: list[str] = field(default_factory=list)
+    """Origins of other pages that may use the API."""
+    max_rows: int = 32
+    """Sequences decoded together."""
+    max_waiting: int = 64
+    """Requests that may wait; more are told to come again later."""
+    cache_mib: int = 1024
+    """Memory for keys and values of the sequences decoded together, for each replica."""
+    prefix_mib: int = 256
+    """Memory for known beginnings of prompts, for each replica."""
+    request_seconds: float = 300.0
+    """Longest time for one request."""
+    log_requests: bool = False
+    """Log a line for each request: time, path, status. What was said is never logged."""
+
+    def __post_init__(self) -> None:
+        if self.source not in ("base", "sft", "rl"):
+            raise UserError(f"-i must be base, sft or rl, got {self.source!r}")
+        for name, least in (("num_gpus", 1), ("max_tokens", 1), ("max_rows", 1), ("max_waiting", 1), ("cache_mib", 1),
+                            ("prefix_mib", 0), ("request_seconds", 0.001)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        if self.port != -1 and not 0 < self.port < 65536:
+            raise UserError(f"--port must be from 1 to 65535, or -1 for a free one, got {self.port}")
+        try:
+            Sampling(self.temperature, self.top_k)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = _cli.parse(Config, argv)
+    key = read_key(config.api_key_file)
+    with open_socket(config.host, config.port) as listening, Runtime.create(config.device_type) as runtime:
+        serve(config, key, listening, runtime)
+    return 0
+
+
+def serve(config: Config, key: str, listening: socket.socket, runtime: Runtime) -> None:
+    """Load the model, say where it is served, serve until a signal comes, finish what is under way."""
+    base_dir = get_base_dir()
+    run = find_run(base_dir, config.source, config.model_tag or None)
+    there = torch.cuda.device_count() if runtime.device.type == "cuda" else config.num_gpus
+    if config.num_gpus > there:
+        raise UserError(f"--num-gpus={config.num_gpus}: this machine has {there}")
+    step = None if config.step < 0 else config.step
+    model, tokenizer, meta = load_model(config.source, runtime, base_dir=base_dir, model_tag=run.name, step=step,
+                                        compute_dtype=runtime.dtype)  # fmt: skip
+    metrics = Metrics()
+
+    def make(index: int) -> Service:
+        own = model
+        if runtime.device.type == "cuda" and index > 0:
+            place = Runtime(torch.device("cuda", index), runtime.dtype, runtime.dtype_reason, runtime.seed)
+            own, _, _ = load_model(config.source, place, base_dir=base_dir, model_tag=run.name, step=step,
+                                   compute_dtype=runtime.dtype)  # fmt: skip
+        return Service(own, tokenizer, max_rows=config.max_rows, max_waiting=config.max_waiting,
+                       memory_bytes=config.cache_mib * MIB, prefix_bytes=config.prefix_mib * MIB,
+                       observe=metrics.observe)  # fmt: skip
+
+    settings = Settings(
+        model_name=run.name, api_key=key, cors_origins=config.cors, temperature=config.temperature,
+        top_k=config.top_k, max_tokens=config.max_tokens, request_seconds=config.request_seconds,
+        most_tokens=max(config.max_tokens, model.config.sequence_len), answers=config.source != "base",
+    )  # fmt: skip
+    app = create_app(WorkerPool(make, config.num_gpus), tokenizer, settings, metrics)
+    host, port = listening.getsockname()[:2]
+    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host
+    say(f"{runtime.describe()}\n{config.source} model {run.name}, step {meta['step']}, context "
+        f"{model.config.sequence_len}\ntalk to it: http://{shown}:{port}/    API: http://{shown}:{port}/v1\n"
+        "Ctrl-C stops it; what is under way is finished first")  # fmt: skip
+    if host not in ("127.0.0.1", "::1") and not key:
+        say("warning: others can reach this server and need no key; --api-key-file=FILE asks for one")
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    uvicorn.Server(
+        uvicorn.Config(app, log_level="info" if config.log_requests else "warning", access_log=config.log_requests,
+                       server_header=False, timeout_graceful_shutdown=int(settings.drain_seconds))
+    ).run(sockets=[listening])  # fmt: skip
+
+
+def read_key(path: str) -> str:
+    """The first line of the file; never from the command line, where others could read it."""
+    if not path:
+        return ""
+    try:
+        key = Path(path).read_text(encoding="utf-8").split("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--api-key-file={path}: {error}") from error
+    if not key:
+        raise UserError(f"--api-key-file={path}: its first line is empty")
+    return key
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A listening socket. A port that was asked for must be free; otherwise the next free one is taken."""
+    candidates = [port] if port != -1 else range(USUAL_PORT, USUAL_PORT + PORTS_TRIED)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for candidate in candidates:
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, candidate))
+            listening.listen(2048)
+            return listening
+        except OSError as error:
+            listening.close()
+            if port != -1:
+                by = f", by {holder}" if (holder := who_listens(candidate)) else ""
+                raise UserError(f"cannot listen on {host}:{candidate} ({error.strerror}{by}); give another --port, "
+                                "or none for a free one") from error  # fmt: skip
+            if not isinstance(error, PermissionError) and error.errno not in (98, 48):  # in use, on Linux and macOS
+                raise UserError(f"cannot listen on {host}: {error.strerror}") from error
+    raise UserError(f"no port from {USUAL_PORT} to {USUAL_PORT + PORTS_TRIED - 1} is free; give one with --port")
+
+
+def who_listens(port: int) -> str:
+    """`python (process 1234)`, as far as Linux tells; empty elsewhere."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+        except OSError:
+            continue
+        inodes |= {row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(Path(fd).readlink().as_posix() in {f"socket:[{i}]" for i in inodes} for fd in process.glob("fd/*")):
+                return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+        except OSError:
+            continue
+    return ""
+
+
+if __name__ == "__main__":
+    _cli.run(main)

@@ -1,0 +1,331 @@
+"""The HTTP API against a tiny model: shapes, streams, errors, limits."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from stubs import SPECIAL
+from test_prefix_cache import make_model
+
+from nanochat.engine import Engine
+from nanochat.server import Metrics, Settings, create_app
+from nanochat.service import Service, WorkerPool
+from nanochat.tokenizer import RustBPETokenizer
+
+MODEL = make_model(vocab_size=265)
+TOKENIZER = RustBPETokenizer(".+?|\n", [bytes([i]) for i in range(256)])
+assert TOKENIZER.encode_special("<|bos|>") == SPECIAL["<|bos|>"]
+SETTINGS = Settings(max_tokens=8, most_tokens=60, request_seconds=20, drain_seconds=2)
+
+
+def app_of(settings: Settings = SETTINGS, **service: Any) -> Any:
+    metrics = Metrics()
+    pool = WorkerPool(lambda index: Service(MODEL, TOKENIZER, observe=metrics.observe, **service))
+    return create_app(pool, TOKENIZER, settings, metrics)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with TestClient(app_of()) as made:
+        yield made
+
+
+def chat(**changes: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "hi"}], "seed": 7, "temperature": 1.0, **changes}
+
+
+def events(response: Any) -> list[Any]:
+    """The data of a stream's events; the form is checked to the byte."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    body = response.content.decode()
+    assert body.endswith("\n\n")
+    found = []
+    for block in body[:-2].split("\n\n"):
+        assert block.startswith("data: ") and "\n" not in block, block
+        found.append(json.loads(block[6:]) if block != "data: [DONE]" else "[DONE]")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
+# Chat
+
+
+def test_a_chat_is_answered(client: TestClient) -> None:
+    body = client.post("/v1/chat/completions", json=chat()).json()
+    prompt = TOKENIZER.render_for_completion({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant",
+                                                                                                "content": ""}]})
+    expected, _ = Engine(MODEL, TOKENIZER).generate_batch(prompt, 1, max_tokens=8, temperature=1.0, top_k=50, seed=7)
+    assert body["object"] == "chat.completion" and body["id"].startswith("chatcmpl-")
+    (choice,) = body["choices"]
+    own = [i for i in expected[0][len(prompt) :] if i < 256]
+    assert choice["message"]["role"] == "assistant" and choice["finish_reason"] in ("stop", "length")
+    assert choice["message"]["content"] == bytes(own).decode(errors="replace") or choice["message"].get("tools")
+    made = len(expected[0]) - len(prompt)
+    assert body["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": made,
+                             "total_tokens": len(prompt) + made}  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", [{}, {"n": 3}, {"logprobs": True, "top_logprobs": 2}, {"stop": ["a", "e"]}])
+def test_streamed_and_whole_are_the_same(client: TestClient, extra: dict[str, Any]) -> None:
+    request = chat(max_tokens=30, **extra)
+    whole = client.post("/v1/chat/completions", json=request).json()
+    stream = events(client.post("/v1/chat/completions",
+                                json={**request, "stream": True, "stream_options": {"include_usage": True}}))
+    assert stream[-1] == "[DONE]" and stream[-2]["choices"] == [] and stream[-2]["usage"] == whole["usage"]
+    chunks = stream[:-2]
+    assert all(c["usage"] is None and c["object"] == "chat.completion.chunk" for c in chunks)
+    assert len({c["id"] for c in chunks}) == 1
+    for choice in whole["choices"]:
+        own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+        assert own[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(c["delta"].get("content", "") for c in own) == choice["message"]["content"]
+        assert [c["finish_reason"] for c in own][-1] == choice["finish_reason"]
+        assert all(c["finish_reason"] is None for c in own[:-1])
+        told = [t for c in own if c["logprobs"] for t in c["logprobs"]["content"]]
+        assert told == (choice["logprobs"]["content"] if choice["logprobs"] else [])
+    if "stop" in extra:
+        assert not set("ae") & set(whole["choices"][0]["message"]["content"])
+    if "n" in extra:
+        assert len({c["message"]["content"] for c in whole["choices"]}) == 3
+    if "logprobs" in extra:
+        content = whole["choices"][0]["logprobs"]["content"]
+        assert content and all(t["logprob"] <= 0 and len(t["top_logprobs"]) == 2 for t in content)
+        assert bytes(b for t in content for b in t["bytes"]).decode(errors="replace")
+
+
+def test_the_same_seed_the_same_answer_and_another_another(client: TestClient) -> None:
+    def said(**changes: Any) -> str:
+        body = client.post("/v1/chat/completions", json=chat(max_tokens=40, **changes)).json()
+        return body["choices"][0]["message"]["content"]
+
+    assert said() == said() != said(seed=8)
+    assert said(temperature=0) == said(temperature=0, seed=99)
+
+
+def test_a_chat_longer_than_the_context_goes_on(client: TestClient) -> None:
+    turns = [{"role": role, "content": "x" * 9} for _ in range(30) for role in ("user", "assistant")]
+    body = client.post("/v1/chat/completions", json=chat(messages=[*turns, {"role": "user", "content": "and?"}])).json()
+    assert body["choices"][0]["message"] and body["usage"]["prompt_tokens"] < 64
+    error = client.post("/v1/chat/completions", json=chat(messages=[{"role": "user", "content": "x" * 99}]))
+    assert error.status_code == 400 and error.json()["error"]["param"] == "messages"
+
+
+def test_the_published_form(client: TestClient) -> None:
+    stream = events(client.post("/chat/completions", json={"messages": [{"role": "user", "content": "hi"}],
+                                                           "max_tokens": 6, "temperature": 0, "top_k": 5}))
+    assert stream[-1] == {"done": True} and all(set(e) == {"token", "gpu"} for e in stream[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Completions, as evaluation harnesses ask
+
+
+def test_echoed_prompts_with_log_probabilities(client: TestClient) -> None:
+    """Against one plain forward pass: what a harness sums up."""
+    text = "hello"
+    body = client.post("/v1/completions", json={"prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1}).json()
+    told = body["choices"][0]["logprobs"]
+    ids = [256, *text.encode()]
+    logprobs = MODEL(torch.tensor([ids]))[0].detach().log_softmax(-1)
+    expected = [float(logprobs[i, ids[i + 1]]) for i in range(len(text))]
+    assert body["choices"][0]["text"] == text and told["tokens"] == list(text)
+    assert told["token_logprobs"] == pytest.approx(expected, abs=1e-4)
+    assert told["text_offset"] == [0, 1, 2, 3, 4] and body["usage"]["completion_tokens"] == 0
+    for i, best in enumerate(told["top_logprobs"]):
+        assert max(best.values()) == pytest.approx(float(logprobs[i].max()), abs=1e-4)
+    longer = client.post("/v1/completions", json={"prompt": text, "max_tokens": 3, "echo": True, "logprobs": 1,
+                                                  "temperature": 0}).json()["choices"][0]
+    assert longer["text"].startswith(text) and len(longer["logprobs"]["tokens"]) in (6, 7, 8)
+    assert longer["logprobs"]["token_logprobs"][:5] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["abc", ["abc", "b"], [97, 98, 99], [[97, 98, 99], [98]], [256, 97, 98, 99]])
+def test_every_form_of_prompt(client: TestClient, prompt: Any) -> None:
+    request = {"prompt": prompt, "max_tokens": 5, "temperature": 0, "n": 2}
+    body = client.post("/v1/completions", json=request).json()
+    count = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+    assert [c["index"] for c in body["choices"]] == list(range(2 * count))
+    first, _ = Engine(MODEL, TOKENIZER).generate_batch([256, 97, 98, 99], 1, max_tokens=5, temperature=0.0)
+    assert body["choices"][0]["text"] == TOKENIZER.decode(first[0][4:]) == body["choices"][1]["text"]
+    stream = events(client.post("/v1/completions", json={**request, "stream": True}))
+    for choice in body["choices"]:
+        own = [e["choices"][0] for e in stream[:-1] if e["choices"][0]["index"] == choice["index"]]
+        assert "".join(c["text"] for c in own) == choice["text"]
+        assert own[-1]["finish_reason"] == choice["finish_reason"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The other routes
+
+
+def test_models_tokens_health_and_figures(client: TestClient) -> None:
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "nanochat" and model["max_context"] == 64
+    tokens = client.post("/tokenize", json={"text": "héllo <|bos|>"}).json()
+    assert tokens["count"] == len(tokens["tokens"]) == 14 and 256 not in tokens["tokens"]  # a spelling is no bos
+    assert client.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"text": "héllo <|bos|>"}
+    rendered = client.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]}).json()["tokens"]
+    assert rendered == [256, SPECIAL["<|user_start|>"], 97, SPECIAL["<|user_end|>"], SPECIAL["<|assistant_start|>"]]
+    assert [client.get(p).status_code for p in ("/health", "/health/live", "/health/ready")] == [200] * 3
+    stats = client.get("/stats").json()
+    assert stats["replicas"][0]["alive"] and stats["tokens"] > 0 and stats["requests_under_way"] == 0
+    text = client.get("/metrics").text
+    assert 'nanochat_requests_total{path="/v1/chat/completions",status="200"}' in text
+    assert "nanochat_first_token_seconds_bucket" in text and "nanochat_prefix_cache_hit_tokens" in text
+
+
+def test_security_headers(client: TestClient) -> None:
+    for path in ("/v1/models", "/nowhere"):
+        headers = client.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+        assert "access-control-allow-origin" not in headers
+
+
+# ---------------------------------------------------------------------------------------------------
+# Mistakes and abuse
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat/completions", {}, "messages"),
+        ("chat/completions", {"messages": []}, "messages"),
+        ("chat/completions", {"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
+        ("chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+        ("chat/completions", chat(temperature=-1), "temperature"),
+        ("chat/completions", chat(temperature="hot"), "temperature"),
+        ("chat/completions", chat(top_p=0), "top_p"),
+        ("chat/completions", chat(top_p=1.5), "top_p"),
+        ("chat/completions", chat(n=0), "n"),
+        ("chat/completions", chat(n=1000), "n"),
+        ("chat/completions", chat(max_tokens=0), "max_tokens"),
+        ("chat/completions", chat(max_tokens=61), "max_tokens"),
+        ("chat/completions", chat(stop=[""]), "stop.0"),
+        ("chat/completions", chat(stop=list("abcdefghi")), "stop"),
+        ("chat/completions", chat(top_logprobs=21), "top_logprobs"),
+        ("chat/completions", chat(presence_penalty=1), "presence_penalty"),
+        ("chat/completions", chat(seed=2**70), "seed"),
+        ("completions", {"prompt": []}, "prompt"),
+        ("completions", {"prompt": [999]}, "prompt"),
+        ("completions", {"prompt": [-1]}, "prompt"),
+        ("completions", {"prompt": "x" * 64}, "prompt"),
+        ("completions", {"prompt": "x", "logprobs": 21}, "logprobs"),
+    ],
+)
+def test_mistakes_name_the_field(client: TestClient, path: str, body: dict[str, Any], param: str) -> None:
+    response = client.post(f"/v1/{path}", json=body)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["type"] == "invalid_request_error"
+    assert error["param"] == param or error["param"].startswith(param + "."), error
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400), (b"{", 400), (b"[1]", 400), (b"\xff\xfe", 400), (b'{"messages": NaN}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": Infinity}', 400),
+        (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+        (b'{"messages": "' + b"x" * 5_000_000 + b'"}', 413),
+        (b'{"messages": [{"role": "user", "content": "' + b"x" * 300_000 + b'"}]}', 400),
+    ],
+)  # fmt: skip
+def test_bodies_that_are_none(client: TestClient, body: bytes, status: int) -> None:
+    response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == status and response.json()["error"]["message"]
+
+
+def test_a_body_of_unknown_length_is_bounded_too(client: TestClient) -> None:
+    def endless() -> Iterator[bytes]:
+        yield b'{"messages": "'
+        for _ in range(10_000):
+            yield b"x" * 10_000
+
+    response = client.post("/v1/chat/completions", content=endless(), headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+
+
+def test_unknown_models_and_paths(client: TestClient) -> None:
+    error = client.post("/v1/chat/completions", json=chat(model="gpt-9"))
+    assert error.status_code == 404 and error.json()["error"]["code"] == "model_not_found"
+    for path in ("/nowhere", "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/models/../../x"):
+        response = client.get(path)
+        assert response.status_code == 404 and "root:" not in response.text and "error" in response.json()
+    assert client.get("/v1/chat/completions").status_code == 405
+
+
+def test_the_key_is_asked_for() -> None:
+    with TestClient(app_of(Settings(api_key="sécret", max_tokens=4))) as client:
+        good = {"Authorization": "Bearer sécret".encode()}
+        for wrong in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sécret".encode()},
+                      {"Authorization": "Basic sécret".encode()}, {"Authorization": b"Bearer \xff\xfe"}):  # fmt: skip
+            for path in ("/v1/models", "/stats", "/metrics", "/openapi.json"):
+                response = client.get(path, headers=wrong)  # type: ignore[arg-type]
+                assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+        assert client.get("/v1/models", headers=good).status_code == 200
+        assert client.get("/health").status_code == 200
+        assert client.post("/v1/chat/completions", json=chat(), headers=good).status_code == 200
+
+
+def test_cors_only_where_configured() -> None:
+    ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    with TestClient(app_of(Settings(cors_origins=["https://a.example"]))) as client:
+        allowed = client.options("/v1/chat/completions", headers=ask)
+        assert allowed.headers["access-control-allow-origin"] == ask["Origin"]
+        other = client.options("/v1/chat/completions", headers={**ask, "Origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_busy_server_says_when_to_come_again() -> None:
+    with TestClient(app_of(Settings(max_requests=0))) as client:
+        response = client.post("/v1/chat/completions", json=chat())
+        assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
+
+
+def test_a_request_that_takes_too_long_ends_and_frees_its_row() -> None:
+    app = app_of(Settings(max_tokens=60, request_seconds=0.0))
+    with TestClient(app) as client:
+        assert client.post("/v1/chat/completions", json=chat()).status_code == 504
+        stream = events(client.post("/v1/chat/completions", json=chat(stream=True)))
+        assert stream[-1]["error"]["code"] == "timeout"  # an error is an event, and nothing comes after it
+        settle(app)
+
+
+def test_a_dead_replica_is_an_error_and_the_next_request_is_served(capsys: pytest.CaptureFixture[str]) -> None:
+    app = app_of()
+    with TestClient(app) as client:
+        service = app.state.api.pool.services[0]
+
+        def explode(**settings: Any) -> None:
+            raise MemoryError("boom")
+
+        service.batch.step = explode
+        response = client.post("/v1/chat/completions", json=chat())
+        assert response.status_code == 500 and "boom" not in response.text
+        assert client.post("/v1/chat/completions", json=chat()).status_code == 200
+        assert client.get("/health").status_code == 200
+
+
+def test_shutting_down_waits_for_what_is_under_way() -> None:
+    app, answers = app_of(Settings(max_tokens=50, drain_seconds=20)), []
+    with TestClient(app) as client:
+        thread = threading.Thread(target=lambda: answers.append(client.post("/v1/chat/completions", json=chat())))
+        thread.start()
+        thread.join()
+    assert answers[0].status_code == 200
+    assert not app.state.api.pool.alive
+
+
+def settle(app: Any) -> None:
+    """Wait until no row runs."""
+    for _ in range(200):
+        stats = app.state.api.pool.stats()
+        if stats["rows_running"] == stats["requests_waiting"] == 0:
+            return
+        time.sleep(0.02)
+    raise AssertionError(stats)
