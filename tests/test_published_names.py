@@ -15,6 +15,8 @@ NAMES = {
     "nanochat.optim": ["MuonAdamW", "DistMuonAdamW"],
     "nanochat.loss_eval": ["evaluate_bpb"],
     "nanochat.calculator": ["use_calculator"],
+    "nanochat.core_eval": ["evaluate_core"],
+    "nanochat.service": ["WorkerPool"],
     "nanochat.engine": ["KVCache", "Engine.generate", "Engine.generate_batch"],
     "tasks.common": ["Task", "TaskMixture", "TaskSequence"],
     "tasks.smoltalk": ["SmolTalk"], "tasks.mmlu": ["MMLU"], "tasks.arc": ["ARC"], "tasks.gsm8k": ["GSM8K"],
@@ -35,6 +37,7 @@ FLAGS = {
     "device_type",
     "chat_cli": "source model_tag step prompt temperature top_k device_type",
     "base_eval": "eval hf_path model_tag step max_per_task device_batch_size split_tokens device_type",
+    "chat_web": "num_gpus source temperature top_k max_tokens model_tag step port host device_type",
     "tok_train": "max_chars doc_cap vocab_size data",
 }
 
@@ -68,7 +71,8 @@ def test_published_flags(script: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "short"), [("chat_eval", "-i -a -x -n -b -m -t -k -g -s"), ("chat_cli", "-i -g -s -p -t -k")]
+    ("script", "short"), [("chat_eval", "-i -a -x -n -b -m -t -k -g -s"), ("chat_cli", "-i -g -s -p -t -k"),
+                        ("chat_web", "-i -t -k -m -g -s -p")]
 )
 def test_published_short_flags(script: str, short: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
