@@ -28,6 +28,7 @@ def plot_isoflops(
         left.plot(optimum.params, optimum.bpb, "*", color=color, ms=13, mec="black", mew=0.5)
     left.set(xscale="log", xlabel="parameters N (matrices and head)", ylabel="validation bits per byte",
              title="Same compute, different sizes")  # fmt: skip
+    short_ticks(left)
     left.legend(fontsize=8, title="★ the law's best", title_fontsize=8)
     flops = np.array([o.flops for o in optima])
     size = np.array([o.params for o in optima])
@@ -42,6 +43,7 @@ def plot_isoflops(
         right.annotate(f"{o.ratio:.2g} tokens/param", (o.flops, o.params), textcoords="offset points", xytext=(8, -12),
                        fontsize=8)  # fmt: skip
     right.set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="best N", title="The best size grows")
+    short_ticks(right)
     right.margins(x=0.2, y=0.25)
     right.legend(fontsize=8)
     _save(figure, path)
@@ -63,6 +65,22 @@ def plot_series(runs: Sequence[Run], law: Law | None, path: Path) -> None:
     axes.margins(x=0.25, y=0.15)
     axes.legend(fontsize=8)
     _save(figure, path)
+
+
+def short_ticks(axes: Any) -> None:
+    """Logarithmic axes of less than a decade: few ticks, in short numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, position: short_power(value)))
+            axis.set_minor_formatter(NullFormatter())
+
+
+def short_power(value: float) -> str:
+    """`2e13`, or `500k` below a billion."""
+    return f"{value:.0e}".replace("e+", "e") if value >= 1e9 else format_count(value)
 
 
 def _figure(columns: int) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from nanochat.common import UserError, say
 from nanochat.gpt import GPTConfig
 from nanochat.law import Law
 from nanochat.planner import Pace, RunPlan, expected_pace, find_gpu, plan_run
+from nanochat.recipe import get_recipe
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, align_batch, make_plan
 from nanochat.session import choose_device_batch
@@ -96,7 +97,7 @@ def horizon(config: Config, num_steps: int = -1) -> dict[str, Any]:
     by_time = config.minutes > 0 and config.num_iterations == -1
     return {"num_iterations": num_steps if by_time else config.num_iterations, "target_flops": config.target_flops,
             "target_param_data_ratio": config.target_param_data_ratio,
-            "total_batch_size": config.total_batch_size}  # fmt: skip
+            "total_batch_size": config.total_batch_size, **vars(get_recipe(config.recipe).plan)}  # fmt: skip
 
 
 def fix_steps(config: Config, model_config: GPTConfig, pace: Pace, num_gpus: int, cpu: bool) -> Plan:
