@@ -7,27 +7,32 @@ frees its rows within a step. Every error has OpenAI's form: {"error": {"message
 import asyncio
 import base64
 import hashlib
-import hmac
 import json
-import math
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from sse_starlette.sse import EventSourceResponse
-from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
-from nanochat.api_text import SampleText, chat_logprobs, completion_logprobs
+from nanochat.api_generation import (
+    ApiError,
+    Generation,
+    Settings,
+    chat_answer,
+    chat_events,
+    completion_answer,
+    completion_events,
+    published_events,
+)
+from nanochat.api_guard import add_error_handlers, add_middleware
 from nanochat.api_types import (
     ChatRequest,
     CompletionRequest,
@@ -37,53 +42,13 @@ from nanochat.api_types import (
 )
 from nanochat.api_types import Request as GenerateRequest
 from nanochat.conversation import drop_oldest_turns, render_prompt
-from nanochat.decoding import Token
 from nanochat.sampling import Sampling
-from nanochat.service import Busy, Closed, End, Order, Ticket, WorkerPool
+from nanochat.service import Order, WorkerPool
 
 CONTENT_POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-
-
-@dataclass
-class Settings:
-    """What the operator decides. Times in seconds."""
-
-    model_name: str = "nanochat"
-    api_key: str = ""  # empty: none is asked for
-    cors_origins: Sequence[str] = ()
-    temperature: float = 0.8
-    top_k: int = 50
-    max_tokens: int = 512  # of a chat's answer, unless the request says otherwise
-    most_tokens: int = 4096  # that a request may ask for
-    request_seconds: float = 300.0
-    body_bytes: int = 4 * 2**20
-    max_requests: int = 256  # under way at once, streams that wait to be read included
-    drain_seconds: float = 30.0
-    answers: bool = True  # the model was taught to answer: chats are rendered; a base model continues the last message
-
-
-class ApiError(Exception):
-    """An error in OpenAI's form."""
-
-    def __init__(
-        self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None,
-        code: str | None = None, headers: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(message)
-        self.status, self.headers = status, headers
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
 
 
 @dataclass
@@ -115,100 +80,6 @@ class Metrics:
             self.rows.observe(value)
         else:
             self.times[name].observe(value)
-
-
-# ---------------------------------------------------------------------------------------------------
-# One request's life
-
-
-class Generation:
-    """Samples of one or more prompts, from the pool to the client."""
-
-    def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings) -> None:
-        self.pool, self.tokenizer, self.settings = pool, tokenizer, settings
-        self.queue: asyncio.Queue[tuple[int, list[Token] | End]] = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
-        self.tickets: list[Ticket] = []
-        self.texts: list[list[SampleText]] = []  # by order, then by sample
-
-    def submit(self, orders: Sequence[Order], stop: Sequence[str], chat: bool) -> None:
-        """Hand the orders in. Raises ApiError; then none of them goes on."""
-        try:
-            for number, order in enumerate(orders):
-                self.texts.append([SampleText(self.tokenizer, stop, chat) for _ in range(order.samples)])
-                self.tickets.append(self.pool.submit(order, self._receiver(number)))
-        except Busy as error:
-            self.cancel()
-            retry = {"Retry-After": str(math.ceil(error.retry_after))}
-            raise ApiError(429, str(error), "rate_limit_error", code="server_busy", headers=retry) from error
-        except Closed as error:
-            self.cancel()
-            raise ApiError(503, str(error), "server_error", code="unavailable") from error
-        except ValueError as error:
-            self.cancel()
-            raise ApiError(400, str(error)) from error
-
-    def _receiver(self, number: int) -> Callable[[list[Token] | End], None]:
-        def receive(what: list[Token] | End) -> None:  # on the service's thread
-            if not self.loop.is_closed():
-                self.loop.call_soon_threadsafe(self.queue.put_nowait, (number, what))
-
-        return receive
-
-    async def pieces(self) -> AsyncIterator[tuple[int, int, list[tuple[str, str]], list[Token], bool]]:
-        """(order, sample, new pieces of text, the tokens behind them, whether the sample ended) as they come.
-
-        Raises ApiError where a replica died, or time ran out.
-        """
-        left = len(self.tickets)
-        ended = [[False] * len(samples) for samples in self.texts]
-        deadline = time.monotonic() + self.settings.request_seconds
-        while left:
-            try:
-                number, what = await asyncio.wait_for(self.queue.get(), max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
-                self.cancel()
-                raise ApiError(504, f"the answer took more than {self.settings.request_seconds:g} s", "server_error",
-                               code="timeout") from None  # fmt: skip
-            ticket, texts = self.tickets[number], self.texts[number]
-            if isinstance(what, End):
-                left -= 1
-                if what.error is not None:
-                    self.cancel()
-                    gone = isinstance(what.error, Closed)
-                    raise ApiError(503 if gone else 500, "the server is shutting down" if gone else
-                                   "the model failed on this request; try again", "server_error")  # fmt: skip
-                for index, text in enumerate(texts):
-                    if not ended[number][index]:
-                        ended[number][index] = True
-                        yield number, index, text.finish(), [], True
-                continue
-            for token in what:
-                index = token.row.index
-                text = texts[index]
-                if ended[number][index] or len(text.tokens) >= ticket.order.max_tokens:
-                    continue
-                if token.mask and token.row.end is not None and token.id == token.row.end:
-                    continue  # the token that ended the row says nothing
-                pieces = text.feed(token)
-                if text.stopped:
-                    ended[number][index] = True
-                    ticket.cancel(index)
-                yield number, index, pieces, [token], text.stopped
-
-    def cancel(self) -> None:
-        """Free all rows; safe to call at any time."""
-        for ticket in self.tickets:
-            ticket.cancel()
-
-    def finish_reason(self, number: int, index: int) -> str:
-        stopped = self.texts[number][index].stopped or self.tickets[number].rows[index].end is not None
-        return "stop" if stopped else "length"
-
-    def usage(self) -> dict[str, int]:
-        prompt = sum(len(ticket.order.prompt) for ticket in self.tickets)
-        made = sum(len(text.tokens) for samples in self.texts for text in samples)
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -336,102 +207,6 @@ async def wait_for_disconnect(request: Request) -> None:
         await asyncio.sleep(0.05)
 
 
-def chat_events(api: Api, generation: Generation, request: ChatRequest) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a streamed chat completion."""
-    head = api.head("chat.completion.chunk", "chatcmpl")
-
-    async def events() -> AsyncIterator[dict[str, Any]]:
-        def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
-            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-            usage = {"usage": None} if request.stream_options and request.stream_options.include_usage else {}
-            return {**head, "choices": [choice], **usage}
-
-        for index in range(request.n):
-            yield chunk(index, {"role": "assistant", "content": ""})
-        async for _, index, pieces, tokens, ended in generation.pieces():
-            told = chat_logprobs(api.tokenizer, tokens, request.top_logprobs or 0) if request.logprobs else None
-            for kind, text in pieces or ([("text", "")] if told and told["content"] else []):
-                # Tool calls are no text of the answer; this system's own page shows them.
-                delta: dict[str, Any] = {"content": text} if kind == "text" else {"tool": {"kind": kind, "text": text}}
-                yield chunk(index, delta, None, told)
-                told = None
-            if ended:
-                yield chunk(index, {}, generation.finish_reason(0, index))
-        if request.stream_options and request.stream_options.include_usage:
-            yield {**head, "choices": [], "usage": generation.usage()}
-
-    return events()
-
-
-def published_events(api: Api, generation: Generation) -> AsyncIterator[dict[str, Any]]:
-    """The published form: {"token": text} for each piece, then {"done": true}."""
-
-    async def events() -> AsyncIterator[dict[str, Any]]:
-        async for _, _, pieces, _, _ in generation.pieces():
-            for _, text in pieces:
-                yield {"token": text, "gpu": 0}
-        yield {"done": True}
-
-    return events()
-
-
-def chat_answer(api: Api, generation: Generation, request: ChatRequest) -> dict[str, Any]:
-    choices = []
-    for index, text in enumerate(generation.texts[0]):
-        tools = [{"kind": kind, "text": part} for kind, part in text.pieces if kind != "text"]
-        message = {"role": "assistant", "content": text.text, "refusal": None, **({"tools": tools} if tools else {})}
-        told = chat_logprobs(api.tokenizer, text.tokens, request.top_logprobs or 0) if request.logprobs else None
-        choices.append({"index": index, "message": message, "logprobs": told,
-                        "finish_reason": generation.finish_reason(0, index)})  # fmt: skip
-    return {**api.head("chat.completion", "chatcmpl"), "choices": choices, "usage": generation.usage()}
-
-
-def completion_answer(api: Api, generation: Generation, request: CompletionRequest) -> dict[str, Any]:
-    choices = []
-    for number, (ticket, samples) in enumerate(zip(generation.tickets, generation.texts)):
-        for index, text in enumerate(samples):
-            ids, told = [token.id for token in text.tokens], [token.told for token in text.tokens]
-            before = ""
-            if request.echo:
-                own = list(ticket.order.prompt)[1:]  # without the bos that every prompt starts with
-                before = api.tokenizer.decode(own)
-                if request.logprobs is not None:
-                    ids, told = own + ids, [*ticket.rows[0].told, *told]
-            logprobs = completion_logprobs(api.tokenizer, ids, told) if request.logprobs is not None else None
-            choices.append({"index": number * request.n + index, "text": before + text.text, "logprobs": logprobs,
-                            "finish_reason": generation.finish_reason(number, index)})  # fmt: skip
-    return {**api.head("text_completion", "cmpl"), "choices": choices, "usage": generation.usage()}
-
-
-def completion_events(api: Api, generation: Generation, request: CompletionRequest) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a streamed completion."""
-    head = api.head("text_completion", "cmpl")
-
-    async def events() -> AsyncIterator[dict[str, Any]]:
-        def chunk(index: int, text: str, reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
-            return {**head, "choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}]}
-
-        if request.echo:
-            for number, ticket in enumerate(generation.tickets):
-                text = api.tokenizer.decode(list(ticket.order.prompt)[1:])
-                for index in range(request.n):
-                    yield chunk(number * request.n + index, text)
-        async for number, index, pieces, tokens, ended in generation.pieces():
-            at = number * request.n + index
-            told = None
-            if request.logprobs is not None and tokens:
-                told = completion_logprobs(api.tokenizer, [t.id for t in tokens], [t.told for t in tokens])
-            for _, text in pieces or ([("text", "")] if told else []):
-                yield chunk(at, text, None, told)
-                told = None
-            if ended:
-                yield chunk(at, "", generation.finish_reason(number, index))
-        if request.stream_options and request.stream_options.include_usage:
-            yield {**head, "choices": [], "usage": generation.usage()}
-
-    return events()
-
-
 def create_app(
     pool: WorkerPool, tokenizer: Any, settings: Settings | None = None, metrics: Metrics | None = None
 ) -> FastAPI:
@@ -448,7 +223,7 @@ def create_app(
 
     app = FastAPI(title="nanochat", lifespan=life, docs_url=None, redoc_url=None)
     app.state.api = api
-    add_middleware(app, api)
+    add_middleware(app, settings, lambda path, status: metrics.requests.labels(path, str(status)).inc())
     add_error_handlers(app)
     add_generation_routes(app, api)
     add_other_routes(app, api)
@@ -465,107 +240,6 @@ def gauges(api: Api) -> None:
     gauge("prefix_cache_bytes", "Memory of known beginnings of prompts", lambda: api.pool.stats()["prefix_bytes"])
     gauge("prefix_cache_hit_tokens", "Prompt tokens not computed again", lambda: api.pool.stats()["prefix_hit_tokens"])
     gauge("replicas_replaced", "Replicas that died and were made anew", lambda: api.pool.replaced)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Around every request
-
-
-class BodyLimit:
-    """Refuses bodies over a limit, whether their length is announced or not."""
-
-    def __init__(self, app: Any, most: int) -> None:
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        announced = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-        error = ApiError(413, f"the request's body is larger than {self.most} bytes", code="request_too_large")
-        if announced.isdigit() and int(announced) > self.most:
-            await error.response()(scope, receive, send)
-            return
-        seen, refused = 0, False
-
-        async def counted() -> Any:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.most:
-                raise error
-            return message
-
-        async def answered(message: Any) -> None:  # whatever the application makes of the error, ours goes out
-            nonlocal refused
-            if seen <= self.most:
-                await send(message)
-            elif not refused:
-                refused = True
-                await error.response()(scope, receive, send)
-
-        await self.app(scope, counted, answered)
-
-
-def add_middleware(app: FastAPI, api: Api) -> None:
-    settings = api.settings
-
-    @app.middleware("http")
-    async def around(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
-        try:
-            check_key(request, settings)
-            response = await go_on(request)
-        except ApiError as error:
-            response = error.response()
-        for name, value in SECURITY_HEADERS.items():
-            response.headers.setdefault(name, value)
-        route = request.scope.get("route")
-        api.metrics.requests.labels(getattr(route, "path", "other"), str(response.status_code)).inc()
-        return response
-
-    app.add_middleware(BodyLimit, most=settings.body_bytes)
-    if settings.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-                           allow_headers=["Authorization", "Content-Type"])  # fmt: skip
-
-
-def check_key(request: Request, settings: Settings) -> None:
-    """Raises ApiError where a key is asked for and not given. The page itself and its health need none."""
-    if not settings.api_key or request.url.path in ("/", "/health", "/health/live", "/health/ready"):
-        return
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    # Compared in constant time, as the bytes that were sent: headers are read as Latin-1.
-    right = hmac.compare_digest(given.strip().encode("latin-1"), settings.api_key.encode())
-    if scheme.lower() != "bearer" or not right:
-        raise ApiError(401, "a wrong or missing API key; send Authorization: Bearer KEY", "authentication_error",
-                       code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def of_ours(request: Request, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def of_fields(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = [str(part) for part in first.get("loc", ()) if part != "body"]
-        param = ".".join(where) or None
-        if first.get("type") == "json_invalid":
-            return ApiError(400, "the body is not JSON").response()
-        return ApiError(400, f"{param}: {first['msg']}" if param else first["msg"], param=param).response()
-
-    @app.exception_handler(HTTPException)
-    async def of_http(request: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
-
-    @app.exception_handler(RecursionError)
-    async def of_depth(request: Request, error: RecursionError) -> Response:
-        return ApiError(400, "the JSON is nested too deeply").response()
-
-    @app.exception_handler(UnicodeDecodeError)
-    async def of_bytes(request: Request, error: UnicodeDecodeError) -> Response:
-        return ApiError(400, "the body is not UTF-8").response()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -591,27 +265,27 @@ def add_generation_routes(app: FastAPI, api: Api) -> None:
         order = api.chat_order(body)
         if not body.stream:
             whole = await api.run(request, [order], body.stop, api.settings.answers)
-            return JSONResponse(chat_answer(api, whole, body))
+            return JSONResponse(chat_answer(api.head, whole, body))
         generation = Generation(api.pool, api.tokenizer, api.settings)
         generation.submit([order], body.stop, api.settings.answers)
-        return api.stream(generation, chat_events(api, generation, body))
+        return api.stream(generation, chat_events(api.head, generation, body))
 
     @app.post("/chat/completions", dependencies=[Depends(admitted)])
     async def published_chat(body: PublishedChatRequest) -> Any:
         order = api.chat_order(body.to_chat())
         generation = Generation(api.pool, api.tokenizer, api.settings)
         generation.submit([order], (), api.settings.answers)
-        return api.stream(generation, published_events(api, generation), done=False)
+        return api.stream(generation, published_events(generation), done=False)
 
     @app.post("/v1/completions", dependencies=[Depends(admitted)])
     async def complete(body: CompletionRequest, request: Request) -> Any:
         api.check_model(body.model)
         orders = api.completion_orders(body)
         if not body.stream:
-            return JSONResponse(completion_answer(api, await api.run(request, orders, body.stop, False), body))
+            return JSONResponse(completion_answer(api.head, await api.run(request, orders, body.stop, False), body))
         generation = Generation(api.pool, api.tokenizer, api.settings)
         generation.submit(orders, body.stop, False)
-        return api.stream(generation, completion_events(api, generation, body))
+        return api.stream(generation, completion_events(api.head, generation, body))
 
 
 def add_other_routes(app: FastAPI, api: Api) -> None:

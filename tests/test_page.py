@@ -1,0 +1,321 @@
+"""The page in a real browser, over a pool that says what the test wants. Needs chromium."""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+from test_server import TOKENIZER
+
+from nanochat.decoding import Row, Token, Told
+from nanochat.server import Settings, create_app
+from nanochat.service import Busy, End, Order
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+playwright_api = pytest.importorskip("playwright.sync_api")
+PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = (
+    TOKENIZER.encode_special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end")
+)  # fmt: skip
+
+
+class ScriptedPool:
+    """Answers with `script(last user text)`, a token per byte, `pause` seconds apart."""
+
+    def __init__(self) -> None:
+        self.services = [SimpleNamespace(max_context=4096)]
+        self.alive, self.replaced = True, 0
+        self.script: Any = lambda text: f"You said: {text}"
+        self.pause, self.fail = 0.0, None
+        self.orders: list[Order] = []
+        self.cancelled = 0
+
+    def submit(self, order: Order, deliver: Any) -> Any:
+        if self.fail:
+            raise self.fail
+        self.orders.append(order)
+        text = TOKENIZER.decode(order.prompt).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
+        said = self.script(text)
+        row = Row(list(order.prompt), 10_000, order.sampling, 0, 0)
+        ticket = SimpleNamespace(order=order, rows=[row], stop=False)
+
+        def cancel(index: int | None = None) -> None:
+            self.cancelled += not ticket.stop and not row.done
+            ticket.stop = True
+
+        ticket.cancel = cancel
+
+        def work() -> None:
+            for token in said if isinstance(said, list) else said.encode():
+                if ticket.stop:
+                    break
+                told = Told(-0.1, [(token, -0.1), (97, -3.0)]) if order.top_logprobs is not None else None
+                row.tokens.append(token)
+                deliver([Token(row, token, 1, told)])
+                time.sleep(self.pause)
+            row.done = True
+            deliver(End())
+
+        threading.Thread(target=work, daemon=True).start()
+        return ticket
+
+    def stats(self) -> dict[str, Any]:
+        return {"rows_running": 0, "requests_waiting": 0, "prefix_bytes": 0, "prefix_hit_tokens": 0}
+
+    def close(self, drain_seconds: float = 0) -> None:
+        """Nothing to close."""
+
+
+class Served:
+    """A server that can be killed and started again on its port."""
+
+    def __init__(self) -> None:
+        self.pool = ScriptedPool()
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        app = create_app(self.pool, TOKENIZER, Settings(max_tokens=500, drain_seconds=0.1))  # type: ignore[arg-type]
+        self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error", lifespan="off",
+                                                    timeout_graceful_shutdown=0))  # fmt: skip
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+
+    def kill(self) -> None:
+        self.server.should_exit = self.server.force_exit = True
+        self.thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright_api.sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    made = Served()
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def page(browser: Any, served: Served) -> Iterator[Any]:
+    """A fresh browser's page; whatever goes wrong in it fails the test."""
+    served.pool.__init__()  # type: ignore[misc]
+    context = browser.new_context(viewport={"width": 1200, "height": 800})
+    made, wrong = context.new_page(), []
+    made.on("pageerror", lambda error: wrong.append(str(error)))
+    made.on("console", lambda m: wrong.append(m.text) if m.type == "error" and "Failed to load" not in m.text
+            and "ERR_" not in m.text else None)  # fmt: skip
+    made.on("dialog", lambda dialog: (wrong.append("a dialog"), dialog.dismiss()))
+    made.goto(f"http://127.0.0.1:{served.port}/")
+    yield made
+    context.close()
+    assert not wrong, wrong
+
+
+def ask(page: Any, text: str, wait: bool = True) -> None:
+    page.fill("#text", text)
+    page.keyboard.press("Enter")
+    if wait:
+        page.wait_for_selector("#send:not(.hidden)")
+
+
+def answer(page: Any) -> Any:
+    return page.locator(".message.assistant").last
+
+
+def test_an_answer_is_streamed_kept_and_announced_once(page: Any, served: Served) -> None:
+    served.pool.pause = 0.02
+    page.evaluate("""() => { window.said = [];
+        new MutationObserver(() => said.push(document.getElementById('announce').textContent))
+            .observe(document.getElementById('announce'), {childList: true, characterData: true, subtree: true}); }""")
+    ask(page, "héllo — 你好 👋", wait=False)
+    page.wait_for_function("document.querySelector('.message.assistant')?.textContent.includes('You')")
+    assert not page.locator("#stop").get_attribute("class")  # it can be stopped while it streams
+    page.wait_for_selector("#send:not(.hidden)")
+    assert "You said: héllo — 你好 👋" in answer(page).inner_text() and "tokens/s" in answer(page).inner_text()
+    assert page.evaluate("said") == ["nanochat: You said: héllo — 你好 👋"]
+    page.reload()
+    assert "You said: héllo — 你好 👋" in answer(page).inner_text()
+    assert page.locator("nav li").count() == 1
+
+
+def test_stop_regenerate_edit(page: Any, served: Served) -> None:
+    served.pool.pause = 0.05
+    served.pool.script = lambda text: "x" * 400
+    ask(page, "go", wait=False)
+    page.wait_for_function("document.querySelector('.message.assistant .body')?.textContent.length > 3")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#send:not(.hidden)")
+    for _ in range(100):
+        if served.pool.cancelled:
+            break
+        time.sleep(0.02)
+    assert served.pool.cancelled == 1  # the row was freed
+    assert 3 < len(answer(page).locator(".body").inner_text()) < 400
+    served.pool.pause, served.pool.script = 0.0, lambda text: f"again {text}"
+    answer(page).get_by_text("Regenerate").click()
+    page.wait_for_selector("text=again go")
+    page.locator(".message.user").get_by_text("Edit").click()
+    assert page.input_value("#text") == "go" and page.locator(".message").count() == 0
+    ask(page, "went")
+    assert "again went" in answer(page).inner_text() and page.locator(".message").count() == 2
+
+
+def test_tool_calls_are_shown_as_what_they_are(page: Any, served: Served) -> None:
+    served.pool.script = lambda text: [*b"It is ", PYTHON, *b"12+30", PYTHON_END, OUTPUT, *b"42", OUTPUT_END, *b"42."]
+    ask(page, "What is 12 + 30?")
+    shown = [text.strip() for text in answer(page).locator(".tool").all_inner_texts()]
+    assert shown == ["Tool call\n12+30", "Tool's answer\n42"]
+    assert "It is" in answer(page).inner_text() and "42." in answer(page).inner_text()
+
+
+HOSTILE = [
+    "<script>window.hacked=1</script>", "<img src=x onerror='window.hacked=1'>", "<svg/onload=window.hacked=1>",
+    "[click](javascript:window.hacked=1)", "[click](https://a.example/\"onmouseover=\"window.hacked=1)",
+    "```html\n<script>window.hacked=1</script>\n```", "`<b onclick=alert(1)>`", "<iframe src='javascript:1'></iframe>",
+    "**<script>window.hacked=1</script>**", "# <img src=x onerror=alert(1)>", "- <a href='javascript:1'>x</a>",
+    "> <style>*{display:none}</style>", "\u202e<script>\u2028alert(1)",
+    "</article></div><script>window.hacked=1</script>",
+    "```\n</code></pre><script>window.hacked=1</script>", "[a](http://x y) ![i](http://a.example/i.png)", "*" * 5000,
+    "[" * 2000 + "(" * 2000, "`" * 999 + "x", "1. " * 500,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_answers_stay_text(page: Any, served: Served, text: str) -> None:
+    served.pool.script = lambda asked: text
+    ask(page, "go")
+    assert page.evaluate("window.hacked") is None
+    box = answer(page)
+    assert box.locator("script, img, iframe, svg, style, object").count() == 0
+    for link in box.locator("a").all():
+        assert link.get_attribute("href").startswith(("http://", "https://")) and link.get_attribute("rel")
+    shown = box.locator(".body").evaluate("node => node.textContent")
+    for piece in ("<script>", "onerror", "<iframe"):
+        assert (piece in shown) == (piece in text), shown
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_settings_are_sent(page: Any, served: Served, probabilities: bool) -> None:
+    page.click("#settings-open")
+    page.fill("#temperature", "0.3")
+    page.fill("#top_k", "7")
+    page.fill("#seed", "11")
+    page.fill("#system", "Be brief.")
+    if probabilities:
+        page.check("#probabilities")
+    page.get_by_text("Done").click()
+    ask(page, "hi")
+    order = served.pool.orders[-1]
+    assert (order.sampling.temperature, order.sampling.top_k, order.seed) == (0.3, 7, 11)
+    assert "Be brief." in TOKENIZER.decode(order.prompt) and (order.top_logprobs == 5) == probabilities
+    if probabilities:
+        first = answer(page).locator(".token").first
+        assert first.inner_text() == "Y"
+        first.focus()
+        shown = page.locator("#alternatives").inner_text()
+        assert '"Y" ←' in shown and "90%" in shown
+        page.locator("#text").focus()
+        assert page.locator("#alternatives").get_attribute("class") == "hidden"
+
+
+def test_errors_are_clear_and_lose_nothing(page: Any, served: Served) -> None:
+    served.pool.fail = Busy(3)
+    ask(page, "precious words")
+    assert "busy" in answer(page).locator(".error").inner_text()
+    served.pool.fail = None
+    page.reload()
+    answer(page).get_by_text("Try again").click()
+    page.wait_for_selector("text=You said: precious words")
+    assert page.locator(".message").count() == 2 and page.locator(".error").count() == 0
+
+
+def test_the_server_dies_in_the_middle_and_comes_back(page: Any, served: Served) -> None:
+    served.pool.pause, served.pool.script = 0.05, lambda text: "slowly " * 50
+    ask(page, "go", wait=False)
+    page.wait_for_function("document.querySelector('.message.assistant .body')?.textContent.length > 5")
+    served.kill()
+    page.wait_for_selector(".error")
+    assert "slow" in answer(page).inner_text()  # what came is kept
+    answer(page).get_by_text("Try again").click()
+    page.wait_for_selector("text=cannot be reached")
+    served.pool.pause = 0.0
+    served.start()
+    answer(page).get_by_text("Try again").click()
+    page.wait_for_selector("#send:not(.hidden)")
+    assert answer(page).inner_text().count("slowly") == 50 and page.locator(".error").count() == 0
+
+
+def test_a_reload_in_the_middle_keeps_what_came(page: Any, served: Served) -> None:
+    served.pool.pause, served.pool.script = 0.05, lambda text: "y" * 400
+    ask(page, "go", wait=False)
+    page.wait_for_function("document.querySelector('.message.assistant .body')?.textContent.length > 5")
+    page.reload()
+    assert "closed before" in answer(page).locator(".error").inner_text()
+    assert page.locator(".message.user").inner_text().startswith("You\ngo")
+
+
+def test_several_conversations_and_the_keyboard(page: Any, served: Served) -> None:
+    ask(page, "first")
+    page.keyboard.press("Control+k")
+    assert page.locator(".message").count() == 0
+    ask(page, "second")
+    assert page.locator("nav li").count() == 2
+    page.locator("nav li button", has_text="first").first.click()
+    assert "You said: first" in answer(page).inner_text()
+    page.get_by_label("Delete first").click()
+    assert page.locator("nav li").count() == 1 and "You said: second" in answer(page).inner_text()
+    kept = json.loads(page.evaluate("localStorage.getItem('nanochat')"))
+    assert [c["title"] for c in kept["chats"]] == ["second"]
+    page.fill("#text", "two")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("lines")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=You said: two")
+    assert page.locator(".message.user .body").last.inner_text() == "two\nlines"
+
+
+def test_light_dark_and_phone(browser: Any, served: Served) -> None:
+    served.pool.__init__()  # type: ignore[misc]
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark", has_touch=True)
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{served.port}/")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    ask(page, "a" * 300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.click("#menu")
+    page.click("#theme")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    page.keyboard.press("Escape")
+    assert page.get_attribute("#menu", "aria-expanded") == "false"
+    context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_accessibility_violations(browser: Any, served: Served, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    served.pool.__init__()  # type: ignore[misc]
+    served.pool.script = lambda text: "# A\n**b** `c` [d](https://e.example)\n\n- f\n\n```py\ng\n```\n> h"
+    context = browser.new_context(color_scheme=scheme, bypass_csp=True)
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{served.port}/")
+    ask(page, "go")
+    found = axe.Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    page.click("#settings-open")
+    found = axe.Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    context.close()
