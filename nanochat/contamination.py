@@ -30,23 +30,28 @@ def words_of(text: str) -> list[str]:
 class Index:
     """The word runs of all benchmark items, to hold training documents against."""
 
-    def __init__(self, benchmarks: Mapping[str, Sequence[str]]) -> None:
-        """`benchmarks`: the text of each item, by benchmark."""
+    def __init__(self, benchmarks: Mapping[str, Sequence[Sequence[str]]]) -> None:
+        """`benchmarks`: for each item the texts any of which gives it away, such as its question and its answer.
+
+        Templates that prompts add must not be in them: no document has those.
+        """
         self.overlaps = {name: Overlap(len(items), 0) for name, items in benchmarks.items()}
         self.runs: dict[int, list[tuple[str, int]]] = {}  # hash of a run -> the items that hold it
         self.lengths: set[int] = set()
         for name, items in benchmarks.items():
-            for number, text in enumerate(items):
-                words = words_of(text)
-                if len(words) < SHORTEST:
-                    self.overlaps[name].too_short += 1
-                    continue
-                length = min(NGRAM, len(words))
-                self.lengths.add(length)
-                for run in runs_of(words, length):
-                    owners = self.runs.setdefault(hash(run), [])
-                    if (name, number) not in owners[-1:]:
-                        owners.append((name, number))
+            for number, texts in enumerate(items):
+                long_enough = [words for text in texts if len(words := words_of(text)) >= SHORTEST]
+                self.overlaps[name].too_short += not long_enough
+                for words in long_enough:
+                    self._add(words, (name, number))
+
+    def _add(self, words: Sequence[str], owner: tuple[str, int]) -> None:
+        length = min(NGRAM, len(words))
+        self.lengths.add(length)
+        for run in runs_of(words, length):
+            owners = self.runs.setdefault(hash(run), [])
+            if owner not in owners[-1:]:
+                owners.append(owner)
 
     def check(self, documents: Iterable[str]) -> int:
         """Look through documents; returns how many there were."""

@@ -40,10 +40,11 @@ class CoreTask:
 
 @dataclass
 class Bundle:
-    """The tasks whose data is here, and the labels of those whose data is not."""
+    """The tasks whose data is here, the labels of those whose data is not, and of those that were not asked for."""
 
     tasks: list[CoreTask]
     missing: list[str]
+    left_out: list[str]
 
 
 def read_bundle(folder: Path, baselines: str = "v1", only: str = "") -> Bundle:
@@ -79,7 +80,7 @@ def read_bundle(folder: Path, baselines: str = "v1", only: str = "") -> Bundle:
     if not tasks:
         raise UserError(f"{folder} holds no data of {', '.join(missing)}: was the download interrupted? Delete the "
                         "folder and try again")  # fmt: skip
-    return Bundle(tasks, missing)
+    return Bundle(tasks, missing, [entry["label"] for entry in entries if entry["label"] not in wanted])
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
@@ -88,6 +89,10 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
         for entry in entries:
             entry["num_fewshot"] = int(entry["num_fewshot"][0])
+            if entry["num_fewshot"] < 0:
+                raise UserError(f"{path}: {entry['label']} asks for {entry['num_fewshot']} examples")
+            if not isinstance(entry.get("continuation_delimiter", " "), str):
+                raise UserError(f"{path}: the continuation_delimiter of {entry['label']} must be text")
             if entry["icl_task_type"] not in KINDS:
                 raise UserError(f"{path}: {entry['label']} is of type {entry['icl_task_type']!r}; "
                                 f"known are {', '.join(KINDS)}")  # fmt: skip
@@ -109,6 +114,8 @@ def read_baselines(path: Path, version: str) -> dict[str, float]:
             found = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a table of tasks with a 'Random baseline' in percent: {error}") from error
+    if wrong := [label for label, percent in found.items() if not 0 <= percent < 100]:
+        raise UserError(f"{path}: the random baseline of {wrong[0]} must be from 0 to below 100 percent")
     for label, chances in REVISED_BASELINES.items():
         if label in found:
             found[label] = chances[version == "v2"]

@@ -290,7 +290,7 @@ def evaluate_core(
                                world_size=runtime.world_size, sum_over_ranks=over_ranks)  # fmt: skip
         results.append(result)
         progress(result, time.perf_counter() - began)
-    return summarise(results, bundle.missing, mode, baselines, time.perf_counter() - started)
+    return summarise(results, bundle.missing + bundle.left_out, mode, baselines, time.perf_counter() - started)
 
 
 def summarise(results: list[TaskResult], missing: list[str], mode: str, baselines: str, seconds: float) -> CoreResult:

@@ -17,7 +17,7 @@ class Deadline:
     """
 
     seconds: float  # from the run's start
-    observing_seconds: float  # expected of the evaluation at the end
+    observing_seconds: float  # expected of what watches the last step: evaluations, samples
     closing_seconds: float = 5.0  # and of the save and the report after it
     _times: deque[tuple[int, float]] = field(default_factory=deque)  # (step, seconds since the run's start)
     _next_check: int = 0
@@ -25,7 +25,7 @@ class Deadline:
     def horizon(self, step: int, num_steps: int, now: float) -> int:
         """The number of steps to plan for, now that `step` of `num_steps` are done, `now` seconds after the start.
 
-        At least `step`.
+        At least `step`. Several processes must give the same `now`, and then decide alike.
         """
         self._times.append((step, now))
         if len(self._times) <= SETTLING_STEPS or step < self._next_check or step >= num_steps:
@@ -38,7 +38,3 @@ class Deadline:
         horizon = step + max(0, round(left / pace))
         self._next_check = step + max(1, horizon // CHECKS)
         return horizon
-
-    def note_observing(self, seconds: float) -> None:
-        """An evaluation took that long."""
-        self.observing_seconds = seconds

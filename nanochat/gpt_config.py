@@ -51,6 +51,9 @@ class GPTConfig:
             raise UserError(f"short_window_divisor must be at least 1, got {self.short_window_divisor}")
         if self.init not in ("published", "later"):
             raise UserError(f"init must be 'published' or 'later', got {self.init!r}")
+        for name in ("softcap", "rope_base", "qk_scale", "value_gate_channels", "smear_channels"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         self.value_gate_channels = min(self.value_gate_channels, self.n_embd)
         self.smear_channels = min(self.smear_channels, self.n_embd)
 

@@ -39,13 +39,32 @@ class HFTokenizer:
 
     @property
     def token_bytes(self) -> list[int]:
-        """Length of each token in bytes, 0 for special ones. Byte-level tokens spell a byte with one character."""
+        """Length of each token in bytes, 0 for special ones. Byte-level tokens spell a byte with one character.
+
+        Raises UserError for a vocabulary of another kind.
+        """
         special = set(self.tokenizer.all_special_ids)
-        names = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
-        byte_level = all(name is None or " " not in name for name in names)
-        if not byte_level:
-            raise UserError("--hf-path: bits per byte need a byte-level tokenizer (GPT-2's kind); leave bpb out")
-        return [0 if i in special or name is None else len(name) for i, name in enumerate(names)]
+        added = {i: text for text, i in self.tokenizer.get_added_vocab().items()}
+        letters = byte_letters()
+        sizes = []
+        for i, name in enumerate(self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))):
+            if i in special or name is None:
+                sizes.append(0)
+            elif i in added:
+                sizes.append(len(added[i].encode()))
+            elif set(name) <= letters:
+                sizes.append(len(name))
+            else:
+                raise UserError("--hf-path: bits per byte need a byte-level vocabulary (GPT-2's kind), which this is "
+                                f"not (token {i} is {name!r}); leave bpb out")  # fmt: skip
+        return sizes
+
+
+def byte_letters() -> set[str]:
+    """The 256 characters that GPT-2's kind of vocabulary spells bytes with: printable ones stand for themselves, the
+    others for characters from U+0100 on."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return {chr(b) for b in own} | {chr(0x100 + i) for i in range(256 - len(own))}
 
 
 class HFModel:

@@ -241,6 +241,13 @@ class OptimizerConfig:
     frobenius_snap: bool = False
     ns_safety: float = 1.02
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if "beta" in name and not 0 <= value < 1:
+                raise UserError(f"{name} must be from 0 to below 1, got {value:g}")
+            if ("lr" in name or "decay" in name) and value < 0:
+                raise UserError(f"{name} cannot be negative, got {value:g}")
+
     @classmethod
     def later(cls, **changes: Any) -> "OptimizerConfig":
         """The later published recipe: a hotter head, slower second moments, light decay, row equilibration."""

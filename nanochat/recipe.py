@@ -23,6 +23,10 @@ class PlanRules:
     horizon_exponent: float = 0.0
     lr_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.lr_scale < 0 or not 0 <= self.batch_exponent <= 1 or not 0 <= self.horizon_exponent <= 1:
+            raise UserError("--recipe: lr_scale cannot be negative, the exponents of batch and horizon lie from 0 to 1")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -101,6 +105,12 @@ def get_recipe(text: str) -> Recipe:
     return Recipe(recipe.model_form, recipe.optimizer_form, **changed)
 
 
+def recipe_rules(text: str) -> dict[str, Any]:
+    """scaling.make_plan's arguments that the recipe decides."""
+    recipe = get_recipe(text)
+    return {**vars(recipe.plan), "weight_decay": recipe.optimizer().weight_decay}
+
+
 def _types(owner: Any) -> dict[str, Any]:
     """The fields of a dataclass that a recipe may set, and their types."""
     return {f.name: f.type for f in fields(owner) if f.name not in SIZES}
@@ -108,6 +118,8 @@ def _types(owner: Any) -> dict[str, Any]:
 
 def _read(key: str, value: str, kind: Any) -> Any:
     """`value` as what the field wants."""
+    if kind is float and value.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        raise UserError(f"--recipe: {key} must be a finite number, got {value}")
     words: dict[str, Any] = {"true": True, "false": False, "1": True, "0": False}
     try:
         return words[value.lower()] if kind is bool else kind(value)

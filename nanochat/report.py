@@ -137,7 +137,7 @@ def _read_or_put_aside(path: Path) -> Record:
 def _joined(old: Record, new: Record) -> Record:
     if not new.get("checkpoint") or old.get("checkpoint") != new["checkpoint"]:
         return new
-    nested = {k: {**old.get(k, {}), **new.get(k, {})} for k in ("counts", "intervals", "baselines", "tables")}
+    nested = {k: {**old.get(k, {}), **new.get(k, {})} for k in ("counts", "intervals", "baselines", "splits", "tables")}
     return {**old, **new, **{k: v for k, v in nested.items() if v}}
 
 

@@ -39,7 +39,9 @@ class RunRecord:
 def read_run(base_dir: Path, name: str) -> RunRecord:
     """The run `name`: a base run's tag, sft/TAG, rl/TAG, or the path of a run's folder."""
     kind, _, tag = name.rpartition("/")
-    path = Path(name) if Path(name).is_dir() else base_dir / FOLDERS.get(kind or "base", kind) / tag
+    path = base_dir / FOLDERS.get(kind or "base", kind) / tag
+    if not (path / "metrics.jsonl").is_file() and (Path(name) / "metrics.jsonl").is_file():
+        path = Path(name)
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         there = sorted(p.parent.name for p in (base_dir / FOLDERS["base"]).glob("*/metrics.jsonl"))

@@ -45,6 +45,10 @@ class SaveFailed(OSError):
     """The last save of a run, or the one after a signal, did not succeed."""
 
 
+class StopObserving(Exception):
+    """A signal asked the run to stop while a long observer was at work."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop, and the step under way was finished first."""
 
@@ -71,6 +75,10 @@ class ScheduleConfig:
             raise UserError(f"the warm-up cannot be negative, got {self.warmup_steps} steps")
         if not 0 <= self.warmdown_ratio <= 1:
             raise UserError(f"--warmdown-ratio is a share of the run, from 0 to 1, got {self.warmdown_ratio:g}")
+        if self.decay_shape not in ("linear", "cosine"):
+            raise UserError(f"decay_shape must be linear or cosine, got {self.decay_shape!r}")
+        if not 0 <= self.momentum_peak < 1:
+            raise UserError(f"momentum_peak must be from 0 to below 1, got {self.momentum_peak:g}")
         if self.final_lr_frac < 0:
             raise UserError(f"--final-lr-frac cannot be negative, got {self.final_lr_frac:g}")
 
@@ -85,6 +93,7 @@ class Hook:
     run: Callable[["Trainer"], Record | None]
     every: int = -1
     at_end: bool = True
+    seconds: float | None = None  # what the latest one took, or what it is expected to take
 
     def due(self, step: int, num_steps: int) -> bool:
         return (self.every > 0 and step % self.every == 0) or (self.at_end and step == num_steps)
@@ -247,7 +256,7 @@ class Trainer:
         try:
             record.update(self._observe(step, num_steps))
             self.log(self, record)
-        except Exception:  # an observer failed: that must not cost the steps since the last save
+        except (Exception, KeyboardInterrupt):  # an observer failed or was interrupted: that must not cost the steps
             self._save(final=True)
             raise
         last = step == num_steps
@@ -261,20 +270,31 @@ class Trainer:
     def _follow_deadline(self) -> int:
         """The number of steps of the run, moved if there is a deadline; alike on all processes."""
         if self.deadline:
-            now, plan = time.perf_counter() - self.started, self.schedule
-            plan.num_steps = int(self.runtime.largest(self.deadline.horizon(self.progress.step, plan.num_steps, now)))
+            now, plan = self.runtime.largest(time.perf_counter() - self.started), self.schedule
+            plan.num_steps = self.deadline.horizon(self.progress.step, plan.num_steps, now)
         return self.schedule.num_steps
 
     def _observe(self, step: int, num_steps: int) -> Record:
         """Run the hooks that are due; what they have to add to the step's record."""
-        began, found = time.perf_counter(), {}
+        found: Record = {}
         for hook in self.hooks:
             if hook.due(step, num_steps):
+                began = time.perf_counter()
                 found.update(hook.run(self) or {})
                 self.model.train()
-        if self.deadline and found:  # an evaluation: the last one will take as long
-            self.deadline.note_observing(time.perf_counter() - began)
+                hook.seconds = time.perf_counter() - began
+        if self.deadline and any(hook.due(step, num_steps) for hook in self.hooks):
+            self.deadline.observing_seconds = self.runtime.largest(self.closing_hooks_seconds())
         return found
+
+    def leave_if_asked(self) -> None:
+        """For long observers, now and then, on all processes: raises StopObserving once a signal has come."""
+        if self.runtime.largest(self.stop_signal or 0):
+            raise StopObserving
+
+    def closing_hooks_seconds(self) -> float:
+        """How long what watches the last step will take, as far as it has been timed or estimated."""
+        return sum(hook.seconds or 0.0 for hook in self.hooks if hook.at_end)
 
     def _end_early(self) -> None:
         """Close a run whose data was shorter than its horizon as if the horizon had been here."""

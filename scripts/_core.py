@@ -1,13 +1,13 @@
 """The CORE evaluation as scripts run it: which bundle, what is printed, what goes into the report."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, atomic_write, say, warn, write_json
+from nanochat.common import atomic_write, say, warn, write_json
 from nanochat.core_bundle import Bundle, read_bundle
 from nanochat.core_download import bundle_folder
 from nanochat.core_eval import CoreResult, Scorer, TaskResult, bootstrap_error, evaluate_core, published_gpt2
-from nanochat.core_prompts import MODES
 from nanochat.report import accuracy_values
 from nanochat.runtime import Runtime
 
@@ -26,17 +26,16 @@ def open_bundle(given: str, base_dir: Path, runtime: Runtime, baselines: str = "
 
 def run_core(
     scorer: Scorer, tokenizer: Any, bundle: Bundle, runtime: Runtime, *, most: int, mode: str = "reference",
-    baselines: str = "v1",
+    baselines: str = "v1", between: Callable[[], None] = lambda: None,
 ) -> CoreResult:  # fmt: skip
-    """Evaluate, with a line for each task."""
-    if mode not in MODES:
-        raise UserError(f"--core-mode takes {' or '.join(MODES)}, got {mode!r}")
+    """Evaluate, with a line for each task. `between` is called after each, on all processes; it may raise."""
 
     def progress(result: TaskResult, seconds: float) -> None:
         if runtime.is_main:
             cropped = f", {result.cropped} prompts cropped" if result.cropped else ""
             say(f"  {result.label:<34}{result.accuracy:7.4f} ± {bootstrap_error(result.right):.4f}   "
                 f"centred {result.centered:7.4f}   ({len(result.right)} items, {seconds:.1f} s{cropped})")  # fmt: skip
+        between()
 
     result = evaluate_core(scorer, tokenizer, bundle, runtime, max_per_task=most, mode=mode, baselines=baselines,
                            progress=progress)  # fmt: skip

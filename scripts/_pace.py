@@ -56,7 +56,9 @@ def this_machine(runtime: Runtime) -> Gpu:
         memory = float(torch.cuda.mem_get_info(runtime.device)[0])
     else:
         name, memory = f"{name}, {os.cpu_count()} CPUs", available_memory()
-    peak = max(measure_peak_flops(runtime) for _ in range(3))  # other work on the machine can only lower it
+    # Other work on the machine can only lower it; processes must agree, as they measure together afterwards.
+    peak = runtime.largest(max(measure_peak_flops(runtime) for _ in range(3)))
+    memory = -runtime.largest(-memory)
     return Gpu(name, memory, peak, None, 0.0, None, str(runtime.dtype).removeprefix("torch."))
 
 
@@ -119,7 +121,7 @@ def time_step(config: GPTConfig, rows: int, runtime: Runtime) -> tuple[float, fl
     trainer.step(batch)
     micro: list[float] = []
     update: list[float] = []
-    while not micro or (len(micro) < 5 and sum(micro) + sum(update) < MEASURING_SECONDS / 8):
+    while not micro or (len(micro) < 5 and runtime.largest(sum(micro) + sum(update)) < MEASURING_SECONDS / 8):
         started = read_clock(runtime)
         trainer.accumulate(batch)
         summed = read_clock(runtime)
@@ -127,7 +129,7 @@ def time_step(config: GPTConfig, rows: int, runtime: Runtime) -> tuple[float, fl
         micro.append(summed - started)
         update.append(read_clock(runtime) - summed)
         model.zero_grad(set_to_none=True)
-    return min(micro), min(update)
+    return runtime.largest(min(micro)), runtime.largest(min(update))
 
 
 def read_clock(runtime: Runtime) -> float:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nanochat.checkpoint_manager import Checkpoint
@@ -109,6 +110,8 @@ class TrainFlags:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be between 0 and 2^63 - 1, got {self.seed}")
+        if self.minutes <= 0 and self.minutes != -1:
+            raise UserError(f"--minutes must be positive, or -1 for another horizon, got {self.minutes:g}")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             if not (value == -1 or 0 <= value < 1):
@@ -218,7 +221,8 @@ def deadline_for(config: TrainFlags, trainer: Trainer, total_batch_tokens: int) 
     # Until an evaluation has been timed: a forward pass is about a third of a training step.
     usual = config.minutes * 60 / trainer.schedule.num_steps
     share = config.evaluation_tokens(trainer.runtime) / total_batch_tokens
-    return Deadline(config.minutes * 60 - started, observing_seconds=usual * share / 3)
+    trainer.hooks[0].seconds = usual * share / 3  # validation comes first in every script
+    return Deadline(config.minutes * 60 - started, trainer.runtime.largest(trainer.closing_hooks_seconds()))
 
 
 def random_batch(rows: int, T: int, vocab_size: int, runtime: Runtime, supervised: float = 1.0) -> Batch:
@@ -353,9 +357,9 @@ def print_samples(samples: list[dict[str, str]]) -> None:
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     """Name/value rows on the console."""
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console = Console()
     with console.capture() as drawn:
         console.print(table)

@@ -10,6 +10,7 @@ from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir, say
 from nanochat.core_bundle import Bundle
 from nanochat.core_eval import GPTScorer
+from nanochat.core_prompts import MODES
 from nanochat.dataset import resolve_corpus
 from nanochat.gpt import GPT
 from nanochat.report import record_stage
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in wanted if name not in EVALUATIONS]
     if unknown or not wanted:
         raise UserError(f"--eval takes {', '.join(EVALUATIONS)}, got {config.eval!r}")
+    if config.core_mode not in MODES:
+        raise UserError(f"--core-mode takes {' or '.join(MODES)}, got {config.core_mode!r}")
     if config.max_per_task == 0 or config.max_per_task < -1:
         raise UserError(f"--max-per-task must be positive, or -1 for all, got {config.max_per_task}")
     with Runtime.create(config.device_type) as runtime:
@@ -120,12 +123,20 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
         of_core = report_values(result)
         values |= of_core | {"tables": values.get("tables", {}) | of_core["tables"]}
         if runtime.is_main:
-            folder = base_dir / "base_eval" / f"{run.name}_{meta['step']:06d}"
+            folder = base_dir / "base_eval" / (f"{run.name}_{meta['step']:06d}" + what_was_asked(config))
             say(f"details: {write_details(folder, result, run.name)}")
     if runtime.is_main:
         values |= {"seconds": time.perf_counter() - started, "command": command_line("base_eval", config)}
         record_stage(base_dir, "base_eval", values)
     return 0
+
+
+def what_was_asked(config: Config) -> str:
+    """Part of a folder's name, so that part of an evaluation does not replace a whole one."""
+    parts = [config.core_mode if config.core_mode != "reference" else "", "v2" if config.baselines == "v2" else "",
+             f"first{config.max_per_task}" if config.max_per_task > 0 else "",
+             "-".join(sorted(t.strip() for t in config.core_tasks.split(",") if t.strip()))]  # fmt: skip
+    return "".join(f"_{part}" for part in parts if part)
 
 
 def evaluate_hf(config: Config, wanted: list[str], bundle: Bundle | None, runtime: Runtime, base_dir: Path) -> int:
@@ -145,7 +156,7 @@ def evaluate_hf(config: Config, wanted: list[str], bundle: Bundle | None, runtim
         result = run_core(model, tokenizer, bundle, runtime, most=config.max_per_task, mode=config.core_mode,
                           baselines=config.baselines)  # fmt: skip
         if runtime.is_main:
-            name = config.hf_path.strip("/").replace("/", "-")
+            name = config.hf_path.strip("/").replace("/", "-") + what_was_asked(config)
             say(f"details: {write_details(base_dir / 'base_eval' / name, result, config.hf_path)}")
     return 0
 

@@ -1,5 +1,6 @@
 """Pretrain a base model: `python -m scripts.base_train --depth=4`."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from nanochat.dataset import Corpus, resolve_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.law import Law
 from nanochat.planner import usual_price
-from nanochat.recipe import get_recipe
+from nanochat.recipe import get_recipe, recipe_rules
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import Plan, align_batch, describe, make_plan, scaling_params
@@ -26,7 +27,7 @@ from nanochat.session import (
     only_session,
 )  # fmt: skip
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.trainer import Hook, Record, Trainer
+from nanochat.trainer import Hook, Record, StopObserving, Trainer
 from scripts import _cli
 from scripts._core import open_bundle, run_core
 from scripts._model import ModelFlags, network
@@ -86,6 +87,9 @@ class Config(ModelFlags, TrainFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.core_metric_max_per_task == 0 or self.core_metric_max_per_task < -1:
+            raise UserError("--core-metric-max-per-task must be positive, or -1 for all, got "
+                            f"{self.core_metric_max_per_task}")  # fmt: skip
         if self.lr_scale < 0:
             raise UserError(f"--lr-scale cannot be negative, got {self.lr_scale:g}")
 
@@ -132,7 +136,7 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     ]
     if bundle:
         core = partial(evaluate_core, tokenizer=tokenizer, bundle=bundle, most=config.core_metric_max_per_task)
-        trainer.hooks.append(Hook(core, config.core_metric_every))
+        trainer.hooks.append(Hook(core, config.core_metric_every, seconds=core_seconds(config, trainer, core, bundle)))
     code = drive(trainer, script="base_train", run=run, config=config, tokenizer=tokenizer, checkpoint=checkpoint,
                  total_batch_tokens=plan.total_batch_tokens,
                  meta={"stage": "base", "corpus": corpus.fingerprint})  # fmt: skip
@@ -202,9 +206,10 @@ def choose_depth(config: Config, of_depth: Callable[[int], GPTConfig], runtime: 
 
 def plan_arguments(config: Config) -> dict[str, Any]:
     """make_plan's arguments, all but the steps."""
-    rules, rates = get_recipe(config.recipe).plan, config.optimizer_config(config.recipe)
+    rates = config.optimizer_config(config.recipe)
     return {"target_flops": config.target_flops, "target_param_data_ratio": config.target_param_data_ratio,
-            "total_batch_size": config.total_batch_size, "weight_decay": rates.weight_decay, **vars(rules)}  # fmt: skip
+            "total_batch_size": config.total_batch_size, **recipe_rules(config.recipe),
+            "weight_decay": rates.weight_decay}  # fmt: skip
 
 
 def fix_plan(config: Config, model: GPT, runtime: Runtime, earlier: Earlier | None) -> Plan:
@@ -252,10 +257,27 @@ def evaluate(trainer: Trainer, corpus: Corpus, tokenizer: RustBPETokenizer, toke
     return note_bpb(trainer, bpb)
 
 
+def core_seconds(config: Config, trainer: Trainer, core: Callable[..., Record], bundle: Bundle) -> float | None:
+    """How long a CORE evaluation will take, by asking a few items of each task, where --minutes must leave room."""
+    if config.minutes <= 0:
+        return None
+    few, most = 2, config.core_metric_max_per_task
+    items = sum(min(len(t.items), most if most > 0 else len(t.items)) for t in bundle.tasks)
+    trainer.runtime.print0(f"timing CORE on {few} items of each task")
+    began = time.perf_counter()
+    core(trainer, most=few)
+    return (time.perf_counter() - began) * items / (few * len(bundle.tasks))
+
+
 def evaluate_core(trainer: Trainer, tokenizer: RustBPETokenizer, bundle: Bundle, most: int) -> Record:
     """CORE, in the published form."""
-    with fp8.without_fp8(trainer.model):
-        result = run_core(GPTScorer(trainer.model), tokenizer, bundle, trainer.runtime, most=most)
+    try:
+        with fp8.without_fp8(trainer.model):
+            result = run_core(GPTScorer(trainer.model), tokenizer, bundle, trainer.runtime, most=most,
+                              between=trainer.leave_if_asked)  # fmt: skip
+    except StopObserving:
+        trainer.runtime.print0("asked to stop: the CORE evaluation is left unfinished")
+        return {}
     return {"core": result.core, "core_low": result.low, "core_high": result.high}
 
 

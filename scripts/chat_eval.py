@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import find_run, load_model
-from nanochat.common import UserError, get_base_dir, say
+from nanochat.common import UserError, get_base_dir, say, sha256_file
 from nanochat.engine import Engine
 from nanochat.report import accuracy_values, load_report, record_stage
 from nanochat.report_view import wilson_interval
@@ -20,7 +20,7 @@ from nanochat.runtime import Runtime
 from nanochat.session import command_line
 from scripts import _cli
 from tasks.common import Task
-from tasks.evaluation import AskFlags, ChatCore, Outcome, ask, chat_core, pass_rates, write_transcripts
+from tasks.evaluation import CHATCORE, AskFlags, ChatCore, Outcome, ask, chat_core, pass_rates, write_transcripts
 from tasks.registry import TASKS, make_task, task_spec
 
 
@@ -128,8 +128,10 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
                     for o in outcomes[:3]]  # fmt: skip
         suffix = f".rank{runtime.rank}" if runtime.world_size > 1 else ""
         write_transcripts(folder / f"{name}{suffix}.jsonl", name, split, outcomes)
-    checkpoint = f"{config.source}/{run.name}/{meta['step']}"
-    core = chat_core({**earlier_shares(base_dir, checkpoint), **shares})
+    # Another model of the same name and step has other weights, and its own figures.
+    saved = sha256_file(run / f"{meta['step']:06d}" / "manifest.json")[:12]
+    checkpoint = f"{config.source}/{run.name}/{meta['step']}/{saved}" + ("/sample" if config.embedded_sample else "")
+    core = None if config.embedded_sample else chat_core({**earlier_shares(base_dir, checkpoint), **shares})
     if runtime.is_main:
         show(rows, core)
         say(f"every question and answer: {folder}")
@@ -158,7 +160,12 @@ def earlier_shares(base_dir: Path, checkpoint: str) -> dict[str, list[float]]:
         return {}
     if known.get("checkpoint") != checkpoint:
         return {}
-    return {name: [right / total] * total for name, (right, total) in known["counts"].items() if total}
+    found = {}
+    for name, (right, total) in known["counts"].items():
+        whole = int(right)  # of an item with several answers the report keeps no single shares: one has the rest
+        if total and name in CHATCORE:
+            found[name] = ([1.0] * whole + [right - whole] + [0.0] * total)[:total]
+    return found
 
 
 def run_task(

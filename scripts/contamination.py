@@ -1,5 +1,6 @@
 """Which benchmark items stand in the training text: `python -m scripts.contamination --data=starter`."""
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from nanochat.dataset import Corpus, resolve_corpus
 from nanochat.report import record_stage
 from scripts import _cli
 from scripts._train import print_table
-from tasks.answers import text_of
 from tasks.registry import TASKS, make_task
 
 LINE_SECONDS = 10.0
+ANNOUNCED = re.compile(r"^\s*(?:question|passage|context)\s*:\s*", re.IGNORECASE)
 
 
 @dataclass
@@ -74,10 +75,12 @@ def documents(corpus: Corpus, most: int) -> Iterator[str]:
         yield document.text
 
 
-def read_benchmarks(config: Config, base_dir: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """(the items' texts by benchmark, reasons why others are left out)."""
+def read_benchmarks(config: Config, base_dir: Path) -> tuple[dict[str, list[list[str]]], list[str]]:
+    """(each item's telltale texts by benchmark, reasons why others are left out)."""
     wanted = [name.strip() for name in config.tasks.split(",") if name.strip()]
-    found: dict[str, list[str]] = {}
+    if own := [name for name in wanted if name in TASKS and TASKS[name].starter]:
+        raise UserError(f"--tasks: {', '.join(own)} is made by this system, not a public benchmark")
+    found: dict[str, list[list[str]]] = {}
     missing = []
     for name, spec in TASKS.items():
         if spec.starter or (wanted and name not in wanted):
@@ -85,7 +88,7 @@ def read_benchmarks(config: Config, base_dir: Path) -> tuple[dict[str, list[str]
         reasons = []
         for split in dict.fromkeys((spec.split, "validation")):  # either is kept out of training
             try:
-                found[f"{name} ({split})"] = [question_and_answer(c) for c in make_task(name, split)]
+                found[f"{name} ({split})"] = [texts_of_row(row) for row in make_task(name, split).rows]  # type: ignore[attr-defined]
             except UserError as error:
                 reasons.append(str(error))
         if not any(key.startswith(f"{name} (") for key in found):
@@ -94,7 +97,7 @@ def read_benchmarks(config: Config, base_dir: Path) -> tuple[dict[str, list[str]
     if folder.is_dir():
         for core in read_bundle(folder).tasks:
             if not wanted or core.label in wanted:
-                found[core.label] = ["\n".join(texts_in(item)) for item in core.items]
+                found[core.label] = [texts_of_core_item(item) for item in core.items]
     elif config.eval_bundle:
         raise UserError(f"--eval-bundle={config.eval_bundle}: there is no such folder")
     if unknown := [name for name in wanted if name not in found and name not in TASKS]:
@@ -102,18 +105,28 @@ def read_benchmarks(config: Config, base_dir: Path) -> tuple[dict[str, list[str]
     return found, missing
 
 
-def texts_in(item: dict[str, Any]) -> Iterator[str]:
-    """All texts of a CORE item, the options among them."""
-    for value in item.values():
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
-            yield from (part for part in value if isinstance(part, str))
+def texts_of_row(row: dict[str, Any]) -> list[str]:
+    """What of a hub row a document may hold: the question, and the question with its answer, as published."""
+    row = row.get("train") or row
+    if "choices" in row:
+        choices = row["choices"]
+        if isinstance(choices, dict):
+            answer = dict(zip(choices["label"], choices["text"])).get(row["answerKey"], "")
+        else:
+            answer = choices[row["answer"]]
+        return [row["question"], f"{row['question']} {answer}"]
+    if "prompt" in row:
+        return [row["prompt"], row["prompt"] + row["canonical_solution"]]
+    return [row["question"], row["answer"]]
 
 
-def question_and_answer(conversation: dict) -> str:
-    """All that is said in it."""
-    return "\n".join(text_of(message["content"]) for message in conversation["messages"])
+def texts_of_core_item(item: dict[str, Any]) -> list[str]:
+    """The same of an item of the CORE bundle, without the word that some questions are announced with."""
+    if "context_options" in item:
+        return [f"{item['context_options'][item['gold']]} {item['continuation']}"]
+    question = ANNOUNCED.sub("", item.get("query") or item.get("context") or "")
+    answer = item["choices"][item["gold"]] if "choices" in item else item["continuation"]
+    return [question, f"{question} {answer}"]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ best number of tokens per parameter, with errors.
 
 import csv
 import fnmatch
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = _cli.parse(Config, argv)
     base_dir = get_base_dir()
     folder = Path(config.out or base_dir / "study")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out={config.out} is a file; name a folder")
     runs, corpus = read_runs(base_dir, config.runs)
     if config.fit and len({run.budget for run in runs if run.budget}) < 2:
         raise UserError("a law needs runs of at least two budgets, from --target-flops; --no-fit draws a series")
@@ -63,6 +66,8 @@ def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
     tags = sorted(p.name for p in folder.iterdir() if list_steps(p)) if folder.is_dir() else []
     found, corpora = [], set()
     for tag in fnmatch.filter(tags, pattern):
+        if re.search(r"\.old\d+$", tag) and ".old" not in pattern:
+            continue  # moved aside by a later run of the same name
         meta = open_checkpoint(folder / tag, verify=False).meta
         progress, plan, user = meta["progress"], meta["plan"], meta["user_config"]
         if progress["step"] < plan["num_steps"] or progress["val_bpb"] is None:

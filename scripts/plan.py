@@ -17,7 +17,7 @@ from nanochat.common import UserError, say
 from nanochat.gpt import GPTConfig
 from nanochat.law import Law
 from nanochat.planner import Pace, RunPlan, expected_pace, find_gpu, plan_run
-from nanochat.recipe import get_recipe
+from nanochat.recipe import recipe_rules
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, align_batch, make_plan
 from nanochat.session import choose_device_batch
@@ -58,6 +58,8 @@ class Config(ModelFlags):
     def __post_init__(self) -> None:
         if self.num_gpus < 1 and self.num_gpus != -1:
             raise UserError(f"--num-gpus must be at least 1, or -1 for all there are, got {self.num_gpus}")
+        if self.minutes <= 0 and self.minutes != -1:
+            raise UserError(f"--minutes must be positive, or -1 for another horizon, got {self.minutes:g}")
         if self.dollars_per_gpu_hour < 0 and self.dollars_per_gpu_hour != -1:
             raise UserError(f"--dollars-per-gpu-hour cannot be negative, got {self.dollars_per_gpu_hour:g}")
 
@@ -97,7 +99,7 @@ def horizon(config: Config, num_steps: int = -1) -> dict[str, Any]:
     by_time = config.minutes > 0 and config.num_iterations == -1
     return {"num_iterations": num_steps if by_time else config.num_iterations, "target_flops": config.target_flops,
             "target_param_data_ratio": config.target_param_data_ratio,
-            "total_batch_size": config.total_batch_size, **vars(get_recipe(config.recipe).plan)}  # fmt: skip
+            "total_batch_size": config.total_batch_size, **recipe_rules(config.recipe)}  # fmt: skip
 
 
 def fix_steps(config: Config, model_config: GPTConfig, pace: Pace, num_gpus: int, cpu: bool) -> Plan:

@@ -41,7 +41,7 @@ def test_stops_at_once_when_it_is_late() -> None:
 
 def test_what_evaluations_take_is_kept_for_the_last_one() -> None:
     deadline = Deadline(300, observing_seconds=0, closing_seconds=0)
-    deadline.note_observing(60)
+    deadline.observing_seconds = 60
     _, seconds = drive(deadline, 400, lambda now: 0.7)
     assert seconds == pytest.approx(240, abs=1.5)
 

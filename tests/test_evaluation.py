@@ -132,7 +132,8 @@ def test_embedded_samples_run_and_humaneval_is_refused(finetuned: Path, capsys: 
 def test_thirteen_words_in_common_are_found() -> None:
     item = "The quick brown fox jumps over the lazy dog while seven old monks drink tea."
     short = "What is the capital city of France today?"  # eight words: compared whole
-    index = Index({"a": [item, short, "too short"], "b": ["one two three four five six seven eight nine ten"]})
+    ten = "one two three four five six seven eight nine ten"
+    index = Index({"a": [["x", item], [short, f"{short} Paris"], ["too short", ""]], "b": [[ten]]})
     copied = "He wrote: THE QUICK, brown fox jumps -- over the lazy dog while seven OLD monks! And left."
     near = "the quick brown fox jumps over the lazy cat while seven old monks drink tea"
     assert index.check([near, "nothing here", copied, f"Quiz: {short.lower()} Paris."]) == 4

@@ -13,7 +13,7 @@ from nanochat.common import UserError
 from nanochat.core_eval import GPTScorer
 from nanochat.core_prompts import make_examples
 from nanochat.gpt import GPTConfig
-from nanochat.hf_model import HFModel, HFTokenizer, load_hf_model
+from nanochat.hf_model import HFModel, HFTokenizer, byte_letters, load_hf_model
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
 
@@ -45,8 +45,12 @@ class FakeTokenizer:
     def __len__(self) -> int:
         return 300
 
+    def get_added_vocab(self) -> dict[str, int]:
+        return {"<|end|>": 256, "  é": 299}
+
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        return ["<|end|>" if i == 256 else "ab" if i > 256 else chr(0x100 + i) for i in ids]
+        letters = sorted(byte_letters())
+        return ["<|end|>" if i == 256 else "  é" if i == 299 else "ab" if i > 256 else letters[i] for i in ids]
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
@@ -64,7 +68,11 @@ def test_bits_per_byte_of_a_hf_model() -> None:
     model, tokenizer = HFModel(FakeModel(), 96, torch.device("cpu")), HFTokenizer(FakeTokenizer())
     assert tokenizer.get_bos_token_id() == 256 and tokenizer.encode(["ab"]) == [[97, 98]] and tokenizer.encode([]) == []
     sizes = torch.tensor(tokenizer.token_bytes)
-    assert sizes[97] == 1 and sizes[256] == 0 and sizes[257] == 2
+    assert sizes[97] == 1 and sizes[256] == 0 and sizes[257] == 2 and sizes[299] == 4
+    llama = FakeTokenizer()
+    llama.convert_ids_to_tokens = lambda ids: ["▁the" if i == 5 else "a" for i in ids]  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="token 5 is '▁the'"):
+        HFTokenizer(llama).token_bytes  # noqa: B018
     idx = torch.randint(256, (2, 13), generator=torch.Generator().manual_seed(0))
     inputs, targets = idx[:, :-1], idx[:, 1:].clone()
     targets[0, :4] = -1

@@ -192,8 +192,9 @@ def test_tool_calls_are_shown_as_what_they_are(page: Any, served: Served) -> Non
 
 
 def test_markdown_is_rendered(page: Any, served: Served) -> None:
-    served.pool.script = lambda text: ("## T\n**b** and *i* `c*d` [l](https://e.example/x) 2*3*4 a ** b\n\n- one\n- two\n\n"
-                                       "3. three\n\n```py\nx = '<b>'\n```\n> q\nend ``a`b``")  # fmt: skip
+    text = ("## T\n**b** and *i* `c*d` [l](https://e.example/x) 2*3*4 a ** b\n\n- one\n- two\n\n"
+            "3. three\n\n```py\nx = '<b>'\n```\n> q\n\nend ``a`b``")  # fmt: skip
+    served.pool.script = lambda asked: text
     ask(page, "go")
     found = answer(page).locator(".body").evaluate("node => node.innerHTML")
     for piece in ("<h3>T</h3>", "<strong>b</strong>", "<em>i</em>", "<code>c*d</code>", ">l</a>", "<li>one</li>",
@@ -238,6 +239,7 @@ def test_settings_are_sent(page: Any, served: Served, probabilities: bool) -> No
     if probabilities:
         page.check("#probabilities")
     page.get_by_text("Done").click()
+    until(page, "state.settings.top_k === '7'")
     ask(page, "hi")
     order = served.pool.orders[-1]
     assert (order.sampling.temperature, order.sampling.top_k, order.seed) == (0.3, 7, 11)
