@@ -334,7 +334,9 @@ def test_a_bundle_is_read_and_evaluated(tmp_path: Path) -> None:
     assert result.core == result.low == result.high == 1.0 and not result.partial
     few = evaluate_core(Answers("gold"), Letters(), bundle, Runtime.create("cpu"), max_per_task=2)
     assert [len(t.right) for t in few.tasks] == [2, 2, 2]
-    assert [t.label for t in read_bundle(tmp_path / "b", only="go_on, pick").tasks] == ["pick", "go_on"]
+    some = read_bundle(tmp_path / "b", only="go_on, pick")
+    assert [t.label for t in some.tasks] == ["pick", "go_on"] and some.left_out == ["pronoun"] and not some.missing
+    assert evaluate_core(Answers("gold"), Letters(), some, Runtime.create("cpu")).partial  # a part is no CORE
 
 
 def test_missing_data_is_listed_and_marks_the_mean(tmp_path: Path) -> None:
@@ -363,6 +365,10 @@ def test_missing_data_is_listed_and_marks_the_mean(tmp_path: Path) -> None:
         ("../core.yaml", "icl_tasks: [{label: x, dataset_uri: x, num_fewshot: [0], icl_task_type: essay}]", "essay"),
         ("../eval_meta_data.csv", "Eval Task,Random baseline\npick,much\n", "Random baseline"),
         ("../eval_meta_data.csv", "Eval Task,Random baseline\npick,25\n", "no random baseline for pronoun"),
+        ("../eval_meta_data.csv", "Eval Task,Random baseline\npick,100\n", "below 100 percent"),
+        ("../core.yaml", "icl_tasks: [{label: x, dataset_uri: x, num_fewshot: [-1], icl_task_type: schema}]", "-1 ex"),
+        ("../core.yaml", "icl_tasks: [{label: x, dataset_uri: x, num_fewshot: [0], icl_task_type: schema, "
+         "continuation_delimiter: null}]", "must be text"),
     ],
 )
 def test_damage_is_named(file: str, content: str, says: str, tmp_path: Path) -> None:
@@ -433,7 +439,7 @@ def test_base_eval_writes_core(copied: Path, tmp_path: Path, capsys: pytest.Capt
     assert base_eval.main(flags) == 0
     said = capsys.readouterr().out
     assert "pick" in said and "CORE " in said and "partial" not in said
-    details = json.loads((copied / "base_eval" / "tiny_000001" / "core.json").read_text())
+    details = json.loads((copied / "base_eval" / "tiny_000001_first3" / "core.json").read_text())
     assert details["tasks"]["pick"]["items"] == 3 and details["examples"]["pick"]
     report = json.loads((copied / "report" / "report.json").read_text())["base_eval"]
     assert report["core"] == details["core_metric"] and report["counts"]["pronoun"][1] == 3

@@ -12,6 +12,7 @@ from stubs import TOKENIZER
 
 from nanochat.contamination import Index, words_of
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from scripts import chat_eval, contamination
 from tasks.common import Task
@@ -65,6 +66,22 @@ def test_chatcore_is_centred_and_says_what_is_missing() -> None:
     half = chat_core({"MMLU": [1.0, 0.0] * 100})
     assert half is not None and half.low < half.value < half.high and half.value == pytest.approx(1 / 3)
     assert half.high - half.low == pytest.approx(2 * 1.96 * (0.25 / 200) ** 0.5 / 0.75, rel=0.15)
+
+
+def test_results_of_earlier_commands_join_only_for_the_same_weights(tmp_path: Path) -> None:
+    """And with the interval that one command would have given."""
+    values = {"counts": {"ARC-Easy": [40, 100], "Arithmetic": [1, 9]}, "splits": {"ARC-Easy": "validation"}}
+    record_stage(tmp_path, "chat_eval", {"checkpoint": "sft/a/5/abc", **values})
+    assert chat_eval.earlier_shares(tmp_path, "sft/a/5/def") == {}
+    earlier = chat_eval.earlier_shares(tmp_path, "sft/a/5/abc")
+    assert list(earlier) == ["ARC-Easy"] and sum(earlier["ARC-Easy"]) == 40 and len(earlier["ARC-Easy"]) == 100
+    alone = chat_core({"ARC-Easy": [1.0] * 40 + [0.0] * 60})
+    joined = chat_core(earlier)
+    assert alone is not None and joined is not None and joined == alone and joined.low < joined.value < joined.high
+    more = {"counts": {"MMLU": [1, 4]}, "splits": {"MMLU": "test"}}
+    record_stage(tmp_path, "chat_eval", {"checkpoint": "sft/a/5/abc", **more})
+    kept = json.loads((tmp_path / "report" / "report.json").read_text())["chat_eval"]
+    assert kept["splits"] == {"ARC-Easy": "validation", "MMLU": "test"}
 
 
 class Yes(Task):
@@ -141,6 +158,20 @@ def test_thirteen_words_in_common_are_found() -> None:
     assert (a.items, a.too_short, b.too_short) == (3, 1, 0) and set(a.found) == {0, 1} and not b.found
     assert a.found[0].startswith("He wrote")
     assert words_of("Don't STOP_now, 3.5!") == ["don", "t", "stop", "now", "3", "5"]
+
+
+def test_questions_are_compared_as_published_not_as_asked() -> None:
+    arc = {"question": "Which of these planets is the nearest to the Sun?", "answerKey": "B",
+           "choices": {"text": ["Venus", "Mercury"], "label": ["A", "B"]}}  # fmt: skip
+    assert contamination.texts_of_row(arc)[1].endswith("Sun? Mercury")
+    index = Index({"arc": [contamination.texts_of_row(arc)]})
+    index.check(["Quiz time! Which of these planets is the nearest to the Sun? Think."])
+    assert list(index.overlaps["arc"].found) == [0]
+    mmlu = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 2}
+    assert contamination.texts_of_row({"train": mmlu}) == ["q", "q c"]
+    assert contamination.texts_of_row({"question": "q", "answer": "<<1+1=2>>2\n#### 2"})[1] == "<<1+1=2>>2\n#### 2"
+    core = {"query": "Question: What is it?", "choices": ["x", "y"], "gold": 1}
+    assert contamination.texts_of_core_item(core) == ["What is it?", "What is it? y"]
 
 
 def test_contamination_names_the_items(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,

@@ -43,13 +43,22 @@ def test_changes_reach_their_owner() -> None:
     [
         ("latest", "one of default"), ("", "one of"), ("later,", "smear=False"), ("later,smaer=1", "known: "),
         ("later,smear", "smear=False"), ("later,smear=maybe", "takes a bool"), ("later,rope_base=x", "takes a float"),
+        ("later,matrix_lr=nan", "finite"), ("later,lr_scale=-1", "lr_scale"), ("later,horizon_exponent=2", "exponents"),
         ("later,n_layer=3", "not 'n_layer=3'"), ("later,num_steps=3", "not 'num_steps=3'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(text: str, says: str) -> None:
     with pytest.raises(UserError, match="--recipe") as caught:
-        get_recipe(text)
+        assert get_recipe(text).plan
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["softcap=0.0", "rope_base=0.0", "smear_channels=0", "muon_beta2=1.5",
+                                    "matrix_lr=-1.0", "decay_shape=foo", "momentum_peak=5.0"])  # fmt: skip
+def test_values_that_cannot_be_are_refused(change: str) -> None:
+    recipe = get_recipe(f"later,{change}")
+    with pytest.raises(UserError, match=change.split("=")[0]):
+        assert recipe.model() and recipe.optimizer() and recipe.schedule(5)
 
 
 def test_a_changed_recipe_trains_and_is_remembered(copied) -> None:  # type: ignore[no-untyped-def]
