@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from bench import _run
 from bench._common import Flags, model_config, starter_texts, time_in_turn
 from bench._run import Result
-from nanochat.core_bundle import CoreTask
+from nanochat.core_bundle import CoreTask, read_bundle
 from nanochat.core_eval import GPTScorer, Score, is_right
 from nanochat.core_prompts import Example, make_examples
 from nanochat.gpt import GPT
@@ -36,6 +37,8 @@ class CoreFlags(Flags):
     """Items of each task."""
     chars: int = 1_000_000
     """Characters of text to train the vocabulary on."""
+    eval_bundle: str = ""
+    """Folder of the CORE bundle, to take its items instead of made-up ones."""
 
 
 def made_up_tasks(items: int, seed: int = 0) -> list[CoreTask]:
@@ -97,8 +100,9 @@ def measure(flags: CoreFlags, runtime: Runtime) -> Result:
     rows, tasks = [], {}
     total = {"batched": 0.0, "one": 0.0}
     agreed = count = 0
-    for task in made_up_tasks(flags.items):
-        examples = list(make_examples(task, tokenizer, flags.seq_len))
+    asked = read_bundle(Path(flags.eval_bundle)).tasks if flags.eval_bundle else made_up_tasks(flags.items)
+    for task in asked:
+        examples = list(make_examples(task, tokenizer, flags.seq_len, most=flags.items))
         both: dict[str, Callable[[], Any]] = {
             "batched": partial(scorer.score, examples), "one": partial(one_by_one, model, examples)
         }  # fmt: skip

@@ -22,7 +22,7 @@ from nanochat.kv_cache import KVCache
 from nanochat.loss_head import head_logits
 from nanochat.runtime import Runtime
 
-BATCH_TOKENS = 8192  # padding included
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # padding included: what fits a CPU's caches, or fills a GPU
 SAVED_TOKENS = 256  # of an item; if its options share less than that, reading them whole is faster than a cache
 CACHED_ROWS = 32  # options of several items that are continued together
 WINDOW_EXAMPLES = 512  # that are sorted by length together
@@ -51,8 +51,8 @@ class Scorer(Protocol):
 class GPTScorer:
     """Scores with a nanochat model. Only the scored tokens go through the output head."""
 
-    def __init__(self, model: GPT, batch_tokens: int = BATCH_TOKENS) -> None:
-        self.model, self.batch_tokens = model, batch_tokens
+    def __init__(self, model: GPT, batch_tokens: int | None = None) -> None:
+        self.model, self.batch_tokens = model, batch_tokens or BATCH_TOKENS.get(model.device.type, 8192)
         self.max_tokens = model.config.sequence_len
 
     @torch.no_grad()
@@ -111,22 +111,19 @@ class GPTScorer:
     def _score_shared(self, items: Sequence[tuple[Sequence[Scored], int]]) -> list[Score]:
         """Items whose options begin with the same tokens, so many: those once, into a cache, then the rest of each."""
         model = self.model
-        options = [(s, common) for sequences, common in items for s in sequences]
-        rests = [s.ids[common:] for s, common in options]
-        longest = max(common for _, common in options) + max(map(len, rests))
+        # The last shared token goes with the rests: it foretells the first of them.
+        options = [(s, common - 1) for sequences, common in items for s in sequences]
+        rests = [s.ids[start:] for s, start in options]
+        longest = max(start for _, start in options) + max(map(len, rests))
         like = {"device": model.device, "dtype": model.compute_dtype}
         cache = KVCache(model.config, len(options), longest, num_rows=0, **like)  # type: ignore[arg-type]
-        last = []
         for sequences, common in items:
             beginning = KVCache(model.config, 1, common, **like)  # type: ignore[arg-type]
-            x = model.hidden(self._padded([sequences[0].ids[:common]]), beginning)  # (1, common, C)
+            model.fill(self._padded([sequences[0].ids[: common - 1]]), beginning)
             for _ in sequences:
                 cache.join(beginning)
-                last.append(x[:, -1:])
-        rest = model.hidden(self._padded(rests), cache)  # (B, T, C)
-        # The last shared token foretells the first of the rest.
-        x = torch.cat([torch.cat(last), rest], dim=1)
-        return self._read(x, [s for s, _ in options], [common - 1 for _, common in options])
+        x = model.hidden(self._padded(rests), cache)  # (B, T, C)
+        return self._read(x, [s for s, _ in options], [start for _, start in options])
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """(B, longest) token ids, filled up with 0."""

@@ -202,7 +202,7 @@ class Batch:
         elif end == len(prompt):
             self.prompt_logits = self.model(piece, kv_cache=self.scratch)[:, -1]
         else:
-            self.model.hidden(piece, kv_cache=self.scratch)
+            self.model.fill(piece, self.scratch)
         if prefixes and piece.size(1) == PREFILL_CHUNK:
             prefixes.add(self.scratch, prompt, start)
 

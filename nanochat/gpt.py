@@ -30,6 +30,8 @@ class AttentionCache(Protocol):
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor: ...
 
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None: ...
+
     def advance(self, num_tokens: int) -> None: ...
 
 
@@ -94,20 +96,27 @@ class CausalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         """x (B, T, C); ve (B, T, G*D) value embeddings or None -> (B, T, C)."""
         B, T, _ = x.shape
+        q = normed_rotary(self.c_q(x).view(B, T, -1, self.config.head_dim), *cos_sin, self.config.qk_scale)
+        k, v = self.keys_and_values(x, ve, cos_sin)
+        if kv_cache is None:
+            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
+        else:
+            y = kv_cache.attend(self.layer, q, k, v, window_size[0])
+        return self.c_proj(y.reshape(B, T, -1))
+
+    def keys_and_values(
+        self, x: torch.Tensor, ve: torch.Tensor | None, cos_sin: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v (B, T, G, D) of x (B, T, C)."""
+        B, T, _ = x.shape
         D = self.config.head_dim
-        q = self.c_q(x).view(B, T, -1, D)
         k = self.c_k(x).view(B, T, -1, D)
         v = self.c_v(x).view(B, T, -1, D)
         if ve is not None:
             assert self.ve_gate is not None
             gate = torch.sigmoid(self.ve_gate(x[..., : self.config.value_gate_channels]))  # (B, T, G)
             v = v + self.config.value_gate_scale * gate.unsqueeze(-1) * ve.view(B, T, -1, D)
-        q, k = (normed_rotary(y, *cos_sin, self.config.qk_scale) for y in (q, k))
-        if kv_cache is None:
-            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
-        else:
-            y = kv_cache.attend(self.layer, q, k, v, window_size[0])
-        return self.c_proj(y.reshape(B, T, -1))
+        return normed_rotary(k, *cos_sin, self.config.qk_scale), v
 
 
 class MLP(nn.Module):
@@ -276,8 +285,18 @@ class GPT(nn.Module):
             for linear in linears:
                 linear.cast = None
 
+    def fill(self, idx: torch.Tensor, kv_cache: AttentionCache) -> None:
+        """Leave in the cache what `hidden` would, for tokens idx (B, T) after which nothing is to be foretold yet: of
+        the last layer only its keys and values are computed."""
+        self._run(idx, kv_cache, fill_only=True)
+
     def hidden(self, idx: torch.Tensor, kv_cache: AttentionCache | None = None) -> torch.Tensor:
         """idx (B, T) -> final normed hidden states (B, T, C) in the compute dtype."""
+        x = self._run(idx, kv_cache)
+        assert x is not None
+        return x
+
+    def _run(self, idx: torch.Tensor, kv_cache: AttentionCache | None, fill_only: bool = False) -> torch.Tensor | None:
         cfg = self.config
         x = norm(self.wte(idx).to(self.compute_dtype))
         if cfg.smear:
@@ -288,6 +307,11 @@ class GPT(nn.Module):
             if cfg.residual_scalars:
                 x = mix(x, x0, self.resid_lambdas[i], self.x0_lambdas[i])
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if cfg.has_value_embed(i) else None
+            if fill_only and i == cfg.n_layer - 1:
+                assert kv_cache is not None
+                kv_cache.store(i, *block.attn.keys_and_values(norm(x), ve, cos_sin))
+                kv_cache.advance(idx.size(1))
+                return None
             x = block(x, ve, cos_sin, self.window_sizes[i], kv_cache)
             if cfg.backout and i == cfg.n_layer // 2:
                 middle = x

@@ -79,12 +79,17 @@ class KVCache:
             y = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
         else:
             y = self._attend_many(layer, q, k, v, window)
+        self.store(layer, k, v)
+        return y
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put k, v (B, T, G, D) after what each row holds."""
+        B, T = k.shape[:2]
         size = self.k[layer].size(1)
         kept = min(T, size)
-        slots = (self.lengths[:, None] + torch.arange(T - kept, T, device=q.device)) % size  # (B, kept)
-        rows = torch.arange(B, device=q.device)[:, None]
+        slots = (self.lengths[:, None] + torch.arange(T - kept, T, device=k.device)) % size  # (B, kept)
+        rows = torch.arange(B, device=k.device)[:, None]
         self.k[layer][rows, slots], self.v[layer][rows, slots] = k[:, T - kept :], v[:, T - kept :]
-        return y
 
     def advance(self, num_tokens: int) -> None:
         """Every row in use has `num_tokens` more; called once all layers have stored theirs."""
