@@ -11,7 +11,7 @@ source .venv/bin/activate 2>/dev/null || { echo "error: no .venv here; run bash 
 
 case "${1:-cpu}" in
   cpu)
-    DEPTHS="1 2 3 4" RATIO=3
+    DEPTHS="1 2 3" RATIO=3
     FLAGS="--data=starter --head-dim=64 --max-seq-len=512 --total-batch-size=4096 --eval-tokens=262144"
     TRAIN="python -m scripts.base_train" VOCAB="--data=starter --vocab-size=4096 --max-chars=20000000" OUT=cpu ;;
   h100)
