@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -21,6 +21,18 @@ class Batch:
     targets: torch.Tensor  # (N, T) int64, -1 = no target
     weights: torch.Tensor | None = None  # (N, T) float32, per target
     origin: str = ""  # where the rows came from, for a person to look them up
+
+
+def by_length(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
+    """Numbers of sequences of about one length, as many at a time as most_tokens hold with padding; one at least."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: lengths[n]):
+        if batch and lengths[number] * (len(batch) + 1) > most_tokens:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
 
 
 def seeded_rng(purpose: int, seed: int, first: int = 0, second: int = 0) -> np.random.Generator:

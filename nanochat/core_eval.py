@@ -7,7 +7,7 @@ a time, and what options share is computed once.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from nanochat.batches import by_length
 from nanochat.core_bundle import Bundle, CoreTask
 from nanochat.core_prompts import Example, Scored, TextEncoder, common_prefix, make_examples
 from nanochat.gpt import GPT
@@ -76,8 +77,9 @@ class GPTScorer:
                 shared.append((common, i))
             else:
                 whole += [(i, j) for j in range(len(example.sequences))]
-        whole.sort(key=lambda at: len(examples[at[0]].sequences[at[1]].ids))
-        for batch in self._batches(whole, lambda at: len(examples[at[0]].sequences[at[1]].ids)):
+        lengths = [len(examples[i].sequences[j].ids) for i, j in whole]
+        for numbers in by_length(lengths, self.batch_tokens):
+            batch = [whole[n] for n in numbers]
             for (i, j), score in zip(batch, self._score_whole([examples[i].sequences[j] for i, j in batch])):
                 found[i][j] = score
         shared.sort()
@@ -91,17 +93,6 @@ class GPTScorer:
             for _, i in group:
                 found[i] = [next(scores) for _ in examples[i].sequences]
         return found  # type: ignore[return-value]
-
-    def _batches(self, items: list[Any], length: Callable[[Any], int]) -> Iterator[list[Any]]:
-        """Neighbours together, so that with padding no batch holds more than batch_tokens (or one sequence)."""
-        batch: list[Any] = []
-        for item in items:
-            if batch and length(item) * (len(batch) + 1) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(item)
-        if batch:
-            yield batch
 
     def _score_whole(self, sequences: Sequence[Scored]) -> list[Score]:
         """Sequences of about one length, padded at their ends, where causal attention does not see it."""

@@ -1,12 +1,13 @@
 """Any Hugging Face causal language model behind the interfaces that evaluations use. Needs the extra `transformers`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from nanochat.batches import by_length
 from nanochat.common import UserError
 from nanochat.core_eval import Score, scores_of
 from nanochat.core_prompts import Example
@@ -91,9 +92,9 @@ class HFModel:
     def score(self, examples: Sequence[Example]) -> list[list[Score]]:
         """Scores of each example's sequences, in order."""
         at = [(i, j) for i, e in enumerate(examples) for j in range(len(e.sequences))]
-        at.sort(key=lambda ij: len(examples[ij[0]].sequences[ij[1]].ids))
         found: list[list[Any]] = [[None] * len(e.sequences) for e in examples]
-        for batch in self._batches(at, examples):
+        for numbers in by_length([len(examples[i].sequences[j].ids) for i, j in at], BATCH_TOKENS):
+            batch = [at[n] for n in numbers]
             sequences = [examples[i].sequences[j] for i, j in batch]
             longest = max(len(s.ids) for s in sequences)
             # Padding at the end, which causal attention does not see.
@@ -104,16 +105,6 @@ class HFModel:
             for (i, j), score in zip(batch, scores_of(wanted, targets, [s.end - s.start for s in sequences])):
                 found[i][j] = score
         return found
-
-    def _batches(self, at: list[tuple[int, int]], examples: Sequence[Example]) -> Iterable[list[tuple[int, int]]]:
-        batch: list[tuple[int, int]] = []
-        for i, j in at:
-            if batch and len(examples[i].sequences[j].ids) * (len(batch) + 1) > BATCH_TOKENS:
-                yield batch
-                batch = []
-            batch.append((i, j))
-        if batch:
-            yield batch
 
 
 def load_hf_model(path: str, runtime: Runtime) -> tuple[HFModel, HFTokenizer]:

@@ -3,6 +3,7 @@ fixed prompts."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from nanochat.runtime import Runtime
 from nanochat.textfiles import Document
 from nanochat.tokenizer import RustBPETokenizer
 
+MOST_DOCUMENTS = 100_000  # that are looked through for sources
 EVAL_ROWS = 32  # per evaluation step over all processes: fixed, so that the figure does not depend on them
 
 
@@ -60,7 +62,7 @@ def bpb_by_source(
     """
     found: dict[str, list[Document]] = {}
     chars: Counter[str] = Counter()
-    for document in corpus.iter_documents(split):
+    for document in islice(corpus.iter_documents(split), MOST_DOCUMENTS):
         if chars[document.source] < 6 * tokens:  # more characters than so many tokens have
             found.setdefault(document.source, []).append(document)
             chars[document.source] += len(document.text)

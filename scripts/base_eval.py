@@ -108,11 +108,13 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
                 model, corpus, tokenizer, runtime, split=split, tokens=tokens, device_batch_size=micro
             )
             runtime.print0(f"{split} bits per byte: {values[f'{split}_bpb']:.4f}")
-        by_source = bpb_by_source(model, corpus, tokenizer, runtime, split="val", tokens=tokens // 8)
-        if len(by_source) > 1:
-            values["tables"] = {"Validation bits per byte by source": by_source}
-            for row in by_source:
-                runtime.print0(f"  {row['source']:<24}{row['bits per byte']:8.4f}   ({row['documents']} documents)")
+        for split, name in (("train", "Training"), ("val", "Validation")):
+            by_source = bpb_by_source(model, corpus, tokenizer, runtime, split=split, tokens=tokens // 8)
+            if len(by_source) > 1:
+                values.setdefault("tables", {})[f"{name} bits per byte by source"] = by_source
+                for row in by_source:
+                    runtime.print0(f"  {split} {row['source']:<24}{row['bits per byte']:8.4f}   "
+                                   f"({row['documents']} documents)")  # fmt: skip
     if "sample" in wanted and runtime.is_main:
         values["samples"] = samples(model, tokenizer)
         for item in values["samples"]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanochat.batches import by_length
 from nanochat.common import UserError, atomic_write
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_head import head_logits
 from tasks.answers import Conversation, text_of
 from tasks.common import Task
+from tasks.registry import TASKS
 
 BATCH_TOKENS = 8192  # of questions answered by a letter, padding included
 RESAMPLES = 1000
 # The published tasks of ChatCORE, and the accuracy of guessing.
-CHATCORE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0, "SpellingBee": 0.0}
+CHATCORE = {name: TASKS[name].baseline
+            for name in ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")}  # fmt: skip
 
 
 @dataclass
@@ -96,7 +99,7 @@ def choose_letters(model: GPT, tokenizer: Any, conversations: Sequence[Conversat
     was_training = model.training
     model.eval()
     with model.hold_casts():
-        for batch in _by_length(prompts):
+        for batch in by_length([len(prompt) for prompt in prompts], BATCH_TOKENS):
             longest = max(len(prompts[i]) for i in batch)
             rows = [[*prompts[i], *[0] * (longest - len(prompts[i]))] for i in batch]
             x = model.hidden(torch.tensor(rows, device=model.device))  # (B, T, C)
@@ -108,18 +111,6 @@ def choose_letters(model: GPT, tokenizer: Any, conversations: Sequence[Conversat
                 found[i] = letters[int(logits[row, ids].argmax())]
     model.train(was_training)
     return found
-
-
-def _by_length(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Numbers of prompts of about one length, as many at a time as BATCH_TOKENS hold."""
-    batch: list[int] = []
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if batch and len(prompts[i]) * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------
