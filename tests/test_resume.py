@@ -133,7 +133,8 @@ def test_resuming_at_an_earlier_step_gives_the_same_end(straight: Path, tmp_path
 
     for name in ("tokenizer", "base_checkpoints"):
         shutil.copytree(straight / name, tmp_path / name)
-    finish("base_train", [*BASE, f"--data={straight / 'data.jsonl'}", f"--resume-from-step={STEPS - SAVE_EVERY}"], tmp_path)
+    resume = f"--resume-from-step={STEPS - SAVE_EVERY}"
+    finish("base_train", [*BASE, f"--data={straight / 'data.jsonl'}", resume], tmp_path)
     assert result(tmp_path, "base_checkpoints") == result(straight, "base_checkpoints")
 
 
