@@ -13,22 +13,20 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nanochat import sandbox_lock, sandbox_program
-from nanochat.sandbox_wire import Gone, frame_of, parse_frame, read_frame, write_frame
+from nanochat.sandbox_processes import ENDS, Child, Output, verdict_of
+from nanochat.sandbox_wire import Gone, frame_of, read_frame, write_frame
 
 REQUESTS, ANSWERS = 0, 1
 TICK_SECONDS, END_TICK_SECONDS = 0.05, 0.001  # while a program runs; once it is about to be gone
-MAX_REPORT_BYTES = 4096
 MAX_FILES = 2000
 MAX_THREADS = 64
 MAX_DESCRIPTORS = 256
 PRELOADED = ("ast bisect collections copy datetime decimal fractions functools heapq itertools json math operator "
              "random re statistics string threading typing")  # fmt: skip
-ENDS = {"end": "success", "error": "error", "memory": "out_of_memory", "exit": "early_exit", "gone": "crashed"}
-CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGSYS, signal.SIGTRAP}
 
 
 @dataclass
@@ -40,69 +38,6 @@ class Settings:
     may_read: bool  # Python lies where only root may read
     readable: list[str]
     scratch: str  # the programs' folder; "" where they may write nowhere
-
-
-@dataclass
-class Child:
-    """A process that runs a program or its tests, as the supervisor sees it."""
-
-    pid: int
-    report: socket.socket
-    received: bytearray = field(default_factory=bytearray)
-    ended: str = ""  # what it said about its end
-    status: int | None = None  # how it really ended: exit code, or minus the signal
-
-    def poll(self) -> bool:
-        """Whether the process is gone; reaps it."""
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if pid else None
-        return self.status is not None
-
-    def kill(self) -> None:
-        if not self.poll():
-            os.kill(self.pid, signal.SIGKILL)
-            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        self.report.close()
-
-
-class Output:
-    """The two pipes that programs write to. What is past the cap is not kept."""
-
-    def __init__(self, cap: int) -> None:
-        self.cap = cap
-        pipes = os.pipe(), os.pipe()
-        self.write_ends = [pipe[1] for pipe in pipes]
-        self.texts = {pipe[0]: bytearray() for pipe in pipes}
-        for fd in self.texts:
-            os.set_blocking(fd, False)
-
-    @property
-    def full(self) -> bool:
-        return sum(map(len, self.texts.values())) > self.cap
-
-    def read(self, fd: int) -> bool:
-        """Take what is there; False at the end."""
-        try:
-            while not self.full:
-                piece = os.read(fd, 1 << 16)
-                self.texts[fd] += piece
-                if not piece:
-                    return False
-        except BlockingIOError:
-            pass
-        return True
-
-    def take(self) -> list[str]:
-        """All that came, a byte a character, cut at the cap; begins anew."""
-        for fd in self.texts:
-            self.read(fd)
-        left, texts = self.cap, []
-        for text in self.texts.values():
-            texts.append(bytes(text[:left]).decode("latin-1"))
-            left -= min(left, len(text))
-            text.clear()
-        return texts
 
 
 class Supervisor:
@@ -179,8 +114,8 @@ class Supervisor:
             os.dup2(fd, number)
         os.closerange(1 + len(high), MAX_DESCRIPTORS)
         for number, name in enumerate(("stdin", "stdout", "stderr")):
-            stream = open(number, "r" if number == 0 else "w", buffering=1, encoding="utf-8",
-                          errors="surrogateescape", closefd=False)  # fmt: skip
+            mode = "r" if number == 0 else "w"
+            stream = os.fdopen(number, mode, 1, encoding="utf-8", errors="surrogateescape", closefd=False)
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -237,7 +172,7 @@ class Supervisor:
             for fd, _ in poller.poll(max(0.0, min(tick, deadline - time.monotonic())) * 1000):
                 if fd == REQUESTS:
                     raise Gone("the parent")  # it writes nothing meanwhile, so it has closed
-                if not (self.output.read(fd) if fd in self.output.texts else self.listen(reports[fd])):
+                if not (self.output.read(fd) if fd in self.output.texts else reports[fd].listen()):
                     poller.unregister(fd)
                     tick = END_TICK_SECONDS if fd in reports else tick
             if self.output.full:
@@ -248,20 +183,6 @@ class Supervisor:
                 return "file_limit"
             if verdict := self.decide():
                 return verdict
-
-    def listen(self, child: Child) -> bool:
-        """Take what a process reports; False at the end of it, or once it talks nonsense."""
-        try:
-            piece = child.report.recv(MAX_REPORT_BYTES)
-            child.received += piece
-            message = parse_frame(child.received) if piece else None
-        except BlockingIOError:
-            return True
-        except (OSError, Gone):
-            return False
-        if isinstance(message, dict) and not child.ended:
-            child.ended = str(message.get("ended"))
-        return bool(piece) and len(child.received) < MAX_REPORT_BYTES
 
     def too_many_files(self) -> bool:
         """A sized tmpfs limits bytes, not files, and every file takes memory of the kernel."""
@@ -278,25 +199,16 @@ class Supervisor:
         if tests and tests.ended == "end" and tests.poll():
             return verdict_of(tests)
         if program.poll():
-            self.listen(program)  # its last word may have come after the last look
+            program.listen()  # its last word may have come after the last look
             if not tests or program.ended != "end":
                 return verdict_of(program)
         if tests and tests.poll():
-            self.listen(tests)
+            tests.listen()
             if tests.ended != "gone":
                 return verdict_of(tests)
             if program.status is not None:  # it hung up on its tests
                 return "early_exit"
         return ""
-
-
-def verdict_of(child: Child) -> str:
-    """From how a process ended and what it said before."""
-    status = child.status or 0
-    if status < 0:
-        return "timeout" if -status == signal.SIGXCPU else "crashed" if -status in CRASHES else "killed"
-    verdict = ENDS.get(child.ended, "early_exit")
-    return "early_exit" if verdict == "success" and status != 0 else verdict
 
 
 def main() -> None:

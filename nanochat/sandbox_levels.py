@@ -27,7 +27,14 @@ START_SECONDS = 30.0
 SCRATCH_BYTES = 32 << 20
 NOBODY = 65534
 INSIDE_UID = 1000  # what an unprivileged user looks like to itself in the namespace
-MODULES = ("sandbox_child", "sandbox_lock", "sandbox_program", "sandbox_wire")  # all that is read inside
+# All that is read inside:
+MODULES = (
+    "sandbox_child",
+    "sandbox_lock",
+    "sandbox_processes",
+    "sandbox_program",
+    "sandbox_wire",
+)
 SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/lib", "/lib64")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 MORE = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
@@ -174,7 +181,7 @@ class Worker:
         """Raises Unavailable if it does not come up."""
         start = STARTS[level]()
         self.level, self.folder = level, start.folder
-        self.complaints = tempfile.TemporaryFile()
+        self.complaints = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the worker
         who: dict[str, Any] = {} if start.user is None else {"user": start.user, "group": start.user,
                                                              "extra_groups": []}  # fmt: skip
         try:

@@ -78,7 +78,7 @@ def parts(code: str, name: str) -> list[types.CodeType]:
     tree = ast.parse(code, name)
     if not tree.body or not isinstance(tree.body[-1], ast.Expr):
         return [compile(tree, name, "exec")]
-    last = ast.Interactive([tree.body.pop()])  # type: ignore[list-item]
+    last = ast.Interactive([tree.body.pop()])
     return [compile(tree, name, "exec"), compile(last, name, "single")]
 
 

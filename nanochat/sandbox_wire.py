@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 MAX_FRAME_BYTES = 64 << 20
-TAGS: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+TAGS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 class Gone(Exception):
