@@ -200,9 +200,10 @@ class Worker:
             self.send(start.settings)
             self.receive(START_SECONDS)
         except BaseException as error:
+            complaint = self.complaint()
             self.close()
             if isinstance(error, Gone | TimeoutError):
-                raise Unavailable(self.complaint() or "it did not start") from error
+                raise Unavailable(complaint or "it did not start") from error
             raise
 
     def send(self, value: Any) -> None:
@@ -219,6 +220,7 @@ class Worker:
 
     def forget(self) -> None:
         """In a fork of this process: it is the other's. Its pipes must not be held open here."""
+        self.complaints.close()
         self.requests.close()
         self.answers.close()
 

@@ -88,8 +88,8 @@ def print_error(error: BaseException, name: str) -> None:
     while trace is not None and trace.tb_frame.f_code.co_filename != name:
         trace = trace.tb_next
     try:
-        lines = traceback.format_exception(type(error), error, trace, limit=-20)
-        sys.stderr.write("".join(lines))
+        text = "".join(traceback.format_exception(type(error), error, trace, limit=-20))
+        sys.stderr.write(text if len(text) < 8000 else f"{text[:4000]}\n[...]\n{text[-4000:]}")
     except BaseException:  # an exception whose text cannot be made, or a traceback module that was tampered with
         with contextlib.suppress(BaseException):
             os.write(2, f"{type(error).__name__}\n".encode("utf-8", "backslashreplace"))
