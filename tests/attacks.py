@@ -171,7 +171,8 @@ PROGRAMS = {
     "standing still": ("timeout", "os.kill(os.getpid(), 19)"),
     "a loop": ("timeout", "while True: pass"),
     "sleep": ("timeout", "time.sleep(60)"),
-    "a loop that catches everything": ("timeout", "while True:\n try:\n  while True: pass\n except BaseException: pass"),
+    "a loop that catches everything": ("timeout", "while True:\n try:\n  while True: pass\n"
+                                       " except BaseException: pass"),
     "a loop in C": ("timeout", "import re\nre.match('(a*)*b', 'a' * 60)"),
     "a number in C": ("timeout", "sum(x * x for x in range(1 << 60))"),
     "deaf to signals": ("timeout", "import signal\nfor s in range(1, 65):\n try: signal.signal(s, signal.SIG_IGN)\n "
