@@ -35,9 +35,11 @@ POSITIVE = {
     "tokenizer": """train_seconds encode_single_mb_per_second encode_single_tokens_per_second
         encode_batch_mb_per_second encode_batch_tokens_per_second decode_mb_per_second bytes_per_token""",
     "recipe": "steps total_batch",
+    "sandbox": "unsafe_warm_per_second unsafe_tested_per_second unsafe_cold_per_second",
 }  # fmt: skip
 SMALL_TEXT = {"tokenizer": ["--chars=20000"], "data": ["--chars=20000", "--documents=100", "--again=20"],
-              "recipe": ["--chars=20000", "--steps=2", "--total-batch=32", "--eval-tokens=512"]}  # fmt: skip
+              "recipe": ["--chars=20000", "--steps=2", "--total-batch=32", "--eval-tokens=512"],
+              "sandbox": ["--problems=0"]}  # fmt: skip
 
 
 @pytest.fixture

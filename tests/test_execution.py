@@ -24,6 +24,7 @@ from nanochat.common import UserError
 from nanochat.execution import VERDICTS, ExecutionResult, PythonSession, close_all, execute_code
 from nanochat.sandbox_levels import SAFE_LEVELS, choose_level, why_unavailable
 from nanochat.sandbox_wire import Gone, pack, parse_frame, unpack
+from tasks.humaneval import HumanEval
 from tests.attacks import ATTEMPTS, PRELUDE, PROGRAMS, RIGHT, TESTED, TESTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,6 +243,15 @@ def test_memory_is_bounded_in_all(level: str) -> None:
     code = "x = []\nwhile True:\n try: x.append(bytearray(1 << 20))\n except MemoryError: break\nprint(len(x))"
     result = execute_code(code, memory_bytes=128 << 20, level=level)
     assert result.success and 32 <= int(result.stdout) < 128
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_references_of_humaneval_pass_and_empty_bodies_fail(level: str, index: int) -> None:
+    """The embedded items; all 164: python -m bench.sandbox."""
+    task = HumanEval(sample=True, sandbox=level)
+    for i in range(index, len(task), 3):
+        assert task.evaluate(task[i], task[i]["messages"][1]["content"])
+        assert not task.evaluate(task[i], "    pass\n")
 
 
 # ---------------------------------------------------------------------------------------------------
