@@ -39,7 +39,8 @@ VERDICTS = {
     "killed": "a signal ended it",
     "ended": "the session was over",
 }
-MAX_CODE_CHARS = 8 << 20
+MAX_CODE_CHARS = 4 << 20
+MAX_OUTPUT_BYTES = 8 << 20
 GRACE_SECONDS = 10.0  # for the supervisor's answer, after the time is over
 
 
@@ -70,8 +71,8 @@ class Limits:
     def __post_init__(self) -> None:
         if not 0 < self.timeout <= 3600:
             raise ValueError(f"timeout must be above 0 and at most 3600 seconds, got {self.timeout}")
-        if self.memory_bytes < 64 << 20 or self.output_bytes < 1:
-            raise ValueError(f"memory_bytes must be at least 64 MiB and output_bytes 1, got {self}")
+        if self.memory_bytes < 64 << 20 or not 0 < self.output_bytes <= MAX_OUTPUT_BYTES:
+            raise ValueError(f"memory_bytes must be at least 64 MiB and output_bytes at most 8 MiB, got {self}")
 
     def job(self, *, tested: bool = False, interactive: bool = False) -> dict[str, Any]:
         """As the supervisor takes them."""

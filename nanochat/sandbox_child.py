@@ -99,15 +99,19 @@ class Supervisor:
         if pid == 0:
             try:
                 self.become_program([*self.output.write_ends, theirs.fileno(), *calls])
-            except BaseException as error:  # locking in failed before any code was run, or the supervisor is gone
+            except BaseException as error:
                 with contextlib.suppress(OSError):
                     os.write(2, f"the sandbox could not be closed: {error!r}\n".encode())
-            os._exit(70)
+                os._exit(70)
+            try:
+                sandbox_program.run_requests(self.limits["interactive"])
+            finally:
+                os._exit(71)  # never back into the supervisor's code
         theirs.close()
         return Child(pid, ours)
 
     def become_program(self, fds: list[int]) -> None:
-        """In the forked process: descriptors 0 to 4 and no others, limits, filter, then the program."""
+        """In the forked process: descriptors 0 to 4 and no others, limits, filter. No code has run before."""
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in fds]
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, fd in enumerate(high, 1):
@@ -124,7 +128,6 @@ class Supervisor:
         os.setsid()
         self.lock()
         sys.modules["random"].seed(0)  # the same program, the same run
-        sandbox_program.run_requests(self.limits["interactive"])
 
     def lock(self) -> None:
         """Strongest last: after the filter nothing of this can be done again."""
@@ -218,6 +221,8 @@ def main() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whatever the parent left there
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     settings = Settings(**read_frame(REQUESTS))
     if settings.level != "unsafe":
         sandbox_lock.hide_memory()

@@ -122,7 +122,7 @@ def mounts(sources: dict[str, str]) -> list[str]:
         words += ["--ro-bind", source, path]
     packages = (f"{sysconfig.get_path('stdlib')}/site-packages", "/usr/lib/python3/dist-packages")
     for folder in filter(os.path.isdir, packages):
-        words += ["--tmpfs", folder]
+        words += ["--tmpfs", folder, "--remount-ro", folder]
     for path in DEVICES:
         words += ["--dev-bind", path, path]
     for path in MORE:

@@ -22,7 +22,7 @@ newfstatat 262 79, statx 332 291, access 21 -, faccessat 269 48, faccessat2 439 
 getcwd 79 17, getdents 78 -, getdents64 217 61, statfs 137 43, fstatfs 138 44, chdir 80 49, fchdir 81 50,
 fadvise64 221 223, dup 32 23, dup2 33 -, dup3 292 24, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72,
 epoll_create 213 -, epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22, epoll_pwait2 441 441,
-eventfd 284 -, eventfd2 290 19, pipe 22 -, pipe2 293 59, socketpair 53 199, sendto 44 206, recvfrom 45 207,
+eventfd 284 -, eventfd2 290 19, pipe 22 -, pipe2 293 59, recvfrom 45 207,
 shutdown 48 210, getsockopt 55 209, getsockname 51 204, getpeername 52 205,
 mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233, brk 12 214, mincore 27 232,
 rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigpending 127 136, rt_sigtimedwait 128 137,
@@ -42,13 +42,15 @@ mkdir 83 -, mkdirat 258 34, rmdir 84 -, unlink 87 -, unlinkat 263 35, rename 82 
 link 86 -, linkat 265 37, symlink 88 -, symlinkat 266 36, chmod 90 -, fchmod 91 52, fchmodat 268 53, utime 132 -,
 utimes 235 -, utimensat 280 88, futimesat 261 -, flock 73 32, copy_file_range 326 285, sendfile 40 71
 """
-# Allowed if an argument is one of these: fcntl without owners, signals and leases; ioctl for files and pipes;
-# prctl for a thread's name.
+# Allowed if the argument of that index is one of these: fcntl without owners, signals and leases; ioctl for files and
+# pipes; prctl for a thread's name.
 VALUES: dict[str, tuple[int, tuple[int, ...]]] = {
     "fcntl 72 25": (1, (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)),
     "ioctl 16 29": (1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
     "prctl 157 167": (0, (15, 16)),
     "prlimit64 302 261": (0, (0,)),  # itself only
+    "socketpair 53 199": (0, (1,)),  # AF_UNIX
+    "sendto 44 206": (5, (0,)),  # to the other end of a pair, not to an address, which a pair of datagrams could
     "sched_getaffinity 204 123": (0, (0,)),
 }
 SELF_ONLY = ("kill 62 129", "tgkill 234 131")  # signals: the first argument is the process's own id

@@ -120,10 +120,10 @@ def answer_calls(function: Any) -> None:
             arguments, named = unpack(read_frame(CALLS))
             try:
                 answer = {"value": pack(function(*arguments, **named))}
-            except RecursionError:
-                answer = {"raised": "RecursionError", "text": ""}
-            except Exception as error:
-                answer = {"raised": type(error).__name__, "text": str(error)[:1000]}
+            except SystemExit:
+                os._exit(0)
+            except BaseException as error:
+                answer = {"raised": type(error).__name__[:100], "text": str(error)[:1000]}
             write_frame(CALLS, answer)
 
 

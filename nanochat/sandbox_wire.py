@@ -78,8 +78,10 @@ def parse_frame(data: bytes) -> Any:
 
 def pack(value: Any) -> Any:
     """A plain value as JSON. Exact types only: what a subclass makes of itself does not travel. Raises TypeError."""
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in (bool, float, str):
         return value
+    if type(value) is int:
+        return value if value.bit_length() < 1000 else {"int": hex(value)}  # decimal digits are slow, and limited
     if type(value) is list:
         return [pack(item) for item in value]
     if type(value) is dict:
@@ -103,6 +105,8 @@ def unpack(value: Any) -> Any:
     ((tag, content),) = value.items()
     if tag == "dict":
         return {unpack(key): unpack(item) for key, item in content}
+    if tag == "int":
+        return int(content, 16)
     if tag == "bytes":
         return bytes.fromhex(content)
     if tag == "complex":

@@ -54,6 +54,11 @@ ATTEMPTS = {
     "a way through the folder of descriptors": "os.listdir, '/proc/self/fd'",
     "change Python's library": "open, os.__file__, 'a'",
     "write into Python's library": "open, os.path.dirname(os.__file__) + '/evil.py', 'w'",
+    "write where packages are": "open, os.path.dirname(os.__file__) + '/site-packages/evil.py', 'w'",
+    "write where the system's packages are": "open, '/usr/lib/python3/dist-packages/evil.py', 'w'",
+    "write into the root": "open, '/left', 'w'",
+    "write among the devices": "open, '/dev/left', 'w'",
+    "write among the system's files": "open, '/usr/share/left', 'w'",
     "write the supervisor's code": "open, '/sandbox/nanochat/sandbox_child.py', 'w'",
     "read this project": "open, PROJECT + '/README.md'",
     "the kernel's switches": "open, '/proc/sys/kernel/core_pattern', 'w'",
@@ -114,6 +119,11 @@ ATTEMPTS = {
     "an abstract socket": "lambda: socket.socket(socket.AF_UNIX).connect(ABSTRACT)",
     "listen": "lambda: socket.create_server(('127.0.0.1', 0))",
     "datagrams": "lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT))",
+    "datagrams through a pair": "lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', "
+    "DATAGRAMS)",
+    "abstract datagrams through a pair": "lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', "
+    "ABSTRACT + 'd')",
+    "a pair of another kind": "raw, 53, 199, 30, 1, 0, ctypes.create_string_buffer(8)",
     "raw packets": "lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
     "packets of the link": "lambda: socket.socket(17, socket.SOCK_RAW)",
     "the kernel's own socket": "lambda: socket.socket(16, socket.SOCK_RAW)",

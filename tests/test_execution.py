@@ -77,22 +77,28 @@ def victim() -> Iterator[Victim]:
         stack.callback(shutil.rmtree, folder)
         stack.callback(shutil.rmtree, sockets)
         kinds = [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_INET, socket.SOCK_DGRAM),
-                 (socket.AF_UNIX, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_STREAM)]  # fmt: skip
-        tcp, udp, named, abstract = (stack.enter_context(socket.socket(*kind)) for kind in kinds)
+                 (socket.AF_UNIX, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_STREAM),
+                 (socket.AF_UNIX, socket.SOCK_DGRAM), (socket.AF_UNIX, socket.SOCK_DGRAM)]  # fmt: skip
+        everyone = [stack.enter_context(socket.socket(*kind)) for kind in kinds]
+        tcp, udp, named, abstract, datagrams, abstract_datagrams = everyone
         tcp.bind(("127.0.0.1", 0))
         port = tcp.getsockname()[1]
         udp.bind(("127.0.0.1", port))
         named.bind(f"{sockets}/s")
-        os.chmod(f"{sockets}/s", 0o777)
+        datagrams.bind(f"{sockets}/d")
+        for name in "sd":
+            os.chmod(f"{sockets}/{name}", 0o777)
         linux = sys.platform == "linux"
         abstract.bind(f"\0victim{os.getpid()}" if linux else f"{sockets}/a")
+        abstract_datagrams.bind(f"\0victim{os.getpid()}d" if linux else f"{sockets}/ad")
         for listener in (tcp, named, abstract):
             listener.listen(8)
-        for listener in (tcp, udp, named, abstract):
+        for listener in everyone:
             listener.setblocking(False)
         prelude = PRELUDE + (f"CANARY, PROJECT, PARENT, PORT = {str(canary)!r}, {str(ROOT)!r}, {os.getpid()}, {port}\n"
-                             f"SOCKET, ABSTRACT = '{sockets}/s', '\\0victim{os.getpid()}'\n")  # fmt: skip
-        yield Victim(canary, prelude, [tcp, udp, named, abstract])
+                             f"SOCKET, DATAGRAMS, ABSTRACT = '{sockets}/s', '{sockets}/d', "
+                             f"'\\0victim{os.getpid()}'\n")  # fmt: skip
+        yield Victim(canary, prelude, everyone)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -429,8 +435,8 @@ def test_arguments_are_checked() -> None:
 
 
 def test_values_travel_unchanged_and_nothing_else_does() -> None:
-    values = [None, True, 1, 10**50, 1.5, float("inf"), "é\ud800", b"\xff", 1j, [1, [2]], (1, (2,)), {1, 2},
-              frozenset("a"), {"a": 1, (1, 2): [3], None: {"dict": 1}}, {}, [], ()]  # fmt: skip
+    values = [None, True, 1, 10**50, 7**9000, -(7**9000), 1.5, float("inf"), "é\ud800", b"\xff", 1j, [1, [2]],
+              (1, (2,)), {1, 2}, frozenset("a"), {"a": 1, (1, 2): [3], None: {"dict": 1}}, {}, [], ()]  # fmt: skip
     from nanochat.sandbox_wire import frame_of
 
     for value in values:
