@@ -78,7 +78,7 @@ def start_bubblewrap() -> Start:
     if not bwrap:
         raise Unavailable("bubblewrap is not installed")
     executable, files = python_files()
-    root = os.geteuid() == 0
+    root = os.geteuid() == 0 and unused_uid() > 0
     settings = {"level": "bubblewrap", "uid": 0, "may_read": False, "readable": [], "scratch": "/tmp"}
     start = Start([], settings, NOBODY if root else None)
     sources = {path: path for path in files}
@@ -146,14 +146,18 @@ def start_landlock() -> Start:
     if sys.platform != "linux":
         raise Unavailable("Landlock is Linux")
     executable, files = python_files()
-    root, may_read = os.geteuid() == 0, not all(map(open_to_all, files))
-    settings = {"level": "landlock", "uid": unused_uid() if root else 0, "may_read": root and may_read,
+    uid = unused_uid() if os.geteuid() == 0 else 0
+    settings = {"level": "landlock", "uid": uid, "may_read": uid > 0 and not all(map(open_to_all, files)),
                 "readable": [*SYSTEM, *files, *DEVICES, *MORE], "scratch": ""}  # fmt: skip
     return Start(plain_command(executable), settings)
 
 
 def unused_uid() -> int:
-    """A user id that nobody has, so that limits count this sandbox's threads only; 0 if there is none but root's."""
+    """A user id that nobody has, so that limits count this sandbox's threads only; 0 where root cannot turn into it:
+    there is no other in this namespace, or the rights to do so were dropped."""
+    rights = int(Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0], 16)
+    if ~rights & (1 << 6 | 1 << 7):  # CAP_SETGID, CAP_SETUID
+        return 0
     ranges = [list(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     last = max(first + count for first, _, count in ranges) - 2
     return max(0, min(last, 1_500_000_000 + os.getpid()))

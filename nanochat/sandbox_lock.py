@@ -177,18 +177,24 @@ def die_with_parent() -> None:
     _call(_libc().prctl(1, 9, 0, 0, 0), "PR_SET_PDEATHSIG")
 
 
+READ_RIGHT, OVERRIDE_RIGHT = 1 << 2, 1 << 1  # CAP_DAC_READ_SEARCH; a container may have only CAP_DAC_OVERRIDE
+
+
 def give_up_rights(uid: int, may_read: bool) -> None:
-    """Turn into user `uid` for good (0: stay who it is) and drop root's rights. `may_read` keeps the one to read what
-    only root may, for a Python that lies in root's home; Landlock still says which files those are."""
-    libc, read_right = _libc(), 1 << 2  # CAP_DAC_READ_SEARCH
+    """Turn into user `uid` for good (0: stay who it is) and drop root's rights. `may_read` keeps those to read what
+    only root may, for a Python that lies in root's home; Landlock and the filter say which files, and that they are
+    only read."""
+    libc, header = _libc(), struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    held = ctypes.create_string_buffer(24)
+    _call(libc.capget(header, held), "capget")
+    permitted = struct.unpack("6I", held.raw)[1] if may_read else 0
+    kept = permitted & READ_RIGHT or permitted & OVERRIDE_RIGHT
     if uid:
         _call(libc.prctl(8, 1, 0, 0, 0), "PR_SET_KEEPCAPS")
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    kept = read_right if may_read else 0
-    header, rights = struct.pack("Ii", 0x20080522, 0), struct.pack("IIIIII", kept, kept, 0, 0, 0, 0)
-    _call(libc.capset(header, rights), "capset")
+    _call(libc.capset(header, struct.pack("6I", kept, kept, 0, 0, 0, 0)), "capset")
 
 
 def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, tasks: int) -> None:

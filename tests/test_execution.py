@@ -235,7 +235,7 @@ def test_undecodable_output_is_replaced_and_output_is_cut(level: str) -> None:
 
 @pytest.mark.parametrize(
     ("code", "verdict"),
-    [("#" * (1 << 20) + "\nprint(1)", "success"), ("x = 1\n" * (1 << 18) + "print(x)", "success"),
+    [("#" * (1 << 20) + "\nprint(1)", "success"), (f"x = '{'a' * 57}'\n" * (1 << 14) + "print(x)", "success"),
      ("(" * (1 << 20), "error"), ("x = " + "9" * (1 << 20), "error"), ("\ud800", "error"), ("a\0b", "error"),
      ("# coding: nonsense\nprint(1)", "success"), ("", "success"), ("\ufeffprint(1)", "error")],
     ids=["comment", "statements", "brackets", "number", "surrogate", "null", "coding", "empty", "mark"],
