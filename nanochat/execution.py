@@ -24,7 +24,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.sandbox_levels import SCRATCH_BYTES, Unavailable, Worker, choose_level
+from nanochat.sandbox_levels import Worker, choose_level
+from nanochat.sandbox_starts import SCRATCH_BYTES, Unavailable
 from nanochat.sandbox_wire import Gone
 
 VERDICTS = {

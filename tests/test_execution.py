@@ -350,8 +350,8 @@ def script(body: str, *, wait: str) -> subprocess.Popen[str]:
     assert process.stdout
     for line in process.stdout:
         if line.strip() == wait:
-            break
-    return process
+            return process
+    raise AssertionError(process.communicate()[1])
 
 
 def gone_soon(pids: set[int]) -> bool:
@@ -384,6 +384,14 @@ def test_a_fork_of_the_parent_may_use_it_too(any_level: str) -> None:
             "if pid == 0: close_all(); os._exit(0 if right else 1)\n"
             "print('child', os.waitpid(pid, 0)[1], right)")  # fmt: skip
     process = script(body, wait="child 0 True")
+    assert process.wait(20) == 0
+    process.communicate()
+
+
+def test_what_the_parent_does_with_signals_is_its_own_business(level: str) -> None:
+    body = ("signal.signal(signal.SIGCHLD, signal.SIG_IGN)\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 30))\n"
+            f"print([execute_code(c, 0.3, level={level!r}).verdict for c in ('pass', 'while 1: pass')])")  # fmt: skip
+    process = script(body, wait="['success', 'timeout']")
     assert process.wait(20) == 0
     process.communicate()
 
