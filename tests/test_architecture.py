@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"common", "runtime", "schedules", "deadline", "packing", "calculator", "execution", "kernels", "fused"},
+    {"common", "runtime", "schedules", "deadline", "packing", "calculator", "execution", "kernels", "fused",
+     "sandbox_levels", "sandbox_starts", "sandbox_child", "sandbox_lock", "sandbox_processes", "sandbox_program",
+     "sandbox_wire"},
     {
         "conversation", "tokenizer", "dataset", "dataloader", "flash_attention", "gpt", "gpt_config", "loss_head",
         "optim", "scaling", "convert", "textfiles", "download", "batches", "document_order", "lanes",
