@@ -8,7 +8,8 @@ from tasks.arithmetic import Arithmetic
 from tasks.common import Task
 from tasks.formats import Format
 from tasks.gsm8k import GSM8K
-from tasks.spellingbee import SpellingBee
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+from tasks.starter import Identity
 from tasks.wordproblems import LEVELS, WordProblems
 
 TRAIN_SIZE = 4096  # items of a task that has no end
@@ -29,6 +30,8 @@ REWARDED: Mapping[str, Build] = {
     "GSM8K": lambda split, size, seed: [GSM8K("main", split)],
     "Arithmetic": generated(Arithmetic),
     "LetterCounting": generated(SpellingBee),
+    "Spelling": generated(SimpleSpelling),
+    "Identity": lambda split, size, seed: [Identity("train" if split == "train" else "val", stop=size)],
     "Format": generated(Format),
 }
 

@@ -288,13 +288,15 @@ def test_a_level_is_passed_when_its_reward_stays_high() -> None:
     assert curriculum.level == 2, "and there is nothing after the last"
 
 
-def test_earlier_levels_are_not_forgotten() -> None:
+def test_the_levels_beside_the_present_one_are_not_forgotten() -> None:
     import numpy as np
 
     levels = [WordProblems(level, 10) for level in LEVELS]
     curriculum, rng = Curriculum(levels, level=2), np.random.default_rng(0)
     drawn = [curriculum.draw(rng)[0].name for _ in range(1000)]
-    assert 750 < drawn.count("WordProblems/3") < 850 and drawn.count("WordProblems/1") > 50
+    assert 650 < drawn.count("WordProblems/3") < 750 and drawn.count("WordProblems/1") > 100
+    first = [Curriculum(levels).draw(rng)[0].name for _ in range(1000)]
+    assert 650 < first.count("WordProblems/1") < 750 and "WordProblems/3" not in first
 
 
 @pytest.mark.parametrize("level", LEVELS)
