@@ -23,7 +23,7 @@ class Settings:
     """What the operator decides. Times in seconds."""
 
     model_name: str = "nanochat"
-    api_key: str = ""  # empty: none is asked for
+    api_keys: Sequence[str] = ()  # any of them opens; empty: none is asked for
     cors_origins: Sequence[str] = ()
     temperature: float = 0.8
     top_k: int = 50

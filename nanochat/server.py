@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from sse_starlette.sse import EventSourceResponse
@@ -32,7 +32,7 @@ from nanochat.api_generation import (
     completion_events,
     published_events,
 )
-from nanochat.api_guard import add_error_handlers, add_middleware
+from nanochat.api_guard import Door, add_error_handlers, add_middleware
 from nanochat.api_types import (
     ChatRequest,
     CompletionRequest,
@@ -92,8 +92,7 @@ class Api:
     def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings, metrics: Metrics) -> None:
         self.pool, self.tokenizer, self.settings, self.metrics = pool, tokenizer, settings, metrics
         self.started = time.time()
-        self.under_way = 0
-        self.closing = False
+        self.door = Door()
 
     # -- requests to orders ---------------------------------------------------------------------------
 
@@ -185,7 +184,6 @@ class Api:
         """Server-sent events; errors on the way become events, and whatever happens the rows are freed."""
 
         async def lines() -> AsyncIterator[dict[str, str]]:
-            self.under_way += 1
             try:
                 async for event in events:
                     yield {"data": json.dumps(event, ensure_ascii=False)}
@@ -194,7 +192,6 @@ class Api:
             except ApiError as error:
                 yield {"data": json.dumps(error.body, ensure_ascii=False)}
             finally:
-                self.under_way -= 1
                 generation.cancel()
                 self.count(generation)
 
@@ -218,12 +215,12 @@ def create_app(
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
-        api.closing = True
+        api.door.closing = True
         await asyncio.to_thread(pool.close, settings.drain_seconds)
 
     app = FastAPI(title="nanochat", lifespan=life, docs_url=None, redoc_url=None)
     app.state.api = api
-    add_middleware(app, settings, lambda path, status: metrics.requests.labels(path, str(status)).inc())
+    add_middleware(app, api.door, settings, lambda path, status: metrics.requests.labels(path, str(status)).inc())
     add_error_handlers(app)
     add_generation_routes(app, api)
     add_other_routes(app, api)
@@ -247,19 +244,7 @@ def gauges(api: Api) -> None:
 
 
 def add_generation_routes(app: FastAPI, api: Api) -> None:
-    async def admitted() -> AsyncIterator[None]:
-        if api.closing:
-            raise ApiError(503, "the server is shutting down", "server_error", code="unavailable")
-        if api.under_way >= api.settings.max_requests:
-            raise ApiError(429, "too many requests are under way", "rate_limit_error", code="server_busy",
-                           headers={"Retry-After": "1"})  # fmt: skip
-        api.under_way += 1
-        try:
-            yield
-        finally:
-            api.under_way -= 1
-
-    @app.post("/v1/chat/completions", dependencies=[Depends(admitted)])
+    @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Any:
         api.check_model(body.model)
         order = api.chat_order(body)
@@ -270,14 +255,14 @@ def add_generation_routes(app: FastAPI, api: Api) -> None:
         generation.submit([order], body.stop, api.settings.answers)
         return api.stream(generation, chat_events(api.head, generation, body))
 
-    @app.post("/chat/completions", dependencies=[Depends(admitted)])
+    @app.post("/chat/completions")
     async def published_chat(body: PublishedChatRequest) -> Any:
         order = api.chat_order(body.to_chat())
         generation = Generation(api.pool, api.tokenizer, api.settings)
         generation.submit([order], (), api.settings.answers)
         return api.stream(generation, published_events(generation), done=False)
 
-    @app.post("/v1/completions", dependencies=[Depends(admitted)])
+    @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Any:
         api.check_model(body.model)
         orders = api.completion_orders(body)
@@ -289,11 +274,18 @@ def add_generation_routes(app: FastAPI, api: Api) -> None:
 
 
 def add_other_routes(app: FastAPI, api: Api) -> None:
+    def own_model() -> dict[str, Any]:
+        return {"id": api.settings.model_name, "object": "model", "created": int(api.started), "owned_by": "nanochat",
+                "max_context": api.max_context, "answers": api.settings.answers}  # fmt: skip
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        own = {"id": api.settings.model_name, "object": "model", "created": int(api.started), "owned_by": "nanochat",
-               "max_context": api.max_context, "answers": api.settings.answers}  # fmt: skip
-        return {"object": "list", "data": [own]}
+        return {"object": "list", "data": [own_model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        api.check_model(name)
+        return own_model()
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -320,7 +312,7 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
     @app.get("/health")
     @app.get("/health/ready")
     async def ready() -> Any:
-        fine = api.pool.alive and not api.closing
+        fine = api.pool.alive and not api.door.closing
         return JSONResponse({"status": "ok" if fine else "unavailable"}, 200 if fine else 503)
 
     @app.get("/health/live")
@@ -329,7 +321,7 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
-        return {**api.pool.stats(), "requests_under_way": api.under_way, "seconds_up": time.time() - api.started}
+        return {**api.pool.stats(), "requests_under_way": api.door.under_way, "seconds_up": time.time() - api.started}
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -1,6 +1,5 @@
 """Serve a model: the page and an OpenAI-compatible API, `python -m scripts.chat_web`."""
 
-import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,6 @@ from typing import Annotated
 
 import torch
 import tyro
-import uvicorn
 
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir, say
@@ -17,6 +15,7 @@ from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
 from nanochat.server import Metrics, Settings, create_app
 from nanochat.service import MIB, Service, WorkerPool
+from nanochat.serving import Server
 from scripts import _cli
 
 USUAL_PORT = 8000
@@ -48,7 +47,7 @@ class Config:
     device_type: str = ""
     """cuda, mps or cpu; empty picks the best there is."""
     api_key_file: str = ""
-    """File with the key that requests must bring; empty asks for none."""
+    """File with the keys, one a line, of which requests must bring one; empty asks for none."""
     cors: list[str] = field(default_factory=list)
     """Origins of other pages that may use the API."""
     max_rows: int = 32
@@ -81,13 +80,13 @@ class Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    key = read_key(config.api_key_file)
+    keys = read_keys(config.api_key_file)
     with open_socket(config.host, config.port) as listening, Runtime.create(config.device_type) as runtime:
-        serve(config, key, listening, runtime)
+        serve(config, keys, listening, runtime)
     return 0
 
 
-def serve(config: Config, key: str, listening: socket.socket, runtime: Runtime) -> None:
+def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Runtime) -> None:
     """Load the model, say where it is served, serve until a signal comes, finish what is under way."""
     base_dir = get_base_dir()
     run = find_run(base_dir, config.source, config.model_tag or None)
@@ -110,7 +109,7 @@ def serve(config: Config, key: str, listening: socket.socket, runtime: Runtime) 
                        observe=metrics.observe)  # fmt: skip
 
     settings = Settings(
-        model_name=run.name, api_key=key, cors_origins=config.cors, temperature=config.temperature,
+        model_name=run.name, api_keys=keys, cors_origins=config.cors, temperature=config.temperature,
         top_k=config.top_k, max_tokens=config.max_tokens, request_seconds=config.request_seconds,
         most_tokens=max(config.max_tokens, model.config.sequence_len), answers=config.source != "base",
     )  # fmt: skip
@@ -120,26 +119,22 @@ def serve(config: Config, key: str, listening: socket.socket, runtime: Runtime) 
     say(f"{runtime.describe()}\n{config.source} model {run.name}, step {meta['step']}, context "
         f"{model.config.sequence_len}\ntalk to it: http://{shown}:{port}/    API: http://{shown}:{port}/v1\n"
         "Ctrl-C stops it; what is under way is finished first")  # fmt: skip
-    if host not in ("127.0.0.1", "::1") and not key:
+    if host not in ("127.0.0.1", "::1") and not keys:
         say("warning: others can reach this server and need no key; --api-key-file=FILE asks for one")
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    uvicorn.Server(
-        uvicorn.Config(app, log_level="info" if config.log_requests else "warning", access_log=config.log_requests,
-                       server_header=False, timeout_graceful_shutdown=int(settings.drain_seconds))
-    ).run(sockets=[listening])  # fmt: skip
+    Server(app, log_requests=config.log_requests).run(sockets=[listening])
 
 
-def read_key(path: str) -> str:
-    """The first line of the file; never from the command line, where others could read it."""
+def read_keys(path: str) -> list[str]:
+    """The lines of the file; keys never come from the command line, where others could read them."""
     if not path:
-        return ""
+        return []
     try:
-        key = Path(path).read_text(encoding="utf-8").split("\n")[0].strip()
+        keys = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--api-key-file={path}: {error}") from error
-    if not key:
-        raise UserError(f"--api-key-file={path}: its first line is empty")
-    return key
+    if not keys:
+        raise UserError(f"--api-key-file={path}: it is empty")
+    return keys
 
 
 def open_socket(host: str, port: int) -> socket.socket:

@@ -22,7 +22,7 @@ LAYERS = [
         "trainer", "recipe", "isoflop", "study_plots", "session", "export",
         "report", "report_html", "report_view", "report_compare",
     },
-    {"server"},
+    {"server", "serving"},
 ]  # fmt: skip
 LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
 

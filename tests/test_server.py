@@ -260,7 +260,7 @@ def test_unknown_models_and_paths(client: TestClient) -> None:
 
 
 def test_the_key_is_asked_for() -> None:
-    with TestClient(app_of(Settings(api_key="sécret", max_tokens=4))) as client:
+    with TestClient(app_of(Settings(api_keys=["other", "sécret"], max_tokens=4))) as client:
         good = {"Authorization": "Bearer sécret".encode()}
         for wrong in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sécret".encode()},
                       {"Authorization": "Basic sécret".encode()}, {"Authorization": b"Bearer \xff\xfe"}):  # fmt: skip
