@@ -18,10 +18,11 @@ from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from sse_starlette.sse import EventSourceResponse
 
+from nanochat import api_answers as answers
 from nanochat.api_generation import (
     ApiError,
     Generation,
@@ -218,7 +219,7 @@ def create_app(
         api.door.closing = True
         await asyncio.to_thread(pool.close, settings.drain_seconds)
 
-    app = FastAPI(title="nanochat", lifespan=life, docs_url=None, redoc_url=None)
+    app = FastAPI(title="nanochat", lifespan=life, docs_url=None, redoc_url=None, responses=answers.ERRORS)
     app.state.api = api
     add_middleware(app, api.door, settings, lambda path, status: metrics.requests.labels(path, str(status)).inc())
     add_error_handlers(app)
@@ -244,7 +245,7 @@ def gauges(api: Api) -> None:
 
 
 def add_generation_routes(app: FastAPI, api: Api) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=answers.whole_or_streamed(answers.ChatAnswer))
     async def chat(body: ChatRequest, request: Request) -> Any:
         api.check_model(body.model)
         order = api.chat_order(body)
@@ -255,14 +256,14 @@ def add_generation_routes(app: FastAPI, api: Api) -> None:
         generation.submit([order], body.stop, api.settings.answers)
         return api.stream(generation, chat_events(api.head, generation, body))
 
-    @app.post("/chat/completions")
+    @app.post("/chat/completions", response_class=EventSourceResponse)
     async def published_chat(body: PublishedChatRequest) -> Any:
         order = api.chat_order(body.to_chat())
         generation = Generation(api.pool, api.tokenizer, api.settings)
         generation.submit([order], (), api.settings.answers)
         return api.stream(generation, published_events(generation), done=False)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=answers.whole_or_streamed(answers.CompletionAnswer))
     async def complete(body: CompletionRequest, request: Request) -> Any:
         api.check_model(body.model)
         orders = api.completion_orders(body)
@@ -278,16 +279,16 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
         return {"id": api.settings.model_name, "object": "model", "created": int(api.started), "owned_by": "nanochat",
                 "max_context": api.max_context, "answers": api.settings.answers}  # fmt: skip
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=answers.Models)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [own_model()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=answers.Model)
     async def model(name: str) -> dict[str, Any]:
         api.check_model(name)
         return own_model()
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=answers.Tokens)
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         if (body.text is None) == (body.messages is None):
             raise ApiError(400, "give either text or messages", param="text")
@@ -302,20 +303,20 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
                 raise ApiError(400, str(error), param="messages") from error
         return {"tokens": tokens, "count": len(tokens)}
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", response_model=answers.Text)
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         size = api.tokenizer.get_vocab_size()
         if any(token >= size for token in body.tokens):
             raise ApiError(400, f"token ids must be from 0 to {size - 1}", param="tokens")
         return {"text": api.tokenizer.decode(body.tokens)}
 
-    @app.get("/health")
-    @app.get("/health/ready")
+    @app.get("/health", response_model=answers.Health, responses={503: {"model": answers.Health}})
+    @app.get("/health/ready", response_model=answers.Health, responses={503: {"model": answers.Health}})
     async def ready() -> Any:
         fine = api.pool.alive and not api.door.closing
         return JSONResponse({"status": "ok" if fine else "unavailable"}, 200 if fine else 503)
 
-    @app.get("/health/live")
+    @app.get("/health/live", response_model=answers.Health)
     async def live() -> dict[str, str]:
         return {"status": "ok"}
 
@@ -323,14 +324,14 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
     async def stats() -> dict[str, Any]:
         return {**api.pool.stats(), "requests_under_way": api.door.under_way, "seconds_up": time.time() - api.started}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(generate_latest(api.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     text = resources.files("nanochat").joinpath("ui.html").read_text(encoding="utf-8")
     policy = CONTENT_POLICY.format(script=hash_of(text, "script"), style=hash_of(text, "style"))
 
-    @app.get("/")
+    @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
 
