@@ -14,6 +14,8 @@ from nanochat.api_types import ChatRequest, CompletionRequest
 from nanochat.decoding import Token
 from nanochat.service import Busy, Closed, End, Order, Ticket, WorkerPool
 
+MOST_UNREAD = 2048  # tokens kept for a client that does not read; then its request ends
+
 Event = dict[str, Any]
 Head = Callable[[str, str], Event]  # Api.head: kind and prefix to what every answer begins with
 
@@ -61,6 +63,7 @@ class Generation:
         self.tickets: list[Ticket] = []
         self.texts: list[list[SampleText]] = []  # by order, then by sample
         self.retried: set[int] = set()
+        self.unread = 0  # tokens in the queue
 
     def submit(self, orders: Sequence[Order], stop: Sequence[str], chat: bool) -> None:
         """Hand the orders in. Raises ApiError; then none of them goes on."""
@@ -82,9 +85,17 @@ class Generation:
     def _receiver(self, number: int) -> Callable[[list[Token] | End], None]:
         def receive(what: list[Token] | End) -> None:  # on the service's thread
             if not self.loop.is_closed():
-                self.loop.call_soon_threadsafe(self.queue.put_nowait, (number, what))
+                self.loop.call_soon_threadsafe(self._arrived, number, what)
 
         return receive
+
+    def _arrived(self, number: int, what: list[Token] | End) -> None:
+        if isinstance(what, list):
+            self.unread += len(what)
+            if self.unread > MOST_UNREAD:
+                self.cancel()
+                return
+        self.queue.put_nowait((number, what))
 
     async def pieces(self) -> AsyncIterator[tuple[int, int, list[tuple[str, str]], list[Token], bool]]:
         """(order, sample, new pieces of text, the tokens behind them, whether the sample ended) as they come.
@@ -101,7 +112,11 @@ class Generation:
                 self.cancel()
                 raise ApiError(504, f"the answer took more than {self.settings.request_seconds:g} s", "server_error",
                                code="timeout") from None  # fmt: skip
+            if self.unread > MOST_UNREAD:
+                raise ApiError(408, "the answer was not read", code="client_too_slow")
             ticket, texts = self.tickets[number], self.texts[number]
+            if isinstance(what, list):
+                self.unread -= len(what)
             if isinstance(what, End):
                 if what.error is not None and self._tried_again(number, what.error):
                     continue

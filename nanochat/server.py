@@ -162,10 +162,12 @@ class Api:
         generation = Generation(self.pool, self.tokenizer, self.settings)
         generation.submit(orders, stop, chat)
         watch = asyncio.create_task(wait_for_disconnect(request))
+        watch.add_done_callback(lambda _: generation.cancel())
         try:
             async for _ in generation.pieces():
-                if watch.done():
-                    raise ApiError(499, "the client went away")
+                pass
+            if watch.done():
+                raise ApiError(499, "the client went away")
         finally:
             watch.cancel()
             generation.cancel()
@@ -201,8 +203,8 @@ class Api:
 
 async def wait_for_disconnect(request: Request) -> None:
     """Returns once the client is gone."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.05)
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def create_app(

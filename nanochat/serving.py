@@ -29,19 +29,12 @@ class Connection(H11Protocol):
         self._unread = 0
         self._look()
 
-    def data_received(self, data: bytes) -> None:
-        if self._asked_since is None and self._between_requests:
-            self._asked_since = time.monotonic()
-        super().data_received(data)
-
-    @property
-    def _between_requests(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
-
     def _look(self) -> None:
         """Drop the connection if it is stuck, else look again later."""
         now = time.monotonic()
-        if self.cycle is not None and (self.cycle.response_complete or not self.cycle.more_body):
+        if self.cycle is not None and self.cycle.response_complete:  # has the next request begun?
+            self._asked_since = (self._asked_since or now) if self.conn.trailing_data[0] else None
+        elif self.cycle is not None and not self.cycle.more_body:
             self._asked_since = None
         unread = self.transport.get_write_buffer_size()
         if unread == 0 or unread < self._unread:
@@ -56,7 +49,7 @@ class Connection(H11Protocol):
 
 class Server(uvicorn.Server):
     """uvicorn's server with a shutdown in two steps: while answers are finished it still says 503 to new requests, so
-    that whoever divides the load sees it leave. A second signal ends it at once."""
+    that whoever divides the load sees it leave. A second signal ends what is under way."""
 
     def __init__(self, app: FastAPI, *, log_requests: bool = False, **config: Any) -> None:
         logging.getLogger("sse_starlette").setLevel(logging.INFO)  # its debug lines hold what is said
@@ -69,11 +62,9 @@ class Server(uvicorn.Server):
         self.drain_until: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.drain_until is not None:
-            self.should_exit = self.force_exit = True
-            return
+        patience = self.api.settings.drain_seconds if self.drain_until is None else 0.0
         self.api.door.closing = True
-        self.drain_until = time.monotonic() + self.api.settings.drain_seconds
+        self.drain_until = time.monotonic() + patience
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second."""

@@ -15,9 +15,12 @@ from nanochat.serving import Server
 class Live:
     """`with Live(app) as live:` serves it at live.url until the end, or until live.stop()."""
 
-    def __init__(self, app: Any, **server: Any) -> None:
+    def __init__(self, app: Any, send_bytes: int | None = None, **server: Any) -> None:
+        """`send_bytes`: of answers that the system takes off the server's hands while nobody reads them."""
         self.app, self.api = app, app.state.api
         self.listening = socket.create_server(("127.0.0.1", 0))
+        if send_bytes:
+            self.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         self.port = self.listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = Server(app, **server)
