@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -56,7 +56,8 @@ class ApiError(Exception):
 class Generation:
     """Samples of one or more prompts, from the pool to the client."""
 
-    def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings) -> None:
+    def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings, client: str) -> None:
+        self.client = client
         self.pool, self.tokenizer, self.settings = pool, tokenizer, settings
         self.queue: asyncio.Queue[tuple[int, list[Token] | End]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
@@ -70,7 +71,8 @@ class Generation:
         try:
             for number, order in enumerate(orders):
                 self.texts.append([SampleText(self.tokenizer, stop, chat) for _ in range(order.samples)])
-                self.tickets.append(self.pool.submit(order, self._receiver(number)))
+                order = replace(order, client=self.client)
+                self.tickets.append(self.pool.submit(order, self._receiver(number), more=number > 0))
         except Busy as error:
             self.cancel()
             retry = {"Retry-After": str(math.ceil(error.retry_after))}
@@ -150,7 +152,7 @@ class Generation:
             return False
         self.retried.add(number)
         try:
-            self.tickets[number] = self.pool.submit(self.tickets[number].order, self._receiver(number))
+            self.tickets[number] = self.pool.submit(self.tickets[number].order, self._receiver(number), more=True)
         except (Busy, Closed):
             return False
         return True

@@ -155,12 +155,17 @@ class Api:
 
     # -- orders to answers ----------------------------------------------------------------------------
 
+    def generation(self, request: Request, orders: Sequence[Order], stop: Sequence[str], chat: bool) -> Generation:
+        """The orders under way. Raises ApiError."""
+        made = Generation(self.pool, self.tokenizer, self.settings, request.state.client)
+        made.submit(orders, stop, chat)
+        return made
+
     async def run(
         self, request: Request, orders: Sequence[Order], stop: Sequence[str], chat: bool
     ) -> Generation:
         """Everything, not streamed. A client that goes away ends it."""
-        generation = Generation(self.pool, self.tokenizer, self.settings)
-        generation.submit(orders, stop, chat)
+        generation = self.generation(request, orders, stop, chat)
         watch = asyncio.create_task(wait_for_disconnect(request))
         watch.add_done_callback(lambda _: generation.cancel())
         try:
@@ -254,15 +259,12 @@ def add_generation_routes(app: FastAPI, api: Api) -> None:
         if not body.stream:
             whole = await api.run(request, [order], body.stop, api.settings.answers)
             return JSONResponse(chat_answer(api.head, whole, body))
-        generation = Generation(api.pool, api.tokenizer, api.settings)
-        generation.submit([order], body.stop, api.settings.answers)
+        generation = api.generation(request, [order], body.stop, api.settings.answers)
         return api.stream(generation, chat_events(api.head, generation, body))
 
     @app.post("/chat/completions", response_class=EventSourceResponse)
-    async def published_chat(body: PublishedChatRequest) -> Any:
-        order = api.chat_order(body.to_chat())
-        generation = Generation(api.pool, api.tokenizer, api.settings)
-        generation.submit([order], (), api.settings.answers)
+    async def published_chat(body: PublishedChatRequest, request: Request) -> Any:
+        generation = api.generation(request, [api.chat_order(body.to_chat())], (), api.settings.answers)
         return api.stream(generation, published_events(generation), done=False)
 
     @app.post("/v1/completions", responses=answers.whole_or_streamed(answers.CompletionAnswer))
@@ -271,8 +273,7 @@ def add_generation_routes(app: FastAPI, api: Api) -> None:
         orders = api.completion_orders(body)
         if not body.stream:
             return JSONResponse(completion_answer(api.head, await api.run(request, orders, body.stop, False), body))
-        generation = Generation(api.pool, api.tokenizer, api.settings)
-        generation.submit(orders, body.stop, False)
+        generation = api.generation(request, orders, body.stop, False)
         return api.stream(generation, completion_events(api.head, generation, body))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from nanochat.common import UserError, warn
 from nanochat.decoding import Batch, DecodingWeights, Row, Token, Tokenizer, ToolUse
+from nanochat.fair_queue import FairQueue
 from nanochat.gpt import GPT
 from nanochat.prefix_cache import PrefixCache
 from nanochat.sampling import Sampling
@@ -51,6 +52,7 @@ class Order:
     samples: int = 1
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
+    client: str = ""  # who asks: clients that wait are served in turn
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Service:
         self.prefixes = PrefixCache(decoding.PREFILL_CHUNK, prefix_bytes)
         ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
         self.batch = Batch(self.weights.current(), ToolUse(tokenizer), ends, max_rows, self.max_context, self.prefixes)
-        self._orders: deque[Ticket] = deque()  # not yet given to the batch
+        self._orders: FairQueue[Ticket] = FairQueue()  # not yet given to the batch: it has no room
         self._cancelled: deque[tuple[Ticket, int | None]] = deque()
         self._tickets: dict[int, Ticket] = {}  # by id of a row in the batch
         self._wake = threading.Condition()
@@ -142,8 +144,10 @@ class Service:
             waiting = sum(ticket.order.samples for ticket in self._orders)
         return waiting + len(self._tickets)
 
-    def submit(self, order: Order, deliver: Deliver) -> Ticket:
-        """Queue an order. Raises Busy, Closed, or ValueError for one that can never be carried out."""
+    def submit(self, order: Order, deliver: Deliver, more: bool = False) -> Ticket:
+        """Queue an order; `more`: it belongs to others that were let in, and is not refused for want of room.
+
+        Raises Busy, Closed, or ValueError for one that can never be carried out."""
         if not order.prompt:
             raise ValueError("the prompt is empty; start it with <|bos|>")
         if len(order.prompt) > self.max_context:
@@ -156,9 +160,9 @@ class Service:
         with self._wake:
             if self._closing or not self.alive:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
-            if len(self._orders) >= self.max_waiting:
+            if len(self._orders) >= self.max_waiting and not more:
                 raise Busy(max(1.0, len(self._orders) * self.step_seconds * 20))
-            self._orders.append(ticket)
+            self._orders.add(order.client, ticket)
             self._wake.notify()
         return ticket
 
@@ -206,8 +210,11 @@ class Service:
                 self._wake.wait()
             if self.error:
                 return False
-            orders, self._orders = list(self._orders), deque()
             cancelled, self._cancelled = list(self._cancelled), deque()
+            for ticket, index in cancelled:
+                if index is None:
+                    self._orders.remove(ticket.order.client, ticket)
+            orders = self._admitted()
         for ticket in orders:
             if all(row.done for row in ticket.rows) and not ticket.order.prompt_logprobs:  # nothing to be drawn
                 ticket.deliver(End())
@@ -222,6 +229,16 @@ class Service:
                     self.batch.cancel(row)
             self._end_if_done(ticket)
         return not (self.batch.idle and self._closing and not self._orders)
+
+    def _admitted(self) -> list[Ticket]:
+        """The orders that there is room for, clients in turn. What does not fit yet waits here, not in the batch,
+        where it would stand before orders that come later but are due sooner."""
+        room = self.max_rows - len(self.batch.rows) - sum(map(len, self.batch.waiting))
+        orders = []
+        while self._orders and room > 0:
+            orders.append(self._orders.take())
+            room -= orders[-1].order.samples
+        return orders
 
     def _step(self) -> None:
         if self.batch.idle:
@@ -282,14 +299,14 @@ class WorkerPool:
         self.replaced = 0
         self.services = [make(index) for index in range(size)]
 
-    def submit(self, order: Order, deliver: Deliver) -> Ticket:
+    def submit(self, order: Order, deliver: Deliver, more: bool = False) -> Ticket:
         """Give an order to the least loaded replica. Raises what Service.submit raises."""
         with self._lock:
             self._replace_dead()
             turn = next(self._turn)
             count = len(self.services)
             order_of = sorted(range(count), key=lambda i: (self.services[i].load, (i - turn) % count))
-        return self.services[order_of[0]].submit(order, deliver)
+        return self.services[order_of[0]].submit(order, deliver, more)
 
     def _replace_dead(self) -> None:
         for index, service in enumerate(self.services):
