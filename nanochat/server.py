@@ -1,7 +1,8 @@
 """The HTTP API: create_app() on FastAPI, in OpenAI's shapes, over a WorkerPool.
 
-The event loop only parses, formats and passes on; the model runs on the services' threads. A client that goes away
-frees its rows within a step. Every error has OpenAI's form: {"error": {"message", "type", "param", "code"}}.
+The event loop only passes on: the model runs on the services' threads, tokenizing and large answers on others. A
+client that goes away frees its rows within a step. Every error has OpenAI's form: {"error": {"message", "type",
+"param", "code"}}.
 """
 
 import asyncio
@@ -206,6 +207,12 @@ class Api:
         return EventSourceResponse(lines(), ping=15, sep="\n", headers={"X-Accel-Buffering": "no"})
 
 
+def encoded(answer: dict[str, Any]) -> Response:
+    """As JSON, a choice at a time: a call for all of a large answer would keep the other threads waiting."""
+    choices = ", ".join(json.dumps(choice, ensure_ascii=False) for choice in answer.pop("choices"))
+    return Response(f'{json.dumps(answer)[:-1]}, "choices": [{choices}]}}', media_type="application/json")
+
+
 async def wait_for_disconnect(request: Request) -> None:
     """Returns once the client is gone."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -255,24 +262,26 @@ def add_generation_routes(app: FastAPI, api: Api) -> None:
     @app.post("/v1/chat/completions", responses=answers.whole_or_streamed(answers.ChatAnswer))
     async def chat(body: ChatRequest, request: Request) -> Any:
         api.check_model(body.model)
-        order = api.chat_order(body)
+        order = await asyncio.to_thread(api.chat_order, body)
         if not body.stream:
             whole = await api.run(request, [order], body.stop, api.settings.answers)
-            return JSONResponse(chat_answer(api.head, whole, body))
+            return await asyncio.to_thread(lambda: encoded(chat_answer(api.head, whole, body)))
         generation = api.generation(request, [order], body.stop, api.settings.answers)
         return api.stream(generation, chat_events(api.head, generation, body))
 
     @app.post("/chat/completions", response_class=EventSourceResponse)
     async def published_chat(body: PublishedChatRequest, request: Request) -> Any:
-        generation = api.generation(request, [api.chat_order(body.to_chat())], (), api.settings.answers)
+        order = await asyncio.to_thread(api.chat_order, body.to_chat())
+        generation = api.generation(request, [order], (), api.settings.answers)
         return api.stream(generation, published_events(generation), done=False)
 
     @app.post("/v1/completions", responses=answers.whole_or_streamed(answers.CompletionAnswer))
     async def complete(body: CompletionRequest, request: Request) -> Any:
         api.check_model(body.model)
-        orders = api.completion_orders(body)
+        orders = await asyncio.to_thread(api.completion_orders, body)
         if not body.stream:
-            return JSONResponse(completion_answer(api.head, await api.run(request, orders, body.stop, False), body))
+            whole = await api.run(request, orders, body.stop, False)
+            return await asyncio.to_thread(lambda: encoded(completion_answer(api.head, whole, body)))
         generation = api.generation(request, orders, body.stop, False)
         return api.stream(generation, completion_events(api.head, generation, body))
 
@@ -292,7 +301,7 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
         return own_model()
 
     @app.post("/tokenize", response_model=answers.Tokens)
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         if (body.text is None) == (body.messages is None):
             raise ApiError(400, "give either text or messages", param="text")
         if body.text is not None:
@@ -307,7 +316,7 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
         return {"tokens": tokens, "count": len(tokens)}
 
     @app.post("/detokenize", response_model=answers.Text)
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         size = api.tokenizer.get_vocab_size()
         if any(token >= size for token in body.tokens):
             raise ApiError(400, f"token ids must be from 0 to {size - 1}", param="tokens")

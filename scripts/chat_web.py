@@ -1,5 +1,6 @@
 """Serve a model: the page and an OpenAI-compatible API, `python -m scripts.chat_web`."""
 
+import gc
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -121,6 +122,8 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
         "Ctrl-C stops it; what is under way is finished first")  # fmt: skip
     if host not in ("127.0.0.1", "::1") and not keys:
         say("warning: others can reach this server and need no key; --api-key-file=FILE asks for one")
+    gc.collect()
+    gc.freeze()  # what was loaded stays: looking through it again and again would stop all answers for 0.2 s each time
     Server(app, log_requests=config.log_requests).run(sockets=[listening])
 
 
