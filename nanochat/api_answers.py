@@ -111,6 +111,13 @@ class Tokens(BaseModel):
 
 class Text(BaseModel):
     text: str
+    prompt: str  # the same, as evaluation harnesses read it
+
+
+class TokenizerInfo(BaseModel):
+    bos_token: str
+    eos_token: str
+    vocab_size: int
 
 
 class Health(BaseModel):

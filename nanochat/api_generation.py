@@ -138,8 +138,11 @@ class Generation:
                 text = texts[index]
                 if ended[number][index] or len(text.tokens) >= ticket.order.max_tokens:
                     continue
-                if token.mask and token.row.end is not None and token.id == token.row.end:
-                    continue  # the token that ended the row says nothing
+                if token.mask and token.row.end is not None and token.id == token.row.end:  # it says nothing
+                    if token.told is not None and not text.chat:  # but it was drawn, and harnesses count on it
+                        text.tokens.append(token)
+                        yield number, index, [], [token], False
+                    continue
                 pieces = text.feed(token)
                 if text.stopped:
                     ended[number][index] = True

@@ -141,9 +141,12 @@ class PublishedChatRequest(Body):
 
 
 class TokenizeRequest(Body):
-    """POST /tokenize: of a text, or of a conversation as the model is given it."""
+    """POST /tokenize: of a text, or of a conversation as the model is given it.
+
+    `prompt` is what evaluation harnesses send: a text, of which a special token's name alone is that token."""
 
     text: str | None = Field(None, max_length=MAX_CHARS)
+    prompt: str | None = Field(None, max_length=MAX_CHARS)
     messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
 
 

@@ -43,6 +43,7 @@ from nanochat.api_types import (
     TokenizeRequest,
 )
 from nanochat.api_types import Request as GenerateRequest
+from nanochat.common import SPECIAL_TOKENS
 from nanochat.conversation import drop_oldest_turns, render_prompt
 from nanochat.sampling import Sampling
 from nanochat.service import Order, WorkerPool
@@ -302,13 +303,15 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
 
     @app.post("/tokenize", response_model=answers.Tokens)
     def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        if (body.text is None) == (body.messages is None):
-            raise ApiError(400, "give either text or messages", param="text")
-        if body.text is not None:
-            tokens = api.tokenizer.encode(body.text)
+        if [body.text, body.prompt, body.messages].count(None) != 2:
+            raise ApiError(400, "give one of text, prompt and messages", param="text")
+        if body.prompt in SPECIAL_TOKENS:
+            tokens = [api.tokenizer.encode_special(body.prompt)]
+        elif body.messages is None:
+            tokens = api.tokenizer.encode(body.text or body.prompt or "")
         else:
             messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text}
-                        for m in body.messages or []]  # fmt: skip
+                        for m in body.messages]  # fmt: skip
             try:
                 tokens = render_prompt(api.tokenizer, messages)
             except ValueError as error:
@@ -320,7 +323,13 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
         size = api.tokenizer.get_vocab_size()
         if any(token >= size for token in body.tokens):
             raise ApiError(400, f"token ids must be from 0 to {size - 1}", param="tokens")
-        return {"text": api.tokenizer.decode(body.tokens)}
+        text = api.tokenizer.decode(body.tokens)
+        return {"text": text, "prompt": text}
+
+    @app.get("/tokenizer_info", response_model=answers.TokenizerInfo)
+    async def tokenizer_info() -> dict[str, Any]:
+        return {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>",
+                "vocab_size": api.tokenizer.get_vocab_size()}  # fmt: skip
 
     @app.get("/health", response_model=answers.Health, responses={503: {"model": answers.Health}})
     @app.get("/health/ready", response_model=answers.Health, responses={503: {"model": answers.Health}})

@@ -18,7 +18,7 @@ with warnings.catch_warnings():  # other people's
 OPERATIONS = [("POST", path) for path in ("/v1/chat/completions", "/v1/completions", "/chat/completions", "/tokenize",
                                           "/detokenize")]  # fmt: skip
 OPERATIONS += [("GET", path) for path in ("/", "/v1/models", "/v1/models/{name}", "/health", "/health/ready",
-                                          "/health/live", "/stats", "/metrics")]  # fmt: skip
+                                          "/health/live", "/stats", "/metrics", "/tokenizer_info")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
