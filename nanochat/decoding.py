@@ -4,8 +4,8 @@
     Batch    each step feeds every row its last token and draws the next; rows join once their prompt is
              prefilled and leave when they are done
 
-A row's tokens depend on its prompt, settings, seed and sample index, not on who is beside it. (The last
-bits of its logits may: a matrix product adds up in another order for another number of rows.)
+A row's tokens depend on its prompt, settings, seed and sample index, not on who is beside it. (On a CPU with the C
+decoder that holds to the last bit; elsewhere a matrix product adds up in another order for another number of rows.)
 
 Shapes: B rows, T tokens of a piece of prompt, V vocabulary.
 """
@@ -18,10 +18,14 @@ from typing import Protocol
 
 import torch
 
+from nanochat import cpu_decoder
 from nanochat.calculator import use_calculator
+from nanochat.common import UserError
+from nanochat.cpu_decoder import CpuDecoder
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.prefix_cache import PrefixCache
+from nanochat.quantize import Int8Weights
 from nanochat.sampling import Sampling, choose, make_rng
 
 PREFILL_CHUNK = 256  # tokens: bounds how long one prompt can keep the other rows waiting, and its attention's memory
@@ -132,12 +136,14 @@ class Batch:
         max_rows: int,
         max_tokens: int,
         prefixes: PrefixCache | None = None,
+        int8: Int8Weights | None = None,
     ) -> None:
-        """Reserves a cache of `max_rows` rows of `max_tokens` tokens, prompt included."""
+        """Reserves a cache of `max_rows` rows of `max_tokens` tokens, prompt included. `int8`: see DecodingWeights."""
         device, dtype = model.device, model.compute_dtype
         self.prefixes = prefixes
         self.model, self.tools, self.end_tokens = model, tools, end_tokens
         self.cache = KVCache(model.config, max_rows, max_tokens, device, dtype, num_rows=0)
+        self._cpu_decoder = CpuDecoder(model, self.cache, int8) if cpu_decoder.supported(model) else None
         self.rows: list[Row] = []  # row i of the cache is rows[i]
         self.waiting: deque[list[Row]] = deque()  # groups that share a prompt
         self.scratch = KVCache(model.config, 1, max_tokens, device, dtype)  # the prompt being prefilled
@@ -182,11 +188,15 @@ class Batch:
 
     def _decode(self) -> list[Token]:
         """Feed every running row its last token and draw the next ones."""
-        if not self.rows:
-            return []
-        last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.model.device)  # (B, 1)
-        logits = self.model(last, kv_cache=self.cache)[:, -1]  # (B, V)
-        return self._take(list(self.rows), logits)
+        return self._take(list(self.rows), self.next_logits()) if self.rows else []
+
+    def next_logits(self) -> torch.Tensor:
+        """Feed every running row its last token -> logits (B, V) of the next ones. Only `step` draws from them."""
+        last = [row.tokens[-1] for row in self.rows]
+        if self._cpu_decoder:
+            return self._cpu_decoder(last)
+        column = torch.tensor(last, device=self.model.device)[:, None]  # (B, 1)
+        return self.model(column, kv_cache=self.cache)[:, -1]
 
     def _prefill_chunk(self) -> None:
         """Run the next piece of the oldest waiting prompt through the model."""
@@ -282,39 +292,52 @@ class Batch:
 
 
 class DecodingWeights:
-    """A model for decoding: its weights in the dtype it multiplies in.
+    """A model for decoding: its weights in the dtype it multiplies in, or in int8.
 
     Training keeps weights in fp32 and casts them for every product. A decode step has so few products per weight
     that the cast would cost more than they do, so it is done once, ahead; the numbers are the same. The copy
     follows its model: it is renewed when a weight has been changed in place, as optimizers do.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, int8: bool = False) -> None:
+        if int8 and model.device.type != "cpu":
+            raise UserError("int8 weights are for decoding on a CPU; leave int8 out")
         self.model = model
+        self.int8: Int8Weights | None = None  # with them, current() has the values they stand for
         self._copy: GPT | None = None
         self._versions: list[int] = []
         self._lock = threading.Lock()
+        if int8:
+            self._copy = self._cast(model.compute_dtype)
+            self.int8 = Int8Weights(self._copy)
+            self._versions = self._current_versions()
 
     def current(self) -> GPT:
         """A model with today's weights: the original where nothing needs casting."""
         dtype = self.model.compute_dtype
-        if all(p.dtype == _decoding_dtype(p, dtype) for p in self.model.parameters()):
+        if self.int8 is None and all(p.dtype == _decoding_dtype(p, dtype) for p in self.model.parameters()):
             return self.model
         with self._lock:
-            versions = [0 if p.is_inference() else p._version for p in self.model.parameters()]
+            versions = self._current_versions()
             if self._copy is None:
                 self._copy = self._cast(dtype)
             elif versions != self._versions:
                 with torch.no_grad():
                     for mine, theirs in zip(self._copy.parameters(), self.model.parameters()):
                         mine.copy_(theirs)
+                if self.int8:
+                    self.int8.follow(self._copy)
             self._versions = versions
             return self._copy
+
+    def _current_versions(self) -> list[int]:
+        return [0 if p.is_inference() else p._version for p in self.model.parameters()]
 
     def _cast(self, dtype: torch.dtype) -> GPT:
         with torch.device("meta"):
             copy = GPT(self.model.config, dtype)
-        state = {name: p.detach().to(_decoding_dtype(p, dtype)) for name, p in self.model.named_parameters()}
+        state = {name: p.detach().to(_decoding_dtype(p, dtype), copy=True)
+                 for name, p in self.model.named_parameters()}  # fmt: skip
         copy.load_state_dict(state, strict=True, assign=True)
         copy.cos, copy.sin = self.model.cos, self.model.sin
         return copy.requires_grad_(False).eval()

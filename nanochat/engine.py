@@ -24,11 +24,12 @@ __all__ = ["AnswerStream", "Engine", "KVCache", "Row", "TextStream"]
 class Engine:
     """A model and its tokenizer, ready to generate. Calls from several threads do not disturb each other."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, int8: bool = False) -> None:
+        """`int8`: decode with weights of eight bits (quantize.py), on a CPU."""
         self.model, self.tokenizer = model, tokenizer
         self.tools = ToolUse(tokenizer)
         self.end_tokens = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
-        self._weights = DecodingWeights(model)
+        self._weights = DecodingWeights(model, int8)
 
     @property
     def max_context(self) -> int:
@@ -133,7 +134,8 @@ class Engine:
 
     def _batch(self, rows: list[Row], batch_size: int) -> Batch:
         longest = max((len(row.prompt) + row.max_tokens for row in rows if not row.done), default=1)
-        return Batch(self._weights.current(), self.tools, self.end_tokens, min(batch_size, len(rows)), longest)
+        return Batch(self._weights.current(), self.tools, self.end_tokens, min(batch_size, len(rows)), longest,
+                     int8=self._weights.int8)  # fmt: skip
 
 
 class TextStream:

@@ -7,55 +7,7 @@
    Tensors are contiguous, float32 (bf16 = 0) or bfloat16 (bf16 = 1); arithmetic is float32. Every function works
    row by row: a row is brought into the cache as floats, worked on, and stored. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-typedef uint16_t bf16_t; /* the upper half of a float32 */
-
-#define SIMD _Pragma("omp simd")
-
-static inline float from_bf16(bf16_t h) {
-    union { uint32_t i; float f; } u = {.i = (uint32_t)h << 16};
-    return u.f;
-}
-
-static inline bf16_t to_bf16(float f) { /* to nearest, ties to even; a NaN stays one */
-    union { float f; uint32_t i; } u = {.f = f};
-    uint32_t rounded = (u.i + 0x7fff + ((u.i >> 16) & 1)) >> 16;
-    return f != f ? 0x7fc0 : (bf16_t)rounded;
-}
-
-static inline void load(float *restrict to, const void *from, long at, long n, int bf16) {
-    if (!bf16) { memcpy(to, (const float *)from + at, n * sizeof(float)); return; }
-    const bf16_t *restrict p = (const bf16_t *)from + at;
-    SIMD for (long i = 0; i < n; i++) to[i] = from_bf16(p[i]);
-}
-
-static inline void store(void *to, long at, const float *restrict from, long n, int bf16) {
-    if (!bf16) { memcpy((float *)to + at, from, n * sizeof(float)); return; }
-    bf16_t *restrict p = (bf16_t *)to + at;
-    SIMD for (long i = 0; i < n; i++) p[i] = to_bf16(from[i]);
-}
-
-/* e^x to about one part in 10^7: 2^k times a polynomial on [-ln2/2, ln2/2], without branches, so that it vectorises. */
-static inline float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float k = rintf(x * 1.44269504f);
-    float r = fmaf(k, -0.693359375f, x); /* ln 2 in two parts, so that the difference is exact */
-    r = fmaf(k, 2.12194440e-4f, r);
-    float p = 1.0f / 5040;
-    p = fmaf(p, r, 1.0f / 720);
-    p = fmaf(p, r, 1.0f / 120);
-    p = fmaf(p, r, 1.0f / 24);
-    p = fmaf(p, r, 1.0f / 6);
-    p = fmaf(p, r, 0.5f);
-    p = fmaf(p, r, 1.0f);
-    p = fmaf(p, r, 1.0f);
-    union { int32_t i; float f; } two_to_k = {.i = ((int32_t)k + 127) << 23};
-    return p * two_to_k.f;
-}
+#include "kernels.h"
 
 /* ---- RMSNorm ------------------------------------------------------------------------------------------------- */
 

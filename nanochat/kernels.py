@@ -1,4 +1,4 @@
-"""Builds kernels.c with the machine's own C compiler, once, and calls it.
+"""Builds kernels.c and decode.c with the machine's own C compiler, once, and calls it.
 
 Where there is no compiler, everything still works, slower: fused.py then keeps to its plain PyTorch form.
 """
@@ -19,7 +19,8 @@ import torch
 from nanochat.common import get_base_dir, kernels_enabled, warn
 from nanochat.runtime import cpu_flags
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "decode.c"))
+HEADER = Path(__file__).with_name("kernels.h")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -63,15 +64,17 @@ def library() -> ctypes.CDLL | None:
                 warn("no C compiler found: training on this CPU will be slower (install gcc or clang)")
                 return None
             build(compiler, path)
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
+        library.decode_step.restype = None
+        return library
     except (OSError, subprocess.CalledProcessError) as error:
         warn(f"the CPU kernels cannot be built or loaded ({error}): training will be slower")
         return None
 
 
 def build_key() -> str:
-    """Changes with the source and with what -march=native means here, as a base folder may move to another machine."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    """Changes with the sources and with what -march=native means here, as a base folder may move to another machine."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (HEADER, *SOURCES)))
     digest.update(" ".join([*FLAGS, platform.platform(), platform.machine(), *sorted(cpu_flags())]).encode())
     return digest.hexdigest()[:16]
 
@@ -81,7 +84,7 @@ def build(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
-    command = [compiler, *FLAGS, "-o", temporary, str(SOURCE), "-lm"]
+    command = [compiler, *FLAGS, "-o", temporary, *map(str, SOURCES), "-lm"]
     try:
         if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
             subprocess.run(command, capture_output=True, check=True)

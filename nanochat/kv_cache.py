@@ -56,6 +56,11 @@ class KVCache:
         self._plans: dict[int, _Decode] = {}  # by ring size, until the lengths change
         self._use_rows(batch_size if num_rows is None else num_rows)
 
+    @property
+    def embeddings(self) -> torch.Tensor | None:
+        """(batch_size, 1, C) where previous_embedding of every row is kept."""
+        return self._previous
+
     # -- what the model asks for ----------------------------------------------------------------------
 
     @property
@@ -207,6 +212,11 @@ class KVCache:
             self._set_length(row, 0)
             if self._previous is not None:
                 self._previous[row] = 0
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget each row's tokens past `lengths`: for measuring, a ring that has wrapped has lost others for them."""
+        for row, length in enumerate(lengths):
+            self._set_length(row, length)
 
     def _use_rows(self, num_rows: int) -> None:
         self.num_rows = num_rows

@@ -105,12 +105,13 @@ class Service:
         max_waiting: int = 64,
         memory_bytes: int | None = None,
         prefix_bytes: int = 256 * MIB,
+        int8: bool = False,
         observe: Callable[[str, float], None] = lambda name, value: None,
     ) -> None:
         """`memory_bytes` bounds the rows' keys and values: as many rows as fit, at most `max_rows`. `observe` is told
         "step_seconds", "batch_rows", "first_token_seconds", "between_tokens_seconds", as they happen."""
         self.tokenizer, self.max_waiting, self.observe = tokenizer, max_waiting, observe
-        self.weights = DecodingWeights(model)
+        self.weights = DecodingWeights(model, int8)
         self.max_context = model.config.sequence_len
         if memory_bytes is not None:
             max_rows = max(1, min(max_rows, memory_bytes // row_bytes(model)))
@@ -119,7 +120,8 @@ class Service:
 
         self.prefixes = PrefixCache(decoding.PREFILL_CHUNK, prefix_bytes)
         ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
-        self.batch = Batch(self.weights.current(), ToolUse(tokenizer), ends, max_rows, self.max_context, self.prefixes)
+        self.batch = Batch(self.weights.current(), ToolUse(tokenizer), ends, max_rows, self.max_context, self.prefixes,
+                            self.weights.int8)  # fmt: skip
         self._orders: FairQueue[Ticket] = FairQueue()  # not yet given to the batch: it has no room
         self._cancelled: deque[tuple[Ticket, int | None]] = deque()
         self._tickets: dict[int, Ticket] = {}  # by id of a row in the batch

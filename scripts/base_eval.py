@@ -12,6 +12,7 @@ from nanochat.core_bundle import Bundle
 from nanochat.core_eval import GPTScorer
 from nanochat.core_prompts import MODES
 from nanochat.dataset import resolve_corpus
+from nanochat.decoding import DecodingWeights
 from nanochat.gpt import GPT
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
@@ -60,6 +61,8 @@ class Config:
     """How CORE prompts are written: reference (as published figures of this system) or dclm (as DCLM's harness)."""
     baselines: str = "v1"
     """Chance levels of CORE: v1 (the published GPT-2 figures') or v2."""
+    int8: bool = False
+    """Evaluate what the model is when it decodes with weights of eight bits (quantize.py)."""
     device_type: str = ""
     """cuda, mps or cpu; empty picks the best there is."""
 
@@ -85,13 +88,17 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
     bundle = None
     if "core" in wanted:
         bundle = open_bundle(config.eval_bundle, base_dir, runtime, config.baselines, config.core_tasks)
+    if config.int8 and (config.hf_path or runtime.device.type != "cpu"):
+        raise UserError("--int8 is for our own models on a CPU; add --device-type=cpu, or leave --int8 out")
     if config.hf_path:
         return evaluate_hf(config, wanted, bundle, runtime, base_dir)
     run = find_run(base_dir, "base", config.model_tag or None)
     model, tokenizer, meta = load_model("base", runtime, base_dir=base_dir, model_tag=run.name,
                                         step=None if config.step < 0 else config.step,
                                         compute_dtype=runtime.dtype)  # fmt: skip
-    runtime.print0(f"{runtime.describe()}\nbase model: {run.name}, step {meta['step']}")
+    if config.int8:
+        model = DecodingWeights(model, int8=True).current()
+    runtime.print0(f"{runtime.describe()}\nbase model: {run.name}, step {meta['step']}{', int8' * config.int8}")
     values: dict[str, Any] = {
         "model": run.name,
         "step": meta["step"],
@@ -129,7 +136,8 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
             say(f"details: {write_details(folder, result, run.name)}")
     if runtime.is_main:
         values |= {"seconds": time.perf_counter() - started, "command": command_line("base_eval", config)}
-        record_stage(base_dir, "base_eval", values)
+        if not config.int8:  # the report is about the model as it was trained
+            record_stage(base_dir, "base_eval", values)
     return 0
 
 

@@ -59,6 +59,8 @@ class Config:
     """Memory for keys and values of the sequences decoded together, for each replica."""
     prefix_mib: int = 256
     """Memory for known beginnings of prompts, for each replica."""
+    int8: bool = False
+    """Decode with weights of eight bits, on a CPU: faster for models too large for its cache."""
     request_seconds: float = 300.0
     """Longest time for one request."""
     log_requests: bool = False
@@ -107,7 +109,7 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
                                    compute_dtype=runtime.dtype)  # fmt: skip
         return Service(own, tokenizer, max_rows=config.max_rows, max_waiting=config.max_waiting,
                        memory_bytes=config.cache_mib * MIB, prefix_bytes=config.prefix_mib * MIB,
-                       observe=metrics.observe)  # fmt: skip
+                       int8=config.int8, observe=metrics.observe)  # fmt: skip
 
     settings = Settings(
         model_name=run.name, api_keys=keys, cors_origins=config.cors, temperature=config.temperature,

@@ -35,9 +35,12 @@ POSITIVE = {
     "tokenizer": """train_seconds encode_single_mb_per_second encode_single_tokens_per_second
         encode_batch_mb_per_second encode_batch_tokens_per_second decode_mb_per_second bytes_per_token""",
     "recipe": "steps total_batch",
+    "decode": """bytes_per_second num_matrix_params tokens_per_second_1 ms_per_step_3 model_ms_per_step_1
+        bandwidth_share_3 first_token_ms_1 times_one_row_3""",
 }  # fmt: skip
 SMALL_TEXT = {"tokenizer": ["--chars=20000"], "data": ["--chars=20000", "--documents=100", "--again=20"],
-              "recipe": ["--chars=20000", "--steps=2", "--total-batch=32", "--eval-tokens=512"]}  # fmt: skip
+              "recipe": ["--chars=20000", "--steps=2", "--total-batch=32", "--eval-tokens=512"],
+              "decode": ["--prompt=5", "--rows", "1", "3"]}  # fmt: skip
 
 
 @pytest.fixture

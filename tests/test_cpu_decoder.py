@@ -1,0 +1,174 @@
+"""The decode step in C against the model's own forward pass, with and without a cache, alone and beside others."""
+
+from typing import Any
+
+import pytest
+import torch
+from stubs import ByteTokenizer
+
+from nanochat import cpu_decoder, decoding
+from nanochat.common import UserError
+from nanochat.cpu_decoder import CpuDecoder
+from nanochat.decoding import Batch, DecodingWeights, Row, ToolUse
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import KVCache
+from nanochat.quantize import Int8Weights, matrices, quantize
+from nanochat.sampling import Sampling
+
+SIZES: dict[str, Any] = {"sequence_len": 48, "vocab_size": 301, "n_layer": 4, "n_head": 4, "n_kv_head": 2,
+                         "n_embd": 64, "window_pattern": "SL", "short_window_divisor": 4}  # fmt: skip
+FORMS = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
+
+
+def build(form: str = "later", dtype: torch.dtype = torch.float32, **sizes: Any) -> GPT:
+    """A model none of whose parameters is zero, so that every feature shows."""
+    model = GPT.create(FORMS[form](**{**SIZES, **sizes}), compute_dtype=dtype)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw) * (0.15 if p.dim() > 1 else 0.5))
+    return model
+
+
+def ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prefilled(model: GPT, prompts: list[torch.Tensor], max_tokens: int = 48) -> KVCache:
+    """A cache whose rows hold prompts of several lengths."""
+    cache = KVCache(model.config, len(prompts), max_tokens, dtype=model.compute_dtype, num_rows=0)
+    for prompt in prompts:
+        one = KVCache(model.config, 1, max_tokens, dtype=model.compute_dtype)
+        with torch.inference_mode():
+            model(prompt[None], kv_cache=one)
+        cache.join(one)
+    return cache
+
+
+needs_compiler = pytest.mark.skipif(not cpu_decoder.supported(build()), reason="no C compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80])
+@pytest.mark.parametrize("form", FORMS)
+def test_agrees_with_the_model_without_a_cache(form: str, head_dim: int) -> None:
+    model = build(form, n_embd=4 * head_dim)
+    tokens = ids(40)
+    cache = prefilled(model, [tokens[:3]])
+    decoder = CpuDecoder(model, cache)
+    with torch.inference_mode():
+        whole = model(tokens[None])[0]  # (T, V)
+    for at in range(3, 40):  # the short rings of 13 slots go round three times
+        logits = decoder([int(tokens[at])])
+        torch.testing.assert_close(logits[0], whole[at], rtol=1e-4, atol=2e-5)
+    assert cache.length(0) == 40
+
+
+@needs_compiler
+def test_bfloat16_stays_as_near_to_float32_as_pytorch_does() -> None:
+    exact, model = build(), DecodingWeights(build(dtype=torch.bfloat16)).current()
+    tokens = ids(30)
+    cache, other = prefilled(model, [tokens[:5]]), prefilled(model, [tokens[:5]])
+    decoder = CpuDecoder(model, cache)
+    ours, theirs = [], []
+    with torch.inference_mode():
+        whole = exact(tokens[None])[0]
+        for at in range(5, 30):
+            ours.append((decoder([int(tokens[at])])[0] - whole[at]).square().mean())
+            theirs.append((model(tokens[None, at : at + 1], kv_cache=other)[0, 0] - whole[at]).square().mean())
+    assert torch.stack(ours).mean() < 1.1 * torch.stack(theirs).mean() < 0.01
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_row_gets_the_same_bits_alone_and_beside_others(dtype: torch.dtype, int8: bool) -> None:
+    weights = DecodingWeights(build(dtype=dtype), int8)
+    model = weights.current()
+    prompts = [ids(2 + 3 * i, seed=i) for i in range(7)]  # rows of 2 .. 20 tokens: 4 rows at a time, then 3 alone
+    together = CpuDecoder(model, prefilled(model, prompts), weights.int8)
+    alone = [CpuDecoder(model, prefilled(model, [prompt]), weights.int8) for prompt in prompts]
+    for step in range(20):
+        tokens = ids(7, seed=100 + step).tolist()
+        logits = together(tokens)
+        for row, decoder in enumerate(alone):
+            assert torch.equal(logits[row], decoder([tokens[row]])[0]), f"row {row} at step {step}"
+
+
+@needs_compiler
+def test_the_batch_uses_it_and_says_what_plain_pytorch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = ByteTokenizer()
+    model = build()
+    prompts = [list(range(40 + i, 45 + 2 * i)) for i in range(5)]
+    engine = Engine(model, tokenizer)
+    ours = engine.generate_many(prompts, max_tokens=20, temperature=1.0, top_k=20, seed=3, batch_size=3)
+    calls = []
+    monkeypatch.setattr(CpuDecoder, "__call__", lambda *_: calls.append(1))
+    monkeypatch.setattr(decoding.cpu_decoder, "supported", lambda model: False)
+    theirs = engine.generate_many(prompts, max_tokens=20, temperature=1.0, top_k=20, seed=3, batch_size=3)
+    assert ours == theirs and not calls and any(len(tokens) == 20 for tokens in ours)
+
+
+def test_what_it_is_not_written_for_goes_through_the_model() -> None:
+    model = build(n_head=8, n_kv_head=8)  # heads of 8
+    assert not cpu_decoder.supported(model)
+    row = Row([1, 2, 3], 4, Sampling(0.0), 0, 0)
+    batch = Batch(model, ToolUse(ByteTokenizer()), set(), 2, 20)
+    batch.submit([row])
+    while not batch.idle:
+        batch.step()
+    assert len(row.tokens) == 4
+
+
+# ---------------------------------------------------------------------------------------------------
+# int8
+
+
+def test_quantize_keeps_every_weight_within_half_a_step() -> None:
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 40)[:, None]
+    weight[7] = 0
+    values, scale = quantize(weight)
+    assert values.dtype == torch.int8 and values.abs().max() == 127 and not values[7].any()
+    assert ((values * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_decodes_what_prompts_are_read_with(dtype: torch.dtype) -> None:
+    model = build(dtype=dtype)
+    before = model.blocks[0].mlp.c_fc.weight.clone()
+    weights = DecodingWeights(model, int8=True)
+    copy, int8 = weights.current(), weights.int8
+    assert int8 is not None and torch.equal(model.blocks[0].mlp.c_fc.weight, before), "the model itself is untouched"
+    for linear in matrices(copy):
+        values, scale = int8.of(linear)
+        torch.testing.assert_close(linear.weight.float(), values * scale[:, None], rtol=5e-3, atol=1e-6)
+    if not cpu_decoder.supported(copy):
+        return
+    tokens = ids(20)
+    decoder = CpuDecoder(copy, prefilled(copy, [tokens[:4]]), int8)
+    with torch.inference_mode():
+        whole = copy(tokens[None])[0]
+    for at in range(4, 20):
+        error = (decoder([int(tokens[at])])[0] - whole[at]).abs().max()
+        assert error < (1e-4 if dtype == torch.float32 else 0.3)
+
+
+def test_int8_follows_a_model_that_is_trained_on() -> None:
+    model = build()
+    weights = DecodingWeights(model, int8=True)
+    first = weights.current().lm_head.weight.clone()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    assert weights.int8 is not None
+    values, scale = weights.int8.of(weights.current().lm_head)
+    torch.testing.assert_close(weights.current().lm_head.weight, 3 * first)
+    torch.testing.assert_close(values * scale[:, None], 3 * first)
+    assert isinstance(weights.int8, Int8Weights)
+
+
+def test_int8_is_for_cpus() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SIZES))
+    with pytest.raises(UserError, match="CPU"):
+        DecodingWeights(model, int8=True)
