@@ -203,6 +203,7 @@ def complaints(values: dict[str, Any], served: Served, watch: Watch) -> list[str
 
 def measure(flags: ServeFlags, runtime: Runtime) -> Result:
     seen = Seen()
+    sys.setswitchinterval(0.001)  # the clients share an interpreter with the watch over the server's health
     with server(flags, runtime) as served:
         asyncio.run(load(ServeFlags(**{**vars(flags), "hostile": False, "seconds": 1.0}), served.port, Seen()))
         watch = Watch(served)

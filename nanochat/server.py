@@ -13,6 +13,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -96,6 +97,11 @@ class Api:
         self.pool, self.tokenizer, self.settings, self.metrics = pool, tokenizer, settings, metrics
         self.started = time.time()
         self.door = Door()
+        self._aside = ThreadPoolExecutor(2, "nanochat-aside")
+
+    async def aside(self, work: Callable[[], Any]) -> Any:
+        """Off the event loop, two pieces of work at a time: more would only wait for each other."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, work)
 
     # -- requests to orders ---------------------------------------------------------------------------
 
@@ -263,26 +269,26 @@ def add_generation_routes(app: FastAPI, api: Api) -> None:
     @app.post("/v1/chat/completions", responses=answers.whole_or_streamed(answers.ChatAnswer))
     async def chat(body: ChatRequest, request: Request) -> Any:
         api.check_model(body.model)
-        order = await asyncio.to_thread(api.chat_order, body)
+        order = await api.aside(lambda: api.chat_order(body))
         if not body.stream:
             whole = await api.run(request, [order], body.stop, api.settings.answers)
-            return await asyncio.to_thread(lambda: encoded(chat_answer(api.head, whole, body)))
+            return await api.aside(lambda: encoded(chat_answer(api.head, whole, body)))
         generation = api.generation(request, [order], body.stop, api.settings.answers)
         return api.stream(generation, chat_events(api.head, generation, body))
 
     @app.post("/chat/completions", response_class=EventSourceResponse)
     async def published_chat(body: PublishedChatRequest, request: Request) -> Any:
-        order = await asyncio.to_thread(api.chat_order, body.to_chat())
+        order = await api.aside(lambda: api.chat_order(body.to_chat()))
         generation = api.generation(request, [order], (), api.settings.answers)
         return api.stream(generation, published_events(generation), done=False)
 
     @app.post("/v1/completions", responses=answers.whole_or_streamed(answers.CompletionAnswer))
     async def complete(body: CompletionRequest, request: Request) -> Any:
         api.check_model(body.model)
-        orders = await asyncio.to_thread(api.completion_orders, body)
+        orders = await api.aside(lambda: api.completion_orders(body))
         if not body.stream:
             whole = await api.run(request, orders, body.stop, False)
-            return await asyncio.to_thread(lambda: encoded(completion_answer(api.head, whole, body)))
+            return await api.aside(lambda: encoded(completion_answer(api.head, whole, body)))
         generation = api.generation(request, orders, body.stop, False)
         return api.stream(generation, completion_events(api.head, generation, body))
 

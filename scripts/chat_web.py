@@ -2,6 +2,7 @@
 
 import gc
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,9 +125,16 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
         "Ctrl-C stops it; what is under way is finished first")  # fmt: skip
     if host not in ("127.0.0.1", "::1") and not keys:
         say("warning: others can reach this server and need no key; --api-key-file=FILE asks for one")
-    gc.collect()
-    gc.freeze()  # what was loaded stays: looking through it again and again would stop all answers for 0.2 s each time
+    keep_pauses_short()
     Server(app, log_requests=config.log_requests).run(sockets=[listening])
+
+
+def keep_pauses_short() -> None:
+    """All threads share one interpreter, and whoever asks for the next token must not wait for the others."""
+    gc.collect()
+    gc.freeze()  # what was loaded stays: looking through it again and again stops all threads for 0.2 s each time
+    gc.set_threshold(50_000, 20, 20)
+    sys.setswitchinterval(0.001)  # seconds for which a thread may keep the others waiting
 
 
 def read_keys(path: str) -> list[str]:
