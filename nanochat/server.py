@@ -348,11 +348,11 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
         return {"status": "ok"}
 
     @app.get("/stats")
-    async def stats() -> dict[str, Any]:
+    def stats() -> dict[str, Any]:
         return {**api.pool.stats(), "requests_under_way": api.door.under_way, "seconds_up": time.time() - api.started}
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
+    def metrics() -> Response:
         return Response(generate_latest(api.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     text = resources.files("nanochat").joinpath("ui.html").read_text(encoding="utf-8")

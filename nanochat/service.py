@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanochat.common import UserError, warn
@@ -55,6 +55,17 @@ class Order:
     client: str = ""  # who asks: clients that wait are served in turn
 
 
+def checked(order: Order, max_context: int) -> Order:
+    """The order with no more tokens than there is room for. Raises ValueError if it can never be carried out."""
+    if not order.prompt:
+        raise ValueError("the prompt is empty; start it with <|bos|>")
+    if len(order.prompt) > max_context:
+        raise ValueError(f"the prompt has {len(order.prompt)} tokens, the context {max_context}")
+    if order.max_tokens < 0 or order.samples < 1:
+        raise ValueError("max_tokens must not be negative, samples at least 1")
+    return replace(order, max_tokens=min(order.max_tokens, max_context - len(order.prompt)))
+
+
 @dataclass(frozen=True)
 class End:
     """The last that is delivered. `error` is None where all rows came to their end or were cancelled."""
@@ -68,7 +79,7 @@ Deliver = Callable[[list[Token] | End], None]
 class Ticket:
     """An order under way."""
 
-    def __init__(self, order: Order, deliver: Deliver, service: "Service") -> None:
+    def __init__(self, order: Order, deliver: Deliver, service: Any) -> None:
         self.order, self.service, self._deliver = order, service, deliver
         self.rows = [Row(list(order.prompt), order.max_tokens, order.sampling, order.seed, index,
                          top_logprobs=order.top_logprobs, prompt_logprobs=order.prompt_logprobs)
@@ -91,6 +102,8 @@ class Ticket:
         except Exception as error:
             warn(f"a request's receiver failed: {error!r}")
             self.ended = True
+        if self.ended:
+            self._deliver = lambda what: None  # it knows this ticket: in a circle, both would outlive the request
 
 
 class Service:
@@ -150,15 +163,7 @@ class Service:
         """Queue an order; `more`: it belongs to others that were let in, and is not refused for want of room.
 
         Raises Busy, Closed, or ValueError for one that can never be carried out."""
-        if not order.prompt:
-            raise ValueError("the prompt is empty; start it with <|bos|>")
-        if len(order.prompt) > self.max_context:
-            raise ValueError(f"the prompt has {len(order.prompt)} tokens, the context {self.max_context}")
-        if order.max_tokens < 0 or order.samples < 1:
-            raise ValueError("max_tokens must not be negative, samples at least 1")
-        room = self.max_context - len(order.prompt)
-        order = Order(**{**vars(order), "max_tokens": min(order.max_tokens, room)})
-        ticket = Ticket(order, deliver, self)
+        ticket = Ticket(checked(order, self.max_context), deliver, self)
         with self._wake:
             if self._closing or not self.alive:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
@@ -290,9 +295,9 @@ def row_bytes(model: GPT) -> int:
 
 
 class WorkerPool:
-    """Replicas behind one door. `make` builds a Service; it is called again for one that died."""
+    """Replicas behind one door. `make` builds a Service, or what looks like one; it is called again when one died."""
 
-    def __init__(self, make: Callable[[int], Service], size: int = 1) -> None:
+    def __init__(self, make: Callable[[int], Any], size: int = 1) -> None:
         if size < 1:
             raise UserError(f"--num-gpus must be at least 1, got {size}")
         self._make = make
@@ -308,7 +313,13 @@ class WorkerPool:
             turn = next(self._turn)
             count = len(self.services)
             order_of = sorted(range(count), key=lambda i: (self.services[i].load, (i - turn) % count))
-        return self.services[order_of[0]].submit(order, deliver, more)
+        chosen = self.services[order_of[0]]
+        try:
+            return chosen.submit(order, deliver, more)
+        except Closed:
+            if chosen.error is None or isinstance(chosen.error, Closed):
+                raise
+        return self.submit(order, deliver, more)  # it died at this very moment
 
     def _replace_dead(self) -> None:
         for index, service in enumerate(self.services):

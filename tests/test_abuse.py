@@ -1,11 +1,13 @@
 """What strangers send, over a real socket: keys, paths, headers, bodies, patience, and leaving at any time."""
 
+import gc
 import json
 import logging
 import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -265,6 +267,37 @@ def test_who_leaves_the_queue_leaves_it(live: Live, monkeypatch: pytest.MonkeyPa
     left = service.steps
     live.settle()
     assert service.steps - left <= 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"stream": True}, {"stream": True, "stop": ["a", "b", "c"]}, {"leave": True}])
+def test_what_a_request_held_is_free_once_it_is_over(
+    live: Live, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """At once, not when a collection of garbage comes round to it: an answer's tokens are many."""
+    pool, held = live.api.pool, []
+    submit = pool.submit
+
+    def watched(*order: Any, **more: Any) -> Any:
+        ticket = submit(*order, **more)
+        held.append(weakref.ref(ticket))
+        held.extend(weakref.ref(row) for row in ticket.rows)
+        return ticket
+
+    monkeypatch.setattr(pool, "submit", watched)
+    service = slow(live, monkeypatch, 0.01)
+    leaves = changes.pop("leave", False)
+    gc.disable()
+    try:
+        with live.connect() as connection:
+            connection.sendall(post(CHAT, chat(max_tokens=30, n=2, logprobs=True, **changes), KEY))
+            until(lambda: service.batch.rows)
+            if not leaves:
+                assert status(rest(connection)) == 200
+        live.settle()
+        until(lambda: not any(ref() for ref in held), 5)
+    finally:
+        gc.enable()
+    assert len(held) == 3
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ LAYERS = [
     },
     {
         "checkpoint_manager", "checkpoint_folder", "tensor_file", "engine", "kv_cache", "prefix_cache", "sampling",
-        "decoding", "cpu_decoder", "quantize", "fair_queue", "service", "api_answers", "api_text", "api_types",
-        "api_generation", "api_guard",
+        "decoding", "cpu_decoder", "quantize", "fair_queue", "service", "replica",
+        "api_answers", "api_text", "api_types", "api_generation", "api_guard",
         "loss_eval", "core_eval", "core_bundle", "core_prompts", "core_download", "hf_model", "contamination",
         "trainer", "recipe", "isoflop", "study_plots", "session", "export",
         "report", "report_html", "report_view", "report_compare",
