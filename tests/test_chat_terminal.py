@@ -1,12 +1,15 @@
 """chat_cli as a person meets it: the whole program in a terminal, with a model that answers slowly."""
 
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +33,7 @@ model = Slow(chain(START, "abcdefghijklmnopqrstuvwxyz0123456789."), 400)
 chat_cli.load = lambda config, runtime: (model, TOKENIZER, {{"step": 1}})
 sys.exit(chat_cli.main([]))
 """
-PROMPT = ">\b"  # as it is drawn
+PROMPT = ">"
 WHOLE = "abcdefghijklmnopqrstuvwxyz0123456789."
 
 
@@ -39,6 +42,7 @@ class Terminal:
 
     def __init__(self, base: Path) -> None:
         self.keyboard, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         code = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"))
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
@@ -51,7 +55,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.keyboard, keys.encode())
 
-    def expect(self, text: str, seconds: float = 30.0) -> str:
+    def expect(self, text: str, seconds: float = 90.0) -> str:
         """Wait until the screen has said it; what was said up to there, without colours."""
         deadline = time.monotonic() + seconds
         while text not in self.plain:
