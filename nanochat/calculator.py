@@ -90,7 +90,10 @@ def value_of(node: ast.expr, depth: int) -> Number:
         if isinstance(node.op, ast.Pow):
             return power(left, right)
         if type(node.op) in OPERATORS:
-            return bounded(OPERATORS[type(node.op)](left, right))
+            value = bounded(OPERATORS[type(node.op)](left, right))
+            if left and right and not value and isinstance(node.op, ast.Mult | ast.Div):
+                raise Refused  # too small for a float, which is not 0
+            return value
     if isinstance(node, ast.Call):
         return count_of(node)
     raise Refused
@@ -116,7 +119,10 @@ def power(base: Number, exponent: Number) -> Number:
     # |base| >= 2^(bits-1), so an integer result has at least (bits-1) * exponent bits.
     if isinstance(base, int) and isinstance(exponent, int) and (base.bit_length() - 1) * exponent > MAX_BITS:
         raise Refused
-    return bounded(base**exponent)
+    value = bounded(base**exponent)
+    if base and not value:
+        raise Refused  # too small for a float, which is not 0
+    return value
 
 
 def bounded(value: Number) -> Number:

@@ -55,6 +55,7 @@ class Row:
     done: bool = False
     top_logprobs: int | None = None  # how many likeliest tokens to tell with each token's log probability; None: none
     prompt_logprobs: bool = False  # tell them of the prompt's tokens too
+    logprob: float = 0.0  # of all tokens that the model chose, if top_logprobs is given
     told: list["Told"] = field(default_factory=list)  # of the prompt's tokens but the first, if asked
     forced: deque[int] = field(default_factory=deque)  # tokens that come next whatever the model says
     expression: list[int] | None = None  # tokens since <|python_start|>, None outside
@@ -250,6 +251,7 @@ class Batch:
             mask = int(not row.forced)
             token = next(chosen) if mask else row.forced.popleft()
             new.append(Token(row, token, mask, told.get(id(row)) if mask else None))
+            row.logprob += new[-1].told.logprob if new[-1].told else 0.0
             self._append(row, token, mask)
         self._drop_done()
         return new

@@ -96,18 +96,23 @@ class Engine:
         seed: int = 42,
         top_p: float | None = None,
         batch_size: int = 32,
+        indices: Sequence[int] | None = None,
+        logprobs: bool = False,
     ) -> list[Row]:
         """Continue many prompts, at most `batch_size` at a time; a finished row makes place for the next prompt.
 
         Returns a Row per prompt, in order: tokens, mask, and the token it ended with. A prompt is sample i of
-        `seed`, i being its place in the list; neighbours that are equal are prefilled once. A prompt that leaves
+        `seed`, i being its place in the list, or as `indices` has it; neighbours that are equal are prefilled once.
+        `logprobs`: sum up the log probability of what the model chose, in Row.logprob. A prompt that leaves
         no room in the context gets an empty answer, with a warning. Raises ValueError for an empty prompt.
         """
         if not all(prompts):
             raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} is empty; start it with <|bos|>")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        rows = self._rows(prompts, max_tokens, Sampling(temperature, top_k, top_p), seed)
+        rows = self._rows(prompts, max_tokens, Sampling(temperature, top_k, top_p), seed, indices)
+        for row in rows if logprobs else ():
+            row.top_logprobs = 0
         if overlong := sum(len(prompt) >= self.max_context for prompt in prompts):
             warn(f"{overlong} of {len(prompts)} prompts leave no room in the context of {self.max_context} tokens")
         if all(row.done for row in rows):
@@ -123,13 +128,20 @@ class Engine:
         """What complete() answers to each prompt, as token ids without the one that ends it."""
         return [row.tokens for row in self.complete(prompts, **kwargs)]
 
-    def _rows(self, prompts: Sequence[list[int]], max_tokens: int | None, sampling: Sampling, seed: int) -> list[Row]:
+    def _rows(
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: int | None,
+        sampling: Sampling,
+        seed: int,
+        indices: Sequence[int] | None = None,
+    ) -> list[Row]:
         if max_tokens is not None and max_tokens < 0:
             raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}")
         limit = self.max_context if max_tokens is None else max_tokens
         return [
             Row(list(prompt), min(limit, self.max_context - len(prompt)), sampling, seed, index)
-            for index, prompt in enumerate(prompts)
+            for index, prompt in zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)
         ]
 
     def _batch(self, rows: list[Row], batch_size: int) -> Batch:

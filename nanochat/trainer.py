@@ -234,8 +234,15 @@ class Trainer:
 
         for start in range(0, batch.inputs.size(0), self.device_batch_size):
             rows = slice(start, start + self.device_batch_size)
-            weights = None if batch.weights is None else put(batch.weights[rows])
-            yield put(batch.inputs[rows]), put(batch.targets[rows]), weights
+            if batch.weights is None:
+                yield put(batch.inputs[rows]), put(batch.targets[rows]), None
+                continue
+            weights = batch.weights[rows]
+            if weights.any():  # else no gradient comes of it, as in RL where all answers to a prompt are as good
+                width = int((batch.targets[rows] >= 0).any(0).nonzero().max()) + 1  # past the last target, nothing
+                cut = (batch.inputs[rows, :width], batch.targets[rows, :width], weights[:, :width])
+                inputs, targets, weights = (put(x.contiguous()) for x in cut)
+                yield inputs, targets, weights
 
     def set_rates(self) -> float:
         """Put this step's learning rate, momentum and weight decay into the optimizer's groups."""

@@ -1,6 +1,5 @@
 """Finetune a base model on conversations: `python -m scripts.chat_sft`."""
 
-import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -10,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint_manager import Checkpoint, find_run, has_run, load_model, run_dir
 from nanochat.common import UserError, format_count, get_base_dir, say
 from nanochat.dataloader import ConversationLoader
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.recipe import get_recipe
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
@@ -27,6 +25,7 @@ from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Hook, Record, ScheduleConfig, Trainer
 from scripts import _cli
 from scripts._observe import continuations, loader_bpb
+from scripts._start import own_run, resumed_model, starting_model
 from scripts._train import (
     TrainFlags,
     announce,
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, runtime: Runtime) -> int:
     """One finetuning run, fresh or resumed, to its end. Returns the exit code."""
     base_dir = get_base_dir()
-    run = find_own_run(config, base_dir)
+    run = own_run("sft", "base", config, config.base_tag, base_dir)
     with only_session(run, runtime):
         return train_in(run, config, runtime, base_dir)
 
@@ -95,7 +94,8 @@ def train(config: Config, runtime: Runtime) -> int:
 def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int:
     """The same, in the run's folder, which is ours alone."""
     checkpoint, earlier, config = open_session(run, config, runtime)
-    start = resumed_model(checkpoint, runtime) if checkpoint else base_model(run, config, runtime, base_dir)
+    start = resumed_model(checkpoint, runtime) if checkpoint else starting_model(
+        "base", run, config.base_tag, config.model_step, runtime, base_dir)  # fmt: skip
     model, tokenizer = start.model, start.tokenizer
     runtime.print0(f"{runtime.describe()}\nbase model: {start.tag}, step {start.step}; run folder: {run}")
 
@@ -141,46 +141,6 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     if code == 0 and runtime.is_main:
         report(base_dir, run, config, trainer, tokenizer, plan)
     return code
-
-
-@dataclass
-class Start:
-    """What a finetuning run inherits."""
-
-    model: GPT
-    tokenizer: RustBPETokenizer
-    tag: str  # of the base run
-    step: int
-    recipe: str
-    total_batch_tokens: int
-
-
-def find_own_run(config: Config, base_dir: Path) -> Path:
-    """This run's folder: the tag as given, else the latest of its kind when resuming, else named like the base run."""
-    tag = config.model_tag
-    if not tag and not config.base_tag and (config.resume or config.resume_from_step >= 0):
-        with contextlib.suppress(UserError):  # nothing to resume yet
-            tag = find_run(base_dir, "sft", None).name
-    return run_dir(base_dir, "sft", tag or find_run(base_dir, "base", config.base_tag or None).name)
-
-
-def base_model(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> Start:
-    """The base model to finetune: --base-tag, else the one of this run's name, else the latest."""
-    tag = config.base_tag or (run.name if has_run(base_dir, "base", run.name) else None)
-    step = None if config.model_step < 0 else config.model_step
-    name = find_run(base_dir, "base", tag).name
-    model, tokenizer, meta = load_model("base", runtime, base_dir=base_dir, model_tag=name, step=step,
-                                        compute_dtype=runtime.dtype)  # fmt: skip
-    recipe = meta["user_config"].get("recipe", "published")
-    return Start(model, tokenizer, name, meta["step"], recipe, meta["plan"]["total_batch_tokens"])
-
-
-def resumed_model(checkpoint: Checkpoint, runtime: Runtime) -> Start:
-    """A saved run's own model (its weights come later): the base run may be gone or have been trained on."""
-    meta, base = checkpoint.meta, checkpoint.meta["base"]
-    model = GPT.create(GPTConfig.from_dict(meta["model_config"]), runtime.device, runtime.dtype)
-    total = meta["plan"]["total_batch_tokens"]
-    return Start(model, checkpoint.tokenizer(), base["tag"], base["step"], base["recipe"], total)
 
 
 def fingerprint(mixture: TaskMixture) -> str:

@@ -16,6 +16,7 @@ STAGES = {
     "contamination": "benchmark items that stand in the training text",
     "base_eval": "CORE, bits per byte and samples of the base model",
     "chat_sft": "finetune it on conversations",
+    "chat_rl": "train it on its own answers, by how good they are",
     "chat_eval": "measure the chat model's skills",
     "chat_cli": "talk to it in the terminal",
     "chat_web": "talk to it in the browser; serve it to any OpenAI client",

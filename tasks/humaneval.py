@@ -1,7 +1,7 @@
 """HumanEval: Python functions to complete, judged by running tests (arXiv 2107.03374).
 
-Running what a model wrote is left to an `executor`, which must be a sandbox. There is none by
-default: without one, evaluation is refused.
+What a model wrote runs in the sandbox (`nanochat/execution.py`), the tests in a process apart from it. Where the
+machine has no safe level of it, evaluation is refused.
 """
 
 import re
@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from nanochat.common import UserError
+from nanochat.execution import execute_code
 from tasks.answers import ASSISTANT_END, Conversation
 from tasks.common import Task, load_hub_rows
 
 Executor = Callable[[str], Any]
-"""Takes a program; returns True/False or an object with `success`, true only if it ran to its very end."""
+"""Another way to run a program, its tests at its end; returns True/False or an object with `success`."""
+
+TIMEOUT_SECONDS = 5.0
 
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
@@ -21,11 +24,20 @@ FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.I
 class HumanEval(Task):
     """openai/openai_humaneval, 164 problems, split "test"."""
 
-    def __init__(self, split: str = "test", *, executor: Executor | None = None, sample: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        split: str = "test",
+        *,
+        executor: Executor | None = None,
+        sandbox: str = "",
+        sample: bool = False,
+        **kwargs: Any,
+    ):
+        """`sandbox`: the level to run answers at; empty takes the strongest safe one."""
         super().__init__(**kwargs)
         if split != "test":
             raise UserError(f"HumanEval has the split test only, not {split!r}")
-        self.split, self.executor = split, executor
+        self.split, self.executor, self.sandbox = split, executor, sandbox
         rows = load_hub_rows("openai/openai_humaneval", "openai_humaneval", split, sample=sample)
         self.rows = rows.require("prompt", "canonical_solution", "test", "entry_point")
 
@@ -41,27 +53,31 @@ class HumanEval(Task):
         return {"messages": messages, "entry_point": row["entry_point"], "test": row["test"]}
 
     def evaluate(self, conversation: Conversation, completion: str, executor: Executor | None = None) -> bool:
-        """Whether the completed function passes the problem's tests. Raises UserError without an executor."""
+        """Whether the completed function passes the problem's tests. Raises UserError where there is no sandbox."""
+        program, tests = candidate_program(conversation, completion), tests_program(conversation)
         executor = executor or self.executor
         if executor is None:
-            raise UserError("HumanEval runs code that a model wrote; it needs a sandbox (pass executor=...)")
-        result = executor(test_program(conversation, completion))
+            entry_point = conversation["entry_point"]
+            return execute_code(program, TIMEOUT_SECONDS, tests=tests, entry_point=entry_point,
+                                level=self.sandbox).success  # fmt: skip
+        result = executor(f"{program}\n\n{tests}")
         return bool(getattr(result, "success", result))
 
 
-def test_program(conversation: Conversation, completion: str) -> str:
-    """The prompt's imports, the function as completed, the tests, the call that runs them."""
+def candidate_program(conversation: Conversation, completion: str) -> str:
+    """The prompt's imports and helpers, and the function as completed."""
     prompt, entry_point = conversation["messages"][0]["content"], conversation["entry_point"]
     code = extract_program(completion)
     if re.search(rf"^(?:async\s+)?def {re.escape(entry_point)}\b", code, re.MULTILINE):
         # The prompt's imports and helper functions stay; what the answer defines again replaces them.
-        code = f"{prompt_head(prompt, entry_point)}\n\n{code}"
-    else:
-        code = prompt + code  # the answer goes on where the prompt stops
-    return f"{code}\n\n{conversation['test']}\n\ncheck({entry_point})\n"
+        return f"{prompt_head(prompt, entry_point)}\n\n{code}"
+    return prompt + code  # the answer goes on where the prompt stops
 
 
-test_program.__test__ = False  # type: ignore[attr-defined]  # its name is no reason for pytest to collect it
+def tests_program(conversation: Conversation) -> str:
+    """The tests and the call that runs them; they may use the prompt's imports and helpers, too."""
+    prompt, entry_point = conversation["messages"][0]["content"], conversation["entry_point"]
+    return f"{prompt_head(prompt, entry_point)}\n\n{conversation['test']}\n\ncheck({entry_point})\n"
 
 
 def prompt_head(prompt: str, entry_point: str) -> str:

@@ -12,6 +12,7 @@ from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.starter import StarterChat
+from tasks.wordproblems import LEVELS, WordProblems
 
 
 @dataclass
@@ -34,6 +35,8 @@ def starter_mixture(split: str, seed: int = 42) -> list[Part]:
         Part("arithmetic", Arithmetic(size=size, seed=draw)),
         Part("spelling", SimpleSpelling(size=size, seed=draw)),
         Part("letter counting", SpellingBee(size=size, seed=draw)),
+        # Enough to know the form of an answer; to solve them is for reinforcement learning (chat_rl).
+        *(Part(f"word problems {level}", WordProblems(level, size // 500, seed=draw)) for level in LEVELS),
         Part("small talk", StarterChat(split, source="smalltalk")),
         Part("questions", StarterChat(split, source="qa")),
     ]

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"common", "runtime", "schedules", "deadline", "packing", "calculator", "execution", "kernels", "fused"},
+    {"common", "runtime", "schedules", "deadline", "packing", "calculator", "execution", "kernels", "fused",
+     "sandbox_levels", "sandbox_starts", "sandbox_child", "sandbox_lock", "sandbox_processes", "sandbox_program",
+     "sandbox_wire"},
     {
         "conversation", "tokenizer", "dataset", "dataloader", "flash_attention", "gpt", "gpt_config", "loss_head",
         "optim", "scaling", "convert", "textfiles", "download", "batches", "document_order", "lanes",
@@ -17,7 +19,7 @@ LAYERS = [
     },
     {
         "checkpoint_manager", "checkpoint_folder", "tensor_file", "engine", "kv_cache", "prefix_cache", "sampling",
-        "decoding", "cpu_decoder", "quantize", "fair_queue", "service", "replica",
+        "decoding", "cpu_decoder", "quantize", "rl", "fair_queue", "service", "replica",
         "api_answers", "api_text", "api_types", "api_generation", "api_guard",
         "loss_eval", "core_eval", "core_bundle", "core_prompts", "core_download", "hf_model", "contamination",
         "trainer", "recipe", "isoflop", "study_plots", "session", "export",

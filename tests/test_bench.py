@@ -37,10 +37,11 @@ POSITIVE = {
     "recipe": "steps total_batch",
     "decode": """bytes_per_second num_matrix_params tokens_per_second_1 ms_per_step_3 model_ms_per_step_1
         bandwidth_share_3 first_token_ms_1 times_one_row_3""",
+    "sandbox": "unsafe_warm_per_second unsafe_tested_per_second unsafe_cold_per_second",
 }  # fmt: skip
 SMALL_TEXT = {"tokenizer": ["--chars=20000"], "data": ["--chars=20000", "--documents=100", "--again=20"],
               "recipe": ["--chars=20000", "--steps=2", "--total-batch=32", "--eval-tokens=512"],
-              "decode": ["--prompt=5", "--rows", "1", "3"]}  # fmt: skip
+              "decode": ["--prompt=5", "--rows", "1", "3"], "sandbox": ["--problems=0"]}  # fmt: skip
 
 
 @pytest.fixture

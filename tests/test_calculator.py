@@ -168,6 +168,69 @@ HOSTILE = [
     "2**" * 100 + "2",
     "1e-400**-1",
     "0.1**-400",
+    "10**-400",
+    "3**-999",
+    "1e-300**2",
+    "1e-200*1e-200",
+    "1e-200/1e200",
+]
+
+# Large but lawful, or refused late: whichever it is, at no cost. Chains, nesting, floats at their edges, long strings.
+COSTLY = [
+    "9" * 199 + "%7" * 100,
+    "9" * 199 + "//3" * 90,
+    "9" * 199 + "%" + "7" * 199 + "%" + "3" * 100,
+    "(10**199)%(10**198-1)" + "%7" * 60,
+    "(10**199)//(10**99+1)" + "//7" * 60,
+    "(" * 60 + "1" + ")" * 60,
+    "((((((2**99)%97)**9)%89)**9)%83)**9",
+    "-" * 60 + "1",
+    "+-" * 30 + "1",
+    "1" + "*2" * 120,
+    "1" + "+1" * 120,
+    "2**" * 3 + "2",
+    "2**2**2**2**2",
+    "2**1000",
+    "2**664",
+    "2**663",
+    "3**664",
+    "(-1)**1000",
+    "1**1000",
+    "0**1000",
+    "0**0",
+    "(10**150)*(10**49)",
+    "(10**150)*(10**50)",
+    "10**199+" + "9" * 199,
+    "10**199*1.0",
+    "10**199//0.1",
+    "10**199%0.1",
+    "10**199/10**198",
+    "10**199/3.0",
+    "(10**199)**1.5",
+    "1.0000001**1000",
+    "9.9**1000",
+    "0.5**1000",
+    "2**0.5**0.5**0.5",
+    "1e308+1e308",
+    "1e308*1.5",
+    "1e308/1e-10",
+    "5e-324/2",
+    "5e-324*1",
+    "1e300%1e-300",
+    "1e300//1e-10",
+    "1" + "0" * 300 + ".5",
+    "0." + "0" * 400 + "1",
+    "1" * 480 + "e1",
+    "'" + "a" * 490 + "'.count('')",
+    "'" + "a" * 240 + "'.count('" + "a" * 240 + "')",
+    "'" + "ab" * 120 + "'.count('" + "ab" * 60 + "b')",
+    "'aa'.count('a')" + "+'aa'.count('a')" * 24,
+    "'aa'.count('a')" + "**'aa'.count('a')" * 24,
+    "'a'.count('" + "\u0301" * 300 + "')",
+    "1,000" + "*1,000" * 60,
+    "1,000,000,000,000" + "+1,000,000,000,000" * 24,
+    ",".join(["999"] * 100),
+    "1" + ",000" * 120,
 ]
 
 
@@ -186,6 +249,21 @@ def test_refusing_costs_neither_time_nor_memory() -> None:
     tracemalloc.stop()
     assert seconds < 1.0
     assert peak_bytes < 4 * 2**20
+
+
+@pytest.mark.parametrize("source", COSTLY, ids=lambda source: ascii(source)[:40])
+def test_nothing_lawful_is_costly_either(source: str) -> None:
+    seconds = []
+    for _ in range(5):  # the best of five: the machine may be busy with something else
+        began = time.perf_counter()
+        use_calculator(source)
+        seconds.append(time.perf_counter() - began)
+    tracemalloc.start()
+    result = use_calculator(source)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert min(seconds) < 0.01 and peak_bytes < 2**20
+    assert len(str(result)) <= 201  # sign and digits
 
 
 @pytest.mark.parametrize("source", [None, 12, b"1+1", ["1"], object()])

@@ -129,11 +129,27 @@ def test_chat_eval_writes_every_answer(
     assert report["splits"] == {"GSM8K": "test"} and "MMLU" in report["chatcore_missing"]
 
 
-def test_embedded_samples_run_and_humaneval_is_refused(finetuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_humaneval_needs_a_sandbox(
+    finetuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanochat import sandbox_levels
     from nanochat.common import UserError
 
-    with pytest.raises(UserError, match="sandbox"):
-        chat_eval.main(["-a", "HumanEval", "--device-type=cpu"])
+    flags = ["-a", "HumanEval", "--embedded-sample", "-x", "2", "-m", "2", "--device-type=cpu"]
+    with pytest.raises(UserError, match="no sandbox level 'none'"):
+        chat_eval.main([*flags, "--sandbox=none"])
+    sandbox_levels._announced.clear()
+    assert chat_eval.main([*flags, "--sandbox=unsafe"]) == 0
+    said = capsys.readouterr().out
+    assert "HumanEval" in said and "sandbox: unsafe" in said
+    monkeypatch.setattr(sandbox_levels, "why_unavailable", lambda level: "not today")
+    with pytest.raises(UserError, match=r"no sandbox here.*bubblewrap: not today"):
+        chat_eval.main(flags)
+
+
+def test_embedded_samples_run(finetuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nanochat.common import UserError
+
     with pytest.raises(UserError, match="-t 1"):
         chat_eval.main(["-a", "GSM8K", "-n", "2", "--device-type=cpu"])
     with pytest.raises(UserError, match="has main and socratic with"):
@@ -181,8 +197,11 @@ def test_contamination_names_the_items(base: Path, monkeypatch: pytest.MonkeyPat
     bundle = write_bundle(tmp_path / "b")
     question = "which of these nine words would you choose to hide in a text"
     (bundle / "eval_data" / "pick.jsonl").write_text(json.dumps({"query": question, "choices": ["x", "y"], "gold": 0}))
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in
-                                                 [f"line {i} of text" for i in range(300)] + [f"{question}? x"] * 100))
+    (tmp_path / "text.jsonl").write_text(
+        "".join(
+            json.dumps({"text": t}) + "\n" for t in [f"line {i} of text" for i in range(300)] + [f"{question}? x"] * 100
+        )
+    )
     monkeypatch.setenv("NANOCHAT_DATASETS_DIR", str(tmp_path / "none"))
     monkeypatch.setattr("tasks.hub.download_split", lambda *a: (None, "no network"))
     contamination.main([f"--data={tmp_path / 'text.jsonl'}", f"--eval-bundle={bundle}"])

@@ -15,6 +15,7 @@ NAMES = {
     "nanochat.optim": ["MuonAdamW", "DistMuonAdamW"],
     "nanochat.loss_eval": ["evaluate_bpb"],
     "nanochat.calculator": ["use_calculator"],
+    "nanochat.execution": ["execute_code", "ExecutionResult", "PythonSession"],
     "nanochat.core_eval": ["evaluate_core"],
     "nanochat.service": ["WorkerPool"],
     "nanochat.engine": ["KVCache", "Engine.generate", "Engine.generate_batch"],
@@ -71,8 +72,12 @@ def test_published_flags(script: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "short"), [("chat_eval", "-i -a -x -n -b -m -t -k -g -s"), ("chat_cli", "-i -g -s -p -t -k"),
-                        ("chat_web", "-i -t -k -m -g -s -p")]
+    ("script", "short"),
+    [
+        ("chat_eval", "-i -a -x -n -b -m -t -k -g -s"),
+        ("chat_cli", "-i -g -s -p -t -k"),
+        ("chat_web", "-i -t -k -m -g -s -p"),
+    ],
 )
 def test_published_short_flags(script: str, short: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -13,6 +13,7 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.conversation import validate_conversation
+from nanochat.sandbox_levels import SAFE_LEVELS, why_unavailable
 from tasks import hub
 from tasks.answers import final_number, final_text, keyed_random
 from tasks.arc import ARC
@@ -338,12 +339,14 @@ def run_program(program: str) -> bool:
     return subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, timeout=20).returncode == 0
 
 
-def test_humaneval(mirror: Path) -> None:
+def test_humaneval(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(mirror, "openai/openai_humaneval/openai_humaneval", [HUMANEVAL_ROW])
     task = HumanEval()
     whole = task[0]["messages"][1]["content"]
-    with pytest.raises(UserError, match="executor"):
-        task.evaluate(task[0], whole)
+    with monkeypatch.context() as patch:
+        patch.setattr("nanochat.sandbox_levels.why_unavailable", lambda level: "not today")
+        with pytest.raises(UserError, match=r"no sandbox here.*not today"):
+            task.evaluate(task[0], whole)
     body = HUMANEVAL_ROW["canonical_solution"]
     assert task.evaluate(task[0], whole, run_program)
     assert task.evaluate(task[0], body, run_program)  # goes on where the prompt stops
@@ -357,6 +360,22 @@ def test_humaneval(mirror: Path) -> None:
     assert not task.evaluate(task[0], whole, lambda program: Verdict())
     with pytest.raises(UserError, match="split"):
         HumanEval("train")
+
+
+def test_humaneval_in_the_sandbox(mirror: Path) -> None:
+    """Of a machine without a safe level the unsafe one is taken: the programs are this file's own."""
+    put(mirror, "openai/openai_humaneval/openai_humaneval", [HUMANEVAL_ROW])
+    safe = not all(why_unavailable(level) for level in SAFE_LEVELS)
+    task = HumanEval(sandbox="" if safe else "unsafe")
+    whole, body = task[0]["messages"][1]["content"], HUMANEVAL_ROW["canonical_solution"]
+    right = [whole, body, f"Sure!\n```python\ndef root(n):\n{body}```\nThat is all.",
+             "```python\nimport math\ndef half(n): return 0\ndef root(n): return math.sqrt(n)\n```"]  # fmt: skip
+    wrong = ["    pass\n", "    return 3\n", "    exit(0)\n", "", "I do not know.", "    import os; os._exit(0)\n",
+             "    return math.sqrt(n) +\n", f"{body}\ncheck = print\ndef root(n): return 3\n"]  # fmt: skip
+    for answer in right:
+        assert task.evaluate(task[0], answer), answer
+    for answer in wrong:
+        assert not task.evaluate(task[0], answer), answer
 
 
 @pytest.mark.parametrize(
@@ -424,7 +443,7 @@ def test_embedded_samples_are_asked_for_by_name(mirror: Path) -> None:
         assert 0 < len(task) <= 32 and "embedded sample" in task.rows.origin  # type: ignore[attr-defined]
         for conversation in task:
             validate_conversation(conversation)
-            if name != "HumanEval":
+            if name != "HumanEval":  # tests/test_execution.py runs those
                 assert task.evaluate(conversation, rendered(conversation))
                 assert not task.evaluate(conversation, conversation["messages"][0]["content"])
         with pytest.raises(DatasetMissing):

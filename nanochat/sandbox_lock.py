@@ -1,0 +1,230 @@
+"""Locking a process in, from within: resource limits, Landlock, a system call filter. Linux, no libraries.
+
+This file is also read inside the sandbox, by an interpreter without site-packages: the standard library only. The
+packages on PyPI were a poor fit: pyseccomp needs a C library that it does not bring, landlock knows neither
+signals nor abstract sockets. tests/test_execution.py checks the numbers below against libseccomp where it is there.
+"""
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import struct
+from collections.abc import Iterable
+
+# System calls a program may make, as (x86_64, aarch64); - is "has none". What is not listed fails with EPERM:
+# sockets, new processes, other programs, ptrace, mounts, namespaces, keys, io_uring, bpf, memfd and the rest.
+ALLOWED = """
+read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, preadv 295 69, pwritev 296 70,
+preadv2 327 286, pwritev2 328 287, close 3 57, close_range 436 436, lseek 8 62, stat 4 -, fstat 5 80, lstat 6 -,
+newfstatat 262 79, statx 332 291, access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -, readlinkat 267 78,
+getcwd 79 17, getdents 78 -, getdents64 217 61, statfs 137 43, fstatfs 138 44, chdir 80 49, fchdir 81 50,
+fadvise64 221 223, dup 32 23, dup2 33 -, dup3 292 24, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72,
+epoll_create 213 -, epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22, epoll_pwait2 441 441,
+eventfd 284 -, eventfd2 290 19, pipe 22 -, pipe2 293 59, recvfrom 45 207,
+shutdown 48 210, getsockopt 55 209, getsockname 51 204, getpeername 52 205,
+mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233, brk 12 214, mincore 27 232,
+rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigpending 127 136, rt_sigtimedwait 128 137,
+rt_sigsuspend 130 133, sigaltstack 131 132, pause 34 -, alarm 37 -, setitimer 38 103, getitimer 36 102,
+restart_syscall 219 128, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101,
+gettimeofday 96 169, time 201 -, times 100 153, timerfd_create 283 85, timerfd_settime 286 86, timerfd_gettime 287 87,
+getpid 39 172, gettid 186 178, getppid 110 173, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177,
+getgroups 115 158, getresuid 118 148, getresgid 120 150, getpgrp 111 -, uname 63 160, sysinfo 99 179,
+getrlimit 97 163, setrlimit 160 164, getrusage 98 165, getcpu 309 168, sched_yield 24 124, umask 95 166,
+getrandom 318 278, futex 202 98, futex_waitv 449 449, set_robust_list 273 99, set_tid_address 218 96, rseq 334 293,
+membarrier 324 283, arch_prctl 158 -, exit 60 93, exit_group 231 94, wait4 61 260, waitid 247 95
+"""
+# With a scratch folder of its own, on a file system where nothing else can be written.
+FILES = """
+open 2 -, openat 257 56, creat 85 -, ftruncate 77 46, truncate 76 45, fallocate 285 47, fsync 74 82, fdatasync 75 83,
+mkdir 83 -, mkdirat 258 34, rmdir 84 -, unlink 87 -, unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276,
+link 86 -, linkat 265 37, symlink 88 -, symlinkat 266 36, chmod 90 -, fchmod 91 52, fchmodat 268 53, utime 132 -,
+utimes 235 -, utimensat 280 88, futimesat 261 -, flock 73 32, copy_file_range 326 285, sendfile 40 71
+"""
+# Allowed if the argument of that index is one of these: fcntl without owners, signals and leases; ioctl for files and
+# pipes; prctl for a thread's name.
+VALUES: dict[str, tuple[int, tuple[int, ...]]] = {
+    "fcntl 72 25": (1, (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)),
+    "ioctl 16 29": (1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
+    "prctl 157 167": (0, (15, 16)),
+    "prlimit64 302 261": (0, (0,)),  # itself only
+    "socketpair 53 199": (0, (1,)),  # AF_UNIX
+    "sendto 44 206": (5, (0,)),  # to the other end of a pair, not to an address, which a pair of datagrams could
+    "sched_getaffinity 204 123": (0, (0,)),
+}
+SELF_ONLY = ("kill 62 129", "tgkill 234 131")  # signals: the first argument is the process's own id
+CLONE, CLONE3, CLONE_THREAD = "clone 56 220", "clone3 435 435", 0x10000
+OPENS = {"open 2 -": 1, "openat 257 56": 2}  # and where their flags stand
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH of the kernel
+NEWEST = 463  # numbers above are of calls younger than this list
+
+LOAD, JUMP_EQ, JUMP_GE, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # classic BPF, linux/bpf_common.h
+ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x50000  # linux/seccomp.h; REFUSE takes the errno in its low bits
+
+
+class Unsupported(Exception):
+    """This kernel or processor lacks what the sandbox rests on."""
+
+
+def _call(result: int, what: str) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise Unsupported(f"{what}: {os.strerror(code)}")
+    return result
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The filter of system calls (man 2 seccomp)
+
+
+def build_filter(pid: int, files: bool, machine: str | None = None) -> bytes:
+    """The BPF program for process `pid`: one process, its own files. `files`: it may write files."""
+    machine = machine or platform.machine()
+    if machine not in ARCHITECTURES:
+        raise Unsupported(f"no list of system calls for {machine}")
+    column, architecture = ARCHITECTURES[machine]
+
+    def number(entry: str) -> int | None:
+        text = entry.split()[1 + column]
+        return None if text == "-" else int(text)
+
+    def argument(index: int) -> int:
+        return 16 + 8 * index  # the low half: every argument looked at is an int
+
+    code = [(LOAD, 0, 0, 4), (JUMP_EQ, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+
+    def rule(entry: str, body: list[tuple[int, int, int, int]]) -> None:
+        if (nr := number(entry)) is not None:
+            code.extend([(JUMP_EQ, 0, len(body), nr), *body])
+
+    for entry in ",".join([ALLOWED, FILES] if files else [ALLOWED]).split(","):
+        rule(entry, [(RETURN, 0, 0, ALLOW)])
+    for entry, (index, values) in {**VALUES, **dict.fromkeys(SELF_ONLY, (0, (pid,)))}.items():
+        tests = [pair for v in values for pair in ((JUMP_EQ, 0, 1, v), (RETURN, 0, 0, ALLOW))]
+        rule(entry, [(LOAD, 0, 0, argument(index)), *tests, (RETURN, 0, 0, REFUSE | errno.EPERM)])
+    rule(CLONE, [(LOAD, 0, 0, argument(0)), (JUMP_SET, 0, 1, CLONE_THREAD), (RETURN, 0, 0, ALLOW),
+                 (RETURN, 0, 0, REFUSE | errno.EPERM)])  # fmt: skip
+    rule(CLONE3, [(RETURN, 0, 0, REFUSE | errno.ENOSYS)])  # its flags stand in memory; libc falls back to clone
+    for entry, index in {} if files else OPENS.items():
+        rule(entry, [(LOAD, 0, 0, argument(index)), (JUMP_SET, 0, 1, WRITING), (RETURN, 0, 0, REFUSE | errno.EACCES),
+                     (RETURN, 0, 0, ALLOW)])  # fmt: skip
+    code += [(JUMP_GE, 0, 1, NEWEST), (RETURN, 0, 0, REFUSE | errno.ENOSYS), (RETURN, 0, 0, REFUSE | errno.EPERM)]
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+
+
+def filter_system_calls(files: bool) -> None:
+    """From here on this process makes only the calls listed above. There is no way back."""
+    program = build_filter(os.getpid(), files)
+    buffer = ctypes.create_string_buffer(program, len(program))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer)))
+    libc = _libc()
+    _call(libc.prctl(38, 1, 0, 0, 0), "no_new_privs")
+    _call(libc.prctl(22, 2, header, 0, 0), "seccomp")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Landlock (man 7 landlock)
+
+READ_FILE, READ_DIR = 1 << 2, 1 << 3
+SCOPE_ABSTRACT_SOCKET, SCOPE_SIGNAL = 1, 2
+
+
+def landlock_abi() -> int:
+    """The kernel's version of Landlock, 0 without."""
+    return max(0, _libc().syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint(1)))
+
+
+def restrict_files(readable: Iterable[str]) -> None:
+    """From here on this process reads what lies under `readable`, opens nothing else and writes nothing."""
+    libc, abi = _libc(), landlock_abi()
+    if abi < 1:
+        raise Unsupported("this kernel has no Landlock")
+    # Kernels know more rights with every version: 13 at first, then linking, truncating and device ioctls.
+    rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
+    ruleset = struct.pack("QQQ", rights, 3 if abi >= 4 else 0,
+                          SCOPE_ABSTRACT_SOCKET | SCOPE_SIGNAL if abi >= 6 else 0)  # fmt: skip
+    size = 24 if abi >= 6 else 16 if abi >= 4 else 8
+    handle = _call(libc.syscall(444, ruleset, ctypes.c_size_t(size), ctypes.c_uint(0)), "landlock_create_ruleset")
+    for path in readable:
+        if not os.path.exists(path):
+            continue
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        access = READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE
+        rule = struct.pack("=Qi", access, fd)
+        _call(libc.syscall(445, handle, 1, rule, ctypes.c_uint(0)), "landlock_add_rule")
+        os.close(fd)
+    _call(libc.prctl(38, 1, 0, 0, 0), "no_new_privs")
+    _call(libc.syscall(446, handle, ctypes.c_uint(0)), "landlock_restrict_self")
+    os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Who the process is, and how much it may use
+
+
+def hide_memory() -> None:
+    """No process without special rights may look into this one or into its children: man 2 PR_SET_DUMPABLE."""
+    _call(_libc().prctl(4, 0, 0, 0, 0), "PR_SET_DUMPABLE")
+
+
+def die_with_parent() -> None:
+    _call(_libc().prctl(1, 9, 0, 0, 0), "PR_SET_PDEATHSIG")
+
+
+READ_RIGHT, OVERRIDE_RIGHT = 1 << 2, 1 << 1  # CAP_DAC_READ_SEARCH; a container may have only CAP_DAC_OVERRIDE
+
+
+def give_up_rights(uid: int, may_read: bool) -> None:
+    """Turn into user `uid` for good (0: stay who it is) and drop root's rights. `may_read` keeps those to read what
+    only root may, for a Python that lies in root's home; Landlock and the filter say which files, and that they are
+    only read."""
+    libc, header = _libc(), struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    held = ctypes.create_string_buffer(24)
+    _call(libc.capget(header, held), "capget")
+    permitted = struct.unpack("6I", held.raw)[1] if may_read else 0
+    kept = permitted & READ_RIGHT or permitted & OVERRIDE_RIGHT
+    if uid:
+        _call(libc.prctl(8, 1, 0, 0, 0), "PR_SET_KEEPCAPS")
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    _call(libc.capset(header, struct.pack("6I", kept, kept, 0, 0, 0, 0)), "capset")
+
+
+def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, tasks: int) -> None:
+    """rlimits of this process (man 2 setrlimit); 0 leaves out CPU time or tasks (threads of this user)."""
+    limits = {"AS": memory_bytes, "FSIZE": file_bytes, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0,
+              "STACK": 8 << 20, "SIGPENDING": 64}  # fmt: skip
+    if tasks:
+        limits["NPROC"] = tasks
+    for name, value in limits.items():
+        which = getattr(resource, f"RLIMIT_{name}", None)
+        if which is None:
+            continue
+        hard = resource.getrlimit(which)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        try:
+            resource.setrlimit(which, (value, value))
+        except (ValueError, OSError):
+            if platform.system() == "Linux":  # macOS refuses some
+                raise
+    if cpu_seconds:
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
+
+
+def tasks_of_user() -> int:
+    """Threads that this user runs now, in all its processes."""
+    uid, count = os.getuid(), 0
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid:
+                count += len(os.listdir(f"/proc/{name}/task"))
+        except OSError:
+            continue  # it has ended
+    return count
