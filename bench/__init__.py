@@ -7,6 +7,7 @@
     data        the loader: tokens a second from text, and whether an epoch shows every token
     tokenizer   training, encoding, decoding
     recipe      what a change to the training recipe is worth at equal time, over seeds (as long as you let it train)
+    serve       the server under load over HTTP: tokens a second, times to the first token and between tokens; --hostile
     core        the CORE evaluation, batched beside one item at a time
 
 All take the same flags (`--depth --head-dim --seq-len --batch --vocab-size --window-pattern --recipe --dtype

@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -13,6 +13,8 @@ from nanochat.api_text import SampleText, chat_logprobs, completion_logprobs
 from nanochat.api_types import ChatRequest, CompletionRequest
 from nanochat.decoding import Token
 from nanochat.service import Busy, Closed, End, Order, Ticket, WorkerPool
+
+MOST_UNREAD = 2048  # tokens kept for a client that does not read; then its request ends
 
 Event = dict[str, Any]
 Head = Callable[[str, str], Event]  # Api.head: kind and prefix to what every answer begins with
@@ -23,7 +25,7 @@ class Settings:
     """What the operator decides. Times in seconds."""
 
     model_name: str = "nanochat"
-    api_key: str = ""  # empty: none is asked for
+    api_keys: Sequence[str] = ()  # any of them opens; empty: none is asked for
     cors_origins: Sequence[str] = ()
     temperature: float = 0.8
     top_k: int = 50
@@ -54,20 +56,23 @@ class ApiError(Exception):
 class Generation:
     """Samples of one or more prompts, from the pool to the client."""
 
-    def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings) -> None:
+    def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings, client: str) -> None:
+        self.client = client
         self.pool, self.tokenizer, self.settings = pool, tokenizer, settings
         self.queue: asyncio.Queue[tuple[int, list[Token] | End]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         self.tickets: list[Ticket] = []
         self.texts: list[list[SampleText]] = []  # by order, then by sample
         self.retried: set[int] = set()
+        self.unread = 0  # tokens in the queue
 
     def submit(self, orders: Sequence[Order], stop: Sequence[str], chat: bool) -> None:
         """Hand the orders in. Raises ApiError; then none of them goes on."""
         try:
             for number, order in enumerate(orders):
                 self.texts.append([SampleText(self.tokenizer, stop, chat) for _ in range(order.samples)])
-                self.tickets.append(self.pool.submit(order, self._receiver(number)))
+                order = replace(order, client=self.client)
+                self.tickets.append(self.pool.submit(order, self._receiver(number), more=number > 0))
         except Busy as error:
             self.cancel()
             retry = {"Retry-After": str(math.ceil(error.retry_after))}
@@ -82,9 +87,17 @@ class Generation:
     def _receiver(self, number: int) -> Callable[[list[Token] | End], None]:
         def receive(what: list[Token] | End) -> None:  # on the service's thread
             if not self.loop.is_closed():
-                self.loop.call_soon_threadsafe(self.queue.put_nowait, (number, what))
+                self.loop.call_soon_threadsafe(self._arrived, number, what)
 
         return receive
+
+    def _arrived(self, number: int, what: list[Token] | End) -> None:
+        if isinstance(what, list):
+            self.unread += len(what)
+            if self.unread > MOST_UNREAD:
+                self.cancel()
+                return
+        self.queue.put_nowait((number, what))
 
     async def pieces(self) -> AsyncIterator[tuple[int, int, list[tuple[str, str]], list[Token], bool]]:
         """(order, sample, new pieces of text, the tokens behind them, whether the sample ended) as they come.
@@ -101,7 +114,11 @@ class Generation:
                 self.cancel()
                 raise ApiError(504, f"the answer took more than {self.settings.request_seconds:g} s", "server_error",
                                code="timeout") from None  # fmt: skip
+            if self.unread > MOST_UNREAD:
+                raise ApiError(408, "the answer was not read", code="client_too_slow")
             ticket, texts = self.tickets[number], self.texts[number]
+            if isinstance(what, list):
+                self.unread -= len(what)
             if isinstance(what, End):
                 if what.error is not None and self._tried_again(number, what.error):
                     continue
@@ -121,8 +138,11 @@ class Generation:
                 text = texts[index]
                 if ended[number][index] or len(text.tokens) >= ticket.order.max_tokens:
                     continue
-                if token.mask and token.row.end is not None and token.id == token.row.end:
-                    continue  # the token that ended the row says nothing
+                if token.mask and token.row.end is not None and token.id == token.row.end:  # it says nothing
+                    if token.told is not None and not text.chat:  # but it was drawn, and harnesses count on it
+                        text.tokens.append(token)
+                        yield number, index, [], [token], False
+                    continue
                 pieces = text.feed(token)
                 if text.stopped:
                     ended[number][index] = True
@@ -135,7 +155,7 @@ class Generation:
             return False
         self.retried.add(number)
         try:
-            self.tickets[number] = self.pool.submit(self.tickets[number].order, self._receiver(number))
+            self.tickets[number] = self.pool.submit(self.tickets[number].order, self._receiver(number), more=True)
         except (Busy, Closed):
             return False
         return True

@@ -1,12 +1,16 @@
-"""Around every request: keys, limits of size, security headers, errors in OpenAI's form, counting."""
+"""Around every request: keys, limits, security headers, errors in OpenAI's form, counting."""
 
+import asyncio
+import contextlib
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -18,76 +22,140 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+OPEN_PATHS = ("/", "/health", "/health/live", "/health/ready")  # need no key
+GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/chat/completions")
+LINGER_SECONDS = 5.0  # to take in and throw away a body that is refused, so that the client reads why
 
 
-class BodyLimit:
-    """Refuses bodies over a limit, whether their length is announced or not."""
+@dataclass
+class Door:
+    """Who may come in: how many answers are under way, and whether the server is shutting down."""
 
-    def __init__(self, app: Any, most: int) -> None:
-        self.app, self.most = app, most
+    under_way: int = 0
+    closing: bool = False
+
+
+class Guard:
+    """ASGI middleware. `count` is told each request's path and status."""
+
+    def __init__(self, app: Any, door: Door, settings: Settings, count: Callable[[str, int], None]) -> None:
+        self.app, self.door, self.settings, self.count = app, door, settings, count
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        announced = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-        error = ApiError(413, f"the request's body is larger than {self.most} bytes", code="request_too_large")
-        if announced.isdigit() and int(announced) > self.most:
-            await error.response()(scope, receive, send)
-            return
-        seen, refused = 0, False
-
-        async def counted() -> Any:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.most:
-                raise error
-            return message
-
-        async def answered(message: Any) -> None:  # whatever the application makes of the error, ours goes out
-            nonlocal refused
-            if seen <= self.most:
-                await send(message)
-            elif not refused:
-                refused = True
-                await error.response()(scope, receive, send)
-
-        await self.app(scope, counted, answered)
-
-
-def add_middleware(app: FastAPI, settings: Settings, count: Callable[[str, int], None]) -> None:
-    """Wrap the application; `count` is told each request's path and status."""
-
-    @app.middleware("http")
-    async def around(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        exchange = Exchange(scope, receive, send, self.settings.body_bytes, self.count)
         try:
-            check_key(request, settings)
-            response = await go_on(request)
+            scope.setdefault("state", {})["client"] = client_of(scope, self.settings.api_keys)
+            exchange.check_announced()
+            if scope["path"] in GENERATING_PATHS and scope["method"] == "POST":
+                await self.admit(scope, exchange)
+            else:
+                await self.app(scope, exchange.receive, exchange.send)
+            if exchange.error:
+                raise exchange.error
         except ApiError as error:
-            response = error.response()
-        for name, value in SECURITY_HEADERS.items():
-            response.headers.setdefault(name, value)
-        route = request.scope.get("route")
-        count(getattr(route, "path", "other"), response.status_code)
-        return response
+            await exchange.refuse(error)
 
-    app.add_middleware(BodyLimit, most=settings.body_bytes)
+    async def admit(self, scope: Any, exchange: "Exchange") -> None:
+        """Let a request for an answer in, if there is room, and count it until its answer is sent."""
+        if self.door.closing:
+            raise ApiError(503, "the server is shutting down", "server_error", code="unavailable",
+                           headers={"Retry-After": "5"})  # fmt: skip
+        if self.door.under_way >= self.settings.max_requests:
+            raise ApiError(429, "too many requests are under way", "rate_limit_error", code="server_busy",
+                           headers={"Retry-After": "1"})  # fmt: skip
+        self.door.under_way += 1
+        try:
+            await self.app(scope, exchange.receive, exchange.send)
+        finally:
+            self.door.under_way -= 1
+
+
+class Exchange:
+    """One request and its answer: the body is bounded whether its length is announced or not."""
+
+    def __init__(self, scope: Any, receive: Any, send: Any, most: int, count: Callable[[str, int], None]) -> None:
+        self.scope, self._receive, self._send, self.most, self.count = scope, receive, send, most, count
+        self.seen = 0
+        self.whole = self.started = False
+        self.error: ApiError | None = None  # goes out whatever the application makes of it
+
+    def too_large(self) -> ApiError:
+        return ApiError(413, f"the request's body is larger than {self.most} bytes", code="request_too_large")
+
+    def check_announced(self) -> None:
+        announced = Headers(scope=self.scope).get("content-length", "0")
+        if announced.isdecimal() and int(announced[:20]) > self.most:
+            raise self.too_large()
+
+    async def receive(self) -> Any:
+        if self.error:
+            raise self.error
+        message = await self._receive()
+        self.whole = self.whole or not message.get("more_body", False)
+        self.seen += len(message.get("body", b""))
+        if self.seen > self.most:
+            self.error = self.too_large()
+            raise self.error
+        return message
+
+    async def send(self, message: Any) -> None:
+        if self.error and not self.started:
+            return  # `refuse` answers
+        if message["type"] == "http.response.start":
+            self.started = True
+            headers = MutableHeaders(scope=message)
+            for name, value in SECURITY_HEADERS.items():
+                headers.setdefault(name, value)
+            self.count(getattr(self.scope.get("route"), "path", "other"), message["status"])
+        await self._send(message)
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with an error, after the rest of the body: a client that is still sending would not read it."""
+        if self.started:
+            return
+        self.error = None
+        if "expect" not in Headers(scope=self.scope):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._linger(), LINGER_SECONDS)
+        response = error.response()
+        if not self.whole:
+            response.headers["Connection"] = "close"
+        await response(self.scope, self._receive, self.send)
+
+    async def _linger(self) -> None:
+        left = 16 * self.most
+        while not self.whole and left > 0:
+            message = await self._receive()
+            left -= len(message.get("body", b""))
+            self.whole = not message.get("more_body", False)
+
+
+def client_of(scope: Any, keys: Sequence[str]) -> str:
+    """Who asks: a key's number, or an address where there are no keys. Raises ApiError where the key is wrong.
+
+    The page itself and its health need none.
+    """
+    address = scope["client"][0] if scope.get("client") else ""
+    if not keys or scope["path"] in OPEN_PATHS:
+        return address
+    scheme, _, given = Headers(scope=scope).get("Authorization", "").partition(" ")
+    # Compared in constant time, all of them, as the bytes that were sent: headers are read as Latin-1.
+    matches = [hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) for key in keys]
+    if scheme.lower() != "bearer" or not any(matches):
+        raise ApiError(401, "a wrong or missing API key; send Authorization: Bearer KEY", "authentication_error",
+                       code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
+    return f"key {matches.index(True)}"
+
+
+def add_middleware(app: FastAPI, door: Door, settings: Settings, count: Callable[[str, int], None]) -> None:
+    """Wrap the application."""
+    app.add_middleware(Guard, door=door, settings=settings, count=count)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
                            allow_headers=["Authorization", "Content-Type"])  # fmt: skip
-
-
-def check_key(request: Request, settings: Settings) -> None:
-    """Raises ApiError where a key is asked for and not given. The page itself and its health need none."""
-    if not settings.api_key or request.url.path in ("/", "/health", "/health/live", "/health/ready"):
-        return
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    # Compared in constant time, as the bytes that were sent: headers are read as Latin-1.
-    right = hmac.compare_digest(given.strip().encode("latin-1"), settings.api_key.encode())
-    if scheme.lower() != "bearer" or not right:
-        raise ApiError(401, "a wrong or missing API key; send Authorization: Bearer KEY", "authentication_error",
-                       code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -107,6 +175,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
+
+    @app.exception_handler(Exception)
+    async def of_nobody(request: Request, error: Exception) -> Response:  # uvicorn logs it
+        return ApiError(500, "the server failed on this request", "server_error").response()
 
     @app.exception_handler(RecursionError)
     async def of_depth(request: Request, error: RecursionError) -> Response:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 MAX_MESSAGES = 500
 MAX_CHARS = 200_000  # of all messages together, or of a prompt
@@ -12,37 +12,43 @@ MAX_STOPS = 8
 TOKEN_LIMIT = 100_000
 
 
-class Request(BaseModel):
-    """What all generating requests share. Unknown fields are ignored, as clients send many."""
+def as_list(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
 
-    model_config = ConfigDict(extra="ignore")
+
+def or_else(default: Any, declared: Any) -> BeforeValidator:
+    """null means the default, as clients send it."""
+    return BeforeValidator(lambda value: default if value is None else value, json_schema_input_type=declared)
+
+
+Flag = Annotated[bool, or_else(False, bool | None)]
+Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+
+
+class Body(BaseModel):
+    """Unknown fields are ignored, as clients send many; "1" is no number, 1 is no yes."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class Request(Body):
+    """What all generating requests share."""
 
     model: str | None = Field(None, max_length=200)
     temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=0, le=1_000_000)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    n: int = Field(1, ge=1, le=MAX_SAMPLES)
-    stop: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(default_factory=list, max_length=MAX_STOPS)
-    stream: bool = False
+    n: Annotated[Samples, or_else(1, Samples | None)] = 1
+    stop: Annotated[Stops, BeforeValidator(as_list, json_schema_input_type=Stop | Stops | None)] = Field(
+        default_factory=list
+    )
+    stream: Flag = False
     stream_options: "StreamOptions | None" = None
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _as_list(cls, value: Any) -> Any:
-        return [] if value is None else [value] if isinstance(value, str) else value
-
-    @field_validator("n", mode="before")
-    @classmethod
-    def _one(cls, value: Any) -> Any:
-        return 1 if value is None else value
-
-    @field_validator("stream", mode="before")
-    @classmethod
-    def _no(cls, value: Any) -> Any:
-        return False if value is None else value
 
     @field_validator("presence_penalty", "frequency_penalty")
     @classmethod
@@ -52,16 +58,16 @@ class Request(BaseModel):
         return value
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class TextPart(BaseModel):
+class TextPart(Body):
     type: Literal["text"]
     text: str = Field(max_length=MAX_CHARS)
 
 
-class Message(BaseModel):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = Field(None)
 
@@ -78,13 +84,8 @@ class ChatRequest(Request):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1, le=TOKEN_LIMIT)
     max_completion_tokens: int | None = Field(None, ge=1, le=TOKEN_LIMIT)
-    logprobs: bool = False
+    logprobs: Flag = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-
-    @field_validator("logprobs", mode="before")
-    @classmethod
-    def _no_logprobs(cls, value: Any) -> Any:
-        return False if value is None else value
 
     @field_validator("messages")
     @classmethod
@@ -105,13 +106,8 @@ class CompletionRequest(Request):
     ) = ""
     max_tokens: int | None = Field(16, ge=0, le=TOKEN_LIMIT)
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool = False
+    echo: Flag = False
     best_of: int | None = Field(None, ge=1, le=MAX_SAMPLES)
-
-    @field_validator("echo", mode="before")
-    @classmethod
-    def _no_echo(cls, value: Any) -> Any:
-        return False if value is None else value
 
     @field_validator("prompt")
     @classmethod
@@ -132,7 +128,7 @@ class CompletionRequest(Request):
         return self.prompt
 
 
-class PublishedChatRequest(BaseModel):
+class PublishedChatRequest(Body):
     """POST /chat/completions, the published form."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -144,14 +140,17 @@ class PublishedChatRequest(BaseModel):
         return ChatRequest.model_validate({**self.model_dump(), "stream": True})
 
 
-class TokenizeRequest(BaseModel):
-    """POST /tokenize: of a text, or of a conversation as the model is given it."""
+class TokenizeRequest(Body):
+    """POST /tokenize: of a text, or of a conversation as the model is given it.
+
+    `prompt` is what evaluation harnesses send: a text, of which a special token's name alone is that token."""
 
     text: str | None = Field(None, max_length=MAX_CHARS)
+    prompt: str | None = Field(None, max_length=MAX_CHARS)
     messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=TOKEN_LIMIT)

@@ -1,7 +1,8 @@
 """The HTTP API: create_app() on FastAPI, in OpenAI's shapes, over a WorkerPool.
 
-The event loop only parses, formats and passes on; the model runs on the services' threads. A client that goes away
-frees its rows within a step. Every error has OpenAI's form: {"error": {"message", "type", "param", "code"}}.
+The event loop only passes on: the model runs on the services' threads, tokenizing and large answers on others. A
+client that goes away frees its rows within a step. Every error has OpenAI's form: {"error": {"message", "type",
+"param", "code"}}.
 """
 
 import asyncio
@@ -12,16 +13,18 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from sse_starlette.sse import EventSourceResponse
 
+from nanochat import api_answers as answers
 from nanochat.api_generation import (
     ApiError,
     Generation,
@@ -32,7 +35,7 @@ from nanochat.api_generation import (
     completion_events,
     published_events,
 )
-from nanochat.api_guard import add_error_handlers, add_middleware
+from nanochat.api_guard import Door, add_error_handlers, add_middleware
 from nanochat.api_types import (
     ChatRequest,
     CompletionRequest,
@@ -41,6 +44,7 @@ from nanochat.api_types import (
     TokenizeRequest,
 )
 from nanochat.api_types import Request as GenerateRequest
+from nanochat.common import SPECIAL_TOKENS
 from nanochat.conversation import drop_oldest_turns, render_prompt
 from nanochat.sampling import Sampling
 from nanochat.service import Order, WorkerPool
@@ -92,8 +96,12 @@ class Api:
     def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings, metrics: Metrics) -> None:
         self.pool, self.tokenizer, self.settings, self.metrics = pool, tokenizer, settings, metrics
         self.started = time.time()
-        self.under_way = 0
-        self.closing = False
+        self.door = Door()
+        self._aside = ThreadPoolExecutor(2, "nanochat-aside")
+
+    async def aside(self, work: Callable[[], Any]) -> Any:
+        """Off the event loop, two pieces of work at a time: more would only wait for each other."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, work)
 
     # -- requests to orders ---------------------------------------------------------------------------
 
@@ -155,17 +163,24 @@ class Api:
 
     # -- orders to answers ----------------------------------------------------------------------------
 
+    def generation(self, request: Request, orders: Sequence[Order], stop: Sequence[str], chat: bool) -> Generation:
+        """The orders under way. Raises ApiError."""
+        made = Generation(self.pool, self.tokenizer, self.settings, request.state.client)
+        made.submit(orders, stop, chat)
+        return made
+
     async def run(
         self, request: Request, orders: Sequence[Order], stop: Sequence[str], chat: bool
     ) -> Generation:
         """Everything, not streamed. A client that goes away ends it."""
-        generation = Generation(self.pool, self.tokenizer, self.settings)
-        generation.submit(orders, stop, chat)
+        generation = self.generation(request, orders, stop, chat)
         watch = asyncio.create_task(wait_for_disconnect(request))
+        watch.add_done_callback(lambda _: generation.cancel())
         try:
             async for _ in generation.pieces():
-                if watch.done():
-                    raise ApiError(499, "the client went away")
+                pass
+            if watch.done():
+                raise ApiError(499, "the client went away")
         finally:
             watch.cancel()
             generation.cancel()
@@ -185,7 +200,6 @@ class Api:
         """Server-sent events; errors on the way become events, and whatever happens the rows are freed."""
 
         async def lines() -> AsyncIterator[dict[str, str]]:
-            self.under_way += 1
             try:
                 async for event in events:
                     yield {"data": json.dumps(event, ensure_ascii=False)}
@@ -194,17 +208,22 @@ class Api:
             except ApiError as error:
                 yield {"data": json.dumps(error.body, ensure_ascii=False)}
             finally:
-                self.under_way -= 1
                 generation.cancel()
                 self.count(generation)
 
         return EventSourceResponse(lines(), ping=15, sep="\n", headers={"X-Accel-Buffering": "no"})
 
 
+def encoded(answer: dict[str, Any]) -> Response:
+    """As JSON, a choice at a time: a call for all of a large answer would keep the other threads waiting."""
+    choices = ", ".join(json.dumps(choice, ensure_ascii=False) for choice in answer.pop("choices"))
+    return Response(f'{json.dumps(answer)[:-1]}, "choices": [{choices}]}}', media_type="application/json")
+
+
 async def wait_for_disconnect(request: Request) -> None:
     """Returns once the client is gone."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.05)
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def create_app(
@@ -218,12 +237,12 @@ def create_app(
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
-        api.closing = True
+        api.door.closing = True
         await asyncio.to_thread(pool.close, settings.drain_seconds)
 
-    app = FastAPI(title="nanochat", lifespan=life, docs_url=None, redoc_url=None)
+    app = FastAPI(title="nanochat", lifespan=life, docs_url=None, redoc_url=None, responses=answers.ERRORS)
     app.state.api = api
-    add_middleware(app, settings, lambda path, status: metrics.requests.labels(path, str(status)).inc())
+    add_middleware(app, api.door, settings, lambda path, status: metrics.requests.labels(path, str(status)).inc())
     add_error_handlers(app)
     add_generation_routes(app, api)
     add_other_routes(app, api)
@@ -247,98 +266,99 @@ def gauges(api: Api) -> None:
 
 
 def add_generation_routes(app: FastAPI, api: Api) -> None:
-    async def admitted() -> AsyncIterator[None]:
-        if api.closing:
-            raise ApiError(503, "the server is shutting down", "server_error", code="unavailable")
-        if api.under_way >= api.settings.max_requests:
-            raise ApiError(429, "too many requests are under way", "rate_limit_error", code="server_busy",
-                           headers={"Retry-After": "1"})  # fmt: skip
-        api.under_way += 1
-        try:
-            yield
-        finally:
-            api.under_way -= 1
-
-    @app.post("/v1/chat/completions", dependencies=[Depends(admitted)])
+    @app.post("/v1/chat/completions", responses=answers.whole_or_streamed(answers.ChatAnswer))
     async def chat(body: ChatRequest, request: Request) -> Any:
         api.check_model(body.model)
-        order = api.chat_order(body)
+        order = await api.aside(lambda: api.chat_order(body))
         if not body.stream:
             whole = await api.run(request, [order], body.stop, api.settings.answers)
-            return JSONResponse(chat_answer(api.head, whole, body))
-        generation = Generation(api.pool, api.tokenizer, api.settings)
-        generation.submit([order], body.stop, api.settings.answers)
+            return await api.aside(lambda: encoded(chat_answer(api.head, whole, body)))
+        generation = api.generation(request, [order], body.stop, api.settings.answers)
         return api.stream(generation, chat_events(api.head, generation, body))
 
-    @app.post("/chat/completions", dependencies=[Depends(admitted)])
-    async def published_chat(body: PublishedChatRequest) -> Any:
-        order = api.chat_order(body.to_chat())
-        generation = Generation(api.pool, api.tokenizer, api.settings)
-        generation.submit([order], (), api.settings.answers)
+    @app.post("/chat/completions", response_class=EventSourceResponse)
+    async def published_chat(body: PublishedChatRequest, request: Request) -> Any:
+        order = await api.aside(lambda: api.chat_order(body.to_chat()))
+        generation = api.generation(request, [order], (), api.settings.answers)
         return api.stream(generation, published_events(generation), done=False)
 
-    @app.post("/v1/completions", dependencies=[Depends(admitted)])
+    @app.post("/v1/completions", responses=answers.whole_or_streamed(answers.CompletionAnswer))
     async def complete(body: CompletionRequest, request: Request) -> Any:
         api.check_model(body.model)
-        orders = api.completion_orders(body)
+        orders = await api.aside(lambda: api.completion_orders(body))
         if not body.stream:
-            return JSONResponse(completion_answer(api.head, await api.run(request, orders, body.stop, False), body))
-        generation = Generation(api.pool, api.tokenizer, api.settings)
-        generation.submit(orders, body.stop, False)
+            whole = await api.run(request, orders, body.stop, False)
+            return await api.aside(lambda: encoded(completion_answer(api.head, whole, body)))
+        generation = api.generation(request, orders, body.stop, False)
         return api.stream(generation, completion_events(api.head, generation, body))
 
 
 def add_other_routes(app: FastAPI, api: Api) -> None:
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        own = {"id": api.settings.model_name, "object": "model", "created": int(api.started), "owned_by": "nanochat",
-               "max_context": api.max_context, "answers": api.settings.answers}  # fmt: skip
-        return {"object": "list", "data": [own]}
+    def own_model() -> dict[str, Any]:
+        return {"id": api.settings.model_name, "object": "model", "created": int(api.started), "owned_by": "nanochat",
+                "max_context": api.max_context, "answers": api.settings.answers}  # fmt: skip
 
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        if (body.text is None) == (body.messages is None):
-            raise ApiError(400, "give either text or messages", param="text")
-        if body.text is not None:
-            tokens = api.tokenizer.encode(body.text)
+    @app.get("/v1/models", response_model=answers.Models)
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [own_model()]}
+
+    @app.get("/v1/models/{name:path}", response_model=answers.Model)
+    async def model(name: str) -> dict[str, Any]:
+        api.check_model(name)
+        return own_model()
+
+    @app.post("/tokenize", response_model=answers.Tokens)
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        if [body.text, body.prompt, body.messages].count(None) != 2:
+            raise ApiError(400, "give one of text, prompt and messages", param="text")
+        if body.prompt in SPECIAL_TOKENS:
+            tokens = [api.tokenizer.encode_special(body.prompt)]
+        elif body.messages is None:
+            tokens = api.tokenizer.encode(body.text or body.prompt or "")
         else:
             messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text}
-                        for m in body.messages or []]  # fmt: skip
+                        for m in body.messages]  # fmt: skip
             try:
                 tokens = render_prompt(api.tokenizer, messages)
             except ValueError as error:
                 raise ApiError(400, str(error), param="messages") from error
         return {"tokens": tokens, "count": len(tokens)}
 
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    @app.post("/detokenize", response_model=answers.Text)
+    def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         size = api.tokenizer.get_vocab_size()
         if any(token >= size for token in body.tokens):
             raise ApiError(400, f"token ids must be from 0 to {size - 1}", param="tokens")
-        return {"text": api.tokenizer.decode(body.tokens)}
+        text = api.tokenizer.decode(body.tokens)
+        return {"text": text, "prompt": text}
 
-    @app.get("/health")
-    @app.get("/health/ready")
+    @app.get("/tokenizer_info", response_model=answers.TokenizerInfo)
+    async def tokenizer_info() -> dict[str, Any]:
+        return {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>",
+                "vocab_size": api.tokenizer.get_vocab_size()}  # fmt: skip
+
+    @app.get("/health", response_model=answers.Health, responses={503: {"model": answers.Health}})
+    @app.get("/health/ready", response_model=answers.Health, responses={503: {"model": answers.Health}})
     async def ready() -> Any:
-        fine = api.pool.alive and not api.closing
+        fine = api.pool.alive and not api.door.closing
         return JSONResponse({"status": "ok" if fine else "unavailable"}, 200 if fine else 503)
 
-    @app.get("/health/live")
+    @app.get("/health/live", response_model=answers.Health)
     async def live() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/stats")
-    async def stats() -> dict[str, Any]:
-        return {**api.pool.stats(), "requests_under_way": api.under_way, "seconds_up": time.time() - api.started}
+    def stats() -> dict[str, Any]:
+        return {**api.pool.stats(), "requests_under_way": api.door.under_way, "seconds_up": time.time() - api.started}
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def metrics() -> Response:
         return Response(generate_latest(api.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     text = resources.files("nanochat").joinpath("ui.html").read_text(encoding="utf-8")
     policy = CONTENT_POLICY.format(script=hash_of(text, "script"), style=hash_of(text, "style"))
 
-    @app.get("/")
+    @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
 

@@ -15,11 +15,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanochat.common import UserError, warn
 from nanochat.decoding import Batch, DecodingWeights, Row, Token, Tokenizer
+from nanochat.fair_queue import FairQueue
 from nanochat.gpt import GPT
 from nanochat.prefix_cache import PrefixCache
 from nanochat.sampling import Sampling
@@ -52,6 +53,18 @@ class Order:
     samples: int = 1
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
+    client: str = ""  # who asks: clients that wait are served in turn
+
+
+def checked(order: Order, max_context: int) -> Order:
+    """The order with no more tokens than there is room for. Raises ValueError if it can never be carried out."""
+    if not order.prompt:
+        raise ValueError("the prompt is empty; start it with <|bos|>")
+    if len(order.prompt) > max_context:
+        raise ValueError(f"the prompt has {len(order.prompt)} tokens, the context {max_context}")
+    if order.max_tokens < 0 or order.samples < 1:
+        raise ValueError("max_tokens must not be negative, samples at least 1")
+    return replace(order, max_tokens=min(order.max_tokens, max_context - len(order.prompt)))
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,7 @@ Deliver = Callable[[list[Token] | End], None]
 class Ticket:
     """An order under way."""
 
-    def __init__(self, order: Order, deliver: Deliver, service: "Service") -> None:
+    def __init__(self, order: Order, deliver: Deliver, service: Any) -> None:
         self.order, self.service, self._deliver = order, service, deliver
         self.rows = [Row(list(order.prompt), order.max_tokens, order.sampling, order.seed, index,
                          top_logprobs=order.top_logprobs, prompt_logprobs=order.prompt_logprobs)
@@ -90,6 +103,8 @@ class Ticket:
         except Exception as error:
             warn(f"a request's receiver failed: {error!r}")
             self.ended = True
+        if self.ended:
+            self._deliver = lambda what: None  # it knows this ticket: in a circle, both would outlive the request
 
 
 class Service:
@@ -122,7 +137,7 @@ class Service:
         ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
         self.batch = Batch(self.weights.current(), ToolUse(tokenizer, tools), ends, max_rows, self.max_context,
                            self.prefixes, self.weights.int8)  # fmt: skip
-        self._orders: deque[Ticket] = deque()  # not yet given to the batch
+        self._orders: FairQueue[Ticket] = FairQueue()  # not yet given to the batch: it has no room
         self._cancelled: deque[tuple[Ticket, int | None]] = deque()
         self._tickets: dict[int, Ticket] = {}  # by id of a row in the batch
         self._wake = threading.Condition()
@@ -146,23 +161,17 @@ class Service:
             waiting = sum(ticket.order.samples for ticket in self._orders)
         return waiting + len(self._tickets)
 
-    def submit(self, order: Order, deliver: Deliver) -> Ticket:
-        """Queue an order. Raises Busy, Closed, or ValueError for one that can never be carried out."""
-        if not order.prompt:
-            raise ValueError("the prompt is empty; start it with <|bos|>")
-        if len(order.prompt) > self.max_context:
-            raise ValueError(f"the prompt has {len(order.prompt)} tokens, the context {self.max_context}")
-        if order.max_tokens < 0 or order.samples < 1:
-            raise ValueError("max_tokens must not be negative, samples at least 1")
-        room = self.max_context - len(order.prompt)
-        order = Order(**{**vars(order), "max_tokens": min(order.max_tokens, room)})
-        ticket = Ticket(order, deliver, self)
+    def submit(self, order: Order, deliver: Deliver, more: bool = False) -> Ticket:
+        """Queue an order; `more`: it belongs to others that were let in, and is not refused for want of room.
+
+        Raises Busy, Closed, or ValueError for one that can never be carried out."""
+        ticket = Ticket(checked(order, self.max_context), deliver, self)
         with self._wake:
             if self._closing or not self.alive:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
-            if len(self._orders) >= self.max_waiting:
+            if len(self._orders) >= self.max_waiting and not more:
                 raise Busy(max(1.0, len(self._orders) * self.step_seconds * 20))
-            self._orders.append(ticket)
+            self._orders.add(order.client, ticket)
             self._wake.notify()
         return ticket
 
@@ -210,8 +219,11 @@ class Service:
                 self._wake.wait()
             if self.error:
                 return False
-            orders, self._orders = list(self._orders), deque()
             cancelled, self._cancelled = list(self._cancelled), deque()
+            for ticket, index in cancelled:
+                if index is None:
+                    self._orders.remove(ticket.order.client, ticket)
+            orders = self._admitted()
         for ticket in orders:
             if all(row.done for row in ticket.rows) and not ticket.order.prompt_logprobs:  # nothing to be drawn
                 ticket.deliver(End())
@@ -226,6 +238,16 @@ class Service:
                     self.batch.cancel(row)
             self._end_if_done(ticket)
         return not (self.batch.idle and self._closing and not self._orders)
+
+    def _admitted(self) -> list[Ticket]:
+        """The orders that there is room for, clients in turn. What does not fit yet waits here, not in the batch,
+        where it would stand before orders that come later but are due sooner."""
+        room = self.max_rows - len(self.batch.rows) - sum(map(len, self.batch.waiting))
+        orders = []
+        while self._orders and room > 0:
+            orders.append(self._orders.take())
+            room -= orders[-1].order.samples
+        return orders
 
     def _step(self) -> None:
         if self.batch.idle:
@@ -275,9 +297,9 @@ def row_bytes(model: GPT) -> int:
 
 
 class WorkerPool:
-    """Replicas behind one door. `make` builds a Service; it is called again for one that died."""
+    """Replicas behind one door. `make` builds a Service, or what looks like one; it is called again when one died."""
 
-    def __init__(self, make: Callable[[int], Service], size: int = 1) -> None:
+    def __init__(self, make: Callable[[int], Any], size: int = 1) -> None:
         if size < 1:
             raise UserError(f"--num-gpus must be at least 1, got {size}")
         self._make = make
@@ -286,14 +308,20 @@ class WorkerPool:
         self.replaced = 0
         self.services = [make(index) for index in range(size)]
 
-    def submit(self, order: Order, deliver: Deliver) -> Ticket:
+    def submit(self, order: Order, deliver: Deliver, more: bool = False) -> Ticket:
         """Give an order to the least loaded replica. Raises what Service.submit raises."""
         with self._lock:
             self._replace_dead()
             turn = next(self._turn)
             count = len(self.services)
             order_of = sorted(range(count), key=lambda i: (self.services[i].load, (i - turn) % count))
-        return self.services[order_of[0]].submit(order, deliver)
+        chosen = self.services[order_of[0]]
+        try:
+            return chosen.submit(order, deliver, more)
+        except Closed:
+            if chosen.error is None or isinstance(chosen.error, Closed):
+                raise
+        return self.submit(order, deliver, more)  # it died at this very moment
 
     def _replace_dead(self) -> None:
         for index, service in enumerate(self.services):

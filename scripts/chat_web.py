@@ -1,23 +1,26 @@
 """Serve a model: the page and an OpenAI-compatible API, `python -m scripts.chat_web`."""
 
-import logging
+import gc
 import socket
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
-import uvicorn
 
-from nanochat.checkpoint_manager import find_run, load_model
+from nanochat.checkpoint_manager import find_run
 from nanochat.common import UserError, get_base_dir, say
+from nanochat.replica import RemoteService
 from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
 from nanochat.server import Metrics, Settings, create_app
-from nanochat.service import MIB, Service, WorkerPool
+from nanochat.service import Service, WorkerPool
+from nanochat.serving import Server
 from scripts import _cli
+from scripts._replica import Plan
 
 USUAL_PORT = 8000
 PORTS_TRIED = 20
@@ -29,6 +32,8 @@ class Config:
 
     num_gpus: int = 1
     """Replicas: one for each GPU; on a CPU they share it."""
+    workers: int = 0
+    """On a CPU: replicas in processes of their own, sharing the cores; one that dies is replaced. 0: none."""
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
     """Which model: base, sft or rl."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8
@@ -48,7 +53,7 @@ class Config:
     device_type: str = ""
     """cuda, mps or cpu; empty picks the best there is."""
     api_key_file: str = ""
-    """File with the key that requests must bring; empty asks for none."""
+    """File with the keys, one a line, of which requests must bring one; empty asks for none."""
     cors: list[str] = field(default_factory=list)
     """Origins of other pages that may use the API."""
     max_rows: int = 32
@@ -69,10 +74,12 @@ class Config:
     def __post_init__(self) -> None:
         if self.source not in ("base", "sft", "rl"):
             raise UserError(f"-i must be base, sft or rl, got {self.source!r}")
-        for name, least in (("num_gpus", 1), ("max_tokens", 1), ("max_rows", 1), ("max_waiting", 1), ("cache_mib", 1),
-                            ("prefix_mib", 0), ("request_seconds", 0.001)):  # fmt: skip
+        for name, least in (("num_gpus", 1), ("workers", 0), ("max_tokens", 1), ("max_rows", 1), ("max_waiting", 1),
+                            ("cache_mib", 1), ("prefix_mib", 0), ("request_seconds", 0.001)):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        if self.workers and (self.num_gpus > 1 or self.device_type not in ("", "cpu")):
+            raise UserError("--workers is for a CPU; on GPUs, --num-gpus has a replica on each")
         if self.port != -1 and not 0 < self.port < 65536:
             raise UserError(f"--port must be from 1 to 65535, or -1 for a free one, got {self.port}")
         try:
@@ -83,65 +90,76 @@ class Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    key = read_key(config.api_key_file)
-    with open_socket(config.host, config.port) as listening, Runtime.create(config.device_type) as runtime:
-        serve(config, key, listening, runtime)
+    keys = read_keys(config.api_key_file)
+    device_type = "cpu" if config.workers else config.device_type
+    with open_socket(config.host, config.port) as listening, Runtime.create(device_type) as runtime:
+        serve(config, keys, listening, runtime)
     return 0
 
 
-def serve(config: Config, key: str, listening: socket.socket, runtime: Runtime) -> None:
+def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Runtime) -> None:
     """Load the model, say where it is served, serve until a signal comes, finish what is under way."""
-    base_dir = get_base_dir()
-    run = find_run(base_dir, config.source, config.model_tag or None)
+    run = find_run(get_base_dir(), config.source, config.model_tag or None)
     there = torch.cuda.device_count() if runtime.device.type == "cuda" else config.num_gpus
     if config.num_gpus > there:
         raise UserError(f"--num-gpus={config.num_gpus}: this machine has {there}")
-    step = None if config.step < 0 else config.step
-    model, tokenizer, meta = load_model(config.source, runtime, base_dir=base_dir, model_tag=run.name, step=step,
-                                        compute_dtype=runtime.dtype)  # fmt: skip
+    plan = Plan(config.source, run.name, None if config.step < 0 else config.step, config.max_rows, config.max_waiting,
+                config.cache_mib, config.prefix_mib, config.int8)  # fmt: skip
+    model, tokenizer, meta = plan.load(runtime)
+    context = model.config.sequence_len
     metrics = Metrics()
 
     def make(index: int) -> Service:
         own = model
         if runtime.device.type == "cuda" and index > 0:
-            place = Runtime(torch.device("cuda", index), runtime.dtype, runtime.dtype_reason, runtime.seed)
-            own, _, _ = load_model(config.source, place, base_dir=base_dir, model_tag=run.name, step=step,
-                                   compute_dtype=runtime.dtype)  # fmt: skip
-        return Service(own, tokenizer, max_rows=config.max_rows, max_waiting=config.max_waiting,
-                       memory_bytes=config.cache_mib * MIB, prefix_bytes=config.prefix_mib * MIB,
-                       int8=config.int8, observe=metrics.observe)  # fmt: skip
+            own, _, _ = plan.load(replace(runtime, device=torch.device("cuda", index)))
+        return plan.service(own, tokenizer, metrics.observe)
 
+    def make_process(index: int) -> RemoteService:
+        return RemoteService(plan.command(), context, config.max_rows + config.max_waiting, metrics.observe)
+
+    if config.workers:
+        del model
+        plan.threads = max(1, torch.get_num_threads() // config.workers)
+        pool = WorkerPool(make_process, config.workers)
+    else:
+        pool = WorkerPool(make, config.num_gpus)
     settings = Settings(
-        model_name=run.name, api_key=key, cors_origins=config.cors, temperature=config.temperature,
+        model_name=run.name, api_keys=keys, cors_origins=config.cors, temperature=config.temperature,
         top_k=config.top_k, max_tokens=config.max_tokens, request_seconds=config.request_seconds,
-        most_tokens=max(config.max_tokens, model.config.sequence_len), answers=config.source != "base",
+        most_tokens=max(config.max_tokens, context), answers=config.source != "base",
     )  # fmt: skip
-    app = create_app(WorkerPool(make, config.num_gpus), tokenizer, settings, metrics)
+    app = create_app(pool, tokenizer, settings, metrics)
     host, port = listening.getsockname()[:2]
     shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host
     say(f"{runtime.describe()}\n{config.source} model {run.name}, step {meta['step']}, context "
-        f"{model.config.sequence_len}\ntalk to it: http://{shown}:{port}/    API: http://{shown}:{port}/v1\n"
+        f"{context}\ntalk to it: http://{shown}:{port}/    API: http://{shown}:{port}/v1\n"
         "Ctrl-C stops it; what is under way is finished first")  # fmt: skip
-    if host not in ("127.0.0.1", "::1") and not key:
+    if host not in ("127.0.0.1", "::1") and not keys:
         say("warning: others can reach this server and need no key; --api-key-file=FILE asks for one")
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    uvicorn.Server(
-        uvicorn.Config(app, log_level="info" if config.log_requests else "warning", access_log=config.log_requests,
-                       server_header=False, timeout_graceful_shutdown=int(settings.drain_seconds))
-    ).run(sockets=[listening])  # fmt: skip
+    keep_pauses_short()
+    Server(app, log_requests=config.log_requests).run(sockets=[listening])
 
 
-def read_key(path: str) -> str:
-    """The first line of the file; never from the command line, where others could read it."""
+def keep_pauses_short() -> None:
+    """All threads share one interpreter, and whoever asks for the next token must not wait for the others."""
+    gc.collect()
+    gc.freeze()  # what was loaded stays: looking through it again and again stops all threads for 0.2 s each time
+    gc.set_threshold(50_000, 20, 20)
+    sys.setswitchinterval(0.001)  # seconds for which a thread may keep the others waiting
+
+
+def read_keys(path: str) -> list[str]:
+    """The lines of the file; keys never come from the command line, where others could read them."""
     if not path:
-        return ""
+        return []
     try:
-        key = Path(path).read_text(encoding="utf-8").split("\n")[0].strip()
+        keys = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--api-key-file={path}: {error}") from error
-    if not key:
-        raise UserError(f"--api-key-file={path}: its first line is empty")
-    return key
+    if not keys:
+        raise UserError(f"--api-key-file={path}: it is empty")
+    return keys
 
 
 def open_socket(host: str, port: int) -> socket.socket:

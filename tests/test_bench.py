@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import _common, _run, train
+from bench import _common, _run, serve, train
 from bench._common import Flags, LinearProducts, linear_shapes, model_config
 from bench.data import CountedDocuments, count_epoch
 from bench.optimizer import OrthogonalisationProducts
@@ -76,6 +76,18 @@ def test_prints_a_table_and_last_a_line_of_json(
     if name == "train":
         assert values["forward_backward_seconds"] < values["step_seconds"] < values["seconds_to_second_step"]
         assert values["peak_memory_bytes"] > values["state_bytes"]
+
+
+@pytest.mark.parametrize("hostile", [False, True])
+def test_a_server_under_load(
+    hostile: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few seconds of either kind; how fast is another question."""
+    sizes = ["--seq-len=256", "--vocab-size=300", "--chars=20000", "--clients=6", "--seconds=2", "--max-tokens=8"]
+    monkeypatch.setattr(serve, "complaints", lambda *about: [])  # two seconds say nothing about memory
+    serve.main([*TOY, *sizes, *(["--hostile"] if hostile else [])])
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert values["tokens_per_second"] > 0 and values["exit_code"] is None and not any(values["left_over"].values())
 
 
 # ---------------------------------------------------------------------------------------------------

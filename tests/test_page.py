@@ -35,7 +35,7 @@ class ScriptedPool:
         self.orders: list[Order] = []
         self.cancelled = 0
 
-    def submit(self, order: Order, deliver: Any) -> Any:
+    def submit(self, order: Order, deliver: Any, more: bool = False) -> Any:
         if self.fail:
             raise self.fail
         self.orders.append(order)

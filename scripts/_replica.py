@@ -1,0 +1,59 @@
+"""Building the service behind chat_web, in its own process or in one that is started for it."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import get_base_dir
+from nanochat.replica import serve_replica
+from nanochat.runtime import Runtime
+from nanochat.service import MIB, Service
+from scripts import _cli
+
+
+@dataclass
+class Plan:
+    """Which model, and how much of it at once. Travels to a child process as JSON."""
+
+    source: str
+    model_tag: str
+    step: int | None
+    max_rows: int
+    max_waiting: int
+    cache_mib: int
+    prefix_mib: int
+    int8: bool
+    threads: int = 0  # that a replica in a process of its own may use
+
+    def load(self, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
+        """(model, tokenizer, meta)"""
+        return load_model(self.source, runtime, base_dir=get_base_dir(), model_tag=self.model_tag, step=self.step,
+                          compute_dtype=runtime.dtype)  # fmt: skip
+
+    def service(self, model: Any, tokenizer: Any, observe: Callable[[str, float], None]) -> Service:
+        return Service(model, tokenizer, max_rows=self.max_rows, max_waiting=self.max_waiting,
+                       memory_bytes=self.cache_mib * MIB, prefix_bytes=self.prefix_mib * MIB,
+                       int8=self.int8, observe=observe)  # fmt: skip
+
+    def command(self) -> list[str]:
+        """What starts a replica; the number of its socket is to follow."""
+        return [sys.executable, "-m", "scripts._replica", json.dumps(asdict(self))]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    text, number = sys.argv[1:] if argv is None else argv
+    plan = Plan(**json.loads(text))
+    torch.set_num_threads(plan.threads)
+    with Runtime.create("cpu") as runtime:
+        model, tokenizer, _ = plan.load(runtime)
+        serve_replica(lambda observe: plan.service(model, tokenizer, observe), int(number))
+    return 0
+
+
+if __name__ == "__main__":
+    _cli.run(main)

@@ -1,0 +1,355 @@
+"""What strangers send, over a real socket: keys, paths, headers, bodies, patience, and leaving at any time."""
+
+import gc
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from live import Live, post, rest, until
+from test_server import app_of, chat
+
+from nanochat import api_generation, api_guard, serving
+from nanochat.server import Settings
+
+SETTINGS = Settings(api_keys=["right"], max_tokens=8, most_tokens=60, request_seconds=20, drain_seconds=5,
+                    body_bytes=100_000)  # fmt: skip
+KEY = "Authorization: Bearer right"
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    with Live(app_of(SETTINGS)) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(live: Live) -> Iterator[None]:
+    """Whatever was sent: no row runs on, and the next request is answered."""
+    yield
+    live.settle()
+    assert status(live.send(post(CHAT, chat(), KEY))) == 200
+
+
+def status(answer: bytes) -> int:
+    assert answer.startswith(b"HTTP/1.1 "), answer
+    return int(answer[9:12])
+
+
+def error_of(answer: bytes) -> Any:
+    return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+def slow(live: Live, monkeypatch: pytest.MonkeyPatch, seconds: float) -> Any:
+    """Every step takes so long."""
+    service = live.api.pool.services[0]
+    step = service.batch.step
+
+    def wait(**settings: Any) -> Any:
+        time.sleep(seconds)
+        return step(**settings)
+
+    monkeypatch.setattr(service.batch, "step", wait)
+    return service
+
+
+# ---------------------------------------------------------------------------------------------------
+# Keys, paths, headers
+
+
+@pytest.mark.parametrize("key", ["", "Bearer wrong", "Bearer", "Bearer righ", "Bearer rightt", "right", "Basic right",
+                                 "Bearer right, Bearer wrong", "Bearer \xff\xfe", "Bearer " + "x" * 9_999])  # fmt: skip
+def test_wrong_keys(live: Live, key: str) -> None:
+    request = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: {key}\r\n\r\n"
+    answer = live.send(request.encode("latin-1"))
+    assert status(answer) == 401 and b"www-authenticate: Bearer" in answer and b"right" not in answer
+
+
+def test_keys_are_compared_in_constant_time(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key is, whole, whether another one matched or not."""
+    compared = []
+
+    def compare(given: bytes, key: bytes) -> bool:
+        compared.append((given, key))
+        return given == key
+
+    monkeypatch.setattr(api_guard.hmac, "compare_digest", compare)
+    monkeypatch.setattr(SETTINGS, "api_keys", ["first", "right", "last"])
+    assert status(live.send(post(CHAT, chat(), KEY))) == 200
+    assert compared == [(b"right", b"first"), (b"right", b"right"), (b"right", b"last")]
+
+
+@pytest.mark.parametrize("path", ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/..%2f..%2fetc%2fpasswd",
+                                  "//etc/passwd", "/v1/../../etc/passwd", "/%00", "/%ff%fe", "/v1/models/../../x",
+                                  "/v1/models/..%2f..%2fetc%2fpasswd", "/ui.html", "/static/ui.html",
+                                  "/" + "a" * 20_000])  # fmt: skip
+def test_no_path_leads_out(live: Live, path: str) -> None:
+    answer = live.send(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{KEY}\r\n\r\n".encode())
+    assert status(answer) == 404 and b"root:" not in answer and error_of(answer)["message"]
+
+
+def test_nothing_sent_becomes_a_header(live: Live) -> None:
+    evil = "%0d%0aEvil:%20yes"
+    requests = [
+        f"GET /{evil} HTTP/1.1\r\nHost: x\r\n{KEY}\r\nConnection: close\r\n\r\n".encode(),
+        f"GET /v1/models/{evil}?a={evil} HTTP/1.1\r\nHost: x\r\n{KEY}\r\nConnection: close\r\n\r\n".encode(),
+        f"GET /health HTTP/1.1\r\nHost: a\r\nEvil: yes\r\nX-Request-Id: 1\r\n Evil: yes\r\nOrigin: {evil}\r\n"
+        "Connection: close\r\n\r\n".encode(),
+        post(CHAT, chat(model="\r\nEvil: yes"), KEY, "X-Request-ID: a\tEvil: yes"),
+    ]  # fmt: skip
+    for request in requests:
+        head = live.send(request).partition(b"\r\n\r\n")[0]
+        assert head.startswith(b"HTTP/1.1 ") and b"evil" not in head.lower(), head
+
+
+@pytest.mark.parametrize("request_bytes", [
+    b"\x00" * 1000, b"GET\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 200_000,
+    b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzzz\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nA\x00b: c\r\n\r\n",
+])  # fmt: skip
+def test_what_is_no_http(live: Live, request_bytes: bytes) -> None:
+    assert b"HTTP/1.1 400" in live.send(request_bytes)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bodies
+
+
+@pytest.mark.parametrize(("body", "expected"), [
+    (b"[" * 100_001, 413), (b"[" * 49_000 + b"]" * 49_000, 400), (b'{"a":' * 16_000 + b"1" + b"}" * 16_000, 400),
+    (b'{"messages": ' + b"[" * 40_000 + b"]" * 40_000 + b"}", 400),
+    (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', 400), (b"\xff\xfe\x00", 400), (b"", 400),
+    (b'{"messages": [{"role": "user", "content": "x"}], "stop": ["\\ud800", ""]}', 400),
+    (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400),
+    (b'{"messages": [{"role": "user", "content": "x"}], "temperature": -Infinity}', 400),
+    (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', 400),
+    (b'{"messages": [{"role": "user", "content": "x"}], "top_p": -0.1}', 400),
+    (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -1}', 400),
+    (b'{"messages": [{"role": "user", "content": "x"}], "seed": 1e400}', 400),
+    (b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 90_000 + b"}", 400),
+    (b'{"messages": [{"role": "user", "content": "x"}], "n": 99999999999999999999}', 400),
+])  # fmt: skip
+def test_bad_bodies(live: Live, body: bytes, expected: int) -> None:
+    answer = live.send(post(CHAT, body, KEY))
+    assert status(answer) == expected and error_of(answer)["message"], answer
+
+
+def chunk(data: bytes) -> bytes:
+    return f"{len(data):x}\r\n".encode() + data + b"\r\n"
+
+
+def test_huge_bodies_announced_or_not(live: Live) -> None:
+    announced = live.send(post(CHAT, b"x" * 1_000_000, KEY))
+    assert status(announced) == 413 and error_of(announced)["code"] == "request_too_large"
+    head = post(CHAT, b"", KEY).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    chunked = live.send(head + chunk(b"x" * 50_000) * 20 + b"0\r\n\r\n")
+    assert status(chunked) == 413
+    lied = live.send(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{KEY}\r\nContent-Length: {10**18}\r\n"
+                     "Expect: 100-continue\r\n\r\n".encode())  # fmt: skip
+    assert status(lied) == 413  # before it is sent
+
+
+def test_a_body_without_end_is_not_read_for_ever(live: Live) -> None:
+    with live.connect() as connection:
+        connection.sendall(post(CHAT, b"", KEY).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+        with pytest.raises(OSError):
+            for _ in range(10_000):
+                connection.sendall(chunk(b"x" * 50_000))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Patience
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(serving, "STUCK_SECONDS", 0.3)
+    monkeypatch.setattr(serving, "LOOK_SECONDS", 0.05)
+
+
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{KEY}\r\nContent-Length: 9\r\n"
+FIRST = f"GET /health HTTP/1.1\r\nHost: x\r\n{KEY}\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", ["", "GET / HT", HEAD, HEAD + "\r\n", HEAD + "\r\n{", FIRST + "GET / HT",
+                                  FIRST + HEAD + "\r\n{"])  # fmt: skip
+def test_requests_that_do_not_come_to_an_end_are_dropped(live: Live, impatient: None, sent: str) -> None:
+    before = threading.active_count()
+    with live.connect() as connection:
+        connection.sendall(sent.encode())
+        began = time.monotonic()
+        answer = rest(connection)
+        assert time.monotonic() - began < 4
+        assert (b"200 OK" in answer) == sent.startswith(FIRST)
+    until(lambda: not live.server.server_state.connections)
+    assert threading.active_count() <= before
+
+
+def test_a_request_in_small_pieces_is_a_request(live: Live) -> None:
+    with live.connect() as connection:
+        for byte in post(CHAT, chat(), KEY):
+            connection.sendall(bytes([byte]))
+        assert status(rest(connection)) == 200
+
+
+def test_an_answer_longer_than_the_patience_is_no_stuck_one(
+    live: Live, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(live, monkeypatch, 0.1)
+    answer = live.send(post(CHAT, chat(max_tokens=10, stream=True), KEY))
+    assert b"data: [DONE]" in answer
+    assert status(live.send(post(CHAT, chat(max_tokens=10), KEY))) == 200
+
+
+BIG = {"n": 32, "max_tokens": 55, "logprobs": True, "top_logprobs": 20, "stream": True, "temperature": 10, "top_k": 0}
+
+
+def test_who_does_not_read_is_dropped(impatient: None) -> None:
+    """Its connection is; what was not sent is not kept, and its place is free again."""
+    with Live(app_of(SETTINGS), send_bytes=4096) as live, live.connect(receive_bytes=4096) as connection:
+        connection.sendall(post(CHAT, chat(**BIG), KEY))
+        until(lambda: live.api.door.under_way == 1)
+        until(lambda: live.api.door.under_way == 0)
+        live.settle()
+        assert b"[DONE]" not in rest(connection)
+
+
+def test_what_is_not_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a reader who falls too far behind are freed; who reads the rest is told why."""
+    monkeypatch.setattr(api_generation, "MOST_UNREAD", 100)
+    with Live(app_of(SETTINGS), send_bytes=4096) as live, live.connect(receive_bytes=4096) as connection:
+        connection.sendall(post(CHAT, chat(**BIG), KEY))
+        until(lambda: live.api.door.under_way == 1)
+        until(lambda: live.api.pool.stats()["rows_running"] == live.api.pool.stats()["requests_waiting"] == 0)
+        assert live.api.pool.stats()["tokens"] < 300  # of about 1300
+        answer = rest(connection)
+        assert b"client_too_slow" in answer and b"[DONE]" not in answer
+
+
+# ---------------------------------------------------------------------------------------------------
+# Leaving
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_frees_the_row_within_a_step(live: Live, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    service = slow(live, monkeypatch, 0.1)
+    with live.connect() as connection:
+        connection.sendall(post(CHAT, chat(max_tokens=50, stream=stream, temperature=10, top_k=0), KEY))
+        until(lambda: service.batch.rows)
+        if stream:
+            assert b"data: " in connection.recv(4096)
+    left = service.steps
+    until(lambda: not service.batch.rows)
+    assert service.steps - left <= 2
+    live.settle()
+
+
+def test_who_leaves_the_queue_leaves_it(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = slow(live, monkeypatch, 0.05)
+    connections = [live.connect() for _ in range(50)]
+    for connection in connections:
+        connection.sendall(post(CHAT, chat(max_tokens=50, n=2, temperature=10, top_k=0), KEY))
+    until(lambda: service.stats()["requests_waiting"] > 5)
+    for connection in connections:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # without a word
+        connection.close()
+    left = service.steps
+    live.settle()
+    assert service.steps - left <= 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"stream": True}, {"stream": True, "stop": ["a", "b", "c"]}, {"leave": True}])
+def test_what_a_request_held_is_free_once_it_is_over(
+    live: Live, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """At once, not when a collection of garbage comes round to it: an answer's tokens are many."""
+    pool, held = live.api.pool, []
+    submit = pool.submit
+
+    def watched(*order: Any, **more: Any) -> Any:
+        ticket = submit(*order, **more)
+        held.append(weakref.ref(ticket))
+        held.extend(weakref.ref(row) for row in ticket.rows)
+        return ticket
+
+    monkeypatch.setattr(pool, "submit", watched)
+    service = slow(live, monkeypatch, 0.01)
+    leaves = changes.pop("leave", False)
+    gc.disable()
+    try:
+        with live.connect() as connection:
+            connection.sendall(post(CHAT, chat(max_tokens=30, n=2, logprobs=True, **changes), KEY))
+            until(lambda: service.batch.rows)
+            if not leaves:
+                assert status(rest(connection)) == 200
+        live.settle()
+        until(lambda: not any(ref() for ref in held), 5)
+    finally:
+        gc.enable()
+    assert len(held) == 3
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is written down, and the end
+
+
+def test_what_is_said_is_not_logged(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    caplog.set_level(logging.DEBUG)
+    word = "cormorant"
+    bodies: list[Any] = [chat(messages=[{"role": "user", "content": word}]), {"messages": word}, word.encode(),
+                         chat(messages=[{"role": "user", "content": word * 99}]), {"prompt": word, "stream": True},
+                         chat(messages=[{"role": "user", "content": word}], stream=True, temperature=word)]  # fmt: skip
+    with Live(app_of(Settings(max_tokens=8)), log_requests=True) as live:
+        for body in bodies:
+            for path in (CHAT, "/v1/completions", "/chat/completions", "/tokenize"):
+                live.send(post(path, body))
+        service = live.api.pool.services[0]
+        service.batch.step = lambda **settings: 1 / 0
+        assert status(live.send(post(CHAT, bodies[0]))) in (200, 500)
+    said = capsys.readouterr()
+    assert f"POST {CHAT} HTTP/1.1" in caplog.text + said.out + said.err  # requests are, when asked for
+    for text in (caplog.text, said.out, said.err):
+        assert word not in text
+
+
+def test_a_signal_lets_answers_end_and_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Live(app_of(SETTINGS)) as live, live.connect() as connection:
+        slow(live, monkeypatch, 0.02)
+        whole = live.send(post(CHAT, chat(max_tokens=50, seed=1), KEY))
+        connection.sendall(post(CHAT, chat(max_tokens=50, seed=1, stream=True), KEY))
+        first = connection.recv(100)
+        live.server.handle_exit(signal.SIGTERM, None)
+        refused = live.send(post(CHAT, chat(), KEY))
+        assert status(refused) == 503 and b"retry-after" in refused and error_of(refused)["code"] == "unavailable"
+        assert httpx.get(f"{live.url}/health").status_code == 503
+        assert httpx.get(f"{live.url}/health/live").status_code == 200
+        answer = first + rest(connection)
+        assert answer.count(b"[DONE]") == 1 and answer.count(b"finish_reason\": \"") == 1
+        pieces = [json.loads(line[6:]) for line in answer.decode().splitlines() if line.startswith("data: {")]
+        text = "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces)
+        assert text == json.loads(whole.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"]
+        live.thread.join(10)
+        assert not live.thread.is_alive() and not live.api.pool.alive
+
+
+def test_an_answer_that_takes_too_long_is_told_so_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Live(app_of(Settings(max_tokens=60, drain_seconds=0.2))) as live, live.connect() as connection:
+        slow(live, monkeypatch, 0.1)
+        connection.sendall(post(CHAT, chat(max_tokens=50, stream=True)))
+        connection.recv(100)
+        live.server.handle_exit(signal.SIGTERM, None)
+        answer = rest(connection)
+        assert b"shutting down" in answer and b"[DONE]" not in answer
+        live.thread.join(10)
+        assert not live.thread.is_alive()

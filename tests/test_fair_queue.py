@@ -1,0 +1,105 @@
+"""Clients that wait are served in turn."""
+
+import threading
+from collections import Counter
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from live import until
+from stubs import TOKENIZER
+from test_service import MODEL, Receiver, order
+
+from nanochat.fair_queue import FairQueue
+from nanochat.sampling import Sampling
+from nanochat.service import End, Service
+
+
+def filled(text: str) -> FairQueue[tuple[str, int]]:
+    queue: FairQueue[tuple[str, int]] = FairQueue()
+    for number, client in enumerate(text):
+        queue.add(client, (client, number))
+    return queue
+
+
+def drained(queue: FairQueue[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [queue.take() for _ in range(len(queue))]
+
+
+def test_in_turn() -> None:
+    assert "".join(client for client, _ in drained(filled("aaaaabbc"))) == "abcabaaa"
+
+
+def test_a_newcomer_waits_for_one_of_each() -> None:
+    queue = filled("aaaabbbb")
+    assert [queue.take()[0] for _ in range(3)] == ["a", "b", "a"]
+    queue.add("c", ("c", 99))
+    assert [queue.take()[0] for _ in range(4)] == ["b", "a", "c", "b"]
+
+
+def test_taking_out() -> None:
+    queue = filled("aab")
+    queue.remove("a", ("a", 0))
+    queue.remove("b", ("b", 2))
+    queue.remove("b", ("b", 2))
+    queue.remove("z", ("z", 0))
+    assert drained(queue) == [("a", 1)] and len(queue) == 0
+
+
+@given(st.text("abcd", max_size=40))
+def test_nothing_is_lost_nor_overtaken(text: str) -> None:
+    """Each client's own in order; and while all wait, nobody is ever more than one ahead."""
+    taken = drained(filled(text))
+    assert sorted(number for _, number in taken) == list(range(len(text)))
+    counts, total = Counter[str](), Counter(text)
+    for client, _ in taken:
+        counts[client] += 1
+        assert all(counts[other] >= counts[client] - 1 or counts[other] == total[other] for other in total)
+    for client in set(text):
+        own = [number for one, number in taken if one == client]
+        assert own == sorted(own)
+
+
+def test_a_flood_does_not_keep_others_out() -> None:
+    """Twenty requests of one client wait when another's comes: it is next but one."""
+    service = Service(MODEL, TOKENIZER, max_rows=1)  # type: ignore[arg-type]
+    ended: list[str] = []
+    gate = threading.Event()
+
+    def receiver(client: str) -> Any:
+        def receive(what: Any) -> None:
+            gate.wait(20)
+            if isinstance(what, End):
+                ended.append(client)
+
+        return receive
+
+    for _ in range(20):
+        service.submit(order(max_tokens=3, client="flood"), receiver("flood"))
+    until(lambda: service.batch.rows)
+    service.submit(order(max_tokens=3, client="other"), receiver("other"))
+    gate.set()
+    until(lambda: len(ended) == 21)
+    assert ended.index("other") <= 2
+    service.close()
+
+
+def test_waiting_is_bounded_even_while_rows_run() -> None:
+    """What the batch has no room for counts as waiting, step after step; what is cancelled there is gone."""
+    service = Service(MODEL, TOKENIZER, max_rows=1, max_waiting=4)  # type: ignore[arg-type]
+    gate = threading.Event()
+
+    def hold(what: Any) -> None:
+        gate.wait(20)
+
+    service.submit(order(max_tokens=50, sampling=Sampling(0.0)), hold)
+    until(lambda: service.batch.rows)
+    receivers = [Receiver() for _ in range(4)]
+    tickets = [service.submit(order(max_tokens=2), receiver) for receiver in receivers]
+    assert service.stats()["requests_waiting"] == 4 and service.load == 5
+    tickets[1].cancel()
+    gate.set()
+    for receiver in receivers:
+        assert receiver.wait().end == End()
+    assert not receivers[1].tokens and receivers[0].tokens
+    service.close()

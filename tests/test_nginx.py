@@ -1,0 +1,149 @@
+"""Two servers behind runs/nginx.conf: tokens come through one by one, and one server may die or be stopped."""
+
+import itertools
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from live import Live, until
+from test_abuse import slow
+from test_server import app_of, chat
+
+from nanochat.server import Settings
+
+NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/bin:/opt/homebrew/bin")
+pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx: apt-get install nginx-light")
+CONF = Path(__file__).parent.parent / "runs" / "nginx.conf"
+SETTINGS = Settings(max_tokens=60, most_tokens=60, drain_seconds=10)
+CHAT = "/v1/chat/completions"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture
+def servers() -> Iterator[list[Live]]:
+    with Live(app_of(SETTINGS)) as one, Live(app_of(SETTINGS)) as two:
+        yield [one, two]
+
+
+@pytest.fixture
+def door(servers: list[Live], tmp_path: Path) -> Iterator[str]:
+    """Where nginx listens, as the file says but for the ports."""
+    port = free_port()
+    text = CONF.read_text()
+    for written, used in (("8000", servers[0].port), ("8001", servers[1].port), ("8080", port)):
+        text, found = re.subn(rf"127\.0\.0\.1:{written}(?= max_fails|;)", f"127.0.0.1:{used}", text)
+        assert found == 1
+    (tmp_path / "nginx.conf").write_text(text)
+    with (tmp_path / "errors").open("wb") as errors:
+        process = subprocess.Popen([NGINX, "-p", tmp_path, "-c", tmp_path / "nginx.conf"],  # type: ignore[list-item]
+                                   stdout=errors, stderr=errors)  # fmt: skip
+    try:
+        until(lambda: reachable(port) or process.poll() is not None)
+        assert process.poll() is None, (tmp_path / "errors").read_text()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGQUIT)
+        process.wait(20)
+
+
+def reachable(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def served(live: Live) -> int:
+    return live.api.pool.services[0].tokens_made
+
+
+def test_tokens_come_one_by_one(door: str, servers: list[Live], monkeypatch: pytest.MonkeyPatch) -> None:
+    for live in servers:
+        slow(live, monkeypatch, 0.05)
+    times: list[float] = []
+    asked = chat(max_tokens=20, stream=True, seed=3)
+    with httpx.stream("POST", door + CHAT, json=asked, timeout=20) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                times.append(time.monotonic())
+    pauses = [b - a for a, b in itertools.pairwise(times)]
+    assert len(times) > 5 and times[-1] - times[0] > 0.04 * (len(times) - 4)
+    assert max(pauses) < 0.5 * (times[-1] - times[0])  # not in one lump
+
+
+def test_both_are_used_and_limits_hold(door: str, servers: list[Live]) -> None:
+    threads = [threading.Thread(target=httpx.post, args=(door + CHAT,), kwargs={"json": chat(max_tokens=40)})
+               for _ in range(8)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(served(live) > 0 for live in servers)
+    assert httpx.post(door + CHAT, content=b"x" * 5_000_000).status_code == 413
+    assert httpx.post(door + CHAT, json=chat(temperature=-1)).json()["error"]["param"] == "temperature"
+    assert httpx.get(f"{door}/").text.startswith("<!doctype html")
+
+
+def test_a_server_is_killed_and_requests_go_on(door: str, servers: list[Live]) -> None:
+    ask: Any = lambda: httpx.post(door + CHAT, json=chat(max_tokens=5), timeout=20)  # noqa: E731
+    assert ask().status_code == 200
+    servers[0].server.handle_exit(signal.SIGTERM, None)
+    servers[0].thread.join(20)
+    assert [ask().status_code for _ in range(20)] == [200] * 20
+    stopped = [httpx.get(f"{door}/health").status_code for _ in range(5)]
+    assert stopped == [200] * 5
+
+
+def test_a_server_that_is_leaving_finishes_and_the_other_takes_over(
+    door: str, servers: list[Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rolling restart: no request fails, no stream is cut."""
+    for live in servers:
+        slow(live, monkeypatch, 0.02)
+    lines: list[str] = []
+
+    def stream() -> None:
+        with httpx.stream("POST", door + CHAT, json=chat(max_tokens=50, stream=True, seed=1), timeout=20) as response:
+            lines.extend(response.iter_lines())
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    until(lambda: any(live.api.door.under_way for live in servers))
+    (busy,) = [live for live in servers if live.api.door.under_way]
+    busy.server.handle_exit(signal.SIGTERM, None)
+    answers = [httpx.post(door + CHAT, json=chat(max_tokens=3), timeout=20) for _ in range(10)]
+    assert [answer.status_code for answer in answers] == [200] * 10
+    thread.join()
+    assert lines[-2] == "data: [DONE]" or lines[-1] == "data: [DONE]"
+    reasons = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in lines if line.startswith("data: {")]
+    assert reasons[-1] in ("stop", "length")
+
+
+def test_clients_are_told_apart_and_cannot_lie(door: str, servers: list[Live]) -> None:
+    seen: list[str] = []
+    for live in servers:
+        submit = live.api.pool.submit
+
+        def watched(order: Any, *rest: Any, submit: Any = submit, **more: Any) -> Any:
+            seen.append(order.client)
+            return submit(order, *rest, **more)
+
+        live.api.pool.submit = watched
+    httpx.post(door + CHAT, json=chat(max_tokens=2), headers={"X-Forwarded-For": "9.9.9.9"})
+    assert seen == ["127.0.0.1"]

@@ -1,0 +1,132 @@
+"""The official client against a real socket: every call that a program written for OpenAI makes."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from live import Live
+from test_server import MODEL, TOKENIZER, app_of
+
+from nanochat.engine import Engine
+from nanochat.server import Settings
+
+openai = pytest.importorskip("openai")
+
+HI: list[Any] = [{"role": "user", "content": "hi"}]
+SETTINGS = Settings(api_keys=["key"], max_tokens=8, most_tokens=60, request_seconds=20, drain_seconds=2)
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    with Live(app_of(SETTINGS)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(live: Live) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="key", max_retries=0, timeout=20) as made:
+        yield made
+
+
+def ask(client: Any, **changes: Any) -> Any:
+    return client.chat.completions.create(**{"model": "nanochat", "messages": HI, "seed": 7, "max_tokens": 20,
+                                             **changes})  # fmt: skip
+
+
+def test_a_chat_whole_and_streamed(client: Any) -> None:
+    whole = ask(client)
+    assert whole.model == "nanochat" and whole.choices[0].message.role == "assistant"
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    text, reasons, usage = "", [], None
+    for chunk in ask(client, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            reasons += [choice.finish_reason] if choice.finish_reason else []
+    assert text == whole.choices[0].message.content and text
+    assert reasons == [whole.choices[0].finish_reason] and usage == whole.usage
+
+
+def test_many_at_once_without_threads(client: Any, live: Live) -> None:
+    """The asynchronous client: answers beside each other are the answers alone."""
+
+    async def gather() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="key", max_retries=0) as many:
+            answers = await asyncio.gather(*(ask(many, seed=seed) for seed in range(12)))
+            return [answer.choices[0].message.content for answer in answers]
+
+    assert asyncio.run(gather()) == [ask(client, seed=seed).choices[0].message.content for seed in range(12)]
+
+
+def test_samples_seeds_and_stops(client: Any) -> None:
+    answers = [choice.message.content for choice in ask(client, n=3).choices]
+    assert len(set(answers)) == 3
+    assert answers == [choice.message.content for choice in ask(client, n=3).choices]
+    assert answers != [choice.message.content for choice in ask(client, n=3, seed=8).choices]
+    letter = next(c for c in answers[0][2:] if c.isalnum())
+    stopped = ask(client, stop=letter).choices[0]
+    assert stopped.finish_reason == "stop" and stopped.message.content == answers[0].partition(letter)[0]
+    assert ask(client, temperature=0, extra_body={"top_k": 1}).choices[0].message.content
+
+
+def test_log_probabilities(client: Any) -> None:
+    whole = ask(client, logprobs=True, top_logprobs=3).choices[0]
+    content = whole.logprobs.content
+    assert content and all(t.logprob <= 0 and len(t.top_logprobs) == 3 for t in content)
+    assert all(t.top_logprobs[0].logprob >= t.top_logprobs[1].logprob for t in content)
+    streamed = [told for chunk in ask(client, logprobs=True, top_logprobs=3, stream=True) for choice in chunk.choices
+                if choice.logprobs for told in choice.logprobs.content]  # fmt: skip
+    assert streamed == content
+
+
+def test_completions(client: Any) -> None:
+    asked: dict[str, Any] = {"model": "nanochat", "prompt": ["abc", "b"], "max_tokens": 5, "temperature": 0}
+    whole = client.completions.create(**asked)
+    expected, _ = Engine(MODEL, TOKENIZER).generate_batch([256, *b"abc"], 1, max_tokens=5, temperature=0.0)
+    assert whole.choices[0].text == TOKENIZER.decode(expected[0][4:]) and len(whole.choices) == 2
+    texts = ["", ""]
+    for chunk in client.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+    echoed = client.completions.create(model="nanochat", prompt="abc", max_tokens=0, echo=True, logprobs=2).choices[0]
+    assert echoed.text == "abc" and len(echoed.logprobs.token_logprobs) == 3
+    assert all(1 <= len(top) <= 2 for top in echoed.logprobs.top_logprobs)  # tokens that read alike are one
+
+
+def test_models(client: Any) -> None:
+    assert [model.id for model in client.models.list()] == ["nanochat"]
+    assert client.models.retrieve("nanochat").owned_by == "nanochat"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-9")
+
+
+def test_errors_are_the_client_s_own(client: Any, live: Live) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        ask(client, temperature=-1)
+    assert bad.value.param == "temperature" and bad.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError) as bad:
+        ask(client, messages=[{"role": "user", "content": "x" * 99}])
+    assert bad.value.param == "messages"
+    with pytest.raises(openai.NotFoundError) as missing:
+        ask(client, model="gpt-9")
+    assert missing.value.code == "model_not_found"
+    stranger = openai.OpenAI(base_url=f"{live.url}/v1", api_key="wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError) as wrong:
+        ask(stranger)
+    assert wrong.value.code == "invalid_api_key"
+
+
+def test_a_busy_server_says_when_to_come_again(client: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the client, left to its own, comes again."""
+    monkeypatch.setattr(SETTINGS, "max_requests", 0)
+    with pytest.raises(openai.RateLimitError) as busy:
+        ask(client)
+    assert int(busy.value.response.headers["retry-after"]) >= 1 and busy.value.code == "server_busy"
+    patient = client.with_options(max_retries=1)
+    timer = threading.Timer(0.3, lambda: setattr(SETTINGS, "max_requests", 10))
+    timer.start()
+    assert ask(patient).choices[0].message.content
+    timer.join()

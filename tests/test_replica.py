@@ -1,0 +1,179 @@
+"""Replicas in processes of their own: the same answers, and they may be killed at any time."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from live import Live, until
+from stubs import TOKENIZER
+from test_prefix_cache import make_model
+from test_server import TOKENIZER as REAL_TOKENIZER
+from test_server import chat, events
+from test_service import Receiver, order
+
+from nanochat.engine import Engine
+from nanochat.replica import RemoteService
+from nanochat.sampling import Sampling
+from nanochat.server import Metrics, Settings, create_app
+from nanochat.service import Busy, Closed, End, WorkerPool
+
+TESTS = Path(__file__).parent
+CHILD = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+from stubs import TOKENIZER
+from test_prefix_cache import make_model
+from nanochat.replica import serve_replica
+from nanochat.service import Service
+
+def make(observe):
+    service = Service(make_model(vocab_size=265), TOKENIZER, max_rows=4, observe=observe)
+    step = service.batch.step
+    def slow(**settings):
+        time.sleep({pause})
+        return step(**settings)
+    service.batch.step = slow
+    return service
+
+serve_replica(make, int(sys.argv[-1]))
+"""
+
+
+def remote(pause: float = 0.0, observe: Any = lambda name, value: None) -> RemoteService:
+    code = CHILD.format(root=str(TESTS.parent), tests=str(TESTS), pause=pause)
+    return RemoteService([sys.executable, "-c", code], 64, 8, observe)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[RemoteService]:
+    made = remote()
+    yield made
+    made.close(5)
+    assert made.process.returncode == 0
+
+
+def test_the_engine_says_the_same(service: RemoteService) -> None:
+    engine = Engine(make_model(vocab_size=265), TOKENIZER)  # type: ignore[arg-type]
+    receivers = [Receiver() for _ in range(7)]
+    tickets = [service.submit(order("x" * i, seed=i, samples=1 + i % 2), r) for i, r in enumerate(receivers)]
+    for i, (ticket, receiver) in enumerate(zip(tickets, receivers)):
+        assert receiver.wait().end == End()
+        prompt = [256, *b"x" * i]
+        expected, _ = engine.generate_batch(prompt, 1 + i % 2, max_tokens=8, temperature=1.0, seed=i)
+        for row, whole in zip(ticket.rows, expected):
+            ends = [row.end] if row.end is not None else []
+            assert prompt + [t.id for t in receiver.tokens if t.row is row] == whole + ends
+    assert service.load == 0 and service.stats()["rows_running"] == 0 and service.stats()["tokens"] > 20
+
+
+def test_log_probabilities_travel(service: RemoteService) -> None:
+    receiver = Receiver()
+    ticket = service.submit(order("abc", max_tokens=2, top_logprobs=2, prompt_logprobs=True), receiver)
+    receiver.wait()
+    assert len(ticket.rows[0].told) == 3 and ticket.rows[0].told[0].logprob < 0
+    assert all(len(token.told.top) == 2 for token in receiver.tokens if token.told)
+
+
+def test_orders_can_be_cancelled_and_refused(service: RemoteService) -> None:
+    receiver = Receiver()
+    ticket = service.submit(order(max_tokens=50, samples=4, sampling=Sampling(10.0)), receiver)
+    ticket.cancel()
+    assert receiver.wait().end == End()
+    with pytest.raises(ValueError, match="empty"):
+        service.submit(replace(order(), prompt=[]), Receiver())
+    receivers = [Receiver() for _ in range(8)]
+    for one in receivers:
+        service.submit(order(max_tokens=50), one)
+    with pytest.raises(Busy):
+        service.submit(order(), Receiver())
+    for one in receivers:
+        one.wait()
+
+
+def test_times_are_told() -> None:
+    seen: dict[str, int] = {}
+    made = remote(observe=lambda name, value: seen.__setitem__(name, seen.get(name, 0) + 1))
+    receiver = Receiver()
+    made.submit(order(), receiver)
+    receiver.wait()
+    made.close(5)
+    assert seen["first_token_seconds"] == 1 and seen["step_seconds"] > 1
+
+
+def test_closing_lets_what_is_under_way_finish_or_not() -> None:
+    for drain, ends_well in ((10.0, True), (0.0, False)):
+        made, receiver = remote(0.02), Receiver()
+        made.submit(order(max_tokens=30, sampling=Sampling(10.0, top_k=0), seed=3), receiver)
+        until(lambda receiver=receiver: receiver.tokens)  # type: ignore[misc]
+        made.close(drain)
+        end = receiver.wait().end
+        assert end is not None and (end.error is None) == ends_well, end
+        assert ends_well or isinstance(end.error, Closed)
+        with pytest.raises(Closed):
+            made.submit(order(), Receiver())
+
+
+@pytest.fixture
+def live() -> Iterator[Live]:
+    metrics = Metrics()
+    pool = WorkerPool(lambda index: remote(0.03, metrics.observe), 2)
+    settings = Settings(max_tokens=20, most_tokens=60, drain_seconds=5)
+    with Live(create_app(pool, REAL_TOKENIZER, settings, metrics)) as it:
+        until(lambda: all(service.ready.is_set() for service in pool.services))
+        yield it
+
+
+def test_a_killed_replica_costs_only_what_was_already_sent(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    """The stream that had begun ends with an error; the answer of which nothing was sent is given by another one."""
+    pool, asked = live.api.pool, chat(max_tokens=50, temperature=10, top_k=0)
+    whole = httpx.post(f"{live.url}/v1/chat/completions", json={**asked, "max_tokens": 3}, timeout=20).json()
+    found: dict[str, Any] = {}
+
+    def stream() -> None:
+        found["stream"] = httpx.post(f"{live.url}/v1/chat/completions", json={**asked, "stream": True}, timeout=20)
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    until(lambda: any(s.load for s in pool.services))
+    (victim,) = [s for s in pool.services if s.load]
+    until(lambda: victim.stats()["tokens"] > 3)
+    os.kill(victim.process.pid, signal.SIGKILL)
+    thread.join()
+    assert "data: " in found["stream"].text and "[DONE]" not in found["stream"].text
+    assert events(found["stream"])[-1]["error"]["type"] == "server_error"
+    assert httpx.get(f"{live.url}/health").status_code == 200
+    for service in pool.services:
+        if service.alive:
+            os.kill(service.process.pid, signal.SIGSTOP)  # it takes the next order and does nothing
+            frozen = service
+    thread = threading.Thread(target=lambda: found.update(whole=httpx.post(
+        f"{live.url}/v1/chat/completions", json={**asked, "max_tokens": 3}, timeout=60)))  # fmt: skip
+    other = threading.Thread(target=lambda: httpx.post(f"{live.url}/v1/chat/completions", json=asked, timeout=60))
+    thread.start()
+    time.sleep(0.1)
+    other.start()
+    until(lambda: frozen.load > 0)
+    os.kill(frozen.process.pid, signal.SIGKILL)
+    thread.join()
+    other.join()
+    assert found["whole"].status_code == 200 and found["whole"].json()["choices"] == whole["choices"]
+    assert pool.replaced == 2 and "its process ended with -9" in capsys.readouterr().err
+    live.settle()
+
+
+def test_no_process_outlives_its_server() -> None:
+    """Not even where the server had no time to say so: the end of the socket is enough."""
+    made = remote()
+    until(made.ready.is_set)
+    made._socket.shutdown(2)
+    assert made.process.wait(20) == 0

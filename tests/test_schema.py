@@ -1,0 +1,50 @@
+"""What /openapi.json promises, held against requests made from it: right ones, and ones wrong in every way."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from live import Live
+from test_server import app_of
+
+from nanochat.server import Settings
+
+with warnings.catch_warnings():  # other people's
+    warnings.simplefilter("ignore")
+    schemathesis = pytest.importorskip("schemathesis")
+
+OPERATIONS = [("POST", path) for path in ("/v1/chat/completions", "/v1/completions", "/chat/completions", "/tokenize",
+                                          "/detokenize")]  # fmt: skip
+OPERATIONS += [("GET", path) for path in ("/", "/v1/models", "/v1/models/{name}", "/health", "/health/ready",
+                                          "/health/live", "/stats", "/metrics", "/tokenizer_info")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def described() -> Iterator[Any]:
+    with Live(app_of(Settings(max_tokens=4, most_tokens=60))) as live:
+        yield schemathesis.openapi.from_url(f"{live.url}/openapi.json")
+
+
+def test_all_operations_are_here(described: Any) -> None:
+    assert {(o.ok().method.upper(), o.ok().path) for o in described.get_all_operations()} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_the_answers_are_those_declared(described: Any, method: str, path: str, wrong: bool) -> None:
+    """Every status and body is declared, none is the server's fault, and what breaks the schema is refused."""
+    modes, checks = schemathesis.GenerationMode, schemathesis.checks
+    if wrong and method == "GET":
+        pytest.skip("there is nothing to be wrong in it")
+    cases = described[path][method].as_strategy(generation_mode=modes.NEGATIVE if wrong else modes.POSITIVE)
+
+    @given(case=cases)
+    @settings(max_examples=30, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    def answers(case: Any) -> None:
+        case.call_and_validate(excluded_checks=[
+            checks.positive_data_acceptance,  # a context has room for only so much, which no schema says
+        ])  # fmt: skip
+
+    answers()
