@@ -21,6 +21,7 @@ from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_para
 from nanochat.recipe import get_recipe
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime, process_age
+from nanochat.saver import Saver
 from nanochat.scaling import REFERENCE_BATCH_TOKENS
 from nanochat.session import (
     Metrics,
@@ -36,7 +37,6 @@ from nanochat.session import (
     prepare_run,
     restore_trainer,
     run_to_end,
-    save_trainer,
 )  # fmt: skip
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Record, Trainer
@@ -254,6 +254,7 @@ def try_micro_batches(trainer: Trainer, rows: int, T: int) -> None:
     torch.cuda.empty_cache()  # of what a larger trial left behind
     trainer.device_batch_size = rows
     size = sum(p.numel() * state[g["kind"]] for g in trainer.optimizer.param_groups for p in g["params"])
+    size //= runtime.world_size  # shared out
     room = torch.empty(size, dtype=torch.uint8, device=runtime.device)
     batch = random_batch(2 * rows * runtime.world_size, T, trainer.model.config.vocab_size, runtime)
     try:
@@ -290,7 +291,7 @@ def drive(
     meta = {**meta, "model_config": trainer.model.config.to_dict(), "user_config": asdict(config),
             "plan": {"num_steps": trainer.schedule.num_steps, "total_batch_tokens": total_batch_tokens}}  # fmt: skip
     trainer.log = Watcher(metrics, script, run, command_line(script, config))
-    trainer.save = partial(save_trainer, run=run, tokenizer=tokenizer, meta=meta, keep_last=config.keep_last)
+    trainer.save = saver = Saver(run, runtime, tokenizer, meta, config.keep_last)
     trainer.save_every = config.save_every
     trainer.deadline = deadline_for(config, trainer, total_batch_tokens)
     try:
@@ -300,6 +301,7 @@ def drive(
             record_so_far(script, figures | {"stopped_early": True})
         return code
     finally:
+        saver.close()
         metrics.close()
         trainer.loader.close()  # type: ignore[attr-defined]
 

@@ -9,17 +9,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"common", "runtime", "schedules", "deadline", "packing", "calculator", "execution", "kernels", "fused"},
+    {"common", "runtime", "schedules", "deadline", "packing", "calculator", "execution", "kernels", "fused",
+     "collectives", "signals", "agreement"},
     {
         "conversation", "tokenizer", "dataset", "dataloader", "flash_attention", "gpt", "gpt_config", "loss_head",
-        "optim", "scaling", "convert", "textfiles", "download", "batches", "document_order", "lanes",
+        "optim", "param_groups", "update_rules", "state_pieces", "scaling", "convert", "textfiles", "download",
+        "batches", "document_order", "lanes",
         "conversation_loader", "planner", "law", "fp8",
     },
     {
         "checkpoint_manager", "checkpoint_folder", "tensor_file", "engine", "kv_cache", "prefix_cache", "sampling",
         "decoding", "service", "api_text", "api_types", "api_generation", "api_guard", "loss_eval",
         "core_eval", "core_bundle", "core_prompts", "core_download", "hf_model", "contamination",
-        "trainer", "recipe", "isoflop", "study_plots", "session", "export",
+        "trainer", "recipe", "isoflop", "study_plots", "session", "saver", "export",
         "report", "report_html", "report_view", "report_compare",
     },
     {"server"},
