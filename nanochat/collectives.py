@@ -5,6 +5,8 @@ N processes; n numbers in each one's share of a flat tensor, the last shares pad
 
 import contextlib
 import json
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 class CollectiveFailed(RuntimeError):
@@ -19,7 +22,7 @@ class CollectiveFailed(RuntimeError):
 
 
 @contextlib.contextmanager
-def naming(what: str) -> Iterator[None]:
+def naming(what: str, rank: int | None = None) -> Iterator[None]:
     """Turn the failure of a collective inside into CollectiveFailed."""
     try:
         yield
@@ -27,8 +30,46 @@ def naming(what: str) -> Iterator[None]:
         raise
     except RuntimeError as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CollectiveFailed(f"rank {dist.get_rank()}: {what} failed, another process hangs or is gone ({reason})"
-                               ) from error  # fmt: skip
+        rank = dist.get_rank() if rank is None else rank
+        raise CollectiveFailed(f"rank {rank}: {what} failed, another process hangs or is gone ({reason})") from error
+
+
+def join(backend: str, rank: int, world_size: int, timeout_seconds: float) -> None:
+    """Form the process group that torchrun describes in the environment."""
+    timeout = timedelta(seconds=timeout_seconds)
+    with naming("joining the other processes", rank):
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+        prefix = agree_on_prefix(store, rank, world_size, timeout_seconds)
+        dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size,
+                                timeout=timeout)  # fmt: skip
+
+
+def agree_on_prefix(store: Any, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name that only the processes now alive share.
+
+    torchrun restarts processes on the store that the dead ones used, where their addresses still stand: whoever
+    reads one before it is overwritten calls in vain. So rank 0 calls with a fresh word, each other answers with that
+    and a word of its own, and goes once it finds its own word among those that rank 0 has heard.
+    """
+    word, deadline = secrets.token_hex(8), time.monotonic() + timeout_seconds
+    heard = {0: word}
+    if rank == 0:
+        store.set("call", word)
+    while len(heard) < world_size:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"heard {len(heard)} of {world_size} in {timeout_seconds:g} s")
+        if rank > 0 and store.check(["call"]):
+            store.set(f"answer{rank}", store.get("call").decode() + " " + word)
+            if store.check(["go"]) and word in (words := store.get("go").decode().split()):
+                return words[0]
+        for other in range(1, world_size) if rank == 0 else ():
+            if other not in heard and store.check([f"answer{other}"]):
+                call, answer = store.get(f"answer{other}").decode().split()
+                if call == word:
+                    heard[other] = answer
+        time.sleep(0.01)
+    store.set("go", " ".join(heard[r] for r in range(world_size)))
+    return word
 
 
 @dataclass

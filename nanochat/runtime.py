@@ -13,14 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nanochat.collectives import exchange_texts, naming
+from nanochat.collectives import exchange_texts, join, naming
 from nanochat.common import UserError, say
 
 IMPORTED = time.perf_counter()
@@ -62,9 +61,7 @@ class Runtime:
             keep_freed_memory()
         chosen, reason = pick_dtype(device_type, dtype or os.environ.get("NANOCHAT_DTYPE", ""))
         if world_size > 1 and not dist.is_initialized():
-            with naming("joining the other processes"):
-                dist.init_process_group("nccl" if device_type == "cuda" else "gloo",
-                                        timeout=timedelta(seconds=timeout_seconds))  # fmt: skip
+            join("nccl" if device_type == "cuda" else "gloo", rank, world_size, timeout_seconds)
         seed_everything(seed)
         return cls(device, chosen, reason, seed, rank, local_rank, world_size, timeout_seconds)
 

@@ -32,6 +32,8 @@ Record = dict[str, Any]
 FIRST_LOSS_SCALE = 2.0**16
 GOOD_STEPS_TO_DOUBLE = 2000
 
+# A scheduler signals launcher and processes alike, and the launcher hands it on: that is one request, not two.
+SAME_REQUEST_SECONDS = 1.0
 PATIENCE_SECONDS = 5.0  # that a save waits for the one before; a disk that slow costs saves, not training time
 
 
@@ -145,6 +147,7 @@ class Trainer:
     last_saved_step: int | None = None
     loss_fn: Any = None  # model.loss, or its compiled form
     stop_signal: int | None = None
+    asked: float = 0.0  # when that came
     started: float = field(default_factory=time.perf_counter)  # as if all sessions had been one
     writing: tuple[int, Future[Any]] | None = None  # the step that is being saved
     own_loss: torch.Tensor | None = None  # summed over this process's targets of the last batch
@@ -388,6 +391,8 @@ class Trainer:
                           f"good checkpoint is step {self.last_saved_step}")  # fmt: skip
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        if self.stop_signal is not None:
+        now = time.monotonic()
+        if self.stop_signal is None:
+            self.stop_signal, self.asked = signum, now
+        elif now - self.asked > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt  # asked twice: leave now
-        self.stop_signal = signum
