@@ -11,10 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"common", "runtime", "schedules", "deadline", "packing", "calculator", "execution", "kernels", "fused",
      "sandbox_levels", "sandbox_starts", "sandbox_child", "sandbox_lock", "sandbox_processes", "sandbox_program",
-     "sandbox_wire"},
+     "sandbox_wire", "collectives", "signals", "agreement"},
     {
         "conversation", "tokenizer", "dataset", "dataloader", "flash_attention", "gpt", "gpt_config", "loss_head",
-        "optim", "scaling", "convert", "textfiles", "download", "batches", "document_order", "lanes",
+        "optim", "param_groups", "update_rules", "state_pieces", "scaling", "convert", "textfiles", "download",
+        "batches", "document_order", "lanes",
         "conversation_loader", "planner", "law", "fp8",
     },
     {
@@ -22,7 +23,7 @@ LAYERS = [
         "decoding", "tools", "cpu_decoder", "quantize", "rl", "fair_queue", "service", "replica", "api_answers",
         "api_text", "api_types", "api_generation", "api_guard", "loss_eval", "core_eval", "core_bundle", "core_prompts",
         "core_download", "hf_model", "contamination",
-        "trainer", "recipe", "isoflop", "study_plots", "session", "export",
+        "trainer", "recipe", "isoflop", "study_plots", "session", "saver", "export",
         "report", "report_html", "report_view", "report_compare",
     },
     {"server", "serving"},
