@@ -199,7 +199,7 @@ class Batch:
         if telling:
             self._tell_prompt(first, self.model(piece, kv_cache=self.scratch), start)
         elif end == len(prompt):
-            self.prompt_logits = self.model(piece, kv_cache=self.scratch)[:, -1]
+            self.prompt_logits = self.model.last_logits(piece, self.scratch)
         else:
             self.model.fill(piece, self.scratch)
         if prefixes and piece.size(1) == PREFILL_CHUNK:

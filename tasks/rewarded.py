@@ -5,6 +5,7 @@ from typing import Any
 
 from nanochat.common import UserError
 from tasks.arithmetic import Arithmetic
+from tasks.code import Code
 from tasks.common import Task
 from tasks.formats import Format
 from tasks.gsm8k import GSM8K
@@ -33,6 +34,7 @@ REWARDED: Mapping[str, Build] = {
     "Spelling": generated(SimpleSpelling),
     "Identity": lambda split, size, seed: [Identity("train" if split == "train" else "val", stop=size)],
     "Format": generated(Format),
+    "Code": generated(Code),
 }
 
 
