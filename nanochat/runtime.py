@@ -5,6 +5,7 @@ asks the environment or keeps a global dtype.
 """
 
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -146,6 +147,7 @@ class Runtime:
         """Leave the process group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()  # of what still refers to the group: its threads, left alone, can abort the exit
 
     def __enter__(self) -> "Runtime":
         return self

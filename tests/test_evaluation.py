@@ -72,8 +72,8 @@ def test_results_of_earlier_commands_join_only_for_the_same_weights(tmp_path: Pa
     """And with the interval that one command would have given."""
     values = {"counts": {"ARC-Easy": [40, 100], "Arithmetic": [1, 9]}, "splits": {"ARC-Easy": "validation"}}
     record_stage(tmp_path, "chat_eval", {"checkpoint": "sft/a/5/abc", **values})
-    assert chat_eval.earlier_shares(tmp_path, "sft/a/5/def") == {}
-    earlier = chat_eval.earlier_shares(tmp_path, "sft/a/5/abc")
+    assert chat_eval.earlier_shares(tmp_path, "chat_eval", "sft/a/5/def") == {}
+    earlier = chat_eval.earlier_shares(tmp_path, "chat_eval", "sft/a/5/abc")
     assert list(earlier) == ["ARC-Easy"] and sum(earlier["ARC-Easy"]) == 40 and len(earlier["ARC-Easy"]) == 100
     alone = chat_core({"ARC-Easy": [1.0] * 40 + [0.0] * 60})
     joined = chat_core(earlier)

@@ -62,14 +62,15 @@ def test_values_that_cannot_be_are_refused(change: str) -> None:
 
 
 def test_a_changed_recipe_trains_and_is_remembered(copied) -> None:  # type: ignore[no-untyped-def]
-    from scripts import base_train, chat_sft
+    from scripts import base_train
+    from scripts._start import starting_model
 
     flags = [f for f in TINY if not f.startswith(("--recipe", "--model-tag"))]
     text = f"--data={copied / 'text.jsonl'}"
     assert base_train.main([*flags, text, "--recipe=plain,smear=True,lr_scale=2", "--model-tag=changed"]) == 0
     saved = open_checkpoint(copied / "base_checkpoints" / "changed")
     assert saved.meta["model_config"]["smear"] and not saved.meta["model_config"]["backout"]
-    start = chat_sft.base_model(saved.path.parent, chat_sft.Config(base_tag="changed"), Runtime.create("cpu"), copied)
+    start = starting_model("base", saved.path.parent, "changed", -1, Runtime.create("cpu"), copied)
     assert start.recipe == "plain,smear=True,lr_scale=2"
 
 

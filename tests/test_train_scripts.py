@@ -17,6 +17,7 @@ from stubs import TINY
 from nanochat.checkpoint_manager import list_steps, open_checkpoint, run_dir
 from nanochat.common import UserError
 from scripts import base_train, chat_sft
+from scripts._start import own_run
 from scripts._train import earlier_session
 
 SFT = ["--num-iterations=1", "--total-batch-size=16", "--eval-tokens=16", "--device-type=cpu"]
@@ -61,9 +62,8 @@ def test_sft_tags(copied: Path, chats: str) -> None:
     saved = open_checkpoint(run_dir(copied, "sft", "mine"))
     assert saved.meta["base"] == {"tag": "tiny", "step": 1, "recipe": "default"}
     assert base_train.main([*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=newer"]) == 0
-    named = {config: chat_sft.find_own_run(chat_sft.Config(**dict(config)), copied).name
-             for config in [(("resume", True),), (), (("model_tag", "tiny"),)]}  # fmt: skip
-    assert list(named.values()) == ["mine", "newer", "tiny"]
+    asked = [chat_sft.Config(resume=True), chat_sft.Config(), chat_sft.Config(model_tag="tiny")]
+    assert [own_run("sft", "base", config, "", copied).name for config in asked] == ["mine", "newer", "tiny"]
 
 
 def test_sft_resumes_without_its_base_model(copied: Path, chats: str) -> None:
