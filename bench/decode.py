@@ -20,11 +20,12 @@ from bench import _run
 from bench._common import Flags, model_config, tensor_bytes, time_in_turn
 from bench._run import Result
 from nanochat.common import SPECIAL_TOKENS, UserError
-from nanochat.decoding import Batch, DecodingWeights, Row, ToolUse
+from nanochat.decoding import Batch, DecodingWeights, Row
 from nanochat.gpt import GPT
 from nanochat.quantize import matrices
 from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
+from nanochat.tools import ToolUse
 from scripts import _cli
 
 READ_BYTES = 2**28  # far more than any cache holds

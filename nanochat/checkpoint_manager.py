@@ -3,12 +3,17 @@
 <base>/{base,chatsft,chatrl}_checkpoints/TAG/000120/
     model.safetensors  optimizer.safetensors  loader.safetensors  rng.safetensors
     meta.json  tokenizer.json  manifest.json (see checkpoint_folder.py, which also survives the crashes)
+
+Of N processes each writes a share of the optimizer's and the loader's state: optimizer-00001-of-0000N.safetensors
+and so on. Any number of processes can go on from any of them.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +38,11 @@ from nanochat.checkpoint_folder import (
     write_manifest,
     written_ns,
 )
+from nanochat.collectives import Peers
 from nanochat.common import UserError, get_base_dir, read_json, warn
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
+from nanochat.state_pieces import parse_piece
 from nanochat.tensor_file import read_tensors, tensor_chunks, write_file
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -98,33 +105,63 @@ def save_checkpoint(
     loader_state: dict[str, np.ndarray] | None = None,
     rng_state: dict[str, torch.Tensor] | None = None,
     keep_last: int = 0,
+    peers: Peers | None = None,
 ) -> Path:
     """Write step `step` of `run` and return its folder; any thread may, on tensors that nobody changes meanwhile.
 
     `meta` holds "model_config" and whatever the caller wants back. Tensors may be views, strided, on any device.
     A step saved before is replaced once the new one is complete; then, with `keep_last` N > 0, steps older than
     the newest N are deleted. Raises OSError (disk full, no permission) with everything older as it was.
+
+    Of several `peers` all call it, into a folder that all see. Each writes its own share of the optimizer's and the
+    loader's state, the first one the rest, and the manifest once all shares are on the disk. What fails on one
+    fails on all.
     """
     assert step >= 0 and "model_config" in meta and meta.get("tokenizer_hash", tokenizer.hash) == tokenizer.hash
-    groups: dict[str, Mapping[str, Any] | None] = {
-        "model": model_state, "optimizer": optimizer_state and optimizer_state[0],
-        "loader": loader_state, "rng": rng_state,
-    }  # fmt: skip
+    run, peers = Path(run), peers or Peers()
+    folder, main = step_path(run, step, "new"), peers.rank == 0
+    own: dict[str, Mapping[str, Any] | None] = {
+        share_name("optimizer", peers): optimizer_state and optimizer_state[0],
+        share_name("loader", peers): loader_state,
+    }
+    if main:
+        own |= {"model": model_state, "rng": rng_state}
+
+    def write_share() -> dict[str, Any]:
+        files = {f"{name}.safetensors": write_file(folder / f"{name}.safetensors", tensor_chunks(group))
+                 for name, group in own.items() if group is not None}  # fmt: skip
+        return {"files": files, "optimizer_steps": optimizer_state and optimizer_state[1]}
+
+    with contextlib.ExitStack() as stack:
+        peers.together("opening a checkpoint", lambda: main and not stack.enter_context(new_step(run, step, keep_last)))
+        shares = peers.together("writing a checkpoint", write_share)
+
+        def complete() -> None:
+            if main:
+                write_rest(folder, step, meta, tokenizer, shares)
+                stack.close()  # the step appears
+
+        peers.together("completing a checkpoint", complete)
+    return step_path(run, step)
+
+
+def share_name(stem: str, peers: Peers) -> str:
+    """`optimizer`, or `optimizer-00002-of-00004` where there are four processes."""
+    return stem if peers.world_size == 1 else f"{stem}-{peers.rank + 1:05d}-of-{peers.world_size:05d}"
+
+
+def write_rest(folder: Path, step: int, meta: dict[str, Any], tokenizer: Any, shares: list[dict[str, Any]]) -> None:
+    """What a step holds once, and last its manifest; `shares` tells of the files that are there."""
     meta = {**meta, "format": FORMAT, "version": VERSION, "step": step, "tokenizer_hash": tokenizer.hash}
-    if optimizer_state is not None:
-        meta["optimizer_steps"] = optimizer_state[1]
-    with new_step(Path(run), step, keep_last) as folder:
-        files = {}
-        for name, group in groups.items():
-            if group is not None:
-                files[f"{name}.safetensors"] = write_file(folder / f"{name}.safetensors", tensor_chunks(group))
-        text = json.dumps(meta, ensure_ascii=False, indent=1) + "\n"
-        files["meta.json"] = write_file(folder / "meta.json", [text.encode()])
-        tokenizer.save(folder)
-        fsync(folder / "tokenizer.json")
-        files["tokenizer.json"] = file_record(folder / "tokenizer.json")
-        write_manifest(folder, files)
-    return step_path(Path(run), step)
+    if shares[0]["optimizer_steps"] is not None:
+        meta["optimizer_steps"] = {name: count for s in shares for name, count in s["optimizer_steps"].items()}
+    files = {name: record for share in shares for name, record in share["files"].items()}
+    text = json.dumps(meta, ensure_ascii=False, indent=1) + "\n"
+    files["meta.json"] = write_file(folder / "meta.json", [text.encode()])
+    tokenizer.save(folder)
+    fsync(folder / "tokenizer.json")
+    files["tokenizer.json"] = file_record(folder / "tokenizer.json")
+    write_manifest(folder, files)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -144,13 +181,30 @@ class Checkpoint:
         """The model's parameters by name."""
         return self._tensors("model.safetensors", device)
 
+    def optimizer_pieces(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The optimizer's state as its processes named it (see MuonAdamW.named_state), one file in memory at a time."""
+        for name in self._shares("optimizer"):
+            yield from self._tensors(name).items()
+
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Tensors keyed "<state>.<parameter name>", and the step count per parameter name."""
-        return self._tensors("optimizer.safetensors"), self.meta["optimizer_steps"]
+        """Tensors keyed "<state>.<parameter name>", and the step count per parameter name.
+
+        Of a tensor that was split among processes, the whole of its flat form.
+        """
+        parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for piece, tensor in self.optimizer_pieces():
+            name, start = parse_piece(piece)
+            parts.setdefault(name, []).append((start, tensor))
+        tensors = {}
+        for name, pieces in parts.items():
+            in_order = [tensor for _, tensor in sorted(pieces, key=itemgetter(0))]
+            tensors[name] = in_order[0] if len(in_order) == 1 else torch.cat(in_order)
+        return tensors, self.meta["optimizer_steps"]
 
     def loader_state(self) -> dict[str, np.ndarray]:
-        """The data loader's position."""
-        return {name: tensor.numpy() for name, tensor in self._tensors("loader.safetensors").items()}
+        """The data loader's position, of all processes."""
+        shares = [self._tensors(name) for name in self._shares("loader")]
+        return {name: tensor.numpy() for share in shares for name, tensor in share.items()}
 
     def rng_state(self) -> dict[str, torch.Tensor]:
         """The random generators' states."""
@@ -166,6 +220,11 @@ class Checkpoint:
                 f"(hash {tokenizer.hash[:12]}, expected {self.meta['tokenizer_hash'][:12]}); use another checkpoint"
             )
         return tokenizer
+
+    def _shares(self, stem: str) -> list[str]:
+        """The files of something that each process saved its share of."""
+        shares = [name for name in self.files if re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", name)]
+        return sorted(shares) or [f"{stem}.safetensors"]
 
     def _tensors(self, name: str, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         if name not in self.files:

@@ -10,23 +10,25 @@ decoder that holds to the last bit; elsewhere a matrix product adds up in anothe
 Shapes: B rows, T tokens of a piece of prompt, V vocabulary.
 """
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from nanochat import cpu_decoder
-from nanochat.calculator import use_calculator
-from nanochat.common import UserError
+from nanochat.common import UserError, warn
 from nanochat.cpu_decoder import CpuDecoder
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.prefix_cache import PrefixCache
 from nanochat.quantize import Int8Weights
 from nanochat.sampling import Sampling, choose, make_rng
+from nanochat.tools import Call, Runners, ToolUse
 
 PREFILL_CHUNK = 256  # tokens: bounds how long one prompt can keep the other rows waiting, and its attention's memory
 
@@ -58,11 +60,18 @@ class Row:
     logprob: float = 0.0  # of all tokens that the model chose, if top_logprobs is given
     told: list["Told"] = field(default_factory=list)  # of the prompt's tokens but the first, if asked
     forced: deque[int] = field(default_factory=deque)  # tokens that come next whatever the model says
-    expression: list[int] | None = None  # tokens since <|python_start|>, None outside
+    call: list[int] | None = None  # tokens of the tool call under way, None outside of one
+    calling: int = -1  # the token that began it
+    runners: Runners = field(default_factory=Runners)  # the tools it has called
 
     def __post_init__(self) -> None:
         self.rng = make_rng(self.seed, self.index)
         self.done = self.max_tokens <= 0
+
+    @property
+    def context(self) -> list[int]:
+        """The prompt and what came after it."""
+        return self.prompt + self.tokens if self.tokens else self.prompt
 
 
 @dataclass(slots=True)
@@ -94,34 +103,6 @@ def tell(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Told]:
             for value, ids, values in zip(of_tokens, best.indices.tolist(), best.values.tolist())]  # fmt: skip
 
 
-class ToolUse:
-    """The calculator: what stands between python tokens is worked out and its result forced between output tokens.
-
-    An expression that the calculator does not understand forces nothing: the model goes on by itself.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        names = ("python_start", "python_end", "output_start", "output_end")
-        self.start, self.end, self.output_start, self.output_end = (
-            tokenizer.encode_special(f"<|{name}|>") for name in names
-        )
-
-    def watch(self, row: Row, token: int) -> None:
-        """Follow `row` by one token; at the end of an expression, queue its result."""
-        if token == self.start:
-            row.expression = []
-        elif row.expression is None:
-            return
-        elif token == self.end:
-            result = use_calculator(self.tokenizer.decode(row.expression))
-            row.expression = None
-            if result is not None:
-                row.forced += [self.output_start, *self.tokenizer.encode(str(result)), self.output_end]
-        else:
-            row.expression.append(token)
-
-
 # ---------------------------------------------------------------------------------------------------
 # The running batch
 
@@ -149,10 +130,11 @@ class Batch:
         self.waiting: deque[list[Row]] = deque()  # groups that share a prompt
         self.scratch = KVCache(model.config, 1, max_tokens, device, dtype)  # the prompt being prefilled
         self.prompt_logits: torch.Tensor | None = None  # (1, V) once it is
+        self.calling: dict[Row, Future[str | None]] = {}  # rows that wait for a slow tool, outside the batch
 
     @property
     def idle(self) -> bool:
-        return not self.rows and not self.waiting
+        return not self.rows and not self.waiting and not self.calling
 
     def submit(self, group: Sequence[Row]) -> None:
         """Queue rows with the same prompt: it is prefilled once for all of them, and told of as the first row asks."""
@@ -163,6 +145,10 @@ class Batch:
     def cancel(self, row: Row) -> None:
         """Take a row out, wherever it is."""
         row.done = True
+        if future := self.calling.pop(row, None):
+            future.add_done_callback(lambda _: row.runners.close())
+        else:
+            row.runners.close()
         first = self.waiting[0] if self.waiting else None
         self.waiting = deque(left for group in self.waiting if (left := [r for r in group if not r.done]))
         if first is not None and all(r.done for r in first):
@@ -175,6 +161,7 @@ class Batch:
 
         At most `prefill_chunks` pieces of waiting prompts are prefilled in between; None fills every free row.
         """
+        self._take_back()
         new = self._decode()
         done_chunks = 0
         while self.waiting and len(self.rows) < self.cache.batch_size:
@@ -202,16 +189,17 @@ class Batch:
     def _prefill_chunk(self) -> None:
         """Run the next piece of the oldest waiting prompt through the model."""
         first = self.waiting[0][0]
-        prompt, start = first.prompt, self.scratch.length(0)
-        prefixes = None if first.prompt_logprobs else self.prefixes  # what is told must be computed
+        prompt, start = first.context, self.scratch.length(0)
+        telling = first.prompt_logprobs and not first.tokens
+        prefixes = None if telling else self.prefixes  # what is told must be computed
         if start == 0 and prefixes:
             start = prefixes.fill(self.scratch, prompt)
         piece = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=self.model.device)  # (1, T)
         end = start + piece.size(1)
-        if first.prompt_logprobs:
+        if telling:
             self._tell_prompt(first, self.model(piece, kv_cache=self.scratch), start)
         elif end == len(prompt):
-            self.prompt_logits = self.model(piece, kv_cache=self.scratch)[:, -1]
+            self.prompt_logits = self.model.last_logits(piece, self.scratch)
         else:
             self.model.fill(piece, self.scratch)
         if prefixes and piece.size(1) == PREFILL_CHUNK:
@@ -274,12 +262,26 @@ class Batch:
         row.tokens.append(token)
         row.mask.append(mask)
         row.done = len(row.tokens) >= row.max_tokens
-        if mask:
-            self.tools.watch(row, token)
+        call = self.tools.watch(row, token) if mask else None
+        if call and not row.done:
+            self.calling[row] = run_aside(call)
+
+    def _take_back(self) -> None:
+        """Let rows whose slow call has ended back in line, before the others; wait a moment if there are none."""
+        if not self.calling:
+            return
+        idle = not self.rows and not self.waiting
+        for row in [row for row, future in self.calling.items() if future.done() or (idle and came_soon(future))]:
+            result = self.calling.pop(row).result()
+            if result is not None:
+                self.tools.answer(row, result)
+            self.waiting.insert(1 if self.scratch.length(0) else 0, [row])
 
     def _drop_done(self) -> None:
         for i in reversed(range(len(self.rows))):
-            if self.rows[i].done:
+            if self.rows[i].done or self.rows[i] in self.calling:
+                if self.rows[i].done:
+                    self.rows[i].runners.close()
                 self.cache.leave(i)  # moves the last row here
                 self.rows[i] = self.rows[-1]
                 self.rows.pop()
@@ -287,6 +289,32 @@ class Batch:
     def _forget_prompt(self) -> None:
         self.scratch.clear()
         self.prompt_logits = None
+
+
+TOOL_THREADS = 8  # slow calls at once; more wait, as do the rows that make them
+
+
+@functools.cache
+def tool_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(TOOL_THREADS, "nanochat-tool")
+
+
+def run_aside(call: Call) -> "Future[str | None]":
+    """Start a slow call on a thread. What fails there must not end the batch: it counts as not understood."""
+
+    def guarded() -> str | None:
+        try:
+            return call()
+        except Exception as error:
+            warn(f"a tool failed: {error!r}")
+            return None
+
+    return tool_threads().submit(guarded)
+
+
+def came_soon(future: "Future[str | None]") -> bool:
+    """Whether a call ends within a few milliseconds."""
+    return bool(wait([future], timeout=0.005).done)
 
 
 # ---------------------------------------------------------------------------------------------------

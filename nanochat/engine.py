@@ -8,15 +8,17 @@ TextStream  tokens to text, piece by piece, never cutting a character in two; An
 
 import codecs
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nanochat.common import SPECIAL_TOKENS, warn
 from nanochat.conversation import PART_TOKENS
-from nanochat.decoding import Batch, DecodingWeights, Row, Tokenizer, ToolUse
+from nanochat.decoding import Batch, DecodingWeights, Row, Token, Tokenizer
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampling
+from nanochat.tools import DEFAULT_TOOLS, Tool, ToolUse
 
 __all__ = ["AnswerStream", "Engine", "KVCache", "Row", "TextStream"]
 
@@ -24,10 +26,12 @@ __all__ = ["AnswerStream", "Engine", "KVCache", "Row", "TextStream"]
 class Engine:
     """A model and its tokenizer, ready to generate. Calls from several threads do not disturb each other."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, int8: bool = False) -> None:
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, int8: bool = False, tools: Sequence[Tool] = DEFAULT_TOOLS
+    ) -> None:
         """`int8`: decode with weights of eight bits (quantize.py), on a CPU."""
         self.model, self.tokenizer = model, tokenizer
-        self.tools = ToolUse(tokenizer)
+        self.tools = ToolUse(tokenizer, tools)
         self.end_tokens = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
         self._weights = DecodingWeights(model, int8)
 
@@ -66,10 +70,14 @@ class Engine:
         filler = self.tokenizer.encode_special("<|assistant_end|>")
         batch = self._batch(rows, len(rows))
         batch.submit(rows)
-        while not batch.idle:
-            new = {token.row.index: token for token in batch.step()}
-            got = [new.get(row.index) for row in rows]
-            yield [filler if token is None else token.id for token in got], [0 if t is None else t.mask for t in got]
+        drawn: list[deque[Token]] = [deque() for _ in rows]  # a row that waits for a tool keeps the others' waiting
+        while not batch.idle or any(drawn):
+            for token in batch.step():
+                drawn[token.row.index].append(token)
+            while any(drawn) and all(tokens or row.done for tokens, row in zip(drawn, rows)):
+                got = [tokens.popleft() if tokens else None for tokens in drawn]
+                yield ([filler if token is None else token.id for token in got],
+                       [0 if token is None else token.mask for token in got])  # fmt: skip
 
     def generate_batch(
         self, tokens: list[int], num_samples: int = 1, **kwargs: Any

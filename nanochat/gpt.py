@@ -263,6 +263,11 @@ class GPT(nn.Module):
         assert loss_reduction in ("sum", "none"), f"unknown loss_reduction {loss_reduction!r}"
         return total if loss_reduction == "sum" else losses
 
+    def last_logits(self, idx: torch.Tensor, kv_cache: AttentionCache) -> torch.Tensor:
+        """idx (B, T) -> logits (B, V) after the last token only, as a prompt needs them."""
+        head = self.head_weight if self.head_cast is None else self.head_cast
+        return head_logits(self.hidden(idx, kv_cache)[:, -1], head, self.config.softcap)
+
     def loss(
         self, idx: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,10 +45,13 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def _as_c(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        assert value.is_contiguous()
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
+    kind = type(value)  # isinstance of a tensor is slow, and a step calls this hundreds of times
+    if kind is int or kind is bool:
+        return ctypes.c_long(value)
+    if kind is float:
+        return ctypes.c_float(value)
+    assert value.is_contiguous()
+    return ctypes.c_void_p(value.data_ptr())
 
 
 @functools.cache

@@ -1,103 +1,26 @@
 """MuonAdamW: Muon for the matrices inside the blocks, AdamW for everything else, one optimizer for both.
 
-Muon keeps a momentum, replaces it by the nearest semi-orthogonal matrix (Polar Express), evens out its rows
-or columns by their running second moment (NorMuon) and decays only weights that the update also shrinks
-(cautious decay). Matrices of one shape are stacked, so each group is a handful of batched products.
+The arithmetic is in update_rules.py, which parameter gets what in param_groups.py. Matrices of one shape are
+stacked, so each group is a handful of batched products. DistMuonAdamW does the same on several processes.
 
 Shapes: K matrices in a group, R rows, C columns.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from nanochat.collectives import Pending, start_gather, start_sum, start_sum_shares
 from nanochat.common import UserError
-from nanochat.gpt import GPT
+from nanochat.param_groups import OptimizerConfig, build_param_groups
+from nanochat.state_pieces import Place, parse_piece, state_shapes
+from nanochat.update_rules import adamw_step, even_out, muon_step, orthogonalize
 
-# Per step (a, b, c) of X <- aX + b(XX')X + c(XX')^2 X: the minimax-optimal composition for singular values in
-# [1e-3, 1], with the paper's safety factor folded in (Polar Express, arXiv 2505.16932).
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-
-
-def orthogonalize(
-    x: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16, safety: float = 1.02
-) -> torch.Tensor:
-    """Nearly the nearest semi-orthogonal matrix to each of x (K, R, C); computed and returned in `dtype`.
-
-    Singular values end within about 0.85 .. 1.15. `safety` keeps the largest below 1 at the start, in spite of
-    rounding. The Gram matrix is the smaller side's.
-    """
-    x = x.to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * safety + 1e-6)
-    for a, b, c in POLAR_EXPRESS[:steps]:
-        if x.size(-2) > x.size(-1):
-            gram = x.mT @ x
-            x = a * x + x @ (b * gram + c * (gram @ gram))
-        else:
-            gram = x @ x.mT
-            x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x
-
-
-def even_out(update: torch.Tensor, second_moment: torch.Tensor, beta2: float) -> torch.Tensor:
-    """NorMuon (arXiv 2510.05491): divide each neuron's update by its running RMS, keep the matrix's norm.
-
-    update (K, R, C); second_moment (K, R, 1) or (K, 1, C) along the longer side, updated in place.
-    """
-    axis = -1 if second_moment.size(-1) == 1 else -2
-    mean_square = update.float().square().mean(dim=axis, keepdim=True)
-    second_moment.lerp_(mean_square, 1 - beta2)
-    scale = second_moment.clamp_min(1e-10).rsqrt()
-    before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
-    after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
-    return update * (scale * (before / after.clamp_min(1e-10))).to(update.dtype)
-
-
-def muon_step(
-    params: torch.Tensor,  # (K, R, C) fp32, updated in place
-    grads: torch.Tensor,  # (K, R, C)
-    momentum_buffer: torch.Tensor,  # (K, R, C), updated in place
-    second_moment: torch.Tensor,  # (K, R, 1) or (K, 1, C), updated in place
-    group: dict[str, Any],
-) -> None:
-    """One Muon update of a stack of equal-shaped matrices."""
-    momentum_buffer.lerp_(grads, 1 - group["momentum"])
-    update = grads.lerp(momentum_buffer, group["momentum"])  # Nesterov
-    if group["row_equilibrate"]:
-        # MuonEq (arXiv 2603.28254): rows of equal length condition the iteration better.
-        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-10)
-    update = orthogonalize(update, group["ns_steps"], group["ns_dtype"], group["ns_safety"])
-    if group["frobenius_snap"]:
-        # Muon+ (arXiv 2602.21545): give the result exactly the norm a semi-orthogonal matrix has.
-        target = math.sqrt(min(update.size(-2), update.size(-1)))
-        update = update * (target / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-    update = even_out(update, second_moment, group["beta2"]).to(params.dtype)
-    lr = group["lr"] * math.sqrt(max(1.0, params.size(-2) / params.size(-1)))
-    shrinks = (update * params) >= 0
-    params.sub_(lr * update + (lr * group["weight_decay"]) * params * shrinks)
-
-
-def adamw_step(
-    param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int, group: dict
-) -> None:
-    """One AdamW update (arXiv 1711.05101), in place. State and arithmetic are fp32 whatever the parameter's dtype."""
-    beta1, beta2 = group["betas"]
-    grad = grad.to(exp_avg.dtype)
-    if group["weight_decay"]:
-        param.mul_(1 - group["lr"] * group["weight_decay"])
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(group["eps"])
-    param.add_(exp_avg.div(denominator).mul_(-group["lr"] / (1 - beta1**step)).to(param.dtype))
+__all__ = [
+    "DistMuonAdamW", "MuonAdamW", "OptimizerConfig", "build_param_groups", "even_out", "muon_step", "orthogonalize",
+]  # fmt: skip
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -142,30 +65,38 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._step_muon(group)
 
     def _step_adamw(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        self._update_adamw(p, p.data, p.grad, group)  # type: ignore[arg-type]
+
+    def _update_adamw(self, p: torch.Tensor, own: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        """Step `own`, which is p's data or a part of it."""
         state = self.state[p]
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(p, dtype=torch.float32),
-                         exp_avg_sq=torch.zeros_like(p, dtype=torch.float32))  # fmt: skip
+            state.update(step=0, exp_avg=torch.zeros_like(own, dtype=torch.float32),
+                         exp_avg_sq=torch.zeros_like(own, dtype=torch.float32))  # fmt: skip
         state["step"] += 1
-        adamw_step(p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group)  # type: ignore[arg-type]
+        adamw_step(own, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group)
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         params = group["params"]
-        momentum, second = self._muon_stacks(group)
-        stacked = torch.stack([p.data for p in params])
         grads = torch.stack([p.grad.to(torch.float32) for p in params])
-        muon_step(stacked, grads, momentum, second, group)
+        stacked = self._update_muon(params, grads, group)
         torch._foreach_copy_(params, list(stacked.unbind(0)))
+
+    def _update_muon(self, params: list[torch.Tensor], grads: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """What `params`, some of a group's matrices, become by their gradients (K, R, C): (K, R, C)."""
+        momentum, second = self._muon_stacks(params)
+        stacked = torch.stack([p.data for p in params])
+        muon_step(stacked, grads, momentum, second, group)
         for p in params:
             self.state[p]["step"] += 1
+        return stacked
 
-    def _muon_stacks(self, group: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The group's stacked state, made on first use and rebuilt after load_state_dict."""
-        params = group["params"]
+    def _muon_stacks(self, params: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Their stacked state, made on first use and rebuilt after load_named_state."""
         R, C = params[0].shape
         if "_stacks" not in self.state[params[0]]:
             old = [self.state[p] for p in params]
-            like = {"dtype": torch.float32, "device": params[0].device}
+            like: dict[str, Any] = {"dtype": torch.float32, "device": params[0].device}
             small = (len(params), R, 1) if R >= C else (len(params), 1, C)
             stacks = torch.zeros(len(params), R, C, **like), torch.zeros(small, **like)
             for i, p in enumerate(params):
@@ -177,142 +108,224 @@ class MuonAdamW(torch.optim.Optimizer):
             self.state[params[0]]["_stacks"] = stacks
         return self.state[params[0]]["_stacks"]
 
+    # What a process keeps of a parameter's state, as a range of its flat numbers; here all of it.
+
+    def _own_range(self, p: torch.Tensor) -> tuple[int, int]:
+        return 0, p.numel()
+
+    def _saves(self, p: torch.Tensor) -> bool:
+        """Whether this process is the one to save what it keeps of p's state."""
+        return True
+
     def named_state(self, names: Mapping[Any, str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Every state tensor as "<state>.<parameter name>", full-shape, and the step count per parameter name."""
+        """Every state tensor as "<state>.<parameter name>", full-shape, and the step count per parameter name.
+
+        Of several processes each names its own part; of a tensor that was split, numbers start to stop of the flat
+        form as "<state>.<parameter name>[start:stop]". Together they name everything once.
+        """
         tensors, steps = {}, {}
         for p, name in names.items():
-            for key, value in self.state.get(p, {}).items():
+            if not self.state.get(p) or not self._saves(p):
+                continue
+            start, stop = self._own_range(p)
+            part = "" if (start, stop) == (0, p.numel()) else f"[{start}:{stop}]"
+            for key, value in self.state[p].items():
                 if key == "step":
                     steps[name] = value
                 elif key != "_stacks":
-                    tensors[f"{key}.{name}"] = value
+                    tensors[f"{key}.{name}{part}"] = value
         return tensors, steps
 
     def load_named_state(
-        self, names: Mapping[Any, str], tensors: dict[str, torch.Tensor], steps: dict[str, int]
+        self,
+        names: Mapping[Any, str],
+        tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+        steps: dict[str, int],
     ) -> None:
-        """Restore what named_state returned; raises UserError when a tensor is missing or has another shape."""
-        kinds = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer", "second_moment")}
+        """Restore what named_state returned, on however many processes; each takes what is its own.
+
+        `tensors` may come piece by piece. Raises UserError when something is missing or has another shape.
+        """
+        places: dict[str, Place] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                name = names[p]
-                if name not in steps:
-                    continue
-                state: dict[str, Any] = {"step": steps[name]}
-                for key in kinds[group["kind"]]:
-                    saved = tensors.get(f"{key}.{name}")
-                    shape = p.shape
-                    if key == "second_moment":
-                        shape = (p.size(0), 1) if p.size(0) >= p.size(1) else (1, p.size(1))
-                    if saved is None or tuple(saved.shape) != tuple(shape):
-                        raise UserError(f"the checkpoint's optimizer has no {key} of shape {tuple(shape)} for {name}")
-                    state[key] = saved.to(device=p.device, dtype=torch.float32).clone()
-                self.state[p] = state
-
-
-# ---------------------------------------------------------------------------------------------------
-# Which parameter goes where, at which rate
-
-
-@dataclass
-class OptimizerConfig:
-    """Rates at the reference: width 768 and 2^19 tokens a step. scaling.py says what they become elsewhere.
-
-    The defaults are the published recipe; `later()` is the other one people compare with.
-    """
-
-    embedding_lr: float = 0.3
-    unembedding_lr: float = 0.004
-    matrix_lr: float = 0.02
-    scalar_lr: float = 0.5
-    value_embed_lr_ratio: float = 1.0  # of the embedding rate
-    smear_backout_lr: float = 0.2
-    weight_decay: float = 0.2  # of the matrices, at depth 12
-    adam_beta1: float = 0.8
-    adam_beta2: float = 0.95
-    head_beta2: float = 0.95
-    embed_beta2: float = 0.95
-    head_decay: float = 0.0
-    wte_decay: float = 0.0
-    value_embed_decay: float = 0.0
-    resid_decay: float = 0.0
-    muon_beta2: float = 0.95
-    row_equilibrate: bool = False
-    frobenius_snap: bool = False
-    ns_safety: float = 1.02
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if "beta" in name and not 0 <= value < 1:
-                raise UserError(f"{name} must be from 0 to below 1, got {value:g}")
-            if ("lr" in name or "decay" in name) and value < 0:
-                raise UserError(f"{name} cannot be negative, got {value:g}")
-
-    @classmethod
-    def later(cls, **changes: Any) -> "OptimizerConfig":
-        """The later published recipe: a hotter head, slower second moments, light decay, row equilibration."""
-        values: dict[str, Any] = {
-            "unembedding_lr": 0.008, "value_embed_lr_ratio": 0.5, "weight_decay": 0.28, "head_beta2": 0.96,
-            "embed_beta2": 0.995, "head_decay": 0.01, "wte_decay": 0.001, "value_embed_decay": 0.01,
-            "resid_decay": 0.05, "muon_beta2": 0.9, "row_equilibrate": True, "frobenius_snap": True,
-            "ns_safety": 1.01,
-        }  # fmt: skip
-        return cls(**{**values, **changes})
-
-
-def build_param_groups(
-    model: GPT, config: OptimizerConfig, *, lr_scale: float = 1.0, weight_decay: float = 0.0, ns_dtype: torch.dtype
-) -> list[dict[str, Any]]:
-    """The optimizer's groups for `model`, every parameter in exactly one.
-
-    AdamW rates shrink with width as (n_embd/768)^-0.5, the scalars' do not; all rates are multiplied by
-    `lr_scale` (batch size, finetuning). `weight_decay` is the matrices', already scaled for depth.
-    """
-    width = (model.config.n_embd / 768) ** -0.5 * lr_scale
-    betas = (config.adam_beta1, config.adam_beta2)
-    embed_betas = (config.adam_beta1, config.embed_beta2)
-    head_betas = (config.adam_beta1, config.head_beta2)
-    value_lr = config.embedding_lr * config.value_embed_lr_ratio * width
-
-    def adamw(params: list[Any], lr: float, betas: tuple[float, float], decay: float = 0.0) -> dict[str, Any]:
-        return {"kind": "adamw", "params": params, "lr": lr, "betas": betas, "weight_decay": decay}
-
-    groups = [
-        adamw([model.lm_head.weight], config.unembedding_lr * width, head_betas, config.head_decay),
-        adamw([model.wte.weight], config.embedding_lr * width, embed_betas, config.wte_decay),
-        adamw(list(model.value_embeds.parameters()), value_lr, embed_betas, config.value_embed_decay),
-    ]  # fmt: skip
-    if model.config.residual_scalars:
-        scalar_lr = config.scalar_lr * lr_scale
-        groups.append(adamw([model.resid_lambdas], scalar_lr * 0.01, betas, config.resid_decay))
-        groups.append(adamw([model.x0_lambdas], scalar_lr, (0.96, config.adam_beta2)))
-    extras = [p for name, p in model.named_parameters() if name.startswith(("smear", "backout"))]
-    groups.append(adamw(extras, config.smear_backout_lr * lr_scale, betas))
-    by_shape: dict[tuple[int, ...], list[torch.Tensor]] = {}
-    for p in model.transformer["h"].parameters():
-        by_shape.setdefault(tuple(p.shape), []).append(p)
-    for shape in sorted(by_shape):
-        groups.append({"kind": "muon", "params": by_shape[shape], "lr": config.matrix_lr * lr_scale,
-                       "weight_decay": weight_decay, "beta2": config.muon_beta2,
-                       "ns_dtype": ns_dtype, "ns_safety": config.ns_safety,
-                       "row_equilibrate": config.row_equilibrate, "frobenius_snap": config.frobenius_snap})  # fmt: skip
-    groups = [group for group in groups if group["params"]]
-    placed = sum(len(group["params"]) for group in groups)
-    assert placed == len(list(model.parameters())), "a parameter is in no group or in two"
-    return groups
+                start, stop = self._own_range(p)
+                if names[p] in steps and start < stop:
+                    self.state[p] = {"step": steps[names[p]]}
+                    for key, shape in state_shapes(group["kind"], p).items():
+                        whole = (start, stop) == (0, p.numel())
+                        room = torch.empty(shape if whole else stop - start, dtype=torch.float32, device=p.device)
+                        self.state[p][key] = room
+                        places[f"{key}.{names[p]}"] = Place(room.view(-1), shape, start)
+        missing = {name: place.room.numel() for name, place in places.items()}
+        for piece, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            name, first = parse_piece(piece)
+            if name in places:
+                missing[name] -= places[name].take(tensor, None if name == piece else first)
+        for name, count in missing.items():
+            if count:
+                key, _, parameter = name.partition(".")
+                shape = places[name].shape
+                raise UserError(f"the checkpoint's optimizer has no {key} of shape {shape} for {parameter}")
 
 
 class DistMuonAdamW(MuonAdamW):
-    """MuonAdamW over several processes: gradients are summed over all of them, then each takes the same step.
+    """MuonAdamW over N processes: gradients are summed over all, the update and its state are shared out (ZeRO-2,
+    arXiv 1910.02054), and every process ends up with all of the weights.
 
-    The trainer divides by the global number of target tokens, so a sum is all that is missing.
+    The trainer divides by the global number of target tokens, so sums are all that is missing. A large AdamW tensor
+    is split into N equal ranges of its flat form, the last ones padded; the small ones' gradients are summed in one
+    piece and every process updates them. A muon group's matrices are dealt out whole, one by one, going on where the
+    last group ended: no process holds more than one more of a shape than another.
+
+    Three phases overlap: all sums are started; as each one ends its share is updated and its way back started; then
+    those are waited for. A parameter without a gradient on every process is left alone, on some only counts as zero.
     """
+
+    SPLIT_FROM = 4096  # numbers in an AdamW tensor; below that, splitting saves less memory than it costs messages
+
+    def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
+        super().__init__(param_groups)
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.small: list[torch.Tensor] = []
+        self.owner: dict[torch.Tensor, int] = {}  # of each matrix
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["kind"] == "muon":
+                    self.owner[p] = len(self.owner) % self.world_size
+                elif p.numel() < self.SPLIT_FROM:
+                    self.small.append(p)
+        self._is_small = set(self.small)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:  # every process must take part in every sum
-                    p.grad = torch.zeros_like(p)
-                torch.distributed.all_reduce(p.grad)
-        super().step(closure)
+        """Update every parameter that has a gradient on any process. All processes call it."""
+        assert closure is None, "closures are not supported"
+        params = [p for group in self.param_groups for p in group["params"]]
+        small = self._start_small(params)
+        sums = [self._start_group(group) for group in self.param_groups]
+        summed = small.wait()
+        present = dict(zip(params, (summed[: len(params)] > 0).tolist()))
+        self._step_small(summed[len(params) :], present)
+        back = [gather for group, pending in zip(self.param_groups, sums)
+                for gather in self._step_group(group, pending, present)]  # fmt: skip
+        for gather in back:
+            gather.finish()
+
+    # Small tensors
+
+    def _start_small(self, params: list[torch.Tensor]) -> Pending:
+        """Sum, as one flat tensor, which parameters have a gradient, and the small ones' gradients."""
+        has = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+        grads = [_flat_grad(p) for p in self.small]
+        return start_sum(torch.cat([has, *grads]), "summing the small gradients")
+
+    def _step_small(self, summed: torch.Tensor, present: dict[torch.Tensor, bool]) -> None:
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        for p, grad in zip(self.small, summed.split([p.numel() for p in self.small])):
+            if present[p]:
+                self._update_adamw(p, p.data, grad.view_as(p), groups[p])
+
+    # Large tensors and matrices
+
+    def _start_group(self, group: dict[str, Any]) -> list[Pending]:
+        """Start to sum a group's gradients, to each process its share's."""
+        if group["kind"] == "muon":
+            return [start_sum_shares(self._lay_out(group["params"]), "summing the matrices' gradients")]
+        large = [p for p in group["params"] if p not in self._is_small]
+        return [start_sum_shares(_padded(_flat_grad(p), self._share(p) * self.world_size), "summing large gradients")
+                for p in large]  # fmt: skip
+
+    def _step_group(
+        self, group: dict[str, Any], sums: list[Pending], present: dict[torch.Tensor, bool]
+    ) -> "Iterable[_Gather]":
+        """Wait for this process's share of the group's gradients, update it, start to send it to the others."""
+        params = [p for p in group["params"] if p not in self._is_small]
+        if group["kind"] == "muon":
+            grads = sums[0].wait()
+            if all(present[p] for p in params):
+                yield self._step_matrices(group, grads)
+            return
+        for p, pending in zip(params, sums):
+            grad = pending.wait()
+            if present[p]:
+                yield self._step_range(p, grad, group)
+
+    def _step_range(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> "_Gather":
+        """Update this process's range of a large AdamW tensor."""
+        start, stop = self._own_range(p)
+        flat, share = p.data.view(-1), self._share(p)
+        own = flat[start:stop]
+        if start < stop:
+            self._update_adamw(p, own, grad[: stop - start], group)
+        exact = share * self.world_size == p.numel()
+        whole = flat if exact else flat.new_empty(share * self.world_size)
+        pending = start_gather(_padded(own, share), whole, "gathering large weights")
+        return _Gather(pending, [] if exact else [flat], [] if exact else [whole[: p.numel()]])
+
+    def _step_matrices(self, group: dict[str, Any], grads: torch.Tensor) -> "_Gather":
+        """Update this process's matrices of a muon group."""
+        params = group["params"]
+        R, C = params[0].shape
+        own = [p for p in params if self.owner[p] == self.rank]
+        share = torch.zeros(len(grads) // (R * C), R, C, dtype=params[0].dtype, device=params[0].device)
+        if own:
+            share[: len(own)] = self._update_muon(own, grads.view(-1, R, C)[: len(own)], group)
+        whole = share.new_empty(self.world_size * share.numel())
+        pending = start_gather(share.view(-1), whole, "gathering the matrices")
+        return _Gather(pending, params, self._slots(params, whole))
+
+    def _lay_out(self, params: list[torch.Tensor]) -> torch.Tensor:
+        """The group's gradients side by side in fp32, each in a slot of its owner's share; empty slots are zero."""
+        rounds = math.ceil(len(params) / self.world_size)
+        whole = torch.zeros(self.world_size * rounds * params[0].numel(), device=params[0].device)
+        have = [(slot, p.grad) for slot, p in zip(self._slots(params, whole), params) if p.grad is not None]
+        if have:
+            torch._foreach_copy_([slot for slot, _ in have], [grad for _, grad in have])
+        return whole
+
+    def _slots(self, params: list[torch.Tensor], whole: torch.Tensor) -> list[torch.Tensor]:
+        """Where in the flat tensor of all shares each matrix lies."""
+        R, C = params[0].shape
+        slots = whole.view(self.world_size, -1, R, C)
+        return [slots[self.owner[p], i // self.world_size] for i, p in enumerate(params)]
+
+    def _share(self, p: torch.Tensor) -> int:
+        """Numbers of a split tensor on each process, padding included."""
+        return math.ceil(p.numel() / self.world_size)
+
+    def _own_range(self, p: torch.Tensor) -> tuple[int, int]:
+        if p in self.owner:
+            return 0, p.numel() if self.owner[p] == self.rank else 0
+        if p in self._is_small:
+            return 0, p.numel()
+        share = self._share(p)
+        return min(self.rank * share, p.numel()), min((self.rank + 1) * share, p.numel())
+
+    def _saves(self, p: torch.Tensor) -> bool:
+        return p not in self._is_small or self.rank == 0
+
+
+class _Gather(NamedTuple):
+    """Weights on their way back, and where to copy what does not arrive in place."""
+
+    pending: Pending
+    targets: list[torch.Tensor]
+    sources: list[torch.Tensor]
+
+    def finish(self) -> None:
+        self.pending.wait()
+        if self.targets:
+            torch._foreach_copy_(self.targets, self.sources)
+
+
+def _flat_grad(p: torch.Tensor) -> torch.Tensor:
+    """A gradient as a flat fp32 tensor; zeros where there is none."""
+    if p.grad is None:
+        return torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
+    return p.grad.reshape(-1).to(torch.float32)
+
+
+def _padded(flat: torch.Tensor, size: int) -> torch.Tensor:
+    """`flat` itself, or followed by zeros to `size`."""
+    return flat if len(flat) == size else torch.cat([flat, flat.new_zeros(size - len(flat))])

@@ -19,13 +19,14 @@ STAGES = {
     "chat_sft": "Supervised finetuning",
     "chat_rl": "Reinforcement learning",
     "chat_eval": "Chat model",
+    "chat_eval_rl": "Chat model after reinforcement learning",
 }
 """Stage keys of report.json in the order of the pipeline, with their titles."""
 
 # Keys of a stage that are shown in a place of their own, or only steer the report.
 SPECIAL_KEYS = frozenset({
     "seconds", "finished_at", "status", "checkpoint", "command", "metrics", "samples", "tables",
-    "intervals", "counts", "baselines", "references",
+    "intervals", "counts", "baselines", "references", "before", "after",
 })  # fmt: skip
 
 FACT_LABELS = {
@@ -45,11 +46,15 @@ CHARTS = {
     "loss": "Training loss",
     "val_bpb": "Validation bits per byte",
     "reward": "Mean reward",
+    "entropy": "Entropy of answers (nats per token, estimated)",
+    "answer_tokens": "Tokens per answer",
+    "groups_without_signal": "Share of prompts whose answers were all as good",
     "core": "CORE",
     "tokens_per_second": "Tokens per second",
     "lr": "Learning rate",
     "lr_multiplier": "Learning rate (share of its peak)",
 }
+NOISY = ("loss", "reward", "entropy", "answer_tokens", "groups_without_signal")
 MAX_POINTS = 400  # of a curve; more cannot be told apart on a screen
 
 
@@ -170,7 +175,8 @@ def before_and_after(report: Record) -> list[tuple[str, list[Record]]]:
     """(heading, samples) of what the model said at each stage that kept some; a sample is {"prompt", "text"}."""
     headings = {"base_train": "While pretraining", "base_eval": "Before: the base model continues a text",
                 "chat_sft": "After finetuning", "chat_rl": "After reinforcement learning",
-                "chat_eval": "After: the chat model answers"}  # fmt: skip
+                "chat_eval": "After finetuning: held-out questions",
+                "chat_eval_rl": "After reinforcement learning: held-out questions"}  # fmt: skip
     found = [(headings.get(key, title), values.get("samples") or []) for key, title, values in stages_of(report)]
     return [(heading, samples) for heading, samples in found if samples]
 
@@ -201,11 +207,14 @@ def curves_of(values: Record, base_dir: Path) -> list[Curve]:
         return []
     lines = read_metrics(base_dir / values["metrics"])
     curves = []
-    for key, title in CHARTS.items():
+    accuracies = sorted({key for line in lines for key in line if key.startswith("accuracy/")})
+    first = values.get("before") or {}  # measured before the first step
+    lines = [{"step": 0, **first}, *lines] if first else lines
+    for key, title in {**{key: f"Held out: {key.removeprefix('accuracy/')}" for key in accuracies}, **CHARTS}.items():
         points = [(line["step"], line[key]) for line in lines if key in line and is_number(line[key])]
         if len(points) >= 2:
             steps, numbers = thin(points)
-            curves.append(Curve(title, steps, numbers, smooth(numbers) if key == "loss" else []))
+            curves.append(Curve(title, steps, numbers, smooth(numbers) if key in NOISY else []))
     return curves
 
 

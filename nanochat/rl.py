@@ -5,7 +5,7 @@ without its ratio, clip and KL term: every batch is sampled from today's weights
 nothing to correct. The loss of a token is -advantage * log p, divided by the number of trained tokens in the step.
 Only what the model chose is trained, its end of turn included; what a tool forced is context.
 
-    Curriculum      tasks of rising difficulty: the next one joins when the reward of the last is high
+    Curriculum      tasks of rising difficulty: once the reward of one is high, most prompts come from the next
     RolloutLoader   the trainer's loader: each batch is sampled when it is asked for
 
 So RL is the one training loop with another loader; and what a step trains on is a function of the weights, the seed
@@ -28,7 +28,7 @@ from nanochat.engine import Engine
 from nanochat.runtime import Runtime
 
 RL_RNG = 7  # purpose of the generator that picks prompts (batches.seeded_rng)
-EARLIER_SHARE = 0.2  # of prompts that come from a level already passed, so that it is not forgotten
+OTHER_SHARE = 0.3  # of prompts that come from a level already passed or from the next one, lest they be unlearnt
 MEMORY = 0.9  # of the running mean of a level's reward, per step
 
 
@@ -52,9 +52,10 @@ class Curriculum:
     mean: float = 0.0  # running, of the rewards at that level; not corrected for its start at 0
 
     def draw(self, rng: np.random.Generator) -> tuple[Rewarded, int]:
-        """A task and an item of it: mostly of the present level, now and then of an earlier one."""
-        earlier = self.level > 0 and rng.random() < EARLIER_SHARE
-        task = self.levels[int(rng.integers(self.level)) if earlier else self.level]
+        """A task and an item of it: mostly of the present level, now and then of an earlier one or the next."""
+        others = [*self.levels[: self.level], *self.levels[self.level + 1 : self.level + 2]]
+        other = bool(others) and rng.random() < OTHER_SHARE
+        task = others[int(rng.integers(len(others)))] if other else self.levels[self.level]
         return task, int(rng.integers(len(task)))
 
     def note(self, reward: float | None) -> None:
@@ -168,7 +169,9 @@ class RolloutLoader:
         for place, group in enumerate(groups):
             group.rows = rows[place * n : (place + 1) * n]
             group.texts = [self.tokenizer.decode(row.tokens) for row in group.rows]
-            group.rewards = [float(group.task.reward(group.conversation, text)) for text in group.texts]
+            # An answer that was cut off earns nothing, or there would be no reason to stop once the result is said.
+            group.rewards = [float(group.task.reward(group.conversation, text)) if row.end is not None else 0.0
+                             for row, text in zip(group.rows, group.texts)]  # fmt: skip
 
     def _note(self, groups: list[Group]) -> dict[str, float]:
         """Let the curricula see the rewards, over all processes; the step's figures."""

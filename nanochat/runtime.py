@@ -5,20 +5,25 @@ asks the environment or keeps a global dtype.
 """
 
 import ctypes
+import json
 import os
 import platform
 import random
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from nanochat.collectives import exchange_texts, join, naming
 from nanochat.common import UserError, say
 
 IMPORTED = time.perf_counter()
+TIMEOUT_SECONDS = 1800.0  # the longest that one process may leave the others waiting, in an evaluation for instance
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,9 +38,12 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    timeout_seconds: float = TIMEOUT_SECONDS  # how long processes wait for each other before they give up
 
     @classmethod
-    def create(cls, device_type: str = "", dtype: str = "", seed: int = 42) -> "Runtime":
+    def create(
+        cls, device_type: str = "", dtype: str = "", seed: int = 42, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> "Runtime":
         """Pick device and dtype (empty = the best there is), join the process group under torchrun.
 
         Raises UserError for a device that is not there or an unknown dtype.
@@ -53,9 +61,9 @@ class Runtime:
             keep_freed_memory()
         chosen, reason = pick_dtype(device_type, dtype or os.environ.get("NANOCHAT_DTYPE", ""))
         if world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+            join("nccl" if device_type == "cuda" else "gloo", rank, world_size, timeout_seconds)
         seed_everything(seed)
-        return cls(device, chosen, reason, seed, rank, local_rank, world_size)
+        return cls(device, chosen, reason, seed, rank, local_rank, world_size, timeout_seconds)
 
     @property
     def is_main(self) -> bool:
@@ -72,24 +80,60 @@ class Runtime:
         if self.is_main:
             say(text)
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
+    def error0(self, text: str) -> None:
+        """Print on the main process's standard error only: what all processes know."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    def sum(self, value: torch.Tensor, what: str = "a sum") -> torch.Tensor:
         """Sum a tensor over all processes (in place); the identity for one process."""
         if self.world_size > 1:
-            dist.all_reduce(value)
+            with naming(what):
+                dist.all_reduce(value)
         return value
 
-    def largest(self, value: float) -> float:
+    def largest(self, value: float, what: str = "a common decision") -> float:
         """The largest of all processes' values, so that they decide alike; the identity for one process."""
         if self.world_size == 1:
             return value
         shared = torch.tensor(float(value), device=self.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        with naming(what):
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return float(shared)
+
+    def gather(self, value: torch.Tensor, what: str = "a comparison") -> list[Any]:
+        """The numbers of all processes' tensors of one shape, by rank, as nested lists."""
+        if self.world_size == 1:
+            return [value.tolist()]
+        everyone = [torch.empty_like(value) for _ in range(self.world_size)]
+        with naming(what):
+            dist.all_gather(everyone, value)
+        return [values.tolist() for values in everyone]
+
+    def exchange(self, text: str, what: str = "an exchange") -> list[str]:
+        """The text that each process brought, by rank."""
+        return [text] if self.world_size == 1 else exchange_texts(text, what, self.device)
+
+    def from_main(self, choose: Callable[[], Any], what: str) -> Any:
+        """What `choose` returned on the main process (it must fit in JSON), on all; a UserError likewise."""
+        if self.world_size == 1:
+            return choose()
+        answer: dict[str, Any] = {}
+        if self.is_main:
+            try:
+                answer = {"value": choose()}
+            except UserError as error:
+                answer = {"error": str(error)}
+        answer = json.loads(self.exchange(json.dumps(answer), what)[0])
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer["value"]
 
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world_size > 1:
-            dist.barrier()
+            with naming("a barrier"):
+                dist.barrier()
 
     def synchronize(self) -> None:
         """Wait for queued device work, so that clocks read true."""

@@ -19,11 +19,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanochat.common import UserError, warn
-from nanochat.decoding import Batch, DecodingWeights, Row, Token, Tokenizer, ToolUse
+from nanochat.decoding import Batch, DecodingWeights, Row, Token, Tokenizer
 from nanochat.fair_queue import FairQueue
 from nanochat.gpt import GPT
 from nanochat.prefix_cache import PrefixCache
 from nanochat.sampling import Sampling
+from nanochat.tools import DEFAULT_TOOLS, Tool, ToolUse
 
 PREFILL_CHUNKS_A_STEP = 1  # pieces of waiting prompts between two steps of the running rows
 MIB = 2**20
@@ -119,6 +120,7 @@ class Service:
         memory_bytes: int | None = None,
         prefix_bytes: int = 256 * MIB,
         int8: bool = False,
+        tools: Sequence[Tool] = DEFAULT_TOOLS,
         observe: Callable[[str, float], None] = lambda name, value: None,
     ) -> None:
         """`memory_bytes` bounds the rows' keys and values: as many rows as fit, at most `max_rows`. `observe` is told
@@ -133,8 +135,8 @@ class Service:
 
         self.prefixes = PrefixCache(decoding.PREFILL_CHUNK, prefix_bytes)
         ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
-        self.batch = Batch(self.weights.current(), ToolUse(tokenizer), ends, max_rows, self.max_context, self.prefixes,
-                            self.weights.int8)  # fmt: skip
+        self.batch = Batch(self.weights.current(), ToolUse(tokenizer, tools), ends, max_rows, self.max_context,
+                           self.prefixes, self.weights.int8)  # fmt: skip
         self._orders: FairQueue[Ticket] = FairQueue()  # not yet given to the batch: it has no room
         self._cancelled: deque[tuple[Ticket, int | None]] = deque()
         self._tickets: dict[int, Ticket] = {}  # by id of a row in the batch

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-from nanochat import kernels
-from nanochat.checkpoint_manager import Checkpoint, list_steps, load_model_state, open_checkpoint, save_checkpoint
+from nanochat.checkpoint_manager import Checkpoint, list_steps, load_model_state, open_checkpoint
+from nanochat.collectives import CollectiveFailed
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, say, warn
 from nanochat.gpt import GPT
-from nanochat.runtime import Runtime, rng_state, set_rng_state
-from nanochat.trainer import Interrupted, NonFiniteLoss, Progress, Record, SaveFailed, Trainer
+from nanochat.runtime import Runtime, set_rng_state
+from nanochat.saver import numeric_settings
+from nanochat.trainer import Drifted, Interrupted, NonFiniteLoss, Progress, Record, SaveFailed, Trainer
 
 PLAIN_LINE_SECONDS = 10.0  # how often a log file gets a line
 
@@ -40,12 +40,20 @@ def prepare_run(run: Path, resume: bool, step: int | None, runtime: Runtime) -> 
 
     Resuming where nothing was saved yet starts from the beginning. A fresh run calls move_aside later.
     """
-    if resume or step is not None:
+    if not resume and step is None:
+        return None
+
+    def choose() -> int | None:
         if step is None and not list_steps(run):
-            runtime.print0(f"nothing saved in {run} yet: starting from the beginning")
             return None
-        return open_checkpoint(run, step)
-    return None
+        return open_checkpoint(run, step).step
+
+    # One verifies and chooses for all: of a run that is being saved, or on a shared disk, each might see another.
+    chosen = runtime.from_main(choose, "choosing a checkpoint")
+    if chosen is None:
+        runtime.print0(f"nothing saved in {run} yet: starting from the beginning")
+        return None
+    return open_checkpoint(run, chosen, verify=False)
 
 
 @contextlib.contextmanager
@@ -91,59 +99,26 @@ def merge_saved_config(given: Any, saved: dict[str, Any], may_change: Sequence[s
     return type(given)(**values)
 
 
-def save_trainer(trainer: Trainer, run: Path, tokenizer: Any, meta: dict[str, Any], keep_last: int) -> None:
-    """Write everything needed to go on exactly from here. All ranks call it; the main one writes."""
-    loader_state = gather_loader_state(trainer)
-    if not trainer.runtime.is_main:
-        return
-    names = {p: name for name, p in trainer.model.named_parameters()}
-    save_checkpoint(
-        run,
-        trainer.progress.step,
-        model_state=trainer.model.state_dict(),
-        meta={**meta, "progress": asdict(trainer.progress), "runtime": numeric_settings(trainer),
-              "plan": {**meta["plan"], "num_steps": trainer.schedule.num_steps}},
-        tokenizer=tokenizer,
-        optimizer_state=trainer.optimizer.named_state(names),
-        loader_state=loader_state,
-        rng_state=rng_state(trainer.runtime.device),
-        keep_last=keep_last,
-    )
-
-
-def gather_loader_state(trainer: Trainer) -> dict[str, np.ndarray]:
-    """The lanes of all ranks in one dict; lane keys never collide."""
-    state = trainer.loader.state_dict()  # type: ignore[attr-defined]
-    if trainer.runtime.world_size == 1:
-        return state
-    parts: list[Any] = [None] * trainer.runtime.world_size
-    dist.all_gather_object(parts, state)
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def numeric_settings(trainer: Trainer) -> dict[str, Any]:
-    """What the same batch needs to give the same bits."""
-    return {"device_batch_size": trainer.device_batch_size, "num_threads": torch.get_num_threads(),
-            "dtype": str(trainer.model.compute_dtype).removeprefix("torch."),
-            "device": trainer.runtime.device.type, "kernels": kernels.in_use(trainer.runtime.device)}  # fmt: skip
-
-
 def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Put a fresh trainer where the saved one stood."""
     device = trainer.runtime.device
     load_model_state(trainer.model, checkpoint.model_state(device), checkpoint.path)
     names = {p: name for name, p in trainer.model.named_parameters()}
-    trainer.optimizer.load_named_state(names, *checkpoint.optimizer_state())
+    trainer.optimizer.load_named_state(names, checkpoint.optimizer_pieces(), checkpoint.meta["optimizer_steps"])
     trainer.loader.load_state_dict(checkpoint.loader_state())  # type: ignore[attr-defined]
     set_rng_state(checkpoint.rng_state(), device)
     trainer.progress = Progress(**checkpoint.meta["progress"])
     trainer.last_saved_step = checkpoint.step
-    saved = checkpoint.meta["runtime"]
+    saved = {"world_size": 1, **checkpoint.meta["runtime"]}
     trainer.device_batch_size = saved["device_batch_size"]
-    torch.set_num_threads(saved["num_threads"])
+    if saved["world_size"] == trainer.runtime.world_size:  # else the cores are shared by other numbers of processes
+        torch.set_num_threads(saved["num_threads"])
     now = numeric_settings(trainer)
+    if saved["world_size"] != now["world_size"]:
+        trainer.runtime.print0(f"saved by {saved['world_size']} processes, going on with {now['world_size']}: the same "
+                               "batches and steps; sums may be rounded differently")  # fmt: skip
     changed = [f"{key} {saved[key]} -> {now[key]}" for key in ("dtype", "device", "kernels") if saved[key] != now[key]]
-    if changed:
+    if changed and trainer.runtime.is_main:
         warn(f"resuming elsewhere ({', '.join(changed)}): the numbers will not match a straight run exactly")
 
 
@@ -313,13 +288,17 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
         runtime.print0(f"\n{stop}: stopped after step {trainer.progress.step}, which is saved. Go on with:\n"
                        f"  {resume_command}")  # fmt: skip
         return 128 + stop.signum
-    except NonFiniteLoss as error:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+    except (NonFiniteLoss, Drifted) as error:  # all processes know
+        runtime.error0(f"\nerror: {error}")
+        return 1
+    except CollectiveFailed as error:  # what one process has to tell, the others may not know
+        print(f"\nerror: {error}; go on from the last checkpoint with:\n  {resume_command}", file=sys.stderr,
+              flush=True)  # fmt: skip
         return 1
     except SaveFailed as error:
         saved = trainer.last_saved_step
-        print(f"\nerror: could not save step {trainer.progress.step}: {error}; the last good checkpoint in {run} is "
-              f"{'none' if saved is None else f'step {saved}'}", file=sys.stderr, flush=True)  # fmt: skip
+        runtime.error0(f"\nerror: could not save step {trainer.progress.step}: {error}; the last good checkpoint in "
+                       f"{run} is {'none' if saved is None else f'step {saved}'}")  # fmt: skip
         return 1
 
 

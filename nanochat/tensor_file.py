@@ -53,7 +53,9 @@ def tensor_chunks(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> Iterator[
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        yield named[name].to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = named[name].to("cpu").contiguous().reshape(-1)
+        # Of an empty array the stride is 0, which a view as bytes does not take.
+        yield flat.as_strided((flat.numel(),), (1,), flat.storage_offset()).view(torch.uint8).numpy()
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, torch.Tensor], str]:

@@ -7,15 +7,16 @@ Everything else (evaluation, samples, checkpoints, metrics) watches from outside
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
+from nanochat.agreement import find_drifted, name_culprits
 from nanochat.common import UserError, warn
 from nanochat.dataloader import Batch
 from nanochat.deadline import Deadline
@@ -23,12 +24,17 @@ from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import Runtime
 from nanochat.schedules import decay_multiplier, lr_multiplier, muon_momentum
+from nanochat.signals import catch_signals
 
 Record = dict[str, Any]
 
 # Scaling of the loss in float16, as in mixed precision training (arXiv 1710.03740) and torch.amp.GradScaler.
 FIRST_LOSS_SCALE = 2.0**16
 GOOD_STEPS_TO_DOUBLE = 2000
+
+# A scheduler signals launcher and processes alike, and the launcher hands it on: that is one request, not two.
+SAME_REQUEST_SECONDS = 1.0
+PATIENCE_SECONDS = 5.0  # that a save waits for the one before; a disk that slow costs saves, not training time
 
 
 class Loader(Protocol):
@@ -43,6 +49,10 @@ class NonFiniteLoss(RuntimeError):
 
 class SaveFailed(OSError):
     """The last save of a run, or the one after a signal, did not succeed."""
+
+
+class Drifted(RuntimeError):
+    """Some processes' weights are not the others'. The message names their ranks."""
 
 
 class StopObserving(Exception):
@@ -137,10 +147,14 @@ class Trainer:
     last_saved_step: int | None = None
     loss_fn: Any = None  # model.loss, or its compiled form
     stop_signal: int | None = None
+    asked: float = 0.0  # when that came
     started: float = field(default_factory=time.perf_counter)  # as if all sessions had been one
+    writing: tuple[int, Future[Any]] | None = None  # the step that is being saved
+    own_loss: torch.Tensor | None = None  # summed over this process's targets of the last batch
+    compare_every: int = 100  # steps between comparisons of the processes' weights
 
     def run(self) -> Progress:
-        """Train to the horizon. Raises Interrupted after a signal, NonFiniteLoss, or SaveFailed at the end."""
+        """Train to the horizon. Raises Interrupted after a signal, NonFiniteLoss, Drifted, or SaveFailed at the end."""
         self.loss_fn = self.loss_fn or self.model.loss
         self.started = time.perf_counter() - self.progress.wall_seconds
         self.model.train()
@@ -160,9 +174,7 @@ class Trainer:
         multiplier = self.set_rates()
         loss, num_targets = self.accumulate(batch)
         if not math.isfinite(loss):
-            saved = self.last_saved_step
-            where = "no checkpoint yet" if saved is None else f"last good checkpoint: step {saved}"
-            raise NonFiniteLoss(f"loss is {loss} at step {self.progress.step} on {batch.origin}; {where}")
+            raise NonFiniteLoss(self._describe_non_finite(loss, batch))
         if not self.runtime.scales_loss or self.unscale_gradients():
             self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
@@ -181,13 +193,14 @@ class Trainer:
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         """Gradients of the mean loss over the global batch's targets; returns (that mean, their number)."""
         device = self.runtime.device
-        counted = self.runtime.sum((batch.targets >= 0).sum().to(device))
+        counted = self.runtime.sum((batch.targets >= 0).sum().to(device), "counting targets")
         num_targets = max(int(counted), 1)
         total = torch.zeros((), device=device)
         with self.model.hold_casts():
             for inputs, targets, weights in self.micro_batches(batch):
                 total += self.add_gradients(inputs, targets, weights, num_targets)
-        return float(self.runtime.sum(total)) / num_targets, num_targets
+        self.own_loss = total.clone()
+        return float(self.runtime.sum(total, "summing the loss")) / num_targets, num_targets
 
     def add_gradients(
         self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, num_targets: int
@@ -267,6 +280,8 @@ class Trainer:
             self._save(final=True)
             raise
         last = step == num_steps
+        if self.compare_every > 0 and step % self.compare_every == 0:
+            self._compare_weights()
         if last or (self.save_every > 0 and step % self.save_every == 0):
             self._save(final=last)
         stop_signal = int(self.runtime.largest(self.stop_signal or 0))  # any process may have been told
@@ -312,43 +327,79 @@ class Trainer:
         self._save(final=True)
 
     def _save(self, final: bool) -> None:
-        """A failed periodic save is loud and training goes on; a failed final one is an error."""
+        """Save this step, in the background if `save` returns a future, but for the final one.
+
+        A failed periodic save is loud, at the next save, and training goes on; a failed final one is an error.
+        """
         self.progress.wall_seconds = time.perf_counter() - self.started
-        if self.save is None or self.last_saved_step == self.progress.step:
+        if self.save is None:
             return
+        step = self.progress.step
+        if not self._end_write(patience=None if final else PATIENCE_SECONDS):
+            self._warn(f"step {step} is not saved: step {self.writing and self.writing[0]} is still being written")
+            return
+        if self.last_saved_step == step:
+            return
+        self._compare_weights()
         try:
-            self.save(self)
-            self.last_saved_step = self.progress.step
+            write = self.save(self)
         except OSError as error:
+            return self._save_failed(step, error, final)
+        if isinstance(write, Future):
+            self.writing = step, write
             if final:
-                raise SaveFailed(str(error)) from error
-            warn(f"could not save step {self.progress.step}: {error}; training goes on, "
-                 f"the last good checkpoint is step {self.last_saved_step}")  # fmt: skip
+                self._end_write(None, final=True)
+        else:
+            self.last_saved_step = step
+
+    def _end_write(self, patience: float | None, final: bool = False) -> bool:
+        """Wait so many seconds for the write under way and hear how it ended. False if it has not, on some process."""
+        if self.writing is None:
+            return True
+        step, write = self.writing
+        wait([write], patience)
+        error = write.exception() if write.done() else None
+        if self.runtime.largest(0 if write.done() else 1, "waiting for a save"):
+            return False
+        self.writing = None
+        if isinstance(error, OSError):
+            self._save_failed(step, error, final)
+        elif error:
+            raise error
+        else:
+            self.last_saved_step = step
+        return True
+
+    def _save_failed(self, step: int, error: OSError, final: bool) -> None:
+        if final:
+            raise SaveFailed(str(error)) from error
+        self._warn(f"could not save step {step}: {error}; training goes on, "
+                   f"the last good checkpoint is step {self.last_saved_step}")  # fmt: skip
+
+    def _warn(self, message: str) -> None:
+        """What all processes know is told once."""
+        if self.runtime.is_main:
+            warn(message)
+
+    def _describe_non_finite(self, loss: float, batch: Batch) -> str:
+        """Which step, process and data, alike on all processes."""
+        self._end_write(None)
+        saved = self.last_saved_step
+        where = "no checkpoint yet" if saved is None else f"last good checkpoint: step {saved}"
+        data = name_culprits(self.runtime, self.own_loss, batch.origin)
+        return f"loss is {loss} at step {self.progress.step} on {data}; {where}"
+
+    def _compare_weights(self) -> None:
+        """Raise Drifted, on all processes, if the weights of some are not those of most."""
+        drifted = find_drifted(self.runtime, self.model)
+        if drifted:
+            raise Drifted(f"the weights of rank {', '.join(map(str, drifted))} are not the others' after step "
+                          f"{self.progress.step}: faulty hardware, or code that treats ranks differently; the last "
+                          f"good checkpoint is step {self.last_saved_step}")  # fmt: skip
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        if self.stop_signal is not None:
+        now = time.monotonic()
+        if self.stop_signal is None:
+            self.stop_signal, self.asked = signum, now
+        elif now - self.asked > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt  # asked twice: leave now
-        self.stop_signal = signum
-
-
-class catch_signals:
-    """While open, SIGINT, SIGTERM and SIGHUP (a terminal that closes) call `handler` instead of killing the process.
-
-    Main thread only. SIGHUP stays ignored where nohup has it so; SIGINT is heard even where a shell has it ignored
-    for what it starts in the background.
-    """
-
-    def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
-        self.handler = handler
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            heard = [signal.SIGINT, signal.SIGTERM]
-            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-                heard.append(signal.SIGHUP)
-            self.before = {s: signal.signal(s, self.handler) for s in heard}
-
-    def __exit__(self, *exc: object) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)

@@ -34,10 +34,12 @@ if [ -n "$SMOKE" ]; then
   trap 'rm -rf "$NANOCHAT_BASE_DIR"' EXIT
   VOCAB=1024 CHARS=1000000 CONTEXT=128 DEPTH=2 BATCH=1024
   BASE="--num-iterations=20 --eval-tokens=4096" SFT="--num-iterations=20 --eval-tokens=4096" EVAL="-x 8 -m 32"
+  RL="--num-iterations=2 --examples-per-step=2 --num-samples=4 --max-new-tokens=16 --eval-examples=4"
 else
   VOCAB=4096 CHARS=20000000 CONTEXT=512 DEPTH=-1 BATCH=4096
-  BASE="--minutes=$(share 0.33) --eval-every=150 --save-every=100 --eval-tokens=32768"
-  SFT="--minutes=$(share 0.53) --eval-every=300 --save-every=100 --eval-tokens=32768" EVAL="-x 200"
+  BASE="--minutes=$(share 0.31) --eval-every=150 --save-every=100 --eval-tokens=32768"
+  SFT="--minutes=$(share 0.44) --eval-every=300 --save-every=100 --eval-tokens=32768" EVAL="-x 200"
+  RL="--minutes=$(share 0.12) --init-lr-frac=0.02 --examples-per-step=24 --max-new-tokens=64 --eval-every=50 --save-every=50"
 fi
 done_file() { [ -f "$NANOCHAT_BASE_DIR/.done/$1" ]; }
 stage() {  # stage NAME COMMAND...: run it once
@@ -53,12 +55,14 @@ stage base_train python -m scripts.base_train --resume --data=starter --model-ta
   --total-batch-size=$BATCH --sample-every=-1 $BASE
 stage base_eval  python -m scripts.base_eval --data=starter --split-tokens=65536
 stage chat_sft   python -m scripts.chat_sft --resume --model-tag=cpu --total-batch-size=$BATCH --init-lr-frac=2 $SFT
-stage chat_eval  python -m scripts.chat_eval $EVAL
+stage chat_eval  python -m scripts.chat_eval -i sft $EVAL
+stage chat_rl    python -m scripts.chat_rl --resume --model-tag=cpu --tasks=WordProblems,LetterCounting,Spelling,Arithmetic,Identity $RL
+stage chat_eval_rl python -m scripts.chat_eval -i rl $EVAL
 
-echo "== three questions to your model"
-for question in "Hello! Who are you?" "What is 12 + 30?" "Tell me a short story about a dog."; do
+echo "== four questions to your model"
+for question in "Hello! Who are you?" "What is 12 + 30?" "Anna has 12 apples. She buys 7 more. How many apples does Anna have now?" "Tell me a short story about a dog."; do
   echo "> $question"
-  python -m scripts.chat_cli --prompt "$question"
+  python -m scripts.chat_cli -i rl --prompt "$question"
 done
 python -m scripts.report
-echo "talk to it:  source .venv/bin/activate && python -m scripts.chat_cli"
+echo "talk to it:  source .venv/bin/activate && python -m scripts.chat_cli -i rl"

@@ -5,7 +5,7 @@ import contextlib
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from nanochat.conversation import Message, drop_oldest_turns, parse_answer, rend
 from nanochat.engine import AnswerStream, Engine
 from nanochat.gpt import GPT
 from nanochat.sampling import Sampling
+from nanochat.tools import DEFAULT_TOOLS, Tool
 
 # A terminal obeys escape sequences, so a model must not be able to print one.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -22,10 +23,17 @@ class Chat:
     """One conversation. `stream` an answer, then `remember` what of it was said."""
 
     def __init__(
-        self, model: GPT, tokenizer: Any, sampling: Sampling, max_tokens: int, seed: int, answers: bool = True
+        self,
+        model: GPT,
+        tokenizer: Any,
+        sampling: Sampling,
+        max_tokens: int,
+        seed: int,
+        answers: bool = True,
+        tools: Sequence[Tool] = DEFAULT_TOOLS,
     ) -> None:
         """`answers`: the model was taught to answer; one that was not continues the text it is given."""
-        self.engine, self.tokenizer = Engine(model, tokenizer), tokenizer
+        self.engine, self.tokenizer = Engine(model, tokenizer, tools=tools), tokenizer
         self.sampling, self.max_tokens, self.seed, self.answers = sampling, max_tokens, seed, answers
         # An answer may take what the prompt leaves, and always half the context if it is long enough.
         self.prompt_limit = self.engine.max_context - min(max_tokens, self.engine.max_context // 2)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import tyro
 
+from nanochat.collectives import CollectiveFailed
 from nanochat.common import UserError, debug_enabled
 
 Config = TypeVar("Config")
@@ -69,6 +70,11 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
+    except CollectiveFailed as error:
+        if debug_enabled():
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 1
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         # Nothing may be left to flush at exit, where it would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

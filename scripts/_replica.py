@@ -13,6 +13,7 @@ from nanochat.common import get_base_dir
 from nanochat.replica import serve_replica
 from nanochat.runtime import Runtime
 from nanochat.service import MIB, Service
+from nanochat.tools import DEFAULT_TOOLS, WITH_PYTHON
 from scripts import _cli
 
 
@@ -28,6 +29,7 @@ class Plan:
     cache_mib: int
     prefix_mib: int
     int8: bool
+    python: bool
     threads: int = 0  # that a replica in a process of its own may use
 
     def load(self, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
@@ -36,9 +38,10 @@ class Plan:
                           compute_dtype=runtime.dtype)  # fmt: skip
 
     def service(self, model: Any, tokenizer: Any, observe: Callable[[str, float], None]) -> Service:
+        tools = WITH_PYTHON if self.python else DEFAULT_TOOLS
         return Service(model, tokenizer, max_rows=self.max_rows, max_waiting=self.max_waiting,
                        memory_bytes=self.cache_mib * MIB, prefix_bytes=self.prefix_mib * MIB,
-                       int8=self.int8, observe=observe)  # fmt: skip
+                       int8=self.int8, tools=tools, observe=observe)  # fmt: skip
 
     def command(self) -> list[str]:
         """What starts a replica; the number of its socket is to follow."""

@@ -20,7 +20,8 @@ from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.recipe import get_recipe
 from nanochat.report import record_stage
-from nanochat.runtime import Runtime, process_age
+from nanochat.runtime import TIMEOUT_SECONDS, Runtime, process_age
+from nanochat.saver import Saver
 from nanochat.scaling import REFERENCE_BATCH_TOKENS
 from nanochat.session import (
     Metrics,
@@ -36,7 +37,6 @@ from nanochat.session import (
     prepare_run,
     restore_trainer,
     run_to_end,
-    save_trainer,
 )  # fmt: skip
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Record, Trainer
@@ -44,7 +44,7 @@ from nanochat.trainer import Record, Trainer
 # Flags that a resumed run may take anew: none of them can change the numbers.
 OPERATIONAL = (
     "run", "device_type", "resume", "resume_from_step", "eval_every", "eval_tokens", "sample_every", "save_every",
-    "keep_last", "tensorboard", "core_metric_every", "core_metric_max_per_task", "eval_bundle",
+    "keep_last", "timeout", "tensorboard", "core_metric_every", "core_metric_max_per_task", "eval_bundle",
 )  # fmt: skip
 
 
@@ -91,13 +91,15 @@ class TrainFlags:
     sample_every: int = 2000
     """Steps between samples; -1 only at the end."""
     save_every: int = -1
-    """Steps between checkpoints; -1 only at the end (and on Ctrl-C or SIGTERM)."""
+    """Steps between checkpoints; -1 only at the end (and on Ctrl-C, SIGTERM or SIGUSR1)."""
     keep_last: int = 2
     """Checkpoints kept; 0 keeps all."""
     resume: bool = False
     """Go on from the run's latest good checkpoint, exactly."""
     resume_from_step: int = -1
     """Go on from this step's checkpoint."""
+    timeout: float = TIMEOUT_SECONDS
+    """Seconds that processes wait for one that hangs or is gone before the run ends with exit code 1."""
 
     def optimizer_config(self, recipe: str) -> OptimizerConfig:
         """The recipe's rates, with what the command line gave in their place."""
@@ -112,6 +114,8 @@ class TrainFlags:
             raise UserError(f"--seed must be between 0 and 2^63 - 1, got {self.seed}")
         if self.minutes <= 0 and self.minutes != -1:
             raise UserError(f"--minutes must be positive, or -1 for another horizon, got {self.minutes:g}")
+        if self.timeout <= 0:
+            raise UserError(f"--timeout is in seconds and must be positive, got {self.timeout:g}")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             if not (value == -1 or 0 <= value < 1):
@@ -254,6 +258,7 @@ def try_micro_batches(trainer: Trainer, rows: int, T: int) -> None:
     torch.cuda.empty_cache()  # of what a larger trial left behind
     trainer.device_batch_size = rows
     size = sum(p.numel() * state[g["kind"]] for g in trainer.optimizer.param_groups for p in g["params"])
+    size //= runtime.world_size  # shared out
     room = torch.empty(size, dtype=torch.uint8, device=runtime.device)
     batch = random_batch(2 * rows * runtime.world_size, T, trainer.model.config.vocab_size, runtime)
     try:
@@ -290,7 +295,7 @@ def drive(
     meta = {**meta, "model_config": trainer.model.config.to_dict(), "user_config": asdict(config),
             "plan": {"num_steps": trainer.schedule.num_steps, "total_batch_tokens": total_batch_tokens}}  # fmt: skip
     trainer.log = Watcher(metrics, script, run, command_line(script, config))
-    trainer.save = partial(save_trainer, run=run, tokenizer=tokenizer, meta=meta, keep_last=config.keep_last)
+    trainer.save = saver = Saver(run, runtime, tokenizer, meta, config.keep_last)
     trainer.save_every = config.save_every
     trainer.deadline = deadline_for(config, trainer, total_batch_tokens)
     try:
@@ -300,6 +305,7 @@ def drive(
             record_so_far(script, figures | {"stopped_early": True})
         return code
     finally:
+        saver.close()
         metrics.close()
         trainer.loader.close()  # type: ignore[attr-defined]
 

@@ -96,7 +96,7 @@ class Config(ModelFlags, TrainFlags):
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    with Runtime.create(config.device_type, seed=config.seed) as runtime:
+    with Runtime.create(config.device_type, seed=config.seed, timeout_seconds=config.timeout) as runtime:
         return train(config, runtime)
 
 

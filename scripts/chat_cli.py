@@ -9,8 +9,10 @@ import tyro
 
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir
+from nanochat.execution import choose_level
 from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
+from nanochat.tools import DEFAULT_TOOLS, WITH_PYTHON
 from scripts import _cli
 from scripts._chat import Chat, noted_interrupts, pipe_reader, terminal_reader
 
@@ -43,6 +45,8 @@ class Config:
     """Longest answer."""
     seed: int = 42
     """The same words and the same seed get the same answer."""
+    python: bool = False
+    """Let the model run Python, in the sandbox (dev/SANDBOX.md); without it there is the calculator."""
     device_type: str = ""
     """cuda, mps or cpu; empty picks the best there is."""
 
@@ -50,11 +54,14 @@ class Config:
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
     sampling = check(config)
+    if config.python:
+        choose_level("")  # where there is no sandbox, say so now
     for stream in (sys.stdin, sys.stdout):  # bytes that are no text must not end a chat
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     with Runtime.create(config.device_type) as runtime:
         model, tokenizer, meta = load(config, runtime)
-        chat = Chat(model, tokenizer, sampling, config.max_tokens, config.seed, answers=config.source != "base")
+        chat = Chat(model, tokenizer, sampling, config.max_tokens, config.seed, answers=config.source != "base",
+                    tools=WITH_PYTHON if config.python else DEFAULT_TOOLS)  # fmt: skip
         if config.prompt:
             return 0 if say(chat, config.prompt) else 130
         if sys.stdin.isatty() and sys.stdout.isatty():

@@ -24,6 +24,8 @@ from tasks.common import Task
 from tasks.evaluation import CHATCORE, AskFlags, ChatCore, Outcome, ask, chat_core, pass_rates, write_transcripts
 from tasks.registry import TASKS, make_task, task_spec
 
+STAGE = {"sft": "chat_eval", "rl": "chat_eval_rl"}  # of the report
+
 
 @dataclass
 class Config:
@@ -131,7 +133,8 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
     # Another model of the same name and step has other weights, and its own figures.
     saved = sha256_file(run / f"{meta['step']:06d}" / "manifest.json")[:12]
     checkpoint = f"{config.source}/{run.name}/{meta['step']}/{saved}" + ("/sample" if config.embedded_sample else "")
-    core = None if config.embedded_sample else chat_core({**earlier_shares(base_dir, checkpoint), **shares})
+    known = earlier_shares(base_dir, STAGE[config.source], checkpoint)
+    core = None if config.embedded_sample else chat_core({**known, **shares})
     if runtime.is_main:
         show(rows, core)
         say(f"every question and answer: {folder}")
@@ -148,14 +151,14 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
         if core:
             values |= {"chatcore": core.value, "chatcore_interval": [core.low, core.high],
                        "chatcore_missing": core.missing}  # fmt: skip
-        record_stage(base_dir, "chat_eval", values)
+        record_stage(base_dir, STAGE[config.source], values)
     return 0
 
 
-def earlier_shares(base_dir: Path, checkpoint: str) -> dict[str, list[float]]:
+def earlier_shares(base_dir: Path, stage: str, checkpoint: str) -> dict[str, list[float]]:
     """What the report already knows of this very model, so that its tasks may be evaluated one command at a time."""
     try:
-        known = load_report(base_dir).get("chat_eval") or {}
+        known = load_report(base_dir).get(stage) or {}
     except UserError:  # no report yet
         return {}
     if known.get("checkpoint") != checkpoint:

@@ -116,14 +116,13 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     loader.watch = partial(keep_rollouts, folder=folder, every=config.eval_every, runtime=runtime)
     look = partial(evaluate, tasks=held_out, start=start, config=config, folder=folder)
     trainer.hooks = [Hook(look, config.eval_every), Hook(lambda trainer: loader.stats(), 1)]
-    before = None if checkpoint else look(trainer)
+    before = checkpoint.meta["before"] if checkpoint else look(trainer)
     base = {"tag": start.tag, "step": start.step, "recipe": start.recipe, "source": config.source}
     tokens = config.examples_per_step * config.num_samples * config.max_new_tokens
     code = drive(trainer, script="chat_rl", run=run, config=config, tokenizer=start.tokenizer, checkpoint=checkpoint,
-                 total_batch_tokens=tokens, meta={"stage": "rl", "base": base, "before": before or
-                                                  (checkpoint.meta["before"] if checkpoint else {})})  # fmt: skip
+                 total_batch_tokens=tokens, meta={"stage": "rl", "base": base, "before": before})  # fmt: skip
     if code == 0 and runtime.is_main:
-        report(base_dir, run, config, trainer, plan)
+        report(base_dir, run, config, trainer, plan, before)
     return code
 
 
@@ -188,12 +187,14 @@ def keep_rollouts(step: int, groups: list[Group], folder: Path, every: int, runt
                                   ensure_ascii=False) + "\n")  # fmt: skip
 
 
-def report(base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: list[tuple[str, str]]) -> None:
+def report(
+    base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: list[tuple[str, str]], before: Record
+) -> None:
     """Hand the run's figures to the report."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last: dict[str, Any] = next((line for line in reversed(lines) if any(k.startswith("accuracy/") for k in line)), {})
     values = training_figures(trainer, run, command_line("chat_rl", config))
-    record_stage(base_dir, "chat_rl", values | {"plan": plan, "after": last})
+    record_stage(base_dir, "chat_rl", values | {"plan": plan, "before": before, "after": last})
     now = trainer.progress
     say(f"{now.step} steps in {values['seconds']:.0f} s; answers to read: {run / 'transcripts'}; saved in {run}")
 

@@ -79,7 +79,7 @@ class Config(TrainFlags):
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    with Runtime.create(config.device_type, seed=config.seed) as runtime:
+    with Runtime.create(config.device_type, seed=config.seed, timeout_seconds=config.timeout) as runtime:
         return train(config, runtime)
 
 

@@ -13,6 +13,7 @@ import tyro
 
 from nanochat.checkpoint_manager import find_run
 from nanochat.common import UserError, get_base_dir, say
+from nanochat.execution import choose_level
 from nanochat.replica import RemoteService
 from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
@@ -64,6 +65,8 @@ class Config:
     """Memory for keys and values of the sequences decoded together, for each replica."""
     prefix_mib: int = 256
     """Memory for known beginnings of prompts, for each replica."""
+    python: bool = False
+    """Let the model run Python, in the sandbox (dev/SANDBOX.md); without it there is the calculator."""
     int8: bool = False
     """Decode with weights of eight bits, on a CPU: faster for models too large for its cache."""
     request_seconds: float = 300.0
@@ -91,6 +94,8 @@ class Config:
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
     keys = read_keys(config.api_key_file)
+    if config.python:
+        choose_level("")  # where there is no sandbox, say so now
     device_type = "cpu" if config.workers else config.device_type
     with open_socket(config.host, config.port) as listening, Runtime.create(device_type) as runtime:
         serve(config, keys, listening, runtime)
@@ -104,7 +109,7 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
     if config.num_gpus > there:
         raise UserError(f"--num-gpus={config.num_gpus}: this machine has {there}")
     plan = Plan(config.source, run.name, None if config.step < 0 else config.step, config.max_rows, config.max_waiting,
-                config.cache_mib, config.prefix_mib, config.int8)  # fmt: skip
+                config.cache_mib, config.prefix_mib, config.int8, config.python)  # fmt: skip
     model, tokenizer, meta = plan.load(runtime)
     context = model.config.sequence_len
     metrics = Metrics()

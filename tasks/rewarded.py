@@ -5,10 +5,12 @@ from typing import Any
 
 from nanochat.common import UserError
 from tasks.arithmetic import Arithmetic
+from tasks.code import Code
 from tasks.common import Task
 from tasks.formats import Format
 from tasks.gsm8k import GSM8K
-from tasks.spellingbee import SpellingBee
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+from tasks.starter import Identity
 from tasks.wordproblems import LEVELS, WordProblems
 
 TRAIN_SIZE = 4096  # items of a task that has no end
@@ -29,7 +31,10 @@ REWARDED: Mapping[str, Build] = {
     "GSM8K": lambda split, size, seed: [GSM8K("main", split)],
     "Arithmetic": generated(Arithmetic),
     "LetterCounting": generated(SpellingBee),
+    "Spelling": generated(SimpleSpelling),
+    "Identity": lambda split, size, seed: [Identity("train" if split == "train" else "val", stop=size)],
     "Format": generated(Format),
+    "Code": generated(Code),
 }
 
 

@@ -58,6 +58,9 @@ class Scripted:
 
     hidden = __call__
 
+    def last_logits(self, idx: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
+        return self(idx, kv_cache)[:, -1]
+
     def parameters(self) -> list[torch.Tensor]:
         return []
 

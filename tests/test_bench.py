@@ -35,13 +35,15 @@ POSITIVE = {
     "tokenizer": """train_seconds encode_single_mb_per_second encode_single_tokens_per_second
         encode_batch_mb_per_second encode_batch_tokens_per_second decode_mb_per_second bytes_per_token""",
     "recipe": "steps total_batch",
+    "distributed": "cores",
     "decode": """bytes_per_second num_matrix_params tokens_per_second_1 ms_per_step_3 model_ms_per_step_1
         bandwidth_share_3 first_token_ms_1 times_one_row_3""",
     "sandbox": "unsafe_warm_per_second unsafe_tested_per_second unsafe_cold_per_second",
 }  # fmt: skip
 SMALL_TEXT = {"tokenizer": ["--chars=20000"], "data": ["--chars=20000", "--documents=100", "--again=20"],
               "recipe": ["--chars=20000", "--steps=2", "--total-batch=32", "--eval-tokens=512"],
-              "decode": ["--prompt=5", "--rows", "1", "3"], "sandbox": ["--problems=0"]}  # fmt: skip
+              "decode": ["--prompt=5", "--rows", "1", "3"], "sandbox": ["--problems=0"],
+              "distributed": ["--processes=1,2", "--rounds-of-all=1"]}  # fmt: skip
 
 
 @pytest.fixture
@@ -73,6 +75,10 @@ def test_prints_a_table_and_last_a_line_of_json(
         assert values["tokenised_tokens_per_second"] > 0
     if name == "recipe":
         assert values["trials"].keys() == {"default", "published"} and values["trials"]["default"]["effect"] == 0
+    if name == "distributed":
+        for found in values["processes"].values():  # small tensors, which stay whole, count for much at this size
+            assert found["measured_bytes"] == pytest.approx(found["planned_bytes"], rel=0.1)
+        assert values["processes"]["2x1"]["state_share"] == pytest.approx(0.5, abs=0.05)
     if name == "train":
         assert values["forward_backward_seconds"] < values["step_seconds"] < values["seconds_to_second_step"]
         assert values["peak_memory_bytes"] > values["state_bytes"]

@@ -173,7 +173,8 @@ def test_tensors_read_do_not_share_memory(tmp_path):
 def test_arrays_of_any_kind_are_written(tmp_path):
     read_only = np.arange(6, dtype=np.uint16).reshape(2, 3)
     read_only.flags.writeable = False
-    arrays = {"read_only": read_only, "strided": np.arange(10)[::3], "int": np.int64(7), "none": np.zeros((0, 2), "f4")}
+    arrays = {"read_only": read_only, "strided": np.arange(10)[::3], "int": np.int64(7), "none": np.zeros((0, 2), "f4"),
+              "nothing": np.concatenate([np.empty(0, np.uint16)])}  # fmt: skip
     write_file(tmp_path / "file", tensor_chunks(arrays))
     found = {name: tensor.numpy() for name, tensor in read_tensors(tmp_path / "file")[0].items()}
     for name, array in arrays.items():

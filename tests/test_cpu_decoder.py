@@ -9,12 +9,13 @@ from stubs import ByteTokenizer
 from nanochat import cpu_decoder, decoding
 from nanochat.common import UserError
 from nanochat.cpu_decoder import CpuDecoder
-from nanochat.decoding import Batch, DecodingWeights, Row, ToolUse
+from nanochat.decoding import Batch, DecodingWeights, Row
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.quantize import Int8Weights, matrices, quantize
 from nanochat.sampling import Sampling
+from nanochat.tools import ToolUse
 
 SIZES: dict[str, Any] = {"sequence_len": 48, "vocab_size": 301, "n_layer": 4, "n_head": 4, "n_kv_head": 2,
                          "n_embd": 64, "window_pattern": "SL", "short_window_divisor": 4}  # fmt: skip

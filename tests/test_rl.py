@@ -146,7 +146,9 @@ def test_batch_trains_what_the_model_chose_and_its_end() -> None:
 
 def test_on_a_bandit_the_policy_finds_the_best_arm(runtime: Runtime) -> None:
     model = tiny()
-    loader = loader_for(model, runtime, groups=8, num_samples=16, max_new_tokens=1)
+    with torch.no_grad():  # it likes to stop: an answer that is cut off earns nothing
+        model.lm_head.weight[END] += 0.5 * model.hidden(torch.tensor([[ord("b")]]))[0, 0]
+    loader = loader_for(model, runtime, groups=8, num_samples=16, max_new_tokens=8)
     trainer = trainer_for(model, loader, runtime, micro=128, steps=150, lr=0.5)
     first = None
     for _ in range(150):
@@ -288,13 +290,15 @@ def test_a_level_is_passed_when_its_reward_stays_high() -> None:
     assert curriculum.level == 2, "and there is nothing after the last"
 
 
-def test_earlier_levels_are_not_forgotten() -> None:
+def test_the_levels_beside_the_present_one_are_not_forgotten() -> None:
     import numpy as np
 
     levels = [WordProblems(level, 10) for level in LEVELS]
     curriculum, rng = Curriculum(levels, level=2), np.random.default_rng(0)
     drawn = [curriculum.draw(rng)[0].name for _ in range(1000)]
-    assert 750 < drawn.count("WordProblems/3") < 850 and drawn.count("WordProblems/1") > 50
+    assert 650 < drawn.count("WordProblems/3") < 750 and drawn.count("WordProblems/1") > 100
+    first = [Curriculum(levels).draw(rng)[0].name for _ in range(1000)]
+    assert 650 < first.count("WordProblems/1") < 750 and "WordProblems/3" not in first
 
 
 @pytest.mark.parametrize("level", LEVELS)

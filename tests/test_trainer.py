@@ -4,6 +4,9 @@ import json
 import math
 import os
 import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -111,7 +114,7 @@ def test_nan_stops_before_the_update_and_names_everything() -> None:
     assert trainer.progress.step == 2
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_and_saves(signum: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(steps=50)
     saved = []
@@ -149,6 +152,52 @@ def test_a_failed_periodic_save_is_loud_and_training_goes_on(capsys: pytest.Capt
     trainer.run()
     assert trainer.progress.step == 4 and trainer.last_saved_step == 4
     assert "could not save step 2" in capsys.readouterr().err
+
+
+def background(trainer: Trainer, write: Callable[[int], None]) -> ThreadPoolExecutor:
+    """Give the trainer a save that writes in a thread, after every step."""
+    pool = ThreadPoolExecutor(1)
+    trainer.save, trainer.save_every = lambda t: pool.submit(write, t.progress.step), 1
+    return pool
+
+
+def test_training_goes_on_while_a_save_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, written, gate, reached = make_trainer(steps=3), [], threading.Event(), []
+
+    def write(step: int) -> None:
+        assert gate.wait(30)
+        written.append(step)
+
+    with background(trainer, write):
+        trainer.save_every = 2
+        trainer.log = lambda t, record: (reached.append(list(written)), record["step"] == 3 and gate.set())
+        trainer.run()
+    assert reached == [[], [], []] and written == [2, 3] and trainer.last_saved_step == 3
+
+
+def test_no_second_write_is_begun_and_training_does_not_wait_for_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanochat.trainer.PATIENCE_SECONDS", 0.01)
+    trainer, written, gate = make_trainer(steps=4), [], threading.Event()
+    with background(trainer, lambda step: written.append((gate.wait(30), step)[1])):
+        trainer.log = lambda t, record: gate.set() if record["step"] == 4 else None
+        trainer.run()
+    assert written == [1, 4] and trainer.last_saved_step == 4
+    assert "step 2 is not saved: step 1 is still being written" in capsys.readouterr().err
+
+
+def test_a_write_that_fails_is_told_at_the_next_save_and_never_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(steps=4)
+
+    def write(step: int) -> None:
+        if step in (1, 2):
+            raise OSError(28, "No space left on device")
+
+    with background(trainer, write):
+        trainer.run()
+    said = capsys.readouterr().err
+    assert "could not save step 1" in said and "could not save step 2" in said and trainer.last_saved_step == 4
 
 
 def test_a_failed_final_save_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,140 @@
+"""The optimizer on 1, 2 and 4 processes of one core each, against one process: `python -m bench.distributed`.
+
+Each number of processes has its own row: seconds of an update, what a process holds, and how much of it is state.
+"Training step" is a whole step of the trainer on a fixed global batch: on 2 processes of one core each it should take
+little longer than on one process with 2 cores.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench import _run
+from bench._common import Flags, model_config, sample_in_turn, tensor_bytes
+from bench._run import Result
+from nanochat.common import UserError
+from nanochat.gpt import GPT
+from nanochat.planner import Gpu, memory_by_kind
+from nanochat.runtime import Runtime
+from nanochat.trainer import ScheduleConfig, Trainer
+from scripts import _cli
+from scripts._train import TrainFlags, make_optimizer, random_batch
+
+
+@dataclass
+class DistributedFlags(Flags):
+    processes: str = "1,2,4"
+    """Numbers of processes to compare, each process with one thread; the first row is one process with as many
+    threads as the machine has cores."""
+    rounds_of_all: int = 2
+    """How often all of them are run, in turn; medians are shown."""
+
+
+def measure(flags: DistributedFlags, runtime: Runtime) -> Result:
+    """Start every number of processes in turn, and put what they found side by side."""
+    if runtime.world_size > 1 or runtime.device.type != "cpu":
+        raise UserError("bench.distributed starts its own processes, on a CPU: leave torchrun out, --device-type=cpu")
+    try:
+        counts = [int(count) for count in flags.processes.split(",")]
+    except ValueError:
+        raise UserError(f"--processes must be numbers with commas between, got {flags.processes!r}") from None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cases = [(1, cores), *((count, 1) for count in counts)]
+    found: dict[tuple[int, int], list[dict[str, Any]]] = {case: [] for case in cases}
+    for _ in range(flags.rounds_of_all):
+        for case in found:
+            found[case].append(start_processes(flags, *case))
+    results = {case: {key: median(r[key] for r in rounds) for key in rounds[0]} for case, rounds in found.items()}
+    whole = results[cases[0]]
+    values: dict[str, Any] = {"cores": cores, "processes": {}}
+    rows = []
+    for (count, threads), r in results.items():
+        r["state_share"] = r["state_bytes"] / whole["state_bytes"]
+        r["speed"] = whole["step_seconds"] / r["step_seconds"]
+        values["processes"][f"{count}x{threads}"] = r
+        rows.append((f"{count} x {threads}", f"{1e3 * r['update_seconds']:.1f}", f"{1e3 * r['step_seconds']:.1f}",
+                     f"{r['speed']:.2f}", f"{r['state_bytes'] / 2**20:.2f}", f"{r['state_share']:.3f}",
+                     f"{r['measured_bytes'] / r['planned_bytes']:.3f}"))  # fmt: skip
+    columns = ("n x threads", "update ms", "step ms", "speed", "state MiB", "share", "held/planned")
+    return Result("the optimizer, shared out", columns, rows, values)
+
+
+def start_processes(flags: DistributedFlags, count: int, threads: int) -> dict[str, Any]:
+    """Run `one_rank` in `count` processes; the largest of what they found."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                   "OMP_NUM_THREADS": str(threads)}  # fmt: skip
+    code = "import sys, bench.distributed as b; b.one_rank(sys.argv[1])"
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, json.dumps(asdict(flags))], cwd=_run.ROOT, text=True,
+                         env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in range(count)
+    ]  # fmt: skip
+    said = [process.communicate() for process in ranks]
+    for process, (_, error) in zip(ranks, said):
+        if process.returncode:
+            last = (error.strip() or "no message").splitlines()[-1]
+            raise UserError(f"bench.distributed with {count} processes: {last}")
+    found = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    return {key: max(r[key] for r in found) for key in found[0]}
+
+
+def one_rank(flags_json: str) -> None:
+    """Time updates and whole steps on one of the processes, and print what was found as JSON."""
+    flags = DistributedFlags(**json.loads(flags_json))
+    with Runtime.create("cpu", flags.dtype) as runtime:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        print(json.dumps(measure_rank(flags, runtime)))
+
+
+def measure_rank(flags: Flags, runtime: Runtime) -> dict[str, float]:
+    """What one process of the run measures, and what the planner foretells of it."""
+    config = model_config(flags)
+    model = GPT.create(config, runtime.device, runtime.dtype)
+    optimizer = make_optimizer(model, TrainFlags().optimizer_config(flags.recipe), runtime, 1e-3, 0.1)
+    own = -(-flags.batch // runtime.world_size)
+    trainer = Trainer(model, optimizer, None, runtime, ScheduleConfig(1000), own, loss_fn=model.loss)  # type: ignore[arg-type]
+    batch = random_batch(flags.batch, flags.seq_len, config.vocab_size, runtime)
+    trainer.step(batch)
+    trainer.accumulate(batch)
+    gradients = [p.grad for p in model.parameters()]
+    memory = {"weights": tensor_bytes(model.parameters()), "gradients": tensor_bytes(gradients),
+              "optimizer": tensor_bytes(t for state in optimizer.state.values() for t in state.values())}  # fmt: skip
+    kinds = memory_by_kind(config, machine(runtime), runtime.world_size, own, "cpu")
+    kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    def update() -> None:
+        for p, grad in zip(model.parameters(), kept, strict=True):
+            p.grad = grad
+        optimizer.step()
+
+    # A fixed number of rounds: processes that counted their own seconds would wait for each other for ever.
+    rounds = max(3, round(flags.seconds * 4))
+    times = sample_in_turn({"update": update, "step": lambda: trainer.step(batch)}, 0.0, runtime, least=rounds)
+    return {"update_seconds": median(times["update"]), "step_seconds": median(times["step"]),
+            "state_bytes": memory["optimizer"], "planned_state_bytes": kinds["optimizer"],
+            "measured_bytes": sum(memory.values()), "planned_bytes": sum(kinds[kind] for kind in memory)}  # fmt: skip
+
+
+def machine(runtime: Runtime) -> Gpu:
+    """This machine for the planner, of which only the number format matters here."""
+    return Gpu("this machine", 0.0, 1.0, None, 0.0, None, str(runtime.dtype).removeprefix("torch."))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return _run.run("distributed", DistributedFlags, measure, argv)
+
+
+if __name__ == "__main__":
+    _cli.run(main)

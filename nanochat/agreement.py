@@ -1,0 +1,40 @@
+"""What goes wrong on some process of a run only: weights that drift, a loss that is not a number."""
+
+import torch
+from torch import nn
+
+from nanochat.runtime import Runtime
+
+
+def find_drifted(runtime: Runtime, model: nn.Module) -> list[int]:
+    """The ranks whose weights are not those of most; where no side has more, those that differ from the lowest rank's.
+
+    Alike on all processes; costs one pass over the weights and a few bytes between processes.
+    """
+    if runtime.world_size == 1:
+        return []
+    sums = runtime.gather(checksum(model), "comparing the weights")
+    most = max(sums, key=sums.count)
+    return [rank for rank, own in enumerate(sums) if own != most]
+
+
+def checksum(model: nn.Module) -> torch.Tensor:
+    """A number that nearly always changes when any parameter does: of each the sum of its bits, then those by place."""
+    total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+    for p in model.parameters():
+        bits = p.detach().view(torch.int32 if p.element_size() == 4 else torch.int16)
+        total = 31 * total + bits.sum(dtype=torch.int64)
+    return total
+
+
+def name_culprits(runtime: Runtime, own_loss: torch.Tensor | None, origin: str) -> str:
+    """Which ranks' losses are not finite, and what data they had, alike on all; `origin` tells of this process's."""
+    origins = runtime.exchange(origin, "naming the data")
+    if own_loss is None or runtime.world_size == 1:
+        return origin
+    finite = runtime.gather(own_loss.isfinite().float(), "naming the rank of a loss")
+    bad = [rank for rank, good in enumerate(finite) if not good]
+    if not bad:  # only their sum overflows
+        return f"all ranks together: {origins[0]}; ..."
+    named = "; ".join(f"rank {rank}: {origins[rank]}" for rank in bad[:4])
+    return named + (f"; and ranks {', '.join(map(str, bad[4:]))}" if bad[4:] else "")

@@ -1,0 +1,105 @@
+"""Which parameter goes into which of the optimizer's groups, at which rate."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanochat.common import UserError
+from nanochat.gpt import GPT
+
+# Scaling the whole residual stream changes nothing, as it is normed at the end, so at the start of a run the gradients
+# of the residual scalars are exactly zero, and in floats what rounding leaves of that, about 1e-10. Adam would make
+# full steps of such noise, another way for every split of the batch; a gradient that says something is above 1e-4.
+SCALAR_EPS = 1e-6
+
+
+@dataclass
+class OptimizerConfig:
+    """Rates at the reference: width 768 and 2^19 tokens a step. scaling.py says what they become elsewhere.
+
+    The defaults are the published recipe; `later()` is the other one people compare with.
+    """
+
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.004
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
+    value_embed_lr_ratio: float = 1.0  # of the embedding rate
+    smear_backout_lr: float = 0.2
+    weight_decay: float = 0.2  # of the matrices, at depth 12
+    adam_beta1: float = 0.8
+    adam_beta2: float = 0.95
+    head_beta2: float = 0.95
+    embed_beta2: float = 0.95
+    head_decay: float = 0.0
+    wte_decay: float = 0.0
+    value_embed_decay: float = 0.0
+    resid_decay: float = 0.0
+    muon_beta2: float = 0.95
+    row_equilibrate: bool = False
+    frobenius_snap: bool = False
+    ns_safety: float = 1.02
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if "beta" in name and not 0 <= value < 1:
+                raise UserError(f"{name} must be from 0 to below 1, got {value:g}")
+            if ("lr" in name or "decay" in name) and value < 0:
+                raise UserError(f"{name} cannot be negative, got {value:g}")
+
+    @classmethod
+    def later(cls, **changes: Any) -> "OptimizerConfig":
+        """The later published recipe: a hotter head, slower second moments, light decay, row equilibration."""
+        values: dict[str, Any] = {
+            "unembedding_lr": 0.008, "value_embed_lr_ratio": 0.5, "weight_decay": 0.28, "head_beta2": 0.96,
+            "embed_beta2": 0.995, "head_decay": 0.01, "wte_decay": 0.001, "value_embed_decay": 0.01,
+            "resid_decay": 0.05, "muon_beta2": 0.9, "row_equilibrate": True, "frobenius_snap": True,
+            "ns_safety": 1.01,
+        }  # fmt: skip
+        return cls(**{**values, **changes})
+
+
+def build_param_groups(
+    model: GPT, config: OptimizerConfig, *, lr_scale: float = 1.0, weight_decay: float = 0.0, ns_dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """The optimizer's groups for `model`, every parameter in exactly one.
+
+    AdamW rates shrink with width as (n_embd/768)^-0.5, the scalars' do not; all rates are multiplied by
+    `lr_scale` (batch size, finetuning). `weight_decay` is the matrices', already scaled for depth.
+    """
+    width = (model.config.n_embd / 768) ** -0.5 * lr_scale
+    betas = (config.adam_beta1, config.adam_beta2)
+    embed_betas = (config.adam_beta1, config.embed_beta2)
+    head_betas = (config.adam_beta1, config.head_beta2)
+    value_lr = config.embedding_lr * config.value_embed_lr_ratio * width
+
+    def adamw(params: list[Any], lr: float, betas: tuple[float, float], decay: float = 0.0) -> dict[str, Any]:
+        return {"kind": "adamw", "params": params, "lr": lr, "betas": betas, "weight_decay": decay}
+
+    def scalars(params: list[Any], lr: float, betas: tuple[float, float], decay: float = 0.0) -> dict[str, Any]:
+        return {**adamw(params, lr, betas, decay), "eps": SCALAR_EPS}
+
+    groups = [
+        adamw([model.lm_head.weight], config.unembedding_lr * width, head_betas, config.head_decay),
+        adamw([model.wte.weight], config.embedding_lr * width, embed_betas, config.wte_decay),
+        adamw(list(model.value_embeds.parameters()), value_lr, embed_betas, config.value_embed_decay),
+    ]  # fmt: skip
+    if model.config.residual_scalars:
+        scalar_lr = config.scalar_lr * lr_scale
+        groups.append(scalars([model.resid_lambdas], scalar_lr * 0.01, betas, config.resid_decay))
+        groups.append(scalars([model.x0_lambdas], scalar_lr, (0.96, config.adam_beta2)))
+    extras = [p for name, p in model.named_parameters() if name.startswith(("smear", "backout"))]
+    groups.append(scalars(extras, config.smear_backout_lr * lr_scale, betas))
+    by_shape: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for p in model.transformer["h"].parameters():
+        by_shape.setdefault(tuple(p.shape), []).append(p)
+    for shape in sorted(by_shape):
+        groups.append({"kind": "muon", "params": by_shape[shape], "lr": config.matrix_lr * lr_scale,
+                       "weight_decay": weight_decay, "beta2": config.muon_beta2,
+                       "ns_dtype": ns_dtype, "ns_safety": config.ns_safety,
+                       "row_equilibrate": config.row_equilibrate, "frobenius_snap": config.frobenius_snap})  # fmt: skip
+    groups = [group for group in groups if group["params"]]
+    placed = sum(len(group["params"]) for group in groups)
+    assert placed == len(list(model.parameters())), "a parameter is in no group or in two"
+    return groups

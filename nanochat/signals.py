@@ -1,0 +1,32 @@
+"""Being asked to stop: the signals of a terminal, a person, a cluster's scheduler."""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+# Where the system has them: Ctrl-C, kill, a terminal that closes, and what SLURM sends ahead of a time limit.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+class catch_signals:
+    """While open, STOP_SIGNALS call `handler` instead of killing the process.
+
+    Main thread only. SIGHUP stays ignored where nohup has it so; SIGINT is heard even where a shell has it ignored
+    for what it starts in the background.
+    """
+
+    def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        self.handler = handler
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            meant = getattr(signal, "SIGHUP", None)  # to be ignored, by nohup
+            heard = [s for s in STOP_SIGNALS if s != meant or signal.getsignal(s) is not signal.SIG_IGN]
+            self.before = {s: signal.signal(s, self.handler) for s in heard}
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,67 @@
+"""Run a function in several processes that form a gloo group, as torchrun would start them."""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.runtime import Runtime
+
+# Children are forked from one process that has imported everything slow.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["torch", "scripts.base_train", "scripts.chat_sft", "scripts.tok_train"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    """What `function(runtime, *args)` returns on each rank. An exception there fails the test here."""
+    sent = pickle.dumps(args)  # tensors by value: torch would hand over memory that dies with its process
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [FORKSERVER.Pipe(duplex=False) for _ in range(world_size)]
+        processes = [
+            FORKSERVER.Process(target=_child, args=(rank, world_size, folder, sender, function, sent, timeout))
+            for rank, (_, sender) in enumerate(pipes)
+        ]
+        for process, (_, sender) in zip(processes, pipes):
+            process.start()
+            sender.close()
+        results = []
+        try:
+            for rank, (receiver, _) in enumerate(pipes):
+                assert receiver.poll(timeout + 30), f"rank {rank} of {world_size} did not answer"
+                try:
+                    results.append(pickle.loads(receiver.recv_bytes()))
+                except EOFError:
+                    results.append((False, f"rank {rank} of {world_size} died"))
+        finally:
+            for process in processes:
+                process.join(0 if len(results) < world_size else 30)
+                process.kill()
+        failures = [value for fine, value in results if not fine]
+        assert not failures, "\n".join(failures)
+        return [value for _, value in results]
+
+
+def _child(
+    rank: int, world_size: int, folder: str, sender: Connection, function: Callable[..., Any], sent: bytes,
+    timeout: float,
+) -> None:  # fmt: skip
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank,
+                                             world_size=world_size, timeout=timedelta(seconds=timeout))  # fmt: skip
+    runtime = Runtime(torch.device("cpu"), torch.float32, "test", 0, rank, rank, world_size)
+    try:
+        answer = True, function(runtime, *pickle.loads(sent))
+    except Exception:
+        answer = False, f"rank {rank}: {traceback.format_exc()}"
+    sender.send_bytes(pickle.dumps(answer))
+    runtime.close()

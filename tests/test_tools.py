@@ -1,0 +1,198 @@
+"""The tool table: quick tools at once, slow ones beside the batch; Python in the sandbox; a tool of one's own."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from stubs import TOKENIZER, Scripted, chain
+
+from nanochat.common import UserError
+from nanochat.decoding import Batch, Row
+from nanochat.engine import Engine
+from nanochat.execution import choose_level
+from nanochat.sampling import Sampling
+from nanochat.tools import CALCULATOR, WITH_PYTHON, Tool, ToolUse
+from tasks.code import Code
+
+START, STOP = (TOKENIZER.encode_special(f"<|python_{name}|>") for name in ("start", "end"))
+OUT, OUT_END = (TOKENIZER.encode_special(f"<|output_{name}|>") for name in ("start", "end"))
+END = TOKENIZER.encode_special("<|assistant_end|>")
+
+
+def sandboxed() -> bool:
+    try:
+        choose_level("")
+    except UserError:
+        return False
+    return True
+
+
+class Slow:
+    """Turns text round, when it is allowed to."""
+
+    def __init__(self, may_go: threading.Event) -> None:
+        self.may_go, self.closed, self.calls = may_go, 0, 0
+
+    def __call__(self, text: str) -> str | None:
+        self.calls += 1
+        assert self.may_go.wait(10)
+        return None if text == "no" else text[::-1]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def slow_tool(may_go: threading.Event) -> tuple[Tool, list[Slow]]:
+    made: list[Slow] = []
+
+    def make() -> Slow:
+        made.append(Slow(may_go))
+        return made[-1]
+
+    return Tool("reverse", "<|python_start|>", "<|python_end|>", make, slow=True), made
+
+
+def calls(text: str) -> Scripted:
+    """A model that, asked with "?", calls a tool with `text` and ends after what comes out."""
+    return Scripted({**chain("?", START, text, STOP), OUT_END: END}, sequence_len=200)
+
+
+def run(batch: Batch, steps: int = 500) -> None:
+    for _ in range(steps):
+        if batch.idle:
+            return
+        batch.step()
+    raise AssertionError("the batch does not come to an end")
+
+
+def row_for(prompt: str = "?", index: int = 0) -> Row:
+    return Row(TOKENIZER.encode(prompt), 60, Sampling(0.0), 0, index)
+
+
+def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
+    may_go = threading.Event()
+    tool, made = slow_tool(may_go)
+    model = Scripted({**chain("?", START, "abc", STOP), OUT_END: END, **chain("!", "xyzXYZ0123456789")}, 200)
+    batch = Batch(model, ToolUse(TOKENIZER, (tool,)), {END}, 4, 200)  # type: ignore[arg-type]
+    asking, talking = row_for(), row_for("!", 1)
+    batch.submit([asking])
+    batch.submit([talking])
+    for _ in range(40):
+        batch.step()
+    assert talking.done and TOKENIZER.decode(talking.tokens) == "xyzXYZ0123456789"
+    assert not asking.done and not batch.idle and asking.tokens == [START, *b"abc", STOP]
+    may_go.set()
+    run(batch)
+    assert asking.tokens == [START, *b"abc", STOP, OUT, *b"cba", OUT_END] and asking.end == END
+    assert asking.mask == [1] * 5 + [0] * 5
+    assert [(runner.calls, runner.closed) for runner in made] == [(1, 1)]
+
+
+def test_a_row_that_leaves_while_its_tool_runs_closes_it_afterwards() -> None:
+    may_go = threading.Event()
+    tool, made = slow_tool(may_go)
+    batch = Batch(calls("abc"), ToolUse(TOKENIZER, (tool,)), {END}, 2, 200)  # type: ignore[arg-type]
+    row = row_for()
+    batch.submit([row])
+    for _ in range(10):
+        batch.step()
+    batch.cancel(row)
+    assert batch.idle and made[0].closed == 0
+    may_go.set()
+    deadline = time.monotonic() + 5
+    while not made[0].closed and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert made[0].closed == 1 and OUT not in row.tokens
+
+
+def test_the_next_tool_gets_what_the_first_refuses_and_nothing_is_forced_if_all_do() -> None:
+    may_go = threading.Event()
+    may_go.set()
+    tool, made = slow_tool(may_go)
+    for text, forced in (("1+2", "3"), ("abc", "cba"), ("no", None)):
+        engine = Engine(calls(text), TOKENIZER, tools=(CALCULATOR, tool))  # type: ignore[arg-type]
+        (tokens,) = engine.generate_many([[ord("?")]], max_tokens=30, temperature=0.0)
+        output = [] if forced is None else [OUT, *forced.encode(), OUT_END]
+        assert tokens == [START, *text.encode(), STOP, *output], text
+    assert len(made) == 2, "the calculator answered the first call alone"
+
+
+def test_columns_of_samples_wait_for_a_slow_tool() -> None:
+    may_go = threading.Event()
+    may_go.set()
+    tool, _ = slow_tool(may_go)
+    engine = Engine(calls("abc"), TOKENIZER, tools=(tool,))  # type: ignore[arg-type]
+    sequences, masks = engine.generate_batch([ord("?")], 3, max_tokens=30, temperature=0.0)
+    wanted = [ord("?"), START, *b"abc", STOP, OUT, *b"cba", OUT_END]
+    assert sequences == [wanted] * 3 and masks == [[0, *[1] * 5, *[0] * 5]] * 3
+
+
+def test_limits_of_a_tool() -> None:
+    class Echo:
+        def __call__(self, text: str) -> str:
+            return text * 100
+
+        def close(self) -> None:
+            pass
+
+    tool = Tool("echo", "<|python_start|>", "<|python_end|>", Echo, max_call_tokens=3, max_output_chars=5)
+    for text, wanted in (("ab", "ababa"), ("abcd", None)):
+        engine = Engine(calls(text), TOKENIZER, tools=(tool,))  # type: ignore[arg-type]
+        (tokens,) = engine.generate_many([[ord("?")]], max_tokens=30, temperature=0.0)
+        assert (OUT in tokens) == (wanted is not None)
+        if wanted:
+            assert tokens[-6:] == [*wanted.encode(), OUT_END]
+
+
+def test_a_tool_that_fails_ends_no_answer() -> None:
+    class Broken:
+        def __call__(self, text: str) -> str:
+            raise RuntimeError("broken")
+
+        def close(self) -> None:
+            pass
+
+    tool = Tool("broken", "<|python_start|>", "<|python_end|>", Broken, slow=True)
+    engine = Engine(calls("ab"), TOKENIZER, tools=(tool,))  # type: ignore[arg-type]
+    assert engine.generate_many([[ord("?")]], max_tokens=30, temperature=0.0) == [[START, *b"ab", STOP]]
+
+
+@pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
+def test_python_remembers_within_an_answer_and_not_beyond() -> None:
+    tools = ToolUse(TOKENIZER, WITH_PYTHON)
+
+    def ask(row: Row, text: str) -> str:
+        tools.watch(row, START)
+        for token in text.encode():
+            tools.watch(row, token)
+        call = tools.watch(row, STOP)
+        return f"calculator {bytes(list(row.forced)[1:-1]).decode()}" if call is None else str(call())
+
+    one, two = row_for(), row_for("?", 1)
+    try:
+        assert ask(one, "2+3") == "calculator 5"
+        assert ask(one, "secret = 6 * 7") == ""
+        assert ask(one, "secret") == "42"
+        assert "NameError" in ask(two, "secret")
+        assert ask(two, "print('a'); 'b'") == "a\n'b'"
+        assert "Error" in ask(two, "open('/etc/passwd').read()")
+    finally:
+        one.runners.close()
+        two.runners.close()
+
+
+@pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
+def test_code_is_judged_by_its_tests() -> None:
+    task: Any = Code(40)
+    for index in range(0, 40, 4):
+        conversation = task[index]
+        reference = conversation["messages"][-1]["content"]
+        assert task.reward(conversation, f"```python\n{reference}\n```<|assistant_end|>") == 1.0
+        head = reference.partition("\n")[0]
+        assert task.reward(conversation, f"{head}\n    return None") == 0.0
+        assert task.reward(conversation, f"import os\n{head}\n    os._exit(0)") == 0.0
+        assert task.reward(conversation, "I do not know") == 0.0
+    numbers = [{int(t) for t in str(Code(200, split)[i]["messages"][0]["content"]).replace(".", " ").replace(",", " ")
+                .split() if t.isdigit()} for split in ("train", "test") for i in range(200)]  # fmt: skip
+    assert not set().union(*numbers[:200]) & set().union(*numbers[200:])
