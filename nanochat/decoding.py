@@ -146,9 +146,8 @@ class Batch:
         """Take a row out, wherever it is."""
         row.done = True
         if future := self.calling.pop(row, None):
-            future.add_done_callback(lambda _: row.runners.close())
-        else:
-            row.runners.close()
+            future.cancel()  # if it has not begun; else what it runs is stopped
+        row.runners.close()
         first = self.waiting[0] if self.waiting else None
         self.waiting = deque(left for group in self.waiting if (left := [r for r in group if not r.done]))
         if first is not None and all(r.done for r in first):

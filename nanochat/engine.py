@@ -7,6 +7,7 @@ TextStream  tokens to text, piece by piece, never cutting a character in two; An
 """
 
 import codecs
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -71,13 +72,14 @@ class Engine:
         batch = self._batch(rows, len(rows))
         batch.submit(rows)
         drawn: list[deque[Token]] = [deque() for _ in rows]  # a row that waits for a tool keeps the others' waiting
-        while not batch.idle or any(drawn):
-            for token in batch.step():
-                drawn[token.row.index].append(token)
-            while any(drawn) and all(tokens or row.done for tokens, row in zip(drawn, rows)):
-                got = [tokens.popleft() if tokens else None for tokens in drawn]
-                yield ([filler if token is None else token.id for token in got],
-                       [0 if token is None else token.mask for token in got])  # fmt: skip
+        with ending(batch, rows):
+            while not batch.idle or any(drawn):
+                for token in batch.step():
+                    drawn[token.row.index].append(token)
+                while any(drawn) and all(tokens or row.done for tokens, row in zip(drawn, rows)):
+                    got = [tokens.popleft() if tokens else None for tokens in drawn]
+                    yield ([filler if token is None else token.id for token in got],
+                           [0 if token is None else token.mask for token in got])  # fmt: skip
 
     def generate_batch(
         self, tokens: list[int], num_samples: int = 1, **kwargs: Any
@@ -128,8 +130,9 @@ class Engine:
         batch = self._batch(rows, batch_size)
         for _, group in itertools.groupby(rows, key=lambda row: row.prompt):
             batch.submit(list(group))
-        while not batch.idle:
-            batch.step()
+        with ending(batch, rows):
+            while not batch.idle:
+                batch.step()
         return rows
 
     def generate_many(self, prompts: Sequence[list[int]], **kwargs: Any) -> list[list[int]]:
@@ -156,6 +159,17 @@ class Engine:
         longest = max((len(row.prompt) + row.max_tokens for row in rows if not row.done), default=1)
         return Batch(self._weights.current(), self.tools, self.end_tokens, min(batch_size, len(rows)), longest,
                      int8=self._weights.int8)  # fmt: skip
+
+
+@contextlib.contextmanager
+def ending(batch: Batch, rows: Sequence[Row]) -> Iterator[None]:
+    """Whatever ends the loop inside, no tool of the rows is left open."""
+    try:
+        yield
+    finally:
+        for row in rows:
+            if not row.done:
+                batch.cancel(row)
 
 
 class TextStream:

@@ -17,6 +17,7 @@ there, so nothing in it can make a failing test pass.
 """
 
 import atexit
+import contextlib
 import os
 import secrets
 import threading
@@ -158,6 +159,12 @@ class PythonSession:
             if answer.get("over", True):
                 self._end(result.verdict)
             return result
+
+    def stop(self) -> None:
+        """From another thread: end what runs now. The session ends with it."""
+        if worker := self._worker:
+            with contextlib.suppress(OSError, ValueError):
+                worker.requests.close()  # the sandbox ends with its pipes, and `run` is told
 
     def close(self) -> None:
         """End it. Idempotent."""

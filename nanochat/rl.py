@@ -108,6 +108,8 @@ class Sampler:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.top_k < 0:
+            raise UserError(f"--top-k must be 0 (off) or more, got {self.top_k}")
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"--temperature must be above 0 in training, got {self.temperature}")
 

@@ -196,7 +196,8 @@ class Service:
         """How it is doing now."""
         with self._wake:
             waiting = len(self._orders)
-        return {"alive": self.alive, "rows_running": len(self.batch.rows), "max_rows": self.max_rows,
+        running = len(self.batch.rows) + len(self.batch.calling)
+        return {"alive": self.alive, "rows_running": running, "max_rows": self.max_rows,
                 "requests_waiting": waiting + len(self.batch.waiting), "tokens": self.tokens_made, "steps": self.steps,
                 "cache_bytes": self.batch.cache.num_bytes, "prefix_bytes": self.prefixes.num_bytes,
                 "prefix_hit_tokens": self.prefixes.hit_tokens, "prompt_tokens": self.prefixes.asked_tokens}  # fmt: skip
@@ -242,7 +243,7 @@ class Service:
     def _admitted(self) -> list[Ticket]:
         """The orders that there is room for, clients in turn. What does not fit yet waits here, not in the batch,
         where it would stand before orders that come later but are due sooner."""
-        room = self.max_rows - len(self.batch.rows) - sum(map(len, self.batch.waiting))
+        room = self.max_rows - len(self.batch.rows) - len(self.batch.calling) - sum(map(len, self.batch.waiting))
         orders = []
         while self._orders and room > 0:
             orders.append(self._orders.take())
@@ -285,6 +286,8 @@ class Service:
             self._orders.clear()
             self._closing = True
         for ticket in left:
+            for row in ticket.rows:
+                row.runners.close()
             ticket.deliver(End(error or Closed("the service was shut down")))
         self._tickets.clear()
 

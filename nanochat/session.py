@@ -188,7 +188,7 @@ class Metrics:
     def line(self, trainer: Trainer) -> str:
         """step 120/400 | loss 3.21 | bpb 1.43 | 5.2k tok/s | 41% of peak | 1m10s left"""
         now, total = trainer.progress, trainer.schedule.num_steps
-        left = now.seconds / max(now.step, 1) * (total - now.step)
+        left = (time.perf_counter() - trainer.started) / max(now.step, 1) * (total - now.step)
         bpb = f" | bpb {now.val_bpb:.4f}" if now.val_bpb is not None else ""
         share = self.rate * self.flops_per_token / self.peak_flops / self.runtime.world_size if self.peak_flops else 0
         peak = f" | {share:.0%} of peak" if share else ""

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from nanochat.decoding import Row, Tokenizer
 
 Call = Callable[[], str | None]  # to be run outside the decoding loop
+SHORT_RESULT = 64  # tokens that a result may always have; of longer ones a quarter of the answer's room is shown
 
 
 class Runner(Protocol):
-    """Answers the calls of one row. One is made for each row that calls its tool, and closed when the row is done."""
+    """Answers the calls of one row. One is made for each row that calls its tool, and closed when the row is done; if
+    a call is under way then, on another thread, closing ends it."""
 
     def __call__(self, text: str) -> str | None: ...  # None: not understood
     def close(self) -> None: ...
@@ -54,19 +56,26 @@ class Calculator:
 class Python:
     """A Python session in the sandbox, which remembers its variables for as long as the answer lasts."""
 
+    SHOWN = 600  # characters of what was printed before an error
+
     def __init__(self) -> None:
         from nanochat.execution import PythonSession
 
+        self._new = PythonSession
         self.session = PythonSession(timeout=5.0)
 
     def __call__(self, text: str) -> str:
+        if not self.session.alive:  # a call ended it, and the model was told why
+            self.session = self._new(timeout=5.0)
         result = self.session.run(text)
         if result.success:
             return result.stdout.rstrip("\n")
-        last_line = (result.stderr.strip().splitlines() or [""])[-1]
-        return (result.stdout + (last_line or result.verdict)).strip()
+        last_line = (result.stderr.strip().splitlines() or [""])[-1][: self.SHOWN]
+        gone = "" if self.session.alive else f" ({result.verdict}: variables are gone)"
+        return (result.stdout[: self.SHOWN] + last_line + gone).strip()
 
     def close(self) -> None:
+        self.session.stop()
         self.session.close()
 
 
@@ -113,7 +122,8 @@ class ToolUse:
     def answer(self, row: "Row", result: str) -> None:
         """Queue a result: it comes next, whatever the model says."""
         start, end = self._output
-        row.forced += [start, *self.tokenizer.encode(result), end]
+        room = max(SHORT_RESULT, (row.max_tokens - len(row.tokens)) // 4)  # the answer is to go on after it
+        row.forced += [start, *self.tokenizer.encode(result)[:room], end]
 
     def _try(self, row: "Row", tools: Sequence[Tool], num_tokens: int, text: str) -> str | None:
         results = (self._ask(row, tool, text) for tool in tools if num_tokens <= tool.max_call_tokens)
@@ -121,7 +131,8 @@ class ToolUse:
 
     @staticmethod
     def _ask(row: "Row", tool: Tool, text: str) -> str | None:
-        result = row.runners.of(tool)(text)
+        runner = row.runners.of(tool)
+        result = runner(text) if runner else None
         return None if result is None else result[: tool.max_output_chars]
 
 
@@ -130,16 +141,19 @@ class Runners:
 
     def __init__(self) -> None:
         self._open: dict[str, Runner] = {}
+        self._closed = False
         self._lock = threading.Lock()
 
-    def of(self, tool: Tool) -> Runner:
+    def of(self, tool: Tool) -> Runner | None:
+        """The row's runner of a tool; None once the row is done."""
         with self._lock:
-            if tool.name not in self._open:
+            if tool.name not in self._open and not self._closed:
                 self._open[tool.name] = tool.open()
-            return self._open[tool.name]
+            return self._open.get(tool.name)
 
     def close(self) -> None:
         with self._lock:
-            for runner in self._open.values():
-                runner.close()
+            self._closed, runners = True, list(self._open.values())
             self._open.clear()
+        for runner in runners:
+            runner.close()

@@ -149,6 +149,7 @@ class Trainer:
     stop_signal: int | None = None
     asked: float = 0.0  # when that came
     started: float = field(default_factory=time.perf_counter)  # as if all sessions had been one
+    positions: int = 0  # that this process has worked on in the step
     writing: tuple[int, Future[Any]] | None = None  # the step that is being saved
     own_loss: torch.Tensor | None = None  # summed over this process's targets of the last batch
     compare_every: int = 100  # steps between comparisons of the processes' weights
@@ -185,7 +186,7 @@ class Trainer:
         now.tokens += num_targets
         now.seconds += seconds
         now.smooth_loss = 0.9 * now.smooth_loss + 0.1 * loss
-        rows = batch.inputs.numel() * self.runtime.world_size
+        rows = self.positions * self.runtime.world_size
         record = {"step": now.step, "loss": loss, "lr_multiplier": multiplier, "tokens": now.tokens,
                   "tokens_per_second": rows / seconds, "seconds": now.seconds}  # fmt: skip
         return record | ({"loss_scale": now.loss_scale} if self.runtime.scales_loss else {})
@@ -195,9 +196,10 @@ class Trainer:
         device = self.runtime.device
         counted = self.runtime.sum((batch.targets >= 0).sum().to(device), "counting targets")
         num_targets = max(int(counted), 1)
-        total = torch.zeros((), device=device)
+        total, self.positions = torch.zeros((), device=device), 0
         with self.model.hold_casts():
             for inputs, targets, weights in self.micro_batches(batch):
+                self.positions += inputs.numel()
                 total += self.add_gradients(inputs, targets, weights, num_targets)
         self.own_loss = total.clone()
         return float(self.runtime.sum(total, "summing the loss")) / num_targets, num_targets

@@ -34,6 +34,7 @@ class Chat:
     ) -> None:
         """`answers`: the model was taught to answer; one that was not continues the text it is given."""
         self.engine, self.tokenizer = Engine(model, tokenizer, tools=tools), tokenizer
+        self.tool = "calculator" if len(tools) == 1 else "python"
         self.sampling, self.max_tokens, self.seed, self.answers = sampling, max_tokens, seed, answers
         # An answer may take what the prompt leaves, and always half the context if it is long enough.
         self.prompt_limit = self.engine.max_context - min(max_tokens, self.engine.max_context // 2)
@@ -54,7 +55,7 @@ class Chat:
         """
         prompt = self._prompt(text)
         self.turn, self.said = self.turn + 1, []
-        return printable(self._generate(prompt))
+        return printable(self._generate(prompt), self.tool)
 
     def _prompt(self, text: str) -> list[int]:
         self.forgotten = 0
@@ -88,7 +89,7 @@ class Chat:
             self.messages.pop()
 
 
-def printable(pieces: Iterable[tuple[str, str]]) -> Iterator[str]:
+def printable(pieces: Iterable[tuple[str, str]], tool: str = "calculator") -> Iterator[str]:
     """Text for a terminal, calculator calls as [calculator: 12*3 = 36]."""
     before = "text"
     for kind, text in pieces:
@@ -96,18 +97,18 @@ def printable(pieces: Iterable[tuple[str, str]]) -> Iterator[str]:
             yield ""
             continue
         if kind != before:
-            yield transition(before, kind)
+            yield transition(before, kind, tool)
         before = kind
         yield CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
     if before != "text":
         yield "]"
 
 
-def transition(before: str, after: str) -> str:
+def transition(before: str, after: str, tool: str) -> str:
     """What marks the passage from one kind of part to another."""
     if (before, after) == ("python", "python_output"):
         return " = "
-    opening = {"text": "", "python": "[calculator: ", "python_output": "[output: "}[after]
+    opening = {"text": "", "python": f"[{tool}: ", "python_output": "[output: "}[after]
     return opening if before == "text" else "]" + opening
 
 

@@ -1,6 +1,7 @@
 """Reinforcement learning on tasks whose answers can be checked: `python -m scripts.chat_rl`."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from scripts._start import Start, own_run, resumed_model, starting_model
 from scripts._train import TrainFlags, announce, drive, make_optimizer, open_session, training_figures
 from tasks.common import Task
 from tasks.evaluation import AskFlags, ask, pass_rates, write_transcripts
-from tasks.rewarded import REWARDED, make_levels
+from tasks.rewarded import REWARDED, known_name, make_levels
 
 GUESSED_STEPS = 100  # of a run that the clock ends, until its pace is known
 
@@ -70,6 +71,10 @@ class Config(TrainFlags):
         for name, least in (("num_epochs", 1), ("eval_examples", 1), ("eval_samples", 1), ("examples_per_step", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.init_lr_frac < math.inf:
+            raise UserError(f"--init-lr-frac must be above 0, got {self.init_lr_frac:g}")
+        if self.weight_decay < 0:
+            raise UserError(f"--weight-decay cannot be negative, got {self.weight_decay:g}")
         if not 0 < self.raise_at <= 1:
             raise UserError(f"--raise-at is a mean reward, above 0 and at most 1, got {self.raise_at:g}")
         self.sampler()  # which checks its own
@@ -78,7 +83,8 @@ class Config(TrainFlags):
         return Sampler(self.num_samples, self.max_new_tokens, self.temperature, self.top_k)
 
     def task_names(self) -> list[str]:
-        return [name.strip() for name in self.tasks.split(",") if name.strip()]
+        """As they are registered, each once."""
+        return list(dict.fromkeys(known_name(name.strip()) for name in self.tasks.split(",") if name.strip()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,7 +199,9 @@ def report(
     """Hand the run's figures to the report."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last: dict[str, Any] = next((line for line in reversed(lines) if any(k.startswith("accuracy/") for k in line)), {})
-    values = training_figures(trainer, run, command_line("chat_rl", config))
+    values = training_figures(trainer, run, command_line("chat_rl", config)) | {"model": run.name}
+    values |= {f"{key.partition('/')[2]}, before and after": f"{value:.1%}, {last[key]:.1%}"
+               for key, value in before.items() if key.startswith("accuracy/") and key in last}  # fmt: skip
     record_stage(base_dir, "chat_rl", values | {"plan": plan, "before": before, "after": last})
     now = trainer.progress
     say(f"{now.step} steps in {values['seconds']:.0f} s; answers to read: {run / 'transcripts'}; saved in {run}")

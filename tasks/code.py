@@ -46,6 +46,10 @@ class Code(Task):
         reference = f"def f{signature}:\n    return {expression.format(n=n)}"
         question = f"Write a Python function f{signature} that returns {words.format(n=n)}."
         calls = [tuple(rng.randint(-200, 200) for _ in range(signature.count(",") + 1)) for _ in range(CALLS)]
+        if signature.count(","):  # what is easily got wrong by answers that look at one of the numbers only
+            calls += [(a, b) for b, a in calls]
+        else:
+            calls += [(n - 1,), (n,), (n + 1,)]
         tests = "\n".join(f"assert f(*{call}) == {function(n, *call)!r}" for call in calls)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reference}]
         return {"messages": messages, "tests": tests}

@@ -68,18 +68,21 @@ def ask(task: Task, indices: Sequence[int], engine: Engine, tokenizer: Any, flag
         letters = choose_letters(engine.model, tokenizer, conversations)
         samples = [[Sample(letter, task.evaluate(c, letter))] for c, letter in zip(conversations, letters)]
     else:
-        samples = sample_answers(task, conversations, engine, tokenizer, flags)
+        samples = sample_answers(task, conversations, engine, tokenizer, flags, indices)
     return [Outcome(*one) for one in zip(indices, conversations, samples)]
 
 
 def sample_answers(
-    task: Task, conversations: Sequence[Conversation], engine: Engine, tokenizer: Any, flags: AskFlags
+    task: Task, conversations: Sequence[Conversation], engine: Engine, tokenizer: Any, flags: AskFlags,
+    items: Sequence[int],
 ) -> list[list[Sample]]:
-    """flags.num_samples answers to each, tool calls carried out on the way."""
+    """flags.num_samples answers to each, tool calls carried out on the way. Which ones depends on the item's number,
+    not on how the items are shared out."""
     n = flags.num_samples
     prompts = [tokenizer.render_for_completion(c) for c in conversations for _ in range(n)]
     completions = engine.generate_many(prompts, max_tokens=flags.max_new_tokens, temperature=flags.temperature,
-                                       top_k=flags.top_k, batch_size=flags.batch_size, seed=flags.seed)  # fmt: skip
+                                       top_k=flags.top_k, batch_size=flags.batch_size, seed=flags.seed,
+                                       indices=[item * n + s for item in items for s in range(n)])  # fmt: skip
     texts = [tokenizer.decode(completion) for completion in completions]
     samples = [Sample(text, bool(task.evaluate(conversations[i // n], text))) for i, text in enumerate(texts)]
     return [samples[i * n : (i + 1) * n] for i in range(len(conversations))]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nanochat.common import UserError
@@ -13,6 +14,7 @@ from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.starter import Identity
+from tasks.wordproblems import LEVELS, WordProblems
 
 GENERATED_SIZE = 256  # items of a task that has no end
 
@@ -28,6 +30,10 @@ class TaskSpec:
     starter: bool = False  # needs nothing but the embedded data
 
 
+def word_problems(level: int, split: str, size: int = GENERATED_SIZE, **kwargs: Any) -> Task:
+    return WordProblems(level, size, split, **kwargs)
+
+
 TASKS: dict[str, TaskSpec] = {
     spec.name: spec
     for spec in (
@@ -39,6 +45,7 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec("SpellingBee", lambda split, **kw: sized(SpellingBee, split, **kw), "test", starter=True),
         TaskSpec("SimpleSpelling", lambda split, **kw: sized(SimpleSpelling, split, **kw), "test", starter=True),
         TaskSpec("Arithmetic", lambda split, **kw: sized(Arithmetic, split, **kw), "test", starter=True),
+        *(TaskSpec(f"WordProblems{level}", partial(word_problems, level), "test", starter=True) for level in LEVELS),
         TaskSpec("Identity", lambda split, **kw: Identity(split, **kw), "val", starter=True),
     )
 }

@@ -44,7 +44,12 @@ def make_levels(name: str, split: str, size: int = TRAIN_SIZE, seed: int = 0) ->
 
     Raises UserError for an unknown name, DatasetMissing where its data is not at hand.
     """
-    for known, build in REWARDED.items():
+    return REWARDED[known_name(name)](split, size, seed if split == "train" else 0)
+
+
+def known_name(name: str) -> str:
+    """The task's name as it is registered; raises UserError naming those there are."""
+    for known in REWARDED:
         if known.lower() == name.lower():
-            return build(split, size, seed if split == "train" else 0)
+            return known
     raise UserError(f"there is no task {name!r} to be trained on by reward; choose from {', '.join(REWARDED)}")

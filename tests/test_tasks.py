@@ -550,7 +550,8 @@ def test_final_text_is_what_comes_last_without_the_question() -> None:
 
 
 def test_registry() -> None:
-    names = "ARC-Easy ARC-Challenge MMLU GSM8K HumanEval SpellingBee SimpleSpelling Arithmetic Identity"
+    names = ("ARC-Easy ARC-Challenge MMLU GSM8K HumanEval SpellingBee SimpleSpelling Arithmetic WordProblems1 "
+             "WordProblems2 WordProblems3 Identity")
     assert list(TASKS) == names.split()
     assert {name: spec.baseline for name, spec in TASKS.items() if spec.baseline} == {
         "ARC-Easy": 0.25,

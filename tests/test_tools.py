@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from nanochat.decoding import Batch, Row
 from nanochat.engine import Engine
 from nanochat.execution import choose_level
 from nanochat.sampling import Sampling
-from nanochat.tools import CALCULATOR, WITH_PYTHON, Tool, ToolUse
+from nanochat.tools import CALCULATOR, WITH_PYTHON, Python, Tool, ToolUse
 from tasks.code import Code
 
 START, STOP = (TOKENIZER.encode_special(f"<|python_{name}|>") for name in ("start", "end"))
@@ -89,7 +90,7 @@ def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
     assert [(runner.calls, runner.closed) for runner in made] == [(1, 1)]
 
 
-def test_a_row_that_leaves_while_its_tool_runs_closes_it_afterwards() -> None:
+def test_a_row_that_leaves_while_its_tool_runs_closes_it() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
     batch = Batch(calls("abc"), ToolUse(TOKENIZER, (tool,)), {END}, 2, 200)  # type: ignore[arg-type]
@@ -98,11 +99,8 @@ def test_a_row_that_leaves_while_its_tool_runs_closes_it_afterwards() -> None:
     for _ in range(10):
         batch.step()
     batch.cancel(row)
-    assert batch.idle and made[0].closed == 0
+    assert batch.idle and made[0].closed == 1, "closing ends a call that is under way"
     may_go.set()
-    deadline = time.monotonic() + 5
-    while not made[0].closed and time.monotonic() < deadline:
-        time.sleep(0.001)
     assert made[0].closed == 1 and OUT not in row.tokens
 
 
@@ -196,3 +194,65 @@ def test_code_is_judged_by_its_tests() -> None:
     numbers = [{int(t) for t in str(Code(200, split)[i]["messages"][0]["content"]).replace(".", " ").replace(",", " ")
                 .split() if t.isdigit()} for split in ("train", "test") for i in range(200)]  # fmt: skip
     assert not set().union(*numbers[:200]) & set().union(*numbers[200:])
+
+
+def test_a_call_that_has_not_begun_is_not_begun_for_a_row_that_left() -> None:
+    may_go = threading.Event()
+    tool, made = slow_tool(may_go)
+    batch = Batch(calls("abc"), ToolUse(TOKENIZER, (tool,)), {END}, 20, 200)  # type: ignore[arg-type]
+    rows = [row_for(index=i) for i in range(20)]  # more than there are threads
+    batch.submit(rows)
+    for _ in range(10):
+        batch.step()
+    assert len(batch.calling) == 20
+    for row in rows:
+        batch.cancel(row)
+    may_go.set()
+    after = row_for(index=20)
+    batch.submit([after])
+    run(batch)
+    assert after.end == END and sum(runner.calls for runner in made) < 20
+
+
+def test_a_generation_that_is_broken_off_leaves_no_tool_open() -> None:
+    may_go = threading.Event()
+    may_go.set()
+    tool, made = slow_tool(may_go)
+    engine = Engine(calls("abc"), TOKENIZER, tools=(tool,))  # type: ignore[arg-type]
+    columns = engine.generate([ord("?")], max_tokens=30, temperature=0.0)
+    for (token,), _ in columns:
+        if token == OUT:
+            break
+    columns.close()  # type: ignore[attr-defined]
+    assert made[0].closed == 1
+
+
+@pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
+def test_a_program_that_runs_for_a_row_that_left_is_ended() -> None:
+    batch = Batch(calls("while 1:0"), ToolUse(TOKENIZER, WITH_PYTHON), {END}, 2, 200)  # type: ignore[arg-type]
+    row = row_for()
+    batch.submit([row])
+    while not batch.calling:
+        batch.step()
+    future = batch.calling[row]
+    deadline = time.monotonic() + 5
+    while not future.running() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    began = time.monotonic()
+    batch.cancel(row)
+    assert batch.idle
+    future.exception(timeout=4)
+    assert time.monotonic() - began < 3, "it would have run for five seconds"
+
+
+@pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
+def test_python_goes_on_after_a_timeout_and_shows_errors_after_long_output() -> None:
+    python = Python()
+    try:
+        python.session.limits = replace(python.session.limits, timeout=0.5)
+        assert "variables are gone" in python("x = 1\nwhile 1: pass")
+        assert python("1 + 1") == "2"
+        assert python("print('a' * 5000)\n1 / 0").endswith("ZeroDivisionError: division by zero")
+    finally:
+        python.close()
