@@ -34,12 +34,12 @@ class Live:
     def __exit__(self, *error: Any) -> None:
         self.server.handle_exit(15, None)
         self.server.handle_exit(15, None)
-        self.thread.join(20)
+        self.thread.join(90)
         assert not self.thread.is_alive()
 
     def connect(self, receive_bytes: int | None = None) -> socket.socket:
         made = socket.socket()
-        made.settimeout(20)
+        made.settimeout(90)
         if receive_bytes:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         made.connect(("127.0.0.1", self.port))
@@ -48,12 +48,12 @@ class Live:
     def send(self, request: bytes) -> bytes:
         """What comes back when these bytes are sent, until the server closes or is silent."""
         with self.connect() as connection:
-            connection.settimeout(5)
+            connection.settimeout(60)
             connection.sendall(request)
             return rest(connection)
 
     def stats(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/stats").json()
+        return httpx.get(f"{self.url}/stats", timeout=90).json()
 
     def settle(self) -> None:
         """Wait until nothing runs and nothing waits."""
@@ -80,7 +80,7 @@ def post(path: str, body: Any, *headers: str) -> bytes:
     return "\r\n".join(head).encode() + content
 
 
-def until(holds: Callable[[], Any], seconds: float = 20.0) -> None:
+def until(holds: Callable[[], Any], seconds: float = 90.0) -> None:
     """Wait for it to hold."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -15,7 +15,7 @@ from nanochat.server import Settings
 openai = pytest.importorskip("openai")
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
-SETTINGS = Settings(api_keys=["key"], max_tokens=8, most_tokens=60, request_seconds=20, drain_seconds=2)
+SETTINGS = Settings(api_keys=["key"], max_tokens=8, most_tokens=60, request_seconds=90, drain_seconds=2)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def live() -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def client(live: Live) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="key", max_retries=0, timeout=20) as made:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="key", max_retries=0, timeout=90) as made:
         yield made
 
 

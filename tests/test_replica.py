@@ -127,7 +127,7 @@ def test_closing_lets_what_is_under_way_finish_or_not() -> None:
 def live() -> Iterator[Live]:
     metrics = Metrics()
     pool = WorkerPool(lambda index: remote(0.03, metrics.observe), 2)
-    settings = Settings(max_tokens=20, most_tokens=60, drain_seconds=5)
+    settings = Settings(max_tokens=20, most_tokens=60, drain_seconds=60)
     with Live(create_app(pool, REAL_TOKENIZER, settings, metrics)) as it:
         until(lambda: all(service.ready.is_set() for service in pool.services))
         yield it
@@ -136,11 +136,11 @@ def live() -> Iterator[Live]:
 def test_a_killed_replica_costs_only_what_was_already_sent(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
     """The stream that had begun ends with an error; the answer of which nothing was sent is given by another one."""
     pool, asked = live.api.pool, chat(max_tokens=50, temperature=10, top_k=0)
-    whole = httpx.post(f"{live.url}/v1/chat/completions", json={**asked, "max_tokens": 3}, timeout=20).json()
+    whole = httpx.post(f"{live.url}/v1/chat/completions", json={**asked, "max_tokens": 3}, timeout=90).json()
     found: dict[str, Any] = {}
 
     def stream() -> None:
-        found["stream"] = httpx.post(f"{live.url}/v1/chat/completions", json={**asked, "stream": True}, timeout=20)
+        found["stream"] = httpx.post(f"{live.url}/v1/chat/completions", json={**asked, "stream": True}, timeout=90)
 
     thread = threading.Thread(target=stream)
     thread.start()
@@ -151,14 +151,14 @@ def test_a_killed_replica_costs_only_what_was_already_sent(live: Live, capsys: p
     thread.join()
     assert "data: " in found["stream"].text and "[DONE]" not in found["stream"].text
     assert events(found["stream"])[-1]["error"]["type"] == "server_error"
-    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert httpx.get(f"{live.url}/health", timeout=90).status_code == 200
     for service in pool.services:
         if service.alive:
             os.kill(service.process.pid, signal.SIGSTOP)  # it takes the next order and does nothing
             frozen = service
     thread = threading.Thread(target=lambda: found.update(whole=httpx.post(
-        f"{live.url}/v1/chat/completions", json={**asked, "max_tokens": 3}, timeout=60)))  # fmt: skip
-    other = threading.Thread(target=lambda: httpx.post(f"{live.url}/v1/chat/completions", json=asked, timeout=60))
+        f"{live.url}/v1/chat/completions", json={**asked, "max_tokens": 3}, timeout=90)))  # fmt: skip
+    other = threading.Thread(target=lambda: httpx.post(f"{live.url}/v1/chat/completions", json=asked, timeout=90))
     thread.start()
     time.sleep(0.1)
     other.start()
@@ -176,4 +176,4 @@ def test_no_process_outlives_its_server() -> None:
     made = remote()
     until(made.ready.is_set)
     made._socket.shutdown(2)
-    assert made.process.wait(20) == 0
+    assert made.process.wait(90) == 0
