@@ -345,7 +345,9 @@ def test_twenty_programs_a_second(level: str) -> None:
 
 def script(body: str, *, wait: str) -> subprocess.Popen[str]:
     """Another process that uses the sandbox, started, and come so far that it says `wait`."""
-    code = f"from nanochat.execution import *\nimport os, signal, sys, time\n{body}"
+    # A shell has SIGINT ignored in what it starts in the background, these tests perhaps.
+    code = ("from nanochat.execution import *\nimport os, signal, sys, time\n"
+            f"signal.signal(signal.SIGINT, signal.default_int_handler)\n{body}")  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
     assert process.stdout
