@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class Runtime:
 
         Raises UserError for a device that is not there or an unknown dtype.
         """
+        end_with_launcher()
         device_type = pick_device_type(device_type)
         rank, local_rank, world_size = (
             int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
@@ -240,6 +242,17 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_THRESHOLD, 2**30)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(M_TOP_PAD, 2**26)
+
+
+def end_with_launcher() -> None:
+    """Under torchrun on Linux, have SIGTERM sent to this process when the launcher dies.
+
+    Otherwise the processes of a launcher that was killed train on unseen, and keep the run's folder from whoever
+    wants to go on with it.
+    """
+    PR_SET_PDEATHSIG = 1  # from prctl.h
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def process_age() -> float:

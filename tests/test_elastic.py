@@ -69,6 +69,16 @@ def test_torchrun_told_to_stop_saves(copied: Path) -> None:
     assert f"SIGTERM: stopped after step {done}" in said and process.returncode != 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell of a parent's death")
+def test_processes_whose_launcher_is_killed_save_and_end(copied: Path) -> None:
+    with launch(copied, "--num-iterations=100000", "--save-every=-1") as process:
+        wait_for_step(copied, 20, process)
+        process.kill()
+        said, _ = process.communicate(timeout=60)  # until the last process with that pipe has ended
+    assert f"SIGTERM: stopped after step {steps_done(copied)}" in said
+    assert list_steps(run_dir(copied, "base", "elastic")) == [steps_done(copied)]
+
+
 def hang(runtime: Runtime) -> str:
     import torch
 

@@ -1,0 +1,78 @@
+"""runs/slurm.sh, ssh.sh and sky.yaml start the same torchrun on every machine, told apart by their launcher's words."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+RUNS = Path(__file__).parent.parent / "runs"
+WANTED = [
+    "--nnodes=2", "--nproc_per_node=4", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-endpoint=node1:29500",
+    "-m", "scripts.base_train", "--", "--resume", "--depth=24", "--save-every=250",
+]  # fmt: skip
+
+
+def program(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+
+
+def after_torchrun(words: list[str]) -> list[str]:
+    """What torchrun is given, but for the run's name."""
+    start = next(i for i, word in enumerate(words) if word.endswith("torchrun")) + 1
+    return [word for word in words[start:] if not word.startswith("--rdzv-id=")]
+
+
+def slurm(tmp_path: Path, srun: str) -> dict[str, str]:
+    """An environment like a job's, with programs that stand in for SLURM's."""
+    program(tmp_path / "bin" / "srun", srun)
+    hosts = 'case "$1" in show) printf "node1\\nnode2\\n";; *) echo "scontrol $@";; esac'
+    program(tmp_path / "bin" / "scontrol", hosts)
+    return {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4",
+            "SLURM_SUBMIT_DIR": str(tmp_path)}  # fmt: skip
+
+
+def test_slurm(tmp_path: Path) -> None:
+    environment = slurm(tmp_path, 'printf "%s\\n" "$@"')
+    said = subprocess.run(["bash", RUNS / "slurm.sh", *WANTED[-2:]], env=environment, check=True, capture_output=True,
+                          text=True).stdout  # fmt: skip
+    assert after_torchrun(said.splitlines()) == WANTED and "requeue" not in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_slurm_job_that_is_told_to_stop_goes_back_into_the_queue(tmp_path: Path) -> None:
+    environment = slurm(tmp_path, 'trap "echo saved; exit 1" TERM; echo training; while :; do sleep 0.05; done')
+    with subprocess.Popen(["bash", RUNS / "slurm.sh"], env=environment, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None and job.stdout.readline() == "training\n"
+        time.sleep(0.1)
+        job.send_signal(signal.SIGUSR1)
+        said, _ = job.communicate(timeout=20)
+    assert said.splitlines() == ["saved", "scontrol requeue 7"]
+
+
+def test_ssh() -> None:
+    environment = {**os.environ, "DRY_RUN": "1", "HOSTS": "node1 node2", "GPUS": "4"}
+    said = subprocess.run(["bash", RUNS / "ssh.sh", *WANTED[-2:]], env=environment, check=True, capture_output=True,
+                          text=True).stdout  # fmt: skip
+    lines = [shlex.split(line) for line in said.splitlines()]
+    assert [line[:3] for line in lines] == [["ssh", "-tt", "node1"], ["ssh", "-tt", "node2"]]
+    assert all(after_torchrun(line) == WANTED for line in lines)
+
+
+def test_sky(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((RUNS / "sky.yaml").read_text())
+    program(tmp_path / ".venv" / "bin" / "torchrun", 'printf "%s\\n" torchrun "$@"')
+    environment = {**os.environ, **{name: str(value) for name, value in recipe["envs"].items()},
+                   "SKYPILOT_NODE_IPS": "node1\nnode2", "SKYPILOT_NUM_NODES": "2",
+                   "SKYPILOT_NUM_GPUS_PER_NODE": "4"}  # fmt: skip
+    said = subprocess.run(["bash", "-c", recipe["run"]], cwd=tmp_path, env=environment, check=True, capture_output=True,
+                          text=True).stdout  # fmt: skip
+    assert after_torchrun(said.splitlines()) == WANTED
