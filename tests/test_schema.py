@@ -43,7 +43,7 @@ def test_the_answers_are_those_declared(described: Any, method: str, path: str, 
     @given(case=cases)
     @settings(max_examples=30, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     def answers(case: Any) -> None:
-        # A context has room for only so much, which no schema says; and 413 is a refusal, though not in the list of one.
+        # A context has room for only so much, which no schema says; and 413, too, is a refusal.
         excluded = [checks.positive_data_acceptance]
         response = case.call()
         if response.status_code == 413:
