@@ -13,7 +13,8 @@ import pytest
 from nanochat.common import sha256_file
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["torch", "scripts.base_train", "scripts.chat_sft", "scripts.tok_train"])
+STAGES = ["base_train", "chat_sft", "chat_rl", "tok_train"]
+FORKSERVER.set_forkserver_preload(["torch", *(f"scripts.{stage}" for stage in STAGES)])
 
 STEPS, SAVE_EVERY = 60, 3
 BASE = [
@@ -146,3 +147,33 @@ def test_a_second_fresh_run_moves_the_first_aside(straight: Path, tmp_path: Path
     finish("base_train", [*BASE, f"--data={straight / 'data.jsonl'}", "--num-iterations=2"], tmp_path)
     assert (tmp_path / "base_checkpoints" / "tiny.old1" / f"{STEPS:06d}" / "manifest.json").exists()
     assert (tmp_path / "base_checkpoints" / "tiny" / "000002" / "manifest.json").exists()
+
+
+def test_killed_reinforcement_learning_ends_like_one_never_killed(straight: Path, tmp_path: Path) -> None:
+    """What is sampled after resuming is what would have been: the figures of every step are equal."""
+    import shutil
+
+    flags = ["--num-iterations=9", "--save-every=2", "--eval-every=4", "--eval-examples=2", "--examples-per-step=2",
+             "--num-samples=4", "--max-new-tokens=8", "--tasks=Format,Arithmetic", "--device-type=cpu",
+             "--model-tag=tiny", "--source-tag=tiny"]  # fmt: skip
+    bases = [tmp_path / name for name in ("straight", "killed")]
+    for base in bases:
+        shutil.copytree(straight / "chatsft_checkpoints", base / "chatsft_checkpoints")
+        shutil.copytree(straight / "tokenizer", base / "tokenizer")
+    finish("chat_rl", flags, bases[0])
+    run = bases[1] / "chatrl_checkpoints" / "tiny"
+    process = start("chat_rl", flags, bases[1])
+    while process.is_alive() and count_lines(run) < 5:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    finish("chat_rl", [*flags, "--resume"], bases[1])
+    figures = []
+    for base in bases:
+        lines = (base / "chatrl_checkpoints" / "tiny" / "metrics.jsonl").read_text().splitlines()
+        figures.append([{key: value for key, value in json.loads(line).items() if "second" not in key}
+                        for line in lines])  # fmt: skip
+    assert figures[0] == figures[1] and len(figures[0]) == 9 and figures[0][3]["answer_tokens"] > 0
+    hashes = [sha256_file(base / "chatrl_checkpoints" / "tiny" / "000009" / "model.safetensors") for base in bases]
+    assert hashes[0] == hashes[1]
