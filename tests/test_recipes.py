@@ -67,6 +67,18 @@ def test_ssh() -> None:
     assert all(after_torchrun(line) == WANTED for line in lines)
 
 
+def test_ssh_that_is_told_to_stop_tells_all_hosts(tmp_path: Path) -> None:
+    told = 'trap "echo told; exit 1" TERM; echo training; for i in {1..400}; do sleep 0.05; done'
+    program(tmp_path / "bin" / "ssh", told)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOSTS": "node1 node2"}
+    with subprocess.Popen(["bash", RUNS / "ssh.sh"], env=environment, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None and [job.stdout.readline() for _ in range(2)] == ["training\n"] * 2
+        time.sleep(0.1)
+        job.send_signal(signal.SIGINT)
+        said, _ = job.communicate(timeout=20)
+    assert said.splitlines() == ["told", "told"] and job.returncode != 0
+
+
 def test_sky(tmp_path: Path) -> None:
     recipe = yaml.safe_load((RUNS / "sky.yaml").read_text())
     program(tmp_path / ".venv" / "bin" / "torchrun", 'printf "%s\\n" torchrun "$@"')
