@@ -24,7 +24,8 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.planner import Gpu, memory_by_kind
 from nanochat.runtime import Runtime
-from nanochat.trainer import ScheduleConfig, Trainer
+from nanochat.schedules import ScheduleConfig
+from nanochat.trainer import Trainer
 from scripts import _cli
 from scripts._train import TrainFlags, make_optimizer, random_batch
 

@@ -4,6 +4,35 @@
 """
 
 import math
+from dataclasses import dataclass
+
+from nanochat.common import UserError
+
+
+@dataclass
+class ScheduleConfig:
+    """How rates move over the run."""
+
+    num_steps: int
+    warmup_steps: int = 0
+    warmdown_ratio: float = 0.5
+    final_lr_frac: float = 0.0
+    momentum_warmup_steps: int = 300
+    momentum_peak: float = 0.95
+    momentum_warmdown: bool = False
+    decay_shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise UserError(f"the warm-up cannot be negative, got {self.warmup_steps} steps")
+        if not 0 <= self.warmdown_ratio <= 1:
+            raise UserError(f"--warmdown-ratio is a share of the run, from 0 to 1, got {self.warmdown_ratio:g}")
+        if self.decay_shape not in ("linear", "cosine"):
+            raise UserError(f"decay_shape must be linear or cosine, got {self.decay_shape!r}")
+        if not 0 <= self.momentum_peak < 1:
+            raise UserError(f"momentum_peak must be from 0 to below 1, got {self.momentum_peak:g}")
+        if self.final_lr_frac < 0:
+            raise UserError(f"--final-lr-frac cannot be negative, got {self.final_lr_frac:g}")
 
 
 def lr_multiplier(

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import torch
 
 from nanochat.agreement import find_drifted, name_culprits
-from nanochat.common import UserError, warn
+from nanochat.common import warn
 from nanochat.dataloader import Batch
 from nanochat.deadline import Deadline
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import Runtime
-from nanochat.schedules import decay_multiplier, lr_multiplier, muon_momentum
+from nanochat.schedules import ScheduleConfig, decay_multiplier, lr_multiplier, muon_momentum
 from nanochat.signals import catch_signals
 
 Record = dict[str, Any]
@@ -65,32 +65,6 @@ class Interrupted(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
-
-
-@dataclass
-class ScheduleConfig:
-    """How rates move over the run; see schedules.py."""
-
-    num_steps: int
-    warmup_steps: int = 0
-    warmdown_ratio: float = 0.5
-    final_lr_frac: float = 0.0
-    momentum_warmup_steps: int = 300
-    momentum_peak: float = 0.95
-    momentum_warmdown: bool = False
-    decay_shape: str = "linear"
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise UserError(f"the warm-up cannot be negative, got {self.warmup_steps} steps")
-        if not 0 <= self.warmdown_ratio <= 1:
-            raise UserError(f"--warmdown-ratio is a share of the run, from 0 to 1, got {self.warmdown_ratio:g}")
-        if self.decay_shape not in ("linear", "cosine"):
-            raise UserError(f"decay_shape must be linear or cosine, got {self.decay_shape!r}")
-        if not 0 <= self.momentum_peak < 1:
-            raise UserError(f"momentum_peak must be from 0 to below 1, got {self.momentum_peak:g}")
-        if self.final_lr_frac < 0:
-            raise UserError(f"--final-lr-frac cannot be negative, got {self.final_lr_frac:g}")
 
 
 @dataclass

@@ -14,8 +14,9 @@ from nanochat.optim import OptimizerConfig
 from nanochat.planner import Gpu, Pace, memory_by_kind
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, estimate
+from nanochat.schedules import ScheduleConfig
 from nanochat.session import choose_device_batch, measure_peak_flops
-from nanochat.trainer import ScheduleConfig, Trainer
+from nanochat.trainer import Trainer
 from scripts._train import compiled_loss, make_optimizer, random_batch, steps_in
 
 MEASURING_SECONDS = 20.0

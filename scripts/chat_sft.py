@@ -16,13 +16,14 @@ from nanochat.recipe import get_recipe
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, batch_lr_scale, scaled_weight_decay
+from nanochat.schedules import ScheduleConfig
 from nanochat.session import (
     choose_device_batch,
     command_line,
     only_session,
 )
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.trainer import Hook, Record, ScheduleConfig, Trainer
+from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
 from scripts._observe import continuations, loader_bpb
 from scripts._start import own_run, resumed_model, starting_model

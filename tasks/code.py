@@ -1,4 +1,4 @@
-"""Small Python functions to write, judged by tests in the sandbox: a reward that cannot be talked into."""
+"""Small Python functions to write, judged by tests in the sandbox."""
 
 from collections.abc import Callable
 from typing import Any

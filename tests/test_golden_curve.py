@@ -15,7 +15,8 @@ from nanochat.batches import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
-from nanochat.trainer import ScheduleConfig, Trainer
+from nanochat.schedules import ScheduleConfig
+from nanochat.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "goldens" / "loss_curves.json"
 SIZES = {"sequence_len": 64, "vocab_size": 96, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}

@@ -17,8 +17,9 @@ from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
 from nanochat.saver import Saver
+from nanochat.schedules import ScheduleConfig
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.trainer import Drifted, NonFiniteLoss, ScheduleConfig, Trainer
+from nanochat.trainer import Drifted, NonFiniteLoss, Trainer
 
 
 class Rows(Batches):

@@ -16,7 +16,8 @@ from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.rl import Curriculum, Group, RolloutLoader, Sampler, as_batch
 from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
-from nanochat.trainer import ScheduleConfig, Trainer
+from nanochat.schedules import ScheduleConfig
+from nanochat.trainer import Trainer
 from tasks.answers import keyed_random
 from tasks.formats import Format
 from tasks.rewarded import REWARDED, make_levels

@@ -17,8 +17,9 @@ from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
+from nanochat.schedules import ScheduleConfig
 from nanochat.session import cut_metrics, merge_saved_config, run_to_end
-from nanochat.trainer import Hook, Interrupted, NonFiniteLoss, ScheduleConfig, Trainer
+from nanochat.trainer import Hook, Interrupted, NonFiniteLoss, Trainer
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "test", seed=0)
 CONFIG = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
