@@ -22,7 +22,7 @@ from bench._run import Result
 from nanochat.common import SPECIAL_TOKENS, UserError
 from nanochat.decoding import Batch, DecodingWeights, Row
 from nanochat.gpt import GPT
-from nanochat.quantize import matrices
+from nanochat.packed_weights import matrices
 from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
 from nanochat.tools import ToolUse
@@ -78,7 +78,7 @@ class Case:
     def __init__(self, weights: DecodingWeights, rows: int, flags: DecodeFlags) -> None:
         tools, draw = ToolUse(Ids(flags.vocab_size)), random.Random(rows)
         self.flags, self.rows, self.weights = flags, rows, weights
-        self.batch = Batch(weights.current(), tools, set(), rows, flags.seq_len, int8=weights.int8)
+        self.batch = Batch(weights.current(), tools, set(), rows, flags.seq_len, packed=weights.packed)
         self.prompts = [[draw.randrange(flags.vocab_size) for _ in range(flags.prompt)] for _ in range(rows)]
         self.first_token_seconds = self.start()
 
@@ -112,8 +112,8 @@ class Case:
 
     def bytes_read(self) -> int:
         """What a step cannot do without: each matrix, and the keys and values that each row sees."""
-        model, int8 = self.weights.current(), self.weights.int8
-        size = sum(tensor_bytes(int8.of(m)) if int8 else m.weight.numel() * m.weight.element_size()
+        model, packed = self.weights.current(), self.weights.packed
+        size = sum(tensor_bytes(packed.of(m)) if packed else m.weight.numel() * m.weight.element_size()
                    for m in matrices(model))  # fmt: skip
         cache = self.batch.cache
         per_slot = 2 * cache.k[0][0, 0].numel() * cache.k[0].element_size()

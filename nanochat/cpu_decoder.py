@@ -1,6 +1,8 @@
-"""One decode step on a CPU as a single call of C (decode.c): a model, its key/value cache, one new token per row.
+"""One decode step on a CPU as a single call of C (decode.c): a model, its key/value cache, one new token per row, or
+the few tokens of a short prompt for one row.
 
-It computes what GPT.forward does for one token per row; that form runs on GPUs and where there is no C compiler.
+It computes what GPT.forward does with a cache; that form runs on GPUs, where there is no C compiler, and for longer
+prompts.
 
 Shapes: B rows, C channels, H query heads, G key/value heads, D head size, V vocabulary.
 """
@@ -16,7 +18,7 @@ from nanochat import kernels
 from nanochat.fused import EPSILON
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
-from nanochat.quantize import Int8Weights
+from nanochat.packed_weights import PackedWeights
 
 POINTER, LONG, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -52,6 +54,13 @@ class Scratch(ctypes.Structure):
     )
 
 
+class Tokens(ctypes.Structure):
+    _fields_ = (*((name, ctypes.POINTER(LONG)) for name in ("ids", "rows", "positions")), ("B", LONG))
+
+
+SHORT_PROMPT = 128  # tokens: with more of them PyTorch's products are as fast
+
+
 def supported(model: GPT) -> bool:
     """Whether decode.c can run this model: on a CPU with a compiler, in a dtype and of sizes that it is written for."""
     config = model.config
@@ -61,32 +70,51 @@ def supported(model: GPT) -> bool:
 
 
 class CpuDecoder:
-    """Decodes with the weights of `model`, which are read where they lie: what changes them in place changes it."""
+    """Decodes with the weights of `model`: matrices as `packed`, the rest read where it lies."""
 
-    def __init__(self, model: GPT, cache: KVCache, int8: Int8Weights | None = None) -> None:
-        """`model` has its matrices in its compute dtype (decoding.DecodingWeights). With `int8`, its stand for them."""
+    def __init__(self, model: GPT, cache: KVCache, packed: PackedWeights) -> None:
+        """`model` has its matrices in its compute dtype (decoding.DecodingWeights)."""
         assert supported(model)
         self.cache, self.vocab_size = cache, model.config.vocab_size
-        self._kept: list[Any] = [model, int8, *model.parameters(), *cache.k, *cache.v]  # alive while C knows them
-        self._model = self._describe(model, int8)
-        self._scratch = self._reserve(model, int8 is not None)
+        self._kept: list[Any] = [model, packed, *model.parameters(), *cache.k, *cache.v]  # alive while C knows them
+        self._model = self._describe(model, packed)
+        self._scratch = self._reserve(model, packed.int8)
 
     def __call__(self, tokens: Sequence[int]) -> torch.Tensor:
         """The next token of each row in use -> softcapped fp32 logits (B, V); the cache holds them afterwards."""
-        B, lengths = len(tokens), [self.cache.length(row) for row in range(len(tokens))]
-        assert self.cache.num_rows == B and max(lengths) < self.cache.max_tokens
-        assert min(tokens) >= 0 and max(tokens) < self.vocab_size
-        logits = torch.empty(B, self.vocab_size)
-        row_of_longs = LONG * B
-        kernels.library().decode_step(  # type: ignore[union-attr]
-            ctypes.byref(self._model), ctypes.byref(self._scratch), row_of_longs(*tokens), row_of_longs(*lengths),
-            POINTER(logits.data_ptr()), LONG(B))  # fmt: skip
+        B = len(tokens)
+        assert self.cache.num_rows == B
+        logits = self._run(tokens, range(B), [self.cache.length(row) for row in range(B)], 0)
         self.cache.advance(1)
         return logits
 
-    def _describe(self, model: GPT, int8: Int8Weights | None) -> Model:
+    def takes(self, start: int, num_tokens: int) -> bool:
+        """Whether `prompt` is for so many tokens after `start` others: no window may close before the last of them."""
+        return num_tokens <= SHORT_PROMPT and start + num_tokens <= min(ring.size(1) for ring in self.cache.k)
+
+    def prompt(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The next tokens of the only row -> softcapped fp32 logits (1, V) after the last, as if given one by one."""
+        T, start = len(tokens), self.cache.length(0)
+        assert self.cache.num_rows == 1 and self.takes(start, T)
+        logits = self._run(tokens, [0] * T, range(start, start + T), T - 1)
+        self.cache.advance(T)
+        return logits
+
+    def _run(self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int], first: int) -> torch.Tensor:
+        """`tokens` at `positions` of `rows` -> logits (B - first, V) from number `first` on."""
+        B = len(tokens)
+        assert max(positions) < self.cache.max_tokens and min(tokens) >= 0 and max(tokens) < self.vocab_size
+        logits = torch.empty(B - first, self.vocab_size)
+        longs = LONG * B
+        given = Tokens(longs(*tokens), longs(*rows), longs(*positions), B)
+        kernels.library().decode_step(  # type: ignore[union-attr]
+            ctypes.byref(self._model), ctypes.byref(self._scratch), ctypes.byref(given), POINTER(logits.data_ptr()),
+            LONG(first))  # fmt: skip
+        return logits
+
+    def _describe(self, model: GPT, packed: PackedWeights) -> Model:
         config = model.config
-        matrix = functools.partial(self._matrix, int8)
+        matrix = functools.partial(self._matrix, packed)
         layers = (Layer * config.n_layer)()
         for i, block in enumerate(model.blocks):
             attn, mlp = block.attn, block.mlp
@@ -101,7 +129,8 @@ class CpuDecoder:
         return Model(
             C=config.n_embd, H=config.n_head, G=config.n_kv_head, D=config.head_dim, V=config.vocab_size,
             num_layers=config.n_layer, middle=config.n_layer // 2, gate_channels=config.value_gate_channels,
-            smear_channels=config.smear_channels, kind=KINDS[torch.int8 if int8 else model.compute_dtype], bf16=bf16,
+            smear_channels=config.smear_channels, bf16=bf16,
+            kind=KINDS[torch.int8 if packed.int8 else model.compute_dtype],
             room=-(-max(ring.size(1) for ring in self.cache.k) // 16) * 16,
             softcap=config.softcap, qk_scale=config.qk_scale, gate_scale=config.value_gate_scale, eps=EPSILON,
             wte=address(model.wte.weight), smear_gate=address(model.smear_gate.weight) if config.smear else None,
@@ -111,19 +140,17 @@ class CpuDecoder:
             sine=address(model.sin), head=matrix(model.lm_head), layers=layers,
         )  # fmt: skip
 
-    def _matrix(self, int8: Int8Weights | None, linear: torch.nn.Linear) -> Matrix:
-        if int8 is None:
-            return Matrix(self._address(linear.weight), None)
-        weight, scale = int8.of(linear)
-        return Matrix(self._address(weight), self._address(scale))
+    def _matrix(self, packed: PackedWeights, linear: torch.nn.Linear) -> Matrix:
+        weight, scale = packed.of(linear)
+        return Matrix(self._address(weight), None if scale is None else self._address(scale))
 
     def _reserve(self, model: GPT, int8: bool) -> Scratch:
-        """Memory for what a step works out, enough for every row of the cache."""
-        config, B = model.config, self.cache.batch_size
+        """Memory for what a step works out, enough for every row of the cache and for a short prompt."""
+        config, B = model.config, max(self.cache.batch_size, SHORT_PROMPT)
         C, HD, GD = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         into = torch.float32 if int8 else model.compute_dtype
-        sizes = {"x": C, "first": C, "middle": C, "q": HD, "k": GD, "v": GD, "input": max(C, HD), "wide": 4 * C,
-                 "scores": config.n_kv_head * self._model.room}  # fmt: skip
+        sizes = {"x": C, "first": C, "middle": C, "q": HD, "k": GD, "v": GD, "input": C, "wide": max(4 * C, HD),
+                 "scores": config.n_head * self._model.room}  # fmt: skip
         tensors = {name: torch.zeros(B, size, dtype=into if name in ("input", "wide") else torch.float32)
                    for name, size in sizes.items()}  # fmt: skip
         if self.cache.embeddings is not None:

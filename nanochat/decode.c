@@ -1,12 +1,12 @@
-/* One decode step of the whole model on a CPU: B rows, one new token each.
+/* One decode step of the whole model on a CPU: B new tokens, one for each of B rows or several for one row.
 
    A step has so little to compute per weight that in PyTorch the calls cost more than the arithmetic. Here the step is
    one function, run by all threads together from start to end, that reads every weight once: as fast as memory gives
-   them for one row, and for many rows each weight is used for all of them while it is in a register.
+   them for one token, and for many each weight is used for all of them while it is in a register.
 
    gpt.py is what this must agree with. Activations are float32 where PyTorch rounds each to bfloat16; only what enters
    a product with bfloat16 weights, and what goes into the cache, is rounded. Every sum is taken in an order that does
-   not depend on B: what a row is given is the same, bit for bit, whoever is beside it.
+   not depend on B: what a row is given is the same, bit for bit, whoever is beside it, and however it is cut up.
 
    C channels, H query heads, G key/value heads, D head size, V vocabulary. The structs are mirrored in cpu_decoder.py. */
 
@@ -15,9 +15,19 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+#ifdef _OPENMP
+#include <omp.h>
+#define NUM_THREADS omp_get_num_threads()
+#else
+#define NUM_THREADS 1
+#endif
 
-enum { F32, BF16, INT8 }; /* how a matrix is stored; int8 has a scale for each row */
+enum { FAR = 32 }; /* slots of a ring ahead of the one in use, to be fetched meanwhile */
+enum { F32, BF16, INT8 }; /* what a matrix is stored in */
 
+/* (M, K), packed (packed_weights.py): blocks of 16 outputs, in each of them input after input (bfloat16: pair after
+   pair), so that a product reads it from start to end and needs no sum across a vector. M is filled up to a whole block.
+   int8 has a scale for each output. */
 typedef struct { const void *weight; const float *scale; } Matrix;
 
 typedef struct {
@@ -40,10 +50,15 @@ typedef struct {
 
 typedef struct { /* float32 unless said otherwise; `in` is what enters a product: bfloat16 if the matrices are */
     float *x, *first, *middle, *q, *k, *v; /* (B, C) thrice, (B, H*D), (B, G*D) twice */
-    void *in, *wide;                       /* (B, max(C, H*D)) and (B, 4C) */
-    float *scores;                         /* (B*G, room) */
-    void *previous;                        /* (B, C) embedding of each row's last token, in the cache's dtype; or NULL */
+    void *in, *wide;                       /* (B, C) and (B, max(4C, H*D)) */
+    float *scores;                         /* (B, H, room) */
+    void *previous;                        /* (rows, C) embedding of each row's last token, as in the cache; or NULL */
 } Scratch;
+
+typedef struct { /* B tokens; those of one row stand together, in order */
+    const long *ids, *rows, *positions;
+    long B;
+} Tokens;
 
 /* ---- vectors of 16 floats, which the compiler maps to what the CPU has --------------------------------------- */
 
@@ -74,113 +89,145 @@ INLINE v16 get(const void *p, long at, const int kind) {
     }
 }
 
-/* Ask for the weights of the next tile while this one is worked on: with several rows memory would idle else. */
-INLINE void fetch_ahead(const void *p, long at, const int kind) {
-    __builtin_prefetch((const char *)p + at * (kind == F32 ? 4 : kind == BF16 ? 2 : 1));
-}
-
 #define FOLD(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__) /* 16 of the floats of a (0-15) and b (16-31) */
 
-/* The sums of 16 vectors, each taken as by halves: i and i+8, then i and i+4, i+2, i+1. The vectors are used up. */
+/* The sums of 16 vectors, in order: first within each four of a vector's floats, then the fours. v is used up. */
 INLINE v16 totals(v16 *v) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
-        v[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               FOLD(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        v[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               FOLD(v[2 * i], v[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
-        v[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               FOLD(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        v[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+               FOLD(v[2 * i], v[2 * i + 1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++)
-        v[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-               FOLD(v[2 * i], v[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-    return FOLD(v[0], v[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           FOLD(v[0], v[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+        v[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               FOLD(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    return FOLD(v[0], v[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           FOLD(v[0], v[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
 
 /* ---- matrix products ----------------------------------------------------------------------------------------- */
 
-enum Then { STORE, ADD, RELU2 }; /* what becomes of a product */
+typedef struct { /* where a product goes, (B, M), and what becomes of it there */
+    enum { STORE, ADD, RELU2 } then;
+    void *y;
+} Output;
 
-INLINE void finish(float *values, const int R, void *y, long at, enum Then then, const int in_kind) {
-    float *floats = (float *)y + at;
-    switch (then) {
-    case STORE: memcpy(floats, values, R * sizeof(float)); break;
-    case ADD:
-        for (int r = 0; r < R; r++) floats[r] += values[r];
-        break;
-    case RELU2:
-        for (int r = 0; r < R; r++) values[r] = values[r] > 0 ? values[r] * values[r] : 0;
-        store(y, at, values, R, in_kind == BF16);
+/* The sums of a block's 16 outputs, n of which there are. */
+INLINE void finish(const int kind, v16 sum, Matrix w, long block, const long n, Output out, long at) {
+    float *y = (float *)out.y + at;
+    v16 before = {0};
+    if (out.then == ADD) memcpy(&before, y, n * sizeof(float));
+    if (kind == INT8)
+        for (int i = 0; i < 16; i++) sum[i] = fmaf(sum[i], w.scale[16 * block + i], before[i]); /* rounded once */
+    else sum += before;
+    if (out.then == RELU2) {
+        sum = (v16)((u16x32)(sum * sum) & (u16x32)(sum > 0));
+        if (kind == BF16) {
+            u16x32 bits = (u16x32)sum; /* to_bf16 of what is no NaN */
+            half16 halves = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, half16);
+            memcpy((bf16_t *)out.y + at, &halves, n * sizeof(bf16_t));
+            return;
+        }
     }
+    memcpy(y, &sum, n * sizeof(float));
 }
 
-/* R rows of the matrix times N rows of x; both constants, so that the sums stay in registers. */
-INLINE void tile(const int kind, const int R, const int N, Matrix w, long m, const void *x, long b, long K, void *y,
-                 long M, enum Then then) {
-    const int in_kind = kind == BF16 ? BF16 : F32;
-    v16 sum[16] = {{0}}; /* of row n of x and row r of the matrix at 4n + r */
-    long k = 0;
+/* Into the second cache: what the next four blocks will need. */
+INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 2); }
+
+/* R blocks of 16 outputs for N rows of x, both constants: the sums stay in registers. Each is taken from the first
+   input to the last, so R and N change no number. */
+INLINE void tile(const int kind, const int R, const int N, Matrix w, long block, const void *x, long b, long K,
+                 Output out, long M) {
+    const int size = kind == F32 ? 4 : kind == BF16 ? 2 : 1;
+    const int ahead = N > 3 || kind == INT8; /* else nothing keeps memory waiting, and this would only add to its work */
+    const char *weight[4];
+    v16 sum[16] = {{0}};
+    for (int r = 0; r < R; r++) weight[r] = (const char *)w.weight + (block + r) * 16 * K * size;
+    if (kind == BF16) {
+        const bf16_t *in = (const bf16_t *)x + b * K;
+        for (long k = 0; k < K; k += 2) { /* two inputs of each output lie together */
+            u16x32 pairs[4];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                memcpy(&pairs[r], weight[r] + 32 * k, 64);
+                if (ahead) fetch(weight[r] + 32 * (k + 4 * K));
+            }
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) {
 #ifdef __AVX512BF16__
-    for (; kind == BF16 && k + 32 <= K; k += 32) {
-        __m512bh left[4];
+                int pair;
+                memcpy(&pair, in + n * K + k, 4);
+                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            left[r] = (__m512bh)_mm512_loadu_si512((const bf16_t *)w.weight + (m + r) * K + k);
-            fetch_ahead(w.weight, (m + R + r) * K + k, kind);
-        }
+                for (int r = 0; r < R; r++)
+                    sum[N * r + n] = (v16)_mm512_dpbf16_ps((__m512)sum[N * r + n], (__m512bh)pairs[r], both);
+#else
+                float one = from_bf16(in[n * K + k]), two = from_bf16(in[n * K + k + 1]);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; n++) {
-            __m512bh right = (__m512bh)_mm512_loadu_si512((const bf16_t *)x + (b + n) * K + k);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) sum[4 * n + r] = (v16)_mm512_dpbf16_ps((__m512)sum[4 * n + r], left[r], right);
-        }
-    }
+                for (int r = 0; r < R; r++)
+                    sum[N * r + n] += (v16)(pairs[r] << 16) * one + (v16)(pairs[r] & 0xffff0000u) * two;
 #endif
-    for (; k < K; k += 16) {
-        v16 left[4];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            left[r] = get(w.weight, (m + r) * K + k, kind);
-            fetch_ahead(w.weight, (m + R + r) * K + k, kind);
+            }
         }
+    } else {
+        const float *in = (const float *)x + b * K;
+        for (long k = 0; k < K; k++) {
+            v16 some[4];
 #pragma GCC unroll 4
-        for (int n = 0; n < N; n++) {
-            v16 right = get(x, (b + n) * K + k, in_kind);
+            for (int r = 0; r < R; r++) {
+                some[r] = get(weight[r], 16 * k, kind);
+                if (ahead && k % (4 / size) == 0) fetch(weight[r] + 16 * size * (k + 4 * K));
+            }
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) sum[4 * n + r] += left[r] * right;
+                for (int r = 0; r < R; r++) sum[N * r + n] += some[r] * in[n * K + k];
         }
     }
-    v16 results = totals(sum);
-    float values[16];
-    memcpy(values, &results, sizeof(values));
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++) {
-        for (int r = 0; kind == INT8 && r < R; r++) values[4 * n + r] *= w.scale[m + r];
-        finish(values + 4 * n, R, y, (b + n) * M + m, then, in_kind);
+    for (int r = 0; r < R; r++) {
+        const long m = 16 * (block + r), left = M - m < 16 ? M - m : 16;
+        for (int n = 0; n < N; n++)
+            if (left == 16) finish(kind, sum[N * r + n], w, block + r, 16, out, (b + n) * M + m);
+            else finish(kind, sum[N * r + n], w, block + r, left, out, (b + n) * M + m);
     }
 }
 
-INLINE void product_of(const int kind, Matrix w, const void *x, void *y, long B, long K, long M, enum Then then) {
+INLINE void product_of(const int kind, Matrix w, const void *x, Output out, long B, long K, long M) {
+    const long blocks = (M + 15) / 16, unit = blocks >= 4 * NUM_THREADS ? 4 : 1;
 #pragma omp for schedule(static) nowait
-    for (long block = 0; block < (M + 3) / 4; block++) {
-        long m = 4 * block, b = 0;
-        if (m + 4 <= M) {
-            for (; b + 4 <= B; b += 4) tile(kind, 4, 4, w, m, x, b, K, y, M, then);
-            for (; b < B; b++) tile(kind, 4, 1, w, m, x, b, K, y, M, then);
-        } else
-            for (; m < M; m++)
-                for (b = 0; b < B; b++) tile(kind, 1, 1, w, m, x, b, K, y, M, then);
+    for (long first = 0; first < blocks; first += unit) {
+        long b = 0;
+        if (unit == 1 || first + unit > blocks) {
+            for (long block = first; block < blocks && block < first + unit; block++) {
+                for (b = 0; b + 8 <= B; b += 8) tile(kind, 1, 8, w, block, x, b, K, out, M);
+                for (; b < B; b++) tile(kind, 1, 1, w, block, x, b, K, out, M);
+            }
+            continue;
+        }
+        for (; b + 8 <= B; b += 8) {
+            tile(kind, 2, 8, w, first, x, b, K, out, M);
+            tile(kind, 2, 8, w, first + 2, x, b, K, out, M);
+        }
+        for (; b + 4 <= B; b += 4) tile(kind, 4, 4, w, first, x, b, K, out, M);
+        switch (B - b) {
+        case 3: tile(kind, 4, 3, w, first, x, b, K, out, M); break;
+        case 2: tile(kind, 4, 2, w, first, x, b, K, out, M); break;
+        case 1: tile(kind, 4, 1, w, first, x, b, K, out, M);
+        }
     }
 }
 
-/* y (B, M) from x (B, K), the matrix's rows shared out among the threads. No barrier: the caller sets one. */
-static void product(const Model *model, Matrix w, const void *x, void *y, long B, long K, long M, enum Then then) {
+/* From x (B, K), the matrix's rows shared out among the threads. No barrier: the caller sets one. */
+static void product(const Model *model, Matrix w, const void *x, Output out, long B, long K, long M) {
     switch (model->kind) {
-    case BF16: product_of(BF16, w, x, y, B, K, M, then); break;
-    case INT8: product_of(INT8, w, x, y, B, K, M, then); break;
-    default: product_of(F32, w, x, y, B, K, M, then);
+    case BF16: product_of(BF16, w, x, out, B, K, M); break;
+    case INT8: product_of(INT8, w, x, out, B, K, M); break;
+    default: product_of(F32, w, x, out, B, K, M);
     }
 }
 
@@ -208,20 +255,37 @@ static float gate_of(const Model *m, const void *gate, long g, const float *x, l
     return 1.0f / (1.0f + expf(-sum));
 }
 
-/* The normed embedding, with a gated bit of the previous token's. */
-static void embed(const Model *m, const Scratch *s, long b, long token) {
+/* The normed embedding of a token. */
+static void embedding(const Model *m, long id, float *x) {
+    load(x, m->wte, id * m->C, m->C, m->bf16);
+    float f = norm_factor(x, m->C, m->eps);
+    SIMD for (long i = 0; i < m->C; i++) x[i] *= f;
+}
+
+/* Token b's embedding, with a gated bit of that of the token before it. */
+static void embed(const Model *m, const Scratch *s, const Tokens *t, long b) {
     long C = m->C;
     float *x = s->x + b * C, old[C];
-    load(x, m->wte, token * C, C, m->bf16);
-    float f = norm_factor(x, C, m->eps);
-    for (long i = 0; i < C; i++) x[i] *= f;
+    embedding(m, t->ids[b], x);
     if (m->smear_gate) {
-        load(old, s->previous, b * C, C, m->bf16);
-        store(s->previous, b * C, x, C, m->bf16);
+        if (b && t->rows[b - 1] == t->rows[b]) {
+            bf16_t rounded[C];
+            embedding(m, t->ids[b - 1], old);
+            if (m->bf16) store(rounded, 0, old, C, 1), load(old, rounded, 0, C, 1);
+        } else
+            load(old, s->previous, t->rows[b] * C, C, m->bf16);
         float share = *m->smear_lambda * gate_of(m, m->smear_gate, 0, x, m->smear_channels);
         for (long i = 0; i < C; i++) x[i] += share * old[i];
     }
     memcpy(s->first + b * C, x, C * sizeof(float));
+}
+
+/* What embed will want of token b, if it is its row's last: once all have read what was there. */
+static void remember(const Model *m, const Scratch *s, const Tokens *t, long b) {
+    if (!m->smear_gate || (b + 1 < t->B && t->rows[b + 1] == t->rows[b])) return;
+    float x[m->C];
+    embedding(m, t->ids[b], x);
+    store(s->previous, t->rows[b] * m->C, x, m->C, m->bf16);
 }
 
 /* A head's query or key, in place: rotated to its position, normed, scaled. */
@@ -229,117 +293,167 @@ static void rotate(const Model *m, float *v, long position) {
     long half = m->D / 2;
     const float *c = m->cosine + position * half, *s = m->sine + position * half;
     float f = m->qk_scale * norm_factor(v, m->D, m->eps);
-    for (long i = 0; i < half; i++) {
+    SIMD for (long i = 0; i < half; i++) {
         float a = v[i], b = v[half + i];
         v[i] = f * (a * c[i] + b * s[i]);
         v[half + i] = f * (b * c[i] - a * s[i]);
     }
 }
 
-/* Attention of one query (D) over `n` slots that lie `stride` apart; y (D). The order of the slots does not matter. */
-INLINE void look(const int kind, const long D, const float *q, const char *keys, const char *values, long stride, long n,
-                 float *p, float *y) {
-    const long step = stride * (kind == BF16 ? 2 : 4);
-    float most = -INFINITY, sum = 0, scale = 1.0f / sqrtf((float)D);
-    for (long i = 0; i < n; i += 16) {
-        v16 dots[16] = {{0}};
-        const long some = n - i < 16 ? n - i : 16;
-        for (long d = 0; d < D; d += 16) {
-            v16 part = get(q, d, F32);
-#pragma GCC unroll 16
-            for (int j = 0; j < 16; j++) /* past the last slot again the last: what is read must be there */
-                dots[j] += part * get(keys + (i + (j < some ? j : some - 1)) * step, d, kind);
-        }
-        v16 products = totals(dots) * scale;
-        memcpy(p + i, &products, 64);
-    }
-    for (long i = 0; i < n; i++) most = p[i] > most ? p[i] : most;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < n; i++) sum += p[i] = fast_exp(p[i] - most);
-    for (long d = 0; d < D; d += 64) { /* four sums at a time stay in registers */
-        v16 mixed[4] = {{0}};
-        const int parts = D - d < 64 ? (D - d) / 16 : 4;
-        for (long i = 0; i < n; i++)
-            for (int j = 0; j < parts; j++) mixed[j] += p[i] * get(values + i * step, d + 16 * j, kind);
-        for (int j = 0; j < parts; j++) mixed[j] /= sum, memcpy(y + d + 16 * j, &mixed[j], 64);
-    }
-}
-
-/* Row b, key/value head g: its new key and value into the ring, then the query heads that share them. */
-static void attend(const Model *m, const Layer *layer, const Scratch *s, long b, long g, long token, long length) {
-    long D = m->D, GD = m->G * D, group = m->H / m->G, slot = length % layer->slots;
-    float *k = s->k + b * GD + g * D, *v = s->v + b * GD + g * D, *p = s->scores;
-    rotate(m, k, length);
+/* Token b's key and value of head g into the ring; its queries that will look there are rotated too. */
+static void place(const Model *m, const Layer *layer, const Scratch *s, const Tokens *t, long b, long g) {
+    long D = m->D, GD = m->G * D, group = m->H / m->G, position = t->positions[b];
+    float *k = s->k + b * GD + g * D, *v = s->v + b * GD + g * D;
+    for (long h = g * group; h < (g + 1) * group; h++) rotate(m, s->q + (b * m->H + h) * D, position);
+    rotate(m, k, position);
     if (layer->value_embed) {
         float x[m->gate_channels], ve[D];
         load(x, s->in, b * m->C, m->gate_channels, m->kind == BF16);
-        load(ve, layer->value_embed, token * GD + g * D, D, m->bf16);
+        load(ve, layer->value_embed, t->ids[b] * GD + g * D, D, m->bf16);
         float share = m->gate_scale * gate_of(m, layer->gate, g, x, m->gate_channels);
         for (long i = 0; i < D; i++) v[i] += share * ve[i];
     }
-    long ring = b * layer->slots * GD + g * D, n = length + 1 < layer->slots ? length + 1 : layer->slots;
-    store(layer->keys, ring + slot * GD, k, D, m->bf16);
-    store(layer->values, ring + slot * GD, v, D, m->bf16);
-    p += (b * m->G + g) * m->room;
-    const char *keys = (char *)layer->keys + ring * (m->bf16 ? 2 : 4);
-    const char *values = (char *)layer->values + ring * (m->bf16 ? 2 : 4);
-    for (long h = g * group; h < (g + 1) * group; h++) {
-        float *q = s->q + (b * m->H + h) * D;
-        rotate(m, q, length);
-        if (m->bf16 && D == 64) look(BF16, 64, q, keys, values, GD, n, p, q);
-        else if (m->bf16 && D == 128) look(BF16, 128, q, keys, values, GD, n, p, q);
-        else if (m->bf16) look(BF16, D, q, keys, values, GD, n, p, q);
-        else look(F32, D, q, keys, values, GD, n, p, q);
+    long at = (t->rows[b] * layer->slots + position % layer->slots) * GD + g * D;
+    store(layer->keys, at, k, D, m->bf16);
+    store(layer->values, at, v, D, m->bf16);
+}
+
+/* Products of a query (D) with the keys of 16 slots that lie `step` bytes apart. */
+INLINE v16 with_keys(const int kind, const long D, const float *q, const char *keys, long step, const int some) {
+    v16 dots[16] = {{0}};
+    for (long d = 0; d < D; d += 16) {
+        v16 part = get(q, d, F32);
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; j++) /* past the last slot again the last: what is read must be there */
+            dots[j] += part * get(keys + (j < some ? j : some - 1) * step, d, kind);
     }
+    return totals(dots);
+}
+
+/* p[0 .. n-1], with room for a multiple of 16, to e^(p - most). The sum of these. */
+static float exponentials(float *p, long n) {
+    float most = -INFINITY, sum = 0;
+    for (long i = n; i % 16; i++) p[i] = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (long i = 0; i < n; i++) most = p[i] > most ? p[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) sum += p[i] = fast_exp(p[i] - most);
+    return sum;
+}
+
+/* Attention of a token's queries of heads from .. to-1, in place of them, over n slots of its row; the order of slots
+   does not matter. All heads go through the slots together, as these lie in memory. p (H, room). */
+INLINE void look(const int kind, const long D, const Model *m, float *q, const char *keys, const char *values, long from,
+                 long to, long n, float *p) {
+    const long size = kind == BF16 ? 2 : 4, step = m->G * D * size, group = m->H / m->G;
+    const float scale = 1.0f / sqrtf((float)D);
+    for (long i = 0; i < n; i += 16)
+        for (long g = from; g < to; g++) {
+            const char *here = keys + i * step + g * D * size;
+            for (int j = 0; j < 16; j++)
+                for (long d = 0; d < D * size; d += 64) __builtin_prefetch(here + (FAR + j) * step + d);
+            for (long h = g * group; h < (g + 1) * group; h++) {
+                v16 dots = n - i >= 16 ? with_keys(kind, D, q + h * D, here, step, 16)
+                                       : with_keys(kind, D, q + h * D, here, step, n - i);
+                dots *= scale;
+                memcpy(p + h * m->room + i, &dots, 64);
+            }
+        }
+    float sum[to * group];
+    for (long h = from * group; h < to * group; h++) {
+        sum[h] = exponentials(p + h * m->room, n);
+        memset(q + h * D, 0, D * sizeof(float));
+    }
+    for (long first = 0; first < n; first += 16)
+        for (long g = from; g < to; g++) {
+            const char *here = values + g * D * size;
+            const long last = first + 16 < n ? first + 16 : n;
+            for (int j = 0; j < 16; j++)
+                for (long d = 0; d < D * size; d += 64) __builtin_prefetch(here + (first + FAR + j) * step + d);
+            for (long h = g * group; h < (g + 1) * group; h++)
+                for (long d = 0; d < D; d += 64) { /* four sums at a time stay in registers */
+                    v16 mixed[4];
+                    const int parts = D - d < 64 ? (D - d) / 16 : 4;
+                    float *y = q + h * D + d;
+                    memcpy(mixed, y, parts * 64);
+                    for (long i = first; i < last; i++)
+                        for (int j = 0; j < parts; j++)
+                            mixed[j] += p[h * m->room + i] * get(here + i * step, d + 16 * j, kind);
+                    memcpy(y, mixed, parts * 64);
+                }
+        }
+    for (long h = from * group; h < to * group; h++)
+        for (long d = 0; d < D; d++) q[h * D + d] /= sum[h];
+}
+
+/* What token b's heads from .. to-1 see, into `wide`. */
+static void attend(const Model *m, const Layer *layer, const Scratch *s, const Tokens *t, long b, long from, long to) {
+    long D = m->D, seen = t->positions[b] + 1, n = seen < layer->slots ? seen : layer->slots;
+    long ring = t->rows[b] * layer->slots * m->G * D * (m->bf16 ? 2 : 4), part = from * (m->H / m->G) * D;
+    const char *keys = (char *)layer->keys + ring, *values = (char *)layer->values + ring;
+    float *q = s->q + b * m->H * D, *p = s->scores + b * m->H * m->room;
+    if (m->bf16 && D == 64) look(BF16, 64, m, q, keys, values, from, to, n, p);
+    else if (m->bf16 && D == 128) look(BF16, 128, m, q, keys, values, from, to, n, p);
+    else if (m->bf16) look(BF16, D, m, q, keys, values, from, to, n, p);
+    else look(F32, D, m, q, keys, values, from, to, n, p);
+    store(s->wide, b * m->H * D + part, q + part, (to - from) * (m->H / m->G) * D, m->kind == BF16);
 }
 
 /* ---- the step ------------------------------------------------------------------------------------------------ */
 
-#define EACH_ROW _Pragma("omp for schedule(static)") for (long b = 0; b < B; b++)
+#define EACH_TOKEN _Pragma("omp for schedule(static)") for (long b = 0; b < B; b++)
 #define BARRIER _Pragma("omp barrier")
 
-/* The tokens of B rows that hold `lengths` tokens -> logits (B, V); the cache then holds one more in each. */
-void decode_step(const Model *m, const Scratch *s, const long *tokens, const long *lengths, float *logits, long B) {
-    const long C = m->C, HD = m->H * m->D, GD = m->G * m->D;
+/* Tokens -> logits (B - first, V) of tokens first .. B-1; the cache then holds all of them. */
+void decode_step(const Model *m, const Scratch *s, const Tokens *t, float *logits, long first) {
+    const long B = t->B, C = m->C, HD = m->H * m->D, GD = m->G * m->D, one_row = B > 1 && t->rows[0] == t->rows[1];
+    const long parts = B < 8 ? m->G : 1, heads = m->G / parts; /* of a token's heads, for a thread each */
 #pragma omp parallel
     {
-        EACH_ROW embed(m, s, b, tokens[b]);
+        EACH_TOKEN embed(m, s, t, b);
         for (long i = 0; i < m->num_layers; i++) {
             const Layer *layer = &m->layers[i];
-            EACH_ROW {
-                float *x = s->x + b * C, *first = s->first + b * C;
+            EACH_TOKEN {
+                float *x = s->x + b * C, *start = s->first + b * C;
                 if (m->resid)
-                    for (long c = 0; c < C; c++) x[c] = m->resid[i] * x[c] + m->x0[i] * first[c];
+                    for (long c = 0; c < C; c++) x[c] = m->resid[i] * x[c] + m->x0[i] * start[c];
                 norm_row(m, x, s->in, b);
             }
-            product(m, layer->q, s->in, s->q, B, C, HD, STORE);
-            product(m, layer->k, s->in, s->k, B, C, GD, STORE);
-            product(m, layer->v, s->in, s->v, B, C, GD, STORE);
+            product(m, layer->q, s->in, (Output){STORE, s->q}, B, C, HD);
+            product(m, layer->k, s->in, (Output){STORE, s->k}, B, C, GD);
+            product(m, layer->v, s->in, (Output){STORE, s->v}, B, C, GD);
             BARRIER
-#pragma omp for collapse(2) schedule(static)
+#pragma omp for collapse(2) schedule(static, 1) nowait
             for (long b = 0; b < B; b++)
-                for (long g = 0; g < m->G; g++) attend(m, layer, s, b, g, tokens[b], lengths[b]);
-            EACH_ROW store(s->in, b * HD, s->q + b * HD, HD, m->kind == BF16);
-            product(m, layer->proj, s->in, s->x, B, HD, C, ADD);
+                for (long part = 0; part < parts; part++)
+                    for (long g = part * heads; g < (part + 1) * heads; g++) place(m, layer, s, t, b, g);
+            if (one_row) { BARRIER } /* else a thread looks only at what it placed itself */
+#pragma omp for collapse(2) schedule(static, 1)
+            for (long b = 0; b < B; b++)
+                for (long part = 0; part < parts; part++)
+                    attend(m, layer, s, t, b, part * heads, (part + 1) * heads);
+            product(m, layer->proj, s->wide, (Output){ADD, s->x}, B, HD, C);
             BARRIER
-            EACH_ROW norm_row(m, s->x + b * C, s->in, b);
-            product(m, layer->fc, s->in, s->wide, B, C, 4 * C, RELU2);
+            EACH_TOKEN norm_row(m, s->x + b * C, s->in, b);
+            product(m, layer->fc, s->in, (Output){RELU2, s->wide}, B, C, 4 * C);
             BARRIER
-            product(m, layer->out, s->wide, s->x, B, 4 * C, C, ADD);
+            product(m, layer->out, s->wide, (Output){ADD, s->x}, B, 4 * C, C);
             BARRIER
             if (m->backout && i == m->middle)
-                EACH_ROW memcpy(s->middle + b * C, s->x + b * C, C * sizeof(float));
+                EACH_TOKEN memcpy(s->middle + b * C, s->x + b * C, C * sizeof(float));
         }
-        EACH_ROW {
+        EACH_TOKEN {
             float *x = s->x + b * C;
+            remember(m, s, t, b);
             if (m->backout)
                 for (long c = 0; c < C; c++) x[c] -= *m->backout * s->middle[b * C + c];
             norm_row(m, x, s->in, b);
         }
-        product(m, m->head, s->in, logits, B, C, m->V, STORE);
+        const void *in = (char *)s->in + first * C * (m->kind == BF16 ? 2 : 4);
+        product(m, m->head, in, (Output){STORE, logits}, B - first, C, m->V);
         BARRIER
 #pragma omp for simd schedule(static)
-        for (long i = 0; i < B * m->V; i++) /* cap * tanh(logit / cap) */
+        for (long i = 0; i < (B - first) * m->V; i++) /* cap * tanh(logit / cap) */
             logits[i] = m->softcap * (1 - 2 / (1 + fast_exp(2 / m->softcap * logits[i])));
     }
 }

@@ -25,8 +25,8 @@ from nanochat.common import UserError, warn
 from nanochat.cpu_decoder import CpuDecoder
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
+from nanochat.packed_weights import PackedWeights
 from nanochat.prefix_cache import PrefixCache
-from nanochat.quantize import Int8Weights
 from nanochat.sampling import Sampling, choose, make_rng
 from nanochat.tools import Call, Runners, ToolUse
 
@@ -118,17 +118,19 @@ class Batch:
         max_rows: int,
         max_tokens: int,
         prefixes: PrefixCache | None = None,
-        int8: Int8Weights | None = None,
+        packed: PackedWeights | None = None,
     ) -> None:
-        """Reserves a cache of `max_rows` rows of `max_tokens` tokens, prompt included. `int8`: see DecodingWeights."""
+        """Reserves a cache of `max_rows` rows of `max_tokens` tokens, prompt included. `packed`: of DecodingWeights."""
         device, dtype = model.device, model.compute_dtype
         self.prefixes = prefixes
         self.model, self.tools, self.end_tokens = model, tools, end_tokens
         self.cache = KVCache(model.config, max_rows, max_tokens, device, dtype, num_rows=0)
-        self._cpu_decoder = CpuDecoder(model, self.cache, int8) if cpu_decoder.supported(model) else None
+        packed = (packed or PackedWeights(model)) if cpu_decoder.supported(model) else None
+        self._cpu_decoder = packed and CpuDecoder(model, self.cache, packed)
         self.rows: list[Row] = []  # row i of the cache is rows[i]
         self.waiting: deque[list[Row]] = deque()  # groups that share a prompt
         self.scratch = KVCache(model.config, 1, max_tokens, device, dtype)  # the prompt being prefilled
+        self._short_prompts = packed and CpuDecoder(model, self.scratch, packed)
         self.prompt_logits: torch.Tensor | None = None  # (1, V) once it is
         self.calling: dict[Row, Future[str | None]] = {}  # rows that wait for a slow tool, outside the batch
 
@@ -193,8 +195,12 @@ class Batch:
         prefixes = None if telling else self.prefixes  # what is told must be computed
         if start == 0 and prefixes:
             start = prefixes.fill(self.scratch, prompt)
-        piece = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=self.model.device)  # (1, T)
-        end = start + piece.size(1)
+        end = min(start + PREFILL_CHUNK, len(prompt))
+        short = self._short_prompts if end == len(prompt) and not telling else None
+        if short and short.takes(start, end - start):
+            self.prompt_logits = short.prompt(prompt[start:end])
+            return
+        piece = torch.tensor([prompt[start:end]], device=self.model.device)  # (1, T)
         if telling:
             self._tell_prompt(first, self.model(piece, kv_cache=self.scratch), start)
         elif end == len(prompt):
@@ -321,42 +327,35 @@ def came_soon(future: "Future[str | None]") -> bool:
 
 
 class DecodingWeights:
-    """A model for decoding: its weights in the dtype it multiplies in, or in int8.
+    """A model for decoding: its weights in the dtype it multiplies in, and packed for a CPU's decode step.
 
     Training keeps weights in fp32 and casts them for every product. A decode step has so few products per weight
-    that the cast would cost more than they do, so it is done once, ahead; the numbers are the same. The copy
-    follows its model: it is renewed when a weight has been changed in place, as optimizers do.
+    that the cast would cost more than they do, so it is done once, ahead; the numbers are the same. The copies
+    follow their model: they are renewed when a weight has been changed in place, as optimizers do.
     """
 
     def __init__(self, model: GPT, int8: bool = False) -> None:
+        """`int8`: in eight bits; current() then has the values these stand for."""
         if int8 and model.device.type != "cpu":
             raise UserError("int8 weights are for decoding on a CPU; leave int8 out")
         self.model = model
-        self.int8: Int8Weights | None = None  # with them, current() has the values they stand for
-        self._copy: GPT | None = None
-        self._versions: list[int] = []
+        self._cast_needed = int8 or any(p.dtype != _decoding_dtype(p, model.compute_dtype) for p in model.parameters())
+        self._copy = self._cast(model.compute_dtype) if self._cast_needed else model
+        self.packed = PackedWeights(self._copy, int8) if int8 or cpu_decoder.supported(model) else None
+        self._versions = self._current_versions()
         self._lock = threading.Lock()
-        if int8:
-            self._copy = self._cast(model.compute_dtype)
-            self.int8 = Int8Weights(self._copy)
-            self._versions = self._current_versions()
 
     def current(self) -> GPT:
-        """A model with today's weights: the original where nothing needs casting."""
-        dtype = self.model.compute_dtype
-        if self.int8 is None and all(p.dtype == _decoding_dtype(p, dtype) for p in self.model.parameters()):
-            return self.model
+        """A model with today's weights, the original where nothing needs casting; `packed` follows it."""
         with self._lock:
-            versions = self._current_versions()
-            if self._copy is None:
-                self._copy = self._cast(dtype)
-            elif versions != self._versions:
-                with torch.no_grad():
-                    for mine, theirs in zip(self._copy.parameters(), self.model.parameters()):
-                        mine.copy_(theirs)
-                if self.int8:
-                    self.int8.follow(self._copy)
-            self._versions = versions
+            if (versions := self._current_versions()) != self._versions:
+                if self._cast_needed:
+                    with torch.no_grad():
+                        for mine, theirs in zip(self._copy.parameters(), self.model.parameters()):
+                            mine.copy_(theirs)
+                if self.packed:
+                    self.packed.follow(self._copy)
+                self._versions = versions
             return self._copy
 
     def _current_versions(self) -> list[int]:

@@ -30,7 +30,7 @@ class Engine:
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, int8: bool = False, tools: Sequence[Tool] = DEFAULT_TOOLS
     ) -> None:
-        """`int8`: decode with weights of eight bits (quantize.py), on a CPU."""
+        """`int8`: decode with weights of eight bits (packed_weights.py), on a CPU."""
         self.model, self.tokenizer = model, tokenizer
         self.tools = ToolUse(tokenizer, tools)
         self.end_tokens = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
@@ -158,7 +158,7 @@ class Engine:
     def _batch(self, rows: list[Row], batch_size: int) -> Batch:
         longest = max((len(row.prompt) + row.max_tokens for row in rows if not row.done), default=1)
         return Batch(self._weights.current(), self.tools, self.end_tokens, min(batch_size, len(rows)), longest,
-                     int8=self._weights.int8)  # fmt: skip
+                     packed=self._weights.packed)  # fmt: skip
 
 
 @contextlib.contextmanager

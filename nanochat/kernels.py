@@ -1,4 +1,4 @@
-"""Builds kernels.c and decode.c with the machine's own C compiler, once, and calls it.
+"""Builds kernels.c, decode.c and sampling.c with the machine's own C compiler, once, and calls it.
 
 Where there is no compiler, everything still works, slower: fused.py then keeps to its plain PyTorch form.
 """
@@ -19,7 +19,7 @@ import torch
 from nanochat.common import get_base_dir, kernels_enabled, warn
 from nanochat.runtime import cpu_flags
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "decode.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "decode.c", "sampling.c"))
 HEADER = Path(__file__).with_name("kernels.h")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -68,7 +68,7 @@ def library() -> ctypes.CDLL | None:
                 return None
             build(compiler, path)
         library = ctypes.CDLL(str(path))
-        library.decode_step.restype = None
+        library.decode_step.restype = library.draw_rows.restype = None
         return library
     except (OSError, subprocess.CalledProcessError) as error:
         warn(f"the CPU kernels cannot be built or loaded ({error}): training will be slower")

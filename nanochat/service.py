@@ -136,7 +136,7 @@ class Service:
         self.prefixes = PrefixCache(decoding.PREFILL_CHUNK, prefix_bytes)
         ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
         self.batch = Batch(self.weights.current(), ToolUse(tokenizer, tools), ends, max_rows, self.max_context,
-                           self.prefixes, self.weights.int8)  # fmt: skip
+                           self.prefixes, self.weights.packed)  # fmt: skip
         self._orders: FairQueue[Ticket] = FairQueue()  # not yet given to the batch: it has no room
         self._cancelled: deque[tuple[Ticket, int | None]] = deque()
         self._tickets: dict[int, Ticket] = {}  # by id of a row in the batch

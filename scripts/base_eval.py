@@ -62,7 +62,7 @@ class Config:
     baselines: str = "v1"
     """Chance levels of CORE: v1 (the published GPT-2 figures') or v2."""
     int8: bool = False
-    """Evaluate what the model is when it decodes with weights of eight bits (quantize.py)."""
+    """Evaluate what the model is when it decodes with weights of eight bits (packed_weights.py)."""
     device_type: str = ""
     """cuda, mps or cpu; empty picks the best there is."""
 

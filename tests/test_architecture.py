@@ -20,7 +20,7 @@ LAYERS = [
     },
     {
         "checkpoint_manager", "checkpoint_folder", "tensor_file", "engine", "kv_cache", "prefix_cache", "sampling",
-        "decoding", "tools", "cpu_decoder", "quantize", "rl", "fair_queue", "service", "replica", "api_answers",
+        "decoding", "tools", "cpu_decoder", "packed_weights", "rl", "fair_queue", "service", "replica", "api_answers",
         "api_text", "api_types", "api_generation", "api_guard", "loss_eval", "core_eval", "core_bundle", "core_prompts",
         "core_download", "hf_model", "contamination",
         "trainer", "recipe", "isoflop", "study_plots", "session", "saver", "export",

@@ -13,12 +13,12 @@ from nanochat.decoding import Batch, DecodingWeights, Row
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache
-from nanochat.quantize import Int8Weights, matrices, quantize
+from nanochat.packed_weights import PackedWeights, matrices, pack, quantize
 from nanochat.sampling import Sampling
 from nanochat.tools import ToolUse
 
 SIZES: dict[str, Any] = {"sequence_len": 48, "vocab_size": 301, "n_layer": 4, "n_head": 4, "n_kv_head": 2,
-                         "n_embd": 64, "window_pattern": "SL", "short_window_divisor": 4}  # fmt: skip
+                         "n_embd": 64, "window_pattern": "SL", "short_window_divisor": 2}  # fmt: skip
 FORMS = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
 
 
@@ -57,10 +57,10 @@ def test_agrees_with_the_model_without_a_cache(form: str, head_dim: int) -> None
     model = build(form, n_embd=4 * head_dim)
     tokens = ids(40)
     cache = prefilled(model, [tokens[:3]])
-    decoder = CpuDecoder(model, cache)
+    decoder = CpuDecoder(model, cache, PackedWeights(model))
     with torch.inference_mode():
         whole = model(tokens[None])[0]  # (T, V)
-    for at in range(3, 40):  # the short rings of 13 slots go round three times
+    for at in range(3, 40):  # the short rings of 25 slots go round
         logits = decoder([int(tokens[at])])
         torch.testing.assert_close(logits[0], whole[at], rtol=1e-4, atol=2e-5)
     assert cache.length(0) == 40
@@ -71,7 +71,7 @@ def test_bfloat16_stays_as_near_to_float32_as_pytorch_does() -> None:
     exact, model = build(), DecodingWeights(build(dtype=torch.bfloat16)).current()
     tokens = ids(30)
     cache, other = prefilled(model, [tokens[:5]]), prefilled(model, [tokens[:5]])
-    decoder = CpuDecoder(model, cache)
+    decoder = CpuDecoder(model, cache, PackedWeights(model))
     ours, theirs = [], []
     with torch.inference_mode():
         whole = exact(tokens[None])[0]
@@ -88,13 +88,59 @@ def test_a_row_gets_the_same_bits_alone_and_beside_others(dtype: torch.dtype, in
     weights = DecodingWeights(build(dtype=dtype), int8)
     model = weights.current()
     prompts = [ids(2 + 3 * i, seed=i) for i in range(7)]  # rows of 2 .. 20 tokens: 4 rows at a time, then 3 alone
-    together = CpuDecoder(model, prefilled(model, prompts), weights.int8)
-    alone = [CpuDecoder(model, prefilled(model, [prompt]), weights.int8) for prompt in prompts]
+    together = CpuDecoder(model, prefilled(model, prompts), weights.packed)
+    alone = [CpuDecoder(model, prefilled(model, [prompt]), weights.packed) for prompt in prompts]
     for step in range(20):
         tokens = ids(7, seed=100 + step).tolist()
         logits = together(tokens)
         for row, decoder in enumerate(alone):
             assert torch.equal(logits[row], decoder([tokens[row]])[0]), f"row {row} at step {step}"
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_short_prompt_is_what_its_tokens_are_one_by_one(dtype: torch.dtype, int8: bool) -> None:
+    weights = DecodingWeights(build(dtype=dtype), int8)
+    model, tokens = weights.current(), ids(24).tolist()
+    assert weights.packed is not None
+    one_by_one = CpuDecoder(model, KVCache(model.config, 1, 48, dtype=dtype), weights.packed)
+    logits = [one_by_one([token]) for token in tokens]
+    for cuts in ([24], [1, 23], [7, 9, 8], [20, 2, 2]):
+        decoder = CpuDecoder(model, KVCache(model.config, 1, 48, dtype=dtype), weights.packed)
+        at = 0
+        for length in cuts:
+            assert decoder.takes(at, length)
+            given = decoder.prompt(tokens[at : at + length])
+            at += length
+            assert torch.equal(given, logits[at - 1]), f"{cuts} after {at} tokens"
+        assert all(torch.equal(a, b) for a, b in zip(decoder.cache.k, one_by_one.cache.k))
+        after = decoder([5])
+    assert torch.equal(after, one_by_one([5]))
+
+
+@needs_compiler
+def test_a_prompt_that_closes_a_window_is_not_taken() -> None:
+    model = build()
+    decoder = CpuDecoder(model, KVCache(model.config, 1, 48), PackedWeights(model))
+    ring = min(ring.size(1) for ring in decoder.cache.k)
+    assert ring < 48 and decoder.takes(0, ring) and decoder.takes(7, ring - 7)
+    assert not decoder.takes(0, ring + 1) and not decoder.takes(7, ring - 6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
+    model, prompts = build(vocab_size=1100), [ids(3 + i, seed=i) for i in range(13)]  # 69 blocks of outputs
+    before, results = torch.get_num_threads(), []
+    caches = [prefilled(model, prompts) for _ in range(2)]  # by PyTorch, which makes no such promise
+    for number, cache in zip((2, threads), caches):
+        torch.set_num_threads(number)
+        try:
+            results.append(CpuDecoder(model, cache, PackedWeights(model))(ids(13).tolist()))
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(*results)
 
 
 @needs_compiler
@@ -134,20 +180,46 @@ def test_quantize_keeps_every_weight_within_half_a_step() -> None:
     assert ((values * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
 
 
+def entry(packed: torch.Tensor, m: int, k: int) -> float:
+    """Weight (m, k) of a packed matrix, found by counting: what decode.c reads for output m and input k."""
+    together = packed.size(3)
+    flat = packed.flatten().tolist()
+    blocks_before, inputs_before = m // 16 * packed.size(1), k // together
+    return flat[((blocks_before + inputs_before) * 16 + m % 16) * together + k % together]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_packing_puts_every_weight_where_c_looks_for_it(dtype: torch.dtype) -> None:
+    weight = torch.arange(21 * 32).view(21, 32).remainder(127).to(dtype)  # 21 outputs: the second block is not full
+    packed = pack(weight)
+    assert packed.is_contiguous() and packed.numel() == 32 * 32
+    assert all(entry(packed, m, k) == weight[m, k] for m in range(21) for k in range(32))
+    assert all(entry(packed, m, k) == 0 for m in range(21, 32) for k in range(32))
+
+
+def unpacked(weights: DecodingWeights, linear: torch.nn.Linear) -> torch.Tensor:
+    """The matrix that int8 weights stand for."""
+    assert weights.packed is not None
+    values, scale = weights.packed.of(linear)
+    assert scale is not None
+    whole = values.permute(0, 2, 1, 3).reshape(len(scale), -1) * scale[:, None]
+    return whole[: linear.out_features]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_decodes_what_prompts_are_read_with(dtype: torch.dtype) -> None:
     model = build(dtype=dtype)
     before = model.blocks[0].mlp.c_fc.weight.clone()
     weights = DecodingWeights(model, int8=True)
-    copy, int8 = weights.current(), weights.int8
-    assert int8 is not None and torch.equal(model.blocks[0].mlp.c_fc.weight, before), "the model itself is untouched"
+    copy = weights.current()
+    assert torch.equal(model.blocks[0].mlp.c_fc.weight, before), "the model itself is untouched"
     for linear in matrices(copy):
-        values, scale = int8.of(linear)
-        torch.testing.assert_close(linear.weight.float(), values * scale[:, None], rtol=5e-3, atol=1e-6)
+        torch.testing.assert_close(linear.weight.float(), unpacked(weights, linear), rtol=5e-3, atol=1e-6)
     if not cpu_decoder.supported(copy):
         return
     tokens = ids(20)
-    decoder = CpuDecoder(copy, prefilled(copy, [tokens[:4]]), int8)
+    assert weights.packed is not None
+    decoder = CpuDecoder(copy, prefilled(copy, [tokens[:4]]), weights.packed)
     with torch.inference_mode():
         whole = copy(tokens[None])[0]
     for at in range(4, 20):
@@ -155,17 +227,20 @@ def test_int8_decodes_what_prompts_are_read_with(dtype: torch.dtype) -> None:
         assert error < (1e-4 if dtype == torch.float32 else 0.3)
 
 
-def test_int8_follows_a_model_that_is_trained_on() -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_copies_follow_a_model_that_is_trained_on(int8: bool) -> None:
     model = build()
-    weights = DecodingWeights(model, int8=True)
+    weights = DecodingWeights(model, int8)
     first = weights.current().lm_head.weight.clone()
+    packed = weights.packed
     with torch.no_grad():
         model.lm_head.weight.mul_(3)
-    assert weights.int8 is not None
-    values, scale = weights.int8.of(weights.current().lm_head)
     torch.testing.assert_close(weights.current().lm_head.weight, 3 * first)
-    torch.testing.assert_close(values * scale[:, None], 3 * first)
-    assert isinstance(weights.int8, Int8Weights)
+    assert weights.packed is packed
+    if int8:
+        torch.testing.assert_close(unpacked(weights, weights.current().lm_head), 3 * first)
+    elif packed is not None:
+        assert entry(packed.of(model.lm_head)[0], 5, 7) == 3 * first[5, 7]
 
 
 def test_int8_is_for_cpus() -> None:

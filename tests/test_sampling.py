@@ -1,11 +1,25 @@
-"""Choosing tokens: against float64 softmax and worked examples."""
+"""Choosing tokens: against float64 softmax and worked examples, in C and in plain PyTorch."""
 
 import math
+import random
+from typing import Any
 
 import pytest
 import torch
 
+from nanochat import kernels, sampling
 from nanochat.sampling import Sampling, choose, make_rng
+
+
+@pytest.fixture(autouse=True, params=["C", "PyTorch"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Every test runs in both forms."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(sampling.kernels, "in_use", lambda device: False)
+    elif kernels.library() is None:
+        pytest.skip("no C compiler")
+    return request.param
+
 
 WORKED = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()  # ranks: token 1, 3, 0, 2
 
@@ -112,6 +126,38 @@ def test_rows_with_other_settings_do_not_disturb_each_other() -> None:
     logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(2))
     together = choose(logits, settings, [make_rng(3, i) for i in range(6)])
     assert together == [choose(logits[i : i + 1], [settings[i]], [make_rng(3, i)])[0] for i in range(6)]
+
+
+def reference(logits: list[float], temperature: float, top_k: int | None, draw: float) -> tuple[int, float]:
+    """In plain Python: the token, and by how much of the whole the draw misses a neighbour of it."""
+    most = max(logits)
+    weights = [math.exp((x - most) / temperature) for x in logits]
+    kept = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or len(logits)]
+    total = sum(weights[i] for i in kept)
+    below = 0.0
+    for token in sorted(kept):
+        if below + weights[token] > draw * total:
+            return token, min(draw * total - below, below + weights[token] - draw * total) / total
+        below += weights[token]
+    raise AssertionError("the draw is beyond the last token")
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2, 5, 50, 129])
+@pytest.mark.parametrize("temperature", [0.05, 0.8, 3.0])
+def test_every_draw_is_that_of_plain_python(top_k: int | None, temperature: float, form: str) -> None:
+    dice, compared = random.Random(4), 0
+    for vocab_size in (5, 64, 65, 200, 1000):
+        # Many equals at the edge, of which the first ones stay; PyTorch's topk leaves open which.
+        common = (2.5, -math.inf) if form == "C" else ()
+        rows = [[dice.choice((dice.gauss(0, 3), *common)) for _ in range(vocab_size)] for _ in range(20)]
+        draws = [dice.random() for _ in rows]
+        given = choose(torch.tensor(rows), [Sampling(temperature, top_k)] * 20, [Fixed(d) for d in draws])  # type: ignore[arg-type, misc]
+        for row, draw, token in zip(torch.tensor(rows).tolist(), draws, given):
+            expected, margin = reference(row, temperature, top_k, draw)
+            if margin > 1e-6:
+                assert token == expected
+                compared += 1
+    assert compared > 90
 
 
 def test_seeds_are_unrelated() -> None:
