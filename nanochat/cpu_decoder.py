@@ -58,7 +58,7 @@ class Tokens(ctypes.Structure):
     _fields_ = (*((name, ctypes.POINTER(LONG)) for name in ("ids", "rows", "positions")), ("B", LONG))
 
 
-SHORT_PROMPT = 128  # tokens: with more of them PyTorch's products are as fast
+SHORT_PROMPT = 128  # tokens: with more of them PyTorch's products are as fast; with int8 weights, from half of it on
 
 
 def supported(model: GPT) -> bool:
@@ -76,6 +76,7 @@ class CpuDecoder:
         """`model` has its matrices in its compute dtype (decoding.DecodingWeights)."""
         assert supported(model)
         self.cache, self.vocab_size = cache, model.config.vocab_size
+        self._most_tokens = SHORT_PROMPT // 2 if packed.int8 else SHORT_PROMPT
         self._kept: list[Any] = [model, packed, *model.parameters(), *cache.k, *cache.v]  # alive while C knows them
         self._model = self._describe(model, packed)
         self._scratch = self._reserve(model, packed.int8)
@@ -90,7 +91,8 @@ class CpuDecoder:
 
     def takes(self, start: int, num_tokens: int) -> bool:
         """Whether `prompt` is for so many tokens after `start` others: no window may close before the last of them."""
-        return num_tokens <= SHORT_PROMPT and start + num_tokens <= min(ring.size(1) for ring in self.cache.k)
+        most = min(self._most_tokens, min(ring.size(1) for ring in self.cache.k) - start)
+        return num_tokens <= most
 
     def prompt(self, tokens: Sequence[int]) -> torch.Tensor:
         """The next tokens of the only row -> softcapped fp32 logits (1, V) after the last, as if given one by one."""

@@ -25,10 +25,58 @@ static float edge_of_largest(const float *p, long n, long k) {
     return low.number;
 }
 
-/* The token at share `uniform` of the cumulative probabilities; -1 if the logits are not finite. `work`: V/64 + 1 doubles, V floats */
-static long draw_row(const float *x, long V, float temperature, long k, double uniform, double *work) {
-    double *block_sums = work, total = 0;
-    float most = -INFINITY, *p = (float *)(work + V / BLOCK + 1);
+/* Keeps the k largest of p (n), k < n, in their order, with their numbers; of equals at the edge the first. p, ids (k) */
+static void keep_largest(float *p, int *ids, long n, long k, float *maxima) {
+    const long blocks = (n + BLOCK - 1) / BLOCK;
+    for (long block = 0; block < blocks; block++) {
+        const long end = (block + 1) * BLOCK < n ? (block + 1) * BLOCK : n;
+        float most = 0;
+#pragma omp simd reduction(max : most)
+        for (long i = block * BLOCK; i < end; i++) most = p[i] > most ? p[i] : most;
+        maxima[block] = most;
+    }
+    float edge = k < blocks ? edge_of_largest(maxima, blocks, k) : 0; /* k blocks reach it: the k largest do */
+    long few = 0, above = 0;
+    for (long block = 0; block < blocks; block++) {
+        if (maxima[block] < edge) continue;
+        const long end = (block + 1) * BLOCK < n ? (block + 1) * BLOCK : n;
+        for (long i = block * BLOCK; i < end; i++)
+            if (p[i] >= edge) p[few] = p[i], ids[few++] = i;
+    }
+    if (few > k) edge = edge_of_largest(p, few, k);
+    for (long i = 0; i < few; i++) above += p[i] > edge;
+    long equal = k - above, kept = 0;
+    for (long i = 0; i < few; i++)
+        if (p[i] > edge || (p[i] == edge && equal-- > 0)) p[kept] = p[i], ids[kept++] = ids[i];
+}
+
+/* The number of the p (n) at share `uniform` of their sum. */
+static long at_share(const float *p, long n, double uniform, double *block_sums) {
+    double total = 0;
+    for (long block = 0; block < n; block += BLOCK) {
+        const long end = block + BLOCK < n ? block + BLOCK : n;
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (long i = block; i < end; i++) sum += p[i];
+        total += block_sums[block / BLOCK] = sum;
+    }
+    double target = uniform * total * (1 - 1e-12);
+    long block = 0, last = 0;
+    while (block + BLOCK < n && block_sums[block / BLOCK] <= target) target -= block_sums[block / BLOCK], block += BLOCK;
+    for (long i = block; i < n; i++) {
+        if (p[i] == 0) continue;
+        last = i; /* should rounding leave something of the target, the last possible one */
+        if (p[i] > target) break;
+        target -= p[i];
+    }
+    return last;
+}
+
+typedef struct { double *block_sums; float *p, *maxima; int *ids; } Work; /* blocks, V, blocks, V */
+
+/* The next token of a row; -1 if its logits x (V) are not finite. */
+static long draw_row(const float *x, long V, float temperature, long k, double uniform, Work w) {
+    float most = -INFINITY;
     int bad = 0;
 #pragma omp simd reduction(max : most) reduction(| : bad)
     for (long i = 0; i < V; i++) {
@@ -43,43 +91,25 @@ static long draw_row(const float *x, long V, float temperature, long k, double u
     }
     SIMD for (long i = 0; i < V; i++) {
         float power = (x[i] - most) / temperature;
-        p[i] = power < -87 ? 0 : fast_exp(power);
+        w.p[i] = power < -87 ? 0 : fast_exp(power);
     }
-    if (k < V) {
-        const float edge = edge_of_largest(p, V, k);
-        long kept = count_from(p, V, edge);
-        SIMD for (long i = 0; i < V; i++) p[i] = p[i] >= edge ? p[i] : 0;
-        for (long i = V - 1; kept > k; i--) /* of equals at the edge the first ones stay */
-            if (p[i] == edge) p[i] = 0, kept--;
-    }
-    for (long block = 0; block < V; block += BLOCK) {
-        const long end = block + BLOCK < V ? block + BLOCK : V;
-        double sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (long i = block; i < end; i++) sum += p[i];
-        total += block_sums[block / BLOCK] = sum;
-    }
-    double target = uniform * total * (1 - 1e-12);
-    long block = 0, last = 0;
-    while (block + BLOCK < V && block_sums[block / BLOCK] <= target) target -= block_sums[block / BLOCK], block += BLOCK;
-    for (long i = block; i < V; i++) {
-        if (p[i] == 0) continue;
-        last = i; /* should rounding leave something of the target, the last possible one */
-        if (p[i] > target) break;
-        target -= p[i];
-    }
-    return last;
+    if (k >= V) return at_share(w.p, V, uniform, w.block_sums);
+    keep_largest(w.p, w.ids, V, k, w.maxima);
+    return w.ids[at_share(w.p, k, uniform, w.block_sums)];
 }
 
 /* logits (B, V) -> tokens (B). The uniform number of a row that takes the likeliest token is not used. */
 void draw_rows(const float *logits, const float *temperatures, const long *top_k, const double *uniform, long *tokens,
                long B, long V) {
+    const long blocks = (V + BLOCK - 1) / BLOCK;
 #pragma omp parallel if (B > 1)
     {
-        double *work = malloc((V / BLOCK + 1) * sizeof(double) + V * sizeof(float));
+        double *memory = malloc(blocks * (sizeof(double) + sizeof(float)) + V * (sizeof(float) + sizeof(int)));
+        float *p = (float *)(memory + blocks);
+        Work work = {memory, p, p + V, (int *)(p + V + blocks)};
 #pragma omp for schedule(static)
         for (long b = 0; b < B; b++)
-            tokens[b] = work ? draw_row(logits + b * V, V, temperatures[b], top_k[b], uniform[b], work) : -1;
-        free(work);
+            tokens[b] = memory ? draw_row(logits + b * V, V, temperatures[b], top_k[b], uniform[b], work) : -1;
+        free(memory);
     }
 }
