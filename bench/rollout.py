@@ -66,7 +66,7 @@ def sample(flags: RolloutFlags, weights: DecodingWeights, together: bool) -> lis
     groups, tools = groups_of(flags), ToolUse(Ids(flags.vocab_size))
     for part in [groups] if together else [[group] for group in groups]:
         rows = min(flags.rows, sum(map(len, part)))
-        batch = Batch(weights.current(), tools, set(), rows, flags.prompt + flags.longest)
+        batch = Batch(weights.current(), tools, set(), rows, flags.prompt + flags.longest, packed=weights.packed)
         for group in part:
             batch.submit(group)
         while not batch.idle:
