@@ -10,7 +10,7 @@ import codecs
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from nanochat.common import SPECIAL_TOKENS, warn
@@ -50,12 +50,14 @@ class Engine:
         top_k: int | None = None,
         seed: int = 42,
         top_p: float | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Continue one prompt `num_samples` times; yields per step (a token per sample, a mask per sample).
 
         Mask 0: a tool forced the token. A sample ends with <|assistant_end|> or <|bos|>, which is yielded; until
         the others are done too its column shows <|assistant_end|> with mask 0. Every sample stops after
-        `max_tokens` tokens (None: no limit) and where prompt and answer fill the model's context.
+        `max_tokens` tokens (None: no limit) and where prompt and answer fill the model's context. `should_stop` is
+        asked before each step, and while a tool keeps the answer waiting; where it says so, all end.
         Raises ValueError, before the first step, for an empty or overlong prompt or a value that is not allowed.
         """
         if not tokens:
@@ -65,15 +67,15 @@ class Engine:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         rows = self._rows([tokens] * num_samples, max_tokens, Sampling(temperature, top_k, top_p), seed)
-        return self._columns(rows)
+        return self._columns(rows, should_stop)
 
-    def _columns(self, rows: list[Row]) -> Iterator[tuple[list[int], list[int]]]:
+    def _columns(self, rows: list[Row], should_stop: Callable[[], bool]) -> Iterator[tuple[list[int], list[int]]]:
         filler = self.tokenizer.encode_special("<|assistant_end|>")
         batch = self._batch(rows, len(rows))
         batch.submit(rows)
         drawn: list[deque[Token]] = [deque() for _ in rows]  # a row that waits for a tool keeps the others' waiting
         with ending(batch, rows):
-            while not batch.idle or any(drawn):
+            while (not batch.idle or any(drawn)) and not should_stop():
                 for token in batch.step():
                     drawn[token.row.index].append(token)
                 while any(drawn) and all(tokens or row.done for tokens, row in zip(drawn, rows)):

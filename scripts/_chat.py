@@ -48,14 +48,14 @@ class Chat:
         self.said: list[int] = []
         self.turn = self.forgotten = 0
 
-    def stream(self, text: str) -> Iterator[str]:
-        """The model's answer to `text` in pieces, none of which cuts a character.
+    def stream(self, text: str, should_stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """The model's answer to `text` in pieces, none of which cuts a character, until `should_stop` says so.
 
         Raises UserError, and forgets `text`, if it is too long for the model.
         """
         prompt = self._prompt(text)
         self.turn, self.said = self.turn + 1, []
-        return printable(self._generate(prompt), self.tool)
+        return printable(self._generate(prompt, should_stop), self.tool)
 
     def _prompt(self, text: str) -> list[int]:
         self.forgotten = 0
@@ -68,15 +68,15 @@ class Chat:
         self.messages = kept
         return render_prompt(self.tokenizer, kept)
 
-    def _generate(self, prompt: list[int]) -> Iterator[tuple[str, str]]:
+    def _generate(self, prompt: list[int], should_stop: Callable[[], bool]) -> Iterator[tuple[str, str]]:
         stream = AnswerStream(self.tokenizer)
         settings = self.sampling
         for (token,), _ in self.engine.generate(
             prompt, max_tokens=self.max_tokens, temperature=settings.temperature, top_k=settings.top_k,
-            top_p=settings.top_p, seed=self.seed + self.turn - 1,
+            top_p=settings.top_p, seed=self.seed + self.turn - 1, should_stop=should_stop,
         ):  # fmt: skip
             self.said.append(token)
-            yield from stream.feed(token) or [("text", "")]  # a sign of life, so that Ctrl-C is looked at
+            yield from stream.feed(token)
         yield from stream.finish()
 
     def remember(self) -> None:
@@ -93,9 +93,6 @@ def printable(pieces: Iterable[tuple[str, str]], tool: str = "calculator") -> It
     """Text for a terminal, calculator calls as [calculator: 12*3 = 36]."""
     before = "text"
     for kind, text in pieces:
-        if not text:
-            yield ""
-            continue
         if kind != before:
             yield transition(before, kind, tool)
         before = kind
@@ -141,11 +138,10 @@ def pipe_reader() -> Callable[[], str]:
 
 
 @contextlib.contextmanager
-def noted_interrupts() -> Iterator[list[int]]:
+def noted_interrupts(noted: list[int]) -> Iterator[None]:
     """While inside, Ctrl-C adds to the list instead of raising wherever the program happens to be."""
-    noted: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
     try:
-        yield noted
+        yield
     finally:
         signal.signal(signal.SIGINT, before)

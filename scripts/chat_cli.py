@@ -123,13 +123,15 @@ def converse(chat: Chat, read: Callable[[], str]) -> int:
 
 def say(chat: Chat, text: str) -> bool:
     """Print the model's answer as it comes; False if Ctrl-C stopped it."""
-    pieces = chat.stream(text)
-    with noted_interrupts() as interrupts:
+    interrupts: list[int] = []
+    pieces = chat.stream(text, should_stop=lambda: bool(interrupts))
+    with noted_interrupts(interrupts):
         for piece in pieces:
             print(piece, end="", flush=True)
             if interrupts:
-                print(" [stopped]", end="")
                 break
+        if interrupts:
+            print(" [stopped]", end="")
         chat.remember()
         print(flush=True)
     if chat.forgotten:

@@ -1,8 +1,10 @@
 """The terminal chat: real checkpoints for loading, a scripted model for what is shown and remembered."""
 
 import io
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tools import Tool
 from scripts import _chat, chat_cli
 
 Capture = pytest.CaptureFixture[str]
@@ -216,6 +219,31 @@ def test_ctrl_c_stops_the_answer_not_the_program(monkeypatch: pytest.MonkeyPatch
     assert capsys.readouterr().out == "Helo [stopped]\nHelo, yu!\n"
     assert "Helo<|assistant_end|>" in prompts(model)[-1]  # what was said is remembered
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class Endless:
+    """A tool that runs until it is closed; somebody presses Ctrl-C once it has begun."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def __call__(self, text: str) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert self.closed.wait(60), "nobody closed it"
+        return "late"
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_ctrl_c_does_not_wait_for_a_tool(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    endless = Endless()
+    tool = Tool("endless", "<|python_start|>", "<|python_end|>", lambda: endless, slow=True)
+    monkeypatch.setattr(chat_cli, "DEFAULT_TOOLS", (tool,))
+    script(monkeypatch, answering("So ", PYTHON, "1", PYTHON_END, "nev"))
+    assert chat_cli.main(["-p", "hi"]) == 130
+    assert endless.closed.is_set()
+    assert capsys.readouterr().out == "So [calculator: 1] [stopped]\n"
 
 
 def test_ctrl_c_with_one_answer(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
