@@ -10,11 +10,8 @@
 
    C channels, H query heads, G key/value heads, D head size, V vocabulary. The structs are mirrored in cpu_decoder.py. */
 
-#include "kernels.h"
+#include "vectors.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 #ifdef _OPENMP
 #include <omp.h>
 #define NUM_THREADS omp_get_num_threads()
@@ -23,9 +20,8 @@
 #endif
 
 enum { FAR = 32 }; /* slots of a ring ahead of the one in use, to be fetched meanwhile */
-enum { F32, BF16, INT8 }; /* what a matrix is stored in */
 
-/* (M, K), packed (packed_weights.py): blocks of 16 outputs, in each of them input after input (bfloat16: pair after
+/* (M, K), packed (packed_weights.py): blocks of LANES outputs, in each of them input after input (bfloat16: pair after
    pair), so that a product reads it from start to end and needs no sum across a vector. M is filled up to a whole block.
    int8 has a scale for each output. */
 typedef struct { const void *weight; const float *scale; } Matrix;
@@ -39,7 +35,7 @@ typedef struct {
 
 typedef struct {
     long C, H, G, D, V, num_layers, middle, gate_channels, smear_channels;
-    long kind, bf16; /* of the matrices; whether embeddings and cache are bfloat16 */
+    long kind, bf16; /* F32, BF16 or INT8 matrices; whether embeddings and cache are bfloat16 */
     long room;       /* the most slots of a ring, rounded up to 16 */
     float softcap, qk_scale, gate_scale, eps;
     const void *wte, *smear_gate;                                        /* (V, C), (smear_channels) or NULL */
@@ -60,76 +56,29 @@ typedef struct { /* B tokens; those of one row stand together, in order */
     long B;
 } Tokens;
 
-/* ---- vectors of 16 floats, which the compiler maps to what the CPU has --------------------------------------- */
-
-typedef float v16 __attribute__((vector_size(64)));
-typedef uint32_t u16x32 __attribute__((vector_size(64)));
-typedef uint16_t half16 __attribute__((vector_size(32)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef int16_t i16x16 __attribute__((vector_size(32)));
-typedef int8_t byte16 __attribute__((vector_size(16)));
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE v16 from_bytes(byte16 bytes) {
-#ifdef __AVX512F__
-    return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
-#else /* by way of int16: gcc takes the direct conversion apart into single numbers */
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, i16x16), i32x16), v16);
-#endif
-}
-
-INLINE v16 get(const void *p, long at, const int kind) {
-    v16 floats;
-    half16 halves;
-    byte16 bytes;
-    switch (kind) {
-    case BF16: memcpy(&halves, (const bf16_t *)p + at, 32); return (v16)(__builtin_convertvector(halves, u16x32) << 16);
-    case INT8: memcpy(&bytes, (const int8_t *)p + at, 16); return from_bytes(bytes);
-    default: memcpy(&floats, (const float *)p + at, 64); return floats;
-    }
-}
-
-#define FOLD(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__) /* 16 of the floats of a (0-15) and b (16-31) */
-
-/* The sums of 16 vectors, in order: first within each four of a vector's floats, then the fours. v is used up. */
-INLINE v16 totals(v16 *v) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        v[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               FOLD(v[2 * i], v[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-        v[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-               FOLD(v[2 * i], v[2 * i + 1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-        v[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               FOLD(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    return FOLD(v[0], v[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           FOLD(v[0], v[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-}
-
 /* ---- matrix products ----------------------------------------------------------------------------------------- */
+
+const int block_outputs = LANES; /* for packed_weights.py */
 
 typedef struct { /* where a product goes, (B, M), and what becomes of it there */
     enum { STORE, ADD, RELU2 } then;
     void *y;
 } Output;
 
-/* The sums of a block's 16 outputs, n of which there are. */
-INLINE void finish(const int kind, v16 sum, Matrix w, long block, const long n, Output out, long at) {
+/* The sums of a block's outputs, n of which there are. */
+INLINE void finish(const int kind, vec sum, Matrix w, long block, const long n, Output out, long at) {
     float *y = (float *)out.y + at;
-    v16 before = {0};
+    vec before = {0};
     if (out.then == ADD) memcpy(&before, y, n * sizeof(float));
     if (kind == INT8)
-        for (int i = 0; i < 16; i++) sum[i] = fmaf(sum[i], w.scale[16 * block + i], before[i]); /* rounded once */
+        for (int i = 0; i < LANES; i++) sum[i] = fmaf(sum[i], w.scale[LANES * block + i], before[i]); /* rounded once */
     else sum += before;
     if (out.then == RELU2) {
-        sum = (v16)((u16x32)(sum * sum) & (u16x32)(sum > 0));
+        sum = (vec)((words)(sum * sum) & (words)(sum > 0));
         if (kind == BF16) {
-            u16x32 bits = (u16x32)sum; /* to_bf16 of what is no NaN */
-            half16 halves = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, half16);
-            memcpy((bf16_t *)out.y + at, &halves, n * sizeof(bf16_t));
+            words bits = (words)sum; /* to_bf16 of what is no NaN */
+            halves h = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
+            memcpy((bf16_t *)out.y + at, &h, n * sizeof(bf16_t));
             return;
         }
     }
@@ -139,23 +88,24 @@ INLINE void finish(const int kind, v16 sum, Matrix w, long block, const long n, 
 /* Into the second cache: what the next four blocks will need. */
 INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
-/* R blocks of 16 outputs for N rows of x, both constants: the sums stay in registers. Each is taken from the first
-   input to the last, so R and N change no number. */
+/* R blocks of outputs for N rows of x, both constants: the sums stay in registers. Each is taken from the first input
+   to the last, so R and N change no number. */
 INLINE void tile(const int kind, const int R, const int N, Matrix w, long block, const void *x, long b, long K,
                  Output out, long M) {
-    const int size = kind == F32 ? 4 : kind == BF16 ? 2 : 1;
-    const int ahead = N > 3 || kind == INT8; /* else nothing keeps memory waiting, and this would only add to its work */
+    const int ahead = N > 2 || kind == INT8; /* else nothing keeps memory waiting, and this would only add to its work */
+    const long size = size_of(kind);
     const char *weight[4];
-    v16 sum[16] = {{0}};
-    for (int r = 0; r < R; r++) weight[r] = (const char *)w.weight + (block + r) * 16 * K * size;
+    vec sum[16] = {{0}};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) weight[r] = (const char *)w.weight + (block + r) * LANES * K * size;
     if (kind == BF16) {
         const bf16_t *in = (const bf16_t *)x + b * K;
         for (long k = 0; k < K; k += 2) { /* two inputs of each output lie together */
-            u16x32 pairs[4];
+            words pairs[4];
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
-                memcpy(&pairs[r], weight[r] + 32 * k, 64);
-                if (ahead) fetch(weight[r] + 32 * (k + 4 * K));
+                memcpy(&pairs[r], weight[r] + 2 * LANES * k, sizeof(words));
+                if (ahead) fetch(weight[r] + 2 * LANES * (k + 4 * K));
             }
 #pragma GCC unroll 8
             for (int n = 0; n < N; n++) {
@@ -165,23 +115,24 @@ INLINE void tile(const int kind, const int R, const int N, Matrix w, long block,
                 __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++)
-                    sum[N * r + n] = (v16)_mm512_dpbf16_ps((__m512)sum[N * r + n], (__m512bh)pairs[r], both);
+                    sum[N * r + n] = (vec)_mm512_dpbf16_ps((__m512)sum[N * r + n], (__m512bh)pairs[r], both);
 #else
                 float one = from_bf16(in[n * K + k]), two = from_bf16(in[n * K + k + 1]);
 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++)
-                    sum[N * r + n] += (v16)(pairs[r] << 16) * one + (v16)(pairs[r] & 0xffff0000u) * two;
+                for (int r = 0; r < R; r++) sum[N * r + n] += (vec)(pairs[r] << 16) * one;
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sum[N * r + n] += (vec)(pairs[r] & 0xffff0000u) * two;
 #endif
             }
         }
     } else {
         const float *in = (const float *)x + b * K;
         for (long k = 0; k < K; k++) {
-            v16 some[4];
+            vec some[4];
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
-                some[r] = get(weight[r], 16 * k, kind);
-                if (ahead && k % (4 / size) == 0) fetch(weight[r] + 16 * size * (k + 4 * K));
+                some[r] = get(weight[r], LANES * k, kind);
+                if (ahead && k * LANES * size % 64 == 0) fetch(weight[r] + LANES * size * (k + 4 * K));
             }
 #pragma GCC unroll 8
             for (int n = 0; n < N; n++)
@@ -189,45 +140,56 @@ INLINE void tile(const int kind, const int R, const int N, Matrix w, long block,
                 for (int r = 0; r < R; r++) sum[N * r + n] += some[r] * in[n * K + k];
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-        const long m = 16 * (block + r), left = M - m < 16 ? M - m : 16;
+        const long m = LANES * (block + r), left = M - m < LANES ? M - m : LANES;
+#pragma GCC unroll 8
         for (int n = 0; n < N; n++)
-            if (left == 16) finish(kind, sum[N * r + n], w, block + r, 16, out, (b + n) * M + m);
+            if (left == LANES) finish(kind, sum[N * r + n], w, block + r, LANES, out, (b + n) * M + m);
             else finish(kind, sum[N * r + n], w, block + r, left, out, (b + n) * M + m);
     }
 }
 
-INLINE void product_of(const int kind, Matrix w, const void *x, Output out, long B, long K, long M) {
-    const long blocks = (M + 15) / 16, unit = blocks >= 4 * NUM_THREADS ? 4 : 1;
-#pragma omp for schedule(static) nowait
-    for (long first = 0; first < blocks; first += unit) {
-        long b = 0;
-        if (unit == 1 || first + unit > blocks) {
-            for (long block = first; block < blocks && block < first + unit; block++) {
-                for (b = 0; b + 8 <= B; b += 8) tile(kind, 1, 8, w, block, x, b, K, out, M);
-                for (; b < B; b++) tile(kind, 1, 1, w, block, x, b, K, out, M);
-            }
-            continue;
-        }
-        for (; b + 8 <= B; b += 8) {
-            tile(kind, 2, 8, w, first, x, b, K, out, M);
-            tile(kind, 2, 8, w, first + 2, x, b, K, out, M);
-        }
-        for (; b + 4 <= B; b += 4) tile(kind, 4, 4, w, first, x, b, K, out, M);
-        switch (B - b) {
-        case 3: tile(kind, 4, 3, w, first, x, b, K, out, M); break;
-        case 2: tile(kind, 4, 2, w, first, x, b, K, out, M); break;
-        case 1: tile(kind, 4, 1, w, first, x, b, K, out, M);
-        }
+/* Functions of their own: all in one, gcc would keep sums in memory. */
+#define TILE(name, kind, R, N)                                                                                        \
+    static __attribute__((noinline)) void name##_##kind(Matrix w, long block, const void *x, long b, long K,          \
+                                                        Output out, long M) {                                         \
+        tile(kind, R, N, w, block, x, b, K, out, M);                                                                  \
     }
-}
+#define PRODUCT(kind)                                                                                                 \
+    TILE(many, kind, TALL, WIDE)                                                                                      \
+    TILE(two, kind, 4, 2)                                                                                             \
+    TILE(one, kind, 4, 1)                                                                                             \
+    TILE(block_of_many, kind, 1, WIDE)                                                                                \
+    TILE(block_of_one, kind, 1, 1)                                                                                    \
+    static void product_##kind(Matrix w, const void *x, Output out, long B, long K, long M) {                         \
+        const long blocks = (M + LANES - 1) / LANES, unit = blocks >= 4 * NUM_THREADS ? 4 : 1;                        \
+        _Pragma("omp for schedule(static) nowait") for (long first = 0; first < blocks; first += unit) {              \
+            const long last = first + unit < blocks ? first + unit : blocks;                                          \
+            long b = 0;                                                                                               \
+            if (last - first == 4) { /* these stay near while all of x passes */                                      \
+                for (; b + WIDE <= B; b += WIDE)                                                                      \
+                    for (long i = first; i < last; i += TALL) many_##kind(w, i, x, b, K, out, M);                     \
+                for (; b + 2 <= B; b += 2) two_##kind(w, first, x, b, K, out, M);                                     \
+                for (; b < B; b++) one_##kind(w, first, x, b, K, out, M);                                             \
+            } else                                                                                                    \
+                for (long i = first; i < last; i++) {                                                                 \
+                    for (b = 0; b + WIDE <= B; b += WIDE) block_of_many_##kind(w, i, x, b, K, out, M);                \
+                    for (; b < B; b++) block_of_one_##kind(w, i, x, b, K, out, M);                                    \
+                }                                                                                                     \
+        }                                                                                                             \
+    }
 
-/* From x (B, K), the matrix's rows shared out among the threads. No barrier: the caller sets one. */
+PRODUCT(F32)
+PRODUCT(BF16)
+PRODUCT(INT8)
+
+/* From x (B, K), the outputs shared out among the threads. No barrier: the caller sets one. */
 static void product(const Model *model, Matrix w, const void *x, Output out, long B, long K, long M) {
     switch (model->kind) {
-    case BF16: product_of(BF16, w, x, out, B, K, M); break;
-    case INT8: product_of(INT8, w, x, out, B, K, M); break;
-    default: product_of(F32, w, x, out, B, K, M);
+    case BF16: product_BF16(w, x, out, B, K, M); break;
+    case INT8: product_INT8(w, x, out, B, K, M); break;
+    default: product_F32(w, x, out, B, K, M);
     }
 }
 
@@ -318,13 +280,13 @@ static void place(const Model *m, const Layer *layer, const Scratch *s, const To
     store(layer->values, at, v, D, m->bf16);
 }
 
-/* Products of a query (D) with the keys of 16 slots that lie `step` bytes apart. */
-INLINE v16 with_keys(const int kind, const long D, const float *q, const char *keys, long step, const int some) {
-    v16 dots[16] = {{0}};
-    for (long d = 0; d < D; d += 16) {
-        v16 part = get(q, d, F32);
+/* Products of a query (D) with the keys of LANES slots that lie `step` bytes apart, or of `some` if there are fewer. */
+INLINE vec with_keys(const int kind, const long D, const float *q, const char *keys, long step, const int some) {
+    vec dots[LANES] = {{0}};
+    for (long d = 0; d < D; d += LANES) {
+        vec part = get(q, d, F32);
 #pragma GCC unroll 16
-        for (int j = 0; j < 16; j++) /* past the last slot again the last: what is read must be there */
+        for (int j = 0; j < LANES; j++) /* past the last slot again the last: what is read must be there */
             dots[j] += part * get(keys + (j < some ? j : some - 1) * step, d, kind);
     }
     return totals(dots);
@@ -343,20 +305,20 @@ static float exponentials(float *p, long n) {
 
 /* Attention of a token's queries of heads from .. to-1, in place of them, over n slots of its row; the order of slots
    does not matter. All heads go through the slots together, as these lie in memory. p (H, room). */
-INLINE void look(const int kind, const long D, const Model *m, float *q, const char *keys, const char *values, long from,
-                 long to, long n, float *p) {
-    const long size = kind == BF16 ? 2 : 4, step = m->G * D * size, group = m->H / m->G;
+INLINE void look(const int kind, const long D, const Model *m, float *q, const char *keys, const char *values,
+                 long from, long to, long n, float *p) {
+    const long size = size_of(kind), step = m->G * D * size, group = m->H / m->G;
     const float scale = 1.0f / sqrtf((float)D);
-    for (long i = 0; i < n; i += 16)
+    for (long i = 0; i < n; i += LANES)
         for (long g = from; g < to; g++) {
             const char *here = keys + i * step + g * D * size;
-            for (int j = 0; j < 16; j++)
+            for (int j = 0; j < LANES; j++)
                 for (long d = 0; d < D * size; d += 64) __builtin_prefetch(here + (FAR + j) * step + d);
             for (long h = g * group; h < (g + 1) * group; h++) {
-                v16 dots = n - i >= 16 ? with_keys(kind, D, q + h * D, here, step, 16)
-                                       : with_keys(kind, D, q + h * D, here, step, n - i);
+                vec dots = n - i >= LANES ? with_keys(kind, D, q + h * D, here, step, LANES)
+                                          : with_keys(kind, D, q + h * D, here, step, n - i);
                 dots *= scale;
-                memcpy(p + h * m->room + i, &dots, 64);
+                memcpy(p + h * m->room + i, &dots, sizeof(dots));
             }
         }
     float sum[to * group];
@@ -371,15 +333,15 @@ INLINE void look(const int kind, const long D, const Model *m, float *q, const c
             for (int j = 0; j < 16; j++)
                 for (long d = 0; d < D * size; d += 64) __builtin_prefetch(here + (first + FAR + j) * step + d);
             for (long h = g * group; h < (g + 1) * group; h++)
-                for (long d = 0; d < D; d += 64) { /* four sums at a time stay in registers */
-                    v16 mixed[4];
-                    const int parts = D - d < 64 ? (D - d) / 16 : 4;
+                for (long d = 0; d < D; d += 4 * LANES) { /* four sums at a time stay in registers */
+                    vec mixed[4];
+                    const int parts = D - d < 4 * LANES ? (D - d) / LANES : 4;
                     float *y = q + h * D + d;
-                    memcpy(mixed, y, parts * 64);
+                    memcpy(mixed, y, parts * sizeof(vec));
                     for (long i = first; i < last; i++)
                         for (int j = 0; j < parts; j++)
-                            mixed[j] += p[h * m->room + i] * get(here + i * step, d + 16 * j, kind);
-                    memcpy(y, mixed, parts * 64);
+                            mixed[j] += p[h * m->room + i] * get(here + i * step, d + LANES * j, kind);
+                    memcpy(y, mixed, parts * sizeof(vec));
                 }
         }
     for (long h = from * group; h < to * group; h++)

@@ -20,7 +20,7 @@ from nanochat.common import get_base_dir, kernels_enabled, warn
 from nanochat.runtime import cpu_flags
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "decode.c", "sampling.c"))
-HEADER = Path(__file__).with_name("kernels.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "vectors.h"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -77,7 +77,7 @@ def library() -> ctypes.CDLL | None:
 
 def build_key() -> str:
     """Changes with the sources and with what -march=native means here, as a base folder may move to another machine."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (HEADER, *SOURCES)))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (*HEADERS, *SOURCES)))
     digest.update(" ".join([*FLAGS, platform.platform(), platform.machine(), *sorted(cpu_flags())]).encode())
     return digest.hexdigest()[:16]
 

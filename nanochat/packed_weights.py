@@ -6,13 +6,20 @@ its largest absolute value over 127 and rounded to int8 (symmetric, one scale pe
 they are: of those a token reads one row.
 """
 
+import ctypes
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanochat import kernels
 from nanochat.gpt import GPT
 
-BLOCK = 16  # outputs that C works out together: the floats of its vectors
+
+def block_outputs() -> int:
+    """How many outputs C works out together: the floats of its vectors."""
+    library = kernels.library()
+    return ctypes.c_int.in_dll(library, "block_outputs").value if library else 16
 
 
 class PackedWeights:
@@ -31,7 +38,7 @@ class PackedWeights:
             weight, scale = quantize(linear.weight) if self.int8 else (linear.weight.detach(), None)
             if scale is not None:
                 linear.weight.copy_(weight * scale[:, None])
-                scale = F.pad(scale, (0, -len(scale) % BLOCK))
+                scale = F.pad(scale, (0, -len(scale) % block_outputs()))
             new = pack(weight), scale
             for mine, theirs in zip(self._of.setdefault(linear, new), new):
                 if mine is not None and theirs is not None and mine is not theirs:
@@ -55,8 +62,8 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """weight (M, K) -> (blocks, K / P, 16, P): P inputs, of bfloat16 two, of each output of a block lie together."""
-    together = 2 if weight.dtype == torch.bfloat16 else 1
+    """weight (M, K) -> (blocks, K / P, outputs, P): of each output of a block P inputs lie together, in bfloat16 two."""
+    together, outputs = 2 if weight.dtype == torch.bfloat16 else 1, block_outputs()
     M, K = weight.shape
-    weight = F.pad(weight, (0, 0, 0, -M % BLOCK))
-    return weight.view(-1, BLOCK, K // together, together).permute(0, 2, 1, 3).contiguous()
+    weight = F.pad(weight, (0, 0, 0, -M % outputs))
+    return weight.view(-1, outputs, K // together, together).permute(0, 2, 1, 3).contiguous()

@@ -1,0 +1,86 @@
+/* Vectors of as many floats as this CPU adds up at once: loading them from any kind of number, adding them up. */
+
+#pragma once
+
+#include "kernels.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Floats in a vector; a tile of a product (decode.c) is TALL vectors of outputs for WIDE tokens: as many sums as the
+   registers hold beside their factors. */
+#if defined(__AVX512F__)
+enum { LANES = 16, TALL = 2, WIDE = 8 };
+#elif defined(__AVX__)
+enum { LANES = 8, TALL = 2, WIDE = 4 };
+#elif defined(__aarch64__)
+enum { LANES = 4, TALL = 4, WIDE = 4 };
+#else
+enum { LANES = 4, TALL = 2, WIDE = 4 };
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+
+enum { F32, BF16, INT8 }; /* kinds of numbers */
+
+INLINE long size_of(const int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
+
+INLINE vec from_bytes(bytes b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b));
+#elif defined(__AVX2__)
+    __m128i low = {0};
+    memcpy(&low, &b, 8);
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low));
+#else /* by way of int16: gcc takes the direct conversion apart into single numbers */
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, shorts), integers), vec);
+#endif
+}
+
+INLINE vec get(const void *p, long at, const int kind) {
+    vec floats;
+    halves h;
+    bytes b;
+    switch (kind) {
+    case BF16: memcpy(&h, (const bf16_t *)p + at, sizeof(h)); return (vec)(__builtin_convertvector(h, words) << 16);
+    case INT8: memcpy(&b, (const int8_t *)p + at, sizeof(b)); return from_bytes(b);
+    default: memcpy(&floats, (const float *)p + at, sizeof(floats)); return floats;
+    }
+}
+
+/* The sums of LANES vectors, in order: first within each four of a vector's floats, then the fours. v is used up.
+   FOLD takes LANES of the floats of a (numbered from 0) and b (from LANES). */
+#define FOLD(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define PAIRS(n, even, odd)                                     \
+    _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) v[i] =  \
+        FOLD(v[2 * i], v[2 * i + 1], even) + FOLD(v[2 * i], v[2 * i + 1], odd)
+#define LIST(...) __VA_ARGS__
+
+INLINE vec totals(vec *v) {
+#if defined(__AVX512F__)
+    PAIRS(8, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+          LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+    PAIRS(4, LIST(0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30),
+          LIST(1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31));
+    PAIRS(2, LIST(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+          LIST(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+    PAIRS(1, LIST(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+          LIST(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+#elif defined(__AVX__)
+    PAIRS(4, LIST(0, 1, 8, 9, 4, 5, 12, 13), LIST(2, 3, 10, 11, 6, 7, 14, 15));
+    PAIRS(2, LIST(0, 2, 8, 10, 4, 6, 12, 14), LIST(1, 3, 9, 11, 5, 7, 13, 15));
+    PAIRS(1, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15));
+#else
+    PAIRS(2, LIST(0, 1, 4, 5), LIST(2, 3, 6, 7));
+    PAIRS(1, LIST(0, 2, 4, 6), LIST(1, 3, 5, 7));
+#endif
+    return v[0];
+}
