@@ -62,7 +62,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """weight (M, K) -> (blocks, K / P, outputs, P): of each output of a block P inputs lie together, in bfloat16 two."""
+    """weight (M, K) -> (blocks, K / P, outputs, P): of each output P inputs lie together, in bfloat16 two."""
     together, outputs = 2 if weight.dtype == torch.bfloat16 else 1, block_outputs()
     M, K = weight.shape
     weight = F.pad(weight, (0, 0, 0, -M % outputs))
