@@ -1,4 +1,4 @@
-"""base_train that stands still before a step for as long as a file bids it: what torchrun starts in test_network.
+"""base_train that stands still before a step for as long as a file bids it: what is launched in test_network.
 
 BASE/hold/2-20 holds a run of two processes that has done 20 steps; it tells by BASE/held/2-20 that it has come there.
 A process that is told to stop goes on.

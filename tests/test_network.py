@@ -1,4 +1,4 @@
-"""Two hosts under `torchrun --nnodes=1:2`: one is cut off and returns, then dies and is started anew; nobody helps.
+"""Two hosts under `scripts.launch --nnodes=1:2`: one is cut off and returns, dies and is started anew; nobody helps.
 
 The hosts are network namespaces joined by a cable of their own (dev/two_hosts.py). While host 1 is away, host 0 goes
 on alone from the last save; the end is the undisturbed run's.
@@ -33,8 +33,8 @@ FLAGS = [
     "--lr-scale=0.1", "--weight-decay=0", "--timeout=2", f"--num-iterations={STEPS}",
 ]  # fmt: skip
 # As in the recipes but for the figures: a host counts as dead after 3 s, and a start waits 1 s for more hosts.
-TORCHRUN = [
-    sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3",
+LAUNCHER = [
+    sys.executable, "-m", "scripts.launch", "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3",
     "--rdzv-backend=c10d", "--rdzv-id=net", f"--rdzv-endpoint={TwoHosts.addresses[0]}:29500", "--monitor-interval=0.1",
 ]  # fmt: skip
 QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
@@ -49,16 +49,15 @@ class Run:
             (base / name).mkdir()
         for bid in bids:
             (base / "hold" / bid).touch()
-        self.torchruns = [self.launch(0), self.launch(1)]
+        self.launchers = [self.launch(0), self.launch(1)]
 
     def launch(self, host: int) -> "subprocess.Popen[bytes]":
         # Both hosts bear this machine's name, so which of them keeps the store must be said.
         where = [f"--local-addr={TwoHosts.addresses[host]}", f"--rdzv-conf={QUICK},is_host={int(host == 0)}",
-                 f"--log-dir={self.base / 'torchrun'}"]  # fmt: skip
-        command = [*TORCHRUN, *where, str(ROOT / "tests" / "held_train.py"), *FLAGS, f"--data={self.base}/text.jsonl"]
+                 f"--log-dir={self.base / 'launcher'}"]  # fmt: skip
+        command = [*LAUNCHER, *where, str(ROOT / "tests" / "held_train.py"), *FLAGS, f"--data={self.base}/text.jsonl"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(self.base),
-                       "NANOCHAT_DTYPE": "float32", "PYTHONPATH": str(ROOT),
-                       "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # fmt: skip
+                       "NANOCHAT_DTYPE": "float32", "PYTHONPATH": str(ROOT)}  # fmt: skip
         with open(self.base / f"host{host}.log", "ab") as output:
             return self.hosts.popen(host, command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
@@ -79,13 +78,13 @@ class Run:
 
     def kill(self, host: int) -> None:
         """All of a host's processes at once, as a power cut would."""
-        torchrun = self.torchruns[host]
+        launcher = self.launchers[host]
         with suppress(OSError):
-            os.kill(torchrun.pid, signal.SIGSTOP)  # it shall not start others meanwhile
-            for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():
+            os.kill(launcher.pid, signal.SIGSTOP)  # it shall not start others meanwhile
+            for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
                 os.kill(int(pid), signal.SIGKILL)
-        torchrun.kill()
-        torchrun.wait()
+        launcher.kill()
+        launcher.wait()
 
 
 @pytest.fixture
@@ -123,7 +122,7 @@ def test_a_host_that_is_cut_off_or_dies_and_returns(hosts: TwoHosts, copied: Pat
         ended = re.search(r"error: rank 1: (.+) failed, another process hangs or is gone \((.+)\)", run.said(0))
         assert ended and ended[1].startswith(("summing", "counting", "gathering")), run.said(0)
         assert "resumed at step 20 " in run.said(0)
-        assert run.torchruns[1].poll() is None  # it waits for the network
+        assert run.launchers[1].poll() is None  # it waits for the network
         hosts.link(1, "up")
         run.wait_for("2-42")  # host 0 was told to stop before its next step, which it finished
         assert "resumed at step 32 " in run.said(1), "rank 0 is on host 1 again"
@@ -132,9 +131,9 @@ def test_a_host_that_is_cut_off_or_dies_and_returns(hosts: TwoHosts, copied: Pat
         run.let_go("2-42")
         run.wait_for("1-47")
         hosts.link(1, "up")
-        run.torchruns[1] = run.launch(1)
-        run.wait(lambda: all(t.poll() is not None for t in run.torchruns), "the end")
-        assert [t.returncode for t in run.torchruns] == [0, 0], run.said(0) + run.said(1)
+        run.launchers[1] = run.launch(1)
+        run.wait(lambda: all(t.poll() is not None for t in run.launchers), "the end")
+        assert [t.returncode for t in run.launchers] == [0, 0], run.said(0) + run.said(1)
     finally:
         run.kill(0)
         run.kill(1)
