@@ -116,6 +116,7 @@ def test_a_host_that_is_cut_off_or_dies_and_returns(hosts: TwoHosts, copied: Pat
     run = Run(hosts, copied, ["2-22", "1-31", "2-42", "1-47"])
     try:
         run.wait_for("2-22")
+        run.wait((run.folder / "000020" / "manifest.json").exists, "step 20 is saved")
         hosts.link(1, "down")
         run.let_go("2-22")
         run.wait_for("1-31")
