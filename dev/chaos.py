@@ -2,23 +2,30 @@
 
     python -m dev.chaos --minutes=15 --seed=1 --log=chaos.log
 
-Two processes under torchrun train a tiny model on the CPU, first undisturbed, then with a fault every few seconds:
+`scripts.launch` trains a tiny model in two processes, first undisturbed, then with a fault every few seconds:
 
-    worker     one of the two is killed (SIGKILL)           launcher   torchrun alone is killed
+    worker     one of the two is killed (SIGKILL)           launcher   the launcher alone is killed
     power      everything is killed at once                  truncate, bitflip
     frozen     a process stands still for a moment                     the same, and a file of the latest
     full       the disk is full for a moment                           checkpoint is damaged meanwhile
     readonly   the run's folder may not be written for a moment
 
+Every third run is on two hosts (dev/two_hosts.py), which meet as `scripts.launch --nnodes=1:2`:
+
+    cut        the cable between them is pulled for a moment     node   a host dies unheard and is started anew
+
 It asserts that each run reaches its last step; that its average loss and its weights are then the undisturbed run's
-within TOLERANCE; that each restart goes on from the last completed, undamaged save or a later one; and that no process
-outlives its launcher. "full" and "readonly" mount things, in a mount namespace of their own: without root they are
-left out, which the summary says. Exit code 0 if all that holds, 1 if not.
+within TOLERANCE, or, taken together, HOSTS_TOLERANCE where a host was alone for a time; that each restart goes on from
+the last completed, undamaged save or a later one; and that no process outlives its launcher. "full" and "readonly"
+mount things, in a mount namespace of their own. What this machine does not permit is left out, which the summary says.
+Exit code 0 if all that holds, 1 if not.
 """
 
 import argparse
 import ctypes
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -29,11 +36,13 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from dev.two_hosts import NoHosts, TwoHosts
 from nanochat.checkpoint_manager import open_checkpoint, run_dir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,10 +50,11 @@ STEPS, SAVE_EVERY, TOLERANCE = 300, 5, 1e-6
 DISK_MEGABYTES = 24
 PATIENCE_SECONDS = 120.0  # for a run to take another step, on a busy machine
 ORPHAN_SECONDS = 30.0  # for processes without a launcher to end
+HOSTS_TOLERANCE = 1e-4
 FLAGS = [
     "--depth=1", "--n-embd=16", "--head-dim=8", "--max-seq-len=16", "--total-batch-size=64", "--eval-tokens=64",
     "--eval-every=-1", "--sample-every=-1", "--device-type=cpu", "--model-tag=chaos", "--resume", "--keep-last=3",
-    "--lr-scale=0.1", "--timeout=30", f"--save-every={SAVE_EVERY}", f"--num-iterations={STEPS}",
+    "--lr-scale=0.1", "--weight-decay=0", "--timeout=30", f"--save-every={SAVE_EVERY}", f"--num-iterations={STEPS}",
 ]  # fmt: skip
 
 
@@ -67,6 +77,7 @@ class Tally:
     problems: list[str] = field(default_factory=list)
     runs: int = 0
     largest_difference: float = 0.0
+    largest_on_two_hosts: float = 0.0
 
     def table(self, left_out: dict[str, str]) -> str:
         """A line for each kind."""
@@ -83,6 +94,9 @@ class Tally:
 
 class Chaos:
     """One run after another in `base`, each broken until it ends. Writes down what it does in `log`."""
+
+    tolerance = TOLERANCE
+    kinds: tuple[str, ...] = ("worker", "power", "launcher", "frozen", "full", "readonly", "truncate", "bitflip")
 
     def __init__(self, folder: Path, disk: Path, log: Path, seed: int) -> None:
         self.base, self.disk, self.run = disk / "base", disk, run_dir(disk / "base", "base", "chaos")
@@ -107,27 +121,34 @@ class Chaos:
     # -----------------------------------------------------------------------------------------------
     # Looking
 
+    def command(self, *where: str, flags: Sequence[str] = ()) -> list[str]:
+        return [sys.executable, "-m", "scripts.launch", *where, "--max-restarts=3", "--monitor-interval=0.1",
+                f"--log-dir={self.output.with_name('launcher')}", "-m", "scripts.base_train", "--", *FLAGS, *flags,
+                f"--data={self.base / 'text.jsonl'}"]  # fmt: skip
+
     def launch(self) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=2",
-                   "--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
-                   "--max-restarts=3", "--monitor-interval=0.1", "-m", "scripts.base_train", "--", *FLAGS,
-                   f"--data={self.base / 'text.jsonl'}"]  # fmt: skip
+        command = self.command("--nnodes=1", "--nproc_per_node=2", "--master-addr=127.0.0.1", "--master-port=0",
+                               "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")  # fmt: skip
         with open(self.output, "ab") as output:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment(self.base), stdout=output,
                                             stderr=subprocess.STDOUT)  # fmt: skip
+
+    def launchers(self) -> "list[subprocess.Popen[bytes]]":
+        """Those that run."""
+        return [launcher for launcher in (self.process,) if launcher and launcher.poll() is None]
 
     def alive(self) -> bool:
         assert self.process is not None
         return self.process.poll() is None
 
     def workers(self) -> list[int]:
-        """The training processes below torchrun."""
-        assert self.process is not None
+        """The training processes below the launchers."""
         found = []
-        with suppress(OSError):
-            for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
-                if b"scripts.base_train" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(int(pid))
+        for pid in (launcher.pid for launcher in self.launchers()):
+            with suppress(OSError):
+                for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                    if b"scripts.base_train" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        found.append(int(child))
         return found
 
     def last_step(self) -> int:
@@ -180,13 +201,15 @@ class Chaos:
         self.expected = waiting
 
     def kill_all(self) -> None:
-        assert self.process is not None
-        with suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGSTOP)  # it shall not start others meanwhile
-        for pid in [*self.workers(), self.process.pid]:
+        for launcher in self.launchers():
+            with suppress(ProcessLookupError):
+                os.kill(launcher.pid, signal.SIGSTOP)  # it shall not start others meanwhile
+        for pid in self.workers():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+        for launcher in self.launchers():
+            launcher.kill()
+            launcher.wait()
 
     def worker(self) -> None:
         found = self.workers()
@@ -269,13 +292,17 @@ class Chaos:
     # Runs
 
     def prepare(self) -> None:
-        """A tokenizer, text, and the undisturbed run."""
+        """A tokenizer and text."""
         self.base.mkdir(parents=True)
         rows = "".join(json.dumps({"text": f"line {i} of {i * i} lines of text"}) + "\n" for i in range(400))
         (self.base / "text.jsonl").write_text(rows)
         tokenizer = [sys.executable, "-m", "scripts.tok_train", f"--data={self.base / 'text.jsonl'}",
                      "--vocab-size=265"]  # fmt: skip
         subprocess.run(tokenizer, cwd=ROOT, env=environment(self.base), check=True, stdout=subprocess.DEVNULL)
+
+    def undisturbed(self) -> None:
+        """The run to compare with."""
+        shutil.rmtree(self.run, ignore_errors=True)
         began = time.monotonic()
         self.launch()
         assert self.process is not None
@@ -290,7 +317,7 @@ class Chaos:
         """One run, broken until it ends; after `until`, left in peace."""
         shutil.rmtree(self.run, ignore_errors=True)
         self.damaged, self.expected = {}, []
-        kinds = [kind for kind in FAULTS if kind not in self.left_out]
+        kinds = [kind for kind in self.kinds if kind not in self.left_out]
         weights = [2 if kind in LASTING else 1 for kind in kinds]
         starts = 0
         while True:
@@ -307,6 +334,7 @@ class Chaos:
             self.check_expected()
             assert self.process is not None
             if self.process.wait() == 0:
+                self.kill_all()  # a host that has not come back
                 break
             if starts > 1000:
                 return self.problem("1000 starts and no end")
@@ -340,18 +368,85 @@ class Chaos:
         self.tally.runs += 1
         found = open_checkpoint(self.run, STEPS)
         loss, weights = found.meta["progress"]["smooth_loss"], found.model_state()
-        off = [float((weights[n] - w).norm() / w.norm().clamp(min=1e-9)) for n, w in self.wanted_weights.items()]
-        off.append(abs(loss - self.wanted_loss) / self.wanted_loss)
-        self.tally.largest_difference = max(self.tally.largest_difference, *off)
+        off = [*self.differences(weights), abs(loss - self.wanted_loss) / self.wanted_loss]
+        self.note_difference(max(off))
         said = f"run {self.tally.runs} ended at step {STEPS}: loss {loss:.6f}, undisturbed {self.wanted_loss:.6f}, "
-        self.say(f"{said}largest relative difference {max(off):.1e}; torchrun was started {starts} times by itself")
-        if max(off) > TOLERANCE:
+        self.say(f"{said}largest relative difference {max(off):.1e}; the launcher was started {starts} times by itself")
+        if max(off) > self.tolerance:
             self.problem(f"run {self.tally.runs} is {max(off):.1e} off the undisturbed one")
 
+    def differences(self, weights: dict[str, Any]) -> list[float]:
+        """Each tensor's, relative to its norm."""
+        return [float((weights[n] - w).norm() / w.norm().clamp(min=1e-9)) for n, w in self.wanted_weights.items()]
 
-FAULTS: dict[str, Callable[[Chaos], None]] = {
+    def note_difference(self, off: float) -> None:
+        self.tally.largest_difference = max(self.tally.largest_difference, off)
+
+
+class OnTwoHosts(Chaos):
+    """The same on two hosts, one process each. Shares the tally, the log and the dice with `other`."""
+
+    tolerance = HOSTS_TOLERANCE
+    kinds = ("worker", "power", "cut", "node")
+
+    def __init__(self, other: Chaos, hosts: TwoHosts) -> None:
+        self.__dict__.update(other.__dict__)
+        self.hosts = hosts
+        self.second: subprocess.Popen[bytes] | None = None
+
+    def launch(self) -> None:
+        self.kill_all()  # of the hosts' launchers the one that is left
+        self.process, self.second = self.start(0), self.start(1)
+
+    def start(self, host: int) -> "subprocess.Popen[bytes]":
+        address = TwoHosts.addresses
+        quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
+        # Steps slow enough for a host to return before the other has done them all.
+        flags = ["--timeout=3", "--total-batch-size=512", "--device-batch-size=1"]
+        command = self.command("--nnodes=1:2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=chaos",
+                               f"--rdzv-endpoint={address[0]}:29500", f"--local-addr={address[host]}",
+                               f"--rdzv-conf={quick},is_host={int(host == 0)}", flags=flags)  # fmt: skip
+        with open(self.output, "ab") as output:
+            return self.hosts.popen(host, command, cwd=ROOT, env=environment(self.base), stdout=output,
+                                    stderr=subprocess.STDOUT)  # fmt: skip
+
+    def launchers(self) -> "list[subprocess.Popen[bytes]]":
+        return [launcher for launcher in (self.process, self.second) if launcher and launcher.poll() is None]
+
+    def await_steps(self, count: int = 2) -> bool:
+        if self.second and self.second.poll() is not None and self.alive():
+            self.second = self.start(1)  # as whoever looks after that host would
+        return super().await_steps(count)
+
+    def cut(self) -> None:
+        self.expect("cut")
+        self.hosts.link(1, "down")
+        time.sleep(self.rng.uniform(0.5, 20))
+        self.hosts.link(1, "up")
+
+    def node(self) -> None:
+        self.expect("node")
+        self.hosts.link(1, "down")  # nobody hears of it
+        first, self.process = self.process, None
+        self.kill_all()
+        self.process = first
+        time.sleep(self.rng.uniform(0, 15))
+        self.hosts.link(1, "up")
+        self.second = self.start(1)
+
+    def differences(self, weights: dict[str, Any]) -> list[float]:
+        """All taken together: a scalar whose gradient is rounding alone goes its own way with any other sum."""
+        off = math.hypot(*(float((weights[n] - w).norm()) for n, w in self.wanted_weights.items()))
+        return [off / math.hypot(*(float(w.norm()) for w in self.wanted_weights.values()))]
+
+    def note_difference(self, off: float) -> None:
+        self.tally.largest_on_two_hosts = max(self.tally.largest_on_two_hosts, off)
+
+
+FAULTS: dict[str, Callable[[Any], None]] = {
     "worker": Chaos.worker, "power": Chaos.power, "launcher": Chaos.launcher, "frozen": Chaos.frozen,
     "full": Chaos.full, "readonly": Chaos.readonly, "truncate": Chaos.truncate, "bitflip": Chaos.bitflip,
+    "cut": OnTwoHosts.cut, "node": OnTwoHosts.node,
 }  # fmt: skip
 
 
@@ -395,22 +490,35 @@ def main() -> int:
         chaos = Chaos(folder, disk, args.log, args.seed)
         if why := own_mounts(disk):
             chaos.left_out = {"full": why, "readonly": why}
+        runs, hosts = [chaos, chaos], None
         try:
             chaos.prepare()
+            chaos.undisturbed()
+            try:
+                hosts = TwoHosts()
+                runs.append(OnTwoHosts(chaos, hosts))
+                runs[-1].undisturbed()
+            except NoHosts as error:
+                chaos.left_out |= {"cut": str(error), "node": str(error)}
             began = time.monotonic()
             until = began + 60 * args.minutes
-            while time.monotonic() < until:
-                chaos.disturb(until)
+            for run in itertools.cycle(reversed(runs)):
+                if time.monotonic() > until:
+                    break
+                run.disturb(until)
             seconds = time.monotonic() - began
         finally:
-            if chaos.process is not None and chaos.alive():
-                chaos.kill_all()
+            for run in runs:
+                run.kill_all()
+            if hosts:
+                hosts.close()
             shutil.copy(chaos.output, args.log.with_suffix(".output"))
             subprocess.run(["umount", "--lazy", disk], capture_output=True)
     tally = chaos.tally
     chaos.say(f"summary\n{tally.table(chaos.left_out)}\n{tally.faults.total()} faults in {seconds / 60:.1f} minutes, "
               f"{tally.runs} runs ended, largest relative difference {tally.largest_difference:.1e} (allowed "
-              f"{TOLERANCE:g}), {len(tally.problems)} problems")  # fmt: skip
+              f"{TOLERANCE:g}), on two hosts {tally.largest_on_two_hosts:.1e} (allowed {HOSTS_TOLERANCE:g}), "
+              f"{len(tally.problems)} problems")  # fmt: skip
     return 1 if tally.problems else 0
 
 

@@ -3,9 +3,9 @@
 #
 #   sbatch --nodes=4 --gpus-per-node=8 runs/slurm.sh --depth=24 --save-every=250
 #
-# Two minutes before its time is up this script is told, and tells torchrun to stop: the step is finished and saved,
-# and the job puts itself back into the queue, to go on from there (--resume). A node that fails does the same. The
-# base folder must be on a disk that all nodes share.
+# Two minutes before its time is up this script is told, and hands it on: the step is finished and saved, and the job
+# puts itself back into the queue, to go on from there (--resume). A node that fails does the same. The base folder must
+# be on a disk that all nodes share. (Not SIGTERM: srun takes that for an order to kill.)
 #SBATCH --job-name=nanochat
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:USR1@120
@@ -19,9 +19,9 @@ NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 HEAD="${NODES%%$'\n'*}" # the first line; `| head -n 1` would at times end scontrol by SIGPIPE, and with it the job
 GPUS="${SLURM_GPUS_ON_NODE:-8}" CODE=0 TOLD=
 
-trap 'TOLD=1; kill -TERM "$STEP"' USR1
-srun .venv/bin/torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$GPUS" --max-restarts=3 \
-  --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$HEAD:${PORT:-29500}" \
+trap 'TOLD=1; kill -USR1 "$STEP"' USR1
+srun .venv/bin/python -m scripts.launch --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$GPUS" --max-restarts=3 \
+  --shutdown-timeout=100 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$HEAD:${PORT:-29500}" \
   -m scripts.base_train -- --resume "$@" & STEP=$!
 wait "$STEP" || CODE=$?
 if [ -n "$TOLD" ]; then

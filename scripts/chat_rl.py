@@ -90,7 +90,7 @@ class Config(TrainFlags):
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    with Runtime.create(config.device_type, seed=config.seed) as runtime:
+    with Runtime.create(config.device_type, seed=config.seed, timeout_seconds=config.timeout) as runtime:
         base_dir = get_base_dir()
         run = own_run("rl", config.source, config, config.source_tag, base_dir)
         with only_session(run, runtime):

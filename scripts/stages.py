@@ -21,6 +21,7 @@ STAGES = {
     "chat_cli": "talk to it in the terminal",
     "chat_web": "talk to it in the browser; serve it to any OpenAI client",
     "report": "show where the report is, and draw it anew",
+    "launch": "start one of them in many processes, on many machines",
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs under torchrun that lose a process, are told to stop, or hang: none of them needs a human."""
+"""Runs under the launcher that lose a process, are told to stop, or hang: none of them needs a human."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from ranks import run_ranks
 from nanochat.checkpoint_manager import list_steps, open_checkpoint, run_dir
 from nanochat.runtime import Runtime
 
+ROOT = Path(__file__).parent.parent
 FLAGS = [
     "--depth=1", "--n-embd=16", "--head-dim=8", "--max-seq-len=16", "--total-batch-size=64", "--eval-tokens=64",
     "--eval-every=-1", "--sample-every=-1", "--device-type=cpu", "--save-every=5", "--model-tag=elastic", "--resume",
@@ -21,11 +22,12 @@ FLAGS = [
 
 
 def launch(base: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2",
-               "--max-restarts=3", "-m", "scripts.base_train", "--", *FLAGS,
+    command = [sys.executable, "-m", "scripts.launch", "--standalone", "--nnodes=1", "--nproc_per_node=2",
+               "--max-restarts=3", f"--log-dir={base / 'launcher'}", "-m", "scripts.base_train", "--", *FLAGS,
                f"--data={base / 'text.jsonl'}", *flags]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(base), "NANOCHAT_DTYPE": "float32"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)  # fmt: skip
 
 
 def steps_done(base: Path) -> int:
@@ -41,7 +43,7 @@ def wait_for_step(base: Path, step: int, process: subprocess.Popen[str]) -> None
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
-    """The training processes below torchrun."""
+    """The training processes below the launcher."""
     listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in listed if b"scripts.base_train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
@@ -59,14 +61,18 @@ def test_a_killed_process_is_replaced_and_the_run_goes_on(copied: Path) -> None:
     assert checkpoint.step == 100 and [json.loads(line)["step"] for line in lines] == list(range(1, 101))
 
 
-def test_torchrun_told_to_stop_saves(copied: Path) -> None:
+@pytest.mark.parametrize(("name", "to_all"), [("SIGTERM", False), ("SIGUSR1", True)])
+def test_a_launcher_told_to_stop_saves_and_asks_to_be_started_again(name: str, to_all: bool, copied: Path) -> None:
+    # A person tells the launcher, which hands it on; SLURM tells all processes, and the launcher hands it on as well.
+    signum = getattr(signal, name)
     with launch(copied, "--num-iterations=100000", "--save-every=-1") as process:
         wait_for_step(copied, 20, process)
-        process.send_signal(signal.SIGTERM)
+        for pid in [process.pid, *(workers(process) if to_all else [])]:
+            os.kill(pid, signum)
         said, _ = process.communicate(timeout=60)
     done = steps_done(copied)
     assert list_steps(run_dir(copied, "base", "elastic")) == [done] and done >= 20, said
-    assert f"SIGTERM: stopped after step {done}" in said and process.returncode != 0
+    assert f"{name}: stopped after step {done}" in said and process.returncode == 128 + signum
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell of a parent's death")

@@ -1,7 +1,13 @@
 """What goes wrong on one process only: all stop, or all go on, and the message names the rank."""
 
+import contextlib
+import io
 import math
 import os
+import re
+import resource
+import sys
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +16,7 @@ import torch
 from ranks import run_ranks
 from test_trainer import CONFIG, Batches
 
-from nanochat import checkpoint_manager
+from nanochat import checkpoint_folder, checkpoint_manager, tensor_file
 from nanochat.checkpoint_manager import list_steps, open_checkpoint
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
@@ -18,6 +24,7 @@ from nanochat.optim import DistMuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
 from nanochat.saver import Saver
 from nanochat.schedules import ScheduleConfig
+from nanochat.session import run_to_end
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Drifted, NonFiniteLoss, Trainer
 
@@ -86,35 +93,101 @@ def test_a_loss_that_is_no_number_names_step_rank_and_data() -> None:
     assert said[0] == "loss is nan at step 2 on rank 1: batch 3 of rank 1; no checkpoint yet"
 
 
-def save_on_a_full_disk(runtime: Runtime, folder: str, tokenizer: str) -> Any:
-    trainer = make_trainer(runtime, 6)
-    real = checkpoint_manager.write_file
+class Storage:
+    """What may befall a run's folder, on one rank only unless the folder itself is concerned, and be put right."""
 
-    def write_file(path: Path, chunks: Any) -> Any:
-        if runtime.rank == 1 and "000004" in str(path):
-            raise OSError(28, "No space left on device")
-        return real(path, chunks)
+    def __init__(self, run: Path) -> None:
+        self.run, self.aside = run, run.with_name("aside")
 
-    checkpoint_manager.write_file = write_file
+    def limit(self, broken: bool) -> None:
+        """The kernel lets this process write no file of more than 100 bytes, as a quota or a full disk would."""
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 if broken else hard, hard))
+
+    def unmount(self, broken: bool) -> None:
+        """This process does not see the folder any more."""
+        real = checkpoint_folder.step_path
+        elsewhere = lambda run, *rest: real(run.with_name("unmounted"), *rest)  # noqa: E731
+        checkpoint_manager.step_path = elsewhere if broken else real
+
+    def refuse(self, broken: bool) -> None:
+        """This process has lost the permission to write there (which would not stop the root that tests run as)."""
+
+        def write_file(path: Path, chunks: Any) -> Any:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        checkpoint_manager.write_file = write_file if broken else tensor_file.write_file
+
+    def replace(self, broken: bool) -> None:
+        """The folder is gone, and something else stands in its place."""
+        if broken:
+            self.run.rename(self.aside)
+            self.run.touch()
+        else:
+            self.run.unlink()
+            self.aside.rename(self.run)
+
+
+def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit: int, heals: bool) -> Any:
+    """Save at every other step of ten; the storage breaks before the second save, and is whole before the third."""
+    trainer, storage = make_trainer(runtime, 10), Storage(Path(run))
     meta = {"model_config": CONFIG.to_dict(), "plan": {}}
-    saver = Saver(Path(folder), runtime, RustBPETokenizer.from_directory(Path(tokenizer)), meta, keep_last=1)
+    saver = Saver(Path(run), runtime, RustBPETokenizer.from_directory(Path(tokenizer)), meta, keep_last=1)
     trainer.save, trainer.save_every = saver, 2
-    saved_after: list[int | None] = []
-    trainer.log = lambda t, record: saved_after.append(t.last_saved_step)
-    trainer.run()
+    saved: list[int | None] = []
+
+    def log(t: Trainer, record: Any) -> None:
+        saved.append(t.last_saved_step)
+        if record["step"] == 3 or (record["step"] == 6 and heals):
+            if t.writing:  # the save before the fault, or the one that it hit, has its end first
+                wait([t.writing[1]])
+            runtime.barrier()
+            if runtime.rank == culprit:
+                getattr(storage, fault)(record["step"] == 3)
+            runtime.barrier()
+
+    trainer.log = log
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        code = run_to_end(trainer, Path(run), "again")
     saver.close()
-    return trainer.progress.step, saved_after[-1], trainer.last_saved_step
+    if runtime.rank == culprit and not heals:
+        getattr(storage, fault)(False)
+    return told.getvalue(), (code, trainer.progress.step, saved[-1], trainer.last_saved_step)
 
 
-def test_a_disk_that_is_full_on_one_rank_costs_all_of_them_one_save(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on files")
+@pytest.mark.parametrize(
+    ("fault", "culprit", "heals", "says"),
+    [
+        ("limit", 0, True, "File too large"),
+        ("limit", 1, True, "rank 1: .*File too large"),
+        ("limit", 1, False, "rank 1: .*File too large"),
+        ("unmount", 1, True, "rank 1: .*No such file"),
+        ("refuse", 1, True, "rank 1: .*Permission denied"),
+        ("replace", 0, True, "File exists|Not a directory"),
+        ("replace", 0, False, "File exists|Not a directory"),
+    ],
+)
+def test_storage_that_fails_on_one_rank_costs_all_of_them_one_save(
+    fault: str, culprit: int, heals: bool, says: str, tmp_path: Path
+) -> None:
     tokenizer = RustBPETokenizer.train_from_iterator(["the quick brown fox " * 20] * 4, 270)
     os.mkdir(tmp_path / "tokenizer")
     tokenizer.save(tmp_path / "tokenizer")
-    answers = run_ranks(2, save_on_a_full_disk, str(tmp_path / "run"), str(tmp_path / "tokenizer"))
-    assert answers == [(6, 2, 6)] * 2  # step 4 failed on both, the last one succeeded
-    assert list_steps(tmp_path / "run") == [6]
-    checkpoint = open_checkpoint(tmp_path / "run")
-    assert {k: int(v) for k, v in checkpoint.loader_state().items()} == {"served0": 6, "served1": 6}
+    run = tmp_path / "run"
+    both = run_ranks(2, save_through, str(run), str(tmp_path / "tokenizer"), fault, culprit, heals)
+    (told, _), answers = both[0], [answer for _, answer in both]
+    going_on = "training goes on, the last good checkpoint is step 2"
+    assert re.search(f"warning: could not save step 4: .*({says}).*; {going_on}", told), told
+    if heals:
+        assert answers == [(0, 10, 6, 10)] * 2 and list_steps(run) == [10]
+        served = {k: int(v) for k, v in open_checkpoint(run).loader_state().items()}
+        assert served == {"served0": 10, "served1": 10}
+    else:  # it ends with an error, and what was good still is
+        assert answers == [(1, 10, 2, 2)] * 2 and list_steps(run) == [2]
+        assert re.search(f"error: could not save step 10: .*({says}).*; the last good checkpoint in .* is step 2", told)
+        served = {k: int(v) for k, v in open_checkpoint(run).loader_state().items()}
+        assert served == {"served0": 2, "served1": 2} and not list(run.glob(".*.new"))
 
 
 @pytest.mark.parametrize("missing", ["optimizer-00002-of-00002.safetensors", "loader-00001-of-00002.safetensors"])

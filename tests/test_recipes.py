@@ -1,4 +1,4 @@
-"""runs/slurm.sh, ssh.sh and sky.yaml start the same torchrun on every machine, told apart by their launcher's words."""
+"""runs/slurm.sh, ssh.sh and sky.yaml start the same launcher on every machine, told apart by their launcher's words."""
 
 import os
 import shlex
@@ -24,9 +24,9 @@ def program(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-def after_torchrun(words: list[str]) -> list[str]:
-    """What torchrun is given, but for the run's name."""
-    start = next(i for i, word in enumerate(words) if word.endswith("torchrun")) + 1
+def launched(words: list[str]) -> list[str]:
+    """What the launcher is given, but for the run's name."""
+    start = words.index("scripts.launch") + 1
     return [word for word in words[start:] if not word.startswith("--rdzv-id=")]
 
 
@@ -44,18 +44,19 @@ def test_slurm(tmp_path: Path) -> None:
     environment = slurm(tmp_path, 'printf "%s\\n" "$@"')
     said = subprocess.run(["bash", RUNS / "slurm.sh", *WANTED[-2:]], env=environment, check=True, capture_output=True,
                           text=True).stdout  # fmt: skip
-    assert after_torchrun(said.splitlines()) == WANTED and "requeue" not in said
+    found = launched(said.splitlines())
+    assert [word for word in found if word != "--shutdown-timeout=100"] == WANTED and "requeue" not in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_slurm_job_that_is_told_to_stop_goes_back_into_the_queue(tmp_path: Path) -> None:
-    environment = slurm(tmp_path, 'trap "echo saved; exit 1" TERM; echo training; while :; do sleep 0.05; done')
+    environment = slurm(tmp_path, 'trap "echo saved; exit 138" USR1; echo training; while :; do sleep 0.05; done')
     with subprocess.Popen(["bash", RUNS / "slurm.sh"], env=environment, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None and job.stdout.readline() == "training\n"
         time.sleep(0.1)
         job.send_signal(signal.SIGUSR1)
         said, _ = job.communicate(timeout=20)
-    assert said.splitlines() == ["saved", "scontrol requeue 7"]
+    assert said.splitlines() == ["saved", "scontrol requeue 7"] and job.returncode == 138
 
 
 def test_ssh() -> None:
@@ -64,7 +65,29 @@ def test_ssh() -> None:
                           text=True).stdout  # fmt: skip
     lines = [shlex.split(line) for line in said.splitlines()]
     assert [line[:3] for line in lines] == [["ssh", "-tt", "node1"], ["ssh", "-tt", "node2"]]
-    assert all(after_torchrun(line) == WANTED for line in lines)
+    assert all(launched(line) == ["--nnodes=1:2", *WANTED[1:]] for line in lines)
+
+
+def test_ssh_tries_a_lost_host_again_until_the_run_has_ended(tmp_path: Path) -> None:
+    # node2's network fails, then the host itself; when it is back, node1 has done the rest.
+    script = f"""cd {tmp_path}; echo "$2" >> tried
+    case "$2-$(grep -c node2 tried)" in
+        node1-*) until [ "$(grep -c node2 tried)" -ge 4 ]; do sleep 0.02; done; touch ended; exit 0;;
+        node2-1) exit 75;; node2-2) exit 255;; node2-3) exit 75;;
+        *) until [ -e ended ]; do sleep 0.02; done; sleep 0.2; exit 75;;
+    esac"""
+    program(tmp_path / "bin" / "ssh", script)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOSTS": "node1 node2",
+                   "PAUSE": "0.01"}  # fmt: skip
+    assert subprocess.run(["bash", RUNS / "ssh.sh"], env=environment, timeout=20).returncode == 0
+    assert sorted((tmp_path / "tried").read_text().split()) == ["node1", *["node2"] * 4]
+
+
+def test_ssh_does_not_try_a_mistake_again(tmp_path: Path) -> None:
+    program(tmp_path / "bin" / "ssh", "echo tried; exit 2")
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOSTS": "node1 node2"}
+    done = subprocess.run(["bash", RUNS / "ssh.sh"], env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and done.stdout.splitlines() == ["tried"] * 2
 
 
 def test_ssh_that_is_told_to_stop_tells_all_hosts(tmp_path: Path) -> None:
@@ -81,10 +104,10 @@ def test_ssh_that_is_told_to_stop_tells_all_hosts(tmp_path: Path) -> None:
 
 def test_sky(tmp_path: Path) -> None:
     recipe = yaml.safe_load((RUNS / "sky.yaml").read_text())
-    program(tmp_path / ".venv" / "bin" / "torchrun", 'printf "%s\\n" torchrun "$@"')
+    program(tmp_path / ".venv" / "bin" / "python", 'printf "%s\\n" "$@"')
     environment = {**os.environ, **{name: str(value) for name, value in recipe["envs"].items()},
                    "SKYPILOT_NODE_IPS": "node1\nnode2", "SKYPILOT_NUM_NODES": "2",
                    "SKYPILOT_NUM_GPUS_PER_NODE": "4"}  # fmt: skip
     said = subprocess.run(["bash", "-c", recipe["run"]], cwd=tmp_path, env=environment, check=True, capture_output=True,
                           text=True).stdout  # fmt: skip
-    assert after_torchrun(said.splitlines()) == WANTED
+    assert launched(said.splitlines()) == WANTED

@@ -1,0 +1,38 @@
+"""The launcher's exit code tells what happened; torchrun's is always 1."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
+
+from scripts import launch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(("program", "code"), [("exit 0", 0), ("exit 2", 2), ("exit 143", 143), ("kill -KILL $$", 137)])
+def test_the_code_of_what_it_started(program: str, code: int, tmp_path: Path) -> None:
+    path = tmp_path / "program"
+    path.write_text(program)
+    words = ["--no-python", "--standalone", "--nproc_per_node=1", f"--log-dir={tmp_path}", "sh", str(path)]
+    done = subprocess.run([sys.executable, "-m", "scripts.launch", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert ("launch: rank 0 failed first" in done.stderr) == (code > 0)
+
+
+@pytest.mark.parametrize("error", [RendezvousConnectionError("gone"), dist.DistNetworkError("reset\nat frame 0")])
+def test_lost_hosts_are_to_be_tried_again(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose(args: object) -> None:
+        raise error
+
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # so that it is unset afterwards
+    monkeypatch.setattr(torchrun, "run", lose)
+    assert launch.main(["train.py"]) == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"launch: this host has lost the others, or they have ended ({str(error).splitlines()[0]})"
