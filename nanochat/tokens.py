@@ -62,8 +62,10 @@ class TokenisedCorpus:
             try:
                 return self._read(path, part, group, split)
             except (pa.ArrowException, OSError, ValueError) as error:
-                warn(f"the tokens in {path} are damaged ({first_line(error)}): tokenising {part.path} on the fly; "
-                     "python -m scripts.tok_data makes them again")  # fmt: skip
+                warn(f"the tokens in {path} are damaged ({first_line(error)}): deleted, and {part.path} is tokenised on "
+                     "the fly; python -m scripts.tok_data makes them again")  # fmt: skip
+                with suppress(OSError):
+                    path.unlink()
                 self.files[str(part.path)] = None
         return self.corpus.read_block(split, index)
 
