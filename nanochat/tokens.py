@@ -3,7 +3,7 @@
 A file is for one tokenizer and one version of one shard; block i of it has the tokens of row group i, document by
 document, and what a reader needs to treat them as it would the text: characters, and the hash that tells the splits
 apart. Any other file, or a damaged one, is not used, which costs time and changes nothing: the text is tokenised then.
-It is parquet, as the text is: compressed, with checksums, and of no kind that could execute anything on being read.
+It is parquet, as the text is: compressed, and of no kind that could execute anything on being read.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from nanochat.lanes import token_dtype
 from nanochat.textfiles import document_hash, first_line, read_row_group
 
 VERSION = "1"  # of the files; raise it when the same text and tokenizer would give another file
+DIGESTS, DIGEST_BYTES = b"nanochat.digests", 16  # of each block, one after the other
 SCHEMA = pa.schema([("hash", pa.uint64()), ("characters", pa.uint32()), ("ids", pa.binary())])
 
 
@@ -61,9 +62,9 @@ class TokenisedCorpus:
         if path is not None:
             try:
                 return self._read(path, part, group, split)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                warn(f"the tokens in {path} are damaged ({first_line(error)}): deleted, and {part.path} is tokenised on "
-                     "the fly; python -m scripts.tok_data makes them again")  # fmt: skip
+            except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+                warn(f"the tokens in {path} are damaged ({first_line(error)}): deleted, and {part.path} is tokenised "
+                     "on the fly; python -m scripts.tok_data makes them again")  # fmt: skip
                 with suppress(OSError):
                     path.unlink()
                 self.files[str(part.path)] = None
@@ -86,14 +87,27 @@ class TokenisedCorpus:
         return self.files[name]
 
     def _read(self, path: Path, part: Part, group: int, split: str) -> list[Tokens]:
-        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
             table = file.read_row_group(group, use_threads=False)
+            expected = file.metadata.metadata[DIGESTS][group * DIGEST_BYTES :][:DIGEST_BYTES]
+        if digest(table) != expected:
+            raise ValueError(f"block {group} is not what was written")
         hashes = table.column("hash").to_numpy()
         mine = np.ones(len(hashes), bool)
         if part.by_hash and self.corpus.val_limit < 2**64:
             mine = (hashes < np.uint64(self.corpus.val_limit)) == (split == "val")
         characters, ids = table.column("characters").to_pylist(), table.column("ids").to_pylist()
         return [Tokens(np.frombuffer(ids[i], self.dtype), characters[i]) for i in np.flatnonzero(mine)]
+
+
+def digest(table: pa.Table) -> bytes:
+    """Of a block. Parquet's own checksums cover pages, and say nothing of which page it is."""
+    ids = table.column("ids").to_pylist()
+    sums = hashlib.blake2b(np.array([len(one) for one in ids], np.int64).tobytes(), digest_size=DIGEST_BYTES)
+    for column in ("hash", "characters"):
+        sums.update(table.column(column).to_numpy().tobytes())
+    sums.update(b"".join(ids))
+    return sums.digest()
 
 
 def with_tokens(corpus: Corpus, tokenizer: Any) -> Corpus:
@@ -122,13 +136,13 @@ def write_tokens(part: Part, tokenizer: Any, path: Path, between: Callable[[], N
 
     `between` is called after each block. One block is in memory at a time. Raises BadShard, or OSError for the disk.
     """
-    dtype, tokens = token_dtype(tokenizer.get_vocab_size()), 0
+    dtype, tokens, digests = token_dtype(tokenizer.get_vocab_size()), 0, b""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
     os.close(handle)
     try:
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False,
-                              write_page_checksum=True) as writer:  # fmt: skip
+        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd", use_dictionary=False,
+                              write_statistics=False) as writer:  # fmt: skip
             for group in range(part.blocks):
                 documents = read_row_group(part.path, group, part.source)
                 pieces = [(document_hash(d.text), piece) for d in documents for piece in cut(d.text)]
@@ -137,9 +151,11 @@ def write_tokens(part: Part, tokenizer: Any, path: Path, between: Callable[[], N
                 columns = [[hash for hash, _ in pieces], [len(piece) for _, piece in pieces],
                            [np.array(ids, dtype).tobytes() for ids in encoded]]  # fmt: skip
                 arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types)]
-                writer.write_table(pa.table(arrays, schema=SCHEMA), row_group_size=max(1, len(pieces)))
+                table = pa.table(arrays, schema=SCHEMA)
+                digests += digest(table)
+                writer.write_table(table, row_group_size=max(1, len(pieces)))
                 between()
-            writer.add_key_value_metadata(labels(part, tokenizer))
+            writer.add_key_value_metadata(labels(part, tokenizer) | {DIGESTS: digests})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~current_umask())

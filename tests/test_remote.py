@@ -204,9 +204,9 @@ def test_blocks_are_fetched_ahead(bucket: Path, tmp_path: Path) -> None:
 # The cache
 
 
-def damage(path: Path) -> None:
+def damage(path: Path, at: int | None = None) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2 if at is None else at] ^= 1
     path.write_bytes(data)
 
 

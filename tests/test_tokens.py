@@ -101,9 +101,10 @@ def test_of_another_tokenizer_or_another_text_they_are_not_used(data: Path, base
 def test_damaged_files_are_not_used_silently(how: str, data: Path, base: Path, capsys) -> None:
     expected = rows_of(opened(data, base), 60)
     assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
-    mine, other = (tokens.token_path(base / "tokens", part, TOKENIZER) for part in opened(data, base).parts["train"][:2])
+    parts = opened(data, base).parts["train"]
+    mine, other = (tokens.token_path(base / "tokens", part, TOKENIZER) for part in parts[:2])
     if how == "a bit":
-        damage(mine)
+        damage(mine, 300)
     elif how == "another's":
         mine.write_bytes(other.read_bytes())
     else:
@@ -113,6 +114,23 @@ def test_damaged_files_are_not_used_silently(how: str, data: Path, base: Path, c
     assert str(mine) in capsys.readouterr().err
     assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
     rows_of(opened(data, base), 60, tokenizer=NoText())
+
+
+def test_no_bit_that_flips_changes_a_token(data: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
+    monkeypatch.setattr(tokens, "warn", lambda message: None)
+    corpus = opened(data, base)
+    path = tokens.token_path(base / "tokens", corpus.parts["train"][0], TOKENIZER)
+    whole = path.read_bytes()
+    expected = [TOKENIZER.encode(d.text) for d in corpus.read_block("train", 2)]
+    used = 0
+    for at in range(0, len(whole), max(1, len(whole) // 300)):
+        path.write_bytes(whole)
+        damage(path, at)
+        found = tokens.with_tokens(corpus, TOKENIZER).read_block("train", 2)
+        used += isinstance(found[0], document_order.Tokens)
+        assert not isinstance(found[0], document_order.Tokens) or [t.ids.tolist() for t in found] == expected, at
+    assert used > 100  # damage to other blocks leaves this one alone
 
 
 def test_they_are_made_in_parallel_and_only_once(data: Path, base: Path, capsys) -> None:
@@ -154,7 +172,7 @@ def test_a_bad_shard(data: Path, base: Path, capsys) -> None:
     content = bytearray(path.read_bytes())
     content[1000:3000] = bytes(2000)
     path.write_bytes(content)
-    with pytest.raises(UserError, match="s2.parquet.*--skip-bad-shards"):
+    with pytest.raises(UserError, match=r"s2.parquet.*--skip-bad-shards"):
         tok_data.main([f"--data={data}", "--workers=1"])
     assert tok_data.main([f"--data={data}", "--workers=1", "--skip-bad-shards"]) == 0
     assert "SKIPPED A BAD SHARD (1 so far)" in capsys.readouterr().err
