@@ -124,13 +124,13 @@ def test_no_bit_that_flips_changes_a_token(data: Path, base: Path, monkeypatch: 
     whole = path.read_bytes()
     expected = [TOKENIZER.encode(d.text) for d in corpus.read_block("train", 2)]
     used = 0
-    for at in range(0, len(whole), max(1, len(whole) // 300)):
+    for at in range(0, len(whole), max(1, len(whole) // 150)):
         path.write_bytes(whole)
         damage(path, at)
         found = tokens.with_tokens(corpus, TOKENIZER).read_block("train", 2)
         used += isinstance(found[0], document_order.Tokens)
         assert not isinstance(found[0], document_order.Tokens) or [t.ids.tolist() for t in found] == expected, at
-    assert used > 100  # damage to other blocks leaves this one alone
+    assert used > 50  # damage to other blocks leaves this one alone
 
 
 def test_they_are_made_in_parallel_and_only_once(data: Path, base: Path, capsys) -> None:
@@ -151,8 +151,9 @@ def test_they_are_made_in_parallel_and_only_once(data: Path, base: Path, capsys)
 
 def test_stopped_in_the_middle_it_goes_on(data: Path, base: Path) -> None:
     """Ctrl-C leaves nothing half done and no process behind; what was done stays."""
-    for i in range(30):
-        write_parquet(data / f"t{i:02d}.parquet", make_texts(3000, i, words=200), 200)
+    large = write_parquet(data / "t.parquet", make_texts(1000, words=600), 50).read_bytes()
+    for i in range(40):
+        (data / f"t{i:02d}.parquet").write_bytes(large)
     command = [sys.executable, "-m", "scripts.tok_data", f"--data={data}", "--workers=2"]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(token_files(base)) < 3:
@@ -164,7 +165,7 @@ def test_stopped_in_the_middle_it_goes_on(data: Path, base: Path) -> None:
     assert job.returncode == 130 and "interrupted" in said and "Traceback" not in said, said
     assert time.monotonic() - began < 10 and not list((base / "tokens").rglob("*.tmp"))
     done = token_files(base)
-    assert 3 <= len(done) < 34 and all(pq.ParquetFile(path).metadata.metadata for path in done)
+    assert 3 <= len(done) < 45 and all(pq.ParquetFile(path).metadata.metadata for path in done)
 
 
 def test_a_bad_shard(data: Path, base: Path, capsys) -> None:
