@@ -5,6 +5,7 @@ Optional: base_train finds the tokens by itself, and makes the same batches as f
 
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -140,10 +141,14 @@ def results(todo: list[Part], paths: dict[Part, Path], tokenizer: RustBPETokeniz
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool as error:
-        raise OSError("a worker was killed (is there enough memory?); the same command goes on from here") from error
+        raise WorkerLost("a worker was killed (is there enough memory?); the same command goes on from here") from error
     finally:
         stop.set()  # so that the shards under way are given up
         pool.shutdown(cancel_futures=True)
+
+
+class WorkerLost(RuntimeError):
+    """A worker process ended before its work did."""
 
 
 class Stopped(Exception):
@@ -187,7 +192,11 @@ def work(part: Part, path: Path) -> int | str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, tokenise."""
-    return tokenise(_cli.parse(Config, argv))
+    try:
+        return tokenise(_cli.parse(Config, argv))
+    except WorkerLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
