@@ -292,8 +292,9 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
         runtime.error0(f"\nerror: {error}")
         return 1
     except DataFailed as error:  # all processes know
-        runtime.error0(f"\nerror: the next batch cannot be had: {error}. Step {trainer.progress.step} is saved; go on "
-                       f"from there with:\n  {resume_command}")  # fmt: skip
+        saved = trainer.last_saved_step
+        where = "Nothing is saved yet" if saved is None else f"Step {saved} is saved"
+        runtime.error0(f"\nerror: the next batch cannot be had: {error}. {where}; go on with:\n  {resume_command}")
         return 1
     except CollectiveFailed as error:  # what one process has to tell, the others may not know
         print(f"\nerror: {error}; go on from the last checkpoint with:\n  {resume_command}", file=sys.stderr,
