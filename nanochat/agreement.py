@@ -43,9 +43,7 @@ def name_culprits(runtime: Runtime, own_loss: torch.Tensor | None, origin: str) 
     return named + (f"; and ranks {', '.join(map(str, bad[4:]))}" if bad[4:] else "")
 
 
-def tell_failures(
-    runtime: Runtime, failure: BaseException | None, may_skip: bool
-) -> tuple[dict[str, str], str | None]:
+def tell_failures(runtime: Runtime, failure: BaseException | None, may_skip: bool) -> tuple[dict[str, str], str | None]:
     """(shards that some process could not read -> why, what else failed or None), alike on all.
 
     `failure` is this process's. Without `may_skip` a bad shard is like any other failure.

@@ -63,6 +63,7 @@ def test_the_same_validation_and_small_data(data: Path, base: Path) -> None:
     (data / "few").mkdir()
     write_parquet(data / "few" / "few.parquet", make_texts(9), 4)
     for folder in (data, data / "few"):
+
         def blocks(tokenizer: object, folder: Path = folder) -> list[list[list[int]]]:
             corpus = tokens.with_tokens(opened(folder, base), tokenizer)
             return [[item.ids.tolist() if isinstance(item, document_order.Tokens) else TOKENIZER.encode(item.text)
