@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from nanochat.common import BadShard, warn
@@ -238,23 +238,29 @@ class Opening:
     def corpus(self, name: str, train: list[Part], val: list[Part], val_limit: int = VAL_LIMIT) -> Corpus:
         """The corpus of these shards, or of the recorded ones as far as these are they."""
         if self.recorded:
-            found = {str(part.path): part for part in train + val}
             val_limit = int(self.recorded["val_limit"])
             before = {split: [Part.from_dict(values) for values in self.recorded[split]] for split in SPLITS}
-            known = {str(part.path) for split in SPLITS for part in before[split]}
-            new = [part for path, part in found.items() if path not in known]
+            known = {part.digest for split in SPLITS for part in before[split]}
+            left_out = {PurePath(shard).name for shard in self.skipped}
+            found = {str(part.path): part for part in train + val}
+            new = [part for part in found.values() if part.digest not in known and part.path.name not in left_out]
             train, val = ([self.as_before(part, found) for part in before[split]] for split in SPLITS)
             train += new
         return Corpus(name, train, val, val_limit, skip_bad=self.skip_bad, skipped=self.skipped)
 
     def as_before(self, before: Part, found: dict[str, Part]) -> Part:
-        """A shard in the place it had; left out, if it may be, when it is gone or another one by now."""
+        """A shard in the place it had, even if it was moved; left out, if it may be, when it is gone or changed."""
         path = str(before.path)
+        if path in self.skipped:
+            return before
         now = found.get(path)
-        if path not in self.skipped and (now is None or (now.digest != before.digest and self.skip_bad)):
+        if now is None or now.digest != before.digest:
+            now = next((part for part in found.values() if part.digest == before.digest), now)
+        if now is None or (now.digest != before.digest and self.skip_bad):
             what = "is gone" if now is None else "has changed"
             self.leave_out(BadShard(f"{path} {what} since the run began", path))
-        return before if now is None or path in self.skipped else replace(now, by_hash=before.by_hash)
+            return before
+        return replace(now, by_hash=before.by_hash)
 
 
 def make_part(path: Source, source: str | None = None, by_hash: bool = False) -> Part:

@@ -111,6 +111,24 @@ def test_what_was_skipped_stays_skipped(
     assert losses(copied, "whole") != straight
 
 
+def test_shards_keep_their_places_when_the_folder_moves(data: Path, tmp_path: Path) -> None:
+    first = resolve_corpus(str(data), tmp_path / "b", skip_bad=True)
+    record = json.loads(json.dumps(first.record()))
+    moved = data.rename(data.with_name("moved"))
+    skipped = {str(data / "s0.parquet"): "it was damaged"}
+    again = resolve_corpus(str(moved), tmp_path / "b", skipped=skipped, recorded=record)
+    assert again.fingerprint == first.fingerprint and not again.read_block("train", 3)
+    part, group = first.locate("train", 100)
+    assert part.path.name == "s1.parquet" and again.locate("train", 100)[1] == group
+    assert {d.text for d in again.read_block("train", 100)} <= set(SHORT[1][4 * group : 4 * group + 4])
+    (moved / "s1.parquet").unlink()
+    with pytest.raises(BadShard, match=r"s1.parquet is gone"):
+        resolve_corpus(str(moved), tmp_path / "b", skipped=skipped, recorded=record)
+    put(moved, 1)
+    write_parquet(moved / "s9.parquet", SHORT[1], 4)
+    assert resolve_corpus(str(moved), tmp_path / "b", recorded=record).fingerprint != first.fingerprint
+
+
 def test_a_shard_that_vanishes_while_training(
     data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
