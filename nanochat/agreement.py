@@ -1,8 +1,11 @@
-"""What goes wrong on some process of a run only: weights that drift, a loss that is not a number."""
+"""What goes wrong on some process of a run only: weights that drift, a loss that is not a number, data that fails."""
+
+import json
 
 import torch
 from torch import nn
 
+from nanochat.common import BadShard
 from nanochat.runtime import Runtime
 
 
@@ -38,3 +41,16 @@ def name_culprits(runtime: Runtime, own_loss: torch.Tensor | None, origin: str) 
         return f"all ranks together: {origins[0]}; ..."
     named = "; ".join(f"rank {rank}: {origins[rank]}" for rank in bad[:4])
     return named + (f"; and ranks {', '.join(map(str, bad[4:]))}" if bad[4:] else "")
+
+
+def tell_failures(runtime: Runtime, failure: BaseException | None, may_skip: bool) -> tuple[dict[str, str], str | None]:
+    """(shards that some process could not read -> why, what else failed or None), alike on all.
+
+    `failure` is this process's. Without `may_skip` a bad shard is like any other failure.
+    """
+    mine = {"error": str(failure) or type(failure).__name__} if failure else {}
+    if may_skip and isinstance(failure, BadShard):
+        mine["shard"] = failure.shard
+    told = [json.loads(text) for text in runtime.exchange(json.dumps(mine), "telling of data that failed")]
+    shards = {one["shard"]: one["error"] for one in told if "shard" in one}
+    return shards, next((one["error"] for one in told if "error" in one and "shard" not in one), None)

@@ -4,7 +4,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -59,6 +59,7 @@ class Prefetcher(Generic[Item]):
         self._results: SimpleQueue[Item | _Failure] = SimpleQueue()
         self._slots = threading.Semaphore(depth)
         self._failure: _Failure | None = None
+        self._next: list[Item | _Failure] = []  # the next result, once it was waited for
         stop = threading.Event()
         thread = threading.Thread(target=_work, args=(produce, self._results, self._slots, stop),
                                   name="nanochat-prefetch", daemon=True)  # fmt: skip
@@ -67,16 +68,43 @@ class Prefetcher(Generic[Item]):
 
     def get(self) -> Item:
         """The next result, in order. Raises what `produce` raised, then and every time after."""
-        result = self._failure or self._results.get()
+        self.wait(None)
+        result = self._failure or self._next.pop()
         if isinstance(result, _Failure):
             self._failure = result
             raise result.error
         self._slots.release()
         return result
 
+    def wait(self, seconds: float | None) -> bool:
+        """Wait at most so long for the next result, for ever if None. True if get() would not wait."""
+        if not self._next and not self._failure:
+            try:
+                self._next.append(self._results.get(timeout=seconds))
+            except Empty:
+                return False
+        return True
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What get() will raise, if that is known."""
+        found = self._failure or (self._next[0] if self._next else None)
+        return found.error if isinstance(found, _Failure) else None
+
     def close(self) -> None:
         """End the thread and wait for it."""
         self._end()
+
+
+class AskedToEnd(Exception):
+    """The thread of a Prefetcher leaves what it waits for: nobody wants the result any more."""
+
+
+def leave_if_asked() -> None:
+    """For what may wait long, now and then: raises AskedToEnd on a Prefetcher's thread that is to end."""
+    stop = getattr(threading.current_thread(), "stop", None)
+    if stop is not None and stop.is_set():
+        raise AskedToEnd
 
 
 @dataclass
@@ -87,6 +115,7 @@ class _Failure:
 def _work(
     produce: Callable[[], Any], results: "SimpleQueue[Any]", slots: threading.Semaphore, stop: threading.Event
 ) -> None:
+    threading.current_thread().stop = stop  # type: ignore[attr-defined]
     while slots.acquire() and not stop.is_set():
         try:
             results.put(produce())

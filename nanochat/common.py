@@ -34,6 +34,14 @@ class UserError(ValueError):
     """
 
 
+class BadShard(UserError):
+    """A file of the data that is missing or damaged. `shard` is its path or URL, as the message names it."""
+
+    def __init__(self, message: str, shard: object) -> None:
+        super().__init__(message)
+        self.shard = str(shard)
+
+
 def get_base_dir() -> Path:
     """The folder that holds everything nanochat makes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat.
 
@@ -53,6 +61,34 @@ def get_datasets_dir() -> Path | None:
     """A local mirror of Hugging Face data sets in hub layout ($NANOCHAT_DATASETS_DIR), or None."""
     path = os.environ.get("NANOCHAT_DATASETS_DIR")
     return Path(path).expanduser().resolve() if path else None
+
+
+def get_cache_dir(base_dir: Path) -> Path:
+    """Where pieces of data from URLs are kept: $NANOCHAT_CACHE_DIR (best on a disk of this machine), else in the base
+    folder."""
+    path = os.environ.get("NANOCHAT_CACHE_DIR")
+    return Path(path).expanduser().resolve() if path else base_dir / "stream"
+
+
+def get_cache_bytes() -> int:
+    """How much of it: $NANOCHAT_CACHE_GB gigabytes, 20 unless given; 0 keeps nothing. UserError for no number."""
+    return round(1e9 * _number("NANOCHAT_CACHE_GB", 20))
+
+
+def get_network_seconds() -> float:
+    """How long a network that has failed is waited for: $NANOCHAT_NETWORK_SECONDS, 300 unless given."""
+    return _number("NANOCHAT_NETWORK_SECONDS", 300)
+
+
+def _number(name: str, otherwise: float) -> float:
+    given = os.environ.get(name) or str(otherwise)
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e12:
+        raise UserError(f"{name} must be a number, 0 or more, got {given!r}")
+    return value
 
 
 def debug_enabled() -> bool:

@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from nanochat.common import UserError, current_umask, read_json, write_json
-from nanochat.textfiles import MIB, Document, document_hash, file_documents, kind_of
+from nanochat.common import BadShard, current_umask, read_json, write_json
+from nanochat.remote import RemoteFile
+from nanochat.textfiles import MIB, Document, Source, document_hash, file_documents, kind_of
 
 BLOCK_DOCUMENTS, BLOCK_BYTES = 1024, 16 * MIB  # a row group is full at either
 SHARD_BLOCKS = 64
@@ -52,7 +53,7 @@ class Tally:
         return is_val
 
 
-def convert(paths: list[Path], base_dir: Path) -> tuple[list[Path], list[Path], Tally]:
+def convert(paths: Sequence[Source], base_dir: Path) -> tuple[list[Path], list[Path], Tally]:
     """Shards (train, val) that hold the documents of `paths`, made now unless they were made before.
 
     One process converts, under a lock, and others wait for it. The shards are written aside and appear
@@ -70,23 +71,32 @@ def convert(paths: list[Path], base_dir: Path) -> tuple[list[Path], list[Path], 
     return sorted(folder.glob("train_*.parquet")), sorted(folder.glob("val_*.parquet")), tally
 
 
-def conversion_key(paths: list[Path]) -> str:
+def conversion_key(paths: Sequence[Source]) -> str:
     """16 hex digits that change when a file is added, removed, renamed or written again."""
     digest = hashlib.blake2b(str(CONVERSION_VERSION).encode(), digest_size=8)
     for path in paths:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        digest.update(os.fsencode(path.resolve()) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        place = path.url.encode() if isinstance(path, RemoteFile) else os.fsencode(path.resolve())
+        size, version = stamp(path)
+        digest.update(place + f"\0{size}\0{version}\0".encode())
     return digest.hexdigest()
 
 
-def convert_into(folder: Path, paths: list[Path]) -> None:
+def stamp(path: Source) -> tuple[int, str]:
+    """(bytes, version) of a file, which change when it is written again. BadShard if it cannot be looked at."""
+    if isinstance(path, RemoteFile):
+        return path.size, path.version
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise BadShard(f"cannot read {path}: {error.strerror}", path) from error
+    return stat.st_size, str(stat.st_mtime_ns)
+
+
+def convert_into(folder: Path, paths: Sequence[Source]) -> None:
     """Write the shards and their manifest to a temporary neighbour of `folder`, then rename it."""
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a conversion that was killed
         shutil.rmtree(leftover)
-    megabytes = sum(path.stat().st_size for path in paths) / 1e6
+    megabytes = sum(stamp(path)[0] for path in paths) / 1e6
     if megabytes > 50:
         print(f"once: converting {len(paths)} files, {megabytes:,.0f} MB, to parquet in {folder}", flush=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
@@ -100,7 +110,7 @@ def convert_into(folder: Path, paths: list[Path]) -> None:
         raise
 
 
-def write_shards(folder: Path, paths: list[Path]) -> Tally:
+def write_shards(folder: Path, paths: Sequence[Source]) -> Tally:
     """Stream all documents, mixed, into train and validation shards; what was seen."""
     tally = Tally()
     train, val = ShardWriter(folder, "train"), ShardWriter(folder, "val")
@@ -111,7 +121,7 @@ def write_shards(folder: Path, paths: list[Path]) -> Tally:
     return tally
 
 
-def split_lone_text(paths: list[Path], documents: Iterator[Document]) -> Iterator[Document]:
+def split_lone_text(paths: Sequence[Source], documents: Iterator[Document]) -> Iterator[Document]:
     """The documents; but the only one of a single short text file becomes its paragraphs, or else its lines."""
     first = list(islice(documents, 2))
     if len(first) != 1 or len(paths) != 1 or not (kind_of(paths[0]) or "").startswith(".txt"):

@@ -5,6 +5,7 @@ of step k is a function of (seed, data, k) alone: of how many processes share it
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -20,6 +21,7 @@ from nanochat.conversation_loader import ConversationLoader
 from nanochat.dataset import resolve_corpus
 from nanochat.document_order import Corpus, DocumentOrder
 from nanochat.lanes import REFILL_ROWS, LanePacker, LaneState, TextEncoder, check_layout
+from nanochat.tokens import with_tokens
 
 __all__ = ["Batch", "ConversationLoader", "PretrainLoader", "tokenizing_distributed_data_loader_with_state_bos_bestfit"]
 
@@ -65,11 +67,13 @@ class PretrainLoader:
         check_sizes(sequence_len, rows_per_step, self.num_lanes, world_size)
         assert 0 <= rank < world_size
         self.lanes = range(rank, self.num_lanes, world_size)
-        order = DocumentOrder(corpus, split, num_lanes=self.num_lanes, own_lanes=len(self.lanes), seed=seed,
+        self.corpus = with_tokens(corpus, tokenizer)
+        order = DocumentOrder(self.corpus, split, num_lanes=self.num_lanes, own_lanes=len(self.lanes), seed=seed,
                               shuffle=shuffle)  # fmt: skip
         self._packer = LanePacker(order, tokenizer, list(self.lanes), sequence_len=sequence_len,
                                   num_threads=num_threads)  # fmt: skip
         data = fingerprint_number(f"{corpus.fingerprint} {split}")
+        self._order = order
         self._layout = {"version": 1, "lanes": self.num_lanes, "sequence_len": sequence_len, "seed": seed,
                         "shuffle": int(shuffle), "data": data}  # fmt: skip
         self._states = self._packer.states()  # after the last batch handed out
@@ -77,20 +81,52 @@ class PretrainLoader:
 
     def next_batch(self) -> Batch:
         """This process's rows of the next step, in the order of the global batch."""
+        step = self._start().get()
+        self._states = step.states
+        return step.batch
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long for the next batch. True if next_batch need not; `failure` says if it will raise."""
+        return self._start().wait(seconds)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What next_batch is going to raise, as far as is known."""
+        return self._prefetcher.failure if self._prefetcher else None
+
+    @property
+    def skips_bad_shards(self) -> bool:
+        """Whether bad shards may be left out."""
+        return getattr(self.corpus, "skip_bad", False)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Bad shards that are left out, and why."""
+        return getattr(self.corpus, "skipped", {})
+
+    def skip(self, shards: dict[str, str]) -> None:
+        """From the next batch on leave out these shards, too (name -> why). For all processes, after the same batch."""
+        self.close()
+        for shard, reason in shards.items():
+            self.corpus.skip(shard, reason)  # type: ignore[attr-defined]
+        self._order.forget()
+
+    def _start(self) -> Prefetcher[_Step]:
         if self._prefetcher is None:
             rounds = self.rows_per_step // self.num_lanes
             depth = max(3, 2 * REFILL_ROWS // rounds)  # so that rows are at hand while the lanes read
             self._prefetcher = Prefetcher(partial(_make_step, self._packer, rounds), depth)
-        step = self._prefetcher.get()
-        self._states = step.states
-        return step.batch
+        return self._prefetcher
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Where this process's lanes stand after the last batch handed out, however far the thread is ahead.
 
         Keys carry the lane: the states of all ranks can be joined into one dict, and loaded by any number.
         """
-        state = {f"loader.{name}": np.array(value, np.int64) for name, value in self._layout.items()}
+        fixed = self._layout | {"parts": self._order.parts}
+        state = {f"loader.{name}": np.array(value, np.int64) for name, value in fixed.items()}
+        if self.skipped:
+            state["loader.skipped"] = pack(self.skipped)
         for lane, lane_state in zip(self.lanes, self._states, strict=True):
             state |= lane_state.to_arrays(f"lane{lane:02d}", self._packer.dtype)
         return state
@@ -99,7 +135,9 @@ class PretrainLoader:
         """Go on from a saved state, which must hold all lanes of this process. Raises UserError for another run's."""
         check_layout({name: int(state[f"loader.{name}"]) for name in self._layout if f"loader.{name}" in state},
                      self._layout)  # fmt: skip
-        self.close()
+        self.skip(unpack_skipped(state))
+        if "loader.parts" in state:
+            self._order.cut_blocks(int(state["loader.parts"]))
         dtype = self._packer.dtype
         self._packer.restore([LaneState.from_arrays(state, f"lane{lane:02d}", dtype) for lane in self.lanes])
         self._states = self._packer.states()
@@ -111,7 +149,8 @@ class PretrainLoader:
         documents, rows = sum(c.documents for c in counts), sum(c.rows for c in counts)
         return {"documents": documents, "tokens": rows * self.sequence_len, "rows": rows,
                 "cropped_share": sum(c.cropped for c in counts) / max(documents, 1),
-                "epoch": min(state.cursor.epoch for state in self._states)}  # fmt: skip
+                "epoch": min(state.cursor.epoch for state in self._states),
+                **({"skipped_shards": len(self.skipped)} if self.skipped else {})}  # fmt: skip
 
     def close(self) -> None:
         """End the thread. The state stays readable; the next batch after it starts another thread there."""
@@ -132,6 +171,17 @@ def check_sizes(sequence_len: int, rows_per_step: int, num_lanes: int, world_siz
     if world_size > num_lanes:
         raise UserError(f"at most {num_lanes} processes can share {rows_per_step} rows a step, not {world_size}; make "
                         "--total-batch-size / --max-seq-len a multiple of a larger power of two")  # fmt: skip
+
+
+def unpack_skipped(state: dict[str, np.ndarray]) -> dict[str, str]:
+    """The shards that a saved state leaves out, and why."""
+    packed = state.get("loader.skipped")
+    return {} if packed is None else json.loads(bytes(np.asarray(packed, np.uint8)).decode())
+
+
+def pack(skipped: dict[str, str]) -> np.ndarray:
+    """A dict of texts as an array, (bytes,) uint8."""
+    return np.frombuffer(json.dumps(skipped).encode(), np.uint8).copy()
 
 
 def fingerprint_number(fingerprint: str) -> int:

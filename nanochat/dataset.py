@@ -8,126 +8,54 @@ in a checkpoint; and memory holds a block or two, whether the corpus is ten mega
 
 import argparse
 import glob
-import hashlib
 import os
 import re
 import sys
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.resources import files
-from itertools import accumulate
 from pathlib import Path
 from typing import NoReturn
 
-from nanochat.common import UserError, debug_enabled, get_base_dir
-from nanochat.convert import VAL_LIMIT, Tally, convert
+from nanochat.common import BadShard, UserError, debug_enabled, get_base_dir
+from nanochat.convert import Tally, convert
+from nanochat.corpus import SPLITS, Corpus, Opening, Part, Recorded, make_part
 from nanochat.download import DEFAULT_SET, HUB_SETS, HubSet, download_shards, hub_folder
-from nanochat.textfiles import (
-    MIB,
-    Document,
-    document_hash,
-    kind_of,
-    open_parquet,
-    parquet_documents,
-    read_row_group,
-    stem_of,
-    text_columns,
-)
+from nanochat.remote import RemoteFile, find_remote, is_url
+from nanochat.textfiles import MIB, Source, kind_of, open_parquet, parquet_documents, text_columns
 
-SPLITS = ("train", "val")
+__all__ = ["Corpus", "Part", "resolve_corpus", "starter_corpus"]
+
 MAX_BLOCK_ROWS, MAX_BLOCK_BYTES = 8192, 64 * MIB  # a parquet with larger row groups is converted first
-KEPT_SIZE = 64 * MIB  # characters of validation text to remember
 
 
-@dataclass(frozen=True)
-class Part:
-    """One parquet file of a corpus."""
-
-    path: Path
-    source: str  # of documents that do not name their own
-    blocks: int  # row groups
-    by_hash: bool = False  # it holds both splits' documents, told apart by hash while reading
-    digest: bytes = b""
-
-
-class Corpus:
-    """Documents in two splits, "train" and "val", each a sequence of blocks that can be read in any order.
-
-    `fingerprint` changes when the files do (names, sizes, or footers, which hold every row group's size and
-    extremes), so that a run is not resumed on other data unnoticed. Several threads may read at once.
-    """
-
-    def __init__(self, name: str, train: list[Part], val: list[Part], val_limit: int = VAL_LIMIT) -> None:
-        self.name, self.val_limit = name, val_limit
-        self.parts = {"train": train, "val": val}
-        self.ends = {split: list(accumulate(part.blocks for part in self.parts[split])) for split in SPLITS}
-        digest = hashlib.blake2b(val_limit.to_bytes(9, "big"), digest_size=16)
-        for split in SPLITS:
-            for part in self.parts[split]:
-                digest.update(split.encode() + b"\0" + part.digest)
-        self.fingerprint = digest.hexdigest()
-        self.kept: dict[int, list[Document]] = {}  # validation blocks of files that hold both splits
-        self.kept_size = 0
-
-    def num_blocks(self, split: str) -> int:
-        """How many blocks a split has."""
-        return self.ends[split][-1] if self.ends[split] else 0
-
-    def read_block(self, split: str, index: int) -> list[Document]:
-        """The documents of block `index` in 0 .. num_blocks(split) - 1. May be an empty list."""
-        assert 0 <= index < self.num_blocks(split), f"block {index} of {self.num_blocks(split)}"
-        if split == "val" and index in self.kept:
-            return list(self.kept[index])
-        which = bisect_right(self.ends[split], index)
-        part = self.parts[split][which]
-        documents = read_row_group(part.path, index - self.ends[split][which] + part.blocks, part.source)
-        if not part.by_hash:
-            return documents
-        want_val = split == "val"
-        documents = [d for d in documents if (document_hash(d.text) < self.val_limit) == want_val]
-        if want_val and self.kept_size < KEPT_SIZE:  # evaluations come again, and a block yields one document in 100
-            self.kept_size += sum(len(d.text) for d in documents)
-            self.kept[index] = documents
-        return list(documents)
-
-    def iter_documents(self, split: str) -> Iterator[Document]:
-        """All documents of a split in file order; one block in memory at a time."""
-        for index in range(self.num_blocks(split)):
-            yield from self.read_block(split, index)
-
-
-def resolve_corpus(data: str, base_dir: Path) -> Corpus:
+def resolve_corpus(
+    data: str, base_dir: Path, *, skip_bad: bool = False, skipped: dict[str, str] | None = None,
+    recorded: Recorded | None = None,
+) -> Corpus:  # fmt: skip
     """The corpus that --data names.
 
     "" is downloaded shards if there are any, else the starter corpus; "starter", "fineweb-edu" and
     "climbmix" are those; anything else is a file, a folder (searched to its depth, hidden files left out)
-    or a glob of parquet, .jsonl and .txt files, the latter two also as .gz or .zst.
+    or a glob of parquet, .jsonl and .txt files, the latter two also as .gz or .zst; or a URL of these.
 
     Starter and public sets are split by file, your own data by document hash (see document_hash). Raises
-    UserError for data that is missing, empty, damaged or without text.
+    UserError for data that is missing, empty or without text, BadShard for a damaged file unless skip_bad.
+    `skipped` (shard -> why) are left out in any case. `recorded` is what an earlier session of the same run found
+    (Corpus.record): its shards keep their places, whatever has become of those that may be skipped.
     """
     if not data:
         found = (name for name in HUB_SETS if any(hub_folder(name, base_dir).glob("shard_*.parquet")))
         data = next(found, "starter")
+    opening = Opening(skip_bad, skipped or {}, recorded)
     if data == "starter":
-        return starter_corpus()
-    return hub_corpus(HUB_SETS[data], base_dir) if data in HUB_SETS else own_corpus(data, base_dir)
-
-
-def make_part(path: Path, source: str | None = None, by_hash: bool = False) -> Part:
-    """Look at a parquet file's footer: columns, row groups, digest. UserError if it cannot be used."""
-    with open_parquet(path) as file:
-        text_columns(path, file)
-        blocks = file.metadata.num_row_groups
-        footer_bytes = file.metadata.serialized_size
-    with open(path, "rb") as raw:
-        size = raw.seek(0, os.SEEK_END)
-        raw.seek(max(0, size - footer_bytes - 8))
-        footer = raw.read()
-    digest = hashlib.blake2b(os.fsencode(path.name) + f"\0{size}\0".encode() + footer, digest_size=16)
-    return Part(path, source or stem_of(path), blocks, by_hash, digest.digest())
+        corpus = starter_corpus()
+    elif data in HUB_SETS:
+        corpus = hub_corpus(HUB_SETS[data], base_dir, opening)
+    else:
+        corpus = own_corpus(data, base_dir, opening)
+    corpus.token_folder = base_dir / "tokens"
+    return corpus
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -148,7 +76,7 @@ def starter_corpus() -> Corpus:
     return Corpus("starter", [make_part(train, "starter")], [make_part(val, "starter")])
 
 
-def hub_corpus(hub: HubSet, base_dir: Path) -> Corpus:
+def hub_corpus(hub: HubSet, base_dir: Path, opening: Opening) -> Corpus:
     """The shards of a public set that are on disk."""
     folder = hub_folder(hub.name, base_dir)
     shards = sorted(folder.glob("shard_*.parquet"))
@@ -158,35 +86,50 @@ def hub_corpus(hub: HubSet, base_dir: Path) -> Corpus:
     if not train or val not in shards:
         missing = "its training shards are" if not train else f"its validation shard {hub.val_name} is"
         raise UserError(f"{hub.name} is not complete: {missing} not in {folder}; finish with: {hub.command}")
-    return Corpus(hub.name, [make_part(path, hub.name) for path in train], [make_part(val, hub.name)])
+    return opening.corpus(hub.name, opening.parts(train, hub.name), opening.parts([val], hub.name))
 
 
 # ---------------------------------------------------------------------------------------------------
 # Your own data
 
 
-def own_corpus(data: str, base_dir: Path) -> Corpus:
+def own_corpus(data: str, base_dir: Path, opening: Opening) -> Corpus:
     """A corpus over files of the user's: parquet with small row groups in place, everything else converted.
 
     Converted shards hold one split each. Files read in place hold both, and each block is filtered.
     """
-    paths = find_files(data)
-    in_place = [path for path in paths if kind_of(path) == ".parquet" and has_small_blocks(path)]
-    rest = sorted(set(paths) - set(in_place))
-    train, val, tally = convert(rest, base_dir) if rest else ([], [], Tally())
-    tally_in_place(in_place, tally)
-    if tally.smallest >= tally.largest:
+    paths = [path for path in find_files(data, base_dir) if str(path) not in opening.skipped]
+    remote = [path for path in paths if isinstance(path, RemoteFile) and kind_of(path) == ".parquet"]
+    if remote:
+        remote[0].remote.fetch_footers(remote)
+    small = {path for path in paths if kind_of(path) == ".parquet" and opening.attempt(has_small_blocks, path)}
+    in_place = [path for path in paths if path in small and str(path) not in opening.skipped]
+    rest = [path for path in paths if path not in small]
+    train, val, tally = convert_good(rest, base_dir, opening)
+    for path in in_place:
+        opening.attempt(tally_in_place, path, tally)
+    if tally.smallest >= tally.largest and not opening.recorded:
         count = "no document" if tally.largest < 0 else "only one document"
         raise UserError(f"--data {data}: {count} found; it takes two different ones, to train on and to validate")
-    shared = [make_part(path, by_hash=True) for path in in_place]
+    shared = opening.parts(in_place, by_hash=True)
     if tally.train and tally.val:
-        return Corpus(data, shared + [make_part(path) for path in train], shared + [make_part(path) for path in val])
+        return opening.corpus(data, shared + opening.parts(train), shared + opening.parts(val))
     # Small data, all on one side of the usual limit: the document with the smallest hash is for validation.
-    shared += [make_part(path, by_hash=True) for path in train + val]
-    return Corpus(data, shared, shared, val_limit=tally.smallest + 1)
+    shared += opening.parts(train + val, by_hash=True)
+    return opening.corpus(data, shared, shared, val_limit=tally.smallest + 1)
 
 
-def has_small_blocks(path: Path) -> bool:
+def convert_good(paths: Sequence[Source], base_dir: Path, opening: Opening) -> tuple[list[Path], list[Path], Tally]:
+    """convert(paths), anew without a bad one for as long as there are any, if they may be left out."""
+    while True:
+        paths = [path for path in paths if str(path) not in opening.skipped]
+        try:
+            return convert(paths, base_dir) if paths else ([], [], Tally())
+        except BadShard as error:
+            opening.leave_out(error)
+
+
+def has_small_blocks(path: Source) -> bool:
     """True if every row group fits in memory comfortably. Checks the columns on the way."""
     with open_parquet(path) as file:
         text_columns(path, file)
@@ -194,17 +137,26 @@ def has_small_blocks(path: Path) -> bool:
     return all(group.num_rows <= MAX_BLOCK_ROWS and group.total_byte_size <= MAX_BLOCK_BYTES for group in groups)
 
 
-def tally_in_place(paths: list[Path], tally: Tally) -> None:
+def tally_in_place(path: Source, tally: Tally) -> None:
     """Read on until both splits are known to have a document: soon, but in a small corpus to the end."""
-    for path in paths:
-        for document in parquet_documents(path, ""):
-            if tally.train and tally.val:
-                return
-            tally.count(document.text)
+    if tally.train and tally.val:
+        return
+    for document in parquet_documents(path, ""):
+        tally.count(document.text)
+        if tally.train and tally.val:
+            return
 
 
-def find_files(data: str) -> list[Path]:
-    """The usable files that a path, folder or glob stands for, sorted. UserError if there are none."""
+def find_files(data: str, base_dir: Path) -> Sequence[Source]:
+    """The usable files that a path, folder, glob or URL stands for, sorted. UserError if there are none."""
+    accepted = "parquet, .jsonl or .txt (the latter two also as .gz or .zst)"
+    if data.startswith("file://"):
+        data = data.removeprefix("file://")
+    if is_url(data):
+        remote = find_remote(data, kind_of, base_dir)
+        if not remote:
+            raise UserError(f"--data {data}: no file there is {accepted}")
+        return remote
     try:
         given = Path(data).expanduser()
         matches = [given] if given.exists() else [Path(match) for match in glob.glob(str(given), recursive=True)]
@@ -213,7 +165,6 @@ def find_files(data: str) -> list[Path]:
         raise UserError(f"--data {data}: cannot look there ({error.strerror})") from error
     usable = sorted({path for path in paths if kind_of(path)})
     if not usable:
-        accepted = "parquet, .jsonl or .txt (the latter two also as .gz or .zst)"
         found = "the folder is empty" if not paths else f"none of {len(paths)} file(s) is {accepted}"
         raise UserError(f"--data {data}: {found if matches else nothing_there(data)}")
     return usable

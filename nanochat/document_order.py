@@ -13,10 +13,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from nanochat.batches import seeded_rng
-from nanochat.common import UserError
+from nanochat.common import BadShard, UserError
 
 UNITS_PER_LANE = 8  # at least, in an epoch
 CACHE_BYTES = 256 * 2**20  # of text, in blocks kept for the next visit
+AHEAD_UNITS = 3  # of each lane, that are asked for before they are needed
 FEW_BLOCKS = 4  # a corpus of no more is looked at before its blocks are cut in parts
 KEPT_UNITS = 2**18  # of permutations, beside the last four
 LONGEST_TEXT = 2**20  # characters; a longer document is tokenised piece by piece
@@ -33,10 +34,25 @@ class Corpus(Protocol):
     def read_block(self, split: str, index: int) -> list: ...
 
 
-class Text(NamedTuple):
-    """A document to be tokenised, and where it came from."""
+class Tokens:
+    """A text that was tokenised before. len() is its characters, as of the text, and getsizeof the memory it takes."""
 
-    text: str
+    __slots__ = ("characters", "ids")
+
+    def __init__(self, ids: np.ndarray, characters: int) -> None:
+        self.ids, self.characters = ids, characters
+
+    def __len__(self) -> int:
+        return self.characters
+
+    def __sizeof__(self) -> int:
+        return 200 + self.ids.nbytes
+
+
+class Text(NamedTuple):
+    """A document to be tokenised, or its tokens, and where it came from."""
+
+    text: str | Tokens
     epoch: int
     block: int
     number: int  # in the block
@@ -67,15 +83,22 @@ class DocumentOrder:
         self.parts = -(-UNITS_PER_LANE * num_lanes // self.num_blocks)
         # A block in one part is visited once an epoch: keep only the one each lane is at.
         self._keep_blocks = own_lanes if self.parts == 1 else self.num_blocks
-        self._kept: OrderedDict[int, tuple[int, list[str]]] = OrderedDict()  # block -> (bytes, texts)
+        self._kept: OrderedDict[int, tuple[int, list[str | Tokens]]] = OrderedDict()  # block -> (bytes, texts)
         self._kept_bytes = 0
+        self._prefetch = getattr(corpus, "prefetch", None)
         self._sizes = np.full(self.num_blocks, -1)  # documents in each block, -1 = not read yet
         if self.num_blocks <= FEW_BLOCKS:  # then perhaps few documents, too: no more parts than there are
-            most = max(len(self._read(block)) for block in range(self.num_blocks))
+            most = max(self._size(block) for block in range(self.num_blocks))
             self.parts = max(1, min(self.parts, most))
-        self.num_units = self.num_blocks * self.parts
-        self._permutation = lru_cache(maxsize=4 + KEPT_UNITS // self.num_units)(self._make_permutation)
         self._documents_of = lru_cache(maxsize=own_lanes)(self._share_out)  # a unit is taken from many times
+        self.cut_blocks(self.parts)
+
+    def cut_blocks(self, parts: int) -> None:
+        """Cut each block in so many units, as a saved state says. Otherwise the first reading decides it, which may
+        have met a shard that is left out now."""
+        self.parts, self.num_units = parts, self.num_blocks * parts
+        self._permutation = lru_cache(maxsize=4 + KEPT_UNITS // self.num_units)(self._make_permutation)
+        self._documents_of.cache_clear()
 
     def take(self, lane: int, cursor: Cursor, max_documents: int, max_chars: int) -> tuple[list[Text], Cursor]:
         """The lane's next documents and the cursor after them: at least one, never across the end of an epoch.
@@ -105,6 +128,13 @@ class DocumentOrder:
                     return taken, Cursor(epoch, unit, document)
             unit, document = unit + 1, 0
 
+    def forget(self) -> None:
+        """Read anew what is asked for again: the corpus leaves out more than before."""
+        self._kept.clear()
+        self._kept_bytes = 0
+        self._sizes[:] = np.where(self._sizes == 0, 0, -1)
+        self._documents_of.cache_clear()
+
     def _make_permutation(self, epoch: int) -> np.ndarray:
         """Units of an epoch in the order in which they are dealt out, (num_units,) int64."""
         if not self.shuffle:
@@ -122,12 +152,37 @@ class DocumentOrder:
             return np.arange(0)  # a pass over many of these should be quick
         return seeded_rng(ORDER_IN_BLOCK, self.seed, epoch, block).permutation(size)[part :: self.parts]
 
-    def _read(self, block: int) -> list[str]:
+    def look_ahead(self, lane: int, cursor: Cursor) -> None:
+        """Tell a corpus that has to fetch its blocks which ones the lane will want next."""
+        if self._prefetch is None:
+            return
+        epoch, unit, _ = cursor
+        blocks: list[int] = []
+        for _ in range(AHEAD_UNITS):
+            position = (lane - epoch) % self.num_lanes + unit * self.num_lanes
+            if position >= self.num_units:
+                epoch, unit, position = epoch + 1, 0, (lane - epoch - 1) % self.num_lanes
+            if position < self.num_units:
+                blocks.append(int(self._permutation(epoch)[position]) // self.parts)
+            unit += 1
+        self._prefetch(self.split, [block for block in dict.fromkeys(blocks) if block not in self._kept])
+
+    def _size(self, block: int) -> int:
+        """Documents in a block; none in one that cannot be read and may be skipped, of which take() will tell."""
+        try:
+            return len(self._read(block))
+        except BadShard:
+            if not getattr(self.corpus, "skip_bad", False):
+                raise
+            return 0
+
+    def _read(self, block: int) -> list[str | Tokens]:
         """The texts of a block, from memory if it was read lately."""
         if block in self._kept:
             self._kept.move_to_end(block)
             return self._kept[block][1]
-        texts = [piece for document in self.corpus.read_block(self.split, block) for piece in cut(document.text)]
+        found = self.corpus.read_block(self.split, block)
+        texts = [piece for item in found for piece in ([item] if isinstance(item, Tokens) else cut(item.text))]
         size = sum(map(sys.getsizeof, texts))
         self._sizes[block] = len(texts)
         self._kept[block] = size, texts

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from nanochat.common import UserError
-from nanochat.document_order import Cursor, DocumentOrder, Text
+from nanochat.document_order import Cursor, DocumentOrder, Text, Tokens
 from nanochat.packing import BestFitPool, fill_row
 
 # The pool is topped up every REFILL_ROWS rows, and whenever it is empty, to POOL_DOCUMENTS pieces, but to no less
@@ -23,6 +23,11 @@ POOL_DOCUMENTS = 128
 POOL_ROWS = (16, 64)
 TAKE_DOCUMENTS, TAKE_CHARS = 32, 64_000  # at a time
 REMEMBERED_BYTES = 256 * 2**20  # of documents' tokens, for the next epoch
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Of ids in memory and in files."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
 
 
 class TextEncoder(Protocol):
@@ -58,9 +63,11 @@ class TokenMemory:
 
     def encode(self, texts: list[Text]) -> list[np.ndarray]:
         """Token ids of each document, arrays that nobody may write to."""
-        found = [self.known.get((text.block, text.number)) for text in texts]
+        found = [text.text.ids.copy() if isinstance(text.text, Tokens)  # a view would keep its whole block in memory
+                 else self.known.get((text.block, text.number)) for text in texts]  # fmt: skip
         new = [i for i, ids in enumerate(found) if ids is None]
-        encoded = self.tokenizer.encode([texts[i].text for i in new], num_threads=self.num_threads) if new else []
+        plain: list[str] = [texts[i].text for i in new]  # type: ignore[misc]
+        encoded = self.tokenizer.encode(plain, num_threads=self.num_threads) if new else []
         for i, ids in zip(new, encoded, strict=True):
             found[i] = array = np.array(ids, self.dtype)
             if array.nbytes <= self.free_bytes:
@@ -146,7 +153,7 @@ class LanePacker:
         self.order = order
         self.row_tokens = sequence_len + 1
         self.bos = tokenizer.get_bos_token_id()
-        self.dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32)
+        self.dtype = token_dtype(tokenizer.get_vocab_size())
         self.memory = TokenMemory(tokenizer, self.dtype, num_threads)
         self.lanes = [Lane(index, self.row_tokens) for index in lanes]
 
@@ -192,6 +199,8 @@ class LanePacker:
         """Read and tokenise until none of the lanes wants more."""
         while lanes := [lane for lane in lanes if lane.wants_documents()]:
             taken = []
+            for lane in lanes:
+                self.order.look_ahead(lane.index, lane.cursor)
             for lane in lanes:
                 texts, lane.cursor = self.order.take(lane.index, lane.cursor, TAKE_DOCUMENTS, TAKE_CHARS)
                 taken += [(lane, text) for text in texts]

@@ -26,7 +26,7 @@ from nanochat.common import UserError, atomic_write, format_count, format_second
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime, set_rng_state
 from nanochat.saver import numeric_settings
-from nanochat.trainer import Drifted, Interrupted, NonFiniteLoss, Progress, Record, SaveFailed, Trainer
+from nanochat.trainer import DataFailed, Drifted, Interrupted, NonFiniteLoss, Progress, Record, SaveFailed, Trainer
 
 PLAIN_LINE_SECONDS = 10.0  # how often a log file gets a line
 
@@ -290,6 +290,11 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
         return 128 + stop.signum
     except (NonFiniteLoss, Drifted) as error:  # all processes know
         runtime.error0(f"\nerror: {error}")
+        return 1
+    except DataFailed as error:  # all processes know
+        saved = trainer.last_saved_step
+        where = "Nothing is saved yet" if saved is None else f"Step {saved} is saved"
+        runtime.error0(f"\nerror: the next batch cannot be had: {error}. {where}; go on with:\n  {resume_command}")
         return 1
     except CollectiveFailed as error:  # what one process has to tell, the others may not know
         print(f"\nerror: {error}; go on from the last checkpoint with:\n  {resume_command}", file=sys.stderr,

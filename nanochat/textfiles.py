@@ -6,23 +6,28 @@ with a person's file is told by its name and the line or row, with what to do ab
 
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from nanochat.common import UserError, warn
+from nanochat.common import BadShard, UserError, warn
+from nanochat.remote import RemoteFile
 
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
+
+Source = Path | RemoteFile  # a file here, or behind a URL: both have a name, and say in full where they are
 
 KIB, MIB = 1024, 1024 * 1024
 LONG_TEXT_BYTES = 16 * KIB  # a .txt longer than this is cut ...
 PIECE_BYTES = 8 * KIB  # ... into pieces of about this
+LARGEST_PIECE = 64 * MIB  # that is fetched in one
 MAX_LINE_BYTES = 256 * MIB  # of a .jsonl: without a limit one line could fill the memory
 
 
@@ -43,18 +48,18 @@ def document_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(path: Source | PurePath) -> str | None:
     """The entry of KINDS that the file's name ends in, or None."""
     name = path.name.lower()
     return next((kind for kind in KINDS if name.endswith(kind)), None)
 
 
-def stem_of(path: Path) -> str:
+def stem_of(path: Source) -> str:
     """The file's name without its kind: `tales.jsonl.zst` -> `tales`."""
     return path.name[: len(path.name) - len(kind_of(path) or "")] or path.name
 
 
-def file_documents(path: Path) -> Iterator[Document]:
+def file_documents(path: Source) -> Iterator[Document]:
     """All documents of a file of any accepted kind, in order; warns if there is none."""
     kind = kind_of(path) or ""
     readers = {".parquet": parquet_documents, ".txt": txt_documents, ".jsonl": jsonl_documents}
@@ -76,21 +81,48 @@ def first_line(error: Exception) -> str:
 # Parquet
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
+def open_parquet(path: Source) -> pq.ParquetFile:
     """Open by the footer alone; UserError names a file that is damaged, cut short or unreadable.
 
     Pages are read through a small buffer: without one Arrow holds whole column chunks.
     """
     try:
+        if isinstance(path, RemoteFile):  # its end was fetched by itself; Arrow would read a good deal before it, too
+            meta = parse_footer(path.footer())
+            return pq.ParquetFile(path.open(spans_of_text), metadata=meta, buffer_size=MIB, pre_buffer=False)
         return pq.ParquetFile(path, buffer_size=MIB, pre_buffer=False)
     except (PermissionError, FileNotFoundError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+        raise BadShard(f"cannot read {path}: {first_line(error)}", path) from error
     except (pa.ArrowException, OSError) as error:
         reason = f"is not a complete parquet file ({first_line(error)})"
-        raise UserError(f"{path} {reason}; copy or download it again") from error
+        raise BadShard(f"{path} {reason}; copy or download it again", path) from error
 
 
-def text_columns(path: Path, file: pq.ParquetFile) -> list[str]:
+def parse_footer(footer: bytes) -> pq.FileMetaData:
+    """What a parquet file's end says. Arrow's errors for one that is damaged."""
+    return pq.read_metadata(io.BytesIO(b"PAR1" + footer))
+
+
+def spans_of_text(footer: bytes) -> list[tuple[int, int]]:
+    """Of each row group, where its text and sources stand in the file, in bytes; nowhere, if that is too much at once.
+
+    `footer` is the file's end. An empty list for a file that cannot be used, which its reader will say.
+    """
+    try:
+        meta = parse_footer(footer)
+    except (pa.ArrowException, OSError):
+        return []
+    spans = []
+    for group in map(meta.row_group, range(meta.num_row_groups)):
+        columns = [group.column(i) for i in range(group.num_columns)]
+        wanted = [column for column in columns if column.path_in_schema in ("text", "source")]
+        starts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in wanted]
+        end = max((start + c.total_compressed_size for start, c in zip(starts, wanted)), default=0)
+        spans.append((min(starts), end) if starts and end - min(starts) <= LARGEST_PIECE else (0, 0))
+    return spans
+
+
+def text_columns(path: Source, file: pq.ParquetFile) -> list[str]:
     """The columns to read: `text`, and `source` where there is one. UserError if there is no text."""
     schema = file.schema_arrow
     if "text" not in schema.names:
@@ -109,7 +141,7 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def read_row_group(path: Path, index: int, source: str) -> list[Document]:
+def read_row_group(path: Source, index: int, source: str) -> list[Document]:
     """The documents of one row group. The file is opened and closed here, so nothing of it stays held."""
     with open_parquet(path) as file:
         try:
@@ -122,7 +154,7 @@ def read_row_group(path: Path, index: int, source: str) -> list[Document]:
             raise damaged(path, error) from error
 
 
-def parquet_documents(path: Path, source: str) -> Iterator[Document]:
+def parquet_documents(path: Source, source: str) -> Iterator[Document]:
     """All documents of a parquet file, as a stream even within a huge row group."""
     with open_parquet(path) as file:
         rows_before = 0
@@ -145,19 +177,20 @@ def table_documents(table: pa.Table | pa.RecordBatch, source: str) -> list[Docum
     return [Document(text, given or source) for text, given in rows if text and not text.isspace()]
 
 
-def damaged(path: Path, error: Exception) -> UserError:
+def damaged(path: Source, error: Exception) -> UserError:
     """For a file whose footer could be read and whose pages cannot."""
-    return UserError(f"{path} is damaged ({first_line(error)}); copy or download it again")
+    return BadShard(f"{path} is damaged ({first_line(error)}); copy or download it again", path)
 
 
-def not_utf8(path: Path, table: pa.Table | pa.RecordBatch, rows_before: int) -> UserError:
+def not_utf8(path: Source, table: pa.Table | pa.RecordBatch, rows_before: int) -> UserError:
     """Arrow does not check strings as it reads them; find the row, counted from 1, that cannot be decoded."""
     for name in table.schema.names:
         for row, value in enumerate(table.column(name), rows_before + 1):
             try:
                 value.as_py()
             except UnicodeDecodeError:
-                return UserError(f"{path}, row {row}: the {name} is not valid UTF-8; write the file again as UTF-8")
+                problem = f"{path}, row {row}: the {name} is not valid UTF-8; write the file again as UTF-8"
+                return BadShard(problem, path)
     raise AssertionError("some row could not be decoded")
 
 
@@ -165,27 +198,32 @@ def not_utf8(path: Path, table: pa.Table | pa.RecordBatch, rows_before: int) -> 
 # Text
 
 
-def read_chunks(path: Path) -> Iterator[bytes]:
+def read_chunks(path: Source) -> Iterator[bytes]:
     """The decompressed bytes of a text file in pieces; UserError names one that is damaged or unreadable."""
     kind = kind_of(path) or ""
     try:
         if kind.endswith(".zst"):
             yield from read_zstd(path)
             return
-        with gzip.open(path) if kind.endswith(".gz") else open(path, "rb") as file:
+        with open_bytes(path) as raw, gzip.open(raw) if kind.endswith(".gz") else raw as file:
             while chunk := file.read(64 * KIB):
                 yield chunk
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         reason = f"is damaged or cut short ({first_line(error)})"
-        raise UserError(f"{path} {reason}; copy or download it again") from error
+        raise BadShard(f"{path} {reason}; copy or download it again", path) from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise BadShard(f"cannot read {path}: {error.strerror or error}", path) from error
 
 
-def read_zstd(path: Path) -> Iterator[bytes]:
+def open_bytes(path: Source) -> BinaryIO:
+    """The file's bytes, to be read from the beginning."""
+    return path.open() if isinstance(path, RemoteFile) else open(path, "rb")  # type: ignore[return-value]
+
+
+def read_zstd(path: Source) -> Iterator[bytes]:
     """Decompress frame after frame. The library's own stream reader takes a cut-off frame for the end."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         frame = None
         while data := file.read(4 * KIB):  # small, because a few bytes can unfold into very many
             while data:
@@ -197,17 +235,17 @@ def read_zstd(path: Path) -> Iterator[bytes]:
             raise EOFError("the last zstd frame has no end")
 
 
-def decode(path: Path, line: int, raw: bytes) -> str:
+def decode(path: Source, line: int, raw: bytes) -> str:
     """Bytes that begin on line `line` (from 1) as text; UserError names the line that is not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
         fix = "convert the file, for instance with iconv -t UTF-8"
-        raise UserError(f"{path}, line {line}: not valid UTF-8 ({error.reason}); {fix}") from error
+        raise BadShard(f"{path}, line {line}: not valid UTF-8 ({error.reason}); {fix}", path) from error
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
+def read_lines(path: Source) -> Iterator[bytes]:
     """Lines of bytes without their line feeds."""
     pieces: list[bytes] = []  # of the line that has not ended yet
     held = 0
@@ -225,7 +263,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
         yield b"".join(pieces)
 
 
-def jsonl_documents(path: Path, source: str) -> Iterator[Document]:
+def jsonl_documents(path: Source, source: str) -> Iterator[Document]:
     """One JSON object a line, with a string under "text" and perhaps one under "source". Blank lines pass."""
     for number, raw in enumerate(read_lines(path), 1):
         line = decode(path, number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
@@ -236,14 +274,14 @@ def jsonl_documents(path: Path, source: str) -> Iterator[Document]:
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
             problem = f"{path}, line {number}: not JSON ({reason})"
-            raise UserError(f"{problem}; each line must be one whole object") from error
+            raise BadShard(f"{problem}; each line must be one whole object", path) from error
         text = text_field(path, number, row)
         if text and not text.isspace():
             given = row.get("source")
             yield Document(text, encodable(path, number, given) if isinstance(given, str) and given else source)
 
 
-def text_field(path: Path, number: int, row: Any) -> str:
+def text_field(path: Source, number: int, row: Any) -> str:
     """The "text" of a parsed line; null counts as blank, as it does in parquet."""
     where = f"{path}, line {number}"
     if not isinstance(row, dict):
@@ -257,7 +295,7 @@ def text_field(path: Path, number: int, row: Any) -> str:
     return encodable(path, number, text)
 
 
-def encodable(path: Path, line: int, text: str) -> str:
+def encodable(path: Source, line: int, text: str) -> str:
     """`text`, unless it holds half of a surrogate pair: JSON can spell one, UTF-8 cannot."""
     try:
         text.encode("utf-8")
@@ -267,7 +305,7 @@ def encodable(path: Path, line: int, text: str) -> str:
     return text
 
 
-def txt_documents(path: Path, source: str) -> Iterator[Document]:
+def txt_documents(path: Source, source: str) -> Iterator[Document]:
     """A text file is one document; a long one is cut at paragraph borders into several, as it is read."""
     buffer, line = b"", 1
     for chunk in read_chunks(path):
@@ -293,7 +331,7 @@ def cut_position(buffer: bytes) -> int:
     return at
 
 
-def txt_piece(path: Path, line: int, raw: bytes, source: str) -> Iterator[Document]:
+def txt_piece(path: Source, line: int, raw: bytes, source: str) -> Iterator[Document]:
     """One piece as a document, unless it is blank."""
     text = decode(path, line, raw).removeprefix("\ufeff" if line == 1 else "").strip("\n")
     if text and not text.isspace():

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from nanochat.agreement import find_drifted, name_culprits
-from nanochat.common import warn
+from nanochat.agreement import find_drifted, name_culprits, tell_failures
+from nanochat.common import UserError, warn
 from nanochat.dataloader import Batch
 from nanochat.deadline import Deadline
 from nanochat.gpt import GPT
@@ -34,6 +34,7 @@ GOOD_STEPS_TO_DOUBLE = 2000
 
 # A scheduler signals launcher and processes alike, and the launcher hands it on: that is one request, not two.
 SAME_REQUEST_SECONDS = 1.0
+DATA_FAILED = 1000  # what processes tell each other beside the numbers of signals
 PATIENCE_SECONDS = 5.0  # that a save waits for the one before; a disk that slow costs saves, not training time
 
 
@@ -45,6 +46,10 @@ class Loader(Protocol):
 
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite. The weights are those from before the step."""
+
+
+class DataFailed(RuntimeError):
+    """Some process cannot have its next batch. The steps until now are saved."""
 
 
 class SaveFailed(OSError):
@@ -129,11 +134,13 @@ class Trainer:
     compare_every: int = 100  # steps between comparisons of the processes' weights
 
     def run(self) -> Progress:
-        """Train to the horizon. Raises Interrupted after a signal, NonFiniteLoss, Drifted, or SaveFailed at the end."""
+        """Train to the horizon. Raises Interrupted after a signal, NonFiniteLoss, Drifted, DataFailed, or SaveFailed at
+        the end."""
         self.loss_fn = self.loss_fn or self.model.loss
         self.started = time.perf_counter() - self.progress.wall_seconds
         self.model.train()
         with catch_signals(self._request_stop):
+            self._agree(last=self.progress.step == self.schedule.num_steps)
             while self.progress.step < self.schedule.num_steps:
                 try:
                     batch = self.loader.next_batch()
@@ -163,7 +170,9 @@ class Trainer:
         rows = self.positions * self.runtime.world_size
         record = {"step": now.step, "loss": loss, "lr_multiplier": multiplier, "tokens": now.tokens,
                   "tokens_per_second": rows / seconds, "seconds": now.seconds}  # fmt: skip
-        return record | ({"loss_scale": now.loss_scale} if self.runtime.scales_loss else {})
+        skipped = len(getattr(self.loader, "skipped", ()))
+        return record | ({"loss_scale": now.loss_scale} if self.runtime.scales_loss else {}) \
+            | ({"skipped_shards": skipped} if skipped else {})  # fmt: skip
 
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         """Gradients of the mean loss over the global batch's targets; returns (that mean, their number)."""
@@ -260,10 +269,43 @@ class Trainer:
             self._compare_weights()
         if last or (self.save_every > 0 and step % self.save_every == 0):
             self._save(final=last)
-        stop_signal = int(self.runtime.largest(self.stop_signal or 0))  # any process may have been told
-        if stop_signal and not last:
+        self._agree(last)
+
+    def _agree(self, last: bool) -> None:
+        """Between two steps: wait for the next batch, and stop or skip a bad shard if that is what any process has to.
+
+        So all stop after the same step, and all leave out the same shards from the same batch on.
+        """
+        wait = None if last else getattr(self.loader, "wait", None)
+        while True:
+            while wait and not wait(0.5) and not self.stop_signal:
+                pass
+            failure = wait and self.loader.failure  # type: ignore[attr-defined]
+            word = int(self.runtime.largest(DATA_FAILED if failure else self.stop_signal or 0))
+            if word != DATA_FAILED:
+                break
+            self._skip_or_fail(failure)
+        if word and not last:
             self._save(final=True)
-            raise Interrupted(stop_signal)
+            raise Interrupted(word)
+
+    def _skip_or_fail(self, failure: BaseException | None) -> None:
+        """Have all processes' loaders leave out the shards that some could not read, if all that failed may do so.
+
+        Otherwise save and raise DataFailed on all; before the first step, where it failed, the failure itself.
+        """
+        loader: Any = self.loader
+        shards, error = tell_failures(self.runtime, failure, loader.skips_bad_shards)
+        if error is None:
+            loader.skip(shards)
+            for reason in shards.values():
+                self._warn(f"SKIPPED A BAD SHARD ({len(loader.skipped)} so far): {reason}")
+            return
+        if self.progress.step:
+            self._save(final=True)
+        if failure and not (self.progress.step and isinstance(failure, UserError | OSError)):
+            raise failure
+        raise DataFailed(error) from failure
 
     def _follow_deadline(self) -> int:
         """The number of steps of the run, moved if there is a deadline; alike on all processes."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from nanochat.corpus import Corpus, Lenient
 from nanochat.dataloader import PretrainLoader
-from nanochat.dataset import Corpus
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
@@ -33,7 +33,7 @@ def corpus_bpb(
 ) -> float:
     """Bits per byte over the same rows of a split every time, about `tokens` of them in all."""
     T = model.config.sequence_len
-    loader = PretrainLoader(corpus, tokenizer, sequence_len=T, rows_per_step=EVAL_ROWS, split=split, seed=0,
+    loader = PretrainLoader(Lenient(corpus), tokenizer, sequence_len=T, rows_per_step=EVAL_ROWS, split=split, seed=0,
                             rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
     return loader_bpb(model, loader, tokenizer, runtime, max(1, tokens // (EVAL_ROWS * T)), device_batch_size)
 

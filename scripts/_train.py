@@ -45,6 +45,7 @@ from nanochat.trainer import Record, Trainer
 OPERATIONAL = (
     "run", "device_type", "resume", "resume_from_step", "eval_every", "eval_tokens", "sample_every", "save_every",
     "keep_last", "timeout", "tensorboard", "core_metric_every", "core_metric_max_per_task", "eval_bundle",
+    "skip_bad_shards",
 )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from nanochat.common import UserError, get_base_dir, say
 from nanochat.core_bundle import Bundle
 from nanochat.core_eval import GPTScorer
 from nanochat.core_prompts import MODES
-from nanochat.dataset import resolve_corpus
 from nanochat.decoding import DecodingWeights
 from nanochat.gpt import GPT
 from nanochat.report import record_stage
@@ -20,6 +19,7 @@ from nanochat.session import choose_device_batch, command_line
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import _cli
 from scripts._core import open_bundle, report_values, run_core, write_details
+from scripts._corpus import open_corpus
 from scripts._observe import EVAL_ROWS, bpb_by_source, continuations, corpus_bpb
 
 PROMPTS = (
@@ -47,6 +47,8 @@ class Config:
     """Its step; -1 takes the last."""
     data: str = ""
     """As for base_train."""
+    skip_bad_shards: bool = False
+    """Go on without files of the data that are missing or damaged, and say which."""
     split_tokens: int = -1
     """Tokens per split for bpb; -1 is 2^18 on a CPU and 40 * 2^19 elsewhere."""
     device_batch_size: int = -1
@@ -105,7 +107,7 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
         "num_params": model.num_scaling_params()["total"],
     }
     if "bpb" in wanted:
-        corpus = resolve_corpus(config.data, base_dir)
+        corpus = open_corpus(config.data, config.skip_bad_shards, runtime, base_dir)
         tokens = (
             config.split_tokens if config.split_tokens > 0 else 2**18 if runtime.device.type == "cpu" else 40 * 2**19
         )
@@ -156,7 +158,7 @@ def evaluate_hf(config: Config, wanted: list[str], bundle: Bundle | None, runtim
     model, tokenizer = load_hf_model(config.hf_path, runtime)
     runtime.print0(f"{runtime.describe()}\nHugging Face model: {config.hf_path}, context {model.max_tokens}")
     if "bpb" in wanted:
-        corpus = resolve_corpus(config.data, base_dir)
+        corpus = open_corpus(config.data, config.skip_bad_shards, runtime, base_dir)
         tokens = config.split_tokens if config.split_tokens > 0 else 2**18
         for split in ("train", "val"):
             bpb = corpus_bpb(model, corpus, tokenizer, runtime, split=split, tokens=tokens,  # type: ignore[arg-type]

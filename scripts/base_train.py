@@ -9,11 +9,11 @@ from typing import Any
 
 from nanochat import fp8
 from nanochat.checkpoint_manager import Checkpoint, load_model_state, open_checkpoint, run_dir
-from nanochat.common import UserError, format_count, format_seconds, get_base_dir, say
+from nanochat.common import UserError, format_count, format_seconds, get_base_dir, say, write_json
 from nanochat.core_bundle import Bundle
 from nanochat.core_eval import GPTScorer
+from nanochat.corpus import Corpus
 from nanochat.dataloader import PretrainLoader
-from nanochat.dataset import Corpus, resolve_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.law import Law
 from nanochat.planner import usual_price
@@ -30,6 +30,7 @@ from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.trainer import Hook, Record, StopObserving, Trainer
 from scripts import _cli
 from scripts._core import open_bundle, run_core
+from scripts._corpus import RECORD, open_corpus
 from scripts._model import ModelFlags, network
 from scripts._observe import continuations, corpus_bpb
 from scripts._pace import best_depth
@@ -57,7 +58,9 @@ class Config(ModelFlags, TrainFlags):
     """Pretrain a base model from raw text. -1 means "off" or "derive it"."""
 
     data: str = ""
-    """starter, fineweb-edu, climbmix, or a path or glob of parquet, jsonl(.gz, .zst) or txt; empty: what is there."""
+    """starter, fineweb-edu, climbmix, or a path, glob or URL of parquet, jsonl or txt; empty: what is there."""
+    skip_bad_shards: bool = False
+    """Go on without files of the data that are missing or damaged, and say which."""
     depth: int = 12
     """The one dial: layers. Width, heads, horizon, batch and rates follow. -1 with --minutes: what fits the time."""
     max_seq_len: int = -1
@@ -115,11 +118,8 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     """The same, in the run's folder, which is ours alone."""
     checkpoint, earlier, config = open_session(run, config, runtime)
     tokenizer = checkpoint.tokenizer() if checkpoint else get_tokenizer()
-    corpus = resolve_corpus(config.data, base_dir)
+    corpus = open_corpus(config.data, config.skip_bad_shards, runtime, base_dir, run, checkpoint)
     bundle = open_bundle(config.eval_bundle, base_dir, runtime) if config.core_metric_every > 0 else None
-    if checkpoint and checkpoint.meta["corpus"] != corpus.fingerprint:
-        raise UserError(f"the data has changed since step {checkpoint.step} was saved: cannot resume exactly; "
-                        "give the same --data, or start a new run with --init-from")  # fmt: skip
     model = build_model(config, checkpoint, tokenizer, runtime, base_dir)
     runtime.print0(f"{runtime.describe()}\ndata: {corpus.name}; run folder: {run}")
 
@@ -129,6 +129,8 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
                             rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
     trainer = build_trainer(config, plan, runtime, model, loader)
     announce(run, checkpoint, config, plan.num_steps, describe(model.config, plan), runtime)
+    if runtime.is_main and not checkpoint:
+        write_json(run / RECORD, corpus.record())
     tokens = config.evaluation_tokens(runtime)
     trainer.hooks = [
         Hook(partial(evaluate, corpus=corpus, tokenizer=tokenizer, tokens=tokens), config.eval_every),

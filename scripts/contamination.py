@@ -26,6 +26,8 @@ class Config:
 
     data: str = ""
     """As for base_train."""
+    skip_bad_shards: bool = False
+    """Go on without files of the data that are missing or damaged, and say which."""
     tasks: str = ""
     """Benchmarks, separated by commas; empty: all whose data is at hand."""
     eval_bundle: str = ""
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("no benchmark is at hand: " + "; ".join(missing))
     for reason in missing:
         say(f"left out: {reason}")
-    corpus = resolve_corpus(config.data, base_dir)
+    corpus = resolve_corpus(config.data, base_dir, skip_bad=config.skip_bad_shards)
     index = Index(benchmarks)
     count = index.check(documents(corpus, config.max_documents))
     rows = []

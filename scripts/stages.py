@@ -10,6 +10,7 @@ from scripts import _cli
 STAGES = {
     "tok_train": "train the tokenizer on raw text",
     "tok_eval": "how well it compresses, beside GPT-2's and GPT-4's",
+    "tok_data": "tokenise a corpus beforehand, in several processes (optional)",
     "plan": "what a run will take: steps, memory, time, cost",
     "base_train": "pretrain a base model",
     "fit_law": "fit a scaling law to finished runs, and draw it",

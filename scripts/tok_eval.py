@@ -30,6 +30,8 @@ class Config:
 
     data: str = ""
     """As for tok_train: the validation part of this text is measured."""
+    skip_bad_shards: bool = False
+    """Go on without files of the data that are missing or damaged, and say which."""
     max_chars: int = 1_000_000
     """Measure at most this many characters of each source."""
     gpt2_ranks: str = ""
@@ -94,7 +96,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     for reference, given in ((GPT2, config.gpt2_ranks), (GPT4, config.gpt4_ranks)):
         if counter := find_reference(reference, given, base_dir):
             counters[reference.name] = counter
-    corpus = resolve_corpus(config.data, base_dir)
+    corpus = resolve_corpus(config.data, base_dir, skip_bad=config.skip_bad_shards)
     counts = count_by_source(corpus.iter_documents("val"), counters, config.max_chars)
     print_table(counts, list(counters))
     ratios = {source: {name: row["bytes"] / max(1, row[name]) for name in counters} for source, row in counts.items()}

@@ -20,7 +20,9 @@ class Config:
     """Train a byte-pair tokenizer on raw text."""
 
     data: str = ""
-    """starter, fineweb-edu, climbmix, or a path or glob of parquet, jsonl or txt; empty: what is there."""
+    """starter, fineweb-edu, climbmix, or a path, glob or URL of parquet, jsonl or txt; empty: what is there."""
+    skip_bad_shards: bool = False
+    """Go on without files of the data that are missing or damaged, and say which."""
     max_chars: int = 2_000_000_000
     """Stop reading after this many characters."""
     doc_cap: int = 10_000
@@ -71,7 +73,7 @@ class Reading:
 def train(config: Config) -> dict[str, Any]:
     """Train, save, measure; returns the figures for the report (and prints them)."""
     base_dir = get_base_dir()
-    corpus = resolve_corpus(config.data, base_dir)
+    corpus = resolve_corpus(config.data, base_dir, skip_bad=config.skip_bad_shards)
     print(f"training a tokenizer on {corpus.name}", flush=True)
     start = time.monotonic()
     reading = Reading(corpus.iter_documents("train"), config)

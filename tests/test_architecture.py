@@ -15,7 +15,7 @@ LAYERS = [
     {
         "conversation", "tokenizer", "dataset", "dataloader", "flash_attention", "gpt", "gpt_config", "loss_head",
         "optim", "param_groups", "update_rules", "state_pieces", "scaling", "convert", "textfiles", "download",
-        "batches", "document_order", "lanes",
+        "batches", "document_order", "lanes", "corpus", "remote", "filesystems", "piece_cache", "tokens",
         "conversation_loader", "planner", "law", "fp8",
     },
     {

@@ -19,6 +19,7 @@ import pytest
 import zstandard
 
 from nanochat import convert, dataset, textfiles
+from nanochat import corpus as corpus_module
 from nanochat.common import UserError
 from nanochat.dataset import Corpus, resolve_corpus
 
@@ -274,14 +275,14 @@ def test_a_full_disk_is_told_as_such(own: Path, base: Path, monkeypatch) -> None
 def test_validation_blocks_of_mixed_files_are_remembered_within_limits(own: Path, base: Path, monkeypatch) -> None:
     write_parquet(own / "a.parquet", make_texts(3000), 100)
     for limit, again in ((2**20, 0), (1, 29), (-1, 30)):
-        monkeypatch.setattr(dataset, "KEPT_SIZE", limit)
+        monkeypatch.setattr(corpus_module, "KEPT_SIZE", limit)
         reads: list[int] = []
 
         def spy(path: Path, index: int, source: str, reads: list[int] = reads) -> list[textfiles.Document]:
             reads.append(index)
             return textfiles.read_row_group(path, index, source)
 
-        monkeypatch.setattr(dataset, "read_row_group", spy)
+        monkeypatch.setattr(corpus_module, "read_row_group", spy)
         corpus = resolve_corpus(str(own), base)
         first = texts_of(corpus, "val")
         assert len(reads) == 30 and texts_of(corpus, "val") == first

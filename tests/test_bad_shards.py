@@ -1,0 +1,252 @@
+"""Shards that are missing or damaged stop a run, or with --skip-bad-shards are left out, by all processes for good."""
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import run_ranks
+from stubs import TINY
+from test_dataset import both, jsonl, make_texts, write_parquet
+from test_remote import Bucket, bucket, fails  # noqa: F401 (a fixture)
+from test_user_errors import refused
+
+from nanochat.common import BadShard, UserError
+from nanochat.dataloader import PretrainLoader
+from nanochat.dataset import resolve_corpus
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import RustBPETokenizer
+from scripts import base_train, tok_train
+
+TOKENIZER = RustBPETokenizer.train_from_iterator(make_texts(20), 265)
+SHORT = [make_texts(240, seed, words=4) for seed in range(3)]
+
+
+def put(folder: Path, *which: int) -> None:
+    for i in which or range(3):
+        write_parquet(folder / f"s{i}.parquet", SHORT[i], 4)
+
+
+def spoil_pages(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)
+    path.write_bytes(content)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.fixture
+def data(copied: Path) -> Path:
+    put(copied / "data")
+    return copied / "data"
+
+
+def flags(data: Path | str, steps: int, *more: str) -> list[str]:
+    return [*TINY, f"--data={data}", f"--num-iterations={steps}", "--model-tag=run", "--save-every=20",
+            "--keep-last=0", *more]  # fmt: skip
+
+
+def losses(base: Path, tag: str = "run") -> list[float]:
+    lines = (base / "base_checkpoints" / tag / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def skipped_counts(base: Path, tag: str = "run") -> list[int]:
+    lines = (base / "base_checkpoints" / tag / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line).get("skipped_shards", 0) for line in lines]
+
+
+def at_batch(number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something once a run has taken so many batches."""
+    real, taken = PretrainLoader.next_batch, [0]
+
+    def next_batch(self: PretrainLoader) -> Any:
+        if self._layout["shuffle"] and self.rows_per_step == 2:  # the one that trains
+            taken[0] += 1
+            if taken[0] == number:
+                action()
+        return real(self)
+
+    monkeypatch.setattr(PretrainLoader, "next_batch", next_batch)
+
+
+@pytest.mark.parametrize("spoil", [cut_off, spoil_pages])
+def test_a_bad_shard_stops_what_reads_it(spoil: Any, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(data / "s1.parquet")
+    for main, given in ((base_train.main, flags(data, 40)), (tok_train.main, [f"--data={data}"])):
+        said = refused(main, given, capsys)
+        assert "s1.parquet" in said and "--skip-bad-shards" in said
+
+
+def test_tok_train_goes_on_without_it(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil_pages(data / "s1.parquet")
+    tok_train.main([f"--data={data}", "--skip-bad-shards", "--vocab-size=265"])
+    said = capsys.readouterr()
+    assert "SKIPPED A BAD SHARD (1 so far)" in said.err and "s1.parquet" in said.err and said.err.count("SKIPPED") == 1
+
+
+@pytest.mark.parametrize("spoil", [cut_off, spoil_pages])
+def test_what_was_skipped_stays_skipped(
+    spoil: Any, data: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is resumed after the shard has come back is the run that never saw it."""
+    spoil(data / "s1.parquet")
+    assert base_train.main(flags(data, 40, "--skip-bad-shards")) == 0
+    said = capsys.readouterr().err
+    assert said.count("SKIPPED A BAD SHARD (1 so far)") == 1 and "s1.parquet" in said
+    straight = losses(copied)
+    assert skipped_counts(copied) == ([1] * 40 if spoil is cut_off else skipped_counts(copied))
+    assert skipped_counts(copied)[-1] == 1
+    shutil.rmtree(copied / "base_checkpoints" / "run" / "000040")
+    put(data)
+    assert base_train.main(flags(data, 40, "--resume")) == 0
+    assert losses(copied) == straight and skipped_counts(copied)[-1] == 1
+    assert base_train.main([*flags(data, 40), "--model-tag=whole"]) == 0
+    assert losses(copied, "whole") != straight
+
+
+def test_shards_keep_their_places_when_the_folder_moves(data: Path, tmp_path: Path) -> None:
+    first = resolve_corpus(str(data), tmp_path / "b", skip_bad=True)
+    record = json.loads(json.dumps(first.record()))
+    moved = data.rename(data.with_name("moved"))
+    skipped = {str(data / "s0.parquet"): "it was damaged"}
+    again = resolve_corpus(str(moved), tmp_path / "b", skipped=skipped, recorded=record)
+    assert again.fingerprint == first.fingerprint and not again.read_block("train", 3)
+    part, group = first.locate("train", 100)
+    assert part.path.name == "s1.parquet" and again.locate("train", 100)[1] == group
+    assert {d.text for d in again.read_block("train", 100)} <= set(SHORT[1][4 * group : 4 * group + 4])
+    (moved / "s1.parquet").unlink()
+    with pytest.raises(BadShard, match=r"s1.parquet is gone"):
+        resolve_corpus(str(moved), tmp_path / "b", skipped=skipped, recorded=record)
+    put(moved, 1)
+    write_parquet(moved / "s9.parquet", SHORT[1], 4)
+    assert resolve_corpus(str(moved), tmp_path / "b", recorded=record).fingerprint != first.fingerprint
+
+
+def test_a_shard_that_vanishes_while_training(
+    data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run ends, saved, and goes on without the shard, as if it had been left out from that step on."""
+    at_batch(5, (data / "s1.parquet").unlink, monkeypatch)
+    assert base_train.main(flags(data, 70)) == 1
+    said = capsys.readouterr().err
+    assert "s1.parquet" in said and "--skip-bad-shards" in said and "is saved" in said and "--resume" in said
+    ended = len(losses(copied))
+    assert 5 <= ended < 70
+    assert "is gone since the run began" in refused(base_train.main, flags(data, 70, "--resume"), capsys)
+    assert base_train.main(flags(data, 70, "--resume", "--skip-bad-shards")) == 0
+    assert skipped_counts(copied) == [0] * ended + [1] * (70 - ended)
+    gone = losses(copied)
+    # With the flag from the start it goes on by itself, with the same numbers.
+    put(data)
+    monkeypatch.undo()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(copied))
+    at_batch(5, (data / "s1.parquet").unlink, monkeypatch)
+    assert base_train.main([*flags(data, 70, "--skip-bad-shards"), "--model-tag=on"]) == 0
+    assert losses(copied, "on") == gone and skipped_counts(copied, "on") == skipped_counts(copied)
+
+
+def test_all_bad_is_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in data.iterdir():
+        spoil_pages(path)
+    said = refused(base_train.main, flags(data, 3, "--skip-bad-shards"), capsys)
+    assert "no document found" in said or "there is no text" in said
+
+
+def train_on_rank(runtime: Runtime, given: list[str], broken_on: int) -> list[float]:
+    """Train; the shard s1 cannot be read on rank `broken_on`, on all others it can."""
+    from nanochat import corpus
+    from scripts import _cli
+
+    real = corpus.read_row_group
+
+    def read(path: Path, group: int, source: str) -> Any:
+        if path.name == "s1.parquet" and runtime.rank == broken_on:
+            raise BadShard(f"{path} is damaged here", path)
+        return real(path, group, source)
+
+    corpus.read_row_group = read  # type: ignore[assignment]
+    try:
+        assert base_train.train(_cli.parse(base_train.Config, given), runtime) == 0
+    finally:
+        corpus.read_row_group = real
+    return []
+
+
+def test_all_processes_skip_the_same(data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage that one of two processes meets; the other leaves the shard out from the same step on."""
+    given = [*flags(data, 40, "--skip-bad-shards"), "--model-tag=two", "--total-batch-size=64"]
+    run_ranks(2, train_on_rank, given, 1)
+    assert skipped_counts(copied, "two")[-1] == 1
+    checkpoint = copied / "base_checkpoints" / "two"
+    shutil.rmtree(checkpoint / "000040")
+    two = losses(copied, "two")
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    assert base_train.main([*given, "--resume"]) == 0  # alone, and the shard is whole here
+    np.testing.assert_allclose(losses(copied, "two"), two, rtol=1e-4)
+
+
+def test_loaders_agree_after_a_skip(data: Path, tmp_path: Path) -> None:
+    """Two ranks' rows are those of one, and what is skipped never comes, whatever was read ahead."""
+
+    def loaders(world_size: int) -> list[PretrainLoader]:
+        corpora = [resolve_corpus(str(data), tmp_path / "b", skip_bad=True) for _ in range(world_size)]
+        return [PretrainLoader(corpus, TOKENIZER, sequence_len=16, rows_per_step=4, rank=rank, world_size=world_size)
+                for rank, corpus in enumerate(corpora)]  # fmt: skip
+
+    def rows(group: list[PretrainLoader], steps: int) -> np.ndarray:
+        out = [[loader.next_batch().inputs.numpy() for loader in group] for _ in range(steps)]
+        return np.array([[parts[i % len(parts)][i // len(parts)] for i in range(4)] for parts in out])
+
+    one, two = loaders(1), loaders(2)
+    np.testing.assert_array_equal(rows(one, 10), rows(two, 10))
+    for loader in one + two:
+        loader.skip({str(data / "s1.parquet"): "for a test"})
+    np.testing.assert_array_equal(rows(one, 200), rows(two, 200))
+    again = loaders(1)
+    again[0].load_state_dict(one[0].state_dict())
+    assert again[0].skipped == one[0].skipped
+    np.testing.assert_array_equal(rows(again, 100), late := rows(one, 100))
+    words = TOKENIZER.decode(late.flatten().tolist())
+    assert "1.1" not in words.replace("0.1", "") or not any(text in words for text in SHORT[1])
+    for loader in one + two + again:
+        loader.close()
+
+
+def test_a_text_file_that_ends_too_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own, base = tmp_path / "own", tmp_path / "base"
+    own.mkdir()
+    for i in range(3):
+        (own / f"{i}.jsonl.gz").write_bytes(gzip.compress(jsonl(SHORT[i])))
+    cut_off(own / "1.jsonl.gz")
+    with pytest.raises(UserError, match=r"1.jsonl.gz is damaged or cut short .*--skip-bad-shards"):
+        resolve_corpus(str(own), base)
+    assert sorted(both(resolve_corpus(str(own), base, skip_bad=True))) == sorted(SHORT[0] + SHORT[2])
+    assert "SKIPPED A BAD SHARD (1 so far)" in capsys.readouterr().err
+
+
+def test_a_network_that_dies_while_training_costs_no_step(
+    bucket: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    put(bucket / "data")
+    monkeypatch.setenv("NANOCHAT_NETWORK_SECONDS", "0.3")
+    monkeypatch.setenv("NANOCHAT_CACHE_GB", "0")
+
+    def cut_the_line() -> None:
+        Bucket.fail = fails(10**9, ConnectionResetError("reset by peer"))  # type: ignore[misc]
+
+    assert base_train.main([*flags("bucket://data", 90), "--model-tag=straight"]) == 0
+    at_batch(5, cut_the_line, monkeypatch)
+    assert base_train.main(flags("bucket://data", 90, "--skip-bad-shards", "--eval-every=-1")) == 1
+    said = capsys.readouterr().err
+    assert "no answer for 0.3 seconds" in said and "is saved" in said and "SKIPPED" not in said
+    assert 5 <= len(losses(copied)) < 90
+    Bucket.fail = staticmethod(lambda path, start, end: None)  # type: ignore[misc]
+    assert base_train.main(flags("bucket://data", 90, "--resume")) == 0
+    assert losses(copied) == losses(copied, "straight")

@@ -1,0 +1,371 @@
+"""Corpora behind URLs: the same batches as from disk, while the network fails or the cache is damaged or too small."""
+
+import gzip
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec import AbstractFileSystem
+from stubs import TINY
+from test_dataset import both, jsonl, make_texts, write_parquet
+from test_user_errors import refused
+
+from nanochat import remote, textfiles
+from nanochat.batches import AskedToEnd, Prefetcher
+from nanochat.common import BadShard, UserError
+from nanochat.dataloader import PretrainLoader
+from nanochat.dataset import resolve_corpus
+from nanochat.piece_cache import PieceCache
+from nanochat.tokenizer import RustBPETokenizer
+from scripts import base_train, tok_train
+
+TEXTS = make_texts(1200)
+TOKENIZER = RustBPETokenizer.train_from_iterator(TEXTS[:50], 300)
+
+
+class Bucket(AbstractFileSystem):
+    """A folder on disk as if it were far away: counts reads, and fails, waits or says no as it is told to."""
+
+    protocol = "bucket"
+    root_marker = ""  # paths in it have no leading slash
+    folder = Path()
+    reads: ClassVar[Counter[str]] = Counter()
+    fail: ClassVar[Any] = staticmethod(lambda path, start, end: None)
+    cachable = False
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:  # type: ignore[override]
+        inside = path.removeprefix("bucket://").strip("/")
+        return inside if inside.startswith(str(cls.folder).lstrip("/")) else f"{cls.folder}/{inside}".lstrip("/")
+
+    def _local(self, path: str) -> str:
+        return "/" + self._strip_protocol(path)
+
+    def unstrip_protocol(self, name: str) -> str:
+        return "bucket://" + name.removeprefix(str(self.folder).lstrip("/")).lstrip("/")
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        type(self).fail(path, None, None)
+        stat = os.stat(self._local(path))
+        kind = "directory" if os.path.isdir(self._local(path)) else "file"
+        return {"name": self._strip_protocol(path), "size": stat.st_size, "type": kind, "ETag": str(stat.st_mtime_ns)}
+
+    def ls(self, path: str, detail: bool = False, **kwargs: Any) -> list[Any]:
+        if self.info(path)["type"] == "file":
+            return [self.info(path)]
+        found = [self.info(f"{self._strip_protocol(path)}/{name}") for name in os.listdir(self._local(path))]
+        return found if detail else [one["name"] for one in found]
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        assert start is not None and end is not None, "whole files are not read"
+        type(self).fail(path, start, end)
+        Bucket.reads[Path(path).name] += 1
+        with open(self._local(path), "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+
+fsspec.register_implementation("bucket", Bucket, clobber=True)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with three shards, as bucket://data."""
+    folder = tmp_path / "far"
+    for i in range(3):
+        extra = {"url": [f"http://{i}/{n}" for n in range(400)]}
+        write_parquet(folder / "data" / f"s{i}.parquet", TEXTS[i::3], 40, **extra)
+    (folder / "data" / ".hidden.parquet").write_bytes(b"no")
+    (folder / "data" / "readme.md").write_bytes(b"no")
+    monkeypatch.setattr(Bucket, "folder", folder)
+    monkeypatch.setattr(Bucket, "reads", Counter())
+    monkeypatch.setattr(Bucket, "fail", staticmethod(lambda path, start, end: None))
+    monkeypatch.setattr(remote, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "MAX_DELAY_SECONDS", 0.05)
+    return folder
+
+
+def fails(times: int, error: Exception, name: str = "") -> Any:
+    """For Bucket.fail: the first reads whose path holds `name` raise `error`."""
+    left, lock = [times], threading.Lock()
+
+    def fail(path: str, start: int | None, end: int | None) -> None:
+        with lock:
+            if start is not None and name in path and left[0] > 0:
+                left[0] -= 1
+                raise error
+
+    return staticmethod(fail)
+
+
+def rows_of(corpus: Any, steps: int, rank: int = 0, world_size: int = 1, tokenizer: Any = TOKENIZER) -> np.ndarray:
+    loader = PretrainLoader(corpus, tokenizer, sequence_len=32, rows_per_step=8, rank=rank, world_size=world_size)
+    batches = [loader.next_batch().inputs.numpy() for _ in range(steps)]
+    loader.close()
+    return np.stack(batches)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The same as from disk
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_same_batches_as_from_disk(world_size: int, bucket: Path, tmp_path: Path) -> None:
+    near = resolve_corpus(str(bucket / "data"), tmp_path / "near")
+    far = resolve_corpus("bucket://data", tmp_path / "far_base")
+    assert far.fingerprint == near.fingerprint and sorted(both(far)) == sorted(TEXTS)
+    for rank in range(world_size):
+        np.testing.assert_array_equal(rows_of(far, 150, rank, world_size), rows_of(near, 150, rank, world_size))
+
+
+def test_every_kind_of_url(bucket: Path, base: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("s0", "s1", "s2"):
+        memory.pipe_file(f"/folder/deep/{name}.parquet", (bucket / "data" / f"{name}.parquet").read_bytes())
+    whole = resolve_corpus(str(bucket / "data"), base)
+    for url in ("memory://folder", "memory://folder/deep/", "memory://folder/**/*.parquet", f"file://{bucket}/data",
+                f"file://{bucket}/data/s*.parquet", "bucket://data/*.parquet", "bucket://d*"):  # fmt: skip
+        assert resolve_corpus(url, base).fingerprint == whole.fingerprint, url
+    one = resolve_corpus("memory://folder/deep/s1.parquet", base)
+    assert one.fingerprint == resolve_corpus(str(bucket / "data" / "s1.parquet"), base).fingerprint
+    memory.rm("/folder", recursive=True)
+
+
+def test_text_files_are_converted_to_the_same_shards(bucket: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(remote, "CHUNK_BYTES", 10_000)  # several to a file
+    monkeypatch.setattr("nanochat.dataset.MAX_BLOCK_ROWS", 350)
+    write_parquet(bucket / "mixed" / "big.parquet", TEXTS[:400], 400)
+    (bucket / "mixed" / "a.jsonl").write_bytes(jsonl(TEXTS[400:900]))
+    (bucket / "mixed" / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS[900:])))
+    near, far = (resolve_corpus(*which) for which in ((str(bucket / "mixed"), tmp_path / "x"),
+                                                      ("bucket://mixed", tmp_path / "y")))  # fmt: skip
+    assert far.fingerprint == near.fingerprint and sorted(both(far)) == sorted(TEXTS)
+    np.testing.assert_array_equal(rows_of(far, 20), rows_of(near, 20))
+
+
+def test_a_shard_is_read_in_pieces_and_none_before_it_is_needed(bucket: Path, tmp_path: Path) -> None:
+    """Opening reads the ends of the files and the first block; a block's columns of no use are not fetched."""
+    sizes: list[int] = []
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(500).hex() for _ in range(400)]
+    for i in range(3):
+        waste = pa.array([rng.bytes(3000) for _ in texts])
+        pq.write_table(pa.table({"waste": waste, "text": texts}), bucket / "data" / f"s{i}.parquet",
+                       row_group_size=40, use_dictionary=False)  # fmt: skip
+    Bucket.fail = staticmethod(lambda path, start, end: start is not None and sizes.append(end - start))
+    corpus = resolve_corpus("bucket://data", tmp_path / "base")
+    assert both(corpus)
+    ends = 3 * (remote.TAIL_BYTES + 20_000)
+    assert sum(sizes) < ends + 1.1 * 3 * 400 * 1000 and sizes.count(remote.TAIL_BYTES) == 3  # waste: three times that
+    assert len([size for size in sizes if 30_000 < size < 50_000]) == 30  # a block each
+
+
+def test_what_was_fetched_is_not_fetched_again(bucket: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    first = both(resolve_corpus("bucket://data", base))
+    reads = Bucket.reads.total()
+    assert reads <= 3 + 30
+    assert both(resolve_corpus("bucket://data", base)) == first and Bucket.reads.total() == reads
+    write_parquet(bucket / "data" / "s1.parquet", TEXTS[1::3][::-1], 40)  # written again: another version
+    assert sorted(both(resolve_corpus("bucket://data", base))) == sorted(first)
+    assert Bucket.reads["s1.parquet"] == 2 * Bucket.reads["s0.parquet"]
+
+
+def test_blocks_are_fetched_ahead(bucket: Path, tmp_path: Path) -> None:
+    """With a slow network the pieces of several lanes are on their way at once."""
+    corpus = resolve_corpus("bucket://data", tmp_path / "base")
+    at_once, most = [0], [0]
+    lock = threading.Lock()
+
+    def slow(path: str, start: int | None, end: int | None) -> None:
+        with lock:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.02)
+        with lock:
+            at_once[0] -= 1
+
+    Bucket.fail = staticmethod(slow)
+    rows_of(corpus, 3)
+    assert most[0] >= 4
+
+
+# ---------------------------------------------------------------------------------------------------
+# The cache
+
+
+def damage(path: Path, at: int | None = None) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if at is None else at] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_pieces_are_fetched_again(bucket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tmp_path / "base"
+    first = both(resolve_corpus("bucket://data", base))
+    pieces = [path for path in (base / "stream").rglob("??/*") if path.is_file()]
+    assert len(pieces) == 33
+    for path in pieces[::2]:
+        damage(path)
+    pieces[1].write_bytes(b"")
+    reads = Bucket.reads.total()
+    assert both(resolve_corpus("bucket://data", base)) == first
+    assert Bucket.reads.total() - reads == 18 and "is damaged: fetching it again" in capsys.readouterr().err
+
+
+def test_the_cache_stays_within_its_budget(tmp_path: Path) -> None:
+    cache = PieceCache(tmp_path, 100_000)
+    others = PieceCache(tmp_path, 100_000)
+    for i in range(60):
+        (cache if i % 2 else others).get(f"{i:04d}", lambda i=i: bytes([i]) * 5000, 1)  # type: ignore[misc]
+        used = sum(path.stat().st_size for path in tmp_path.rglob("00/*"))
+        assert used <= 100_000
+        if i == 30:
+            os.utime(cache.path("0030"), (time.time() + 60,) * 2)  # used last
+    assert used > 60_000 and cache.load("0030") == bytes([30]) * 5000 and cache.load("0001") is None
+
+
+def test_a_budget_of_nothing_keeps_nothing(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_CACHE_GB", "0")
+    assert sorted(both(resolve_corpus("bucket://data", tmp_path / "base"))) == sorted(TEXTS)
+    assert not (tmp_path / "base" / "stream" / "pieces").exists()
+    monkeypatch.setenv("NANOCHAT_CACHE_GB", "much")
+    with pytest.raises(UserError, match="NANOCHAT_CACHE_GB must be a number"):
+        resolve_corpus("bucket://data", tmp_path / "base")
+
+
+def test_a_cache_that_cannot_be_written_costs_the_keeping_only(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NANOCHAT_CACHE_DIR", "/proc/self/nothing")
+    assert sorted(both(resolve_corpus("bucket://data", tmp_path / "base"))) == sorted(TEXTS)
+    assert capsys.readouterr().err.count("going on without keeping it") == 2  # footers and pieces
+
+
+def test_processes_share_the_cache(tmp_path: Path) -> None:
+    """Each piece is fetched by one of them, and each reads all of them right, while they delete each other's."""
+    code = (
+        "import sys; from pathlib import Path; from nanochat.piece_cache import PieceCache\n"
+        "cache = PieceCache(Path(sys.argv[1]), int(sys.argv[2])); fetched = 0\n"
+        "def fetch(i):\n"
+        "    global fetched; fetched += 1; return i.to_bytes(2, 'big') * 1000\n"
+        "for turn in range(3):\n"
+        "    for i in range(150):\n"
+        "        assert cache.get(f'{i:04d}', lambda: fetch(i), 10) == i.to_bytes(2, 'big') * 1000\n"
+        "print(fetched)"
+    )
+    for budget, least, most in ((10**9, 150, 150), (50_000, 151, 10**9)):
+        command = [sys.executable, "-c", code, str(tmp_path / str(budget)), str(budget)]
+        jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        assert least <= sum(int(job.communicate(timeout=60)[0]) for job in jobs) <= most
+        assert all(job.returncode == 0 for job in jobs)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What fails
+
+
+def test_a_network_that_fails_for_a_while_changes_nothing(
+    bucket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near = resolve_corpus(str(bucket / "data"), tmp_path / "near")
+    Bucket.fail = fails(3, ConnectionResetError("reset by peer"))
+    far = resolve_corpus("bucket://data", tmp_path / "far_base")
+    Bucket.fail = fails(12, TimeoutError("timed out"))
+    np.testing.assert_array_equal(rows_of(far, 50), rows_of(near, 50))
+    said = capsys.readouterr().err
+    assert "reset by peer; trying again" in said and said.count("trying again") <= 2
+
+
+def test_a_network_that_stays_away_ends_loudly(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_NETWORK_SECONDS", "0.3")
+    corpus = resolve_corpus("bucket://data", tmp_path / "base")
+    Bucket.fail = fails(10**9, ConnectionResetError("reset by peer"))
+    with pytest.raises(UserError, match=r"no answer for 0.3 seconds \(reset by peer\)") as caught:
+        rows_of(corpus, 5)
+    assert not isinstance(caught.value, BadShard)  # else a dead network would be skipped shard by shard
+    with pytest.raises(UserError, match="no answer for"):
+        resolve_corpus("bucket://data", tmp_path / "other")
+
+
+def test_a_shard_that_vanishes_or_changes_is_named(bucket: Path, tmp_path: Path) -> None:
+    for number, (spoil, told) in enumerate({
+        lambda path: path.unlink(): "not there",
+        lambda path: path.write_bytes(path.read_bytes()[:9000]): "has changed",
+    }.items()):  # fmt: skip
+        corpus = resolve_corpus("bucket://data", tmp_path / str(number))
+        spoil(bucket / "data" / "s2.parquet")
+        with pytest.raises(BadShard, match=rf"bucket://data/s2.parquet .*{told}.*--skip-bad-shards") as caught:
+            both(corpus)
+        assert caught.value.shard == "bucket://data/s2.parquet"
+        write_parquet(bucket / "data" / "s2.parquet", TEXTS[2::3], 40)
+
+
+def test_a_server_that_knows_no_ranges(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "TAIL_BYTES", 100)
+    monkeypatch.setattr(Bucket, "cat_file", lambda self, path, **where: Path("/", path).read_bytes())
+    with pytest.raises(UserError, match="sends whole files only"):
+        resolve_corpus("bucket://data", tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("bucket://nothing", "bucket://nothing: there is no such file, folder or bucket"),
+        ("bucket://data/none*.parquet", "no file there is parquet"),
+        ("bucket://data/**x", "Invalid pattern"),
+        ("bucket://data/readme.md", "no file there is parquet"),
+        ("bucket://data/denied.parquet", "access denied"),
+        ("s3://bucket/folder", "pip install 'nanochat[s3]'"),
+        ("https://example.org/a.parquet", "pip install 'nanochat[http]'"),
+        ("gs://bucket/a*.jsonl", "pip install 'nanochat[gcs]'"),
+        ("nonsense://x", "nonsense"),
+    ],
+)
+def test_mistakes(
+    data: str, told: str, bucket: Path, copied: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def missing(data: str) -> None:
+        raise ImportError("Install it")
+
+    if "[" in told:  # whether or not it is installed here
+        monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    (bucket / "data" / "denied.parquet").write_bytes(b"x")
+    Bucket.fail = fails(10**9, PermissionError("Access Denied"), "denied")
+    for main, flags in ((base_train.main, TINY), (tok_train.main, [])):
+        assert told in refused(main, [*flags, f"--data={data}"], capsys)
+
+
+def test_waiting_for_a_network_can_be_given_up(bucket: Path, tmp_path: Path) -> None:
+    corpus = resolve_corpus("bucket://data", tmp_path / "base")
+    Bucket.fail = fails(10**9, ConnectionResetError("reset by peer"))
+    loader = PretrainLoader(corpus, TOKENIZER, sequence_len=32, rows_per_step=8)
+    assert not loader.wait(0.1) and loader.failure is None
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 5
+    Bucket.fail = staticmethod(lambda path, start, end: None)
+    np.testing.assert_array_equal(rows_of(corpus, 5), rows_of(resolve_corpus("bucket://data", tmp_path / "b"), 5))
+    prefetcher = Prefetcher(lambda: corpus.parts["train"][0].path.remote.wait(remote.Future()), 1)
+    time.sleep(0.1)
+    prefetcher.close()
+    with pytest.raises(AskedToEnd):
+        prefetcher.get()
+
+
+def test_spans_are_where_parquet_has_the_text(bucket: Path) -> None:
+    path = bucket / "data" / "s0.parquet"
+    spans = textfiles.spans_of_text(path.read_bytes()[-20_000:])
+    assert len(spans) == 10 and all(0 < start < end < path.stat().st_size for start, end in spans)
+    assert textfiles.spans_of_text(b"no parquet at all") == []

@@ -1,0 +1,182 @@
+"""Tokens made beforehand: the same batches as from the text, in parallel, taken up again, never stale or damaged."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from test_dataset import jsonl, make_texts, write_parquet
+from test_remote import TEXTS, TOKENIZER, damage, rows_of
+
+from nanochat import document_order, tokens
+from nanochat.common import UserError
+from nanochat.corpus import Corpus
+from nanochat.dataset import resolve_corpus
+from nanochat.tokenizer import RustBPETokenizer
+from scripts import tok_data
+
+
+@pytest.fixture
+def data(base: Path) -> Path:
+    """Three shards read in place, and a text file that is converted; the base folder has the tokenizer."""
+    folder = base / "data"
+    for i in range(3):
+        write_parquet(folder / f"s{i}.parquet", [*TEXTS[i:900:3], "", "\n"], 40)
+    (folder / "a.jsonl").write_bytes(jsonl(TEXTS[900:]))
+    TOKENIZER.save(base / "tokenizer")
+    return folder
+
+
+class NoText:
+    """A tokenizer that must not be asked."""
+
+    hash, get_vocab_size, get_bos_token_id = TOKENIZER.hash, TOKENIZER.get_vocab_size, TOKENIZER.get_bos_token_id
+
+    def encode(self, text: list[str], num_threads: int) -> list[list[int]]:
+        raise AssertionError("tokenised on the fly")
+
+
+def opened(data: Path, base: Path) -> Corpus:
+    return resolve_corpus(str(data), base)
+
+
+def token_files(base: Path) -> list[Path]:
+    return sorted(path for path in (base / "tokens").rglob("*.parquet") if not path.name.startswith("."))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_same_batches_as_on_the_fly(world_size: int, data: Path, base: Path, monkeypatch) -> None:
+    monkeypatch.setattr(document_order, "LONGEST_TEXT", 100)  # documents in several pieces
+    fly = [rows_of(opened(data, base), 120, rank, world_size) for rank in range(world_size)]
+    assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
+    for rank in range(world_size):
+        np.testing.assert_array_equal(rows_of(opened(data, base), 120, rank, world_size, NoText()), fly[rank])
+
+
+def test_the_same_validation_and_small_data(data: Path, base: Path) -> None:
+    """The split of small data, where one document is held out, is kept; and so is validation."""
+    (data / "few").mkdir()
+    write_parquet(data / "few" / "few.parquet", make_texts(9), 4)
+    for folder in (data, data / "few"):
+
+        def blocks(tokenizer: object, folder: Path = folder) -> list[list[list[int]]]:
+            corpus = tokens.with_tokens(opened(folder, base), tokenizer)
+            return [[item.ids.tolist() if isinstance(item, document_order.Tokens) else TOKENIZER.encode(item.text)
+                     for item in corpus.read_block(split, i)]
+                    for split in ("train", "val") for i in range(corpus.num_blocks(split))]  # fmt: skip
+
+        before = blocks(TOKENIZER)
+        assert tok_data.main([f"--data={folder}", "--workers=1"]) == 0
+        corpus = tokens.with_tokens(opened(folder, base), TOKENIZER)
+        assert isinstance(corpus.read_block("val", 0), list) and isinstance(corpus, tokens.TokenisedCorpus)
+        assert blocks(NoText()) == before
+
+
+def test_of_another_tokenizer_or_another_text_they_are_not_used(data: Path, base: Path) -> None:
+    assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
+    other = RustBPETokenizer.train_from_iterator(TEXTS[:50], 290)
+    assert other.hash != TOKENIZER.hash
+    expected = rows_of(opened(data, base / "elsewhere"), 30, tokenizer=other)
+    np.testing.assert_array_equal(rows_of(opened(data, base), 30, tokenizer=other), expected)
+    path = data / "s1.parquet"
+    changed = [text[::-1] for text in TEXTS[1:900:3]]
+    for make_same in (False, True):
+        size, times = path.stat().st_size, (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+        write_parquet(path, changed if not make_same else changed[::-1], 40)
+        if make_same:  # a whole file of the same size, which can only be told by its time
+            os.utime(path, ns=(times[0], times[1] + 1))
+        assert make_same or path.stat().st_size != size
+        expected = rows_of(opened(data, base / f"elsewhere{make_same}"), 60)
+        np.testing.assert_array_equal(rows_of(opened(data, base), 60), expected)
+        with pytest.raises(AssertionError, match="on the fly"):
+            rows_of(opened(data, base), 60, tokenizer=NoText())
+        assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
+
+
+@pytest.mark.parametrize("how", ["a bit", "the end", "all", "another's"])
+def test_damaged_files_are_not_used_silently(how: str, data: Path, base: Path, capsys) -> None:
+    expected = rows_of(opened(data, base), 60)
+    assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
+    parts = opened(data, base).parts["train"]
+    mine, other = (tokens.token_path(base / "tokens", part, TOKENIZER) for part in parts[:2])
+    if how == "a bit":
+        damage(mine, 300)
+    elif how == "another's":
+        mine.write_bytes(other.read_bytes())
+    else:
+        mine.write_bytes(mine.read_bytes()[:-100] if how == "the end" else b"")
+    capsys.readouterr()
+    np.testing.assert_array_equal(rows_of(opened(data, base), 60), expected)
+    assert str(mine) in capsys.readouterr().err
+    assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
+    rows_of(opened(data, base), 60, tokenizer=NoText())
+
+
+def test_no_bit_that_flips_changes_a_token(data: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
+    monkeypatch.setattr(tokens, "warn", lambda message: None)
+    corpus = opened(data, base)
+    path = tokens.token_path(base / "tokens", corpus.parts["train"][0], TOKENIZER)
+    whole = path.read_bytes()
+    expected = [TOKENIZER.encode(d.text) for d in corpus.read_block("train", 2)]
+    used = 0
+    for at in range(0, len(whole), max(1, len(whole) // 150)):
+        path.write_bytes(whole)
+        damage(path, at)
+        found = tokens.with_tokens(corpus, TOKENIZER).read_block("train", 2)
+        used += isinstance(found[0], document_order.Tokens)
+        assert not isinstance(found[0], document_order.Tokens) or [t.ids.tolist() for t in found] == expected, at
+    assert used > 50  # damage to other blocks leaves this one alone
+
+
+def test_they_are_made_in_parallel_and_only_once(data: Path, base: Path, capsys) -> None:
+    assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
+    one = {path.name: pq.read_table(path) for path in token_files(base)}
+    for path in token_files(base)[1:]:
+        path.unlink()
+    left = token_files(base)[0].stat().st_mtime_ns
+    (token_files(base)[0].parent / ".dead.tmp").write_bytes(b"of a killed command")
+    capsys.readouterr()
+    assert tok_data.main([f"--data={data}", "--workers=2"]) == 0
+    said = capsys.readouterr().out
+    assert f"tokenising {len(one) - 1} of {len(one)} shards" in said and f"{len(one)} shards are tokenised" in said
+    assert {path.name: pq.read_table(path) for path in token_files(base)} == one
+    assert min(path.stat().st_mtime_ns for path in token_files(base)) == left
+    assert not list((base / "tokens").rglob("*.tmp"))
+
+
+def test_stopped_in_the_middle_it_goes_on(data: Path, base: Path) -> None:
+    """Ctrl-C leaves nothing half done and no process behind; what was done stays."""
+    large = write_parquet(data / "t.parquet", make_texts(1000, words=600), 50).read_bytes()
+    for i in range(40):
+        (data / f"t{i:02d}.parquet").write_bytes(large)
+    command = [sys.executable, "-m", "scripts.tok_data", f"--data={data}", "--workers=2"]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(token_files(base)) < 3:
+        time.sleep(0.05)
+        assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    said = job.communicate(timeout=30)[1]
+    assert job.returncode == 130 and "interrupted" in said and "Traceback" not in said, said
+    assert time.monotonic() - began < 10 and not list((base / "tokens").rglob("*.tmp"))
+    done = token_files(base)
+    assert 3 <= len(done) < 45 and all(pq.ParquetFile(path).metadata.metadata for path in done)
+
+
+def test_a_bad_shard(data: Path, base: Path, capsys) -> None:
+    path = data / "s2.parquet"
+    content = bytearray(path.read_bytes())
+    content[1000:3000] = bytes(2000)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"s2.parquet.*--skip-bad-shards"):
+        tok_data.main([f"--data={data}", "--workers=1"])
+    assert tok_data.main([f"--data={data}", "--workers=1", "--skip-bad-shards"]) == 0
+    assert "SKIPPED A BAD SHARD (1 so far)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--workers"):
+        tok_data.main(["--workers=0"])
