@@ -257,7 +257,9 @@ class Chaos:
 
     def readonly(self) -> None:
         subprocess.run(["mount", "--bind", self.run, self.run], check=True)
-        subprocess.run(["mount", "-o", "remount,bind,ro", self.run], check=True)
+        remount = ["mount", "-o", "remount,bind,ro", self.run]
+        while subprocess.run(remount, stderr=subprocess.DEVNULL).returncode:  # busy while a file is being written
+            time.sleep(0.01)
         time.sleep(self.rng.uniform(0.3, 2))
         subprocess.run(["umount", "--lazy", self.run], check=True)
 
