@@ -51,6 +51,11 @@ class DecodeFlags(Flags):
             raise UserError("--rows needs numbers from 1 up")
         if not 1 <= self.prompt < self.seq_len:
             raise UserError(f"--prompt must be from 1 to below --seq-len {self.seq_len}, got {self.prompt}")
+        if self.prompt + max(self.rows) + 2 > self.seq_len:  # rows grow while the others are prefilled
+            raise UserError(f"--prompt {self.prompt} and {max(self.rows)} --rows leave no room to decode in; "
+                            f"give --seq-len at least {self.prompt + max(self.rows) + 2}")  # fmt: skip
+        if not 0 <= self.temperature <= 1e6:
+            raise UserError(f"--temperature must be from 0 to 1,000,000, got {self.temperature}")
 
 
 class Ids:

@@ -45,6 +45,8 @@ class RolloutFlags(Flags):
         for name in ("prompts", "num_samples", "prompt", "longest", "rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.vocab_size <= 20:
+            raise UserError(f"--vocab-size must be above 20, got {self.vocab_size}")
         if self.prompt + self.longest > self.seq_len:
             raise UserError(f"--prompt and --longest together must fit --seq-len {self.seq_len}")
 

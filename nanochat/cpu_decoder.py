@@ -1,7 +1,7 @@
 """One decode step on a CPU as a single call of C (decode.c): a model, its key/value cache, one new token per row, or
 the few tokens of a short prompt for one row.
 
-It computes what GPT.forward does with a cache; that form runs on GPUs, where there is no C compiler, and for longer
+It computes what GPT.forward does with a cache. That form runs on GPUs, on machines without a C compiler, and for longer
 prompts.
 
 Shapes: B rows, C channels, H query heads, G key/value heads, D head size, V vocabulary.
@@ -74,7 +74,7 @@ class CpuDecoder:
 
     def __init__(self, model: GPT, cache: KVCache, packed: PackedWeights) -> None:
         """`model` has its matrices in its compute dtype (decoding.DecodingWeights)."""
-        assert supported(model)
+        assert supported(model) and cache.max_tokens <= model.cos.size(0)
         self.cache, self.vocab_size = cache, model.config.vocab_size
         self._most_tokens = SHORT_PROMPT // 2 if packed.int8 else SHORT_PROMPT
         self._kept: list[Any] = [model, packed, *model.parameters(), *cache.k, *cache.v]  # alive while C knows them

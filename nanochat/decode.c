@@ -51,7 +51,7 @@ typedef struct { /* float32 unless said otherwise; `in` is what enters a product
     void *previous;                        /* (rows, C) embedding of each row's last token, as in the cache; or NULL */
 } Scratch;
 
-typedef struct { /* B tokens; those of one row stand together, in order */
+typedef struct { /* B tokens: either one each of B rows, or all of one row, in order */
     const long *ids, *rows, *positions;
     long B;
 } Tokens;
@@ -74,10 +74,11 @@ INLINE void finish(const int kind, vec sum, Matrix w, long block, const long n, 
         for (int i = 0; i < LANES; i++) sum[i] = fmaf(sum[i], w.scale[LANES * block + i], before[i]); /* rounded once */
     else sum += before;
     if (out.then == RELU2) {
-        sum = (vec)((words)(sum * sum) & (words)(sum > 0));
+        words bits = (words)(sum * sum) & ~(words)(sum <= 0); /* a NaN stays one */
+        sum = (vec)bits;
         if (kind == BF16) {
-            words bits = (words)sum; /* to_bf16 of what is no NaN */
-            halves h = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
+            words is_nan = (words)(sum != sum), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+            halves h = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), halves);
             memcpy((bf16_t *)out.y + at, &h, n * sizeof(bf16_t));
             return;
         }

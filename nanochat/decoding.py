@@ -340,8 +340,11 @@ class DecodingWeights:
             raise UserError("int8 weights are for decoding on a CPU; leave int8 out")
         self.model = model
         self._cast_needed = int8 or any(p.dtype != _decoding_dtype(p, model.compute_dtype) for p in model.parameters())
-        self._copy = self._cast(model.compute_dtype) if self._cast_needed else model
-        self.packed = PackedWeights(self._copy, int8) if int8 or cpu_decoder.supported(model) else None
+        with torch.inference_mode(False):  # else they could not be renewed outside of it
+            self._copy = self._cast(model.compute_dtype) if self._cast_needed else model
+            self.packed = PackedWeights(self._copy, int8) if int8 or cpu_decoder.supported(model) else None
+        if int8 and not cpu_decoder.supported(model):
+            warn("int8 weights save nothing here: without a C compiler, or in this size, they decode as they were")
         self._versions = self._current_versions()
         self._lock = threading.Lock()
 
@@ -349,17 +352,19 @@ class DecodingWeights:
         """A model with today's weights, the original where nothing needs casting; `packed` follows it."""
         with self._lock:
             if (versions := self._current_versions()) != self._versions:
-                if self._cast_needed:
-                    with torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad():
+                    if self._cast_needed:
                         for mine, theirs in zip(self._copy.parameters(), self.model.parameters()):
                             mine.copy_(theirs)
-                if self.packed:
-                    self.packed.follow(self._copy)
+                    if self.packed:
+                        self.packed.follow(self._copy)
                 self._versions = versions
             return self._copy
 
-    def _current_versions(self) -> list[int]:
-        return [0 if p.is_inference() else p._version for p in self.model.parameters()]
+    def _current_versions(self) -> list[tuple[int, int]]:
+        """What changes with the weights: where they are and how often they were written to. (`p.data` does not count,
+        nor do inference tensors: whoever writes to them needs a new engine.)"""
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
 
     def _cast(self, dtype: torch.dtype) -> GPT:
         with torch.device("meta"):

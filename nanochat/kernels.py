@@ -71,7 +71,9 @@ def library() -> ctypes.CDLL | None:
         library.decode_step.restype = library.draw_rows.restype = None
         return library
     except (OSError, subprocess.CalledProcessError) as error:
-        warn(f"the CPU kernels cannot be built or loaded ({error}): training will be slower")
+        said = getattr(error, "stderr", b"") or b""
+        why = next((line for line in said.decode(errors="replace").splitlines() if "error" in line), str(error))
+        warn(f"the CPU kernels cannot be built or loaded ({why}): training and decoding will be slower")
         return None
 
 

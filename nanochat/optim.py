@@ -65,7 +65,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._step_muon(group)
 
     def _step_adamw(self, p: torch.Tensor, group: dict[str, Any]) -> None:
-        self._update_adamw(p, p.data, p.grad, group)  # type: ignore[arg-type]
+        self._update_adamw(p, p.detach(), p.grad, group)  # type: ignore[arg-type]
 
     def _update_adamw(self, p: torch.Tensor, own: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         """Step `own`, which is p's data or a part of it."""
@@ -85,7 +85,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _update_muon(self, params: list[torch.Tensor], grads: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         """What `params`, some of a group's matrices, become by their gradients (K, R, C): (K, R, C)."""
         momentum, second = self._muon_stacks(params)
-        stacked = torch.stack([p.data for p in params])
+        stacked = torch.stack([p.detach() for p in params])
         muon_step(stacked, grads, momentum, second, group)
         for p in params:
             self.state[p]["step"] += 1
@@ -224,7 +224,7 @@ class DistMuonAdamW(MuonAdamW):
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p, grad in zip(self.small, summed.split([p.numel() for p in self.small])):
             if present[p]:
-                self._update_adamw(p, p.data, grad.view_as(p), groups[p])
+                self._update_adamw(p, p.detach(), grad.view_as(p), groups[p])
 
     # Large tensors and matrices
 
@@ -254,7 +254,7 @@ class DistMuonAdamW(MuonAdamW):
     def _step_range(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> "_Gather":
         """Update this process's range of a large AdamW tensor."""
         start, stop = self._own_range(p)
-        flat, share = p.data.view(-1), self._share(p)
+        flat, share = p.detach().view(-1), self._share(p)
         own = flat[start:stop]
         if start < stop:
             self._update_adamw(p, own, grad[: stop - start], group)

@@ -23,9 +23,10 @@ def block_outputs() -> int:
 
 
 class PackedWeights:
-    """Copies of the large matrices of a model, in the model's order of layers."""
+    """Copies of the large matrices of a model."""
 
     def __init__(self, model: GPT, int8: bool = False) -> None:
+        """With `int8` the model's own matrices are rounded too, see follow."""
         self.int8 = int8
         self._of: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self.follow(model)
@@ -39,10 +40,13 @@ class PackedWeights:
             if scale is not None:
                 linear.weight.copy_(weight * scale[:, None])
                 scale = F.pad(scale, (0, -len(scale) % block_outputs()))
-            new = pack(weight), scale
-            for mine, theirs in zip(self._of.setdefault(linear, new), new):
-                if mine is not None and theirs is not None and mine is not theirs:
-                    mine.copy_(theirs)
+            if linear not in self._of:
+                self._of[linear] = pack(weight), scale
+                continue
+            packed, known_scale = self._of[linear]
+            packed.copy_(pack(weight))
+            if known_scale is not None and scale is not None:
+                known_scale.copy_(scale)
 
     def of(self, linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(packed weight, scale (M,) fp32 of int8, M being filled up to whole blocks) of a linear layer."""

@@ -84,7 +84,7 @@ static long draw_row(const float *x, long V, float temperature, long k, double u
         bad |= !(x[i] < INFINITY); /* or a NaN */
     }
     if (bad || most == -INFINITY) return -1;
-    if (temperature == 0 || k == 1) {
+    if (k == 1) {
         long best = 0;
         while (x[best] != most) best++;
         return best;
@@ -98,7 +98,7 @@ static long draw_row(const float *x, long V, float temperature, long k, double u
     return w.ids[at_share(w.p, k, uniform, w.block_sums)];
 }
 
-/* logits (B, V) -> tokens (B). The uniform number of a row that takes the likeliest token is not used. */
+/* logits (B, V) -> tokens (B); top_k from 1, which takes the likeliest token, to V, which keeps all. */
 void draw_rows(const float *logits, const float *temperatures, const long *top_k, const double *uniform, long *tokens,
                long B, long V) {
     const long blocks = (V + BLOCK - 1) / BLOCK;

@@ -7,7 +7,6 @@ on its seed and on how many tokens it has drawn: not on its neighbours, nor on t
 """
 
 import ctypes
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,17 +25,23 @@ class Sampling:
     Raises ValueError for a value outside what is allowed.
     """
 
-    temperature: float = 1.0  # 0 takes the most likely token
+    temperature: float = 1.0  # 0 takes the most likely token; at most a million, where all tokens are as likely
     top_k: int | None = None  # only the k most likely tokens; None or 0 is off
     top_p: float | None = None  # only the fewest tokens that together have this probability; None or 1 is off
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be a number from 0 up, got {self.temperature}")
+        if not 0 <= self.temperature <= 1e6:
+            raise ValueError(f"temperature must be a number from 0 to 1,000,000, got {self.temperature}")
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1 (off), got {self.top_p}")
+
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn: float32 knows no smaller temperature."""
+        return self.temperature < 1e-37 or self.top_k == 1
 
 
 def make_rng(seed: int, index: int) -> random.Random:
@@ -67,14 +72,14 @@ def _draw(logits: torch.Tensor, samplings: Sequence[Sampling], rngs: Sequence[ra
     """choose() in C (sampling.c), for rows without top_p: one call for all, as a step takes little longer than this."""
     B, V = logits.shape
     logits = logits.contiguous()
-    uniform = [0.0 if s.temperature == 0 or s.top_k == 1 else rng.random() for s, rng in zip(samplings, rngs)]
+    uniform = [0.0 if s.greedy else rng.random() for s, rng in zip(samplings, rngs)]
     tokens = (ctypes.c_long * B)()
     library = kernels.library()
     assert library is not None and logits.dtype == torch.float32
     library.draw_rows(
         ctypes.c_void_p(logits.data_ptr()), (ctypes.c_float * B)(*(s.temperature for s in samplings)),
-        (ctypes.c_long * B)(*(s.top_k or V for s in samplings)), (ctypes.c_double * B)(*uniform), tokens,
-        ctypes.c_long(B), ctypes.c_long(V))  # fmt: skip
+        (ctypes.c_long * B)(*(1 if s.greedy else min(s.top_k or V, V) for s in samplings)),
+        (ctypes.c_double * B)(*uniform), tokens, ctypes.c_long(B), ctypes.c_long(V))  # fmt: skip
     if min(tokens) < 0:
         raise FloatingPointError(NOT_FINITE)
     return list(tokens)
@@ -82,7 +87,7 @@ def _draw(logits: torch.Tensor, samplings: Sequence[Sampling], rngs: Sequence[ra
 
 def _choose_alike(logits: torch.Tensor, sampling: Sampling, rngs: list[random.Random]) -> list[int]:
     """choose() for rows with the same settings."""
-    if sampling.temperature == 0 or sampling.top_k == 1:
+    if sampling.greedy:
         best = logits.max(dim=-1)
         _check(best.values)
         return best.indices.tolist()

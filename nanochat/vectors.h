@@ -57,11 +57,15 @@ INLINE vec get(const void *p, long at, const int kind) {
 }
 
 /* The sums of LANES vectors, in order: first within each four of a vector's floats, then the fours. v is used up.
-   FOLD takes LANES of the floats of a (numbered from 0) and b (from LANES). */
+   FOLD takes LANES of the floats of a (numbered from 0) and b (from LANES); LIST makes one macro argument of several. */
+#if defined(__clang__) || __GNUC__ >= 12
 #define FOLD(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#define PAIRS(n, even, odd)                                     \
+#else
+#define FOLD(a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
+#endif
+#define PAIRS(n, left, right)                                     \
     _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) v[i] =  \
-        FOLD(v[2 * i], v[2 * i + 1], even) + FOLD(v[2 * i], v[2 * i + 1], odd)
+        FOLD(v[2 * i], v[2 * i + 1], left) + FOLD(v[2 * i], v[2 * i + 1], right)
 #define LIST(...) __VA_ARGS__
 
 INLINE vec totals(vec *v) {

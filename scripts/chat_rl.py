@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -157,7 +157,7 @@ def build(
 def evaluate(trainer: Trainer, tasks: Sequence[Task], start: Start, config: Config, folder: Path) -> Record:
     """Accuracy of the likeliest answers and pass@k of drawn ones on held-out items, with transcripts to read."""
     runtime, step = trainer.runtime, trainer.progress.step
-    engine, found = Engine(start.model, start.tokenizer), {}
+    engine, found = cast(RolloutLoader, trainer.loader).engine, {}
     for task in tasks:
         items = range(min(config.eval_examples, len(task)))
         own = items[runtime.rank :: runtime.world_size]

@@ -15,7 +15,9 @@ from nanochat.decoding import Batch, DecodingWeights, Row
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache
+from nanochat.optim import MuonAdamW
 from nanochat.packed_weights import PackedWeights, block_outputs, matrices, pack, quantize
+from nanochat.param_groups import OptimizerConfig, build_param_groups
 from nanochat.runtime import cpu_flags
 from nanochat.sampling import Sampling
 from nanochat.tools import ToolUse
@@ -255,6 +257,54 @@ def test_int8_decodes_what_prompts_are_read_with(dtype: torch.dtype) -> None:
     for at in range(4, 20):
         error = (decoder([int(tokens[at])])[0] - whole[at]).abs().max()
         assert error < (1e-4 if dtype == torch.float32 else 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_adamw_alone_is_followed(dtype: torch.dtype) -> None:
+    model = build(dtype=dtype)
+    weights = DecodingWeights(model)
+    groups = build_param_groups(model, OptimizerConfig(), ns_dtype=torch.float32)
+    optimizer = MuonAdamW([group for group in groups if group["kind"] == "adamw"])
+    tokens = ids(1, 6)
+    before = weights.current()(tokens)
+    model(tokens, tokens).backward()
+    optimizer.step()
+    assert torch.equal(weights.current()(tokens), model(tokens)) and not torch.equal(before, model(tokens))
+    if weights.packed:
+        head = weights.current().lm_head
+        assert entry(weights.packed.of(head)[0], 5, 7) == head.weight[5, 7]
+
+
+def test_other_weights_put_in_are_followed() -> None:
+    model = build()
+    weights = DecodingWeights(model)
+    with torch.no_grad():
+        state = {name: p * 2 for name, p in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(weights.current().lm_head.weight, model.lm_head.weight)
+    if weights.packed:
+        assert entry(weights.packed.of(model.lm_head)[0], 5, 7) == model.lm_head.weight[5, 7]
+
+
+def test_copies_made_in_inference_mode_are_renewed_outside_of_it() -> None:
+    model = build(dtype=torch.bfloat16)
+    with torch.inference_mode():
+        weights = DecodingWeights(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    assert torch.equal(weights.current().lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["mlp.c_fc", "mlp.c_proj", "attn.c_v"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_damaged_weight_shows(name: str, dtype: torch.dtype) -> None:
+    model = build(dtype=dtype)
+    with torch.no_grad():
+        model.blocks[0].get_submodule(name).weight[3] = float("nan")  # type: ignore[index, operator]
+    engine = Engine(model, ByteTokenizer())
+    with pytest.raises(FloatingPointError, match="damaged"):
+        engine.generate_many([[1, 2, 3]], max_tokens=4)
 
 
 @pytest.mark.parametrize("int8", [False, True])

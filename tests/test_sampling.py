@@ -160,6 +160,15 @@ def test_every_draw_is_that_of_plain_python(top_k: int | None, temperature: floa
     assert compared > 90
 
 
+@pytest.mark.parametrize("values", [{"temperature": 1e-300}, {"top_k": 2**64 + 1}, {"temperature": 1e6, "top_k": 5}])
+def test_extreme_settings(values: dict[str, Any]) -> None:
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    taken = shares(logits, Sampling(**values), 1000).nonzero().flatten().tolist()
+    likeliest = logits[0].argsort(descending=True).tolist()
+    expected = likeliest[:1] if values.get("temperature", 1) < 1 else likeliest[: values["top_k"]]
+    assert taken == sorted(expected)
+
+
 def test_seeds_are_unrelated() -> None:
     pairs = [(seed, index) for seed in (-12, -1, 0, 1, 11, 12) for index in (0, 1, 2, 12)]
     streams = {pair: [make_rng(*pair).random() for _ in range(3)] for pair in pairs}
