@@ -5,8 +5,12 @@ import json
 import torch
 from torch import nn
 
-from nanochat.common import BadShard
+from nanochat.common import BadShard, UserError
 from nanochat.runtime import Runtime
+
+
+class DataFailed(UserError):
+    """Some process cannot read what it is to train on, or to evaluate; all of them know. A trainer saves first."""
 
 
 def find_drifted(runtime: Runtime, model: nn.Module) -> list[int]:

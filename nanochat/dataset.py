@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -107,7 +108,9 @@ def own_corpus(data: str, base_dir: Path, opening: Opening) -> Corpus:
     rest = [path for path in paths if path not in small]
     train, val, tally = convert_good(rest, base_dir, opening)
     for path in in_place:
-        opening.attempt(tally_in_place, path, tally)
+        with_it = replace(tally)  # a file that is left out half way counts for nothing
+        opening.attempt(tally_in_place, path, with_it)
+        tally = tally if str(path) in opening.skipped else with_it
     if tally.smallest >= tally.largest and not opening.recorded:
         count = "no document" if tally.largest < 0 else "only one document"
         raise UserError(f"--data {data}: {count} found; it takes two different ones, to train on and to validate")

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
+from nanochat.agreement import DataFailed, tell_failures
+from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 
@@ -21,22 +23,30 @@ def evaluate_bpb(
 
     `batches` yields (inputs, targets), each (B, T), -1 = no target; at most `steps` of them are taken.
     `token_bytes` (V,) holds each token's length in bytes; special tokens have 0 and are left out of both sums.
-    With `runtime`, sums over all processes. inf when there was not one byte.
+    With `runtime`, sums over all processes. inf when there was not one byte. Raises DataFailed, on all processes, if
+    the batches of one cannot be read.
     """
     nats = torch.zeros((), dtype=torch.float64)
     count = torch.zeros((), dtype=torch.float64)
-    was_training = model.training
+    was_training, failure = model.training, None
     model.eval()
-    for (inputs, targets), _ in zip(batches, range(steps)):
-        inputs, targets = inputs.to(model.device), targets.to(model.device)
-        losses = model(inputs, targets, loss_reduction="none")  # (B*T,)
-        flat = targets.flatten()
-        sizes = token_bytes.to(flat.device)[flat.clamp_min(0)] * (flat >= 0)
-        # Summed on the CPU: an Apple GPU has no float64.
-        nats += (losses * (sizes > 0)).cpu().sum(dtype=torch.float64)
-        count += sizes.cpu().sum(dtype=torch.float64)
+    try:
+        for (inputs, targets), _ in zip(batches, range(steps)):
+            inputs, targets = inputs.to(model.device), targets.to(model.device)
+            losses = model(inputs, targets, loss_reduction="none")  # (B*T,)
+            flat = targets.flatten()
+            sizes = token_bytes.to(flat.device)[flat.clamp_min(0)] * (flat >= 0)
+            # Summed on the CPU: an Apple GPU has no float64.
+            nats += (losses * (sizes > 0)).cpu().sum(dtype=torch.float64)
+            count += sizes.cpu().sum(dtype=torch.float64)
+    except (UserError, OSError) as error:  # the others, which wait for this one's sums, must hear of it
+        failure = error
     model.train(was_training)
     if runtime is not None and runtime.world_size > 1:
-        both = runtime.sum(torch.stack([nats, count]).to(runtime.device))
-        nats, count = both[0].cpu(), both[1].cpu()
+        failed = nats.new_tensor(float(failure is not None))
+        nats, count, failed = runtime.sum(torch.stack([nats, count, failed]).to(runtime.device)).cpu()
+        if failed > 0:
+            raise DataFailed(tell_failures(runtime, failure, may_skip=False)[1]) from failure
+    if failure:
+        raise DataFailed(str(failure)) from failure
     return nats.item() / (math.log(2) * count.item()) if count.item() else math.inf

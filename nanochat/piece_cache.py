@@ -38,11 +38,11 @@ class PieceCache:
 
     def get(self, name: str, fetch: Callable[[], bytes], patience: float) -> bytes:
         """The piece `name`, from the disk or else from `fetch`, which one process at a time calls; kept for later."""
-        if self.budget <= 0 or self.failed:
-            return fetch()
-        data = self.load(name)
+        data = self.load(name) if self.budget > 0 else None
         if data is not None:
             return data
+        if self.budget <= 0 or self.failed:
+            return fetch()
         with ExitStack() as held:
             stripe = int(hashlib.blake2b(name.encode(), digest_size=4).hexdigest(), 16) % STRIPES
             try:
@@ -65,7 +65,8 @@ class PieceCache:
         try:
             content = path.read_bytes()
             if content[:DIGEST_BYTES] == digest(content[DIGEST_BYTES:]):
-                os.utime(path)  # used last: goes last
+                with suppress(OSError):  # a folder that is only read
+                    os.utime(path)  # used last: goes last
                 return content[DIGEST_BYTES:]
             warn(f"{path} is damaged: fetching it again")
             path.unlink()
@@ -87,13 +88,12 @@ class PieceCache:
                 with suppress(OSError):
                     os.unlink(temporary)
                 raise
+            with self.lock:
+                self.written += len(data)
+                if self.counted < 0 or self.written > COUNT_SHARE * self.budget:
+                    self.counted, self.written = self._evict(), 0
         except OSError as error:
             self._fail(error)
-            return
-        with self.lock:
-            self.written += len(data)
-            if self.counted < 0 or self.written > COUNT_SHARE * self.budget:
-                self.counted, self.written = self._evict(), 0
 
     def path(self, name: str) -> Path:
         """Where a piece lies."""
@@ -103,7 +103,7 @@ class PieceCache:
         """Delete the pieces used longest ago if there is too much; bytes that are left."""
         found = []  # (last used, bytes, path)
         for folder in os.scandir(self.folder):
-            if folder.name.startswith("."):
+            if folder.name.startswith(".") or not folder.is_dir():
                 continue
             for entry in os.scandir(folder.path):
                 with suppress(OSError):  # another process deletes, too

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
+from nanochat.agreement import DataFailed
 from nanochat.checkpoint_manager import Checkpoint, list_steps, load_model_state, open_checkpoint
 from nanochat.collectives import CollectiveFailed
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, say, warn
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime, set_rng_state
 from nanochat.saver import numeric_settings
-from nanochat.trainer import DataFailed, Drifted, Interrupted, NonFiniteLoss, Progress, Record, SaveFailed, Trainer
+from nanochat.trainer import Drifted, Interrupted, NonFiniteLoss, Progress, Record, SaveFailed, Trainer
 
 PLAIN_LINE_SECONDS = 10.0  # how often a log file gets a line
 
@@ -294,7 +295,7 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
     except DataFailed as error:  # all processes know
         saved = trainer.last_saved_step
         where = "Nothing is saved yet" if saved is None else f"Step {saved} is saved"
-        runtime.error0(f"\nerror: the next batch cannot be had: {error}. {where}; go on with:\n  {resume_command}")
+        runtime.error0(f"\nerror: data cannot be read: {error}. {where}; go on with:\n  {resume_command}")
         return 1
     except CollectiveFailed as error:  # what one process has to tell, the others may not know
         print(f"\nerror: {error}; go on from the last checkpoint with:\n  {resume_command}", file=sys.stderr,

@@ -4,6 +4,7 @@ Every reader yields one Document after another and holds no more than one piece 
 with a person's file is told by its name and the line or row, with what to do about it.
 """
 
+import errno
 import gzip
 import hashlib
 import io
@@ -94,6 +95,8 @@ def open_parquet(path: Source) -> pq.ParquetFile:
     except (PermissionError, FileNotFoundError) as error:
         raise BadShard(f"cannot read {path}: {first_line(error)}", path) from error
     except (pa.ArrowException, OSError) as error:
+        if is_own_trouble(error):
+            raise
         reason = f"is not a complete parquet file ({first_line(error)})"
         raise BadShard(f"{path} {reason}; copy or download it again", path) from error
 
@@ -177,8 +180,18 @@ def table_documents(table: pa.Table | pa.RecordBatch, source: str) -> list[Docum
     return [Document(text, given or source) for text, given in rows if text and not text.isspace()]
 
 
-def damaged(path: Source, error: Exception) -> UserError:
+OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EIO, errno.EDQUOT}  # of this machine
+
+
+def is_own_trouble(error: BaseException) -> bool:
+    """Whether an error is this machine's rather than a file's: it must not let a good file be left out."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in OWN_TROUBLE
+
+
+def damaged(path: Source, error: Exception) -> Exception:
     """For a file whose footer could be read and whose pages cannot."""
+    if is_own_trouble(error):
+        return error
     return BadShard(f"{path} is damaged ({first_line(error)}); copy or download it again", path)
 
 

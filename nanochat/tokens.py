@@ -23,7 +23,7 @@ from nanochat.convert import stamp
 from nanochat.corpus import Part
 from nanochat.document_order import Corpus, Tokens, cut
 from nanochat.lanes import token_dtype
-from nanochat.textfiles import document_hash, first_line, read_row_group
+from nanochat.textfiles import document_hash, first_line, is_own_trouble, read_row_group
 
 VERSION = "1"  # of the files; raise it when the same text and tokenizer would give another file
 DIGESTS, DIGEST_BYTES = b"nanochat.digests", 16  # of each block, one after the other
@@ -63,6 +63,8 @@ class TokenisedCorpus:
             try:
                 return self._read(path, part, group, split)
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+                if is_own_trouble(error):
+                    raise
                 warn(f"the tokens in {path} are damaged ({first_line(error)}): deleted, and {part.path} is tokenised "
                      "on the fly; python -m scripts.tok_data makes them again")  # fmt: skip
                 with suppress(OSError):

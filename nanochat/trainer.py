@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nanochat.agreement import find_drifted, name_culprits, tell_failures
+from nanochat.agreement import DataFailed, find_drifted, name_culprits, tell_failures
 from nanochat.common import UserError, warn
 from nanochat.dataloader import Batch
 from nanochat.deadline import Deadline
@@ -46,10 +46,6 @@ class Loader(Protocol):
 
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite. The weights are those from before the step."""
-
-
-class DataFailed(RuntimeError):
-    """Some process cannot have its next batch. The steps until now are saved."""
 
 
 class SaveFailed(OSError):
