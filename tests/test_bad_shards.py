@@ -1,5 +1,6 @@
 """Shards that are missing or damaged stop a run, or with --skip-bad-shards are left out, by all processes for good."""
 
+import errno
 import gzip
 import json
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from ranks import run_ranks
 from stubs import TINY
@@ -250,3 +252,17 @@ def test_a_network_that_dies_while_training_costs_no_step(
     Bucket.fail = staticmethod(lambda path, start, end: None)  # type: ignore[misc]
     assert base_train.main(flags("bucket://data", 90, "--resume")) == 0
     assert losses(copied) == losses(copied, "straight")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOSPC, errno.EIO])
+def test_trouble_of_this_machine_is_no_bad_shard(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    put(tmp_path / "data")
+    corpus = resolve_corpus(str(tmp_path / "data"), tmp_path, skip_bad=True)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, "not the file's fault")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", refuse)
+    with pytest.raises(OSError, match="not the file's fault"):
+        corpus.read_block("train", 0)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
+from nanochat.common import UserError
 from scripts import launch
 
 ROOT = Path(__file__).parent.parent
@@ -36,3 +37,13 @@ def test_lost_hosts_are_to_be_tried_again(
     assert launch.main(["train.py"]) == 75
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"launch: this host has lost the others, or they have ended ({str(error).splitlines()[0]})"
+
+
+@pytest.mark.parametrize("argv", [
+    "", "--nnodes=abc x.py", "--nnodes=3:2 x.py", "--nproc_per_node=foo x.py", "--nproc_per_node=0 x.py",
+    "--rdzv-conf=foo x.py", "--max-restarts=-1 x.py", "-m scripts.nosuch",
+])  # fmt: skip
+def test_a_wrong_command_gets_one_line(argv: str) -> None:
+    with pytest.raises(UserError) as error:
+        launch.main(argv.split())
+    assert "\n" not in str(error.value) and len(str(error.value)) > 20

@@ -1,11 +1,15 @@
 """Bits per byte against a hand count."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from ranks import run_ranks
 
+from nanochat.agreement import DataFailed
+from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
@@ -28,6 +32,24 @@ def test_by_hand_with_masks_and_special_tokens() -> None:
                 count += int(sizes[target])
     bpb = evaluate_bpb(MODEL, [(inputs, targets)], 1, sizes)
     assert bpb == pytest.approx(nats / math.log(2) / count, rel=1e-5)
+
+
+def broken_on_rank_1(runtime: Runtime) -> str:
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
+        if runtime.rank == 1:
+            raise UserError("val.parquet is damaged")
+        yield torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
+
+    with pytest.raises(DataFailed) as error:
+        evaluate_bpb(MODEL, batches(), 2, torch.ones(10), runtime)
+    assert MODEL.training
+    return str(error.value)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_one_rank_cannot_read_all_are_told(world_size: int) -> None:
+    assert run_ranks(world_size, broken_on_rank_1, timeout=20) == ["val.parquet is damaged"] * world_size
 
 
 def test_takes_at_most_steps_batches_and_splitting_changes_nothing() -> None:

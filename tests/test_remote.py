@@ -369,3 +369,23 @@ def test_spans_are_where_parquet_has_the_text(bucket: Path) -> None:
     spans = textfiles.spans_of_text(path.read_bytes()[-20_000:])
     assert len(spans) == 10 and all(0 < start < end < path.stat().st_size for start, end in spans)
     assert textfiles.spans_of_text(b"no parquet at all") == []
+
+
+def test_what_lies_about_in_the_cache_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("not a folder of pieces")
+    cache = PieceCache(tmp_path, 100_000)
+    assert cache.get("ab12", lambda: b"first", 1.0) == b"first"  # the first one kept is when the folder is counted
+    assert cache.get("ab12", lambda: b"again", 1.0) == b"first" and not cache.failed
+
+
+def test_a_cache_that_cannot_keep_still_gives_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PieceCache(tmp_path, 100_000)
+    cache.get("ab12", lambda: b"first", 1.0)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "read-only")
+
+    monkeypatch.setattr("nanochat.piece_cache.os.utime", refuse)
+    monkeypatch.setattr("nanochat.piece_cache.tempfile.mkstemp", refuse)
+    assert cache.get("cd34", lambda: b"second", 1.0) == b"second" and cache.failed
+    assert cache.get("ab12", lambda: b"again", 1.0) == b"first"
