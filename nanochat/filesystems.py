@@ -64,7 +64,8 @@ def version_of(info: dict[str, Any]) -> str:
 
 
 def trouble(error: Exception) -> str | None:
-    """ "missing", "denied", or "network" for what another attempt may heal; None for a mistake in the program."""
+    """ "missing", "shorter" (than the part that was asked for), "denied", or "network" for what another attempt may
+    heal; None for a mistake in the program."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):  # what fsspec makes of any
         return trouble(error.__cause__)
     answer = getattr(error.__cause__ or error, "response", None)  # botocore's, whose errors s3fs translates in part
@@ -74,6 +75,8 @@ def trouble(error: Exception) -> str | None:
     gone = (404, 410, "404", "NoSuchBucket", "NoSuchKey")
     if isinstance(error, FileNotFoundError | IsADirectoryError) or status in gone:
         return "missing"
+    if status in (416, "416", "InvalidRange"):
+        return "shorter"
     if isinstance(error, PermissionError) or status in (401, 403, "403") or "Credentials" in name:
         return "denied"
     library = type(error).__module__.split(".")[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nanochat.common import warn
+from nanochat.common import current_umask, warn
 
 DIGEST_BYTES = 16
 KEPT_SHARE = 0.75  # of the budget, once something had to go: room to write before the next time
@@ -83,6 +83,7 @@ class PieceCache:
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(digest(data) + data)
+                os.chmod(temporary, 0o666 & ~current_umask())  # others may share the folder
                 os.replace(temporary, path)
             except BaseException:
                 with suppress(OSError):

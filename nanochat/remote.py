@@ -21,7 +21,7 @@ from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from queue import PriorityQueue
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from nanochat.batches import leave_if_asked
 from nanochat.common import BadShard, UserError, get_cache_bytes, get_cache_dir, get_network_seconds, warn
@@ -62,12 +62,17 @@ class RemoteFile:
         return _reopened, (self.url, self.size, self.version, self.path, str(self.remote.base_dir))
 
     def __lt__(self, other: "RemoteFile") -> bool:
-        return self.url.split("/") < other.url.split("/")  # as paths compare
+        return self._place.split("/") < other._place.split("/")  # as paths compare
 
     @property
     def name(self) -> str:
         """The last part of its path."""
-        return PurePosixPath(urlsplit(self.url).path or self.url).name
+        return PurePosixPath(self._place).name
+
+    @property
+    def _place(self) -> str:
+        """The path as it is on a disk: on the web it is quoted, and elsewhere # and ? are letters like any other."""
+        return unquote(urlsplit(self.url).path) if self.url.startswith("http") else self.path
 
     @property
     def key(self) -> str:
@@ -240,8 +245,9 @@ class Remote:
                 kind = trouble(error)
                 if kind is None:
                     raise
-                if kind == "missing":
-                    raise BadShard(f"{what} is not there (any more)", what) from error
+                if kind in ("missing", "shorter"):
+                    is_what = "is not there (any more)" if kind == "missing" else "is shorter than when it was listed"
+                    raise BadShard(f"{what} {is_what}", what) from error
                 now, reached = time.monotonic(), self.good_at is not None
                 if kind == "denied" and not self.granted:  # later it may be credentials that are about to be renewed
                     raise UserError(f"{what}: access denied ({brief(error)}); check the address and the credentials") \
@@ -259,7 +265,9 @@ class Remote:
 
     def _piece(self, file: RemoteFile, start: int, end: int, keep: bool) -> bytes:
         fetch = partial(self._fetch, file, start, end)
-        return self.cache.get(f"{file.key}-{start}-{end}", fetch, self.patience_seconds) if keep else fetch()
+        if not (keep and file.version):  # without a version it could be an old one
+            return fetch()
+        return self.cache.get(f"{file.key}-{start}-{end}", fetch, self.patience_seconds)
 
     def _fetch(self, file: RemoteFile, start: int, end: int) -> bytes:
         def action() -> bytes:
@@ -284,7 +292,9 @@ class Remote:
                 return tail[len(tail) - size :] if size <= len(tail) else tail
             return self._fetch(file, file.size - size, file.size - len(tail)) + tail
 
-        return self.footers.get(file.key, fetch, self.patience_seconds) if file.size else b""
+        if not file.size:
+            return b""
+        return self.footers.get(file.key, fetch, self.patience_seconds) if file.version else fetch()
 
     def _submit(self, urgency: int, action: Callable[[], Result]) -> "Future[Result]":
         future: Future[Result] = Future()

@@ -64,7 +64,9 @@ def file_documents(path: Source) -> Iterator[Document]:
     """All documents of a file of any accepted kind, in order; warns if there is none."""
     kind = kind_of(path) or ""
     readers = {".parquet": parquet_documents, ".txt": txt_documents, ".jsonl": jsonl_documents}
-    reader = next(reader for name, reader in readers.items() if kind.startswith(name))
+    reader = next((reader for name, reader in readers.items() if kind.startswith(name)), None)
+    if reader is None:
+        raise UserError(f"{path} is no parquet, .jsonl or .txt file")
     empty = True
     for document in reader(path, stem_of(path)):
         empty = False

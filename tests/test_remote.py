@@ -389,3 +389,33 @@ def test_a_cache_that_cannot_keep_still_gives_what_it_has(tmp_path: Path, monkey
     monkeypatch.setattr("nanochat.piece_cache.tempfile.mkstemp", refuse)
     assert cache.get("cd34", lambda: b"second", 1.0) == b"second" and cache.failed
     assert cache.get("ab12", lambda: b"again", 1.0) == b"first"
+
+
+def test_names_are_those_of_a_disk(bucket: Path, tmp_path: Path) -> None:
+    for old, new in (("s0", "a#b"), ("s1", "c d"), ("s2", "e%20f?")):
+        (bucket / "data" / f"{old}.parquet").rename(bucket / "data" / f"{new}.parquet")
+    far = resolve_corpus("bucket://data", tmp_path / "base")
+    assert far.fingerprint == resolve_corpus(str(bucket / "data"), tmp_path / "base").fingerprint
+    quoted = [f"http://host/data/{name}" for name in ("c%20d.parquet", "a%23b.parquet")]
+    web = [remote.RemoteFile(url, 1, "1", url, None) for url in quoted]  # type: ignore[arg-type]
+    assert [file.name for file in sorted(web)] == ["a#b.parquet", "c d.parquet"]
+
+
+def test_without_a_version_nothing_is_kept(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "version_of", lambda info: "")
+    first = both(resolve_corpus("bucket://data", tmp_path / "base"))
+    for path in (bucket / "data").glob("s*.parquet"):
+        content = path.read_bytes()
+        path.write_bytes(content[:100] + bytes(4) + content[104:])  # of the same size: only reading it tells
+    with pytest.raises(BadShard, match="damaged"):
+        both(resolve_corpus("bucket://data", tmp_path / "base"))
+    assert len(first) == len(TEXTS)
+
+
+def test_a_file_that_became_shorter_is_a_bad_shard(bucket: Path, tmp_path: Path) -> None:
+    corpus = resolve_corpus("bucket://data", tmp_path / "base")
+    error = OSError("Requested Range Not Satisfiable")
+    error.status = 416  # type: ignore[attr-defined]
+    Bucket.fail = fails(99, error)
+    with pytest.raises(BadShard, match="shorter"):
+        both(corpus)
