@@ -259,7 +259,6 @@ class Remote:
                 if now - self.told_at > TELL_SECONDS:
                     self.told_at = now
                     warn(f"{what}: {brief(error)}; trying again for {patience:g} seconds")
-            leave_if_asked()
             time.sleep(delay)
             delay = min(2 * delay, MAX_DELAY_SECONDS, patience / 10 + 0.01)
 
