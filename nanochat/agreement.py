@@ -13,6 +13,14 @@ class DataFailed(UserError):
     """Some process cannot read what it is to train on, or to evaluate; all of them know. A trainer saves first."""
 
 
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite. The weights are those from before the step."""
+
+
+class Drifted(RuntimeError):
+    """Some processes' weights are not the others'. The message names their ranks."""
+
+
 def find_drifted(runtime: Runtime, model: nn.Module) -> list[int]:
     """The ranks whose weights are not those of most; where no side has more, those that differ from the lowest rank's.
 

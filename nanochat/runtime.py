@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.collectives import exchange_texts, join, naming
-from nanochat.common import UserError, say
+from nanochat.common import UserError, say, warn
 
 IMPORTED = time.perf_counter()
 TIMEOUT_SECONDS = 1800.0  # the longest that one process may leave the others waiting, in an evaluation for instance
@@ -82,6 +82,11 @@ class Runtime:
         """Print on the main process only."""
         if self.is_main:
             say(text)
+
+    def warn0(self, message: str) -> None:
+        """Warn on the main process only: of what all processes know."""
+        if self.is_main:
+            warn(message)
 
     def error0(self, text: str) -> None:
         """Print on the main process's standard error only: what all processes know."""

@@ -20,14 +20,16 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from nanochat.agreement import DataFailed
+from nanochat.agreement import DataFailed, Drifted, NonFiniteLoss
 from nanochat.checkpoint_manager import Checkpoint, list_steps, load_model_state, open_checkpoint
 from nanochat.collectives import CollectiveFailed
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, say, warn
 from nanochat.gpt import GPT
+from nanochat.progress import Progress
 from nanochat.runtime import Runtime, set_rng_state
 from nanochat.saver import numeric_settings
-from nanochat.trainer import Drifted, Interrupted, NonFiniteLoss, Progress, Record, SaveFailed, Trainer
+from nanochat.saves import SaveFailed
+from nanochat.trainer import Interrupted, Record, Trainer
 
 PLAIN_LINE_SECONDS = 10.0  # how often a log file gets a line
 
@@ -109,7 +111,7 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.loader.load_state_dict(checkpoint.loader_state())  # type: ignore[attr-defined]
     set_rng_state(checkpoint.rng_state(), device)
     trainer.progress = Progress(**checkpoint.meta["progress"])
-    trainer.last_saved_step = checkpoint.step
+    trainer.saves.last_step = checkpoint.step
     saved = {"world_size": 1, **checkpoint.meta["runtime"]}
     trainer.device_batch_size = saved["device_batch_size"]
     if saved["world_size"] == trainer.runtime.world_size:  # else the cores are shared by other numbers of processes
@@ -119,8 +121,9 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.runtime.print0(f"saved by {saved['world_size']} processes, going on with {now['world_size']}: the same "
                                "batches and steps; sums may be rounded differently")  # fmt: skip
     changed = [f"{key} {saved[key]} -> {now[key]}" for key in ("dtype", "device", "kernels") if saved[key] != now[key]]
-    if changed and trainer.runtime.is_main:
-        warn(f"resuming elsewhere ({', '.join(changed)}): the numbers will not match a straight run exactly")
+    if changed:
+        trainer.runtime.warn0(f"resuming elsewhere ({', '.join(changed)}): the numbers will not match a straight run "
+                              "exactly")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -293,7 +296,7 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
         runtime.error0(f"\nerror: {error}")
         return 1
     except DataFailed as error:  # all processes know
-        saved = trainer.last_saved_step
+        saved = trainer.saves.last_step
         where = "Nothing is saved yet" if saved is None else f"Step {saved} is saved"
         runtime.error0(f"\nerror: data cannot be read: {error}. {where}; go on with:\n  {resume_command}")
         return 1
@@ -302,7 +305,7 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
               flush=True)  # fmt: skip
         return 1
     except SaveFailed as error:
-        saved = trainer.last_saved_step
+        saved = trainer.saves.last_step
         runtime.error0(f"\nerror: could not save step {trainer.progress.step}: {error}; the last good checkpoint in "
                        f"{run} is {'none' if saved is None else f'step {saved}'}")  # fmt: skip
         return 1

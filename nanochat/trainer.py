@@ -9,51 +9,36 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
-from nanochat.agreement import DataFailed, find_drifted, name_culprits, tell_failures
+from nanochat.agreement import DataFailed, Drifted, NonFiniteLoss, find_drifted, name_culprits, tell_failures
 from nanochat.common import UserError, warn
 from nanochat.dataloader import Batch
 from nanochat.deadline import Deadline
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
+from nanochat.progress import Progress
 from nanochat.runtime import Runtime
+from nanochat.saves import Saves
 from nanochat.schedules import ScheduleConfig, decay_multiplier, lr_multiplier, muon_momentum
 from nanochat.signals import catch_signals
 
 Record = dict[str, Any]
 
-# Scaling of the loss in float16, as in mixed precision training (arXiv 1710.03740) and torch.amp.GradScaler.
-FIRST_LOSS_SCALE = 2.0**16
-GOOD_STEPS_TO_DOUBLE = 2000
-
 # A scheduler signals launcher and processes alike, and the launcher hands it on: that is one request, not two.
 SAME_REQUEST_SECONDS = 1.0
 DATA_FAILED = 1000  # what processes tell each other beside the numbers of signals
-PATIENCE_SECONDS = 5.0  # that a save waits for the one before; a disk that slow costs saves, not training time
 
 
 class Loader(Protocol):
     """Where batches come from: this process's rows of each global batch, in order."""
 
     def next_batch(self) -> Batch: ...
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite. The weights are those from before the step."""
-
-
-class SaveFailed(OSError):
-    """The last save of a run, or the one after a signal, did not succeed."""
-
-
-class Drifted(RuntimeError):
-    """Some processes' weights are not the others'. The message names their ranks."""
 
 
 class StopObserving(Exception):
@@ -85,25 +70,6 @@ class Hook:
 
 
 @dataclass
-class Progress:
-    """Where the run stands; saved with every checkpoint."""
-
-    step: int = 0  # finished optimizer steps
-    tokens: int = 0  # target positions seen, over all processes
-    seconds: float = 0.0  # spent in training steps, over all sessions of the run
-    wall_seconds: float = 0.0  # the same with evaluations, samples and saves
-    smooth_loss: float = 0.0  # exponential average, not yet bias-corrected
-    val_bpb: float | None = None
-    best_val_bpb: float | None = None
-    loss_scale: float = FIRST_LOSS_SCALE  # of gradients in float16
-    good_steps: int = 0  # without overflow, since the scale last changed
-
-    def debiased_loss(self, beta: float = 0.9) -> float:
-        """The average without the pull of its zero start."""
-        return self.smooth_loss / (1 - beta**self.step) if self.step else math.nan
-
-
-@dataclass
 class Trainer:
     """Turns the wheel: batch, gradients, update. `device_batch_size` is in rows."""
 
@@ -119,15 +85,17 @@ class Trainer:
     save_every: int = -1
     deadline: Deadline | None = None  # moves the horizon, if there is one
     progress: Progress = field(default_factory=Progress)
-    last_saved_step: int | None = None
     loss_fn: Any = None  # model.loss, or its compiled form
     stop_signal: int | None = None
     asked: float = 0.0  # when that came
     started: float = field(default_factory=time.perf_counter)  # as if all sessions had been one
     positions: int = 0  # that this process has worked on in the step
-    writing: tuple[int, Future[Any]] | None = None  # the step that is being saved
     own_loss: torch.Tensor | None = None  # summed over this process's targets of the last batch
     compare_every: int = 100  # steps between comparisons of the processes' weights
+    saves: Saves = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saves = Saves(self.runtime)
 
     def run(self) -> Progress:
         """Train to the horizon. Raises Interrupted after a signal, NonFiniteLoss, Drifted, DataFailed, or SaveFailed at
@@ -159,10 +127,7 @@ class Trainer:
         self.runtime.synchronize()
         seconds = time.perf_counter() - started
         now = self.progress
-        now.step += 1
-        now.tokens += num_targets
-        now.seconds += seconds
-        now.smooth_loss = 0.9 * now.smooth_loss + 0.1 * loss
+        now.add_step(loss, num_targets, seconds)
         rows = self.positions * self.runtime.world_size
         record = {"step": now.step, "loss": loss, "lr_multiplier": multiplier, "tokens": now.tokens,
                   "tokens_per_second": rows / seconds, "seconds": now.seconds}  # fmt: skip
@@ -207,17 +172,14 @@ class Trainer:
         now = self.progress
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         finite = bool(torch.nn.utils.get_total_norm(grads).isfinite())
-        if self.runtime.largest(float(not finite)):
-            now.loss_scale, now.good_steps = now.loss_scale / 2, 0
-            if now.loss_scale < 1:
-                raise NonFiniteLoss(f"the gradients are not finite at step {now.step}, though the loss is")
-            return False
-        for grad in grads:
-            grad /= now.loss_scale
-        now.good_steps += 1
-        if now.good_steps == GOOD_STEPS_TO_DOUBLE:
-            now.loss_scale, now.good_steps = now.loss_scale * 2, 0
-        return True
+        overflowed = bool(self.runtime.largest(float(not finite)))
+        if not overflowed:
+            for grad in grads:
+                grad /= now.loss_scale
+        now.move_loss_scale(overflowed)
+        if now.loss_scale < 1:
+            raise NonFiniteLoss(f"the gradients are not finite at step {now.step}, though the loss is")
+        return not overflowed
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """(inputs, targets, weights) of at most device_batch_size rows each, on the device."""
@@ -295,7 +257,7 @@ class Trainer:
         if error is None:
             loader.skip(shards)
             for reason in shards.values():
-                self._warn(f"SKIPPED A BAD SHARD ({len(loader.skipped)} so far): {reason}")
+                self.runtime.warn0(f"SKIPPED A BAD SHARD ({len(loader.skipped)} so far): {reason}")
             return
         if self.progress.step:
             self._save(final=True)
@@ -341,64 +303,17 @@ class Trainer:
         self._save(final=True)
 
     def _save(self, final: bool) -> None:
-        """Save this step, in the background if `save` returns a future, but for the final one.
-
-        A failed periodic save is loud, at the next save, and training goes on; a failed final one is an error.
-        """
-        self.progress.wall_seconds = time.perf_counter() - self.started
-        if self.save is None:
-            return
+        """Save this step, if it is not yet: in the background if `save` returns a future, but for the final one."""
         step = self.progress.step
-        if not self._end_write(patience=None if final else PATIENCE_SECONDS):
-            self._warn(f"step {step} is not saved: step {self.writing and self.writing[0]} is still being written")
-            return
-        if self.last_saved_step == step:
-            return
-        self._compare_weights()
-        try:
-            write = self.save(self)
-        except OSError as error:
-            return self._save_failed(step, error, final)
-        if isinstance(write, Future):
-            self.writing = step, write
-            if final:
-                self._end_write(None, final=True)
-        else:
-            self.last_saved_step = step
-
-    def _end_write(self, patience: float | None, final: bool = False) -> bool:
-        """Wait so many seconds for the write under way and hear how it ended. False if it has not, on some process."""
-        if self.writing is None:
-            return True
-        step, write = self.writing
-        wait([write], patience)
-        error = write.exception() if write.done() else None
-        if self.runtime.largest(0 if write.done() else 1, "waiting for a save"):
-            return False
-        self.writing = None
-        if isinstance(error, OSError):
-            self._save_failed(step, error, final)
-        elif error:
-            raise error
-        else:
-            self.last_saved_step = step
-        return True
-
-    def _save_failed(self, step: int, error: OSError, final: bool) -> None:
-        if final:
-            raise SaveFailed(str(error)) from error
-        self._warn(f"could not save step {step}: {error}; training goes on, "
-                   f"the last good checkpoint is step {self.last_saved_step}")  # fmt: skip
-
-    def _warn(self, message: str) -> None:
-        """What all processes know is told once."""
-        if self.runtime.is_main:
-            warn(message)
+        self.progress.wall_seconds = time.perf_counter() - self.started
+        if self.save and self.saves.ready_for(step, final):
+            self._compare_weights()
+            self.saves.begin(step, partial(self.save, self), final)
 
     def _describe_non_finite(self, loss: float, batch: Batch) -> str:
         """Which step, process and data, alike on all processes."""
-        self._end_write(None)
-        saved = self.last_saved_step
+        self.saves.settle(None)
+        saved = self.saves.last_step
         where = "no checkpoint yet" if saved is None else f"last good checkpoint: step {saved}"
         data = name_culprits(self.runtime, self.own_loss, batch.origin)
         return f"loss is {loss} at step {self.progress.step} on {data}; {where}"
@@ -409,7 +324,7 @@ class Trainer:
         if drifted:
             raise Drifted(f"the weights of rank {', '.join(map(str, drifted))} are not the others' after step "
                           f"{self.progress.step}: faulty hardware, or code that treats ranks differently; the last "
-                          f"good checkpoint is step {self.last_saved_step}")  # fmt: skip
+                          f"good checkpoint is step {self.saves.last_step}")  # fmt: skip
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()

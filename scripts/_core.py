@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import atomic_write, say, warn, write_json
+from nanochat.common import atomic_write, say, write_json
 from nanochat.core_bundle import Bundle, read_bundle
 from nanochat.core_download import bundle_folder
 from nanochat.core_eval import CoreResult, Scorer, TaskResult, bootstrap_error, evaluate_core, published_gpt2
@@ -18,9 +18,9 @@ def open_bundle(given: str, base_dir: Path, runtime: Runtime, baselines: str = "
         bundle_folder(given, base_dir)
     runtime.barrier()
     bundle = read_bundle(bundle_folder(given, base_dir), baselines, only)
-    if bundle.missing and runtime.is_main:
-        warn(f"{len(bundle.missing)} CORE tasks have no data here: {', '.join(bundle.missing)}; the mean is of the "
-             f"other {len(bundle.tasks)} and marked partial")  # fmt: skip
+    if bundle.missing:
+        runtime.warn0(f"{len(bundle.missing)} CORE tasks have no data here: {', '.join(bundle.missing)}; the mean is "
+                      f"of the other {len(bundle.tasks)} and marked partial")  # fmt: skip
     return bundle
 
 

@@ -23,7 +23,7 @@ LAYERS = [
         "decoding", "tools", "cpu_decoder", "packed_weights", "rl", "fair_queue", "service", "replica", "api_answers",
         "api_text", "api_types", "api_generation", "api_guard", "loss_eval", "core_eval", "core_bundle", "core_prompts",
         "core_download", "hf_model", "contamination",
-        "trainer", "recipe", "isoflop", "study_plots", "session", "saver", "export",
+        "trainer", "progress", "saves", "recipe", "isoflop", "study_plots", "session", "saver",
         "report", "report_html", "report_view", "report_compare",
     },
     {"server", "serving"},

@@ -13,17 +13,19 @@ import torch
 import torch.nn as nn
 from test_trainer import CONFIG, CPU, Batches, make_trainer
 
-from nanochat import fp8, runtime, trainer
+from nanochat import fp8, progress, runtime
+from nanochat.agreement import NonFiniteLoss
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.loss_head import head_loss
 from nanochat.optim import OptimizerConfig, build_param_groups
+from nanochat.progress import Progress
 from nanochat.runtime import Runtime, pick_dtype
 from nanochat.sampling import Sampling, choose, make_rng
 from nanochat.session import find_device_batch
-from nanochat.trainer import NonFiniteLoss, Progress, Trainer
+from nanochat.trainer import Trainer
 from scripts import _train
 
 GPU = Runtime(torch.device("cuda"), torch.bfloat16, "test", seed=0)
@@ -111,8 +113,7 @@ def test_scaling_changes_no_result(weighted: bool) -> None:
     """In float32, where a power of two costs no digits, the scaled run is the plain one up to the order of sums."""
     runs = []
     for where in (CPU, HALF):
-        t = make_trainer(steps=3, device_batch_size=4, weights=weighted)
-        t.runtime = where
+        t = make_trainer(steps=3, device_batch_size=4, weights=weighted, runtime=where)
         stir(t.model)
         records: list[dict] = []
         t.log = lambda t, record, records=records: records.append(record)  # type: ignore[misc]
@@ -130,8 +131,8 @@ def overflow(t: Trainer) -> None:
 
 
 def test_overflow_skips_the_step_and_halves_the_scale() -> None:
-    t = make_trainer()
-    t.runtime, t.loss_fn = HALF, t.model.loss
+    t = make_trainer(runtime=HALF)
+    t.loss_fn = t.model.loss
     t.progress.good_steps = 7
     before, state = weights_of(t), t.optimizer.named_state({p: n for n, p in t.model.named_parameters()})
     overflow(t)
@@ -144,8 +145,7 @@ def test_overflow_skips_the_step_and_halves_the_scale() -> None:
 
 
 def test_no_scale_helps() -> None:
-    t = make_trainer(steps=99)
-    t.runtime = HALF
+    t = make_trainer(steps=99, runtime=HALF)
     overflow(t)
     with pytest.raises(NonFiniteLoss, match="gradients are not finite"):
         t.run()
@@ -153,17 +153,16 @@ def test_no_scale_helps() -> None:
 
 
 def test_the_scale_doubles_after_enough_good_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "GOOD_STEPS_TO_DOUBLE", 2)
-    t = make_trainer(steps=5)
-    t.runtime = HALF
+    monkeypatch.setattr(progress, "GOOD_STEPS_TO_DOUBLE", 2)
+    t = make_trainer(steps=5, runtime=HALF)
     t.run()
     assert (t.progress.loss_scale, t.progress.good_steps) == (2.0**18, 1)
     assert Progress(**asdict(t.progress)) == t.progress  # as it is saved with a checkpoint
 
 
 def test_all_processes_skip_when_one_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
-    t = make_trainer()
-    t.runtime, t.loss_fn = HALF, t.model.loss
+    t = make_trainer(runtime=HALF)
+    t.loss_fn = t.model.loss
     before = weights_of(t)
     t.accumulate(t.loader.next_batch())
     monkeypatch.setattr(Runtime, "largest", lambda self, value: 1.0)  # another process's gradients
@@ -172,8 +171,7 @@ def test_all_processes_skip_when_one_overflows(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_in_float16_too() -> None:
-    t = make_trainer(steps=3)
-    t.runtime = HALF
+    t = make_trainer(steps=3, runtime=HALF)
     t.model.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(NonFiniteLoss, match="loss is nan at step 0"):
         t.run()

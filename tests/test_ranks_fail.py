@@ -17,6 +17,7 @@ from ranks import run_ranks
 from test_trainer import CONFIG, Batches
 
 from nanochat import checkpoint_folder, checkpoint_manager, tensor_file
+from nanochat.agreement import Drifted, NonFiniteLoss
 from nanochat.checkpoint_manager import list_steps, open_checkpoint
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
@@ -26,7 +27,7 @@ from nanochat.saver import Saver
 from nanochat.schedules import ScheduleConfig
 from nanochat.session import run_to_end
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.trainer import Drifted, NonFiniteLoss, Trainer
+from nanochat.trainer import Trainer
 
 
 class Rows(Batches):
@@ -137,10 +138,10 @@ def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit
     saved: list[int | None] = []
 
     def log(t: Trainer, record: Any) -> None:
-        saved.append(t.last_saved_step)
+        saved.append(t.saves.last_step)
         if record["step"] == 3 or (record["step"] == 6 and heals):
-            if t.writing:  # the save before the fault, or the one that it hit, has its end first
-                wait([t.writing[1]])
+            if t.saves.writing:  # the save before the fault, or the one that it hit, has its end first
+                wait([t.saves.writing[1]])
             runtime.barrier()
             if runtime.rank == culprit:
                 getattr(storage, fault)(record["step"] == 3)
@@ -152,7 +153,7 @@ def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit
     saver.close()
     if runtime.rank == culprit and not heals:
         getattr(storage, fault)(False)
-    return told.getvalue(), (code, trainer.progress.step, saved[-1], trainer.last_saved_step)
+    return told.getvalue(), (code, trainer.progress.step, saved[-1], trainer.saves.last_step)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits on files")

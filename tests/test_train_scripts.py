@@ -156,8 +156,8 @@ def told_to_stop(rank: int, port: int, answers: multiprocessing.Queue) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    trainer = make_trainer(steps=50)
-    trainer.runtime = Runtime(torch.device("cpu"), torch.float32, "test", 0, rank, rank, 2)
+    runtime = Runtime(torch.device("cpu"), torch.float32, "test", 0, rank, rank, 2)
+    trainer = make_trainer(steps=50, runtime=runtime)
     if rank == 1:
         trainer.log = lambda trainer, record: setattr(trainer, "stop_signal", 15 if record["step"] == 3 else None)
     try:
@@ -165,7 +165,7 @@ def told_to_stop(rank: int, port: int, answers: multiprocessing.Queue) -> None:
         answers.put((rank, "ran on"))
     except Interrupted as stop:
         answers.put((rank, stop.signum, trainer.progress.step))
-    trainer.runtime.close()
+    runtime.close()
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.agreement import NonFiniteLoss
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
@@ -19,7 +20,7 @@ from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
 from nanochat.schedules import ScheduleConfig
 from nanochat.session import cut_metrics, merge_saved_config, run_to_end
-from nanochat.trainer import Hook, Interrupted, NonFiniteLoss, Trainer
+from nanochat.trainer import Hook, Interrupted, Trainer
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "test", seed=0)
 CONFIG = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
@@ -42,10 +43,12 @@ class Batches:
         return Batch(tokens[:, :-1].contiguous(), targets, weights, f"batch {self.served}")
 
 
-def make_trainer(steps: int = 4, device_batch_size: int = 6, lr_scale: float = 0.2, **loader: object) -> Trainer:
+def make_trainer(
+    steps: int = 4, device_batch_size: int = 6, lr_scale: float = 0.2, runtime: Runtime = CPU, **loader: object
+) -> Trainer:
     model = GPT.create(CONFIG, seed=1)
     groups = build_param_groups(model, OptimizerConfig(), lr_scale=lr_scale, weight_decay=0.1, ns_dtype=torch.float32)
-    return Trainer(model, MuonAdamW(groups), Batches(**loader), CPU, ScheduleConfig(steps), device_batch_size)  # type: ignore[arg-type]
+    return Trainer(model, MuonAdamW(groups), Batches(**loader), runtime, ScheduleConfig(steps), device_batch_size)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -151,7 +154,7 @@ def test_a_failed_periodic_save_is_loud_and_training_goes_on(capsys: pytest.Capt
 
     trainer.save, trainer.save_every = save, 1
     trainer.run()
-    assert trainer.progress.step == 4 and trainer.last_saved_step == 4
+    assert trainer.progress.step == 4 and trainer.saves.last_step == 4
     assert "could not save step 2" in capsys.readouterr().err
 
 
@@ -173,18 +176,18 @@ def test_training_goes_on_while_a_save_is_written(capsys: pytest.CaptureFixture[
         trainer.save_every = 2
         trainer.log = lambda t, record: (reached.append(list(written)), record["step"] == 3 and gate.set())
         trainer.run()
-    assert reached == [[], [], []] and written == [2, 3] and trainer.last_saved_step == 3
+    assert reached == [[], [], []] and written == [2, 3] and trainer.saves.last_step == 3
 
 
 def test_no_second_write_is_begun_and_training_does_not_wait_for_long(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanochat.trainer.PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("nanochat.saves.PATIENCE_SECONDS", 0.01)
     trainer, written, gate = make_trainer(steps=4), [], threading.Event()
     with background(trainer, lambda step: written.append((gate.wait(30), step)[1])):
         trainer.log = lambda t, record: gate.set() if record["step"] == 4 else None
         trainer.run()
-    assert written == [1, 4] and trainer.last_saved_step == 4
+    assert written == [1, 4] and trainer.saves.last_step == 4
     assert "step 2 is not saved: step 1 is still being written" in capsys.readouterr().err
 
 
@@ -198,7 +201,7 @@ def test_a_write_that_fails_is_told_at_the_next_save_and_never_counts(capsys: py
     with background(trainer, write):
         trainer.run()
     said = capsys.readouterr().err
-    assert "could not save step 1" in said and "could not save step 2" in said and trainer.last_saved_step == 4
+    assert "could not save step 1" in said and "could not save step 2" in said and trainer.saves.last_step == 4
 
 
 def test_a_failed_final_save_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
