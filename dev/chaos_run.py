@@ -1,0 +1,302 @@
+"""The run that dev/chaos.py breaks: how it is started, looked at and killed, and how its end is judged.
+
+It is one folder of checkpoints, which one launcher after another goes on with; on two hosts (dev/two_hosts.py) two
+launchers at a time, which meet.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dev.two_hosts import TwoHosts
+from nanochat.checkpoint_manager import open_checkpoint, run_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, SAVE_EVERY = 300, 5
+# How far average loss and weights may be from the undisturbed run's, relatively, and how far where a host was alone for
+# a time, so that sums were taken in another order.
+TOLERANCE, HOSTS_TOLERANCE = 1e-6, 1e-4
+PATIENCE_SECONDS = 120.0  # for a run to take another step, on a busy machine
+FLAGS = [
+    "--depth=1", "--n-embd=16", "--head-dim=8", "--max-seq-len=16", "--total-batch-size=64", "--eval-tokens=64",
+    "--eval-every=-1", "--sample-every=-1", "--device-type=cpu", "--model-tag=chaos", "--resume", "--keep-last=3",
+    "--lr-scale=0.1", "--weight-decay=0", "--timeout=30", f"--save-every={SAVE_EVERY}", f"--num-iterations={STEPS}",
+]  # fmt: skip
+
+
+@dataclass
+class Expectation:
+    """After `position` in the output, the next start goes on from `step` or later."""
+
+    kind: str
+    position: int
+    step: int
+
+
+@dataclass
+class Tally:
+    """What came of the faults, by kind."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # until the next step
+    redone: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # steps that were done twice
+    problems: list[str] = field(default_factory=list)
+    runs: int = 0
+    largest_difference: float = 0.0
+    largest_on_two_hosts: float = 0.0
+
+    def table(self, kinds: Iterable[str], left_out: dict[str, str]) -> str:
+        """A line for each kind; `left_out` says why some were never tried."""
+        lines = [f"{'fault':<10} {'times':>5} {'until the next step':>28} {'steps done twice':>20}"]
+        for kind in kinds:
+            if kind in left_out:
+                lines.append(f"{kind:<10} left out: {left_out[kind]}")
+                continue
+            times, again = self.seconds[kind] or [0.0], self.redone[kind] or [0]
+            row = f"{kind:<10} {self.faults[kind]:>5} {sum(times) / len(times):>12.1f} s, most {max(times):>5.1f} s"
+            lines.append(f"{row}{sum(again) / len(again):>10.1f}, most {max(again):>3}")
+        return "\n".join(lines)
+
+
+class Run:
+    """Two processes of one launcher, which keep what they write on `disk`. Writes down in `log` what happens."""
+
+    tolerance = TOLERANCE
+
+    def __init__(self, disk: Path, output: Path, log: Path, seed: int) -> None:
+        self.disk, self.base, self.output = disk, disk / "base", output
+        self.folder = run_dir(self.base, "base", "chaos")
+        self.log_file = open(log, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (open to the end)
+        self.rng = random.Random(seed)
+        self.tally = Tally()
+        self.damaged: dict[int, int] = {}  # step -> when its manifest was written
+        self.expected: list[Expectation] = []
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def say(self, text: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {text}"
+        print(line, flush=True)
+        self.log_file.write(line + "\n")
+
+    def problem(self, text: str) -> None:
+        self.tally.problems.append(text)
+        self.say(f"PROBLEM: {text}")
+
+    # -----------------------------------------------------------------------------------------------
+    # Starting and killing
+
+    def prepare(self) -> None:
+        """A tokenizer and text."""
+        self.base.mkdir(parents=True)
+        rows = "".join(json.dumps({"text": f"line {i} of {i * i} lines of text"}) + "\n" for i in range(400))
+        (self.base / "text.jsonl").write_text(rows)
+        tokenizer = [sys.executable, "-m", "scripts.tok_train", f"--data={self.base / 'text.jsonl'}",
+                     "--vocab-size=265"]  # fmt: skip
+        subprocess.run(tokenizer, cwd=ROOT, env=self.environment(), check=True, stdout=subprocess.DEVNULL)
+
+    def begin(self) -> None:
+        """Forget what was trained before; nothing is launched yet."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.damaged, self.expected = {}, []
+
+    def launch(self) -> None:
+        command = self.command("--nnodes=1", "--nproc_per_node=2", "--master-addr=127.0.0.1", "--master-port=0",
+                               "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")  # fmt: skip
+        with open(self.output, "ab") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=self.environment(), stdout=output,
+                                            stderr=subprocess.STDOUT)  # fmt: skip
+
+    def command(self, *where: str, flags: Sequence[str] = ()) -> list[str]:
+        return [sys.executable, "-m", "scripts.launch", *where, "--max-restarts=3", "--monitor-interval=0.1",
+                f"--log-dir={self.output.with_name('launcher')}", "-m", "scripts.base_train", "--", *FLAGS, *flags,
+                f"--data={self.base / 'text.jsonl'}"]  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(self.base), "NANOCHAT_DTYPE": "float32"}
+
+    def launchers(self) -> "list[subprocess.Popen[bytes]]":
+        """Those that run."""
+        return [launcher for launcher in (self.process,) if launcher and launcher.poll() is None]
+
+    def workers(self) -> list[int]:
+        """The training processes below the launchers."""
+        return [pid for launcher in self.launchers() for pid in workers_of(launcher)]
+
+    def alive(self) -> bool:
+        assert self.process is not None
+        return self.process.poll() is None
+
+    def kill_all(self) -> None:
+        kill(self.launchers())
+
+    def wait(self) -> int:
+        """The exit code of the launcher, once it has ended."""
+        assert self.process is not None
+        return self.process.wait()
+
+    # -----------------------------------------------------------------------------------------------
+    # Looking
+
+    def last_step(self) -> int:
+        """The last line of metrics.jsonl that is whole; 0 if there is none."""
+        with suppress(OSError):
+            for line in reversed((self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+                with suppress(ValueError, KeyError):
+                    return json.loads(line)["step"]
+        return 0
+
+    def intact(self) -> list[int]:
+        """Completed steps that were not damaged since."""
+        steps = []
+        for manifest in self.folder.glob("[0-9]*/manifest.json"):
+            with suppress(OSError):
+                step = int(manifest.parent.name)
+                if self.damaged.get(step) != manifest.stat().st_mtime_ns:
+                    steps.append(step)
+        return sorted(steps)
+
+    def await_steps(self, count: int = 2) -> bool:
+        """Wait until the run has taken steps anew; False if it ended, or if the time for that is up."""
+        began, seen, changes = time.monotonic(), self.last_step(), 0
+        while changes < count and self.alive() and time.monotonic() < began + PATIENCE_SECONDS:
+            time.sleep(0.02)
+            now = self.last_step()
+            changes, seen = changes + (now != seen), now
+        if changes < count and self.alive():
+            self.problem(f"no step in {PATIENCE_SECONDS:g} s after step {seen}")
+            self.kill_all()
+        return changes >= count
+
+    def await_end(self) -> None:
+        """With no more faults, the run has to reach its end."""
+        while self.alive() and self.last_step() < STEPS:
+            self.await_steps()
+        self.wait()
+
+    # -----------------------------------------------------------------------------------------------
+    # Judging
+
+    def expect(self, kind: str) -> None:
+        """From here on, no step that is saved may be lost."""
+        self.expected.append(Expectation(kind, self.output.stat().st_size, max(self.intact(), default=0)))
+
+    def check_expected(self) -> None:
+        """Compare where each start went on with what was there to go on from."""
+        said = self.output.read_bytes()
+        waiting = []
+        for wanted in self.expected:
+            found = re.search(rb"resumed at step (\d+)|(starting from the beginning)", said[wanted.position :])
+            if not found:
+                waiting.append(wanted)
+            elif (step := int(found[1] or 0)) < wanted.step:
+                self.problem(f"{wanted.kind}: step {wanted.step} was saved, the run went on from {step}")
+        self.expected = waiting
+
+    def undisturbed(self) -> None:
+        """The run to compare with."""
+        self.begin()
+        began = time.monotonic()
+        self.launch()
+        if self.wait():
+            sys.exit(f"the undisturbed run failed:\n{self.output.read_text()[-3000:]}")
+        wanted = open_checkpoint(self.folder, STEPS)
+        self.wanted_weights, self.wanted_loss = wanted.model_state(), wanted.meta["progress"]["smooth_loss"]
+        self.say(f"undisturbed: {STEPS} steps in {time.monotonic() - began:.0f} s")
+
+    def compare(self, starts: int) -> None:
+        """With the undisturbed run."""
+        self.tally.runs += 1
+        found = open_checkpoint(self.folder, STEPS)
+        loss, weights = found.meta["progress"]["smooth_loss"], found.model_state()
+        off = [*self.differences(weights), abs(loss - self.wanted_loss) / self.wanted_loss]
+        self.note_difference(max(off))
+        said = f"run {self.tally.runs} ended at step {STEPS}: loss {loss:.6f}, undisturbed {self.wanted_loss:.6f}, "
+        self.say(f"{said}largest relative difference {max(off):.1e}; the launcher was started {starts} times by itself")
+        if max(off) > self.tolerance:
+            self.problem(f"run {self.tally.runs} is {max(off):.1e} off the undisturbed one")
+
+    def differences(self, weights: dict[str, Any]) -> list[float]:
+        """Each tensor's, relative to its norm."""
+        return [float((weights[n] - w).norm() / w.norm().clamp(min=1e-9)) for n, w in self.wanted_weights.items()]
+
+    def note_difference(self, off: float) -> None:
+        self.tally.largest_difference = max(self.tally.largest_difference, off)
+
+
+class RunOnTwoHosts(Run):
+    """The same on two hosts, one process each. Shares the tally, the log and the dice with `other`."""
+
+    tolerance = HOSTS_TOLERANCE
+
+    def __init__(self, other: Run, hosts: TwoHosts) -> None:
+        self.__dict__.update(other.__dict__)
+        self.hosts = hosts
+        self.second: subprocess.Popen[bytes] | None = None
+
+    def launch(self) -> None:
+        self.kill_all()  # of the hosts' launchers the one that is left
+        self.process, self.second = self.start(0), self.start(1)
+
+    def start(self, host: int) -> "subprocess.Popen[bytes]":
+        address = TwoHosts.addresses
+        quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
+        # Steps slow enough for a host to return before the other has done them all.
+        flags = ["--timeout=3", "--total-batch-size=512", "--device-batch-size=1"]
+        command = self.command("--nnodes=1:2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=chaos",
+                               f"--rdzv-endpoint={address[0]}:29500", f"--local-addr={address[host]}",
+                               f"--rdzv-conf={quick},is_host={int(host == 0)}", flags=flags)  # fmt: skip
+        with open(self.output, "ab") as output:
+            return self.hosts.popen(host, command, cwd=ROOT, env=self.environment(), stdout=output,
+                                    stderr=subprocess.STDOUT)  # fmt: skip
+
+    def launchers(self) -> "list[subprocess.Popen[bytes]]":
+        return [launcher for launcher in (self.process, self.second) if launcher and launcher.poll() is None]
+
+    def await_steps(self, count: int = 2) -> bool:
+        if self.second and self.second.poll() is not None and self.alive():
+            self.second = self.start(1)  # as whoever looks after that host would
+        return super().await_steps(count)
+
+    def differences(self, weights: dict[str, Any]) -> list[float]:
+        """All taken together: a scalar whose gradient is rounding alone goes its own way with any other sum."""
+        off = math.hypot(*(float((weights[n] - w).norm()) for n, w in self.wanted_weights.items()))
+        return [off / math.hypot(*(float(w.norm()) for w in self.wanted_weights.values()))]
+
+    def note_difference(self, off: float) -> None:
+        self.tally.largest_on_two_hosts = max(self.tally.largest_on_two_hosts, off)
+
+
+def workers_of(launcher: "subprocess.Popen[bytes]") -> list[int]:
+    """The training processes that it has started."""
+    found = []
+    with suppress(OSError):
+        for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+            if b"scripts.base_train" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
+def kill(launchers: "Iterable[subprocess.Popen[bytes]]") -> None:
+    """Kill launchers that run and all their workers, unheard."""
+    running = [launcher for launcher in launchers if launcher.poll() is None]
+    for launcher in running:
+        launcher.send_signal(signal.SIGSTOP)  # it shall not start others meanwhile
+    for pid in [pid for launcher in running for pid in workers_of(launcher)]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for launcher in running:
+        launcher.kill()
+        launcher.wait()
