@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +29,6 @@ from nanochat.signals import catch_signals
 
 Record = dict[str, Any]
 
-# A scheduler signals launcher and processes alike, and the launcher hands it on: that is one request, not two.
-SAME_REQUEST_SECONDS = 1.0
 DATA_FAILED = 1000  # what processes tell each other beside the numbers of signals
 
 
@@ -86,8 +83,7 @@ class Trainer:
     deadline: Deadline | None = None  # moves the horizon, if there is one
     progress: Progress = field(default_factory=Progress)
     loss_fn: Any = None  # model.loss, or its compiled form
-    stop_signal: int | None = None
-    asked: float = 0.0  # when that came
+    stop_signal: int | None = None  # that asked the run to stop
     started: float = field(default_factory=time.perf_counter)  # as if all sessions had been one
     positions: int = 0  # that this process has worked on in the step
     own_loss: torch.Tensor | None = None  # summed over this process's targets of the last batch
@@ -326,9 +322,5 @@ class Trainer:
                           f"{self.progress.step}: faulty hardware, or code that treats ranks differently; the last "
                           f"good checkpoint is step {self.saves.last_step}")  # fmt: skip
 
-    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.stop_signal is None:
-            self.stop_signal, self.asked = signum, now
-        elif now - self.asked > SAME_REQUEST_SECONDS:
-            raise KeyboardInterrupt  # asked twice: leave now
+    def _request_stop(self, signum: int) -> None:
+        self.stop_signal = signum
