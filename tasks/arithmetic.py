@@ -6,12 +6,10 @@ where order does not matter, so no seed, size or phrasing lets one split produce
 
 import hashlib
 import random
-from typing import Any
 
 from nanochat.calculator import use_calculator
-from nanochat.common import UserError
 from tasks.answers import Conversation, final_number, final_text, keyed_random, reference_text
-from tasks.common import Task
+from tasks.common import GeneratedTask
 
 TEST_SHARE = 10  # one sum in so many is held out
 
@@ -45,17 +43,8 @@ SPECIAL = {
 }
 
 
-class Arithmetic(Task):
+class Arithmetic(GeneratedTask):
     """Addition, subtraction, multiplication of numbers below 1000, and exact division."""
-
-    def __init__(self, size: int = 1000, split: str = "train", *, seed: int = 0, **kwargs: Any):
-        super().__init__(**kwargs)
-        if split not in ("train", "test"):
-            raise UserError(f"Arithmetic has the splits train and test, not {split!r}")
-        self.size, self.split, self.seed = size, split, seed
-
-    def num_examples(self) -> int:
-        return self.size
 
     def get_example(self, index: int) -> Conversation:
         rng = keyed_random("Arithmetic", self.seed, self.split, index)

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from nanochat.common import UserError
 from nanochat.execution import execute_code
 from tasks.answers import Conversation, keyed_random
-from tasks.common import Task
+from tasks.common import GeneratedTask
 from tasks.humaneval import extract_program
 
 # Signature, what it is to return in words, the expression that does it, and the same as a function of n and the
@@ -25,18 +24,13 @@ CALLS = 5  # that the tests make
 TIMEOUT_SECONDS = 2.0
 
 
-class Code(Task):
+class Code(GeneratedTask):
     """Write `f` as told. The number in the task decides the split: every fifth is held out."""
 
-    def __init__(self, size: int = 1000, split: str = "train", *, seed: int = 0, sandbox: str = "", **kwargs: Any):
+    def __init__(self, size: int = 1000, split: str = "train", *, sandbox: str = "", **kwargs: Any):
         """`sandbox`: the level to run answers at; empty takes the strongest safe one."""
-        super().__init__(**kwargs)
-        if split not in ("train", "test"):
-            raise UserError(f"Code has the splits train and test, not {split!r}")
-        self.size, self.split, self.seed, self.sandbox = size, split, seed, sandbox
-
-    def num_examples(self) -> int:
-        return self.size
+        super().__init__(size, split, **kwargs)
+        self.sandbox = sandbox
 
     def get_example(self, index: int) -> Conversation:
         rng = keyed_random("Code", self.seed, self.split, index)

@@ -5,17 +5,21 @@ the conversations, chat_eval and RL ask the question and judge the completion. N
 tokenizer or a model.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from nanochat.common import UserError
 from tasks.answers import Conversation
 from tasks.hub import DatasetMissing, HubRows, load_hub_rows
 
 __all__ = [
     "Conversation",
     "DatasetMissing",
+    "GeneratedTask",
     "HubRows",
     "Task",
     "TaskMixture",
@@ -75,37 +79,32 @@ class Task:
         return map(self.get_example, self.indices())
 
 
-class TaskMixture(Task):
-    """Several tasks shuffled into one, the same way on every machine. A task listed twice is seen twice.
+class GeneratedTask(Task):
+    """`size` conversations that are made when asked for, each from (seed, split, index) alone.
 
-    `limits[i]` is the number of examples taken of task i: fewer than it has is a random part, more
-    is whole epochs and a random part; None is all of it once. `shares` (with `total`, by default the
-    sum of the tasks' lengths) gives the limits as fractions of the mixture instead.
+    Subclasses see to it that no seed makes an item of "test" in "train". Raises UserError for another split.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        seed: int = 42,
-        *,
-        limits: Sequence[int | None] | None = None,
-        shares: Sequence[float] | None = None,
-        total: int | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, size: int = 1000, split: str = "train", *, seed: int = 0, **kwargs: Any):
+        super().__init__(**kwargs)
+        if split not in ("train", "test"):
+            raise UserError(f"{type(self).__name__} has the splits train and test, not {split!r}")
+        self.size, self.split, self.seed = size, split, seed
+
+    def num_examples(self) -> int:
+        return self.size
+
+
+class TaskMixture(Task):
+    """Several tasks shuffled into one, the same way on every machine. A task listed twice is seen twice."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int = 42, **kwargs: Any):
         super().__init__(**kwargs)
         self.tasks = list(tasks)
-        if shares is not None:
-            assert limits is None, "give limits or shares, not both"
-            limits = limits_from_shares(shares, sum(map(len, self.tasks)) if total is None else total)
-        limits = [None] * len(self.tasks) if limits is None else list(limits)
-        if len(limits) != len(self.tasks):
-            raise ValueError(f"{len(self.tasks)} tasks need as many limits or shares, got {len(limits)}")
-        picks = [pick(len(task), limit, (seed, i)) for i, (task, limit) in enumerate(zip(self.tasks, limits))]
-        self.counts = [len(picked) for picked in picks]
-        owner = np.repeat(np.arange(len(picks)), self.counts)
-        local = np.concatenate([*picks, np.empty(0, dtype=np.int64)])
-        order = permutation(len(owner), (seed, len(picks)))
+        sizes = [len(task) for task in self.tasks]
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        local = np.concatenate([*map(np.arange, sizes), np.empty(0, dtype=np.int64)])
+        order = permutation(len(owner), (seed, len(sizes)))
         self.owner, self.local = owner[order], local[order]
 
     def num_examples(self) -> int:
@@ -121,22 +120,12 @@ class TaskMixture(Task):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         raise TypeError("a mixture does not know whose example this is; evaluate with task_of(index)")
 
-    def describe(self) -> list[dict[str, Any]]:
-        """One row for each distinct task: name, examples taken, share of the mixture, epochs."""
-        rows: dict[int, dict[str, Any]] = {}
-        for task, count in zip(self.tasks, self.counts):
-            row = rows.setdefault(id(task), {"name": task.name, "examples": 0, "size": len(task)})
-            row["examples"] += count
-        total = max(1, self.num_examples())
-        return [
-            {
-                "name": row["name"],
-                "examples": row["examples"],
-                "share": row["examples"] / total,
-                "epochs": row["examples"] / max(1, row["size"]),
-            }
-            for row in rows.values()
-        ]
+    def fingerprint(self) -> str:
+        """Changes when the conversations do: their number, or any of up to a thousand of them."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        for index in range(0, len(self), max(1, len(self) // 1000)):
+            digest.update(json.dumps(self[index], sort_keys=True).encode())
+        return digest.hexdigest()[:16]
 
 
 class TaskSequence(Task):
@@ -166,27 +155,6 @@ def permutation(length: int, key: tuple[int, ...]) -> np.ndarray:
     entropy = [value % 2**64 for value in key]  # SeedSequence refuses negative seeds
     keys = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(length)
     return np.argsort(keys, kind="stable")
-
-
-def pick(size: int, limit: int | None, key: tuple[int, ...]) -> np.ndarray:
-    """`limit` indices into range(size): whole epochs, then a random part of one."""
-    if limit is None:
-        return np.arange(size)
-    if limit < 0 or (limit and not size):
-        raise ValueError(f"cannot take {limit} examples of a task that has {size}")
-    epochs, rest = divmod(limit, size) if size else (0, 0)
-    return np.concatenate([np.tile(np.arange(size), epochs), np.sort(permutation(size, key)[:rest])])
-
-
-def limits_from_shares(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to `shares` that add up to `total` (largest remainders)."""
-    if total < 0 or any(share < 0 for share in shares) or not sum(shares) > 0:
-        raise ValueError(f"shares must be non-negative and not all zero, got {list(shares)}")
-    exact = np.asarray(shares, dtype=np.float64) / sum(shares) * total
-    limits = np.floor(exact).astype(np.int64)
-    largest = np.argsort(limits - exact, kind="stable")[: total - int(limits.sum())]
-    limits[largest] += 1
-    return limits.tolist()
 
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:

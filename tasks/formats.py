@@ -2,26 +2,19 @@
 
 from typing import Any
 
-from nanochat.common import UserError
 from tasks.answers import ASSISTANT_END, Conversation, keyed_random
-from tasks.common import Task
+from tasks.common import GeneratedTask
 from tasks.words import load_words
 
 COMMON_WORDS = 800  # words are taken from the most frequent of the list, which small models know
 
 
-class Format(Task):
+class Format(GeneratedTask):
     """Repeat a word so many times, write it in capitals, put words in a list. Train and test use other words."""
 
-    def __init__(self, size: int = 1000, split: str = "train", *, seed: int = 0, **kwargs: Any):
-        super().__init__(**kwargs)
-        if split not in ("train", "test"):
-            raise UserError(f"Format has the splits train and test, not {split!r}")
-        self.size, self.split, self.seed = size, split, seed
+    def __init__(self, size: int = 1000, split: str = "train", **kwargs: Any):
+        super().__init__(size, split, **kwargs)
         self.words = [word for word in load_words(split)[:COMMON_WORDS] if word.isalpha()]
-
-    def num_examples(self) -> int:
-        return self.size
 
     def get_example(self, index: int) -> Conversation:
         rng = keyed_random("Format", self.seed, self.split, index)

@@ -1,5 +1,6 @@
 """Which tasks, in which shares, make up a finetuning run."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,28 @@ class Part:
 
     name: str
     task: Task
+
+
+def load_mixture(data: str, seed: int) -> tuple[list[Part], list[Part], list[str]]:
+    """(training parts, validation parts, why others are absent) of what chat_sft's --data names."""
+    if data == "starter":
+        return starter_mixture("train", seed), starter_mixture("val", seed), []
+    if data != "published":
+        return own_conversations(Path(data), "train"), own_conversations(Path(data), "val"), []
+    train, missing = published_mixture("train")
+    val, _ = published_mixture("val")
+    return train, val, missing
+
+
+def describe_parts(parts: list[Part]) -> list[tuple[str, str]]:
+    """(name, number of conversations and share of the whole) of each."""
+    total = sum(len(part.task) for part in parts)
+    rows = []
+    for name, times in Counter(part.name for part in parts).items():
+        size = next(len(part.task) for part in parts if part.name == name)
+        passes = f" x {times}" if times > 1 else ""
+        rows.append((name, f"{size:,} conversations{passes} ({size * times / total:.0%})"))
+    return rows
 
 
 def starter_mixture(split: str, seed: int = 42) -> list[Part]:

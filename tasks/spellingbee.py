@@ -15,7 +15,7 @@ from typing import Any
 
 from nanochat.calculator import use_calculator
 from tasks.answers import Conversation, final_number, final_text, keyed_random, reference_text
-from tasks.common import Task
+from tasks.common import GeneratedTask
 from tasks.words import WordCycle, load_words
 
 SPELLING_QUESTIONS = (
@@ -86,8 +86,8 @@ def spell(word: str) -> str:
     return " ".join(word)
 
 
-class SpellingTask(Task):
-    """What both tasks share: words of their split only, examples a pure function of (seed, split, index)."""
+class SpellingTask(GeneratedTask):
+    """What both tasks share: words of their split only."""
 
     def __init__(
         self,
@@ -98,12 +98,8 @@ class SpellingTask(Task):
         words_dir: Path | str | None = None,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        self.size, self.split, self.seed = size, split, seed
+        super().__init__(size, split, seed=seed, **kwargs)
         self.words = WordCycle(load_words(split, words_dir), seed)
-
-    def num_examples(self) -> int:
-        return self.size
 
 
 class SimpleSpelling(SpellingTask):

@@ -17,7 +17,7 @@ from typing import Any
 
 from nanochat.common import UserError
 from tasks.answers import Conversation, final_text, keyed_random, number_after_marker, reference_text
-from tasks.common import Task
+from tasks.common import GeneratedTask
 from tasks.gsm8k import solution_parts
 
 LEVELS = (1, 2, 3)
@@ -71,23 +71,18 @@ class Problem:
         return found[1:]
 
 
-class WordProblems(Task):
+class WordProblems(GeneratedTask):
     """Problems of one level."""
 
     def __init__(self, level: int = 1, size: int = 1000, split: str = "train", *, seed: int = 0, **kwargs: Any):
-        super().__init__(**kwargs)
+        super().__init__(size, split, seed=seed, **kwargs)
         if level not in LEVELS:
             raise UserError(f"WordProblems has the levels {', '.join(map(str, LEVELS))}, not {level!r}")
-        if split not in ("train", "test"):
-            raise UserError(f"WordProblems has the splits train and test, not {split!r}")
-        self.level, self.size, self.split, self.seed = level, size, split, seed
+        self.level = level
 
     @property
     def name(self) -> str:
         return f"WordProblems/{self.level}"
-
-    def num_examples(self) -> int:
-        return self.size
 
     def get_example(self, index: int) -> Conversation:
         rng = keyed_random("WordProblems", self.level, self.seed, self.split, index)

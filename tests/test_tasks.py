@@ -152,26 +152,6 @@ def test_a_task_listed_twice_is_two_epochs() -> None:
     twice, once = Numbers(5), Numbers(4, offset=10)
     mixture = TaskMixture([twice, once, twice])
     assert Counter(said(mixture)) == {**dict.fromkeys(range(5), 2), **dict.fromkeys(range(10, 14), 1)}
-    assert mixture.describe() == [
-        {"name": "Numbers", "examples": 10, "share": 10 / 14, "epochs": 2.0},
-        {"name": "Numbers", "examples": 4, "share": 4 / 14, "epochs": 1.0},
-    ]
-
-
-def test_mixture_limits_and_shares() -> None:
-    mixture = TaskMixture([Numbers(10), Numbers(4, offset=100)], limits=[3, 9])
-    counts = Counter(said(mixture))
-    assert sum(n for value, n in counts.items() if value < 100) == 3
-    assert max(n for value, n in counts.items() if value < 100) == 1
-    assert sorted(n for value, n in counts.items() if value >= 100) == [2, 2, 2, 3]  # two epochs and one more
-    shares = TaskMixture([Numbers(10), Numbers(4), Numbers(6)], shares=[1, 1, 2], total=10)
-    assert sum(shares.counts) == 10 and shares.counts[2] == 5
-    with pytest.raises(ValueError, match="limits"):
-        TaskMixture([Numbers(3)], limits=[1, 2])
-    with pytest.raises(ValueError, match="shares"):
-        TaskMixture([Numbers(3)], shares=[-1.0])
-    with pytest.raises(ValueError, match="cannot take"):
-        TaskMixture([Numbers(0)], limits=[1])
 
 
 def test_mixture_knows_whose_example_it_is() -> None:

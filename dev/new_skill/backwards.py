@@ -3,20 +3,16 @@
 from typing import Any
 
 from tasks.answers import ASSISTANT_END, Conversation, final_text, keyed_random
-from tasks.common import Task
+from tasks.common import GeneratedTask
 from tasks.words import load_words
 
 
-class Backwards(Task):
+class Backwards(GeneratedTask):
     """Write a short word backwards, letter by letter: `s e a` -> `a e s`. Train and test use other words."""
 
-    def __init__(self, size: int = 1000, split: str = "train", *, seed: int = 0, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.size, self.split, self.seed = size, split, seed
+    def __init__(self, size: int = 1000, split: str = "train", **kwargs: Any):
+        super().__init__(size, split, **kwargs)
         self.words = [word for word in load_words(split) if word.isalpha() and len(word) <= 5]
-
-    def num_examples(self) -> int:
-        return self.size
 
     def get_example(self, index: int) -> Conversation:
         word = keyed_random("Backwards", self.seed, self.split, index).choice(self.words)
