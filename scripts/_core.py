@@ -1,5 +1,6 @@
 """The CORE evaluation as scripts run it: which bundle, what is printed, what goes into the report."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,20 @@ from typing import Any
 from nanochat.common import atomic_write, say, write_json
 from nanochat.core_bundle import Bundle, read_bundle
 from nanochat.core_download import bundle_folder
-from nanochat.core_eval import CoreResult, Scorer, TaskResult, bootstrap_error, evaluate_core, published_gpt2
+from nanochat.core_eval import (
+    CoreResult,
+    GPTScorer,
+    Scorer,
+    TaskResult,
+    bootstrap_error,
+    evaluate_core,
+    published_gpt2,
+)
+from nanochat.fp8 import without_fp8
 from nanochat.report import accuracy_values
 from nanochat.runtime import Runtime
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.trainer import Record, StopObserving, Trainer
 
 
 def open_bundle(given: str, base_dir: Path, runtime: Runtime, baselines: str = "v1", only: str = "") -> Bundle:
@@ -41,6 +53,28 @@ def run_core(
                            progress=progress)  # fmt: skip
     runtime.print0(core_line(result))
     return result
+
+
+def watch_core(trainer: Trainer, tokenizer: RustBPETokenizer, bundle: Bundle, most: int) -> Record:
+    """CORE of a model in training, in the published form; nothing if the run is asked to stop meanwhile."""
+    try:
+        with without_fp8(trainer.model):
+            result = run_core(GPTScorer(trainer.model), tokenizer, bundle, trainer.runtime, most=most,
+                              between=trainer.leave_if_asked)  # fmt: skip
+    except StopObserving:
+        trainer.runtime.print0("asked to stop: the CORE evaluation is left unfinished")
+        return {}
+    return {"core": result.core, "core_low": result.low, "core_high": result.high}
+
+
+def core_seconds(trainer: Trainer, core: Callable[..., Record], bundle: Bundle, most: int) -> float:
+    """How long `core` will take with `most` items of each task (-1: all), by asking a few of them."""
+    few = 2
+    items = sum(min(len(t.items), most if most > 0 else len(t.items)) for t in bundle.tasks)
+    trainer.runtime.print0(f"timing CORE on {few} items of each task")
+    began = time.perf_counter()
+    core(trainer, most=few)
+    return (time.perf_counter() - began) * items / (few * len(bundle.tasks))
 
 
 def core_line(result: CoreResult) -> str:

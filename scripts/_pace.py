@@ -8,20 +8,36 @@ from pathlib import Path
 
 import torch
 
+from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.law import Choice, Law, candidates_by_depth
 from nanochat.optim import OptimizerConfig
 from nanochat.planner import Gpu, Pace, memory_by_kind
 from nanochat.runtime import Runtime, device_name
-from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, estimate
+from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, align_batch, estimate
 from nanochat.schedules import ScheduleConfig
 from nanochat.session import choose_device_batch, measure_peak_flops
 from nanochat.trainer import Trainer
-from scripts._train import compiled_loss, make_optimizer, random_batch, steps_in
+from scripts._train import batch_for_minutes, compiled_loss, make_optimizer, random_batch, steps_in
 
 MEASURING_SECONDS = 20.0
 SHORTEST_ROW = 256  # tokens: fewer would not keep the matrix products busy
 PROBES = (2, 6)  # depths that are timed; the others' pace lies on the line through them
+
+
+def choose_depth(
+    minutes: float, total_batch_size: int, of_depth: Callable[[int], GPTConfig], runtime: Runtime
+) -> Choice:
+    """The depth that will have learnt the most after so many minutes here, by the fitted law; alike on all processes.
+
+    `total_batch_size` is in tokens, -1 for what --minutes takes. Raises UserError where there is no law.
+    """
+    law = Law.load()
+    if law is None:
+        raise UserError("--depth=-1 needs a fitted scaling law (bash runs/scaling_laws.sh); give a depth")
+    total = batch_for_minutes(runtime.device.type) if total_batch_size == -1 else total_batch_size
+    choice = best_depth(minutes, align_batch(total, of_depth(2).sequence_len), of_depth, law, runtime)
+    return choice._replace(key=int(runtime.largest(choice.key)))
 
 
 def best_depth(

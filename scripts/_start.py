@@ -1,16 +1,24 @@
-"""Which model a finetuning stage starts from, and in which folder it works."""
+"""Which earlier model a training stage starts from, and in which folder it works."""
 
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint_manager import Checkpoint, find_run, has_run, load_model, run_dir
+from nanochat.checkpoint_manager import Checkpoint, find_run, has_run, load_model, open_checkpoint, run_dir
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 from scripts._train import TrainFlags
+
+
+def open_source(init_from: str, base_dir: Path) -> Checkpoint:
+    """What base_train's --init-from names: a run's tag, its folder, or the folder of one of its steps."""
+    path = Path(init_from)
+    if path.is_dir() and path.name.isdigit() and (path / "manifest.json").exists():
+        return open_checkpoint(path.parent, int(path.name))
+    return open_checkpoint(path if path.is_dir() else run_dir(base_dir, "base", init_from))
 
 
 @dataclass

@@ -1,17 +1,14 @@
 """Pretrain a base model: `python -m scripts.base_train --depth=4`."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanochat import fp8
-from nanochat.checkpoint_manager import Checkpoint, load_model_state, open_checkpoint, run_dir
+from nanochat.checkpoint_manager import Checkpoint, load_model_state, run_dir
 from nanochat.common import UserError, format_count, format_seconds, get_base_dir, say, write_json
-from nanochat.core_bundle import Bundle
-from nanochat.core_eval import GPTScorer
 from nanochat.corpus import Corpus
 from nanochat.dataloader import PretrainLoader
 from nanochat.gpt import GPT, GPTConfig
@@ -21,19 +18,16 @@ from nanochat.recipe import get_recipe, recipe_rules
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import Plan, align_batch, describe, make_plan, scaling_params
-from nanochat.session import (
-    choose_device_batch,
-    command_line,
-    only_session,
-)  # fmt: skip
+from nanochat.session import choose_device_batch, command_line, only_session
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.trainer import Hook, Record, StopObserving, Trainer
+from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
-from scripts._core import open_bundle, run_core
+from scripts._core import core_seconds, open_bundle, watch_core
 from scripts._corpus import RECORD, open_corpus
 from scripts._model import ModelFlags, network
 from scripts._observe import continuations, corpus_bpb
-from scripts._pace import best_depth
+from scripts._pace import choose_depth
+from scripts._start import open_source
 from scripts._train import (
     Earlier,
     TrainFlags,
@@ -137,8 +131,10 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
         Hook(partial(sample, tokenizer=tokenizer), config.sample_every),
     ]
     if bundle:
-        core = partial(evaluate_core, tokenizer=tokenizer, bundle=bundle, most=config.core_metric_max_per_task)
-        trainer.hooks.append(Hook(core, config.core_metric_every, seconds=core_seconds(config, trainer, core, bundle)))
+        core = partial(watch_core, tokenizer=tokenizer, bundle=bundle)
+        most = config.core_metric_max_per_task
+        seconds = core_seconds(trainer, core, bundle, most) if config.minutes > 0 else None  # to leave room for
+        trainer.hooks.append(Hook(partial(core, most=most), config.core_metric_every, seconds=seconds))
     code = drive(trainer, script="base_train", run=run, config=config, tokenizer=tokenizer, checkpoint=checkpoint,
                  total_batch_tokens=plan.total_batch_tokens,
                  meta={"stage": "base", "corpus": corpus.fingerprint})  # fmt: skip
@@ -173,37 +169,19 @@ def build_model(
     return make(new_config(config, tokenizer, runtime))
 
 
-def open_source(init_from: str, base_dir: Path) -> Checkpoint:
-    """What --init-from names: a run's tag, its folder, or the folder of one of its steps."""
-    path = Path(init_from)
-    if path.is_dir() and path.name.isdigit() and (path / "manifest.json").exists():
-        return open_checkpoint(path.parent, int(path.name))
-    return open_checkpoint(path if path.is_dir() else run_dir(base_dir, "base", init_from))
-
-
 def new_config(config: Config, tokenizer: RustBPETokenizer, runtime: Runtime) -> GPTConfig:
     """The network that the flags describe."""
     of_depth = network(config, tokenizer.get_vocab_size())
     if config.depth == -1:
         if config.minutes <= 0:
             raise UserError("--depth=-1 derives the depth from --minutes: give --minutes, or a depth")
-        choose_depth(config, of_depth, runtime)
+        choice = choose_depth(config.minutes, config.total_batch_size, of_depth, runtime)
+        config.depth = choice.key
+        runtime.print0(f"{config.minutes:g} minutes on this machine suit depth {config.depth}: by the fitted law about "
+                       f"{format_count(choice.tokens)} tokens and {choice.loss:.3f} bits per byte")  # fmt: skip
     model_config = of_depth(config.depth)
     config.max_seq_len = model_config.sequence_len
     return model_config
-
-
-def choose_depth(config: Config, of_depth: Callable[[int], GPTConfig], runtime: Runtime) -> None:
-    """Fill in the depth that will have learnt the most after --minutes, by the fitted law."""
-    law = Law.load()
-    if law is None:
-        raise UserError("--depth=-1 needs a fitted scaling law (bash runs/scaling_laws.sh); give a depth")
-    total = config.total_batch_size
-    total = align_batch(batch_for_minutes(runtime.device.type) if total == -1 else total, of_depth(2).sequence_len)
-    choice = best_depth(config.minutes, total, of_depth, law, runtime)
-    config.depth = int(runtime.largest(choice.key))
-    runtime.print0(f"{config.minutes:g} minutes on this machine suit depth {config.depth}: by the fitted law about "
-                   f"{format_count(choice.tokens)} tokens and {choice.loss:.3f} bits per byte")  # fmt: skip
 
 
 def plan_arguments(config: Config) -> dict[str, Any]:
@@ -257,30 +235,6 @@ def evaluate(trainer: Trainer, corpus: Corpus, tokenizer: RustBPETokenizer, toke
         bpb = corpus_bpb(trainer.model, corpus, tokenizer, trainer.runtime, split="val", tokens=tokens,
                          device_batch_size=trainer.device_batch_size)  # fmt: skip
     return note_bpb(trainer, bpb)
-
-
-def core_seconds(config: Config, trainer: Trainer, core: Callable[..., Record], bundle: Bundle) -> float | None:
-    """How long a CORE evaluation will take, by asking a few items of each task, where --minutes must leave room."""
-    if config.minutes <= 0:
-        return None
-    few, most = 2, config.core_metric_max_per_task
-    items = sum(min(len(t.items), most if most > 0 else len(t.items)) for t in bundle.tasks)
-    trainer.runtime.print0(f"timing CORE on {few} items of each task")
-    began = time.perf_counter()
-    core(trainer, most=few)
-    return (time.perf_counter() - began) * items / (few * len(bundle.tasks))
-
-
-def evaluate_core(trainer: Trainer, tokenizer: RustBPETokenizer, bundle: Bundle, most: int) -> Record:
-    """CORE, in the published form."""
-    try:
-        with fp8.without_fp8(trainer.model):
-            result = run_core(GPTScorer(trainer.model), tokenizer, bundle, trainer.runtime, most=most,
-                              between=trainer.leave_if_asked)  # fmt: skip
-    except StopObserving:
-        trainer.runtime.print0("asked to stop: the CORE evaluation is left unfinished")
-        return {}
-    return {"core": result.core, "core_low": result.low, "core_high": result.high}
 
 
 def sample(trainer: Trainer, tokenizer: RustBPETokenizer) -> None:

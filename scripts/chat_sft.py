@@ -1,8 +1,5 @@
 """Finetune a base model on conversations: `python -m scripts.chat_sft`."""
 
-import hashlib
-import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,16 +14,12 @@ from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, batch_lr_scale, scaled_weight_decay
 from nanochat.schedules import ScheduleConfig
-from nanochat.session import (
-    choose_device_batch,
-    command_line,
-    only_session,
-)
+from nanochat.session import choose_device_batch, command_line, only_session
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
 from scripts._observe import continuations, loader_bpb
-from scripts._start import own_run, resumed_model, starting_model
+from scripts._start import Start, own_run, resumed_model, starting_model
 from scripts._train import (
     TrainFlags,
     announce,
@@ -41,7 +34,7 @@ from scripts._train import (
     training_figures,
 )  # fmt: skip
 from tasks.common import TaskMixture
-from tasks.mixtures import Part, own_conversations, published_mixture, starter_mixture
+from tasks.mixtures import describe_parts, load_mixture
 
 EVAL_ROWS = 8  # per evaluation step over all processes: there may be few held-out conversations
 QUESTIONS = ("Hello! Who are you?", "What is 17 + 25?", "Spell the word: garden", "What is the capital of France?")
@@ -100,19 +93,17 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     model, tokenizer = start.model, start.tokenizer
     runtime.print0(f"{runtime.describe()}\nbase model: {start.tag}, step {start.step}; run folder: {run}")
 
-    train_parts, val_parts = load_mixture(config.data, config.seed, runtime)
+    train_parts, val_parts, missing = load_mixture(config.data, config.seed)
+    for reason in missing:
+        runtime.print0(f"skipped: {reason}")
+    if not train_parts or not val_parts:
+        raise UserError("no public data set is at hand: set NANOCHAT_DATASETS_DIR to a mirror, or use --data=starter")
     mixture = TaskMixture([p.task for p in train_parts], seed=config.seed)
-    data = fingerprint(mixture)
+    data = mixture.fingerprint()
     if checkpoint and checkpoint.meta["data"] != data:
         raise UserError(f"the conversations have changed since step {checkpoint.step} was saved: cannot resume "
                         "exactly; give the same --data, or start a new run")  # fmt: skip
-    T = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
-    if not 2 <= T <= model.config.sequence_len:
-        raise UserError(f"--max-seq-len must lie between 2 and the base model's {model.config.sequence_len}, got {T}")
-    total = start.total_batch_tokens if config.total_batch_size == -1 else config.total_batch_size
-    if total < 1:
-        raise UserError(f"--total-batch-size must be positive, in tokens, or -1 for the base model's, got {total}")
-    rows = align_batch(total, T) // T
+    T, rows = row_sizes(config, start)
     loader_for = partial(ConversationLoader, tokenizer=tokenizer, sequence_len=T, rank=runtime.rank,
                          world_size=runtime.world_size)  # fmt: skip
     endless = config.num_iterations > 0 or config.minutes > 0
@@ -129,7 +120,8 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     make_trainer = partial(build_trainer, config, start.recipe, runtime, rows, T)
     num_steps = earlier.num_steps if earlier else find_horizon(config, make_trainer, model, loader, rows, T, runtime)
     trainer = make_trainer(model=model, loader=loader, num_steps=num_steps)
-    plan = plan_rows(train_parts, rows * T, num_steps, T)
+    plan = [*describe_parts(train_parts), ("row length", f"{T}"), ("tokens per step", f"{rows * T:,}"),
+            ("steps", f"{num_steps:,}")]  # fmt: skip
     announce(run, checkpoint, config, num_steps, plan, runtime)
     steps = max(1, config.evaluation_tokens(runtime) // (EVAL_ROWS * T))
     trainer.hooks = [
@@ -144,27 +136,16 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     return code
 
 
-def fingerprint(mixture: TaskMixture) -> str:
-    """Changes when the conversations do: their number, or any of up to a thousand of them."""
-    digest = hashlib.sha256(str(len(mixture)).encode())
-    for index in range(0, len(mixture), max(1, len(mixture) // 1000)):
-        digest.update(json.dumps(mixture[index], sort_keys=True).encode())
-    return digest.hexdigest()[:16]
-
-
-def load_mixture(data: str, seed: int, runtime: Runtime) -> tuple[list[Part], list[Part]]:
-    """(training parts, validation parts); absent public data sets are named and skipped."""
-    if data == "starter":
-        return starter_mixture("train", seed), starter_mixture("val", seed)
-    if data != "published":
-        return own_conversations(Path(data), "train"), own_conversations(Path(data), "val")
-    train, missing = published_mixture("train")
-    val, _ = published_mixture("val")
-    for reason in missing:
-        runtime.print0(f"skipped: {reason}")
-    if not train or not val:
-        raise UserError("no public data set is at hand: set NANOCHAT_DATASETS_DIR to a mirror, or use --data=starter")
-    return train, val
+def row_sizes(config: Config, start: Start) -> tuple[int, int]:
+    """(tokens of a row, rows of a step over all processes): as given, or the base model's."""
+    context = start.model.config.sequence_len
+    T = context if config.max_seq_len == -1 else config.max_seq_len
+    if not 2 <= T <= context:
+        raise UserError(f"--max-seq-len must lie between 2 and the base model's {context}, got {T}")
+    total = start.total_batch_tokens if config.total_batch_size == -1 else config.total_batch_size
+    if total < 1:
+        raise UserError(f"--total-batch-size must be positive, in tokens, or -1 for the base model's, got {total}")
+    return T, align_batch(total, T) // T
 
 
 def find_horizon(
@@ -195,17 +176,6 @@ def build_trainer(
     return Trainer(
         model, optimizer, loader, runtime, schedule, micro, loss_fn=compiled_loss(model, config.compile, runtime)
     )
-
-
-def plan_rows(parts: list[Part], tokens_per_step: int, num_steps: int, T: int) -> list[tuple[str, str]]:
-    """What will be trained on, for the console and the report."""
-    total = sum(len(part.task) for part in parts)
-    rows = []
-    for name, times in Counter(part.name for part in parts).items():
-        size = next(len(part.task) for part in parts if part.name == name)
-        passes = f" x {times}" if times > 1 else ""
-        rows.append((name, f"{size:,} conversations{passes} ({size * times / total:.0%})"))
-    return [*rows, ("row length", f"{T}"), ("tokens per step", f"{tokens_per_step:,}"), ("steps", f"{num_steps:,}")]
 
 
 def evaluate(

@@ -24,7 +24,7 @@ from nanochat.session import choose_device_batch
 from nanochat.tokenizer import get_tokenizer
 from scripts import _cli
 from scripts._model import ModelFlags, network
-from scripts._pace import best_depth, measure_pace, this_machine
+from scripts._pace import choose_depth, measure_pace, this_machine
 from scripts._train import batch_for_minutes, print_table, steps_in
 
 USUAL_VOCAB_SIZE = 32768
@@ -130,18 +130,6 @@ def plan_there(config: Config, model_config: GPTConfig) -> RunPlan:
 # This machine
 
 
-def with_depth(config: Config, runtime: Runtime) -> Config:
-    """The depth that base_train would choose for these minutes."""
-    law, batch = Law.load(), config.total_batch_size
-    if law is None:
-        raise UserError("--depth=-1 needs a fitted scaling law (bash runs/scaling_laws.sh); give a depth")
-    of_depth = network(config, config.vocab_size)
-    T = of_depth(2).sequence_len
-    batch = align_batch(batch_for_minutes(runtime.device.type) if batch == -1 else batch, T)
-    choice = best_depth(config.minutes, batch, of_depth, law, runtime)
-    return replace(config, depth=int(runtime.largest(choice.key)))
-
-
 def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
     """On this machine: by training for a moment."""
     if config.fp8:
@@ -156,8 +144,9 @@ def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
             say(f"measuring this machine: {runtime.describe()}")
         gpu = this_machine(runtime)
         if config.depth == -1:
-            config = with_depth(config, runtime)
-            model_config = network(config, config.vocab_size)(config.depth)
+            of_depth = network(config, config.vocab_size)
+            choice = choose_depth(config.minutes, config.total_batch_size, of_depth, runtime)
+            config, model_config = replace(config, depth=choice.key), of_depth(choice.key)
         pace = measure_pace(model_config, gpu, runtime)
         plan = fix_steps(config, model_config, pace, num_gpus, cpu)
         # On a CPU small micro-batches, which stay in its caches, are the fast ones.
