@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -325,16 +325,11 @@ def command_line(script: str, config: Any, **extra: Any) -> str:
     return shlex.join(["python", "-m", f"scripts.{script}", *words])
 
 
-@dataclass
-class Throughput:
-    """Seconds of one whole optimizer step, measured before a run to fix its horizon."""
+def measure_step(make_trainer: Callable[[GPT], Trainer], model: GPT, batch: Any, budget: float) -> float:
+    """Seconds of one whole optimizer step: the median of real ones on a copy of the model, thrown away afterwards.
 
-    step_seconds: float
-    steps_measured: int
-
-
-def measure_throughput(make_trainer: Callable[[GPT], Trainer], model: GPT, batch: Any, budget: float) -> Throughput:
-    """Time real steps on a copy of the model, thrown away afterwards; at least two, within about `budget` seconds."""
+    At least two are timed, within about `budget` seconds.
+    """
     import copy
 
     trial = make_trainer(copy.deepcopy(model))
@@ -345,4 +340,4 @@ def measure_throughput(make_trainer: Callable[[GPT], Trainer], model: GPT, batch
         started = time.perf_counter()
         trial.step(batch)
         times.append(trial.runtime.largest(time.perf_counter() - started))  # all processes stop after as many steps
-    return Throughput(float(np.median(times)), len(times))
+    return float(np.median(times))

@@ -30,7 +30,7 @@ from nanochat.session import (
     cut_metrics,
     find_device_batch,
     measure_peak_flops,
-    measure_throughput,
+    measure_step,
     merge_saved_config,
     move_aside,
     open_sinks,
@@ -212,7 +212,7 @@ def steps_for_minutes(config: TrainFlags, make_trainer: Any, model: GPT, batch: 
         fit_device_batch(trainer, config.device_batch_size, batch.inputs.size(1))
         return trainer
 
-    seconds = measure_throughput(make, model, batch, budget=min(10.0, config.minutes * 60 * 0.04)).step_seconds
+    seconds = measure_step(make, model, batch, budget=min(10.0, config.minutes * 60 * 0.04))
     steps = steps_in(config.minutes, seconds)
     runtime.print0(f"measured {seconds:.3f} s a step: about {steps} steps fit in {config.minutes:g} minutes")
     return steps
