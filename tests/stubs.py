@@ -1,4 +1,4 @@
-"""Stand-ins: a tokenizer with a token per byte, and a model that says what it is told to."""
+"""Stand-ins: a tokenizer with a token per byte, a model that says what it is told to, one whose every weight counts."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from nanochat.common import SPECIAL_TOKENS
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache
 
 SPECIAL = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -70,3 +70,12 @@ def chain(*parts: str | int) -> dict[int, int]:
     ids = [i for part in parts for i in (part.encode() if isinstance(part, str) else [part])]
     assert len(set(ids)) == len(ids)
     return dict(itertools.pairwise(ids))
+
+
+def stir(model: GPT, amount: float = 0.1, seed: int = 0) -> GPT:
+    """Move all weights away from where they start: what is zero there hides features, and gradients behind it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=amount)
+    return model

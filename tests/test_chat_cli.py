@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from stubs import BOS, END, OUTPUT_END, PYTHON, PYTHON_END, START, TOKENIZER, Scripted, chain
+from stubs import BOS, END, OUTPUT_END, PYTHON, PYTHON_END, START, TOKENIZER, Scripted, chain, stir
 
 from nanochat.checkpoint_manager import run_dir, save_checkpoint
 from nanochat.common import UserError
@@ -31,10 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT, RustBP
     base_dir = tmp_path_factory.mktemp("base")
     tokenizer = RustBPETokenizer.train_from_iterator(["ab"], 265)
     config = GPTConfig(sequence_len=64, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
-    model = GPT.create(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.2)
+    model = stir(GPT.create(config).eval(), 0.2)
     for source in ("sft", "base"):
         save_checkpoint(run_dir(base_dir, source, "d2"), 7, model_state=model.state_dict(), tokenizer=tokenizer,
                         meta={"model_config": config.to_dict()})  # fmt: skip

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from stubs import stir
 
 from nanochat import checkpoint_folder, tensor_file
 from nanochat.checkpoint_folder import DamagedCheckpoint, read_manifest
@@ -284,10 +285,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, tokenizer, config):
 
 @pytest.mark.parametrize("where", ["cpu", torch.device("cpu"), Runtime(torch.device("cpu"), torch.float32, "", 1)])
 def test_load_model(tmp_path, tokenizer, config, where):
-    model = GPT.create(config, seed=3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    model = stir(GPT.create(config, seed=3))
     meta = {"model_config": config.to_dict(), "val_bpb": 1.5}
     save_checkpoint(run_dir(tmp_path, "sft", "tiny"), 9, model_state=model.state_dict(), meta=meta, tokenizer=tokenizer)
     loaded, found_tokenizer, found_meta = load_model("sft", where, base_dir=tmp_path)

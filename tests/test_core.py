@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from stubs import stir
 
 from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask, read_bundle
@@ -168,11 +169,7 @@ def test_long_prompts_lose_their_beginning() -> None:
 
 
 def stirred(config: GPTConfig) -> GPT:
-    model = GPT.create(config, seed=3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.05)
-    return model
+    return stir(GPT.create(config, seed=3), 0.05)
 
 
 def made_up(kind: str, count: int, shots: int) -> CoreTask:

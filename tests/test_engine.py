@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stubs import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, SPECIAL, START, TOKENIZER, Scripted, chain
+from stubs import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, SPECIAL, START, TOKENIZER, Scripted, chain, stir
 
 from nanochat import decoding
 from nanochat.conversation import parse_answer
@@ -29,12 +29,7 @@ CONFIGS = {
 
 def make_model(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
     """A model in which every feature matters, and that does not end its answers by itself."""
-    model = GPT.create(config, compute_dtype=dtype).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
+    return stir(GPT.create(config, compute_dtype=dtype).eval(), 0.2)
 
 
 @pytest.fixture(scope="module")

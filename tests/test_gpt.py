@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from stubs import stir
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
@@ -19,12 +20,7 @@ FORMS = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.pl
 
 def randomized(config: GPTConfig, seed: int = 0) -> GPT:
     """A model in which no part is the identity: a fresh one has projections and gates of zero."""
-    model = GPT.create(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model
+    return stir(GPT.create(config), 0.1, seed)
 
 
 def tokens(B: int, T: int, vocab_size: int = 300, seed: int = 0) -> torch.Tensor:
@@ -395,10 +391,7 @@ def test_explicit_sizes_express_the_published_d24() -> None:
 
 def test_weights_cast_once_a_step_give_the_same_gradients() -> None:
     """Held casts change where a weight is rounded to bfloat16, not what it is rounded to."""
-    model = GPT.create(GPTConfig(32, 50, 2, 2, 1, 16), compute_dtype=torch.bfloat16)
-    with torch.no_grad():  # away from the zeros, behind which there are no gradients
-        for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    model = stir(GPT.create(GPTConfig(32, 50, 2, 2, 1, 16), compute_dtype=torch.bfloat16))
     idx = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(1))
 
     def run() -> dict[str, torch.Tensor]:

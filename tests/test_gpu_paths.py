@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from stubs import stir
 from test_trainer import CONFIG, CPU, Batches, make_trainer
 
 from nanochat import fp8, progress, runtime
@@ -98,12 +99,6 @@ def test_no_float64_on_an_apple_gpu() -> None:
 # float16: scaling of the loss
 
 
-def stir(model: GPT, amount: float = 0.05) -> None:
-    """Move the weights away from the zeros of the initialisation, where some gradients are rounding errors alone."""
-    for p in model.parameters():
-        p.data += amount * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-
-
 def weights_of(t: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in t.model.named_parameters()}
 
@@ -114,7 +109,7 @@ def test_scaling_changes_no_result(weighted: bool) -> None:
     runs = []
     for where in (CPU, HALF):
         t = make_trainer(steps=3, device_batch_size=4, weights=weighted, runtime=where)
-        stir(t.model)
+        stir(t.model, 0.05)
         records: list[dict] = []
         t.log = lambda t, record, records=records: records.append(record)  # type: ignore[misc]
         t.run()
@@ -184,7 +179,7 @@ def test_float16_gradients_are_those_of_float32() -> None:
         t = make_trainer(device_batch_size=2)
         t.model.compute_dtype, t.runtime = dtype, replace(CPU, dtype=dtype)
         t.loss_fn = t.model.loss
-        stir(t.model)
+        stir(t.model, 0.05)
         t.accumulate(batch)
         assert dtype == torch.float32 or t.unscale_gradients()
         grads.append({name: p.grad for name, p in t.model.named_parameters()})
@@ -312,7 +307,7 @@ def test_large_layers_of_the_blocks_are_converted_and_keep_their_parameters(hopp
 
 def test_evaluation_is_in_bfloat16_and_training_goes_on_in_fp8(hopper: None) -> None:
     model, tokens = GPT.create(WIDE, compute_dtype=torch.bfloat16), torch.arange(32).view(2, 16)
-    stir(model)
+    stir(model, 0.05)
     plain, names = model(tokens), list(model.state_dict())
     fp8.convert(model, "tensorwise", GPU)
     layers = float8_layers(model)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from stubs import stir
 
 from nanochat.flash_attention import flash_attn_with_kvcache
 from nanochat.gpt import GPT, GPTConfig
@@ -23,12 +24,7 @@ CONFIGS = {
 
 def make_model(config: GPTConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
     """A model in which every feature matters: nothing is left at an initial zero."""
-    model = GPT.create(config, compute_dtype=dtype).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model.requires_grad_(False)
+    return stir(GPT.create(config, compute_dtype=dtype).eval(), 0.2, seed).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from stubs import TOKENIZER
+from stubs import TOKENIZER, stir
 
 from nanochat import decoding
 from nanochat.decoding import Batch, Row, ToolUse
@@ -18,11 +18,7 @@ CHUNK = 8
 
 def make_model(form=GPTConfig, vocab_size: int = 300) -> GPT:  # type: ignore[no-untyped-def]
     config = form(sequence_len=64, vocab_size=vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
-    model = GPT.create(config, seed=3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.1)
-    return model
+    return stir(GPT.create(config, seed=3))
 
 
 def answers(model: GPT, prompts: list[list[int]], prefixes: PrefixCache | None) -> list[tuple[list[int], list[float]]]:

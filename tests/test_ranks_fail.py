@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import os
 import re
 import resource
 import sys
@@ -129,6 +128,14 @@ class Storage:
             self.aside.rename(self.run)
 
 
+def some_tokenizer(folder: Path) -> str:
+    """The folder of one that was trained just now."""
+    own = folder / "tokenizer"
+    own.mkdir()
+    RustBPETokenizer.train_from_iterator(["the quick brown fox " * 20] * 4, 270).save(own)
+    return str(own)
+
+
 def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit: int, heals: bool) -> Any:
     """Save at every other step of ten; the storage breaks before the second save, and is whole before the third."""
     trainer, storage = make_trainer(runtime, 10), Storage(Path(run))
@@ -172,11 +179,8 @@ def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit
 def test_storage_that_fails_on_one_rank_costs_all_of_them_one_save(
     fault: str, culprit: int, heals: bool, says: str, tmp_path: Path
 ) -> None:
-    tokenizer = RustBPETokenizer.train_from_iterator(["the quick brown fox " * 20] * 4, 270)
-    os.mkdir(tmp_path / "tokenizer")
-    tokenizer.save(tmp_path / "tokenizer")
     run = tmp_path / "run"
-    both = run_ranks(2, save_through, str(run), str(tmp_path / "tokenizer"), fault, culprit, heals)
+    both = run_ranks(2, save_through, str(run), some_tokenizer(tmp_path), fault, culprit, heals)
     (told, _), answers = both[0], [answer for _, answer in both]
     going_on = "training goes on, the last good checkpoint is step 2"
     assert re.search(f"warning: could not save step 4: .*({says}).*; {going_on}", told), told
@@ -193,10 +197,7 @@ def test_storage_that_fails_on_one_rank_costs_all_of_them_one_save(
 
 @pytest.mark.parametrize("missing", ["optimizer-00002-of-00002.safetensors", "loader-00001-of-00002.safetensors"])
 def test_a_step_that_lacks_a_share_is_skipped(missing: str, tmp_path: Path) -> None:
-    tokenizer = RustBPETokenizer.train_from_iterator(["the quick brown fox " * 20] * 4, 270)
-    os.mkdir(tmp_path / "tokenizer")
-    tokenizer.save(tmp_path / "tokenizer")
-    run_ranks(2, save_twice, str(tmp_path / "run"), str(tmp_path / "tokenizer"))
+    run_ranks(2, save_twice, str(tmp_path / "run"), some_tokenizer(tmp_path))
     assert list_steps(tmp_path / "run") == [2, 4]
     (tmp_path / "run" / "000004" / missing).unlink()
     assert open_checkpoint(tmp_path / "run").step == 2

@@ -1,21 +1,21 @@
 """base_train and chat_sft from the command line's side: where a run starts from, which run is meant, how it ends."""
 
 import json
-import multiprocessing
-import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
+from ranks import run_ranks
 from stubs import TINY
+from test_trainer import make_trainer
 
 from nanochat.checkpoint_manager import list_steps, open_checkpoint, run_dir
 from nanochat.common import UserError
+from nanochat.runtime import Runtime
+from nanochat.trainer import Interrupted
 from scripts import base_train, chat_sft
 from scripts._start import own_run
 from scripts._train import earlier_session
@@ -146,39 +146,17 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(copied: Path) -> None:
     assert list_steps(copied / "base_checkpoints" / "full") == [1]
 
 
-def told_to_stop(rank: int, port: int, answers: multiprocessing.Queue) -> None:
+def told_to_stop(runtime: Runtime) -> object:
     """One of two processes; only the second gets the signal."""
-    from test_trainer import make_trainer
-
-    from nanochat.runtime import Runtime
-    from nanochat.trainer import Interrupted
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    runtime = Runtime(torch.device("cpu"), torch.float32, "test", 0, rank, rank, 2)
     trainer = make_trainer(steps=50, runtime=runtime)
-    if rank == 1:
+    if runtime.rank == 1:
         trainer.log = lambda trainer, record: setattr(trainer, "stop_signal", 15 if record["step"] == 3 else None)
     try:
         trainer.run()
-        answers.put((rank, "ran on"))
+        return "ran on"
     except Interrupted as stop:
-        answers.put((rank, stop.signum, trainer.progress.step))
-    runtime.close()
+        return stop.signum, trainer.progress.step
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step() -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
-    processes = [spawn.Process(target=told_to_stop, args=(rank, port, answers)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    assert sorted(answers.get(timeout=120) for _ in processes) == [(0, 15, 3), (1, 15, 3)]
-    for process in processes:
-        process.join(30)
+    assert run_ranks(2, told_to_stop) == [(15, 3), (15, 3)]
