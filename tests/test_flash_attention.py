@@ -126,10 +126,11 @@ def flex_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention.*")
 @pytest.mark.parametrize("T, window, G", [(150, 40, 2), (128, 5000, 4), (129, 0, 1)])
-def test_flex_sees_the_same_keys(flex_in_eager_mode: None, T: int, window: int, G: int) -> None:
+def test_flex_and_sdpa_see_the_same_keys(flex_in_eager_mode: None, T: int, window: int, G: int) -> None:
     q, k, v = random_qkv(2, T, 4, G, 16, torch.float32)
-    out = flash_attention.BACKENDS["flex"](q, k, v, window)
-    torch.testing.assert_close(out.double(), reference(q, k, v, window), rtol=1e-5, atol=1e-5)
+    for name in ("flex", "sdpa"):
+        out = flash_attention.BACKENDS[name](q, k, v, window)
+        torch.testing.assert_close(out.double(), reference(q, k, v, window), rtol=1e-5, atol=1e-5)
 
 
 def test_fa3_is_called_with_the_same_window(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +160,8 @@ def test_choice_of_backend(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
     monkeypatch.setattr(flash_attention, "FA3_INSTALLED", installed)
-    assert choose_backend(device, dtype) == chosen
+    assert choose_backend(device, dtype, training=True) == chosen
+    assert choose_backend(device, dtype, training=False) == chosen.replace("flex", "sdpa")
 
 
 # ---------------------------------------------------------------------------------------------------
