@@ -16,7 +16,7 @@ Backends of `flash_attn.flash_attn_func`, chosen once by device (choose_backend)
 import functools
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,19 +92,45 @@ def _blocked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> 
 # flex and FlashAttention 3 (CUDA; not exercised on hardware yet)
 
 
-@functools.cache
-def _flex_parts(length: int, window: int, device: str) -> tuple[Any, Any]:
-    """The compiled kernel and its block mask; the mask is stored per 128 x 128 block, not per position."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+BlockMask = Any
+block_masks: dict[tuple[int, int, str], BlockMask] = {}  # by length, window, device
+
+
+def prepare(length: int, windows: Iterable[int], device: torch.device) -> None:
+    """Make the masks that rows of `length` tokens will want, before torch.compile sees the function that uses them:
+    what it meets inside is computed anew at every step."""
+    if choose_backend(device.type, torch.float32, training=True) == "flex":
+        for window in {min(window, length) for window in windows}:
+            block_masks[length, window, str(device)] = _block_mask(length, window, device)
+
+
+def _block_mask(length: int, window: int, device: torch.device) -> BlockMask:
+    """Which keys each query sees, stored per block of 128 x 128, not per position."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
         return (key <= query) & (query - key <= window)
 
-    return torch.compile(flex_attention), create_block_mask(visible, None, None, length, length, device=device)
+    return create_block_mask(visible, None, None, length, length, device=device)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
 
 
 def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    kernel, mask = _flex_parts(q.size(1), min(window, q.size(1)), str(q.device))
+    from torch.nn.attention.flex_attention import flex_attention
+
+    kernel: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    key = (q.size(1), min(window, q.size(1)), str(q.device))
+    mask = block_masks.get(key)
+    if mask is None:
+        mask = _block_mask(*key[:2], q.device)
+        if not torch.compiler.is_compiling():
+            block_masks[key] = mask
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return kernel(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 

@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError, get_base_dir, read_json, say, warn, write_json
 from nanochat.dataloader import Batch
 from nanochat.deadline import Deadline
+from nanochat.flash_attention import prepare
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.recipe import get_recipe
@@ -144,7 +145,10 @@ def compiled_loss(model: GPT, wanted: str, runtime: Runtime):
     if use and wanted == "auto" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         warn("no C compiler found, which torch.compile needs: training without it, slower (install gcc or clang)")
         use = False
-    return torch.compile(model.loss, dynamic=False) if use else model.loss
+    if not use:
+        return model.loss
+    prepare(model.config.sequence_len, (left for left, _ in model.window_sizes), runtime.device)
+    return torch.compile(model.loss, dynamic=False)
 
 
 @dataclass
