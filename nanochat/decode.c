@@ -380,6 +380,8 @@ static void attend(const Model *m, const Layer *layer, const Scratch *s, const T
     if (m->bf16 && D == 64) look(BF16, 64, m, q, keys, values, from, to, n, p);
     else if (m->bf16 && D == 128) look(BF16, 128, m, q, keys, values, from, to, n, p);
     else if (m->bf16) look(BF16, D, m, q, keys, values, from, to, n, p);
+    else if (D == 64) look(F32, 64, m, q, keys, values, from, to, n, p);
+    else if (D == 128) look(F32, 128, m, q, keys, values, from, to, n, p);
     else look(F32, D, m, q, keys, values, from, to, n, p);
     put(m, s->wide, b * m->H * D + part, q + part, (to - from) * (m->H / m->G) * D);
 }
