@@ -47,6 +47,12 @@ def name_culprits(runtime: Runtime, own_loss: torch.Tensor | None, origin: str) 
     return named + (f"; and ranks {', '.join(map(str, bad[4:]))}" if bad[4:] else "")
 
 
+def fail_together(runtime: Runtime, failure: BaseException | None) -> None:
+    """Raise DataFailed on all processes if some could not read its data; `failure` is this process's."""
+    if runtime.largest(float(failure is not None), "telling of data that failed"):
+        raise DataFailed(tell_failures(runtime, failure, may_skip=False)[1]) from failure
+
+
 def tell_failures(runtime: Runtime, failure: BaseException | None, may_skip: bool) -> tuple[dict[str, str], str | None]:
     """(shards that some process could not read -> why, what else failed or None), alike on all.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from nanochat.agreement import DataFailed, tell_failures
+from nanochat.agreement import DataFailed, fail_together
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
@@ -43,10 +43,8 @@ def evaluate_bpb(
         failure = error
     model.train(was_training)
     if runtime is not None and runtime.world_size > 1:
-        failed = nats.new_tensor(float(failure is not None))
-        nats, count, failed = runtime.sum(torch.stack([nats, count, failed]).to(runtime.device)).cpu()
-        if failed > 0:
-            raise DataFailed(tell_failures(runtime, failure, may_skip=False)[1]) from failure
+        fail_together(runtime, failure)
+        nats, count = runtime.sum(torch.stack([nats, count]).to(runtime.device)).cpu()
     if failure:
         raise DataFailed(str(failure)) from failure
     return nats.item() / (math.log(2) * count.item()) if count.item() else math.inf

@@ -1,6 +1,7 @@
 """How a model is looked at, during training and after it: bits per byte on held-out rows, and what it makes of
 fixed prompts."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -8,6 +9,8 @@ from typing import Any
 
 import torch
 
+from nanochat.agreement import fail_together
+from nanochat.common import UserError
 from nanochat.corpus import Corpus, Lenient
 from nanochat.dataloader import PretrainLoader
 from nanochat.engine import Engine
@@ -58,15 +61,23 @@ def bpb_by_source(
 ) -> list[dict[str, Any]]:
     """Bits per byte of each source of a split, and of how many documents: about `tokens` of each at most.
 
-    The sources are shared out over the processes; the figures do not depend on how many there are.
+    The sources are shared out over the processes; the figures do not depend on how many there are. Raises DataFailed,
+    on all processes, if one cannot read the split.
     """
     found: dict[str, list[Document]] = {}
     chars: Counter[str] = Counter()
-    for document in islice(corpus.iter_documents(split), MOST_DOCUMENTS):
-        if chars[document.source] < 6 * tokens:  # more characters than so many tokens have
-            found.setdefault(document.source, []).append(document)
-            chars[document.source] += len(document.text)
-    sources, T = sorted(found), model.config.sequence_len
+    failure = None
+    try:
+        for document in islice(corpus.iter_documents(split), MOST_DOCUMENTS):
+            if chars[document.source] < 6 * tokens:  # more characters than so many tokens have
+                found.setdefault(document.source, []).append(document)
+                chars[document.source] += len(document.text)
+    except (UserError, OSError) as error:
+        failure = error
+    fail_together(runtime, failure)
+    # One process may have left out a bad shard, and all of a source with it.
+    known = [set(json.loads(names)) for names in runtime.exchange(json.dumps(list(found)), "comparing the sources")]
+    sources, T = sorted(set.intersection(*known)), model.config.sequence_len
     figures = torch.zeros(len(sources), dtype=torch.float32)
     for number in range(runtime.rank, len(sources), runtime.world_size):
         one = OneSource(sources[number], found[sources[number]])
