@@ -41,7 +41,10 @@ def list_files(fs: Any, path: str, usable: Callable[[PurePosixPath], Any]) -> di
         matches = {path: fs.info(path)}
     found: dict[str, dict[str, Any]] = {}
     for match, info in matches.items():
-        below = fs.find(match, detail=True) if info["type"] == "directory" else {match: info}
+        if info["type"] != "directory":
+            below = {match: info}
+        else:
+            below = linked_files(fs, match) if web else fs.find(match, detail=True)
         for name, facts in below.items():
             plain = PurePosixPath(urlsplit(name).path if web else name)
             below_given = name.removeprefix(match if fixed is None else fixed).split("/")
@@ -49,6 +52,18 @@ def list_files(fs: Any, path: str, usable: Callable[[PurePosixPath], Any]) -> di
                 found[name] = facts
     if web:  # a page with links tells no sizes
         found = {name: fs.info(name) if facts.get("size") is None else facts for name, facts in found.items()}
+    return found
+
+
+def linked_files(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
+    """fs.find() for the web, which takes a page that it cannot fetch, as when the server is down, for an empty one."""
+    found: dict[str, dict[str, Any]] = {}
+    for info in fs.ls(folder, detail=True):
+        below = info["name"].rstrip("/").removeprefix(folder.rstrip("/"))  # nothing, where a page has a link to itself
+        if info["type"] == "file":
+            found[info["name"]] = info
+        elif below and not below.startswith("/."):
+            found |= linked_files(fs, info["name"])
     return found
 
 

@@ -25,6 +25,7 @@ from nanochat.batches import AskedToEnd, Prefetcher
 from nanochat.common import BadShard, UserError
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import resolve_corpus
+from nanochat.filesystems import list_files
 from nanochat.piece_cache import PieceCache
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_train, tok_train
@@ -345,6 +346,34 @@ def test_mistakes(
     Bucket.fail = fails(10**9, PermissionError("Access Denied"), "denied")
     for main, flags in ((base_train.main, TINY), (tok_train.main, [])):
         assert told in refused(main, [*flags, f"--data={data}"], capsys)
+
+
+class Web(AbstractFileSystem):
+    """Pages with links, as fsspec sees them; what is not here does not answer."""
+
+    protocol = ("http", "https")
+    pages: ClassVar[dict[str, list[str]]] = {
+        "http://host/data": ["http://host/data/", "http://host/data/a.parquet", "http://host/data/sub/"],
+        "http://host/data/sub": ["http://host/data/sub/b.parquet", "http://host/data/sub/./"],
+        "http://host/half": ["http://host/half/a.parquet", "http://host/half/down/"],
+    }
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        if (folder := path.rstrip("/")) not in self.pages:
+            raise ConnectionRefusedError(111, "refused")
+        return [{"name": name, "size": None, "type": "directory" if name.endswith("/") else "file"}
+                for name in self.pages[folder]]  # fmt: skip
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        return {"name": path, "size": 1, "type": "file"}
+
+
+def test_a_page_that_cannot_be_fetched_is_no_empty_folder() -> None:
+    found = list_files(Web(), "http://host/data", textfiles.kind_of)
+    assert sorted(found) == ["http://host/data/a.parquet", "http://host/data/sub/b.parquet"]
+    for folder in ("http://host/half", "http://closed/data/"):
+        with pytest.raises(ConnectionRefusedError):
+            list_files(Web(), folder, textfiles.kind_of)
 
 
 def test_waiting_for_a_network_can_be_given_up(bucket: Path, tmp_path: Path) -> None:
