@@ -15,6 +15,9 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "h
 
 def open_filesystem(data: str) -> tuple[Any, str]:
     """(an fsspec file system, the path in it). UserError that names the package which is missing."""
+    if "::" in data:  # of zip://inner::https://host/archive.zip fsspec gives zip://inner as the file's address
+        raise UserError(f"--data {data}: what lies inside another file (::) cannot be read; unpack it, and give the "
+                        "address of its files")  # fmt: skip
     protocol = data.split("://")[0]
     try:
         fs, path = fsspec.core.url_to_fs(data)
@@ -22,7 +25,7 @@ def open_filesystem(data: str) -> tuple[Any, str]:
         extra = EXTRAS.get(protocol)
         fix = f"pip install 'nanochat[{extra}]'" if extra else f"install the package that fsspec names: {brief(error)}"
         raise UserError(f"--data {data}: {protocol}:// needs a package that is not installed: {fix}") from error
-    except ValueError as error:
+    except (ValueError, TypeError, OSError) as error:
         raise UserError(f"--data {data}: {brief(error)}; give a path, or a URL such as s3://bucket/folder") from error
     fs.invalidate_cache()  # what was listed earlier in this process
     return fs, path

@@ -331,6 +331,8 @@ def test_a_server_that_knows_no_ranges(bucket: Path, tmp_path: Path, monkeypatch
         ("https://example.org/a.parquet", "pip install 'nanochat[http]'"),
         ("gs://bucket/a*.jsonl", "pip install 'nanochat[gcs]'"),
         ("nonsense://x", "nonsense"),
+        ("zip://data::file://archive.zip", "unpack it"),
+        ("zip://archive.zip", "give a path, or a URL"),
     ],
 )
 def test_mistakes(
