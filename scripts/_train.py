@@ -48,6 +48,9 @@ OPERATIONAL = (
     "skip_bad_shards",
 )  # fmt: skip
 
+# Where to find what must be the same, which a fingerprint proves: taken anew if given.
+MOVABLE = ("data",)
+
 
 @dataclass
 class TrainFlags:
@@ -175,7 +178,9 @@ def open_session(run: Path, config: Flags, runtime: Runtime) -> tuple[Checkpoint
     step = None if config.resume_from_step < 0 else config.resume_from_step
     checkpoint = prepare_run(run, config.resume, step, runtime)
     earlier = earlier_session(checkpoint, config, run)
-    return checkpoint, earlier, merge_saved_config(config, earlier.user_config, OPERATIONAL) if earlier else config
+    if earlier:
+        config = merge_saved_config(config, earlier.user_config, OPERATIONAL, MOVABLE)
+    return checkpoint, earlier, config
 
 
 def announce(
