@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError, get_base_dir, read_json, say, warn, write_json
 from nanochat.dataloader import Batch
 from nanochat.deadline import Deadline
+from nanochat.document_order import NoText
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.recipe import get_recipe
@@ -341,11 +343,25 @@ def record_so_far(stage: str, values: dict[str, Any]) -> None:
         warn(f"the report could not be written ({error}); training goes on")
 
 
-def note_bpb(trainer: Trainer, bpb: float) -> Record:
-    """Keep a validation figure with the run's progress, and give it to the step's metrics line."""
+def note_bpb(trainer: Trainer, measure: Callable[[], float]) -> Record:
+    """Keep a validation figure with the run's progress, and give it to the step's metrics line. Training goes on where
+    there is nothing left to measure on, as the one validation shard was bad."""
     now = trainer.progress
-    now.val_bpb, now.best_val_bpb = bpb, min(bpb, now.best_val_bpb or bpb)
-    return {"val_bpb": bpb}
+    try:
+        now.val_bpb = measure()
+    except NoText as error:
+        now.val_bpb = None
+        if trainer.runtime.is_main:
+            warn(f"not evaluated: {error}")
+        return {}
+    now.best_val_bpb = min(now.val_bpb, now.best_val_bpb or now.val_bpb)
+    return {"val_bpb": now.val_bpb}
+
+
+def tell_bpb(trainer: Trainer) -> str:
+    """The validation figure at a run's end."""
+    bpb = trainer.progress.val_bpb
+    return "val bpb not measured" if bpb is None else f"val bpb {bpb:.4f}"
 
 
 def training_figures(trainer: Trainer, run: Path, command: str) -> dict[str, Any]:
