@@ -7,6 +7,7 @@ from torch import nn
 
 from nanochat.common import BadShard, UserError
 from nanochat.runtime import Runtime
+from nanochat.signals import AskedToEnd
 
 
 class DataFailed(UserError):
@@ -48,8 +49,12 @@ def name_culprits(runtime: Runtime, own_loss: torch.Tensor | None, origin: str) 
 
 
 def fail_together(runtime: Runtime, failure: BaseException | None) -> None:
-    """Raise DataFailed on all processes if some could not read its data; `failure` is this process's."""
-    if runtime.largest(float(failure is not None), "telling of data that failed"):
+    """Raise on all processes what kept some from its data: AskedToEnd if that was it, else DataFailed. `failure` is
+    this process's."""
+    word = runtime.largest(0 if failure is None else 2 if isinstance(failure, AskedToEnd) else 1, "telling of failures")
+    if word == 2:
+        raise AskedToEnd("asked to stop") from failure
+    if word == 1:
         raise DataFailed(tell_failures(runtime, failure, may_skip=False)[1]) from failure
 
 

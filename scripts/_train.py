@@ -40,6 +40,7 @@ from nanochat.session import (
     restore_trainer,
     run_to_end,
 )  # fmt: skip
+from nanochat.signals import AskedToEnd, heeding
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Record, Trainer
 
@@ -344,12 +345,13 @@ def record_so_far(stage: str, values: dict[str, Any]) -> None:
 
 
 def note_bpb(trainer: Trainer, measure: Callable[[], float]) -> Record:
-    """Keep a validation figure with the run's progress, and give it to the step's metrics line. Training goes on where
-    there is nothing left to measure on, as the one validation shard was bad."""
+    """Keep a validation figure with the run's progress, and give it to the step's metrics line. Without one go on where
+    nothing is left to measure on (the one validation shard was bad), or a signal came and the data did not."""
     now = trainer.progress
     try:
-        now.val_bpb = measure()
-    except NoText as error:
+        with heeding(lambda: trainer.stop_signal is not None):
+            now.val_bpb = measure()
+    except (NoText, AskedToEnd) as error:
         now.val_bpb = None
         if trainer.runtime.is_main:
             warn(f"not evaluated: {error}")

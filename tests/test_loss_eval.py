@@ -13,6 +13,7 @@ from nanochat.common import BadShard, UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
+from nanochat.signals import AskedToEnd, heeding, leave_if_asked
 from nanochat.textfiles import Document
 from scripts._observe import bpb_by_source
 
@@ -51,6 +52,21 @@ def broken_on_rank_1(runtime: Runtime) -> str:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_what_one_rank_cannot_read_all_are_told(world_size: int) -> None:
     assert run_ranks(world_size, broken_on_rank_1, timeout=20) == ["val.parquet is damaged"] * world_size
+
+
+def asked_on_rank_1(runtime: Runtime) -> str:
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
+        with heeding(lambda: runtime.rank == 1):
+            leave_if_asked()
+
+    with pytest.raises(AskedToEnd) as stop:
+        evaluate_bpb(MODEL, batches(), 2, torch.ones(10), runtime)
+    return str(stop.value)
+
+
+def test_what_one_rank_does_not_wait_for_all_leave() -> None:
+    assert run_ranks(2, asked_on_rank_1, timeout=20) == ["asked to stop"] * 2
 
 
 def test_takes_at_most_steps_batches_and_splitting_changes_nothing() -> None:
