@@ -4,12 +4,16 @@
 A step must read every matrix once, and each row's keys and values. The share of the bandwidth limit is the time that
 takes at the speed at which this machine's cores read memory, over the time of a step of the model alone. A model that
 fits in the CPU's cache is read faster than that, and its share says little. `--int8` counts by the bytes of int8.
+
+It must also multiply each row by every matrix, and by its keys and values. The share of the arithmetic limit is the
+time that takes at the speed of large matrix products, over the same time. One row waits for memory, many for
+arithmetic: where the second share nears 1, more rows give no more tokens a second.
 """
 
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -25,6 +29,7 @@ from nanochat.gpt import GPT
 from nanochat.packed_weights import matrices
 from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
+from nanochat.session import measure_peak_flops
 from nanochat.tools import ToolUse
 from scripts import _cli
 
@@ -115,15 +120,24 @@ class Case:
             self.batch.next_logits()
         self.batch.cache.rewind(lengths)
 
+    def slots_seen(self) -> int:
+        """Keys that all rows together look at in a step, over all layers."""
+        cache = self.batch.cache
+        return sum(min(ring.size(1), cache.length(row) + 1) for ring in cache.k for row in range(self.rows))
+
     def bytes_read(self) -> int:
         """What a step cannot do without: each matrix, and the keys and values that each row sees."""
         model, packed = self.weights.current(), self.weights.packed
         size = sum(tensor_bytes(packed.of(m)) if packed else m.weight.numel() * m.weight.element_size()
                    for m in matrices(model))  # fmt: skip
-        cache = self.batch.cache
-        per_slot = 2 * cache.k[0][0, 0].numel() * cache.k[0].element_size()
-        return size + per_slot * sum(min(ring.size(1), cache.length(row) + 1)
-                                     for ring in cache.k for row in range(self.rows))  # fmt: skip
+        keys = self.batch.cache.k[0]
+        return size + 2 * keys[0, 0].numel() * keys.element_size() * self.slots_seen()
+
+    def flops(self) -> int:
+        """A multiplication and an addition for each weight and row, and twice for each query and key."""
+        model = self.weights.current()
+        weights = sum(m.weight.numel() for m in matrices(model))
+        return 2 * weights * self.rows + 4 * model.config.n_embd * self.slots_seen()
 
 
 def burst(step: Callable[[], None]) -> None:
@@ -140,24 +154,29 @@ def measure(flags: DecodeFlags, runtime: Runtime) -> Result:
         actions |= {f"step {rows}": partial(burst, case.step), f"model {rows}": partial(burst, case.model_alone)}
     seconds = time_in_turn(actions, flags.seconds, runtime)
     bandwidth = READ_BYTES / seconds["read"]
+    fastest = {runtime.dtype, torch.float32} if runtime.device.type == "cpu" else {runtime.dtype}
+    peak = max(measure_peak_flops(replace(runtime, dtype=dtype)) for dtype in fastest)
     for case in cases.values():
         case.first_token_seconds = median(case.start() for _ in range(5))
     num_params = sum(m.weight.numel() for m in matrices(weights.current()))
-    values: dict[str, Any] = {"bytes_per_second": bandwidth, "num_matrix_params": num_params}
+    values: dict[str, Any] = {"bytes_per_second": bandwidth, "flops_per_second": peak, "num_matrix_params": num_params}
     table = []
     for rows, case in cases.items():
         step, alone = seconds[f"step {rows}"] / BURST, seconds[f"model {rows}"] / BURST
-        share = case.bytes_read() / bandwidth / alone
+        of_memory, of_arithmetic = case.bytes_read() / bandwidth / alone, case.flops() / peak / alone
         values |= {f"tokens_per_second_{rows}": rows / step, f"ms_per_step_{rows}": 1e3 * step,
-                   f"model_ms_per_step_{rows}": 1e3 * alone, f"bandwidth_share_{rows}": share,
+                   f"model_ms_per_step_{rows}": 1e3 * alone, f"bandwidth_share_{rows}": of_memory,
+                   f"arithmetic_share_{rows}": of_arithmetic,
                    f"first_token_ms_{rows}": 1e3 * case.first_token_seconds}  # fmt: skip
         table.append((str(rows), f"{1e3 * case.first_token_seconds:.1f}", f"{1e3 * step:.3f}", f"{1e3 * alone:.3f}",
-                      f"{rows / step:,.0f}", f"{share:.0%}"))  # fmt: skip
+                      f"{rows / step:,.0f}", f"{of_memory:.0%}", f"{of_arithmetic:.0%}"))  # fmt: skip
     one = values.get("tokens_per_second_1")
     if one:
         values |= {f"times_one_row_{rows}": values[f"tokens_per_second_{rows}"] / one for rows in flags.rows}
-    columns = ("rows", "first token, ms", "step, ms", "model alone, ms", "tokens/s", "of the bandwidth limit")
-    machine = f"{runtime.describe()}; memory read at {bandwidth / 1e9:.0f} GB/s"
+    columns = ("rows", "first token, ms", "step, ms", "model alone, ms", "tokens/s", "of the bandwidth limit",
+               "of the arithmetic limit")  # fmt: skip
+    machine = (f"{runtime.describe()}; memory read at {bandwidth / 1e9:.0f} GB/s, products at "
+               f"{peak / 1e9:,.0f} GFLOP/s")  # fmt: skip
     return Result(f"{num_params / 1e6:.0f}M weights in matrices, on {machine}", columns, table, values)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from nanochat.common import BadShard, UserError
 from nanochat.runtime import Runtime
+from nanochat.signals import AskedToEnd
 
 
 class DataFailed(UserError):
@@ -53,6 +54,16 @@ def name_culprits(runtime: Runtime, own_loss: torch.Tensor | None, origin: str) 
         return f"all ranks together: {origins[0]}; ..."
     named = "; ".join(f"rank {rank}: {origins[rank]}" for rank in bad[:4])
     return named + (f"; and ranks {', '.join(map(str, bad[4:]))}" if bad[4:] else "")
+
+
+def fail_together(runtime: Runtime, failure: BaseException | None) -> None:
+    """Raise on all processes what kept some from its data: AskedToEnd if that was it, else DataFailed. `failure` is
+    this process's."""
+    word = runtime.largest(0 if failure is None else 2 if isinstance(failure, AskedToEnd) else 1, "telling of failures")
+    if word == 2:
+        raise AskedToEnd("asked to stop") from failure
+    if word == 1:
+        raise DataFailed(tell_failures(runtime, failure, may_skip=False)[1]) from failure
 
 
 def tell_failures(runtime: Runtime, failure: BaseException | None, may_skip: bool) -> tuple[dict[str, str], str | None]:

@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from nanochat.signals import heeding, leave_if_asked
+
 Item = TypeVar("Item")
 
 
@@ -68,7 +70,8 @@ class Prefetcher(Generic[Item]):
 
     def get(self) -> Item:
         """The next result, in order. Raises what `produce` raised, then and every time after."""
-        self.wait(None)
+        while not self.wait(0.2):
+            leave_if_asked()
         result = self._failure or self._next.pop()
         if isinstance(result, _Failure):
             self._failure = result
@@ -76,8 +79,8 @@ class Prefetcher(Generic[Item]):
         self._slots.release()
         return result
 
-    def wait(self, seconds: float | None) -> bool:
-        """Wait at most so long for the next result, for ever if None. True if get() would not wait."""
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long for the next result. True if get() would not wait."""
         if not self._next and not self._failure:
             try:
                 self._next.append(self._results.get(timeout=seconds))
@@ -96,17 +99,6 @@ class Prefetcher(Generic[Item]):
         self._end()
 
 
-class AskedToEnd(Exception):
-    """The thread of a Prefetcher leaves what it waits for: nobody wants the result any more."""
-
-
-def leave_if_asked() -> None:
-    """For what may wait long, now and then: raises AskedToEnd on a Prefetcher's thread that is to end."""
-    stop = getattr(threading.current_thread(), "stop", None)
-    if stop is not None and stop.is_set():
-        raise AskedToEnd
-
-
 @dataclass
 class _Failure:
     error: BaseException
@@ -115,13 +107,13 @@ class _Failure:
 def _work(
     produce: Callable[[], Any], results: "SimpleQueue[Any]", slots: threading.Semaphore, stop: threading.Event
 ) -> None:
-    threading.current_thread().stop = stop  # type: ignore[attr-defined]
-    while slots.acquire() and not stop.is_set():
-        try:
-            results.put(produce())
-        except BaseException as error:
-            results.put(_Failure(error))
-            return
+    with heeding(stop.is_set):
+        while slots.acquire() and not stop.is_set():
+            try:
+                results.put(produce())
+            except BaseException as error:
+                results.put(_Failure(error))
+                return
 
 
 def _end_thread(thread: threading.Thread, slots: threading.Semaphore, stop: threading.Event) -> None:

@@ -236,11 +236,13 @@ class Opening:
         return [part for path in paths if (part := self.part(path, source, by_hash))]
 
     def corpus(self, name: str, train: list[Part], val: list[Part], val_limit: int = VAL_LIMIT) -> Corpus:
-        """The corpus of these shards, or of the recorded ones as far as these are they."""
-        if self.recorded:
-            val_limit = int(self.recorded["val_limit"])
-            before = {split: [Part.from_dict(values) for values in self.recorded[split]] for split in SPLITS}
-            known = {part.digest for split in SPLITS for part in before[split]}
+        """The corpus of these shards, or of the recorded ones as far as these are they. If none is, this is other data,
+        and nothing is said of shards that are gone."""
+        recorded = self.recorded or {split: [] for split in SPLITS}
+        before = {split: [Part.from_dict(values) for values in recorded[split]] for split in SPLITS}
+        known = {part.digest for split in SPLITS for part in before[split]}
+        if any(part.digest in known for part in train + val):
+            val_limit = int(recorded["val_limit"])
             left_out = {PurePath(shard).name for shard in self.skipped}
             found = {str(part.path): part for part in train + val}
             new = [part for part in found.values() if part.digest not in known and part.path.name not in left_out]

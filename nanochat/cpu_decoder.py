@@ -79,7 +79,7 @@ class CpuDecoder:
         self._most_tokens = SHORT_PROMPT // 2 if packed.int8 else SHORT_PROMPT
         self._kept: list[Any] = [model, packed, *model.parameters(), *cache.k, *cache.v]  # alive while C knows them
         self._model = self._describe(model, packed)
-        self._scratch = self._reserve(model, packed.int8)
+        self._scratch = self._reserve(model)
 
     def __call__(self, tokens: Sequence[int]) -> torch.Tensor:
         """The next token of each row in use -> softcapped fp32 logits (B, V); the cache holds them afterwards."""
@@ -146,15 +146,13 @@ class CpuDecoder:
         weight, scale = packed.of(linear)
         return Matrix(self._address(weight), None if scale is None else self._address(scale))
 
-    def _reserve(self, model: GPT, int8: bool) -> Scratch:
+    def _reserve(self, model: GPT) -> Scratch:
         """Memory for what a step works out, enough for every row of the cache and for a short prompt."""
         config, B = model.config, max(self.cache.batch_size, SHORT_PROMPT)
         C, HD, GD = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        into = torch.float32 if int8 else model.compute_dtype
         sizes = {"x": C, "first": C, "middle": C, "q": HD, "k": GD, "v": GD, "input": C, "wide": max(4 * C, HD),
                  "scores": config.n_head * self._model.room}  # fmt: skip
-        tensors = {name: torch.zeros(B, size, dtype=into if name in ("input", "wide") else torch.float32)
-                   for name, size in sizes.items()}  # fmt: skip
+        tensors = {name: torch.zeros(B, size) for name, size in sizes.items()}
         if self.cache.embeddings is not None:
             tensors["previous"] = self.cache.embeddings
         self._kept += tensors.values()

@@ -21,6 +21,14 @@
 
 enum { FAR = 32 }; /* slots of a ring ahead of the one in use, to be fetched meanwhile */
 
+/* What enters a product with bfloat16 weights is rounded to bfloat16. It is kept as that where the CPU multiplies pairs
+   of bfloat16, and elsewhere as float32, to be turned into it once and not for every tile. */
+#ifdef __AVX512BF16__
+enum { PAIRS = 1 };
+#else
+enum { PAIRS = 0 };
+#endif
+
 /* (M, K), packed (packed_weights.py): blocks of LANES outputs, in each of them input after input (bfloat16: pair after
    pair), so that a product reads it from start to end and needs no sum across a vector. M is filled up to a whole block.
    int8 has a scale for each output. */
@@ -44,7 +52,7 @@ typedef struct {
     const Layer *layers;
 } Model;
 
-typedef struct { /* float32 unless said otherwise; `in` is what enters a product: bfloat16 if the matrices are */
+typedef struct { /* float32 unless said otherwise; `in` and `wide` are what enters a product */
     float *x, *first, *middle, *q, *k, *v; /* (B, C) thrice, (B, H*D), (B, G*D) twice */
     void *in, *wide;                       /* (B, C) and (B, max(4C, H*D)) */
     float *scores;                         /* (B, H, room) */
@@ -78,9 +86,13 @@ INLINE void finish(const int kind, vec sum, Matrix w, long block, const long n, 
         sum = (vec)bits;
         if (kind == BF16) {
             words is_nan = (words)(sum != sum), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-            halves h = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), halves);
-            memcpy((bf16_t *)out.y + at, &h, n * sizeof(bf16_t));
-            return;
+            rounded = (rounded & ~is_nan) | (0x7fc0 & is_nan);
+            if (PAIRS) {
+                halves h = __builtin_convertvector(rounded, halves);
+                memcpy((bf16_t *)out.y + at, &h, n * sizeof(bf16_t));
+                return;
+            }
+            sum = (vec)(rounded << 16);
         }
     }
     memcpy(y, &sum, n * sizeof(float));
@@ -100,7 +112,6 @@ INLINE void tile(const int kind, const int R, const int N, Matrix w, long block,
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) weight[r] = (const char *)w.weight + (block + r) * LANES * K * size;
     if (kind == BF16) {
-        const bf16_t *in = (const bf16_t *)x + b * K;
         for (long k = 0; k < K; k += 2) { /* two inputs of each output lie together */
             words pairs[4];
 #pragma GCC unroll 4
@@ -112,17 +123,20 @@ INLINE void tile(const int kind, const int R, const int N, Matrix w, long block,
             for (int n = 0; n < N; n++) {
 #ifdef __AVX512BF16__
                 int pair;
-                memcpy(&pair, in + n * K + k, 4);
+                memcpy(&pair, (const bf16_t *)x + (b + n) * K + k, 4);
                 __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++)
                     sum[N * r + n] = (vec)_mm512_dpbf16_ps((__m512)sum[N * r + n], (__m512bh)pairs[r], both);
 #else
-                float one = from_bf16(in[n * K + k]), two = from_bf16(in[n * K + k + 1]);
+                const float *in = (const float *)x + (b + n) * K + k;
+                vec one = all(in[0]), two = all(in[1]);
 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) sum[N * r + n] += (vec)(pairs[r] << 16) * one;
+                for (int r = 0; r < R; r++)
+                    sum[N * r + n] = add_product(sum[N * r + n], (vec)(pairs[r] << 16), one);
 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) sum[N * r + n] += (vec)(pairs[r] & 0xffff0000u) * two;
+                for (int r = 0; r < R; r++)
+                    sum[N * r + n] = add_product(sum[N * r + n], (vec)(pairs[r] & 0xffff0000u), two);
 #endif
             }
         }
@@ -138,7 +152,7 @@ INLINE void tile(const int kind, const int R, const int N, Matrix w, long block,
 #pragma GCC unroll 8
             for (int n = 0; n < N; n++)
 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) sum[N * r + n] += some[r] * in[n * K + k];
+                for (int r = 0; r < R; r++) sum[N * r + n] = add_product(sum[N * r + n], some[r], all(in[n * K + k]));
         }
     }
 #pragma GCC unroll 4
@@ -203,11 +217,18 @@ static float norm_factor(const float *x, long n, float eps) {
     return 1.0f / sqrtf(sum / n + eps);
 }
 
+/* Numbers at .. at+n-1 of `in` or `wide`. */
+static void put(const Model *m, void *to, long at, const float *from, long n) {
+    if (m->kind != BF16 || PAIRS) { store(to, at, from, n, m->kind == BF16); return; }
+    float *y = (float *)to + at;
+    SIMD for (long i = 0; i < n; i++) y[i] = from_bf16(to_bf16(from[i]));
+}
+
 /* Row b of `in`: what the next product is given, x normed. */
 static void norm_row(const Model *m, const float *x, void *in, long b) {
     float y[m->C], f = norm_factor(x, m->C, m->eps);
     SIMD for (long i = 0; i < m->C; i++) y[i] = f * x[i];
-    store(in, b * m->C, y, m->C, m->kind == BF16);
+    put(m, in, b * m->C, y, m->C);
 }
 
 /* sigmoid of the product of x (n) with row g of a small matrix (rows, n) */
@@ -271,7 +292,7 @@ static void place(const Model *m, const Layer *layer, const Scratch *s, const To
     rotate(m, k, position);
     if (layer->value_embed) {
         float x[m->gate_channels], ve[D];
-        load(x, s->in, b * m->C, m->gate_channels, m->kind == BF16);
+        load(x, s->in, b * m->C, m->gate_channels, m->kind == BF16 && PAIRS);
         load(ve, layer->value_embed, t->ids[b] * GD + g * D, D, m->bf16);
         float share = m->gate_scale * gate_of(m, layer->gate, g, x, m->gate_channels);
         for (long i = 0; i < D; i++) v[i] += share * ve[i];
@@ -288,7 +309,7 @@ INLINE vec with_keys(const int kind, const long D, const float *q, const char *k
         vec part = get(q, d, F32);
 #pragma GCC unroll 16
         for (int j = 0; j < LANES; j++) /* past the last slot again the last: what is read must be there */
-            dots[j] += part * get(keys + (j < some ? j : some - 1) * step, d, kind);
+            dots[j] = add_product(dots[j], part, get(keys + (j < some ? j : some - 1) * step, d, kind));
     }
     return totals(dots);
 }
@@ -341,7 +362,8 @@ INLINE void look(const int kind, const long D, const Model *m, float *q, const c
                     memcpy(mixed, y, parts * sizeof(vec));
                     for (long i = first; i < last; i++)
                         for (int j = 0; j < parts; j++)
-                            mixed[j] += p[h * m->room + i] * get(here + i * step, d + LANES * j, kind);
+                            mixed[j] = add_product(mixed[j], all(p[h * m->room + i]),
+                                                   get(here + i * step, d + LANES * j, kind));
                     memcpy(y, mixed, parts * sizeof(vec));
                 }
         }
@@ -358,8 +380,10 @@ static void attend(const Model *m, const Layer *layer, const Scratch *s, const T
     if (m->bf16 && D == 64) look(BF16, 64, m, q, keys, values, from, to, n, p);
     else if (m->bf16 && D == 128) look(BF16, 128, m, q, keys, values, from, to, n, p);
     else if (m->bf16) look(BF16, D, m, q, keys, values, from, to, n, p);
+    else if (D == 64) look(F32, 64, m, q, keys, values, from, to, n, p);
+    else if (D == 128) look(F32, 128, m, q, keys, values, from, to, n, p);
     else look(F32, D, m, q, keys, values, from, to, n, p);
-    store(s->wide, b * m->H * D + part, q + part, (to - from) * (m->H / m->G) * D, m->kind == BF16);
+    put(m, s->wide, b * m->H * D + part, q + part, (to - from) * (m->H / m->G) * D);
 }
 
 /* ---- the step ------------------------------------------------------------------------------------------------ */
@@ -412,7 +436,7 @@ void decode_step(const Model *m, const Scratch *s, const Tokens *t, float *logit
                 for (long c = 0; c < C; c++) x[c] -= *m->backout * s->middle[b * C + c];
             norm_row(m, x, s->in, b);
         }
-        const void *in = (char *)s->in + first * C * (m->kind == BF16 ? 2 : 4);
+        const void *in = (char *)s->in + first * C * (m->kind == BF16 && PAIRS ? 2 : 4);
         product(m, m->head, in, (Output){STORE, logits}, B - first, C, m->V);
         BARRIER
 #pragma omp for simd schedule(static)

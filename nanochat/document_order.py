@@ -24,6 +24,10 @@ LONGEST_TEXT = 2**20  # characters; a longer document is tokenised piece by piec
 ORDER_OF_UNITS, ORDER_IN_BLOCK = 1, 2  # purposes of random numbers
 
 
+class NoText(UserError):
+    """There is no document in a split, or none is left without the shards that are bad."""
+
+
 class Corpus(Protocol):
     """The part of dataset.Corpus that reading needs."""
 
@@ -103,7 +107,7 @@ class DocumentOrder:
     def take(self, lane: int, cursor: Cursor, max_documents: int, max_chars: int) -> tuple[list[Text], Cursor]:
         """The lane's next documents and the cursor after them: at least one, never across the end of an epoch.
 
-        Stops once there are max_documents, or max_chars characters. Raises UserError if the split has no text.
+        Stops once there are max_documents, or max_chars characters. Raises NoText if the split has none.
         """
         taken: list[Text] = []
         chars = 0
@@ -191,8 +195,8 @@ class DocumentOrder:
             self._kept_bytes -= self._kept.popitem(last=False)[1][0]
         return texts
 
-    def _no_text(self) -> UserError:
-        return UserError(f"{self.corpus.name}: there is no text in its {self.split} split; check --data")
+    def _no_text(self) -> NoText:
+        return NoText(f"{self.corpus.name}: there is no text in its {self.split} split; check --data")
 
 
 def cut(text: str) -> list[str]:

@@ -15,6 +15,9 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "h
 
 def open_filesystem(data: str) -> tuple[Any, str]:
     """(an fsspec file system, the path in it). UserError that names the package which is missing."""
+    if "::" in data:  # of zip://inner::https://host/archive.zip fsspec gives zip://inner as the file's address
+        raise UserError(f"--data {data}: what lies inside another file (::) cannot be read; unpack it, and give the "
+                        "address of its files")  # fmt: skip
     protocol = data.split("://")[0]
     try:
         fs, path = fsspec.core.url_to_fs(data)
@@ -22,7 +25,7 @@ def open_filesystem(data: str) -> tuple[Any, str]:
         extra = EXTRAS.get(protocol)
         fix = f"pip install 'nanochat[{extra}]'" if extra else f"install the package that fsspec names: {brief(error)}"
         raise UserError(f"--data {data}: {protocol}:// needs a package that is not installed: {fix}") from error
-    except ValueError as error:
+    except (ValueError, TypeError, OSError) as error:
         raise UserError(f"--data {data}: {brief(error)}; give a path, or a URL such as s3://bucket/folder") from error
     fs.invalidate_cache()  # what was listed earlier in this process
     return fs, path
@@ -41,7 +44,10 @@ def list_files(fs: Any, path: str, usable: Callable[[PurePosixPath], Any]) -> di
         matches = {path: fs.info(path)}
     found: dict[str, dict[str, Any]] = {}
     for match, info in matches.items():
-        below = fs.find(match, detail=True) if info["type"] == "directory" else {match: info}
+        if info["type"] != "directory":
+            below = {match: info}
+        else:
+            below = linked_files(fs, match) if web else fs.find(match, detail=True)
         for name, facts in below.items():
             plain = PurePosixPath(urlsplit(name).path if web else name)
             below_given = name.removeprefix(match if fixed is None else fixed).split("/")
@@ -49,6 +55,18 @@ def list_files(fs: Any, path: str, usable: Callable[[PurePosixPath], Any]) -> di
                 found[name] = facts
     if web:  # a page with links tells no sizes
         found = {name: fs.info(name) if facts.get("size") is None else facts for name, facts in found.items()}
+    return found
+
+
+def linked_files(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
+    """fs.find() for the web, which takes a page that it cannot fetch, as when the server is down, for an empty one."""
+    found: dict[str, dict[str, Any]] = {}
+    for info in fs.ls(folder, detail=True):
+        below = info["name"].rstrip("/").removeprefix(folder.rstrip("/"))  # nothing, where a page has a link to itself
+        if info["type"] == "file":
+            found[info["name"]] = info
+        elif below and not below.startswith("/."):
+            found |= linked_files(fs, info["name"])
     return found
 
 

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 
 import torch
 
-from nanochat.agreement import DataFailed, tell_failures
+from nanochat.agreement import fail_together
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
+from nanochat.signals import AskedToEnd
 
 
 @torch.no_grad()
@@ -23,8 +24,8 @@ def evaluate_bpb(
 
     `batches` yields (inputs, targets), each (B, T), -1 = no target; at most `steps` of them are taken.
     `token_bytes` (V,) holds each token's length in bytes; special tokens have 0 and are left out of both sums.
-    With `runtime`, sums over all processes. inf when there was not one byte. Raises DataFailed, on all processes, if
-    the batches of one cannot be read.
+    With `runtime`, sums over all processes. inf when there was not one byte. Raises on all processes, if the batches
+    of one cannot be read, DataFailed, or AskedToEnd if a signal came while it waited for them.
     """
     nats = torch.zeros((), dtype=torch.float64)
     count = torch.zeros((), dtype=torch.float64)
@@ -39,14 +40,13 @@ def evaluate_bpb(
             # Summed on the CPU: an Apple GPU has no float64.
             nats += (losses * (sizes > 0)).cpu().sum(dtype=torch.float64)
             count += sizes.cpu().sum(dtype=torch.float64)
-    except (UserError, OSError) as error:  # the others, which wait for this one's sums, must hear of it
+    except (UserError, OSError, AskedToEnd) as error:  # the others, which wait for this one's sums, must hear of it
         failure = error
     model.train(was_training)
-    if runtime is not None and runtime.world_size > 1:
-        failed = nats.new_tensor(float(failure is not None))
-        nats, count, failed = runtime.sum(torch.stack([nats, count, failed]).to(runtime.device)).cpu()
-        if failed > 0:
-            raise DataFailed(tell_failures(runtime, failure, may_skip=False)[1]) from failure
-    if failure:
-        raise DataFailed(str(failure)) from failure
+    if runtime is not None:
+        fail_together(runtime, failure)
+        if runtime.world_size > 1:
+            nats, count = runtime.sum(torch.stack([nats, count]).to(runtime.device)).cpu()
+    elif failure:
+        raise failure
     return nats.item() / (math.log(2) * count.item()) if count.item() else math.inf

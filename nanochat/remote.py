@@ -23,10 +23,10 @@ from queue import PriorityQueue
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from nanochat.batches import leave_if_asked
 from nanochat.common import BadShard, UserError, get_cache_bytes, get_cache_dir, get_network_seconds, warn
 from nanochat.filesystems import brief, list_files, open_filesystem, trouble, version_of
 from nanochat.piece_cache import PieceCache
+from nanochat.signals import leave_if_asked
 
 Result = TypeVar("Result")
 
@@ -222,7 +222,7 @@ class Remote:
             return self.known[file][1]
 
     def wait(self, future: "Future[Result]") -> Result:
-        """A future's result; a signal, or the end of the thread that waits, is heard meanwhile."""
+        """A future's result; a signal, or being asked to end, is heard meanwhile."""
         while True:
             try:
                 return future.result(timeout=0.2)

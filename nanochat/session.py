@@ -87,8 +87,11 @@ def move_aside(run: Path, runtime: Runtime) -> None:
     runtime.barrier()
 
 
-def merge_saved_config(given: Any, saved: dict[str, Any], may_change: Sequence[str]) -> Any:
-    """The saved run's config with only the `may_change` fields taken from the command line.
+def merge_saved_config(
+    given: Any, saved: dict[str, Any], may_change: Sequence[str], may_move: Sequence[str] = ()
+) -> Any:
+    """The saved run's config with only the `may_change` fields taken from the command line, and those of `may_move`
+    that were given there.
 
     What could change the numbers stays as it was; a differing value on the command line is ignored with a warning.
     """
@@ -97,6 +100,8 @@ def merge_saved_config(given: Any, saved: dict[str, Any], may_change: Sequence[s
         if name not in values or name in may_change:
             continue
         if values[name] not in (value, -1, getattr(type(given)(), name)):  # -1 asks to derive it
+            if name in may_move:
+                continue
             warn(f"resuming: --{name.replace('_', '-')} stays {value!r} as in the saved run, not {values[name]!r}")
         values[name] = value
     return type(given)(**values)

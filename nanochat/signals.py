@@ -1,9 +1,10 @@
-"""Being asked to stop: the signals of a terminal, a person, a cluster's scheduler."""
+"""Being asked to stop: the signals of a terminal, a person, a cluster's scheduler; and hearing of it while waiting."""
 
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -44,3 +45,27 @@ class catch_signals:
     def __exit__(self, *exc: object) -> None:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
+
+
+class AskedToEnd(Exception):
+    """A thread stops waiting: a Prefetcher's, whose results nobody wants any more, or one inside heeding()."""
+
+
+_this_thread = threading.local()
+
+
+@contextmanager
+def heeding(asked: Callable[[], bool]) -> Iterator[None]:
+    """Inside, this thread's waiting for data ends with AskedToEnd once `asked` says so."""
+    _this_thread.asked = asked
+    try:
+        yield
+    finally:
+        del _this_thread.asked
+
+
+def leave_if_asked() -> None:
+    """For what may wait long, now and then: raises AskedToEnd if this thread is heeding, and was asked."""
+    asked = getattr(_this_thread, "asked", None)
+    if asked is not None and asked():
+        raise AskedToEnd("asked to stop")

@@ -1,15 +1,22 @@
 """How a model is looked at, during training and after it: bits per byte on held-out rows, and what it makes of
 fixed prompts."""
 
+import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing, suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 
+from nanochat.agreement import fail_together
+from nanochat.common import UserError
 from nanochat.corpus import Corpus, Lenient
 from nanochat.dataloader import PretrainLoader
+from nanochat.document_order import NoText
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
@@ -31,11 +38,15 @@ def corpus_bpb(
     tokens: int,
     device_batch_size: int,
 ) -> float:
-    """Bits per byte over the same rows of a split every time, about `tokens` of them in all."""
+    """Bits per byte over the same rows of a split every time, about `tokens` of them in all. Raises NoText, on all
+    processes, if none of them finds any."""
     T = model.config.sequence_len
-    loader = PretrainLoader(Lenient(corpus), tokenizer, sequence_len=T, rows_per_step=EVAL_ROWS, split=split, seed=0,
-                            rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
-    return loader_bpb(model, loader, tokenizer, runtime, max(1, tokens // (EVAL_ROWS * T)), device_batch_size)
+    make_loader = partial(PretrainLoader, Lenient(corpus), tokenizer, sequence_len=T, rows_per_step=EVAL_ROWS,
+                          split=split, seed=0, rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
+    bpb = loader_bpb(model, make_loader, tokenizer, runtime, max(1, tokens // (EVAL_ROWS * T)), device_batch_size)
+    if math.isinf(bpb):
+        raise NoText(f"{corpus.name}: no text is left in its {split} split to measure on")
+    return bpb
 
 
 class OneSource:
@@ -58,46 +69,52 @@ def bpb_by_source(
 ) -> list[dict[str, Any]]:
     """Bits per byte of each source of a split, and of how many documents: about `tokens` of each at most.
 
-    The sources are shared out over the processes; the figures do not depend on how many there are.
+    The sources are shared out over the processes; the figures do not depend on how many there are. Raises DataFailed,
+    on all processes, if one cannot read the split.
     """
     found: dict[str, list[Document]] = {}
     chars: Counter[str] = Counter()
-    for document in islice(corpus.iter_documents(split), MOST_DOCUMENTS):
-        if chars[document.source] < 6 * tokens:  # more characters than so many tokens have
-            found.setdefault(document.source, []).append(document)
-            chars[document.source] += len(document.text)
-    sources, T = sorted(found), model.config.sequence_len
+    failure = None
+    try:
+        for document in islice(corpus.iter_documents(split), MOST_DOCUMENTS):
+            if chars[document.source] < 6 * tokens:  # more characters than so many tokens have
+                found.setdefault(document.source, []).append(document)
+                chars[document.source] += len(document.text)
+    except (UserError, OSError) as error:
+        failure = error
+    fail_together(runtime, failure)
+    # One process may have left out a bad shard, and all of a source with it.
+    known = [set(json.loads(names)) for names in runtime.exchange(json.dumps(list(found)), "comparing the sources")]
+    sources, T = sorted(set.intersection(*known)), model.config.sequence_len
     figures = torch.zeros(len(sources), dtype=torch.float32)
     for number in range(runtime.rank, len(sources), runtime.world_size):
         one = OneSource(sources[number], found[sources[number]])
-        loader = PretrainLoader(one, tokenizer, sequence_len=T, rows_per_step=1, split=split, seed=0)
+        make_loader = partial(PretrainLoader, one, tokenizer, sequence_len=T, rows_per_step=1, split=split, seed=0)
         per_char = len(tokenizer.encode(one.documents[0].text)) / max(1, len(one.documents[0].text))
         rows = max(1, min(tokens, round(one.chars * per_char)) // T)
-        figures[number] = loader_bpb(model, loader, tokenizer, None, rows, 1)
+        figures[number] = loader_bpb(model, make_loader, tokenizer, None, rows, 1)
     figures = runtime.sum(figures.to(runtime.device)).cpu()
     return [{"source": source, "documents": len(found[source]), "bits per byte": float(figure)}
             for source, figure in zip(sources, figures)]  # fmt: skip
 
 
 def loader_bpb(
-    model: GPT, loader: Any, tokenizer: RustBPETokenizer, runtime: Runtime | None, steps: int, device_batch_size: int
-) -> float:
-    """Bits per byte over the loader's next `steps` batches, or as many as it has; closes it."""
+    model: GPT, make_loader: Callable[[], Any], tokenizer: RustBPETokenizer, runtime: Runtime | None, steps: int,
+    device_batch_size: int,
+) -> float:  # fmt: skip
+    """Bits per byte over a new loader's first `steps` batches, or as many as it has; inf if it has none."""
 
-    def micro_batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for _ in range(steps):
-            try:
+    def micro_batches() -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
+        # The loader is made in here, as it may read already, and what fails here all processes are told.
+        with suppress(StopIteration, NoText), closing(make_loader()) as loader:
+            for _ in range(steps):
                 batch = loader.next_batch()
-            except StopIteration:
-                return
-            for start in range(0, batch.inputs.size(0), device_batch_size):
-                rows = slice(start, start + device_batch_size)
-                yield batch.inputs[rows], batch.targets[rows]
+                for start in range(0, batch.inputs.size(0), device_batch_size):
+                    rows = slice(start, start + device_batch_size)
+                    yield batch.inputs[rows], batch.targets[rows]
 
-    try:
-        return evaluate_bpb(model, micro_batches(), 10**9, torch.tensor(tokenizer.token_bytes), runtime)
-    finally:
-        loader.close()
+    with closing(micro_batches()) as batches:
+        return evaluate_bpb(model, batches, 10**9, torch.tensor(tokenizer.token_bytes), runtime)
 
 
 def continuations(

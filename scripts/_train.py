@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError, get_base_dir, read_json, say, warn, write_json
 from nanochat.dataloader import Batch
 from nanochat.deadline import Deadline
+from nanochat.document_order import NoText
+from nanochat.flash_attention import prepare
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.recipe import get_recipe
@@ -38,6 +41,7 @@ from nanochat.session import (
     restore_trainer,
     run_to_end,
 )  # fmt: skip
+from nanochat.signals import AskedToEnd, heeding
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Record, Trainer
 
@@ -47,6 +51,9 @@ OPERATIONAL = (
     "keep_last", "timeout", "tensorboard", "core_metric_every", "core_metric_max_per_task", "eval_bundle",
     "skip_bad_shards",
 )  # fmt: skip
+
+# Where to find what must be the same, which a fingerprint proves: taken anew if given.
+MOVABLE = ("data",)
 
 
 @dataclass
@@ -144,7 +151,10 @@ def compiled_loss(model: GPT, wanted: str, runtime: Runtime):
     if use and wanted == "auto" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         warn("no C compiler found, which torch.compile needs: training without it, slower (install gcc or clang)")
         use = False
-    return torch.compile(model.loss, dynamic=False) if use else model.loss
+    if not use:
+        return model.loss
+    prepare(model.config.sequence_len, (left for left, _ in model.window_sizes), runtime.device)
+    return torch.compile(model.loss, dynamic=False)
 
 
 @dataclass
@@ -175,7 +185,9 @@ def open_session(run: Path, config: Flags, runtime: Runtime) -> tuple[Checkpoint
     step = None if config.resume_from_step < 0 else config.resume_from_step
     checkpoint = prepare_run(run, config.resume, step, runtime)
     earlier = earlier_session(checkpoint, config, run)
-    return checkpoint, earlier, merge_saved_config(config, earlier.user_config, OPERATIONAL) if earlier else config
+    if earlier:
+        config = merge_saved_config(config, earlier.user_config, OPERATIONAL, MOVABLE)
+    return checkpoint, earlier, config
 
 
 def announce(
@@ -336,11 +348,25 @@ def record_so_far(stage: str, values: dict[str, Any]) -> None:
         warn(f"the report could not be written ({error}); training goes on")
 
 
-def note_bpb(trainer: Trainer, bpb: float) -> Record:
-    """Keep a validation figure with the run's progress, and give it to the step's metrics line."""
+def note_bpb(trainer: Trainer, measure: Callable[[], float]) -> Record:
+    """Keep a validation figure with the run's progress, and give it to the step's metrics line. Without one go on where
+    nothing is left to measure on (the one validation shard was bad), or a signal came and the data did not."""
     now = trainer.progress
-    now.val_bpb, now.best_val_bpb = bpb, min(bpb, now.best_val_bpb or bpb)
-    return {"val_bpb": bpb}
+    try:
+        with heeding(lambda: trainer.stop_signal is not None):
+            now.val_bpb = measure()
+    except (NoText, AskedToEnd) as error:
+        now.val_bpb = None
+        trainer.runtime.warn0(f"not evaluated: {error}")
+        return {}
+    now.best_val_bpb = min(now.val_bpb, now.best_val_bpb or now.val_bpb)
+    return {"val_bpb": now.val_bpb}
+
+
+def tell_bpb(trainer: Trainer) -> str:
+    """The validation figure at a run's end."""
+    bpb = trainer.progress.val_bpb
+    return "val bpb not measured" if bpb is None else f"val bpb {bpb:.4f}"
 
 
 def training_figures(trainer: Trainer, run: Path, command: str) -> dict[str, Any]:

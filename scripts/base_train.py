@@ -41,6 +41,7 @@ from scripts._train import (
     print_samples,
     random_batch,
     steps_for_minutes,
+    tell_bpb,
     training_figures,
 )  # fmt: skip
 
@@ -232,9 +233,8 @@ def build_trainer(config: Config, plan: Plan, runtime: Runtime, model: GPT, load
 def evaluate(trainer: Trainer, corpus: Corpus, tokenizer: RustBPETokenizer, tokens: int) -> Record:
     """Validation bits per byte."""
     with fp8.without_fp8(trainer.model):
-        bpb = corpus_bpb(trainer.model, corpus, tokenizer, trainer.runtime, split="val", tokens=tokens,
-                         device_batch_size=trainer.device_batch_size)  # fmt: skip
-    return note_bpb(trainer, bpb)
+        return note_bpb(trainer, partial(corpus_bpb, trainer.model, corpus, tokenizer, trainer.runtime, split="val",
+                                         tokens=tokens, device_batch_size=trainer.device_batch_size))  # fmt: skip
 
 
 def sample(trainer: Trainer, tokenizer: RustBPETokenizer) -> None:
@@ -257,7 +257,7 @@ def report(base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: Pl
         values["dollars"] = price * trainer.runtime.world_size * now.wall_seconds / 3600
     record_stage(base_dir, "base_train", values)
     say(f"{values['steps']} steps, {format_count(now.tokens)} tokens in {values['seconds']:.0f} s; "
-          f"val bpb {values['val_bpb']:.4f}")  # fmt: skip
+          f"{tell_bpb(trainer)}")  # fmt: skip
     cropped = values["loader"]["cropped_share"]
     say(f"{cropped:.1%} of documents were cut at a row's end (their rest came later); saved in {run}")
 

@@ -31,6 +31,7 @@ from scripts._train import (
     print_samples,
     random_batch,
     steps_for_minutes,
+    tell_bpb,
     training_figures,
 )  # fmt: skip
 from tasks.common import TaskMixture
@@ -182,8 +183,8 @@ def evaluate(
     trainer: Trainer, validation: Callable[[], ConversationLoader], tokenizer: RustBPETokenizer, steps: int
 ) -> Record:
     """Bits per byte on the assistant's tokens of held-out conversations."""
-    return note_bpb(trainer, loader_bpb(trainer.model, validation(), tokenizer, trainer.runtime, steps,
-                                        trainer.device_batch_size))  # fmt: skip
+    return note_bpb(trainer, partial(loader_bpb, trainer.model, validation, tokenizer, trainer.runtime, steps,
+                                     trainer.device_batch_size))  # fmt: skip
 
 
 def answers(model: GPT, tokenizer: RustBPETokenizer) -> list[dict[str, str]]:
@@ -218,7 +219,7 @@ def report(
     }  # fmt: skip
     record_stage(base_dir, "chat_sft", values)
     say(f"{now.step} steps, {format_count(now.tokens)} supervised tokens in {values['seconds']:.0f} s; "
-          f"val bpb {now.val_bpb:.4f}; saved in {run}")  # fmt: skip
+          f"{tell_bpb(trainer)}; saved in {run}")  # fmt: skip
 
 
 if __name__ == "__main__":

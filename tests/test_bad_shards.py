@@ -5,6 +5,8 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,15 @@ from test_remote import Bucket, bucket, fails  # noqa: F401 (a fixture)
 from test_user_errors import refused
 
 from nanochat.common import BadShard, UserError
+from nanochat.corpus import Corpus
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import resolve_corpus
+from nanochat.download import HUB_SETS, hub_folder
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
-from scripts import base_train, tok_train
+from scripts import base_eval, base_train, tok_train
+from scripts._observe import corpus_bpb
 
 TOKENIZER = RustBPETokenizer.train_from_iterator(make_texts(20), 265)
 SHORT = [make_texts(240, seed, words=4) for seed in range(3)]
@@ -37,6 +43,12 @@ def spoil_pages(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)
     path.write_bytes(content)
+
+
+def spoil_all_pages(path: Path) -> None:
+    content = path.read_bytes()
+    size = len(content) - int.from_bytes(content[-8:-4], "little") - 12  # of all between the first mark and the footer
+    path.write_bytes(content[:4] + bytes(size) + content[4 + size :])
 
 
 def cut_off(path: Path) -> None:
@@ -159,6 +171,39 @@ def test_all_bad_is_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None
         spoil_pages(path)
     said = refused(base_train.main, flags(data, 3, "--skip-bad-shards"), capsys)
     assert "no document found" in said or "there is no text" in said
+
+
+@pytest.mark.parametrize("spoil", [cut_off, spoil_all_pages])
+def test_a_run_goes_on_without_its_validation_shard(
+    spoil: Any, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = HUB_SETS["fineweb-edu"]
+    folder = hub_folder(hub.name, copied)
+    for i, name in enumerate(("shard_00000.parquet", hub.val_name)):
+        write_parquet(folder / name, SHORT[i], 4)
+    given = [*flags(hub.name, 8, "--skip-bad-shards"), "--eval-every=4"]
+    assert base_train.main([*given, "--model-tag=whole"]) == 0
+    spoil(folder / hub.val_name)
+    capsys.readouterr()
+    assert base_train.main(given) == 0
+    said = capsys.readouterr()
+    assert hub.val_name in said.err and said.err.count("not evaluated: fineweb-edu: no text is left in its val") == 2
+    assert "val bpb not measured" in said.out and losses(copied) == losses(copied, "whole")
+    measure = ["--eval=bpb", f"--data={hub.name}", "--skip-bad-shards", "--split-tokens=64", "--device-type=cpu"]
+    assert "no text is left in its val split" in refused(base_eval.main, measure, capsys)
+
+
+def test_what_is_left_of_a_split_is_measured(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two validation shards one is damaged: the figure is finite, and not that of both."""
+    whole = resolve_corpus(str(data), tmp_path / "b", skip_bad=True)
+    one, other, last = (replace(part, by_hash=False) for part in whole.parts["train"])
+    corpus = Corpus("mine", [last], [one, other], skip_bad=True)
+    model = GPT.create(GPTConfig(sequence_len=16, vocab_size=265, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    measure = partial(corpus_bpb, model, corpus, TOKENIZER, Runtime.create("cpu"), split="val", tokens=4096,
+                      device_batch_size=32)  # fmt: skip
+    both_of_them = measure()
+    spoil_pages(data / "s1.parquet")
+    assert measure() != both_of_them and capsys.readouterr().err.count("not measured on") == 1
 
 
 def train_on_rank(runtime: Runtime, given: list[str], broken_on: int) -> list[float]:

@@ -38,7 +38,7 @@ POSITIVE = {
     "recipe": "steps total_batch",
     "distributed": "cores",
     "decode": """bytes_per_second num_matrix_params tokens_per_second_1 ms_per_step_3 model_ms_per_step_1
-        bandwidth_share_3 first_token_ms_1 times_one_row_3""",
+        bandwidth_share_3 arithmetic_share_3 flops_per_second first_token_ms_1 times_one_row_3""",
     "sandbox": "unsafe_warm_per_second unsafe_tested_per_second unsafe_cold_per_second",
 }  # fmt: skip
 SMALL_TEXT = {"tokenizer": ["--chars=20000"], "data": ["--chars=20000", "--documents=100", "--again=20"],

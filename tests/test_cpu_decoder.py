@@ -1,6 +1,8 @@
 """The decode step in C against the model's own forward pass, with and without a cache, alone and beside others."""
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,31 @@ def prefilled(model: GPT, prompts: list[torch.Tensor], max_tokens: int = 48) -> 
 needs_compiler = pytest.mark.skipif(not cpu_decoder.supported(build()), reason="no C compiler")
 
 
+@contextlib.contextmanager
+def compiled_with(flag: str, folder: Path) -> Iterator[None]:
+    """Inside, the kernels are those that the compiler makes with one more flag."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "FLAGS", (*kernels.FLAGS, flag))
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        kernels.library.cache_clear()
+        try:
+            yield
+        finally:
+            kernels.library.cache_clear()
+
+
+@pytest.fixture(scope="module", params=["native", "znver3"])
+def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As built here, and as for a CPU on which gcc takes some of the multiply-adds apart if it may choose."""
+    if request.param == "native":
+        yield
+    elif platform.machine() != "x86_64":
+        pytest.skip("an x86 CPU")
+    else:
+        with compiled_with(f"-mtune={request.param}", tmp_path_factory.mktemp("tuned")):
+            yield
+
+
 @needs_compiler
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80])
 @pytest.mark.parametrize("form", FORMS)
@@ -67,7 +94,7 @@ def test_agrees_with_the_model_without_a_cache(form: str, head_dim: int) -> None
         whole = model(tokens[None])[0]  # (T, V)
     for at in range(3, 40):  # the short rings of 25 slots go round
         logits = decoder([int(tokens[at])])
-        torch.testing.assert_close(logits[0], whole[at], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(logits[0], whole[at], rtol=1e-4, atol=5e-5)
     assert cache.length(0) == 40
 
 
@@ -89,7 +116,7 @@ def test_bfloat16_stays_as_near_to_float32_as_pytorch_does() -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_row_gets_the_same_bits_alone_and_beside_others(dtype: torch.dtype, int8: bool) -> None:
+def test_a_row_gets_the_same_bits_alone_and_beside_others(dtype: torch.dtype, int8: bool, tuned: None) -> None:
     weights = DecodingWeights(build(dtype=dtype), int8)
     model = weights.current()
     prompts = [ids(2 + 3 * i, seed=i) for i in range(7)]  # rows of 2 .. 20 tokens: 4 rows at a time, then 3 alone
@@ -105,7 +132,7 @@ def test_a_row_gets_the_same_bits_alone_and_beside_others(dtype: torch.dtype, in
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_short_prompt_is_what_its_tokens_are_one_by_one(dtype: torch.dtype, int8: bool) -> None:
+def test_a_short_prompt_is_what_its_tokens_are_one_by_one(dtype: torch.dtype, int8: bool, tuned: None) -> None:
     weights = DecodingWeights(build(dtype=dtype), int8)
     model, tokens = weights.current(), ids(24).tolist()
     assert weights.packed is not None
@@ -135,7 +162,7 @@ def test_a_prompt_that_closes_a_window_is_not_taken() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
+def test_the_number_of_threads_changes_no_bit(threads: int, tuned: None) -> None:
     model, prompts = build(vocab_size=1100), [ids(3 + i, seed=i) for i in range(13)]  # 69 blocks of outputs
     before, results = torch.get_num_threads(), []
     caches = [prefilled(model, prompts) for _ in range(2)]  # by PyTorch, which makes no such promise
@@ -165,13 +192,10 @@ def test_the_batch_uses_it_and_says_what_plain_pytorch_says(monkeypatch: pytest.
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the names of other CPUs are those of x86")
 @pytest.mark.parametrize("cpu", ["haswell", "x86-64"])  # vectors of 8 and of 4 floats
-def test_agrees_on_cpus_with_shorter_vectors(cpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agrees_on_cpus_with_shorter_vectors(cpu: str, tmp_path: Path) -> None:
     if cpu == "haswell" and not {"avx2", "fma", "bmi2"} <= cpu_flags():
         pytest.skip("this CPU has no AVX2")
-    monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, f"-march={cpu}"))
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    kernels.library.cache_clear()
-    try:
+    with compiled_with(f"-march={cpu}", tmp_path):
         assert block_outputs() < 16
         for dtype, int8 in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
             weights = DecodingWeights(build(dtype=dtype), int8)
@@ -184,8 +208,6 @@ def test_agrees_on_cpus_with_shorter_vectors(cpu: str, tmp_path: Path, monkeypat
             tolerance = 1e-4 if dtype == torch.float32 else 0.3
             assert (alone.prompt(tokens[0].tolist()) - whole[0, 11]).abs().max() < tolerance
             assert (together(tokens[:, 11].tolist()) - whole[:, 11]).abs().max() < tolerance
-    finally:
-        kernels.library.cache_clear()
 
 
 def test_what_it_is_not_written_for_goes_through_the_model() -> None:

@@ -11,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import flash_attention
 from nanochat.flash_attention import attend_at_positions, choose_backend, flash_attn, flash_attn_func
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import Runtime
+from scripts._train import compiled_loss
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = -1) -> torch.Tensor:
@@ -119,17 +122,51 @@ def flex_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> Any:
     """flex_attention's own slow path, which runs anywhere: the same mask and layout, no compiler."""
     monkeypatch.setattr(torch, "compile", lambda kernel: kernel)
     monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    flash_attention._flex_parts.cache_clear()
+    monkeypatch.setattr(flash_attention, "block_masks", {})
+    flash_attention._compiled_flex.cache_clear()
     yield
-    flash_attention._flex_parts.cache_clear()
+    flash_attention._compiled_flex.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention.*")
 @pytest.mark.parametrize("T, window, G", [(150, 40, 2), (128, 5000, 4), (129, 0, 1)])
-def test_flex_sees_the_same_keys(flex_in_eager_mode: None, T: int, window: int, G: int) -> None:
+def test_flex_and_sdpa_see_the_same_keys(flex_in_eager_mode: None, T: int, window: int, G: int) -> None:
     q, k, v = random_qkv(2, T, 4, G, 16, torch.float32)
-    out = flash_attention.BACKENDS["flex"](q, k, v, window)
-    torch.testing.assert_close(out.double(), reference(q, k, v, window), rtol=1e-5, atol=1e-5)
+    for name in ("flex", "sdpa"):
+        out = flash_attention.BACKENDS[name](q, k, v, window)
+        torch.testing.assert_close(out.double(), reference(q, k, v, window), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_training_is_one_graph_and_its_masks_are_made_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's view of the loss on a GPU without FlashAttention 3; what it makes of it is not run."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    class Seen(Exception):
+        pass
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        raise Seen
+
+    monkeypatch.setattr(flash_attention, "choose_backend", lambda *args, **kwargs: "flex")
+    monkeypatch.setattr(flash_attention, "block_masks", {})
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)  # no gradient on CPUs
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr("nanochat.fused.usable", lambda *args: False)
+    flash_attention._compiled_flex.cache_clear()
+    config = GPTConfig(sequence_len=256, vocab_size=300, n_layer=4, n_head=2, n_kv_head=1, n_embd=32)
+    model = GPT.create(config)
+    loss_fn = compiled_loss(model, "on", Runtime(torch.device("cpu"), torch.float32, "test", seed=0))
+    assert sorted(window for _, window, _ in flash_attention.block_masks) == [128, 256]
+    with pytest.raises(Exception, match="Seen"):
+        loss_fn(torch.zeros(2, 256, dtype=torch.long), torch.zeros(2, 256, dtype=torch.long))
+    (graph,) = graphs
+    called = [getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes]
+    assert called.count("flex_attention") == 4 and "argsort" not in called  # which making a mask takes
+    assert "autograd_function_apply" in called  # the head's loss: the last part
+    flash_attention._compiled_flex.cache_clear()
+    torch._dynamo.reset()
 
 
 def test_fa3_is_called_with_the_same_window(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +196,8 @@ def test_choice_of_backend(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
     monkeypatch.setattr(flash_attention, "FA3_INSTALLED", installed)
-    assert choose_backend(device, dtype) == chosen
+    assert choose_backend(device, dtype, training=True) == chosen
+    assert choose_backend(device, dtype, training=False) == chosen.replace("flex", "sdpa")
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ import torch
 from ranks import run_ranks
 
 from nanochat.agreement import DataFailed
-from nanochat.common import UserError
+from nanochat.common import BadShard, UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
+from nanochat.signals import AskedToEnd, heeding, leave_if_asked
 from nanochat.textfiles import Document
+from scripts._observe import bpb_by_source
 
 MODEL = GPT.create(GPTConfig(sequence_len=8, vocab_size=10, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
 
@@ -52,6 +54,21 @@ def test_what_one_rank_cannot_read_all_are_told(world_size: int) -> None:
     assert run_ranks(world_size, broken_on_rank_1, timeout=20) == ["val.parquet is damaged"] * world_size
 
 
+def asked_on_rank_1(runtime: Runtime) -> str:
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
+        with heeding(lambda: runtime.rank == 1):
+            leave_if_asked()
+
+    with pytest.raises(AskedToEnd) as stop:
+        evaluate_bpb(MODEL, batches(), 2, torch.ones(10), runtime)
+    return str(stop.value)
+
+
+def test_what_one_rank_does_not_wait_for_all_leave() -> None:
+    assert run_ranks(2, asked_on_rank_1, timeout=20) == ["asked to stop"] * 2
+
+
 def test_takes_at_most_steps_batches_and_splitting_changes_nothing() -> None:
     sizes = torch.ones(10)
     data = torch.randint(10, (6, 9), generator=torch.Generator().manual_seed(0))
@@ -68,42 +85,67 @@ def test_no_bytes_is_infinite_and_the_mode_is_restored() -> None:
     assert MODEL.training
 
 
-def test_bits_per_byte_by_source_do_not_depend_on_the_processes() -> None:
-    """Against the loss of each source's documents, which all fit in one row, scored by hand."""
-    from scripts._observe import bpb_by_source
+class Sources:
+    """Three sources, one document each. On rank 1 `missing` is left out, or reading fails there."""
 
-    class Sources:
-        name = fingerprint = "three sources"
+    name = fingerprint = "three sources"
 
-        def iter_documents(self, split: str) -> list[Document]:
-            return [Document("abcd" * 7, "a"), Document("xyz" * 9, "b"), Document("hello there " * 2, "c")]
+    def __init__(self, runtime: Runtime, missing: str = "", fails: bool = False) -> None:
+        self.missing, self.fails = (missing, fails) if runtime.rank == 1 else ("", False)
 
-    class Bytes:
-        token_bytes: ClassVar[list[int]] = [1] * 256 + [0] * 44
+    def iter_documents(self, split: str) -> Iterator[Document]:
+        for text, source in (("abcd" * 7, "a"), ("xyz" * 9, "b"), ("hello there " * 2, "c")):
+            if source != self.missing:
+                yield Document(text, source)
+        if self.fails:
+            raise BadShard("c.parquet is damaged", "c.parquet")
 
-        def encode(self, text: Any, **settings: Any) -> Any:
-            return list(text.encode()) if isinstance(text, str) else [list(t.encode()) for t in text]
 
-        def get_bos_token_id(self) -> int:
-            return 256
+class Bytes:
+    token_bytes: ClassVar[list[int]] = [1] * 256 + [0] * 44
 
-        def get_vocab_size(self) -> int:
-            return 300
+    def encode(self, text: Any, **settings: Any) -> Any:
+        return list(text.encode()) if isinstance(text, str) else [list(t.encode()) for t in text]
 
+    def get_bos_token_id(self) -> int:
+        return 256
+
+    def get_vocab_size(self) -> int:
+        return 300
+
+
+def of_sources() -> GPT:
     model = GPT.create(GPTConfig(sequence_len=24, vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=16), seed=1)
     with torch.no_grad():
         model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
-    whole = Runtime.create("cpu")
-    alone = bpb_by_source(model, Sources(), Bytes(), whole, split="val", tokens=24)  # type: ignore[arg-type]
+    return model
+
+
+def by_source(runtime: Runtime, *settings: Any) -> list[dict[str, Any]]:
+    corpus = Sources(runtime, *settings)
+    return bpb_by_source(of_sources(), corpus, Bytes(), runtime, split="val", tokens=24)  # type: ignore[arg-type]
+
+
+def by_source_fails(runtime: Runtime) -> str:
+    with pytest.raises(DataFailed) as error:
+        by_source(runtime, "", True)
+    return str(error.value)
+
+
+def test_bits_per_byte_by_source_do_not_depend_on_the_processes() -> None:
+    """Against the loss of each source's documents, which all fit in one row, scored by hand."""
+    whole, model = Runtime.create("cpu"), of_sources()
+    alone = by_source(whole)
     assert [row["source"] for row in alone] == ["a", "b", "c"]
-    for row, document in zip(alone, Sources().iter_documents("val")):
+    for row, document in zip(alone, Sources(whole).iter_documents("val")):
         ids = torch.tensor([[256, *document.text.encode()[:24]]])
         expected = model(ids[:, :-1], ids[:, 1:]).item() / math.log(2)
         assert row["bits per byte"] == pytest.approx(expected, rel=1e-4) and row["documents"] == 1
-    totals = [0.0, 0.0, 0.0]
-    for rank in range(2):
-        part = Runtime(whole.device, whole.dtype, "", 0, rank=rank, world_size=2)
-        part.sum = lambda x: x  # type: ignore[method-assign]
-        rows = bpb_by_source(model, Sources(), Bytes(), part, split="val", tokens=24)  # type: ignore[arg-type]
-        totals = [total + row["bits per byte"] for total, row in zip(totals, rows)]
-    assert totals == pytest.approx([row["bits per byte"] for row in alone])
+    for rows in run_ranks(2, by_source, timeout=20):
+        for row, one in zip(rows, alone, strict=True):
+            assert row == one | {"bits per byte": pytest.approx(one["bits per byte"])}
+
+
+def test_sources_that_one_rank_cannot_read_stop_all_or_are_left_out_by_all() -> None:
+    assert run_ranks(2, by_source_fails, timeout=20) == ["c.parquet is damaged"] * 2
+    assert [[row["source"] for row in rows] for rows in run_ranks(2, by_source, "a", timeout=20)] == [["b", "c"]] * 2

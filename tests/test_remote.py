@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,11 +22,14 @@ from test_dataset import both, jsonl, make_texts, write_parquet
 from test_user_errors import refused
 
 from nanochat import remote, textfiles
-from nanochat.batches import AskedToEnd, Prefetcher
+from nanochat.batches import Prefetcher
+from nanochat.checkpoint_manager import list_steps
 from nanochat.common import BadShard, UserError
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import resolve_corpus
+from nanochat.filesystems import list_files
 from nanochat.piece_cache import PieceCache
+from nanochat.signals import AskedToEnd
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_train, tok_train
 
@@ -330,6 +334,8 @@ def test_a_server_that_knows_no_ranges(bucket: Path, tmp_path: Path, monkeypatch
         ("https://example.org/a.parquet", "pip install 'nanochat[http]'"),
         ("gs://bucket/a*.jsonl", "pip install 'nanochat[gcs]'"),
         ("nonsense://x", "nonsense"),
+        ("zip://data::file://archive.zip", "unpack it"),
+        ("zip://archive.zip", "give a path, or a URL"),
     ],
 )
 def test_mistakes(
@@ -347,6 +353,34 @@ def test_mistakes(
         assert told in refused(main, [*flags, f"--data={data}"], capsys)
 
 
+class Web(AbstractFileSystem):
+    """Pages with links, as fsspec sees them; what is not here does not answer."""
+
+    protocol = ("http", "https")
+    pages: ClassVar[dict[str, list[str]]] = {
+        "http://host/data": ["http://host/data/", "http://host/data/a.parquet", "http://host/data/sub/"],
+        "http://host/data/sub": ["http://host/data/sub/b.parquet", "http://host/data/sub/./"],
+        "http://host/half": ["http://host/half/a.parquet", "http://host/half/down/"],
+    }
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        if (folder := path.rstrip("/")) not in self.pages:
+            raise ConnectionRefusedError(111, "refused")
+        return [{"name": name, "size": None, "type": "directory" if name.endswith("/") else "file"}
+                for name in self.pages[folder]]  # fmt: skip
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        return {"name": path, "size": 1, "type": "file"}
+
+
+def test_a_page_that_cannot_be_fetched_is_no_empty_folder() -> None:
+    found = list_files(Web(), "http://host/data", textfiles.kind_of)
+    assert sorted(found) == ["http://host/data/a.parquet", "http://host/data/sub/b.parquet"]
+    for folder in ("http://host/half", "http://closed/data/"):
+        with pytest.raises(ConnectionRefusedError):
+            list_files(Web(), folder, textfiles.kind_of)
+
+
 def test_waiting_for_a_network_can_be_given_up(bucket: Path, tmp_path: Path) -> None:
     corpus = resolve_corpus("bucket://data", tmp_path / "base")
     Bucket.fail = fails(10**9, ConnectionResetError("reset by peer"))
@@ -362,6 +396,34 @@ def test_waiting_for_a_network_can_be_given_up(bucket: Path, tmp_path: Path) -> 
     prefetcher.close()
     with pytest.raises(AskedToEnd):
         prefetcher.get()
+
+
+@pytest.mark.parametrize("few_blocks", [False, True])
+def test_a_signal_is_heard_where_an_evaluation_waits_for_the_network(
+    few_blocks: bool, bucket: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of few blocks the first is read where the loader is made, of many on its thread."""
+    monkeypatch.setenv("NANOCHAT_NETWORK_SECONDS", "20")
+    monkeypatch.setenv("NANOCHAT_CACHE_GB", "0")
+    for path in (bucket / "data").iterdir():
+        path.unlink()
+    write_parquet(bucket / "data" / "s.parquet", TEXTS[:400], 200 if few_blocks else 40)
+    evaluate, cut_at = base_train.evaluate, []
+
+    def cut_the_line(*args: Any, **kwargs: Any) -> Any:
+        Bucket.fail = fails(10**9, ConnectionResetError("reset by peer"))  # type: ignore[misc]
+        cut_at.append(time.monotonic())
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(base_train, "evaluate", cut_the_line)
+    flags = [*TINY, "--data=bucket://data", "--num-iterations=9", "--eval-every=4", "--model-tag=run"]
+    assert base_train.main(flags) == 128 + signal.SIGINT
+    assert time.monotonic() - cut_at[0] < 5 and "not evaluated: asked to stop" in capsys.readouterr().err
+    assert list_steps(copied / "base_checkpoints" / "run") == [4]
+    Bucket.fail = staticmethod(lambda path, start, end: None)  # type: ignore[misc]
+    monkeypatch.setattr(base_train, "evaluate", evaluate)
+    assert base_train.main([*flags, "--resume"]) == 0
 
 
 def test_spans_are_where_parquet_has_the_text(bucket: Path) -> None:

@@ -4,9 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ranks import run_ranks
 from stubs import TINY
@@ -78,6 +81,52 @@ def test_sft_does_not_go_on_with_other_conversations(copied: Path, chats: str) -
     path.write_text(path.read_text().replace('"b"', '"c"'))
     with pytest.raises(UserError, match="conversations have changed"):
         chat_sft.main([chats, "--resume-from-step=1"])
+
+
+def write_shards(folder: Path, word: str) -> None:
+    folder.mkdir()
+    for i in range(2):
+        texts = [f"{i} {n} {word}" for n in range(200)]
+        pq.write_table(pa.table({"text": texts}), folder / f"s{i}.parquet", row_group_size=20)
+
+
+def write_texts(path: Path, word: str) -> None:
+    path.write_text("".join(json.dumps({"text": f"{n} {word}"}) + "\n" for n in range(200)))
+
+
+def write_chats(path: Path, word: str) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": word}]
+    path.write_text((json.dumps(turns) + "\n") * 2)
+
+
+@pytest.mark.parametrize(
+    ("write", "main", "stage", "flags"),
+    [
+        (write_shards, base_train.main, "base", TINY),
+        (write_texts, base_train.main, "base", TINY),
+        (write_chats, chat_sft.main, "sft", SFT),
+    ],
+)
+def test_the_data_may_move_while_a_run_is_stopped(
+    write: Callable[[Path, str], None], main: Callable[[list[str]], int], stage: str, flags: list[str], copied: Path
+) -> None:
+    """What --data names must be the same; where it lies may be told anew."""
+    places = [copied / folder / "mine.jsonl" for folder in ("here", "there", "other")]
+    for place in places:
+        place.parent.mkdir()
+    here, there, other = places
+    write(here, "b")
+    write(other, "c")
+    given = [*flags, "--model-tag=moved", "--num-iterations=8", "--save-every=4"]
+    assert main([*given, f"--data={here}"]) == 0
+    whole = open_checkpoint(run_dir(copied, stage, "moved"), 8).model_state()
+    here.rename(there)
+    with pytest.raises(UserError, match="changed since step 4 was saved"):
+        main([*given, f"--data={other}", "--resume-from-step=4"])
+    assert main([*given, f"--data={there}", "--resume-from-step=4"]) == 0
+    again = open_checkpoint(run_dir(copied, stage, "moved"), 8)
+    assert all((again.model_state()[name] == whole[name]).all() for name in whole)
+    assert main(["--model-tag=moved", "--resume", "--eval-tokens=16"]) == 0  # the place it was found at last
 
 
 def test_what_cannot_be_trained_on_costs_no_earlier_run(copied: Path, chats: str) -> None:

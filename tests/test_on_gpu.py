@@ -1,0 +1,274 @@
+"""What only an NVIDIA GPU can show, against the same on the CPU. Skipped where there is none."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_flash_attention import random_qkv, reference
+from test_golden_curve import SIZES, Markov
+from test_gpt import FORMS, randomized, tokens
+
+from nanochat import fp8
+from nanochat.common import sha256_file
+from nanochat.engine import Engine
+from nanochat.flash_attention import BACKENDS, flash_attn_func
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
+from nanochat.runtime import Runtime
+from nanochat.schedules import ScheduleConfig
+from nanochat.trainer import Trainer
+from scripts._train import compiled_loss, fit_device_batch
+
+pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+              pytest.mark.filterwarnings("ignore")]  # fmt: skip; the compiler's own
+
+ROOT = Path(__file__).parent.parent
+GPU = torch.device("cuda")
+CONFIG = GPTConfig(sequence_len=256, vocab_size=300, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
+
+
+def on(device: torch.device, dtype: torch.dtype = torch.float32) -> Runtime:
+    return Runtime(device, dtype, "test", seed=0)
+
+
+def moved(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
+    """The same weights on the GPU."""
+    copy = GPT.create(model.config, GPU, dtype)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.cpu().double() - wanted.double()).norm() / wanted.double().norm())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Attention
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("T, window, G", [(256, 64, 4), (256, -1, 4), (384, 200, 2)])
+def test_flex_and_its_gradients(T: int, window: int, G: int, dtype: torch.dtype, tolerance: float) -> None:
+    tensors = random_qkv(2, T, 4, G, 64, dtype)
+    mine = [x.to(GPU).requires_grad_() for x in tensors]
+    theirs = [x.double().requires_grad_() for x in tensors]
+    out, wanted = flash_attn_func(*mine, window_size=(window, 0)), reference(*theirs, window)
+    assert far(out.detach(), wanted.detach()) < tolerance
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((out * weights.to(GPU, dtype)).sum(), mine)
+    wanted_grads = torch.autograd.grad((wanted * weights).sum(), theirs)
+    for found, grad in zip(grads, wanted_grads):
+        assert far(found, grad) < tolerance
+
+
+def test_prompts_of_all_lengths_compile_nothing() -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    with torch.no_grad():
+        for T in (1, 7, 63, 100, 101, 130, 257):
+            q, k, v = random_qkv(1, T, 4, 2, 64, torch.float32)
+            out = flash_attn_func(q.to(GPU), k.to(GPU), v.to(GPU), window_size=(50, 0))
+            assert far(out, reference(q, k, v, 50)) < 1e-5
+    assert not counters["stats"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="not Hopper")
+def test_flash_attention_3() -> None:
+    pytest.importorskip("flash_attn_interface")
+    q, k, v = random_qkv(2, 300, 4, 2, 64, torch.bfloat16)
+    out = BACKENDS["fa3"](q.to(GPU), k.to(GPU), v.to(GPU), 100)
+    assert far(out, reference(q, k, v, 100)) < 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------
+# Model and optimizer
+
+
+def loss_and_gradients(model: GPT, loss_fn: Any, idx: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    total, losses = loss_fn(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+    total.backward()
+    return {"loss": losses, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_model_as_on_the_cpu(form: str, compiled: bool) -> None:
+    config = FORMS[form](sequence_len=256, vocab_size=300, n_layer=4, n_head=2, n_kv_head=1, n_embd=64)
+    model = randomized(config)
+    idx = tokens(2, 257)
+    wanted = loss_and_gradients(model, model.loss, idx)
+    mine = moved(model)
+    found = loss_and_gradients(mine, compiled_loss(mine, "on" if compiled else "off", on(GPU)), idx.to(GPU))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert far(found[name], value) < (1e-5 if name == "loss" else 1e-3), name
+    half = moved(model, torch.bfloat16)
+    found = loss_and_gradients(half, compiled_loss(half, "on" if compiled else "off", on(GPU, torch.bfloat16)),
+                               idx.to(GPU))  # fmt: skip
+    assert far(found["loss"], wanted["loss"]) < 0.02
+
+
+def curve(runtime: Runtime, steps: int = 24, compiled: str = "off", recipe: str = "", start: Any = None) -> list[float]:
+    """Losses of the run whose CPU form is kept in tests/goldens."""
+    model = GPT.create(GPTConfig(**SIZES), runtime.device, runtime.dtype)  # type: ignore[arg-type]
+    model.load_state_dict(GPT.create(model.config, seed=5).state_dict())  # each device draws numbers of its own
+    if recipe:
+        fp8.convert(model, recipe, runtime)
+    groups = build_param_groups(model, OptimizerConfig(), lr_scale=0.3, weight_decay=0.1, ns_dtype=torch.float32)
+    trainer = Trainer(model, MuonAdamW(groups), Markov(), runtime, ScheduleConfig(steps, warmup_steps=2), 8,  # type: ignore[arg-type]
+                      loss_fn=compiled_loss(model, compiled, runtime))  # fmt: skip
+    losses: list[float] = []
+    trainer.log = lambda t, record: losses.append(record["loss"])
+    trainer.run()
+    return losses
+
+
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_training_as_on_the_cpu(compiled: str) -> None:
+    wanted = curve(on(torch.device("cpu")))
+    assert curve(on(GPU), compiled=compiled) == pytest.approx(wanted, rel=1e-3)
+    half = curve(on(GPU, torch.bfloat16), compiled=compiled)
+    assert half == pytest.approx(wanted, rel=0.02) and half != wanted
+    assert curve(on(GPU, torch.float16), compiled=compiled) == pytest.approx(wanted, rel=0.02)
+
+
+def test_the_same_run_twice() -> None:
+    assert curve(on(GPU, torch.bfloat16)) == curve(on(GPU, torch.bfloat16))
+
+
+def test_update_as_on_the_cpu() -> None:
+    steps: list[dict[str, torch.Tensor]] = []
+    for device in (torch.device("cpu"), GPU):
+        model = randomized(CONFIG).to(device)
+        optimizer = MuonAdamW(build_param_groups(model, OptimizerConfig(), ns_dtype=torch.float32))
+        for seed in range(3):
+            random = torch.Generator().manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=random).to(device)
+            optimizer.step()
+        before = dict(randomized(CONFIG).named_parameters())
+        steps.append({name: p.detach().cpu() - before[name].detach() for name, p in model.named_parameters()})
+    for name, wanted in steps[0].items():
+        assert far(steps[1][name], wanted) < 1e-3, name
+
+
+# ---------------------------------------------------------------------------------------------------
+# fp8, the device batch, memory
+
+
+@pytest.mark.parametrize("recipe", fp8.RECIPES)
+def test_fp8_trains_nearly_as_bfloat16(recipe: str) -> None:
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU of capability 8.9")
+    model = moved(randomized(CONFIG), torch.bfloat16)
+    idx = tokens(2, 257).to(GPU)
+    wanted = loss_and_gradients(model, model.loss, idx)
+    plain = model(idx[:, :256])
+    fp8.convert(model, recipe, on(GPU, torch.bfloat16))
+    found = loss_and_gradients(model, compiled_loss(model, "on", on(GPU, torch.bfloat16)), idx)
+    for name, value in wanted.items():
+        assert 0 < far(found[name], value.cpu()) < (0.05 if name == "loss" else 0.5), name
+    with fp8.without_fp8(model):
+        torch.testing.assert_close(model(idx[:, :256]), plain)
+
+
+def test_rows_are_halved_until_they_really_fit() -> None:
+    runtime = on(GPU, torch.bfloat16)
+    config = replace(CONFIG, n_embd=512, n_layer=6, vocab_size=8192)
+    model = GPT.create(config, GPU, torch.bfloat16)
+    groups = build_param_groups(model, OptimizerConfig(), ns_dtype=torch.bfloat16)
+    trainer = Trainer(model, MuonAdamW(groups), None, runtime, ScheduleConfig(4), 4096, loss_fn=model.loss)  # type: ignore[arg-type]
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(4 * 2**30 / total)
+    try:
+        fit_device_batch(trainer, -1, 256)
+        assert 1 <= trainer.device_batch_size < 4096
+        held = torch.cuda.memory_allocated()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert held < 2**30 and all(p.grad is None for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Generating
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_answers_as_on_the_cpu(form: str) -> None:
+    from stubs import TOKENIZER
+
+    model = randomized(FORMS[form](sequence_len=64, vocab_size=265, n_layer=3, n_head=2, n_kv_head=1, n_embd=32))
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6], list(range(40))]
+    engines = Engine(model.eval(), TOKENIZER), Engine(moved(model).eval(), TOKENIZER)
+    answers = [[engine.generate_batch(prompt, max_tokens=20, temperature=0)[0] for prompt in prompts]
+               for engine in engines]  # fmt: skip
+    assert answers[0] == answers[1]
+    drawn = engines[1].generate_batch(prompts[0], num_samples=4, max_tokens=20, temperature=1.0, top_k=20, seed=3)
+    again = engines[1].generate_batch(prompts[0], num_samples=4, max_tokens=20, temperature=1.0, top_k=20, seed=3)
+    assert drawn == again and len({str(row) for row in drawn}) > 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# NCCL
+
+
+def test_the_update_over_nccl(tmp_path: Path) -> None:
+    """In a group of one: the sums are trivial, the calls and where their tensors lie are not."""
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1,
+                                         device_id=torch.device("cuda", 0))  # fmt: skip
+    try:
+        weights = []
+        for kind in (MuonAdamW, DistMuonAdamW):
+            model = moved(randomized(CONFIG))
+            optimizer = kind(build_param_groups(model, OptimizerConfig(), ns_dtype=torch.float32))
+            for seed in range(3):
+                random = torch.Generator().manual_seed(seed)
+                for p in model.parameters():
+                    p.grad = torch.randn(p.shape, generator=random).to(GPU)
+                optimizer.step()
+            weights.append({name: p.detach().cpu() for name, p in model.named_parameters()})
+        for name, value in weights[0].items():
+            torch.testing.assert_close(weights[1][name], value, msg=name)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The scripts
+
+
+def run(base: Path, *command: str, **environment: str) -> str:
+    """What `python -m command` prints; it must end well."""
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, text=True, capture_output=True, timeout=300,
+                          env={**os.environ, "NANOCHAT_BASE_DIR": str(base), **environment})  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def test_a_run_resumes_with_the_same_bits(copied: Path) -> None:
+    flags = ["--depth=2", "--n-embd=64", "--head-dim=32", "--max-seq-len=128", "--total-batch-size=1024",
+             f"--data={copied / 'text.jsonl'}", "--eval-tokens=1024", "--eval-every=5", "--save-every=6",
+             "--num-iterations=10", "--device-type=cuda", "--model-tag=run"]  # fmt: skip
+
+    def result() -> tuple[list[str], list[tuple[float, float | None]]]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        files = [folder / "000010" / name for name in ("model.safetensors", "optimizer.safetensors")]
+        return [sha256_file(file) for file in files], [(line["loss"], line.get("val_bpb")) for line in lines]
+
+    folder = copied / "base_checkpoints" / "run"
+    run(copied, "scripts.base_train", *flags)
+    straight = result()
+    shutil.rmtree(folder / "000010")
+    assert "resumed at step 6 of 10" in run(copied, "scripts.base_train", *flags, "--resume")
+    assert result() == straight
