@@ -36,10 +36,12 @@ def steps_done(base: Path) -> int:
 
 
 def wait_for_step(base: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while steps_done(base) < step and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert process.poll() is None and steps_done(base) >= step, process.communicate()[0]
+    if process.poll() is not None or steps_done(base) < step:
+        process.kill()  # else it would be waited for to its last step
+        pytest.fail(process.communicate()[0])
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
