@@ -5,15 +5,14 @@ Shapes: B batch, T time, S keys, H query heads, G key/value heads (G divides H),
 
 Backends of `flash_attn.flash_attn_func`, chosen once by device (choose_backend):
   fa3      FlashAttention 3, on Hopper with its package installed
-  flex     torch flex_attention, compiled, to train on other CUDA devices (block-sparse windows)
-  sdpa     PyTorch's own attention, there where nothing is trained: prompts come in all lengths, and flex would be
-           compiled for each of them
+  flex     torch flex_attention, inside a loss that is compiled for other CUDA devices (block-sparse windows)
+  sdpa     PyTorch's own attention, there outside of one: prompts and answers come in all lengths, and flex, which is
+           nothing without the compiler, would be compiled for each of them
   blocked  plain matrix products over blocks of queries, everywhere else: each block reads only the
            keys its window reaches, so cost falls with the window and no T x T mask ever exists.
            On CPUs forward and backward together are faster than PyTorch's own flash kernel.
 """
 
-import functools
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
@@ -99,7 +98,7 @@ block_masks: dict[tuple[int, int, str], BlockMask] = {}  # by length, window, de
 def prepare(length: int, windows: Iterable[int], device: torch.device) -> None:
     """Make the masks that rows of `length` tokens will want, before torch.compile sees the function that uses them:
     what it meets inside is computed anew at every step."""
-    if choose_backend(device.type, torch.float32, training=True) == "flex":
+    if choose_backend(device.type, torch.float32, compiling=True) == "flex":
         for window in {min(window, length) for window in windows}:
             block_masks[length, window, str(device)] = _block_mask(length, window, device)
 
@@ -114,23 +113,12 @@ def _block_mask(length: int, window: int, device: torch.device) -> BlockMask:
     return create_block_mask(visible, None, None, length, length, device=device)
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
-
-
 def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    kernel: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    kernel: Any = flex_attention  # mypy does not know how to call it
     key = (q.size(1), min(window, q.size(1)), str(q.device))
-    mask = block_masks.get(key)
-    if mask is None:
-        mask = _block_mask(*key[:2], q.device)
-        if not torch.compiler.is_compiling():
-            block_masks[key] = mask
+    mask = block_masks[key] if key in block_masks else _block_mask(*key[:2], q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return kernel(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
@@ -142,27 +130,29 @@ def _fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torc
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    T, grouped = q.size(1), q.size(2) != k.size(2)
+    T, repeat = q.size(1), q.size(2) // k.size(2)
+    if repeat > 1:  # its kernel for masks knows no groups, and the other one keeps all pairs
+        k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if window >= T - 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     position = torch.arange(T, device=q.device)
     distance = position[:, None] - position
     visible = (distance >= 0) & (distance <= window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
 
 
 BACKENDS: dict[str, AttentionFunction] = {"fa3": _fa3, "flex": _flex, "sdpa": _sdpa, "blocked": _blocked}
 
 
-def choose_backend(device_type: str, dtype: torch.dtype, training: bool) -> str:
-    """The fastest backend this machine has for tensors of that kind; `training`: gradients will be wanted."""
+def choose_backend(device_type: str, dtype: torch.dtype, compiling: bool) -> str:
+    """The fastest backend this machine has for tensors of that kind, inside torch.compile or outside."""
     if device_type != "cuda":
         return "blocked"
     hopper = torch.cuda.get_device_capability()[0] == 9
     if hopper and dtype in (torch.bfloat16, torch.float16) and FA3_INSTALLED:
         return "fa3"
-    return "flex" if training else "sdpa"
+    return "flex" if compiling else "sdpa"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -179,8 +169,7 @@ def flash_attn_func(
     assert causal and window_size[1] <= 0, "only causal attention is implemented"
     assert q.size(2) % k.size(2) == 0, "query heads must be a multiple of key/value heads"
     window = window_size[0] if window_size[0] >= 0 else q.size(1)
-    training = torch.is_grad_enabled() and q.requires_grad
-    return BACKENDS[choose_backend(q.device.type, q.dtype, training)](q, k, v, window)
+    return BACKENDS[choose_backend(q.device.type, q.dtype, torch.compiler.is_compiling())](q, k, v, window)
 
 
 def attend_at_positions(

@@ -118,14 +118,9 @@ def test_cost_falls_with_the_window() -> None:
 
 
 @pytest.fixture
-def flex_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> Any:
+def flex_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """flex_attention's own slow path, which runs anywhere: the same mask and layout, no compiler."""
-    monkeypatch.setattr(torch, "compile", lambda kernel: kernel)
     monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(flash_attention, "block_masks", {})
-    flash_attention._compiled_flex.cache_clear()
-    yield
-    flash_attention._compiled_flex.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention.*")
@@ -154,7 +149,6 @@ def test_training_is_one_graph_and_its_masks_are_made_before(monkeypatch: pytest
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)  # no gradient on CPUs
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     monkeypatch.setattr("nanochat.fused.usable", lambda *args: False)
-    flash_attention._compiled_flex.cache_clear()
     config = GPTConfig(sequence_len=256, vocab_size=300, n_layer=4, n_head=2, n_kv_head=1, n_embd=32)
     model = GPT.create(config)
     loss_fn = compiled_loss(model, "on", Runtime(torch.device("cpu"), torch.float32, "test", seed=0))
@@ -165,7 +159,6 @@ def test_training_is_one_graph_and_its_masks_are_made_before(monkeypatch: pytest
     called = [getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes]
     assert called.count("flex_attention") == 4 and "argsort" not in called  # which making a mask takes
     assert "autograd_function_apply" in called  # the head's loss: the last part
-    flash_attention._compiled_flex.cache_clear()
     torch._dynamo.reset()
 
 
@@ -196,8 +189,8 @@ def test_choice_of_backend(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
     monkeypatch.setattr(flash_attention, "FA3_INSTALLED", installed)
-    assert choose_backend(device, dtype, training=True) == chosen
-    assert choose_backend(device, dtype, training=False) == chosen.replace("flex", "sdpa")
+    assert choose_backend(device, dtype, compiling=True) == chosen
+    assert choose_backend(device, dtype, compiling=False) == chosen.replace("flex", "sdpa")
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -54,12 +54,17 @@ def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("T, window, G", [(256, 64, 4), (256, -1, 4), (384, 200, 2)])
-def test_flex_and_its_gradients(T: int, window: int, G: int, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("T, window, G", [(256, 64, 4), (256, -1, 4), (384, 200, 2), (100, 30, 2)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_attention_and_its_gradients(
+    compiled: bool, T: int, window: int, G: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """flex where it is compiled, else PyTorch's own."""
     tensors = random_qkv(2, T, 4, G, 64, dtype)
     mine = [x.to(GPU).requires_grad_() for x in tensors]
     theirs = [x.double().requires_grad_() for x in tensors]
-    out, wanted = flash_attn_func(*mine, window_size=(window, 0)), reference(*theirs, window)
+    attend = torch.compile(flash_attn_func) if compiled else flash_attn_func
+    out, wanted = attend(*mine, window_size=(window, 0)), reference(*theirs, window)
     assert far(out.detach(), wanted.detach()) < tolerance
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad((out * weights.to(GPU, dtype)).sum(), mine)
@@ -72,11 +77,10 @@ def test_prompts_of_all_lengths_compile_nothing() -> None:
     from torch._dynamo.utils import counters
 
     counters.clear()
-    with torch.no_grad():
-        for T in (1, 7, 63, 100, 101, 130, 257):
-            q, k, v = random_qkv(1, T, 4, 2, 64, torch.float32)
-            out = flash_attn_func(q.to(GPU), k.to(GPU), v.to(GPU), window_size=(50, 0))
-            assert far(out, reference(q, k, v, 50)) < 1e-5
+    for T in (1, 7, 63, 100, 101, 130, 257):
+        q, k, v = random_qkv(1, T, 4, 2, 64, torch.float32)
+        out = flash_attn_func(q.to(GPU), k.to(GPU), v.to(GPU), window_size=(50, 0))
+        assert far(out, reference(q, k, v, 50)) < 1e-5
     assert not counters["stats"]
 
 
