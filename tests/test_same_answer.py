@@ -55,15 +55,15 @@ def result(base: Path, stage: str = "base") -> tuple[list[float], dict[str, Any]
 
 def assert_same(found: Any, wanted: Any, tolerance: float = 1e-5) -> None:
     """Losses and all weights taken together within `tolerance`; a matrix alone within ten times that, as Muon amplifies
-    the rounding of a gradient's small singular values; a scalar within a hundred, as its first gradients are rounding
-    alone (see SCALAR_EPS)."""
+    the rounding of a gradient's small singular values; scalars, factors of a stream of size 1, within a hundred times it
+    outright, as their first gradients are rounding alone (see SCALAR_EPS), and how large depends on the CPU."""
     assert found[0] == pytest.approx(wanted[0], rel=tolerance) and found[2] == wanted[2]
     off = {name: float((found[1][name] - tensor).norm()) for name, tensor in wanted[1].items()}
     norms = {name: float(tensor.norm()) for name, tensor in wanted[1].items()}
     assert math.hypot(*off.values()) <= tolerance * math.hypot(*norms.values())
     for name, tensor in wanted[1].items():
-        allowed = tolerance * (100 if tensor.numel() < 100 else 10)
-        assert off[name] <= allowed * norms[name], f"{name} is {off[name] / norms[name]:.2g} off"
+        allowed = 100 * tolerance if tensor.numel() < 100 else 10 * tolerance * norms[name]
+        assert off[name] <= allowed, f"{name}, of norm {norms[name]:.2g}, is {off[name]:.2g} off"
 
 
 @pytest.fixture(scope="module")
