@@ -96,6 +96,12 @@ def debug_enabled() -> bool:
     return os.environ.get("NANOCHAT_DEBUG", "") not in ("", "0")
 
 
+def get_kernels_dir() -> Path:
+    """Where the CPU's kernels are kept once they are compiled: $NANOCHAT_KERNELS_DIR, else in the base folder."""
+    path = os.environ.get("NANOCHAT_KERNELS_DIR")
+    return Path(path).expanduser().resolve() if path else get_base_dir() / "kernels"
+
+
 def kernels_enabled() -> bool:
     """NANOCHAT_KERNELS=0 keeps to plain PyTorch on the CPU, to compare with."""
     return os.environ.get("NANOCHAT_KERNELS", "") != "0"

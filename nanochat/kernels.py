@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nanochat.common import get_base_dir, kernels_enabled, warn
+from nanochat.common import get_kernels_dir, kernels_enabled, warn
 from nanochat.runtime import cpu_flags
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "decode.c", "sampling.c"))
@@ -57,12 +57,12 @@ def _as_c(value: Any) -> Any:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loaded kernels, built now if they are not in the base folder yet; None where that cannot be done."""
+    """The loaded kernels, built now if they are not on disk yet; None where that cannot be done."""
     if not kernels_enabled():
         return None
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     try:
-        path = get_base_dir() / "kernels" / f"{build_key()}.so"
+        path = get_kernels_dir() / f"{build_key()}.so"
         if not path.exists():
             if compiler is None:
                 warn("no C compiler found: training on this CPU will be slower (install gcc or clang)")

@@ -9,5 +9,5 @@ cd "$(dirname "$0")/.."
 
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/pytest
+.venv/bin/pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder  # by files, the long ones first (tests/conftest.py)
 [ "${1:-}" = "--fast" ] || bash runs/runcpu.sh --smoke

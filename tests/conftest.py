@@ -1,6 +1,7 @@
 """What several test files share: a model small enough to train in a test."""
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -10,12 +11,24 @@ import pytest
 import torch
 from stubs import TINY
 
+from nanochat.common import get_kernels_dir
 from nanochat.gpt import GPT, GPTConfig
 
 # A shell has Ctrl-C ignored in what it starts in the background, and so would all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Compiled once, for all the base folders that tests make.
+os.environ.setdefault("NANOCHAT_KERNELS_DIR", str(get_kernels_dir()))
+
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+# Few tests, but long ones, that mostly wait for processes of their own: first, lest one core idles at the end.
+LONG = ("test_network", "test_elastic", "test_resume", "test_same_answer", "test_bench", "test_bad_shards")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session", autouse=True)

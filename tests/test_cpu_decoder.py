@@ -62,7 +62,7 @@ def compiled_with(flag: str, folder: Path) -> Iterator[None]:
     """Inside, the kernels are those that the compiler makes with one more flag."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "FLAGS", (*kernels.FLAGS, flag))
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        patch.setenv("NANOCHAT_KERNELS_DIR", str(folder))
         kernels.library.cache_clear()
         try:
             yield

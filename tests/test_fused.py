@@ -125,7 +125,7 @@ def test_without_a_compiler_all_works_with_one_warning(
     config = GPTConfig.later(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
     tokens = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(1))
     losses = [GPT.create(config, seed=1).loss(tokens[:, :-1], tokens[:, 1:])[0]]
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_KERNELS_DIR", str(tmp_path))
     monkeypatch.setattr(kernels, "library", functools.cache(kernels.library.__wrapped__))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     losses.append(GPT.create(config, seed=1).loss(tokens[:, :-1], tokens[:, 1:])[0])
@@ -135,6 +135,7 @@ def test_without_a_compiler_all_works_with_one_warning(
 
 @needs_compiler
 def test_built_once_and_anew_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NANOCHAT_KERNELS_DIR")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     library = kernels.library.__wrapped__
     assert library() is not None

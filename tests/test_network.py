@@ -65,9 +65,9 @@ class Run:
         return (self.base / f"host{host}.log").read_text()
 
     def wait(self, condition: Callable[[], Any], what: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not condition():
-            assert time.monotonic() < deadline, f"not within a minute: {what}\n{self.said(0)}\n{self.said(1)}"
+            assert time.monotonic() < deadline, f"not within three minutes: {what}\n{self.said(0)}\n{self.said(1)}"
             time.sleep(0.02)
 
     def wait_for(self, bid: str) -> None:

@@ -55,8 +55,8 @@ def result(base: Path, stage: str = "base") -> tuple[list[float], dict[str, Any]
 
 def assert_same(found: Any, wanted: Any, tolerance: float = 1e-5) -> None:
     """Losses and all weights taken together within `tolerance`; a matrix alone within ten times that, as Muon amplifies
-    the rounding of a gradient's small singular values; scalars, factors of a stream of size 1, within a hundred times it
-    outright, as their first gradients are rounding alone (see SCALAR_EPS), and how large depends on the CPU."""
+    the rounding of a gradient's small singular values; scalars, factors of a stream of size 1, within a hundred times
+    it outright: their first gradients are rounding alone (see SCALAR_EPS), more or less of it by the CPU."""
     assert found[0] == pytest.approx(wanted[0], rel=tolerance) and found[2] == wanted[2]
     off = {name: float((found[1][name] - tensor).norm()) for name, tensor in wanted[1].items()}
     norms = {name: float(tensor.norm()) for name, tensor in wanted[1].items()}
@@ -68,8 +68,7 @@ def assert_same(found: Any, wanted: Any, tolerance: float = 1e-5) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base folder with a tokenizer, text, and the CPU's kernels, which every fresh folder would build anew."""
-    from nanochat import kernels
+    """A base folder with a tokenizer and text."""
     from scripts import tok_train
 
     base = tmp_path_factory.mktemp("prepared")
@@ -79,7 +78,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
         tok_train.main([f"--data={base / 'data.jsonl'}", "--vocab-size=300"])
-        kernels.library.__wrapped__()
     return base
 
 
@@ -129,8 +127,9 @@ def test_four_processes_save_in_shares(done_by: Callable[[int], Path]) -> None:
     joined, counts = open_checkpoint(folder.parent, HALF).optimizer_state()
     whole, same = open_checkpoint(run_dir(done_by(1), "base", "tiny"), HALF).optimizer_state()
     assert joined.keys() == whole.keys() and counts == same
-    for name, tensor in whole.items():
-        assert (joined[name].reshape(tensor.shape) - tensor).norm() <= 1e-4 * tensor.norm(), name
+    for name, tensor in whole.items():  # a scalar's gradients are rounding alone at first
+        tolerance = 1e-3 if tensor.numel() < 100 else 1e-4
+        assert (joined[name].reshape(tensor.shape) - tensor).norm() <= tolerance * tensor.norm(), name
 
 
 @pytest.mark.parametrize(("before", "after"), [*itertools.product((1, 2, 3, 4), repeat=2), (4, 8)])
