@@ -17,6 +17,8 @@ from nanochat.gpt import GPT, GPTConfig
 # A shell has Ctrl-C ignored in what it starts in the background, and so would all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Of what tests start, for the same reason as in one_thread below, and as several run at a time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Compiled once, for all the base folders that tests make.
 os.environ.setdefault("NANOCHAT_KERNELS_DIR", str(get_kernels_dir()))
 
