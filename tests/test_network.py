@@ -67,6 +67,8 @@ class Run:
     def wait(self, condition: Callable[[], Any], what: str) -> None:
         deadline = time.monotonic() + 180
         while not condition():
+            if self.launchers[1].poll() == 75:  # the network was away for too long: as its supervisor would
+                self.launchers[1] = self.launch(1)
             assert time.monotonic() < deadline, f"not within three minutes: {what}\n{self.said(0)}\n{self.said(1)}"
             time.sleep(0.02)
 
@@ -123,7 +125,7 @@ def test_a_host_that_is_cut_off_or_dies_and_returns(hosts: TwoHosts, copied: Pat
         ended = re.search(r"error: rank 1: (.+) failed, another process hangs or is gone \((.+)\)", run.said(0))
         assert ended and ended[1].startswith(("summing", "counting", "gathering")), run.said(0)
         assert "resumed at step 20 " in run.said(0)
-        assert run.launchers[1].poll() is None  # it waits for the network
+        assert run.launchers[1].poll() in (None, 75)  # it waits for the network, for a time
         hosts.link(1, "up")
         run.wait_for("2-42")  # host 0 was told to stop before its next step, which it finished
         assert "resumed at step 32 " in run.said(1), "rank 0 is on host 1 again"
