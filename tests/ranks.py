@@ -22,7 +22,9 @@ FORKSERVER.set_forkserver_preload(["torch", "scripts.base_train", "scripts.chat_
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
     """What `function(runtime, *args)` returns on each rank. An exception there fails the test here."""
-    sent = pickle.dumps(args)  # tensors by value: torch would hand over memory that dies with its process
+    # Tensors by value: torch would hand over memory that dies with its process. The environment as it is now: the
+    # process that the ranks are forked from has that of the test which started it.
+    sent = pickle.dumps((dict(os.environ), args))
     with tempfile.TemporaryDirectory() as folder:
         pipes = [FORKSERVER.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
@@ -54,13 +56,15 @@ def _child(
     timeout: float,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    environment, args = pickle.loads(sent)
+    os.environ.clear()
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     if world_size > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank,
                                              world_size=world_size, timeout=timedelta(seconds=timeout))  # fmt: skip
     runtime = Runtime(torch.device("cpu"), torch.float32, "test", 0, rank, rank, world_size)
     try:
-        answer = True, function(runtime, *pickle.loads(sent))
+        answer = True, function(runtime, *args)
     except Exception:
         answer = False, f"rank {rank}: {traceback.format_exc()}"
     sender.send_bytes(pickle.dumps(answer))
