@@ -24,9 +24,9 @@ enum { FAR = 32 }; /* slots of a ring ahead of the one in use, to be fetched mea
 /* What enters a product with bfloat16 weights is rounded to bfloat16. It is kept as that where the CPU multiplies pairs
    of bfloat16, and elsewhere as float32, to be turned into it once and not for every tile. */
 #ifdef __AVX512BF16__
-enum { PAIRS = 1 };
+enum { PAIRWISE = 1 };
 #else
-enum { PAIRS = 0 };
+enum { PAIRWISE = 0 };
 #endif
 
 /* (M, K), packed (packed_weights.py): blocks of LANES outputs, in each of them input after input (bfloat16: pair after
@@ -87,7 +87,7 @@ INLINE void finish(const int kind, vec sum, Matrix w, long block, const long n, 
         if (kind == BF16) {
             words is_nan = (words)(sum != sum), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
             rounded = (rounded & ~is_nan) | (0x7fc0 & is_nan);
-            if (PAIRS) {
+            if (PAIRWISE) {
                 halves h = __builtin_convertvector(rounded, halves);
                 memcpy((bf16_t *)out.y + at, &h, n * sizeof(bf16_t));
                 return;
@@ -219,7 +219,7 @@ static float norm_factor(const float *x, long n, float eps) {
 
 /* Numbers at .. at+n-1 of `in` or `wide`. */
 static void put(const Model *m, void *to, long at, const float *from, long n) {
-    if (m->kind != BF16 || PAIRS) { store(to, at, from, n, m->kind == BF16); return; }
+    if (m->kind != BF16 || PAIRWISE) { store(to, at, from, n, m->kind == BF16); return; }
     float *y = (float *)to + at;
     SIMD for (long i = 0; i < n; i++) y[i] = from_bf16(to_bf16(from[i]));
 }
@@ -292,7 +292,7 @@ static void place(const Model *m, const Layer *layer, const Scratch *s, const To
     rotate(m, k, position);
     if (layer->value_embed) {
         float x[m->gate_channels], ve[D];
-        load(x, s->in, b * m->C, m->gate_channels, m->kind == BF16 && PAIRS);
+        load(x, s->in, b * m->C, m->gate_channels, m->kind == BF16 && PAIRWISE);
         load(ve, layer->value_embed, t->ids[b] * GD + g * D, D, m->bf16);
         float share = m->gate_scale * gate_of(m, layer->gate, g, x, m->gate_channels);
         for (long i = 0; i < D; i++) v[i] += share * ve[i];
@@ -436,7 +436,7 @@ void decode_step(const Model *m, const Scratch *s, const Tokens *t, float *logit
                 for (long c = 0; c < C; c++) x[c] -= *m->backout * s->middle[b * C + c];
             norm_row(m, x, s->in, b);
         }
-        const void *in = (char *)s->in + first * C * (m->kind == BF16 && PAIRS ? 2 : 4);
+        const void *in = (char *)s->in + first * C * (m->kind == BF16 && PAIRWISE ? 2 : 4);
         product(m, m->head, in, (Output){STORE, logits}, B - first, C, m->V);
         BARRIER
 #pragma omp for simd schedule(static)
