@@ -59,14 +59,17 @@ def list_files(fs: Any, path: str, usable: Callable[[PurePosixPath], Any]) -> di
 
 
 def linked_files(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
-    """fs.find() for the web, which takes a page that it cannot fetch, as when the server is down, for an empty one."""
+    """fs.find() for the web, which takes a page that it cannot fetch, as when the server is down, for an empty one.
+
+    Of folders only those below are entered: a listing links to its parent, too, and to itself in another order."""
     found: dict[str, dict[str, Any]] = {}
+    here = folder.rstrip("/") + "/"
     for info in fs.ls(folder, detail=True):
-        below = info["name"].rstrip("/").removeprefix(folder.rstrip("/"))  # nothing, where a page has a link to itself
+        name = info["name"]
         if info["type"] == "file":
-            found[info["name"]] = info
-        elif below and not below.startswith("/."):
-            found |= linked_files(fs, info["name"])
+            found[name] = info
+        elif name.startswith(here) and name != here and not name.startswith(here + "."):
+            found |= linked_files(fs, name)
     return found
 
 

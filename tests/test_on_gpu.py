@@ -149,16 +149,20 @@ def test_the_same_run_twice() -> None:
     assert curve(on(GPU, torch.bfloat16)) == curve(on(GPU, torch.bfloat16))
 
 
+def three_steps(optimizer: MuonAdamW, model: GPT) -> None:
+    """On gradients that are the same on every device."""
+    for seed in range(3):
+        random = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=random).to(model.device)
+        optimizer.step()
+
+
 def test_update_as_on_the_cpu() -> None:
     steps: list[dict[str, torch.Tensor]] = []
     for device in (torch.device("cpu"), GPU):
         model = randomized(CONFIG).to(device)
-        optimizer = MuonAdamW(build_param_groups(model, OptimizerConfig(), ns_dtype=torch.float32))
-        for seed in range(3):
-            random = torch.Generator().manual_seed(seed)
-            for p in model.parameters():
-                p.grad = torch.randn(p.shape, generator=random).to(device)
-            optimizer.step()
+        three_steps(MuonAdamW(build_param_groups(model, OptimizerConfig(), ns_dtype=torch.float32)), model)
         before = dict(randomized(CONFIG).named_parameters())
         steps.append({name: p.detach().cpu() - before[name].detach() for name, p in model.named_parameters()})
     for name, wanted in steps[0].items():
@@ -235,12 +239,7 @@ def test_the_update_over_nccl(tmp_path: Path) -> None:
         weights = []
         for kind in (MuonAdamW, DistMuonAdamW):
             model = moved(randomized(CONFIG))
-            optimizer = kind(build_param_groups(model, OptimizerConfig(), ns_dtype=torch.float32))
-            for seed in range(3):
-                random = torch.Generator().manual_seed(seed)
-                for p in model.parameters():
-                    p.grad = torch.randn(p.shape, generator=random).to(GPU)
-                optimizer.step()
+            three_steps(kind(build_param_groups(model, OptimizerConfig(), ns_dtype=torch.float32)), model)
             weights.append({name: p.detach().cpu() for name, p in model.named_parameters()})
         for name, value in weights[0].items():
             torch.testing.assert_close(weights[1][name], value, msg=name)

@@ -354,12 +354,12 @@ def test_mistakes(
 
 
 class Web(AbstractFileSystem):
-    """Pages with links, as fsspec sees them; what is not here does not answer."""
+    """Pages with links, to themselves and their parents too, as fsspec sees them; what is not here does not answer."""
 
     protocol = ("http", "https")
     pages: ClassVar[dict[str, list[str]]] = {
         "http://host/data": ["http://host/data/", "http://host/data/a.parquet", "http://host/data/sub/"],
-        "http://host/data/sub": ["http://host/data/sub/b.parquet", "http://host/data/sub/./"],
+        "http://host/data/sub": ["http://host/data/", "http://host/data/sub/b.parquet", "http://host/data/sub/./"],
         "http://host/half": ["http://host/half/a.parquet", "http://host/half/down/"],
     }
 
