@@ -63,12 +63,22 @@ INLINE vec from_bytes(bytes b) {
 #endif
 }
 
+INLINE words widened(halves h) {
+#if defined(__AVX512F__)
+    return (words)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__) /* by name: gcc makes three instructions of it */
+    return (words)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    return __builtin_convertvector(h, words);
+#endif
+}
+
 INLINE vec get(const void *p, long at, const int kind) {
     vec floats;
     halves h;
     bytes b;
     switch (kind) {
-    case BF16: memcpy(&h, (const bf16_t *)p + at, sizeof(h)); return (vec)(__builtin_convertvector(h, words) << 16);
+    case BF16: memcpy(&h, (const bf16_t *)p + at, sizeof(h)); return (vec)(widened(h) << 16);
     case INT8: memcpy(&b, (const int8_t *)p + at, sizeof(b)); return from_bytes(b);
     default: memcpy(&floats, (const float *)p + at, sizeof(floats)); return floats;
     }
