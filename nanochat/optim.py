@@ -7,6 +7,7 @@ Shapes: K matrices in a group, R rows, C columns.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,8 +24,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW:
     """Groups are dicts with `kind` "adamw" or "muon"; a muon group's matrices all have one shape.
+
+    `param_groups`, `state` and `step` are as in torch.optim.Optimizer, which this is not: to make one imports torch's
+    compiler, and that takes as long as importing torch.
 
     State per parameter, full-shape and fp32: adamw `exp_avg`, `exp_avg_sq`; muon `momentum_buffer` (R, C) and
     `second_moment` (R, 1) or (1, C): a matrix's state is a view into its group's stack, so that saving and
@@ -44,8 +48,11 @@ class MuonAdamW(torch.optim.Optimizer):
             kind = group.get("kind")
             assert kind in ("adamw", "muon"), f"a parameter group's kind is adamw or muon, not {kind!r}"
             groups.append({**(self.ADAMW if kind == "adamw" else self.MUON), **group})
-        super().__init__(groups, {})
-        for group in self.param_groups:
+        self.param_groups: list[dict[str, Any]] = groups
+        self.state: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
+        params = [p for group in groups for p in group["params"]]
+        assert len(set(params)) == len(params), "a parameter is in two groups"
+        for group in groups:
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("initial_weight_decay", group["weight_decay"])
             if group["kind"] == "muon":
@@ -53,9 +60,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 assert len(shapes) == 1, f"a muon group holds one shape, got {shapes}"
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Update every parameter that has a gradient; a muon group needs all of its gradients."""
-        assert closure is None, "closures are not supported"
         for group in self.param_groups:
             if group["kind"] == "adamw":
                 for p in group["params"]:
@@ -198,9 +204,8 @@ class DistMuonAdamW(MuonAdamW):
         self._is_small = set(self.small)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Update every parameter that has a gradient on any process. All processes call it."""
-        assert closure is None, "closures are not supported"
         params = [p for group in self.param_groups for p in group["params"]]
         small = self._start_small(params)
         sums = [self._start_group(group) for group in self.param_groups]

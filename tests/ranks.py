@@ -1,5 +1,6 @@
 """Run a function in several processes that form a gloo group, as torchrun would start them."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -15,9 +16,11 @@ import torch
 
 from nanochat.runtime import Runtime
 
-# Children are forked from one process that has imported everything slow.
+# Children are forked from one process that has imported everything slow, also what a report is drawn with.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["torch", "scripts.base_train", "scripts.chat_sft", "scripts.tok_train"])
+STAGES = ("tok_train", "base_train", "chat_sft", "chat_rl")
+DRAWING = ("matplotlib.figure", "matplotlib.backends.backend_svg")
+FORKSERVER.set_forkserver_preload(["torch", *(f"scripts.{name}" for name in STAGES), *DRAWING])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -55,6 +58,7 @@ def _child(
     rank: int, world_size: int, folder: str, sender: Connection, function: Callable[..., Any], sent: bytes,
     timeout: float,
 ) -> None:  # fmt: skip
+    gc.freeze()  # what is inherited: to look through it for garbage would copy it, half a second a process
     torch.set_num_threads(1)
     environment, args = pickle.loads(sent)
     os.environ.clear()

@@ -260,7 +260,7 @@ def train(model, optimizer, steps, seed):
         rows = torch.randint(0, model.config.vocab_size, (2, 9), generator=generator)
         model(rows[:, :-1], rows[:, 1:]).backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
 
 
 def test_training_goes_on_bit_for_bit(tmp_path, tokenizer, config):

@@ -250,7 +250,7 @@ def test_optimizer_state_is_what_the_optimizer_keeps(tiny_model: GPT) -> None:
 
 def held_by_rank(runtime: Runtime, dtype: str) -> tuple[dict[str, int], dict[str, int]]:
     """(what the planner foretells, what this process holds): bytes by kind, and the most at once in a backward pass."""
-    from torch.profiler import ProfilerActivity, profile
+    from torch.autograd.profiler import profile  # torch.profiler.profile imports the compiler
 
     from bench._common import tensor_bytes
     from nanochat.planner import Gpu
@@ -265,9 +265,9 @@ def held_by_rank(runtime: Runtime, dtype: str) -> tuple[dict[str, int], dict[str
     trainer = Trainer(model, optimizer, None, runtime, ScheduleConfig(9), rows, loss_fn=model.loss)  # type: ignore[arg-type]
     batch = random_batch(2 * rows * runtime.world_size, config.sequence_len, config.vocab_size, runtime)
     trainer.step(batch)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with profile(profile_memory=True, use_kineto=True) as watched:
         trainer.accumulate(batch)  # two micro-batches, the second one beside the gradients of the first
-    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [event for event in watched.kineto_results.events() if event.name() == "[memory]"]
     above, most = 0, 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         above += event.nbytes()

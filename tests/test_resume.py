@@ -1,5 +1,6 @@
 """Killed at random moments, a run resumes, loses at most the steps since its last save, and ends the same."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -9,12 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from ranks import FORKSERVER
 
 from nanochat.common import sha256_file
-
-FORKSERVER = multiprocessing.get_context("forkserver")
-STAGES = ["base_train", "chat_sft", "chat_rl", "tok_train"]
-FORKSERVER.set_forkserver_preload(["torch", *(f"scripts.{stage}" for stage in STAGES)])
 
 STEPS, SAVE_EVERY = 60, 3
 BASE = [
@@ -34,6 +32,7 @@ def child(stage: str, argv: list[str], base_dir: str, log: str) -> None:
 
     import torch
 
+    gc.freeze()  # as in ranks.py
     torch.set_num_threads(1)
     os.environ["NANOCHAT_BASE_DIR"] = base_dir
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
