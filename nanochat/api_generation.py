@@ -15,6 +15,7 @@ from nanochat.decoding import Token
 from nanochat.service import Busy, Closed, End, Order, Ticket, WorkerPool
 
 MOST_UNREAD = 2048  # tokens kept for a client that does not read; then its request ends
+TURN_SECONDS = 0.003
 
 Event = dict[str, Any]
 Head = Callable[[str, str], Event]  # Api.head: kind and prefix to what every answer begins with
@@ -53,11 +54,33 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
+class Turns:
+    """What all answers together may keep the event loop busy with before it does what else is ready.
+
+    A step of the model gives every answer a token at once, and with log probabilities each takes a millisecond. A
+    question after the server's health takes some rounds of the loop, and would wait for all of them in each.
+    """
+
+    def __init__(self) -> None:
+        self._until: float | None = None  # in this round of the loop
+
+    async def mine(self) -> None:
+        """Returns when the caller may go on, in this round or in a later one."""
+        while self._until is not None and time.monotonic() > self._until:
+            await asyncio.sleep(0)
+        if self._until is None:
+            self._until = time.monotonic() + TURN_SECONDS
+            asyncio.get_running_loop().call_soon(self._next_round)
+
+    def _next_round(self) -> None:
+        self._until = None
+
+
 class Generation:
     """Samples of one or more prompts, from the pool to the client."""
 
-    def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings, client: str) -> None:
-        self.client = client
+    def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings, client: str, turns: Turns) -> None:
+        self.client, self.turns = client, turns
         self.pool, self.tokenizer, self.settings = pool, tokenizer, settings
         self.queue: asyncio.Queue[tuple[int, list[Token] | End]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
@@ -134,6 +157,7 @@ class Generation:
                         yield number, index, text.finish(), [], True
                 continue
             for token in what:
+                await self.turns.mine()
                 index = token.row.index
                 text = texts[index]
                 if ended[number][index] or len(text.tokens) >= ticket.order.max_tokens:
@@ -181,7 +205,7 @@ class Generation:
 
 def chat_events(head_of: Head, generation: Generation, request: ChatRequest) -> AsyncIterator[Event]:
     """The chunks of a streamed chat completion."""
-    head = head_of("chat.completion.chunk", "chatcmpl")
+    head, top = head_of("chat.completion.chunk", "chatcmpl"), request.top_logprobs or 0
 
     async def events() -> AsyncIterator[dict[str, Any]]:
         def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
@@ -192,7 +216,7 @@ def chat_events(head_of: Head, generation: Generation, request: ChatRequest) -> 
         for index in range(request.n):
             yield chunk(index, {"role": "assistant", "content": ""})
         async for _, index, pieces, tokens, ended in generation.pieces():
-            told = chat_logprobs(generation.tokenizer, tokens, request.top_logprobs or 0) if request.logprobs else None
+            told = {"content": list(chat_logprobs(generation.tokenizer, tokens, top))} if request.logprobs else None
             for kind, text in pieces or ([("text", "")] if told and told["content"] else []):
                 # Tool calls are no text of the answer; this system's own page shows them.
                 delta: dict[str, Any] = {"content": text} if kind == "text" else {"tool": {"kind": kind, "text": text}}
@@ -219,11 +243,12 @@ def published_events(generation: Generation) -> AsyncIterator[Event]:
 
 
 def chat_answer(head_of: Head, generation: Generation, request: ChatRequest) -> Event:
-    choices = []
+    """The whole chat completion; its log probabilities are iterators (server.json_pieces)."""
+    choices, top = [], request.top_logprobs or 0
     for index, text in enumerate(generation.texts[0]):
         tools = [{"kind": kind, "text": part} for kind, part in text.pieces if kind != "text"]
         message = {"role": "assistant", "content": text.text, "refusal": None, **({"tools": tools} if tools else {})}
-        told = chat_logprobs(generation.tokenizer, text.tokens, request.top_logprobs or 0) if request.logprobs else None
+        told = {"content": chat_logprobs(generation.tokenizer, text.tokens, top)} if request.logprobs else None
         choices.append({"index": index, "message": message, "logprobs": told,
                         "finish_reason": generation.finish_reason(0, index)})  # fmt: skip
     return {**head_of("chat.completion", "chatcmpl"), "choices": choices, "usage": generation.usage()}

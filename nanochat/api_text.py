@@ -3,7 +3,7 @@
 The same code makes the streamed and the whole answer, so that they are the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,17 +101,18 @@ def held_back(text: str, stop: Sequence[str]) -> int:
     return longest
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> dict[str, Any]:
-    """Log probabilities in the shape of chat completions; of tokens that the model chose."""
+def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> Iterator[dict[str, Any]]:
+    """Log probabilities in the shape of chat completions, of tokens that the model chose, one after the other: all
+    together they would be hundreds of thousands of objects for Python to look through."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         raw = tokenizer.decode_bytes([token])
         return {"token": raw.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(raw)}
 
-    return {"content": [
-        {**entry(t.id, t.told.logprob), "top_logprobs": [entry(i, p) for i, p in t.told.top[:top]]}
-        for t in tokens if t.told is not None
-    ]}  # fmt: skip
+    for token in tokens:
+        if token.told is not None:
+            best = [entry(i, p) for i, p in token.told.top[:top]]
+            yield {**entry(token.id, token.told.logprob), "top_logprobs": best}
 
 
 def completion_logprobs(

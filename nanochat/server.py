@@ -12,7 +12,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from nanochat.api_generation import (
     ApiError,
     Generation,
     Settings,
+    Turns,
     chat_answer,
     chat_events,
     completion_answer,
@@ -53,6 +54,7 @@ CONTENT_POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+json_text = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass
@@ -98,6 +100,7 @@ class Api:
         self.started = time.time()
         self.door = Door()
         self._aside = ThreadPoolExecutor(2, "nanochat-aside")
+        self.turns = Turns()
 
     async def aside(self, work: Callable[[], Any]) -> Any:
         """Off the event loop, two pieces of work at a time: more would only wait for each other."""
@@ -165,7 +168,7 @@ class Api:
 
     def generation(self, request: Request, orders: Sequence[Order], stop: Sequence[str], chat: bool) -> Generation:
         """The orders under way. Raises ApiError."""
-        made = Generation(self.pool, self.tokenizer, self.settings, request.state.client)
+        made = Generation(self.pool, self.tokenizer, self.settings, request.state.client, self.turns)
         made.submit(orders, stop, chat)
         return made
 
@@ -202,11 +205,11 @@ class Api:
         async def lines() -> AsyncIterator[dict[str, str]]:
             try:
                 async for event in events:
-                    yield {"data": json.dumps(event, ensure_ascii=False)}
+                    yield {"data": json_text(event)}
                 if done:
                     yield {"data": "[DONE]"}
             except ApiError as error:
-                yield {"data": json.dumps(error.body, ensure_ascii=False)}
+                yield {"data": json_text(error.body)}
             finally:
                 generation.cancel()
                 self.count(generation)
@@ -215,9 +218,27 @@ class Api:
 
 
 def encoded(answer: dict[str, Any]) -> Response:
-    """As JSON, a choice at a time: a call for all of a large answer would keep the other threads waiting."""
-    choices = ", ".join(json.dumps(choice, ensure_ascii=False) for choice in answer.pop("choices"))
-    return Response(f'{json.dumps(answer)[:-1]}, "choices": [{choices}]}}', media_type="application/json")
+    """As JSON. With log probabilities an answer has megabytes."""
+    return Response(b"".join(piece.encode() for piece in json_pieces(answer, 5)), media_type="application/json")
+
+
+def json_pieces(value: Any, levels: int) -> Iterator[str]:
+    """JSON of a value with iterators for lists, in pieces: one call for all of a large value would stop the other
+    threads for as long. What lies `levels` deep is one piece."""
+    if levels and isinstance(value, dict):
+        yield "{"
+        for number, (key, part) in enumerate(value.items()):
+            yield f"{', ' if number else ''}{json_text(key)}: "
+            yield from json_pieces(part, levels - 1)
+        yield "}"
+    elif levels and isinstance(value, (list, Iterator)):
+        yield "["
+        for number, part in enumerate(value):
+            yield ", " if number else ""
+            yield from json_pieces(part, levels - 1)
+        yield "]"
+    else:
+        yield json_text(value)
 
 
 async def wait_for_disconnect(request: Request) -> None:

@@ -150,7 +150,7 @@ def keep_pauses_short() -> None:
     """All threads share one interpreter, and whoever asks for the next token must not wait for the others."""
     gc.collect()
     gc.freeze()  # what was loaded stays: looking through it again and again stops all threads for 0.2 s each time
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(2_000, 10, 50)  # a look at 20,000 objects takes some ten milliseconds
     sys.setswitchinterval(0.001)  # seconds for which a thread may keep the others waiting
 
 

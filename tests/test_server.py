@@ -1,5 +1,7 @@
 """The HTTP API against a tiny model: shapes, streams, errors, limits."""
 
+import asyncio
+import itertools
 import json
 import threading
 import time
@@ -12,8 +14,9 @@ from fastapi.testclient import TestClient
 from stubs import SPECIAL
 from test_prefix_cache import make_model
 
+from nanochat import api_generation
 from nanochat.engine import Engine
-from nanochat.server import Metrics, Settings, create_app
+from nanochat.server import Metrics, Settings, create_app, json_pieces
 from nanochat.service import Service, WorkerPool
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -337,3 +340,45 @@ def settle(app: Any) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(stats)
+
+
+@pytest.mark.parametrize("levels", [0, 1, 3, 9])
+def test_json_in_pieces_is_json(levels):
+    value = {"a": [], "b": {}, "c": [1, -2.5e-9, None, True, "\u00fc\n\"\U0001f600"], "d": {"e": [[{"x": [1]}]]}}
+    assert "".join(json_pieces(value, levels)) == json.dumps(value, ensure_ascii=False)
+
+
+def test_json_in_pieces_takes_iterators_for_lists_and_holds_one_element_at_a_time():
+    made = []
+    pieces = json_pieces({"content": (made.append(i) or i for i in range(3)), "none": iter(())}, 5)
+    until_the_first = "".join(itertools.takewhile(lambda piece: piece != "0", pieces))
+    assert (until_the_first, made) == ('{"content": [', [0])
+    assert "".join(pieces) == ', 1, 2], "none": []}'
+
+
+def test_answers_take_turns_and_let_others_in_between(monkeypatch):
+    """Forty answers have something to say at once, a millisecond of work each: a question that takes five rounds of
+    the loop is answered after five turns, not after forty milliseconds a round."""
+    now = [0.0]
+    monkeypatch.setattr(api_generation.time, "monotonic", lambda: now[0])
+
+    async def ask_and_answer():
+        turns, order = api_generation.Turns(), []
+
+        async def answer(number):
+            await turns.mine()
+            now[0] += 0.001
+            order.append(number)
+
+        async def question():
+            for _ in range(5):
+                await asyncio.sleep(0)
+            return now[0]
+
+        asked = asyncio.create_task(question())
+        await asyncio.gather(*(answer(number) for number in range(40)))
+        return order, await asked
+
+    order, answered = asyncio.run(ask_and_answer())
+    assert order == list(range(40))
+    assert answered <= 5 * (api_generation.TURN_SECONDS + 0.001) + 1e-9
