@@ -6,8 +6,8 @@ takes at the speed at which this machine's cores read memory, over the time of a
 fits in the CPU's cache is read faster than that, and its share says little. `--int8` counts by the bytes of int8.
 
 It must also multiply each row by every matrix, and by its keys and values. The share of the arithmetic limit is the
-time that takes at the speed of large matrix products, over the same time. One row waits for memory, many for
-arithmetic: where the second share nears 1, more rows give no more tokens a second.
+time that takes at the speed of PyTorch's large matrix products (the CPU's own ceiling is higher), over the same time.
+One row waits for memory, many for arithmetic: where the second share nears 1, more rows give no more tokens a second.
 """
 
 import random

@@ -15,7 +15,7 @@ from nanochat.decoding import Token
 from nanochat.service import Busy, Closed, End, Order, Ticket, WorkerPool
 
 MOST_UNREAD = 2048  # tokens kept for a client that does not read; then its request ends
-TURN_SECONDS = 0.003
+TURN_SECONDS = 0.003  # of each round of the event loop, for all answers together
 
 Event = dict[str, Any]
 Head = Callable[[str, str], Event]  # Api.head: kind and prefix to what every answer begins with
