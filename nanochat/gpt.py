@@ -197,7 +197,7 @@ class GPT(nn.Module):
         """Lay the model out without memory, allocate it on `device`, then initialise every tensor from `seed`."""
         with torch.device("meta"):
             model = cls(config, compute_dtype)
-        # As model.to_empty(device) does, which imports sympy for it: a second at every start.
+        # As model.to_empty(device) does, which imports sympy for it: half a second at every start.
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         model.init_weights(seed)
         return model

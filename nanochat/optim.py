@@ -28,7 +28,7 @@ class MuonAdamW:
     """Groups are dicts with `kind` "adamw" or "muon"; a muon group's matrices all have one shape.
 
     `param_groups`, `state` and `step` are as in torch.optim.Optimizer, which this is not: to make one imports torch's
-    compiler, and that takes as long as importing torch.
+    compiler, which takes seconds.
 
     State per parameter, full-shape and fp32: adamw `exp_avg`, `exp_avg_sq`; muon `momentum_buffer` (R, C) and
     `second_moment` (R, 1) or (1, C): a matrix's state is a view into its group's stack, so that saving and
