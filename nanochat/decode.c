@@ -12,6 +12,11 @@
 
 #include "vectors.h"
 
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #ifdef _OPENMP
 #include <omp.h>
 #define NUM_THREADS omp_get_num_threads()
@@ -199,8 +204,73 @@ PRODUCT(F32)
 PRODUCT(BF16)
 PRODUCT(INT8)
 
+#ifdef __AMX_BF16__
+/* Registers of 16 rows of 64 bytes: one instruction multiplies 32 inputs of up to 16 tokens by a block's 16 outputs,
+   whose packed weights are just what it wants. It adds up in an order of its own, so it is used for one token too. */
+enum { TILE_TOKENS = 16, TILE_INPUTS = 32 };
+static int tiles_allowed;
+
+__attribute__((constructor)) static void ask_for_tiles(void) { /* Linux gives a process these registers if it asks */
+    const long request_permission = 0x1023, tile_data = 18;
+    tiles_allowed = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+/* Registers 0-3 hold sums, 4 the inputs of N tokens, 5-7 weights. */
+static void shape_tiles(long N) {
+    struct { uint8_t palette, start[15]; uint16_t row_bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = i < 5 ? N : 16;
+    __asm__ volatile("" : : "r"(&shape) : "memory"); /* gcc's next line claims to read its first bytes only */
+    _tile_loadconfig(&shape);
+}
+
+/* R blocks of outputs, 4 or 1, for N rows of x from b on; `skip` of these are known already. */
+INLINE void sums_of_tiles(const int R, Matrix w, long block, const bf16_t *x, long b, long N, long skip, long K,
+                          Output out, long M) {
+    const char *weight = (const char *)w.weight + block * LANES * K * 2;
+    float sum[4][TILE_TOKENS][LANES];
+#define EACH_BLOCK(DO) { DO(0, 5) if (R == 4) { DO(1, 6) DO(2, 7) DO(3, 5) } } /* registers have fixed numbers */
+#define CLEAR(r, w) _tile_zero(r);
+#define ADD_UP(r, w) _tile_loadd(w, weight + 2 * LANES * (r * K + k), 64); _tile_dpbf16ps(r, 4, w);
+#define KEEP(r, w) _tile_stored(r, sum[r], 64);
+    EACH_BLOCK(CLEAR)
+    for (long k = 0; k < K; k += TILE_INPUTS) {
+        _tile_loadd(4, x + b * K + k, 2 * K);
+        EACH_BLOCK(ADD_UP)
+    }
+    EACH_BLOCK(KEEP)
+    for (int r = 0; r < R; r++) {
+        const long m = LANES * (block + r), left = M - m < LANES ? M - m : LANES;
+        for (long n = skip; n < N; n++)
+            if (left == LANES) finish(BF16, get(sum[r][n], 0, F32), w, block + r, LANES, out, (b + n) * M + m);
+            else finish(BF16, get(sum[r][n], 0, F32), w, block + r, left, out, (b + n) * M + m);
+    }
+}
+
+static void product_of_tiles(Matrix w, const bf16_t *x, Output out, long B, long K, long M) {
+    const long blocks = (M + LANES - 1) / LANES, unit = blocks >= 4 * NUM_THREADS ? 4 : 1;
+    const long parts = (B + TILE_TOKENS - 1) / TILE_TOKENS, N = (B + parts - 1) / parts; /* B in parts of one size, */
+    shape_tiles(N);
+#pragma omp for schedule(static) nowait
+    for (long first = 0; first < blocks; first += unit)
+        for (long from = 0; from < B; from += N) {
+            const long b = from + N < B ? from : B - N; /* of which the last may begin in the one before */
+            if (first + 4 <= blocks && unit == 4) sums_of_tiles(4, w, first, x, b, N, from - b, K, out, M);
+            else
+                for (long i = first; i < first + unit && i < blocks; i++)
+                    sums_of_tiles(1, w, i, x, b, N, from - b, K, out, M);
+        }
+    _tile_release();
+}
+#endif
+
 /* From x (B, K), the outputs shared out among the threads. No barrier: the caller sets one. */
 static void product(const Model *model, Matrix w, const void *x, Output out, long B, long K, long M) {
+#ifdef __AMX_BF16__
+    if (model->kind == BF16 && tiles_allowed && K % TILE_INPUTS == 0) {
+        product_of_tiles(w, x, out, B, K, M);
+        return;
+    }
+#endif
     switch (model->kind) {
     case BF16: product_BF16(w, x, out, B, K, M); break;
     case INT8: product_INT8(w, x, out, B, K, M); break;

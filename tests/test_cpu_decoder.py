@@ -58,10 +58,10 @@ needs_compiler = pytest.mark.skipif(not cpu_decoder.supported(build()), reason="
 
 
 @contextlib.contextmanager
-def compiled_with(flag: str, folder: Path) -> Iterator[None]:
-    """Inside, the kernels are those that the compiler makes with one more flag."""
+def compiled_with(folder: Path, *flags: str) -> Iterator[None]:
+    """Inside, the kernels are those that the compiler makes with these flags too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "FLAGS", (*kernels.FLAGS, flag))
+        patch.setattr(kernels, "FLAGS", (*kernels.FLAGS, *flags))
         patch.setenv("NANOCHAT_KERNELS_DIR", str(folder))
         kernels.library.cache_clear()
         try:
@@ -70,16 +70,25 @@ def compiled_with(flag: str, folder: Path) -> Iterator[None]:
             kernels.library.cache_clear()
 
 
-@pytest.fixture(scope="module", params=["native", "znver3"])
-def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """As built here, and as for a CPU on which gcc takes some of the multiply-adds apart if it may choose."""
+COMPILED = {
+    "native": (),
+    "znver3": ("-mtune=znver3",),  # gcc takes some of the multiply-adds apart there if it may choose
+    "amx": ("-march=x86-64", "-O1", "-Wno-psabi", "-include", str(Path(__file__).with_name("emulated.h"))),
+}  # fmt: skip
+
+
+@pytest.fixture(params=COMPILED)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """As built here, and as for other CPUs: whose tuning is another, and with AVX512-BF16 and AMX."""
     if request.param == "native":
-        yield
+        yield request.param
     elif platform.machine() != "x86_64":
         pytest.skip("an x86 CPU")
     else:
-        with compiled_with(f"-mtune={request.param}", tmp_path_factory.mktemp("tuned")):
-            yield
+        folder = tmp_path_factory.getbasetemp() / f"kernels-{request.param}"  # compiled once
+        with compiled_with(folder, *COMPILED[request.param]):
+            assert block_outputs() == 16 or request.param != "amx"
+            yield request.param
 
 
 @needs_compiler
@@ -99,8 +108,10 @@ def test_agrees_with_the_model_without_a_cache(form: str, head_dim: int) -> None
 
 
 @needs_compiler
-def test_bfloat16_stays_as_near_to_float32_as_pytorch_does() -> None:
-    exact, model = build(), DecodingWeights(build(dtype=torch.bfloat16)).current()
+@pytest.mark.parametrize("head_dim", [16, 80])
+def test_bfloat16_stays_as_near_to_float32_as_pytorch_does(head_dim: int, compiled: str) -> None:
+    sizes = {"n_head": 5, "n_kv_head": 1, "n_embd": 5 * head_dim}  # 80 inputs are no whole number of tiles
+    exact, model = build(**sizes), DecodingWeights(build(dtype=torch.bfloat16, **sizes)).current()
     tokens = ids(30)
     cache, other = prefilled(model, [tokens[:5]]), prefilled(model, [tokens[:5]])
     decoder = CpuDecoder(model, cache, PackedWeights(model))
@@ -116,14 +127,14 @@ def test_bfloat16_stays_as_near_to_float32_as_pytorch_does() -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_row_gets_the_same_bits_alone_and_beside_others(dtype: torch.dtype, int8: bool, tuned: None) -> None:
+def test_a_row_gets_the_same_bits_alone_and_beside_others(dtype: torch.dtype, int8: bool, compiled: str) -> None:
     weights = DecodingWeights(build(dtype=dtype), int8)
     model = weights.current()
-    prompts = [ids(2 + 3 * i, seed=i) for i in range(7)]  # rows of 2 .. 20 tokens: 4 rows at a time, then 3 alone
+    prompts = [ids(2 + i, seed=i) for i in range(19)]  # rows of 2 .. 20 tokens: 4 at a time, then 3 alone; tiles of 10
     together = CpuDecoder(model, prefilled(model, prompts), weights.packed)
     alone = [CpuDecoder(model, prefilled(model, [prompt]), weights.packed) for prompt in prompts]
     for step in range(20):
-        tokens = ids(7, seed=100 + step).tolist()
+        tokens = ids(19, seed=100 + step).tolist()
         logits = together(tokens)
         for row, decoder in enumerate(alone):
             assert torch.equal(logits[row], decoder([tokens[row]])[0]), f"row {row} at step {step}"
@@ -132,7 +143,7 @@ def test_a_row_gets_the_same_bits_alone_and_beside_others(dtype: torch.dtype, in
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_short_prompt_is_what_its_tokens_are_one_by_one(dtype: torch.dtype, int8: bool, tuned: None) -> None:
+def test_a_short_prompt_is_what_its_tokens_are_one_by_one(dtype: torch.dtype, int8: bool, compiled: str) -> None:
     weights = DecodingWeights(build(dtype=dtype), int8)
     model, tokens = weights.current(), ids(24).tolist()
     assert weights.packed is not None
@@ -162,7 +173,7 @@ def test_a_prompt_that_closes_a_window_is_not_taken() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_number_of_threads_changes_no_bit(threads: int, tuned: None) -> None:
+def test_the_number_of_threads_changes_no_bit(threads: int, compiled: str) -> None:
     model, prompts = build(vocab_size=1100), [ids(3 + i, seed=i) for i in range(13)]  # 69 blocks of outputs
     before, results = torch.get_num_threads(), []
     caches = [prefilled(model, prompts) for _ in range(2)]  # by PyTorch, which makes no such promise
@@ -195,7 +206,7 @@ def test_the_batch_uses_it_and_says_what_plain_pytorch_says(monkeypatch: pytest.
 def test_agrees_on_cpus_with_shorter_vectors(cpu: str, tmp_path: Path) -> None:
     if cpu == "haswell" and not {"avx2", "fma", "bmi2"} <= cpu_flags():
         pytest.skip("this CPU has no AVX2")
-    with compiled_with(f"-march={cpu}", tmp_path):
+    with compiled_with(tmp_path, f"-march={cpu}"):
         assert block_outputs() < 16
         for dtype, int8 in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
             weights = DecodingWeights(build(dtype=dtype), int8)
