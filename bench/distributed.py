@@ -47,6 +47,8 @@ def measure(flags: DistributedFlags, runtime: Runtime) -> Result:
         counts = [int(count) for count in flags.processes.split(",")]
     except ValueError:
         raise UserError(f"--processes must be numbers with commas between, got {flags.processes!r}") from None
+    if flags.batch < max(counts):
+        raise UserError(f"--batch {flags.batch} leaves some of {max(counts)} processes without a row")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cases = [(1, cores), *((count, 1) for count in counts)]
     found: dict[tuple[int, int], list[dict[str, Any]]] = {case: [] for case in cases}

@@ -57,7 +57,7 @@ def run_dir(base_dir: Path, source: str, tag: str) -> Path:
     """The folder of one run's checkpoints. Raises UserError for an unknown source or a tag that is no folder name."""
     if source not in CHECKPOINT_FOLDERS:
         raise UserError(f"the source must be one of {', '.join(CHECKPOINT_FOLDERS)}, got {source!r}")
-    if not tag or tag.startswith(".") or re.search(r"[/\\\0]", tag):
+    if not tag or tag.startswith(".") or re.search(r"[/\\\0\ud800-\udfff]", tag):
         raise UserError(f"the model tag must be a plain folder name (no slashes, no leading dot), got {tag!r}")
     if len(tag.encode()) > 200:
         raise UserError(f"the model tag is too long for a folder's name: {tag[:40]}…")

@@ -106,7 +106,7 @@ def _validate_content(role: str, content: Any, where: str) -> None:
     for number, part in enumerate(content, start=1):
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             raise ValueError(f"{where}: part {number} must be an object with 'type' and a string 'text'")
-        if part.get("type") not in PART_TOKENS:
+        if not isinstance(part.get("type"), str) or part["type"] not in PART_TOKENS:
             raise ValueError(f"{where}: part {number} has type {part.get('type')!r}; allowed: {', '.join(PART_TOKENS)}")
 
 

@@ -22,6 +22,12 @@ class Deadline:
     _times: deque[tuple[int, float]] = field(default_factory=deque)  # (step, seconds since the run's start)
     _next_check: int = 0
 
+    def go_on(self, step: int, seconds: float) -> None:
+        """Of a resumed run: its first `step` steps took `seconds`. Else a session's first few steps would move the
+        horizon, and with it the rates in the middle of the run."""
+        if step:
+            self._times.append((step // 2, seconds / 2))
+
     def horizon(self, step: int, num_steps: int, now: float) -> int:
         """The number of steps to plan for, now that `step` of `num_steps` are done, `now` seconds after the start.
 
@@ -30,7 +36,7 @@ class Deadline:
         self._times.append((step, now))
         if len(self._times) <= SETTLING_STEPS or step < self._next_check or step >= num_steps:
             return num_steps
-        while len(self._times) > 2 * SETTLING_STEPS and self._times[0][0] < step / 2:
+        while len(self._times) > 2 * SETTLING_STEPS and self._times[1][0] <= step / 2:
             self._times.popleft()
         first_step, first_time = self._times[0]
         pace = (now - first_time) / (step - first_step)

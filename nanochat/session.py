@@ -116,6 +116,7 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.loader.load_state_dict(checkpoint.loader_state())  # type: ignore[attr-defined]
     set_rng_state(checkpoint.rng_state(), device)
     trainer.progress = Progress(**checkpoint.meta["progress"])
+    trainer.schedule.num_steps = checkpoint.meta["plan"]["num_steps"]  # where a deadline had moved it
     trainer.saves.last_step = checkpoint.step
     saved = {"world_size": 1, **checkpoint.meta["runtime"]}
     trainer.device_batch_size = saved["device_batch_size"]

@@ -57,7 +57,8 @@ def kind_of(path: Source | PurePath) -> str | None:
 
 def stem_of(path: Source) -> str:
     """The file's name without its kind: `tales.jsonl.zst` -> `tales`."""
-    return path.name[: len(path.name) - len(kind_of(path) or "")] or path.name
+    name = path.name.encode(errors="replace").decode()  # on Linux a name may be any bytes, a source is text
+    return name[: len(name) - len(kind_of(path) or "")] or name
 
 
 def file_documents(path: Source) -> Iterator[Document]:
@@ -96,6 +97,8 @@ def open_parquet(path: Source) -> pq.ParquetFile:
         return pq.ParquetFile(path, buffer_size=MIB, pre_buffer=False)
     except (PermissionError, FileNotFoundError) as error:
         raise BadShard(f"cannot read {path}: {first_line(error)}", path) from error
+    except UnicodeEncodeError as error:
+        raise BadShard(f"{str(path)!r} has a name that is not UTF-8; rename it", path) from error
     except (pa.ArrowException, OSError) as error:
         if is_own_trouble(error):
             raise

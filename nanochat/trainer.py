@@ -5,6 +5,7 @@ global number of target tokens, and updates. So the result does not depend on ho
 Everything else (evaluation, samples, checkpoints, metrics) watches from outside through hooks.
 """
 
+import contextlib
 import math
 import signal
 import time
@@ -274,7 +275,8 @@ class Trainer:
         for hook in self.hooks:
             if hook.due(step, num_steps):
                 began = time.perf_counter()
-                found.update(hook.run(self) or {})
+                with contextlib.suppress(StopObserving):  # the step's end asks for the signal
+                    found.update(hook.run(self) or {})
                 self.model.train()
                 hook.seconds = time.perf_counter() - began
         if self.deadline and any(hook.due(step, num_steps) for hook in self.hooks):
@@ -304,6 +306,7 @@ class Trainer:
         self.progress.wall_seconds = time.perf_counter() - self.started
         if self.save and self.saves.ready_for(step, final):
             self._compare_weights()
+            self._refuse_non_finite()
             self.saves.begin(step, partial(self.save, self), final)
 
     def _describe_non_finite(self, loss: float, batch: Batch) -> str:
@@ -313,6 +316,16 @@ class Trainer:
         where = "no checkpoint yet" if saved is None else f"last good checkpoint: step {saved}"
         data = name_culprits(self.runtime, self.own_loss, batch.origin)
         return f"loss is {loss} at step {self.progress.step} on {data}; {where}"
+
+    def _refuse_non_finite(self) -> None:
+        """Raise NonFiniteLoss, on all processes, before weights that are spoilt take the place of good ones."""
+        spoilt = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        if self.runtime.largest(len(spoilt)):
+            saved = self.saves.last_step
+            raise NonFiniteLoss(f"the weights are not finite after step {self.progress.step} "
+                                f"({', '.join(spoilt[:3]) or 'on another process'}), and are not saved; "
+                                f"{'no checkpoint yet' if saved is None else f'last good checkpoint: step {saved}'}; "
+                                "lower the learning rates")  # fmt: skip
 
     def _compare_weights(self) -> None:
         """Raise Drifted, on all processes, if the weights of some are not those of most."""

@@ -22,6 +22,8 @@ from nanochat.common import UserError, debug_enabled
 Config = TypeVar("Config")
 EXPECTED = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
+OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)  # PyTorch's on a CPU, on a GPU
+
 
 def parse(config: type[Config], argv: Sequence[str] | None = None, description: str | None = None) -> Config:
     """Build `config` from the command line. A leading `--`, as torchrun users type it, is skipped.
@@ -56,9 +58,13 @@ def one_line(box: str) -> str:
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip(" │╭╮╰╯─|") for line in box.splitlines()]
     words = " ".join(line for line in lines if line)
-    words = re.sub(r"^Value error (Error parsing Config: )?", "", words)
+    words = re.sub(r"^Value error (Error parsing \w+: )?", "", words)
     words = words.replace("Unrecognized options Unrecognized", "unrecognized")
     return re.sub(r" (Argument helptext:|For full helptext,).*$", "", words) + "; see --help"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -70,10 +76,15 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
-    except CollectiveFailed as error:
+    except (CollectiveFailed, FloatingPointError) as error:  # the latter of a model whose weights are spoilt
         if debug_enabled():
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 1
+    except (MemoryError, RuntimeError) as error:
+        if debug_enabled() or not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+            raise
+        print(f"error: not enough memory for these sizes: {first_line(error)}", file=sys.stderr, flush=True)
         code = 1
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         # Nothing may be left to flush at exit, where it would fail once more.

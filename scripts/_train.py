@@ -1,5 +1,6 @@
 """What the training scripts share: their common flags, and the path from a trainer to a finished run."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -48,12 +49,13 @@ from nanochat.trainer import Record, Trainer
 # Flags that a resumed run may take anew: none of them can change the numbers.
 OPERATIONAL = (
     "run", "device_type", "resume", "resume_from_step", "eval_every", "eval_tokens", "sample_every", "save_every",
-    "keep_last", "timeout", "tensorboard", "core_metric_every", "core_metric_max_per_task", "eval_bundle",
+    "timeout", "tensorboard", "core_metric_every", "core_metric_max_per_task", "eval_bundle",
     "skip_bad_shards",
 )  # fmt: skip
 
-# Where to find what must be the same, which a fingerprint proves: taken anew if given.
-MOVABLE = ("data",)
+# Taken anew if given, and else as it was: where to find what a fingerprint proves to be the same, and how many
+# checkpoints to keep, of which a resumed run must not delete more than it was told to.
+MOVABLE = ("data", "keep_last")
 
 
 @dataclass
@@ -124,6 +126,14 @@ class TrainFlags:
             raise UserError(f"--minutes must be positive, or -1 for another horizon, got {self.minutes:g}")
         if self.timeout <= 0:
             raise UserError(f"--timeout is in seconds and must be positive, got {self.timeout:g}")
+        if self.num_iterations != -1 and self.num_iterations < 1:
+            raise UserError(f"--num-iterations must be positive, or -1 to derive it, got {self.num_iterations}")
+        if self.compile not in ("auto", "on", "off"):
+            raise UserError(f"--compile must be auto, on or off, got {self.compile!r}")
+        for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay"):
+            value = getattr(self, name)
+            if value < 0 and value != -1:
+                raise UserError(f"--{name.replace('_', '-')} cannot be negative (-1 takes the recipe's), got {value:g}")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             if not (value == -1 or 0 <= value < 1):
@@ -145,8 +155,6 @@ def make_optimizer(
 
 def compiled_loss(model: GPT, wanted: str, runtime: Runtime):
     """model.loss, compiled if asked for."""
-    if wanted not in ("auto", "on", "off"):
-        raise UserError(f"--compile must be auto, on or off, got {wanted!r}")
     use = wanted == "on" or (wanted == "auto" and runtime.device.type == "cuda")
     if use and wanted == "auto" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         warn("no C compiler found, which torch.compile needs: training without it, slower (install gcc or clang)")
@@ -161,14 +169,15 @@ def compiled_loss(model: GPT, wanted: str, runtime: Runtime):
 class Earlier:
     """What an earlier session of the same run fixed. It was measured once and does not move again."""
 
-    num_steps: int
+    num_steps: int  # planned before the first step, which rates and decay rest on; a deadline moves only the schedule
     user_config: dict[str, Any]
 
 
 def earlier_session(checkpoint: Checkpoint | None, config: TrainFlags, run: Path) -> Earlier | None:
     """The session being resumed: its checkpoint's, or, killed before the first save, its plan if the flags agree."""
     if checkpoint:
-        return Earlier(checkpoint.meta["plan"]["num_steps"], checkpoint.meta["user_config"])
+        plan = checkpoint.meta["plan"]
+        return Earlier(plan.get("planned_steps", plan["num_steps"]), checkpoint.meta["user_config"])
     if config.resume and (run / "plan.json").exists():
         plan = read_json(run / "plan.json")
         asked = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL and v != -1}
@@ -239,7 +248,9 @@ def deadline_for(config: TrainFlags, trainer: Trainer, total_batch_tokens: int) 
     usual = config.minutes * 60 / trainer.schedule.num_steps
     share = config.evaluation_tokens(trainer.runtime) / total_batch_tokens
     trainer.hooks[0].seconds = usual * share / 3  # validation comes first in every script
-    return Deadline(config.minutes * 60 - started, trainer.runtime.largest(trainer.closing_hooks_seconds()))
+    deadline = Deadline(config.minutes * 60 - started, trainer.runtime.largest(trainer.closing_hooks_seconds()))
+    deadline.go_on(trainer.progress.step, trainer.progress.wall_seconds)
+    return deadline
 
 
 def random_batch(rows: int, T: int, vocab_size: int, runtime: Runtime, supervised: float = 1.0) -> Batch:
@@ -295,6 +306,7 @@ def drive(
 ) -> int:
     """From a fresh trainer to the end of its run: restore, log, train, save. Returns the exit code."""
     runtime = trainer.runtime
+    planned_steps = trainer.schedule.num_steps
     if checkpoint:
         restore_trainer(trainer, checkpoint)
         runtime.print0(f"resumed at step {checkpoint.step} of {trainer.schedule.num_steps}")
@@ -306,7 +318,7 @@ def drive(
     metrics = Metrics(run / "metrics.jsonl", runtime, flops_per_token=trainer.model.estimate_flops(),
                       peak_flops=measure_peak_flops(runtime), sinks=sinks)  # fmt: skip
     meta = {**meta, "model_config": trainer.model.config.to_dict(), "user_config": asdict(config),
-            "plan": {"num_steps": trainer.schedule.num_steps, "total_batch_tokens": total_batch_tokens}}  # fmt: skip
+            "plan": {"planned_steps": planned_steps, "total_batch_tokens": total_batch_tokens}}  # fmt: skip
     trainer.log = Watcher(metrics, script, run, command_line(script, config))
     trainer.save = saver = Saver(run, runtime, tokenizer, meta, config.keep_last)
     trainer.save_every = config.save_every
@@ -355,6 +367,8 @@ def note_bpb(trainer: Trainer, measure: Callable[[], float]) -> Record:
     try:
         with heeding(lambda: trainer.stop_signal is not None):
             now.val_bpb = measure()
+        if not math.isfinite(now.val_bpb):
+            raise NoText(f"bits per byte are {now.val_bpb}: no target has a byte, or the model has diverged")
     except (NoText, AskedToEnd) as error:
         now.val_bpb = None
         trainer.runtime.warn0(f"not evaluated: {error}")

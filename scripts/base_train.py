@@ -88,6 +88,9 @@ class Config(ModelFlags, TrainFlags):
         if self.core_metric_max_per_task == 0 or self.core_metric_max_per_task < -1:
             raise UserError("--core-metric-max-per-task must be positive, or -1 for all, got "
                             f"{self.core_metric_max_per_task}")  # fmt: skip
+        if self.warmup_ratio != -1 and not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"--warmup-ratio is a share of the run, from 0 to 1, or -1 for --warmup-steps, got "
+                            f"{self.warmup_ratio:g}")  # fmt: skip
         if self.lr_scale < 0:
             raise UserError(f"--lr-scale cannot be negative, got {self.lr_scale:g}")
 
@@ -200,7 +203,9 @@ def fix_plan(config: Config, model: GPT, runtime: Runtime, earlier: Earlier | No
         total = batch_for_minutes(runtime.device.type)
     make = partial(make_plan, model.config, **plan_arguments(config) | {"total_batch_size": total})
     if earlier:
-        return make(num_iterations=earlier.num_steps)
+        plan = make(num_iterations=earlier.num_steps)
+        plan.horizon = "the run's first session"
+        return plan
     if config.minutes <= 0 or config.num_iterations > 0:
         return make(num_iterations=config.num_iterations)
     rows = align_batch(total, config.max_seq_len) // config.max_seq_len
@@ -270,7 +275,8 @@ def plan_and_outcome(config: Config, trainer: Trainer, plan: Plan) -> list[dict[
         {"": "tokens", "planned": format_count(plan.tokens), "outcome": format_count(now.tokens)},
     ]
     if config.minutes > 0:
-        planned, taken = format_seconds(60 * config.minutes), format_seconds(process_age())
+        planned = format_seconds(60 * config.minutes)
+        taken = format_seconds(max(process_age(), now.wall_seconds))  # the latter counts earlier sessions too
         rows.append({"": "time", "planned": planned, "outcome": taken})
     if law and now.val_bpb is not None:
         forecast = law.forecast(scaling_params(plan.params), plan.tokens)

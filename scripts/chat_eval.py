@@ -132,9 +132,12 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
         write_transcripts(folder / f"{name}{suffix}.jsonl", name, split, outcomes)
     # Another model of the same name and step has other weights, and its own figures.
     saved = sha256_file(run / f"{meta['step']:06d}" / "manifest.json")[:12]
+    # Another split may be what the model was trained on: no part of ChatCORE.
+    usual = all(config.split in ("", TASKS[name].split) for name in tasks)
     checkpoint = f"{config.source}/{run.name}/{meta['step']}/{saved}" + ("/sample" if config.embedded_sample else "")
+    checkpoint += "" if usual else f"/{config.split}"
     known = earlier_shares(base_dir, STAGE[config.source], checkpoint)
-    core = None if config.embedded_sample else chat_core({**known, **shares})
+    core = None if config.embedded_sample or not usual else chat_core({**known, **shares})
     if runtime.is_main:
         show(rows, core)
         say(f"every question and answer: {folder}")

@@ -72,6 +72,8 @@ class Config(TrainFlags):
         for name, least in (("num_epochs", 1), ("eval_examples", 1), ("eval_samples", 1), ("examples_per_step", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        if self.total_batch_size != -1:
+            raise UserError("--total-batch-size is not for chat_rl: --examples-per-step times --num-samples is")
         if not 0 < self.init_lr_frac < math.inf:
             raise UserError(f"--init-lr-frac must be above 0, got {self.init_lr_frac:g}")
         if self.weight_decay < 0:

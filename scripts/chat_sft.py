@@ -70,6 +70,10 @@ class Config(TrainFlags):
         super().__post_init__()
         if self.num_epochs < 1:
             raise UserError(f"--num-epochs must be at least 1, got {self.num_epochs}")
+        if self.init_lr_frac <= 0:
+            raise UserError(f"--init-lr-frac must be above 0, got {self.init_lr_frac:g}")
+        if self.weight_decay < 0:
+            raise UserError(f"--weight-decay cannot be negative, got {self.weight_decay:g}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,10 +117,14 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     validation = partial(
         loader_for, TaskMixture([p.task for p in val_parts], seed=0), rows_per_step=EVAL_ROWS, seed=0, num_epochs=1
     )
-    for make_loader in (training, validation):  # conversations of which none fits are found now, not hours later
+    for make_loader, use in ((training, "train on"), (validation, "validate on (the last of a file are held out)")):
         probe = make_loader()
-        probe.next_batch()
-        probe.close()
+        try:  # conversations of which none fits are found now, not hours later
+            probe.next_batch()
+        except UserError as error:
+            raise UserError(f"nothing to {use}: {error}") from None
+        finally:
+            probe.close()
     loader = training()
     make_trainer = partial(build_trainer, config, start.recipe, runtime, rows, T)
     num_steps = earlier.num_steps if earlier else find_horizon(config, make_trainer, model, loader, rows, T, runtime)

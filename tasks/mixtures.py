@@ -29,7 +29,8 @@ def load_mixture(data: str, seed: int) -> tuple[list[Part], list[Part], list[str
     if data == "starter":
         return starter_mixture("train", seed), starter_mixture("val", seed), []
     if data != "published":
-        return own_conversations(Path(data), "train"), own_conversations(Path(data), "val"), []
+        path = Path(data).expanduser()
+        return own_conversations(path, "train"), own_conversations(path, "val"), []
     train, missing = published_mixture("train")
     val, _ = published_mixture("val")
     return train, val, missing

@@ -46,6 +46,18 @@ def test_what_evaluations_take_is_kept_for_the_last_one() -> None:
     assert seconds == pytest.approx(240, abs=1.5)
 
 
+def test_a_resumed_session_does_not_move_the_horizon_by_its_first_steps() -> None:
+    """Its first steps are slow; and of the earlier session's 60 s, evaluations took a part that no step shows."""
+    deadline = Deadline(100, observing_seconds=0, closing_seconds=0)
+    deadline.go_on(600, 60.0)
+    now, horizons = 60.0, [1000]
+    for step in range(601, 621):
+        now += 0.2
+        horizons.append(deadline.horizon(step, horizons[-1], now))
+    assert all(abs(horizon - 1000) < 60 for horizon in horizons), horizons
+    assert horizons[-1] < 1000
+
+
 def test_the_trainer_follows_and_still_ends_with_its_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(x / 10 for x in range(10**6))  # each look at the clock a tenth of a second later
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(clock))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +17,10 @@ from stubs import TINY
 from test_trainer import make_trainer
 
 from nanochat.checkpoint_manager import list_steps, open_checkpoint, run_dir
-from nanochat.common import UserError
+from nanochat.common import UserError, read_json
+from nanochat.deadline import Deadline
 from nanochat.runtime import Runtime
-from nanochat.trainer import Interrupted
+from nanochat.trainer import Interrupted, Trainer
 from scripts import base_train, chat_sft
 from scripts._start import own_run
 from scripts._train import earlier_session
@@ -172,6 +174,36 @@ def test_what_was_fixed_before_the_first_save_stays(tmp_path: Path) -> None:
     assert earlier and earlier.num_steps == 77 and earlier.user_config["depth"] == 3
     assert earlier_session(None, replace(asked, minutes=6), tmp_path) is None
     assert earlier_session(None, replace(asked, resume=False), tmp_path) is None
+
+
+def plan_of(copied: Path, tag: str) -> dict[str, Any]:
+    return read_json(copied / "base_checkpoints" / tag / "plan.json")
+
+
+def test_a_resumed_run_keeps_the_plan_that_a_deadline_has_moved_away_from(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates and decay follow from the steps planned first, and only the schedule from where the end is now."""
+    seen: list[tuple[int, int, list[float]]] = []
+    drive = base_train.drive
+
+    def watch(trainer: Trainer, **rest: Any) -> int:
+        code = drive(trainer, **rest)
+        groups = trainer.optimizer.param_groups
+        seen.append((trainer.schedule.num_steps, trainer.progress.step,
+                     [g["initial_lr"] for g in groups] + [g.get("initial_weight_decay", 0.0) for g in groups]))
+        return code
+
+    monkeypatch.setattr(base_train, "drive", watch)
+    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=moved", "--keep-last=0", "--save-every=1"]
+    monkeypatch.setattr(Deadline, "horizon", lambda self, step, num_steps, now: 3)
+    monkeypatch.setattr(base_train, "steps_for_minutes", lambda *_: 40)
+    assert base_train.main([f for f in flags if "num-iterations" not in f] + ["--minutes=1"]) == 0
+    again = [f for f in flags if "num-iterations" not in f and "keep-last" not in f]
+    assert base_train.main([*again, "--minutes=1", "--resume-from-step=2"]) == 0
+    assert seen[0] == seen[1] and seen[0][:2] == (3, 3)
+    assert plan_of(copied, "moved")["num_steps"] == 40
+    assert list_steps(copied / "base_checkpoints" / "moved") == [1, 2, 3], "--keep-last=0 stays"
 
 
 def test_a_reader_that_leaves_does_not_end_the_run(copied: Path) -> None:

@@ -107,15 +107,46 @@ def test_hooks_run_when_due_and_join_the_record() -> None:
 
 def test_nan_stops_before_the_update_and_names_everything() -> None:
     trainer = make_trainer(steps=5)
-    trainer.save, trainer.save_every = lambda t: None, 1
 
-    def poison(t: Trainer) -> None:
-        t.model.lm_head.weight.data.fill_(math.nan)
+    def save_and_poison(t: Trainer) -> None:
+        if t.progress.step == 2:
+            t.model.lm_head.weight.data.fill_(math.nan)
 
-    trainer.hooks = [Hook(poison, every=2)]
+    trainer.save, trainer.save_every = save_and_poison, 1
     with pytest.raises(NonFiniteLoss, match=r"step 2 on batch 3; last good checkpoint: step 2"):
         trainer.run()
     assert trainer.progress.step == 2
+
+
+@pytest.mark.parametrize("observer_fails", [False, True])
+def test_spoilt_weights_are_not_saved(observer_fails: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, saved = make_trainer(steps=5), []
+    trainer.save, trainer.save_every = lambda t: saved.append(t.progress.step), 1
+
+    def poison(t: Trainer) -> None:
+        t.model.lm_head.weight.data[3, 1] = math.inf
+        if observer_fails:
+            raise FloatingPointError("the model's logits are not finite")
+
+    trainer.hooks = [Hook(poison, every=3)]
+    assert run_to_end(trainer, tmp_path, "python -m scripts.base_train --resume") == 1
+    assert saved == [1, 2]
+    said = capsys.readouterr().err
+    assert "not finite after step 3 (lm_head.weight)" in said and "last good checkpoint: step 2" in said
+
+
+def test_an_observer_told_to_leave_costs_nothing(tmp_path: Path) -> None:
+    trainer, saved = make_trainer(steps=5), []
+    trainer.save = lambda t: saved.append(t.progress.step)
+
+    def observe(t: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        t.leave_if_asked()
+        raise AssertionError("goes on")
+
+    trainer.hooks = [Hook(observe, every=2)]
+    assert run_to_end(trainer, tmp_path, "python -m scripts.chat_rl --resume") == 128 + signal.SIGTERM
+    assert saved == [2]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])

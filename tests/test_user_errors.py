@@ -43,6 +43,9 @@ def refused(main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--warmdown-ratio=2"], "--warmdown-ratio"),
         (["--adam-beta1=1.0"], "--adam-beta1"),
         (["--lr-scale=-1"], "--lr-scale"),
+        (["--matrix-lr=-0.02"], "--matrix-lr"),
+        (["--warmup-ratio=5"], "--warmup-ratio"),
+        (["--model-tag=a\udcff"], "plain folder name"),
         (["--model-tag=" + "x" * 300], "too long"),
         (["--seed=-1"], "--seed"),
         (["--n-head=0"], "--n-head"),
@@ -135,8 +138,17 @@ def test_bad_conversations(line: str, says: str, copied: Path, capsys: pytest.Ca
     assert "chats.jsonl" in said and says in said
 
 
-def test_no_epochs(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--num-epochs" in refused(chat_sft.main, ["--num-epochs=0"], capsys)
+@pytest.mark.parametrize("flag", ["num-epochs=0", "num-iterations=0", "init-lr-frac=-1", "weight-decay=-0.5"])
+def test_flags_of_sft(flag: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"--{flag.split('=')[0]}" in refused(chat_sft.main, [f"--{flag}"], capsys)
+
+
+def test_what_no_memory_holds(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        data = f"--data={copied / 'text.jsonl'}"
+        _cli.run(lambda: base_train.main([*TINY, data, "--max-seq-len=1000000000000", "--model-tag=vast"]))
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "not enough memory" in said and "Traceback" not in said
 
 
 def test_unknown_stage_and_task(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
