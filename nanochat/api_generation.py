@@ -14,7 +14,8 @@ from nanochat.api_types import ChatRequest, CompletionRequest
 from nanochat.decoding import Token
 from nanochat.service import Busy, Closed, End, Order, Ticket, WorkerPool
 
-MOST_UNREAD = 2048  # tokens kept for a client that does not read; then its request ends
+MOST_UNREAD = 2048  # tokens kept for a client that does not read for so many seconds; then its request ends
+UNREAD_SECONDS = 5.0
 TURN_SECONDS = 0.003  # of each round of the event loop, for all answers together
 
 Event = dict[str, Any]
@@ -88,6 +89,8 @@ class Generation:
         self.texts: list[list[SampleText]] = []  # by order, then by sample
         self.retried: set[int] = set()
         self.unread = 0  # tokens in the queue
+        self._writing_since: float | None = None  # what was taken last, which waits where the client does not read
+        self._too_slow = False
 
     def submit(self, orders: Sequence[Order], stop: Sequence[str], chat: bool) -> None:
         """Hand the orders in. Raises ApiError; then none of them goes on."""
@@ -117,7 +120,10 @@ class Generation:
     def _arrived(self, number: int, what: list[Token] | End) -> None:
         if isinstance(what, list):
             self.unread += len(what)
-            if self.unread > MOST_UNREAD:
+            # Many tokens alone say nothing about the client: the event loop may be behind.
+            since = self._writing_since
+            if self.unread > MOST_UNREAD and since is not None and time.monotonic() - since > UNREAD_SECONDS:
+                self._too_slow = True
                 self.cancel()
                 return
         self.queue.put_nowait((number, what))
@@ -125,8 +131,14 @@ class Generation:
     async def pieces(self) -> AsyncIterator[tuple[int, int, list[tuple[str, str]], list[Token], bool]]:
         """(order, sample, new pieces of text, the tokens behind them, whether the sample ended) as they come.
 
-        Raises ApiError where a replica died, or time ran out.
+        Raises ApiError where a replica died, time ran out, or the client does not read.
         """
+        async for piece in self._pieces():
+            self._writing_since = time.monotonic()
+            yield piece
+            self._writing_since = None
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, int, list[tuple[str, str]], list[Token], bool]]:
         left = len(self.tickets)
         ended = [[False] * len(samples) for samples in self.texts]
         deadline = time.monotonic() + self.settings.request_seconds
@@ -137,7 +149,7 @@ class Generation:
                 self.cancel()
                 raise ApiError(504, f"the answer took more than {self.settings.request_seconds:g} s", "server_error",
                                code="timeout") from None  # fmt: skip
-            if self.unread > MOST_UNREAD:
+            if self._too_slow:
                 raise ApiError(408, "the answer was not read", code="client_too_slow")
             ticket, texts = self.tickets[number], self.texts[number]
             if isinstance(what, list):

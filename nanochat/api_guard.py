@@ -155,7 +155,7 @@ def add_middleware(app: FastAPI, door: Door, settings: Settings, count: Callable
     app.add_middleware(Guard, door=door, settings=settings, count=count)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-                           allow_headers=["Authorization", "Content-Type"])  # fmt: skip
+                           allow_headers=["*"], expose_headers=["Retry-After"])  # fmt: skip
 
 
 def add_error_handlers(app: FastAPI) -> None:

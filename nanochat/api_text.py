@@ -3,6 +3,7 @@
 The same code makes the streamed and the whole answer, so that they are the same.
 """
 
+import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,11 +121,12 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """Log probabilities in the shape of the older completions: parallel lists. told[i] belongs to ids[i], or is None
     where nothing is known: of a prompt's first token, of one that a tool forced."""
-    names = [tokenizer.decode_bytes([i]).decode("utf-8", errors="replace") for i in ids]
-    offsets, at = [], offset
-    for name in names:
+    pieces = [tokenizer.decode_bytes([i]) for i in ids]
+    names = [piece.decode("utf-8", errors="replace") for piece in pieces]
+    offsets, at, decoder = [], offset, codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for piece in pieces:  # where its first whole character stands: one may be of several tokens
         offsets.append(at)
-        at += len(name)
+        at += len(decoder.decode(piece))
 
     def top(one: Any) -> dict[str, float] | None:
         if one is None or not one.top:

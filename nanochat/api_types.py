@@ -67,9 +67,18 @@ class TextPart(Body):
     text: str = Field(max_length=MAX_CHARS)
 
 
+def check_parts(value: Any) -> Any:
+    """The first wrong part says enough: pydantic would write an error or two for each of a million."""
+    if isinstance(value, list):
+        for number, part in enumerate(value):
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(f'part {number} must be an object with the type "text" and a string "text"')
+    return value
+
+
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = Field(None)
+    content: Annotated[str | list[TextPart] | None, BeforeValidator(check_parts)] = Field(None)
 
     @property
     def text(self) -> str:
@@ -95,29 +104,46 @@ class ChatRequest(Request):
         return value
 
 
+def check_prompts(value: Any) -> Any:
+    """As check_parts: a list is of strings, of token ids or of lists of these, and of one kind throughout."""
+    if not isinstance(value, list):
+        return value
+    if not value:
+        raise ValueError("the list of prompts is empty")
+    if type(value[0]) is not int and len(value) > MAX_PROMPTS:
+        raise ValueError(f"at most {MAX_PROMPTS} prompts at a time, got {len(value)}")
+    for prompt in value if isinstance(value[0], list) else [value]:
+        if not isinstance(prompt, list) or not (are_all(prompt, int) or (prompt is value and are_all(prompt, str))):
+            raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists")
+        if len(prompt) > TOKEN_LIMIT:
+            raise ValueError(f"a prompt may have {TOKEN_LIMIT} tokens, got {len(prompt)}")
+    return value
+
+
+def check_ids(value: Any) -> Any:
+    if isinstance(value, list) and not (are_all(value, int) and min(value, default=0) >= 0):
+        raise ValueError("must be a list of token ids, from 0 up")
+    return value
+
+
+def are_all(values: list[Any], kind: type) -> bool:
+    return all(type(value) is kind for value in values)
+
+
 class CompletionRequest(Request):
     """POST /v1/completions. A prompt is text or token ids; there may be several."""
 
-    prompt: (
+    prompt: Annotated[
         Annotated[str, Field(max_length=MAX_CHARS)]
         | list[int]
         | list[Annotated[str, Field(max_length=MAX_CHARS)]]
-        | list[list[int]]
-    ) = ""
+        | list[list[int]],
+        BeforeValidator(check_prompts),
+    ] = ""
     max_tokens: int | None = Field(16, ge=0, le=TOKEN_LIMIT)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Flag = False
     best_of: int | None = Field(None, ge=1, le=MAX_SAMPLES)
-
-    @field_validator("prompt")
-    @classmethod
-    def _not_too_many(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            if not value:
-                raise ValueError("the list of prompts is empty")
-            if not isinstance(value[0], int) and len(value) > MAX_PROMPTS:
-                raise ValueError(f"at most {MAX_PROMPTS} prompts at a time, got {len(value)}")
-        return value
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list, whatever form they came in."""
@@ -153,4 +179,4 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=TOKEN_LIMIT)
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(check_ids)] = Field(max_length=TOKEN_LIMIT)

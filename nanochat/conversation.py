@@ -243,8 +243,12 @@ def drop_oldest_turns(tokenizer: TextEncoder, messages: Sequence[Message], max_t
     system = list(messages[:1]) if messages[0]["role"] == "system" else []
     turns = list(messages[len(system) :])
     lengths = [len(_render_turn(tokenizer, turn)[0]) for turn in turns]
-    needed = 0
-    for start in range(0, len(turns), 2):
+    needed = len(tokenizer.encode(system[0]["content"])) if system else 0
+    # Encoding the system message anew with each turn that may come first takes time: not where nothing can fit.
+    starts = range(0, len(turns), 2) if needed <= 2 * max_tokens else ()
+    for start in starts:
+        if 2 + sum(lengths[start + 1 :]) > max_tokens and start + 1 < len(turns):
+            continue
         first = _turns([*system, turns[start]])[0]
         first_length = len(_render_turn(tokenizer, first)[0]) if system else lengths[start]
         needed = 2 + first_length + sum(lengths[start + 1 :])  # 2 for bos and assistant_start

@@ -129,10 +129,21 @@ class RemoteService:
                 self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _read(self) -> None:
-        with self._socket.makefile("rb") as lines, contextlib.suppress(OSError):
-            for line in lines:
-                self._take(json.loads(line))
-        code = self.process.wait()
+        try:
+            # A child that was killed may leave half a line, which is no JSON.
+            with self._socket.makefile("rb") as lines, contextlib.suppress(OSError, ValueError):
+                for line in lines:
+                    self._take(json.loads(line))
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """The child is gone: so are its requests."""
+        try:
+            code = self.process.wait(5)
+        except subprocess.TimeoutExpired:  # it lives, but cannot be heard any more
+            self.process.kill()
+            code = self.process.wait()
         self.error = Closed("the service was shut down") if self._closing else RuntimeError(
             f"its process ended with {code}")  # fmt: skip
         with self._lock:

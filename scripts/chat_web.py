@@ -1,5 +1,6 @@
 """Serve a model: the page and an OpenAI-compatible API, `python -m scripts.chat_web`."""
 
+import errno
 import gc
 import socket
 import sys
@@ -111,6 +112,7 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
     plan = Plan(config.source, run.name, None if config.step < 0 else config.step, config.max_rows, config.max_waiting,
                 config.cache_mib, config.prefix_mib, config.int8, config.python)  # fmt: skip
     model, tokenizer, meta = plan.load(runtime)
+    plan.step = meta["step"]  # what is loaded later, on other GPUs and in other processes, is the same
     context = model.config.sequence_len
     metrics = Metrics()
 
@@ -159,7 +161,7 @@ def read_keys(path: str) -> list[str]:
     if not path:
         return []
     try:
-        keys = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        keys = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--api-key-file={path}: {error}") from error
     if not keys:
@@ -180,11 +182,12 @@ def open_socket(host: str, port: int) -> socket.socket:
             return listening
         except OSError as error:
             listening.close()
+            taken = error.errno == errno.EADDRINUSE
             if port != -1:
-                by = f", by {holder}" if (holder := who_listens(candidate)) else ""
+                by = f", by {holder}" if taken and (holder := who_listens(candidate)) else ""
                 raise UserError(f"cannot listen on {host}:{candidate} ({error.strerror}{by}); give another --port, "
                                 "or none for a free one") from error  # fmt: skip
-            if not isinstance(error, PermissionError) and error.errno not in (98, 48):  # in use, on Linux and macOS
+            if not isinstance(error, PermissionError) and not taken:
                 raise UserError(f"cannot listen on {host}: {error.strerror}") from error
     raise UserError(f"no port from {USUAL_PORT} to {USUAL_PORT + PORTS_TRIED - 1} is free; give one with --port")
 

@@ -14,9 +14,11 @@ from typing import Any
 import httpx
 import pytest
 from live import Live, post, rest, until
+from pydantic import ValidationError
 from test_server import app_of, chat
 
 from nanochat import api_generation, api_guard, serving
+from nanochat.api_types import ChatRequest, CompletionRequest, DetokenizeRequest
 from nanochat.server import Settings
 
 SETTINGS = Settings(api_keys=["right"], max_tokens=8, most_tokens=60, request_seconds=90, drain_seconds=60,
@@ -225,13 +227,32 @@ def test_who_does_not_read_is_dropped(impatient: None) -> None:
         assert b"[DONE]" not in rest(connection)
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 5000}]}),
+        (CompletionRequest, {"prompt": ["", *[None] * 200]}),
+        (CompletionRequest, {"prompt": [[]] * 5000}),
+        (CompletionRequest, {"prompt": [[1], [None] * 5000]}),
+        (CompletionRequest, {"prompt": [1, *[{}] * 5000]}),
+        (DetokenizeRequest, {"tokens": [-1] * 5000}),
+    ],
+)
+def test_a_million_faults_are_told_as_one(kind: Any, body: dict[str, Any]) -> None:
+    """An error for each would keep the event loop busy for half a minute."""
+    with pytest.raises(ValidationError) as found:
+        kind.model_validate(body)
+    assert found.value.error_count() == 1
+
+
 def test_what_is_not_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of a reader who falls too far behind are freed; who reads the rest is told why."""
     monkeypatch.setattr(api_generation, "MOST_UNREAD", 100)
+    monkeypatch.setattr(api_generation, "UNREAD_SECONDS", 0.1)
     with Live(app_of(SETTINGS), send_bytes=4096) as live, live.connect(receive_bytes=4096) as connection:
         slow(live, monkeypatch, 0.02)
         connection.sendall(post(CHAT, chat(**BIG), KEY))
-        until(lambda: live.api.door.under_way == 1)
+        until(lambda: live.api.pool.stats()["rows_running"])
         until(lambda: live.api.pool.stats()["rows_running"] == live.api.pool.stats()["requests_waiting"] == 0)
         assert live.api.pool.stats()["tokens"] < 700  # of about 1300
         answer = rest(connection)

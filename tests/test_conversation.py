@@ -249,6 +249,24 @@ def test_drop_oldest_turns_keeps_all_late_exchanges_that_fit(system: str | None)
         conv.drop_oldest_turns(SPELLED, messages, lengths[-1] - 1)
 
 
+def test_a_long_system_message_is_not_encoded_for_every_turn() -> None:
+    encoded = []
+
+    class Counting:
+        def encode(self, text: str) -> list[int]:
+            encoded.append(len(text))
+            return SPELLED.encode(text)
+
+        def encode_special(self, name: str) -> int:
+            return SPELLED.encode_special(name)
+
+    messages = [{"role": "system", "content": "a" * 5000}, *talk(*["b"] * 301)["messages"]]
+    with pytest.raises(UserError, match="shorten"):
+        conv.drop_oldest_turns(Counting(), messages, 1000)  # type: ignore[arg-type]
+    assert sum(length >= 5000 for length in encoded) == 1
+    assert len(conv.drop_oldest_turns(Counting(), messages, 5200)) > 40  # type: ignore[arg-type]
+
+
 def test_drop_oldest_turns_wants_a_question_last() -> None:
     with pytest.raises(ValueError, match="must have role 'user', not 'assistant'"):
         conv.drop_oldest_turns(SPELLED, talk("a", "b")["messages"], 100)

@@ -54,6 +54,25 @@ def remote(pause: float = 0.0, observe: Any = lambda name, value: None) -> Remot
     return RemoteService([sys.executable, "-c", code], 64, 8, observe)
 
 
+HALF_A_LINE = """
+import socket, sys, time
+pool = socket.socket(fileno=int(sys.argv[-1]))
+pool.sendall(b'{"stats": {"rows_running": 0}}\\n')
+pool.recv(1)
+pool.sendall(b'{"order": 1, "tokens": [[0, 5')
+"""
+
+
+def test_a_child_that_is_cut_off_in_the_middle_of_a_line_is_gone() -> None:
+    service = RemoteService([sys.executable, "-c", HALF_A_LINE], 64, 8, lambda name, value: None)
+    until(service.ready.is_set)
+    receiver = Receiver()
+    service.submit(order(), receiver)
+    end = receiver.wait().end
+    assert end is not None and isinstance(end.error, RuntimeError) and not service.alive
+    service.close()
+
+
 @pytest.fixture(scope="module")
 def service() -> Iterator[RemoteService]:
     made = remote()

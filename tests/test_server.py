@@ -15,6 +15,7 @@ from stubs import SPECIAL
 from test_prefix_cache import make_model
 
 from nanochat import api_generation
+from nanochat.api_text import completion_logprobs
 from nanochat.engine import Engine
 from nanochat.server import Metrics, Settings, create_app, json_pieces
 from nanochat.service import Service, WorkerPool
@@ -145,6 +146,12 @@ def test_echoed_prompts_with_log_probabilities(client: TestClient) -> None:
                                                   "temperature": 0}).json()["choices"][0]
     assert longer["text"].startswith(text) and len(longer["logprobs"]["tokens"]) in (6, 7, 8)
     assert longer["logprobs"]["token_logprobs"][:5] == pytest.approx(expected, abs=1e-4)
+
+
+def test_offsets_count_characters_that_are_of_several_tokens_once() -> None:
+    ids = [*"é日x".encode()]  # a token a byte
+    found = completion_logprobs(TOKENIZER, ids, [None] * len(ids), offset=7)
+    assert found["text_offset"] == [7, 7, 8, 8, 8, 9]
 
 
 @pytest.mark.parametrize("prompt", ["abc", ["abc", "b"], [97, 98, 99], [[97, 98, 99], [98]], [256, 97, 98, 99]])
