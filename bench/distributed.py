@@ -27,7 +27,8 @@ from nanochat.runtime import Runtime
 from nanochat.schedules import ScheduleConfig
 from nanochat.trainer import Trainer
 from scripts import _cli
-from scripts._train import TrainFlags, make_optimizer, random_batch
+from scripts._device_batch import random_batch
+from scripts._train import TrainFlags, make_optimizer
 
 
 @dataclass

@@ -24,9 +24,9 @@ from nanochat.scaling import align_batch, make_plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Trainer
 from scripts import _cli
+from scripts._device_batch import random_batch
 from scripts._model import network
 from scripts._observe import corpus_bpb
-from scripts._train import random_batch
 from scripts.base_train import Config, build_trainer, plan_arguments
 
 

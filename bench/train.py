@@ -33,7 +33,8 @@ from nanochat.schedules import ScheduleConfig
 from nanochat.session import measure_peak_flops
 from nanochat.trainer import Trainer
 from scripts import _cli
-from scripts._train import TrainFlags, compiled_loss, make_optimizer, random_batch
+from scripts._device_batch import random_batch
+from scripts._train import TrainFlags, compiled_loss, make_optimizer
 
 LONG_RUN = 10_000  # steps in the plan; only the first few are taken
 

@@ -187,6 +187,11 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def first_line(error: BaseException) -> str:
+    """An error of a library's or the system's, short enough to stand inside ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")[:120]
+
+
 def format_seconds(seconds: float) -> str:
     """`75` -> `1m15s`."""
     seconds = round(seconds)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from nanochat.common import BadShard, UserError, warn
+from nanochat.common import BadShard, UserError, first_line, warn
 from nanochat.remote import RemoteFile
 
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
@@ -74,11 +74,6 @@ def file_documents(path: Source) -> Iterator[Document]:
         yield document
     if empty:
         warn(f"{path} holds no text; skipped")
-
-
-def first_line(error: Exception) -> str:
-    """An error of Arrow's or the system's, short enough to stand inside ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")[:120]
 
 
 # ---------------------------------------------------------------------------------------------------

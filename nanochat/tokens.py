@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import BadShard, current_umask, warn
+from nanochat.common import BadShard, current_umask, first_line, warn
 from nanochat.convert import stamp
 from nanochat.corpus import Part
 from nanochat.document_order import Corpus, Tokens, cut
 from nanochat.lanes import token_dtype
-from nanochat.textfiles import document_hash, first_line, is_own_trouble, read_row_group
+from nanochat.textfiles import document_hash, is_own_trouble, read_row_group
 
 VERSION = "1"  # of the files; raise it when the same text and tokenizer would give another file
 DIGESTS, DIGEST_BYTES = b"nanochat.digests", 16  # of each block, one after the other

@@ -312,19 +312,20 @@ class Trainer:
     def _describe_non_finite(self, loss: float, batch: Batch) -> str:
         """Which step, process and data, alike on all processes."""
         self.saves.settle(None)
-        saved = self.saves.last_step
-        where = "no checkpoint yet" if saved is None else f"last good checkpoint: step {saved}"
         data = name_culprits(self.runtime, self.own_loss, batch.origin)
-        return f"loss is {loss} at step {self.progress.step} on {data}; {where}"
+        return f"loss is {loss} at step {self.progress.step} on {data}; {self._last_good()}"
+
+    def _last_good(self) -> str:
+        saved = self.saves.last_step
+        return "no checkpoint yet" if saved is None else f"last good checkpoint: step {saved}"
 
     def _refuse_non_finite(self) -> None:
         """Raise NonFiniteLoss, on all processes, before weights that are spoilt take the place of good ones."""
         spoilt = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
         if self.runtime.largest(len(spoilt)):
-            saved = self.saves.last_step
             raise NonFiniteLoss(f"the weights are not finite after step {self.progress.step} "
                                 f"({', '.join(spoilt[:3]) or 'on another process'}), and are not saved; "
-                                f"{'no checkpoint yet' if saved is None else f'last good checkpoint: step {saved}'}; "
+                                f"{self._last_good()}; "
                                 "lower the learning rates")  # fmt: skip
 
     def _compare_weights(self) -> None:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import tyro
 
 from nanochat.collectives import CollectiveFailed
-from nanochat.common import UserError, debug_enabled
+from nanochat.common import UserError, debug_enabled, first_line
 
 Config = TypeVar("Config")
 EXPECTED = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -61,10 +61,6 @@ def one_line(box: str) -> str:
     words = re.sub(r"^Value error (Error parsing \w+: )?", "", words)
     words = words.replace("Unrecognized options Unrecognized", "unrecognized")
     return re.sub(r" (Argument helptext:|For full helptext,).*$", "", words) + "; see --help"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -18,7 +18,8 @@ from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, align_batch, 
 from nanochat.schedules import ScheduleConfig
 from nanochat.session import choose_device_batch, measure_peak_flops
 from nanochat.trainer import Trainer
-from scripts._train import batch_for_minutes, compiled_loss, make_optimizer, random_batch, steps_in
+from scripts._device_batch import random_batch
+from scripts._train import batch_for_minutes, compiled_loss, make_optimizer, steps_in
 
 MEASURING_SECONDS = 20.0
 SHORTEST_ROW = 256  # tokens: fewer would not keep the matrix products busy

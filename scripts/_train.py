@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,6 @@ from rich.table import Table
 
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError, get_base_dir, read_json, say, warn, write_json
-from nanochat.dataloader import Batch
 from nanochat.deadline import Deadline
 from nanochat.document_order import NoText
 from nanochat.flash_attention import prepare
@@ -32,7 +30,6 @@ from nanochat.session import (
     check_sinks,
     command_line,
     cut_metrics,
-    find_device_batch,
     measure_peak_flops,
     measure_step,
     merge_saved_config,
@@ -45,6 +42,7 @@ from nanochat.session import (
 from nanochat.signals import AskedToEnd, heeding
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Record, Trainer
+from scripts._device_batch import fit_device_batch
 
 # Flags that a resumed run may take anew: none of them can change the numbers.
 OPERATIONAL = (
@@ -251,46 +249,6 @@ def deadline_for(config: TrainFlags, trainer: Trainer, total_batch_tokens: int) 
     deadline = Deadline(config.minutes * 60 - started, trainer.runtime.largest(trainer.closing_hooks_seconds()))
     deadline.go_on(trainer.progress.step, trainer.progress.wall_seconds)
     return deadline
-
-
-def random_batch(rows: int, T: int, vocab_size: int, runtime: Runtime, supervised: float = 1.0) -> Batch:
-    """This process's share of a global batch of noise, for timing; every 1/supervised-th position has a target."""
-    own = len(range(runtime.rank, rows, runtime.world_size))
-    tokens = torch.randint(vocab_size, (own, T + 1), generator=torch.Generator().manual_seed(runtime.seed))
-    targets = torch.full((own, T), -1)
-    every = round(1 / supervised)
-    targets[:, ::every] = tokens[:, 1::every]
-    return Batch(tokens[:, :-1].contiguous(), targets, None, "timing")
-
-
-def fit_device_batch(trainer: Trainer, given: int, T: int) -> None:
-    """On a GPU, unless the user gave a number: as many rows of T tokens per micro-batch as its memory holds."""
-    if given > 0 or trainer.runtime.device.type != "cuda":
-        return
-    wished = trainer.device_batch_size
-    trainer.device_batch_size = find_device_batch(partial(try_micro_batches, trainer, T=T), wished, trainer.runtime)
-    if trainer.device_batch_size < wished:
-        trainer.runtime.print0(f"{wished} rows do not fit in memory: {trainer.device_batch_size} per micro-batch")
-
-
-def try_micro_batches(trainer: Trainer, rows: int, T: int) -> None:
-    """Two micro-batches of noise, the second one beside the first one's gradients, with the optimizer's state to come.
-
-    Raises OutOfMemoryError where that is too much. What it compiles is what the run needs.
-    """
-    runtime, state = trainer.runtime, {"adamw": 8, "muon": 4}  # bytes a parameter: two fp32 moments, or one
-    torch.cuda.empty_cache()  # of what a larger trial left behind
-    trainer.device_batch_size = rows
-    size = sum(p.numel() * state[g["kind"]] for g in trainer.optimizer.param_groups for p in g["params"])
-    size //= runtime.world_size  # shared out
-    room = torch.empty(size, dtype=torch.uint8, device=runtime.device)
-    batch = random_batch(2 * rows * runtime.world_size, T, trainer.model.config.vocab_size, runtime)
-    try:
-        for micro in trainer.micro_batches(batch):
-            trainer.add_gradients(*micro, num_targets=2 * rows * T)
-    finally:
-        trainer.model.zero_grad(set_to_none=True)
-    del room  # held until here
 
 
 def drive(

@@ -24,6 +24,7 @@ from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
 from scripts._core import core_seconds, open_bundle, watch_core
 from scripts._corpus import RECORD, open_corpus
+from scripts._device_batch import random_batch
 from scripts._model import ModelFlags, network
 from scripts._observe import continuations, corpus_bpb
 from scripts._pace import choose_depth
@@ -39,7 +40,6 @@ from scripts._train import (
     note_bpb,
     open_session,
     print_samples,
-    random_batch,
     steps_for_minutes,
     tell_bpb,
     training_figures,

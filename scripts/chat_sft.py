@@ -18,6 +18,7 @@ from nanochat.session import choose_device_batch, command_line, only_session
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
+from scripts._device_batch import random_batch
 from scripts._observe import continuations, loader_bpb
 from scripts._start import Start, own_run, resumed_model, starting_model
 from scripts._train import (
@@ -29,7 +30,6 @@ from scripts._train import (
     note_bpb,
     open_session,
     print_samples,
-    random_batch,
     steps_for_minutes,
     tell_bpb,
     training_figures,

@@ -27,7 +27,7 @@ from nanochat.runtime import Runtime, pick_dtype
 from nanochat.sampling import Sampling, choose, make_rng
 from nanochat.session import find_device_batch
 from nanochat.trainer import Trainer
-from scripts import _train
+from scripts import _device_batch
 
 GPU = Runtime(torch.device("cuda"), torch.bfloat16, "test", seed=0)
 HALF = replace(CPU, dtype=torch.float16)
@@ -235,18 +235,18 @@ def test_processes_agree_on_the_smallest(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_search_runs_on_gpus_only_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     t = make_trainer(device_batch_size=8)
     t.loss_fn = t.model.loss
-    monkeypatch.setattr(_train, "find_device_batch", lambda *args: 3)
-    _train.fit_device_batch(t, -1, 16)
+    monkeypatch.setattr(_device_batch, "find_device_batch", lambda *args: 3)
+    _device_batch.fit_device_batch(t, -1, 16)
     assert t.device_batch_size == 8
     t.runtime = GPU
-    _train.fit_device_batch(t, 8, 16)
+    _device_batch.fit_device_batch(t, 8, 16)
     assert t.device_batch_size == 8  # as the user said
-    _train.fit_device_batch(t, -1, 16)
+    _device_batch.fit_device_batch(t, -1, 16)
     assert t.device_batch_size == 3
     t.runtime, before, random = CPU, weights_of(t), torch.get_rng_state()
     seen: list[tuple[int, ...]] = []
     t.loss_fn = lambda inputs, *rest: seen.append(tuple(inputs.shape)) or t.model.loss(inputs, *rest)
-    _train.try_micro_batches(t, 5, T=16)
+    _device_batch.try_micro_batches(t, 5, T=16)
     assert seen == [(5, 16), (5, 16)] and torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(before[n], v) for n, v in weights_of(t).items())
     assert all(p.grad is None for p in t.model.parameters()) and t.loader.served == 0  # type: ignore[attr-defined]

@@ -24,7 +24,8 @@ from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_para
 from nanochat.runtime import Runtime
 from nanochat.schedules import ScheduleConfig
 from nanochat.trainer import Trainer
-from scripts._train import compiled_loss, fit_device_batch
+from scripts._device_batch import fit_device_batch
+from scripts._train import compiled_loss
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
               pytest.mark.filterwarnings("ignore")]  # fmt: skip; the compiler's own

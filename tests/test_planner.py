@@ -256,7 +256,8 @@ def held_by_rank(runtime: Runtime, dtype: str) -> tuple[dict[str, int], dict[str
     from nanochat.planner import Gpu
     from nanochat.schedules import ScheduleConfig
     from nanochat.trainer import Trainer
-    from scripts._train import TrainFlags, make_optimizer, random_batch
+    from scripts._device_batch import random_batch
+    from scripts._train import TrainFlags, make_optimizer
 
     config = GPTConfig.later(vocab_size=512, **{**SHAPES[0], "n_layer": 4})
     runtime.dtype, rows = getattr(torch, dtype), 2
