@@ -19,6 +19,7 @@ class PlanRules:
     """How rates and decay follow from the batch and the horizon; scaling.make_plan has the formulas."""
 
     decay_by_horizon: bool = False
+    most_decay: float = 0.1
     batch_exponent: float = 0.5
     horizon_exponent: float = 0.0
     lr_scale: float = 1.0
@@ -26,6 +27,8 @@ class PlanRules:
     def __post_init__(self) -> None:
         if self.lr_scale < 0 or not 0 <= self.batch_exponent <= 1 or not 0 <= self.horizon_exponent <= 1:
             raise UserError("--recipe: lr_scale cannot be negative, the exponents of batch and horizon lie from 0 to 1")
+        if self.most_decay < 0:
+            raise UserError(f"--recipe: most_decay, a share of a weight, cannot be negative, got {self.most_decay:g}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def get_recipe(text: str) -> Recipe:
 def recipe_rules(text: str) -> dict[str, Any]:
     """scaling.make_plan's arguments that the recipe decides."""
     recipe = get_recipe(text)
-    return {**vars(recipe.plan), "weight_decay": recipe.optimizer().weight_decay}
+    rates = recipe.optimizer()
+    return {**vars(recipe.plan), "weight_decay": rates.weight_decay, "matrix_lr": rates.matrix_lr}
 
 
 def _types(owner: Any) -> dict[str, Any]:

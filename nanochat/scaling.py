@@ -76,6 +76,7 @@ class Plan:
     lr_scale: float
     weight_decay: float
     horizon: str  # what fixed num_steps
+    decay_bounded: bool = False
 
     @property
     def tokens(self) -> int:
@@ -108,6 +109,12 @@ def horizon_weight_decay(weight_decay: float, batch: float, tokens: float, refer
     return weight_decay * batch_lr_scale(batch) * reference_tokens / tokens
 
 
+def bounded_weight_decay(weight_decay: float, lr: float, most: float) -> float:
+    """At most what takes the share `most` of a weight in a step at rate `lr`; in a run of a few steps the horizon
+    asks for more, and past a whole weight a step grows what it is to shrink."""
+    return min(weight_decay, most / lr) if lr > 0 else weight_decay
+
+
 def batch_lr_scale(batch_tokens: float, exponent: float = 0.5) -> float:
     """What the reference rates are multiplied by at this batch: a power, usually the root, of its share of 2^19."""
     return (batch_tokens / REFERENCE_BATCH_TOKENS) ** exponent
@@ -135,7 +142,9 @@ def make_plan(
     target_param_data_ratio: float = 10.5,
     total_batch_size: int = -1,
     weight_decay: float = 0.2,
+    matrix_lr: float = 0.02,
     decay_by_horizon: bool = False,
+    most_decay: float = 0.1,
     batch_exponent: float = 0.5,
     horizon_exponent: float = 0.0,
     lr_scale: float = 1.0,
@@ -162,12 +171,13 @@ def make_plan(
         steps, horizon = max(1, round(ratio_tokens / batch)), "--target-param-data-ratio"
     else:
         raise UserError("no horizon: give --num-iterations, --target-flops, --target-param-data-ratio or --minutes")
-    decay = scaled_weight_decay(weight_decay, config.n_layer)
-    if decay_by_horizon:
-        decay = horizon_weight_decay(weight_decay, batch, steps * batch, reference_tokens)
     lr_scale *= batch_lr_scale(batch, batch_exponent)
     lr_scale *= horizon_lr_scale(steps * batch, REFERENCE_RATIO * reference, horizon_exponent)
-    return Plan(steps, batch, flops_per_token, params, lr_scale, decay, horizon)
+    decay = wanted = scaled_weight_decay(weight_decay, config.n_layer)
+    if decay_by_horizon:
+        wanted = horizon_weight_decay(weight_decay, batch, steps * batch, reference_tokens)
+        decay = bounded_weight_decay(wanted, matrix_lr * lr_scale, most_decay)
+    return Plan(steps, batch, flops_per_token, params, lr_scale, decay, horizon, decay_bounded=decay < wanted)
 
 
 def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:
@@ -185,6 +195,6 @@ def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:
         ("tokens", f"{plan.tokens:,} ({plan.tokens_per_param:.2f} per parameter)"),
         ("training FLOPs", f"{plan.tokens * plan.flops_per_token:.3e}"),
         ("rates x", f"{plan.lr_scale:.4f}"),
-        ("matrix weight decay", f"{plan.weight_decay:.4g}"),
+        ("matrix weight decay", f"{plan.weight_decay:.4g}{' (bounded: a short run)' if plan.decay_bounded else ''}"),
     ]
     return [(name, str(value)) for name, value in rows]

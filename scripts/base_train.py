@@ -193,7 +193,7 @@ def plan_arguments(config: Config) -> dict[str, Any]:
     rates = config.optimizer_config(config.recipe)
     return {"target_flops": config.target_flops, "target_param_data_ratio": config.target_param_data_ratio,
             "total_batch_size": config.total_batch_size, **recipe_rules(config.recipe),
-            "weight_decay": rates.weight_decay}  # fmt: skip
+            "weight_decay": rates.weight_decay, "matrix_lr": rates.matrix_lr}  # fmt: skip
 
 
 def fix_plan(config: Config, model: GPT, runtime: Runtime, earlier: Earlier | None) -> Plan:

@@ -44,6 +44,7 @@ def test_changes_reach_their_owner() -> None:
         ("latest", "one of default"), ("", "one of"), ("later,", "smear=False"), ("later,smaer=1", "known: "),
         ("later,smear", "smear=False"), ("later,smear=maybe", "takes a bool"), ("later,rope_base=x", "takes a float"),
         ("later,matrix_lr=nan", "finite"), ("later,lr_scale=-1", "lr_scale"), ("later,horizon_exponent=2", "exponents"),
+        ("later,most_decay=-1", "most_decay"),
         ("later,n_layer=3", "not 'n_layer=3'"), ("later,num_steps=3", "not 'num_steps=3'"),
     ],
 )  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
-from nanochat.scaling import derive_sizes, estimate, make_plan, optimal_batch_tokens, scaling_params
+from nanochat.scaling import derive_sizes, describe, estimate, make_plan, optimal_batch_tokens, scaling_params
 
 D24 = GPTConfig(n_layer=24, n_embd=1536, n_head=12, n_kv_head=12)
 
@@ -56,6 +56,21 @@ def test_reference_depth_trains_at_the_reference_batch() -> None:
     config = GPTConfig()
     assert plan(config).total_batch_tokens == 2**19
     assert plan(config).tokens == pytest.approx(10.5 * scaling_params(estimate(config)[1]), rel=0.001)
+
+
+def test_decay_follows_the_horizon_until_a_step_would_take_a_tenth_of_a_weight() -> None:
+    config = GPTConfig(n_layer=2, n_embd=256, n_head=2, n_kv_head=2)
+    reference = 10.5 * scaling_params(estimate(GPTConfig())[1])
+    flags = {"total_batch_size": 2**19, "decay_by_horizon": True, "weight_decay": 0.28, "matrix_lr": 0.02}
+    long, short = plan(config, num_iterations=500, **flags), plan(config, num_iterations=20, **flags)
+    assert long.weight_decay == pytest.approx(0.28 * reference / (500 * 2**19)) and not long.decay_bounded
+    assert short.weight_decay * 0.02 == pytest.approx(0.1) and short.decay_bounded
+    hot = plan(config, num_iterations=20, lr_scale=2.0, **flags)
+    assert hot.weight_decay * 0.02 * hot.lr_scale == pytest.approx(0.1)
+    assert plan(config, num_iterations=20, most_decay=0.05, **flags).weight_decay == short.weight_decay / 2
+    assert not plan(config, num_iterations=20, **{**flags, "matrix_lr": 0.0}).decay_bounded
+    tell = dict(describe(config, short))["matrix weight decay"]
+    assert "bounded" in tell and "bounded" not in dict(describe(config, long))["matrix weight decay"]
 
 
 def test_short_runs_get_higher_rates() -> None:
