@@ -1,6 +1,5 @@
 """The page in a real browser, over a pool that says what the test wants. Needs chromium."""
 
-import json
 import shutil
 import threading
 import time
@@ -145,6 +144,12 @@ def answer(page: Any) -> Any:
     return page.locator(".message.assistant").last
 
 
+def titles(page: Any) -> list[str]:
+    """Of the conversations that are kept in the browser."""
+    own = "Object.keys(localStorage).filter((key) => key.startsWith('nanochat/'))"
+    return sorted(page.evaluate(f"{own}.map((key) => JSON.parse(localStorage[key]).title)"))
+
+
 def test_an_answer_is_streamed_kept_and_announced_once(page: Any, served: Served) -> None:
     served.pool.pause = 0.02
     page.evaluate("""() => { window.said = [];
@@ -287,6 +292,7 @@ def test_a_reload_in_the_middle_keeps_what_came(page: Any, served: Served) -> No
     until(page, "document.querySelector('.message.assistant .body')?.textContent.length > 5")
     page.reload()
     assert "closed before" in answer(page).locator(".error").inner_text()
+    assert "yyyyy" in answer(page).locator(".body").inner_text()
     assert page.locator(".message.user").inner_text().startswith("You\ngo")
 
 
@@ -300,14 +306,45 @@ def test_several_conversations_and_the_keyboard(page: Any, served: Served) -> No
     assert "You said: first" in answer(page).inner_text()
     page.get_by_label("Delete first").click()
     assert page.locator("nav li").count() == 1 and "You said: second" in answer(page).inner_text()
-    kept = json.loads(page.evaluate("localStorage.getItem('nanochat')"))
-    assert [c["title"] for c in kept["chats"]] == ["second"]
+    assert titles(page) == ["second"]
     page.fill("#text", "two")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("lines")
     page.keyboard.press("Enter")
     page.wait_for_selector("text=You said: two")
     assert page.locator(".message.user .body").last.inner_text() == "two\nlines"
+
+
+def test_two_tabs_lose_nothing_of_each_other(page: Any, served: Served) -> None:
+    ask(page, "first")
+    other = page.context.new_page()
+    other.goto(page.url)
+    assert "You said: first" in answer(other).inner_text()
+    other.keyboard.press("Control+k")
+    ask(other, "second")
+    until(page, "document.querySelectorAll('nav li').length === 2")
+    assert "You said: first" in answer(page).inner_text(), "each tab shows its own"
+    ask(page, "third")
+    assert titles(page) == ["first", "second"]
+    other.locator("nav li button", has_text="first").first.click()
+    assert "You said: third" in answer(other).inner_text()
+
+    # Both in one conversation at the same time: there are two afterwards.
+    served.pool.pause = 0.05
+    ask(page, "from one", wait=False)
+    until(other, "document.querySelectorAll('.message.user').length === 3")
+    ask(other, "from the other", wait=False)
+    for tab, text in ((page, "from one"), (other, "from the other")):
+        tab.wait_for_selector("#send:not(.hidden)")
+        assert f"You said: {text}" in answer(tab).inner_text()
+    assert titles(page) == ["first", "first", "second"]
+    for tab, text in ((page, "from one"), (other, "from the other")):
+        tab.reload()
+        assert tab.locator("nav li").count() == 3 and f"You said: {text}" in answer(tab).inner_text()
+
+    other.get_by_label("Delete second").click()
+    until(page, "document.querySelectorAll('nav li').length === 2")
+    assert titles(other) == ["first", "first"]
 
 
 def test_light_dark_and_phone(browser: Any, served: Served) -> None:
