@@ -43,6 +43,11 @@ def checksum(model: nn.Module) -> torch.Tensor:
     return total
 
 
+def non_finite(model: nn.Module) -> list[str]:
+    """The parameters that hold a NaN or an infinity. Costs one pass over the weights."""
+    return [name for name, p in model.named_parameters() if not p.isfinite().all()]
+
+
 def name_culprits(runtime: Runtime, own_loss: torch.Tensor | None, origin: str) -> str:
     """Which ranks' losses are not finite, and what data they had, alike on all; `origin` tells of this process's."""
     origins = runtime.exchange(origin, "naming the data")

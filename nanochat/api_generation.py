@@ -3,19 +3,21 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from nanochat.api_text import SampleText, chat_logprobs, completion_logprobs
+from nanochat.api_text import Places, SampleText, chat_logprobs, completion_logprobs
 from nanochat.api_types import ChatRequest, CompletionRequest
 from nanochat.decoding import Token
 from nanochat.service import Busy, Closed, End, Order, Ticket, WorkerPool
 
 MOST_UNREAD = 2048  # tokens kept for a client that does not read for so many seconds; then its request ends
 UNREAD_SECONDS = 5.0
+ECHO_TOKENS = 64  # of a prompt that is sent back with log probabilities, in one event
 TURN_SECONDS = 0.003  # of each round of the event loop, for all answers together
 
 Event = dict[str, Any]
@@ -83,6 +85,7 @@ class Generation:
     def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings, client: str, turns: Turns) -> None:
         self.client, self.turns = client, turns
         self.pool, self.tokenizer, self.settings = pool, tokenizer, settings
+        self.name = uuid.uuid4().hex
         self.queue: asyncio.Queue[tuple[int, list[Token] | End]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         self.tickets: list[Ticket] = []
@@ -97,7 +100,7 @@ class Generation:
         try:
             for number, order in enumerate(orders):
                 self.texts.append([SampleText(self.tokenizer, stop, chat) for _ in range(order.samples)])
-                order = replace(order, client=self.client)
+                order = replace(order, client=self.client, request=self.name)
                 self.tickets.append(self.pool.submit(order, self._receiver(number), more=number > 0))
         except Busy as error:
             self.cancel()
@@ -271,16 +274,39 @@ def completion_answer(head_of: Head, generation: Generation, request: Completion
     for number, (ticket, samples) in enumerate(zip(generation.tickets, generation.texts)):
         for index, text in enumerate(samples):
             ids, told = [token.id for token in text.tokens], [token.told for token in text.tokens]
-            before = ""
+            before, parts, places = "", [], Places()
             if request.echo:
-                own = list(ticket.order.prompt)[1:]  # without the bos that every prompt starts with
-                before = generation.tokenizer.decode(own)
+                before = generation.tokenizer.decode(echoed(ticket))
                 if request.logprobs is not None:
-                    ids, told = own + ids, [*ticket.rows[0].told, *told]
-            logprobs = completion_logprobs(generation.tokenizer, ids, told) if request.logprobs is not None else None
+                    parts = [completion_logprobs(generation.tokenizer, echoed(ticket), ticket.rows[0].told, places)]
+                    places.break_off()
+            logprobs = None
+            if request.logprobs is not None:
+                parts.append(completion_logprobs(generation.tokenizer, ids, told, places))
+                logprobs = {key: [one for part in parts for one in part[key]] for key in parts[0]}
             choices.append({"index": number * request.n + index, "text": before + text.text, "logprobs": logprobs,
                             "finish_reason": generation.finish_reason(number, index)})  # fmt: skip
     return {**head_of("text_completion", "cmpl"), "choices": choices, "usage": generation.usage()}
+
+
+def echoed(ticket: Ticket) -> list[int]:
+    """The prompt's tokens, without the bos that every prompt starts with."""
+    return list(ticket.order.prompt)[1:]
+
+
+def echo_parts(tokenizer: Any, ticket: Ticket, places: Places, logprobs: bool) -> Iterator[tuple[str, Any]]:
+    """The prompt as (text, log probabilities), in parts that are quickly made; once the model has read it."""
+    ids = echoed(ticket)
+    text, told = tokenizer.decode(ids), ticket.rows[0].told
+    if not logprobs:
+        yield text, None
+        return
+    for first in range(0, len(ids), ECHO_TOKENS):
+        cut, start = slice(first, first + ECHO_TOKENS), places.end
+        part = completion_logprobs(tokenizer, ids[cut], told[cut], places)
+        if first + ECHO_TOKENS >= len(ids):
+            places.break_off()
+        yield text[start : places.end], part
 
 
 def completion_events(head_of: Head, generation: Generation, request: CompletionRequest) -> AsyncIterator[Event]:
@@ -291,16 +317,19 @@ def completion_events(head_of: Head, generation: Generation, request: Completion
         def chunk(index: int, text: str, reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
             return {**head, "choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}]}
 
-        if request.echo:
-            for number, ticket in enumerate(generation.tickets):
-                text = generation.tokenizer.decode(list(ticket.order.prompt)[1:])
-                for index in range(request.n):
-                    yield chunk(number * request.n + index, text)
+        places: dict[int, Places] = {}  # by choice
+        tokenizer, logprobs = generation.tokenizer, request.logprobs is not None
         async for number, index, pieces, tokens, ended in generation.pieces():
             at = number * request.n + index
+            if at not in places:
+                places[at] = Places()
+                if request.echo:
+                    for text, told in echo_parts(tokenizer, generation.tickets[number], places[at], logprobs):
+                        yield chunk(at, text, None, told)
+                        await generation.turns.mine()
             told = None
-            if request.logprobs is not None and tokens:
-                told = completion_logprobs(generation.tokenizer, [t.id for t in tokens], [t.told for t in tokens])
+            if logprobs and tokens:
+                told = completion_logprobs(tokenizer, [t.id for t in tokens], [t.told for t in tokens], places[at])
             for _, text in pieces or ([("text", "")] if told else []):
                 yield chunk(at, text, None, told)
                 told = None

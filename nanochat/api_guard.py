@@ -45,6 +45,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the server leaves the body out
         exchange = Exchange(scope, receive, send, self.settings.body_bytes, self.count)
         try:
             scope.setdefault("state", {})["client"] = client_of(scope, self.settings.api_keys)
@@ -166,15 +168,21 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def of_fields(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = [str(part) for part in first.get("loc", ()) if part != "body"]
-        param = ".".join(where) or None
-        if first.get("type") == "json_invalid":
-            return ApiError(400, "the body is not JSON").response()
-        return ApiError(400, f"{param}: {first['msg']}" if param else first["msg"], param=param).response()
+        where, kind = [str(part) for part in first.get("loc", ()) if part != "body"], first.get("type")
+        param, says = ".".join(where) or None, first["msg"].removeprefix("Value error, ")
+        if kind == "json_invalid":
+            param, says = None, f"the body is not JSON: {first.get('ctx', {}).get('error')} at character {where[-1]}"
+        elif param is None and kind == "missing":
+            says = "the body is empty; it must be a JSON object"
+        elif param is None and kind == "model_attributes_type":
+            declared = "json" in request.headers.get("content-type", "")
+            says = "the body must be a JSON object" + ("" if declared else " with Content-Type: application/json")
+        return ApiError(400, f"{param}: {says}" if param else says, param=param).response()
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
+        says = "the body cannot be read as JSON in UTF-8" if error.status_code == 400 else str(error.detail)
+        return ApiError(error.status_code, says, headers=dict(error.headers or {})).response()
 
     @app.exception_handler(Exception)
     async def of_nobody(request: Request, error: Exception) -> Response:  # uvicorn logs it

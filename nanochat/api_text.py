@@ -116,17 +116,36 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> It
             yield {**entry(token.id, token.told.logprob), "top_logprobs": best}
 
 
+class Places:
+    """Where the tokens of a text stand in it, in characters: where their first whole one does, as a character may be
+    of several tokens."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def take(self, piece: bytes) -> int:
+        """Where the next token stands, its bytes being `piece`."""
+        if not 0x80 <= piece[0] < 0xC0:  # no byte that continues a character: one that was begun stays broken
+            self.break_off()
+        place = self.end
+        self.end += len(self._decoder.decode(piece))
+        return place
+
+    def break_off(self) -> None:
+        """Whatever character was begun ends here."""
+        self.end += len(self._decoder.decode(b"", final=True))
+
+
 def completion_logprobs(
-    tokenizer: Tokenizer, ids: Sequence[int], told: Sequence[Any], offset: int = 0
+    tokenizer: Tokenizer, ids: Sequence[int], told: Sequence[Any], places: Places
 ) -> dict[str, Any]:
     """Log probabilities in the shape of the older completions: parallel lists. told[i] belongs to ids[i], or is None
-    where nothing is known: of a prompt's first token, of one that a tool forced."""
+    where nothing is known: of a prompt's first token, of one that a tool forced. `places` goes on from what came
+    before."""
     pieces = [tokenizer.decode_bytes([i]) for i in ids]
     names = [piece.decode("utf-8", errors="replace") for piece in pieces]
-    offsets, at, decoder = [], offset, codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for piece in pieces:  # where its first whole character stands: one may be of several tokens
-        offsets.append(at)
-        at += len(decoder.decode(piece))
+    offsets = [places.take(piece) for piece in pieces]
 
     def top(one: Any) -> dict[str, float] | None:
         if one is None or not one.top:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 MAX_MESSAGES = 500
 MAX_CHARS = 200_000  # of all messages together, or of a prompt
@@ -144,6 +144,13 @@ class CompletionRequest(Request):
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Flag = False
     best_of: int | None = Field(None, ge=1, le=MAX_SAMPLES)
+
+    @field_validator("best_of")
+    @classmethod
+    def _no_choosing(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value not in (None, info.data.get("n")):
+            raise ValueError("choosing is not supported; leave it out, and choose among n samples")
+        return value
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list, whatever form they came in."""

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanochat.agreement import non_finite
 from nanochat.checkpoint_folder import (
     FORMAT,
     MANIFEST,
@@ -300,16 +301,14 @@ def load_model(
     device = runtime_or_device.device if isinstance(runtime_or_device, Runtime) else torch.device(runtime_or_device)
     run = find_run(base_dir or get_base_dir(), source, model_tag)
     checkpoint = _open(run, step, ("model.safetensors", "tokenizer.json"))
-    with torch.device("meta"):
-        model = GPT(GPTConfig.from_dict(checkpoint.meta["model_config"]), compute_dtype)
-    model.to_empty(device=device)
-    model.init_rotary()  # buffers are computed, not saved
+    model = GPT.allocate(GPTConfig.from_dict(checkpoint.meta["model_config"]), device, compute_dtype)
     load_model_state(model, checkpoint.model_state(), checkpoint.path)
     return model.eval(), checkpoint.tokenizer(), checkpoint.meta
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], where: Path | str) -> None:
-    """Copy `state` into every parameter of `model`. Raises UserError if one is missing, extra or of another shape."""
+    """Copy `state` into every parameter of `model`. Raises UserError if one is missing, extra, of another shape, or
+    holds what is no number."""
     parameters = dict(model.named_parameters())
     problems = [f"{name} is missing" for name in parameters if name not in state]
     problems += [f"{name} is not in the model" for name in state if name not in parameters]
@@ -324,3 +323,6 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(state[name])
+    if spoilt := non_finite(model):
+        raise UserError(f"the weights in {where} are not finite ({', '.join(spoilt[:3])}): that run diverged, or the "
+                        "file was made by something that did; take an earlier step, if there is one")  # fmt: skip

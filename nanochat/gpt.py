@@ -187,6 +187,16 @@ class GPT(nn.Module):
         self.register_buffer("sin", torch.empty(positions), persistent=False)
 
     @classmethod
+    def allocate(cls, config: GPTConfig, device: torch.device | str, compute_dtype: torch.dtype) -> "GPT":
+        """The model on `device`, its weights still to come."""
+        with torch.device("meta"):
+            model = cls(config, compute_dtype)
+        # As model.to_empty(device) does, which imports sympy for it: half a second at every start.
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        model.init_rotary()  # computed, never saved
+        return model
+
+    @classmethod
     def create(
         cls,
         config: GPTConfig,
@@ -195,10 +205,7 @@ class GPT(nn.Module):
         seed: int = 42,
     ) -> "GPT":
         """Lay the model out without memory, allocate it on `device`, then initialise every tensor from `seed`."""
-        with torch.device("meta"):
-            model = cls(config, compute_dtype)
-        # As model.to_empty(device) does, which imports sympy for it: half a second at every start.
-        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        model = cls.allocate(config, device, compute_dtype)
         model.init_weights(seed)
         return model
 

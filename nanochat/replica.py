@@ -24,7 +24,7 @@ from typing import Any
 from nanochat.common import warn
 from nanochat.decoding import Token, Told
 from nanochat.sampling import Sampling
-from nanochat.service import Busy, Closed, Deliver, End, Order, Service, Ticket, checked
+from nanochat.service import Busy, Closed, Deliver, End, Order, Service, Ticket, checked, count_requests
 
 STATS = ("rows_running", "max_rows", "requests_waiting", "tokens", "steps", "cache_bytes", "prefix_bytes",
          "prefix_hit_tokens", "prompt_tokens")  # fmt: skip
@@ -38,8 +38,8 @@ def told_as_list(told: Told | None) -> list[Any] | None:
     return None if told is None else [told.logprob, told.top]
 
 
-def told_of_list(found: list[Any] | None) -> Told | None:
-    return None if found is None else Told(found[0], [(i, logprob) for i, logprob in found[1]])
+def told_of_list(found: list[Any]) -> Told:
+    return Told(found[0], [(i, logprob) for i, logprob in found[1]])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -50,11 +50,12 @@ class RemoteService:
     """A Service in a child process. It takes orders at once; they wait until the child has loaded its model."""
 
     def __init__(
-        self, command: Sequence[str], max_context: int, max_orders: int, observe: Observe = lambda name, value: None
+        self, command: Sequence[str], max_context: int, max_requests: int, observe: Observe = lambda name, value: None
     ) -> None:
         """`command` starts the child, which is given its socket's number as the last argument."""
-        self.max_context, self.max_orders, self.observe = max_context, max_orders, observe
+        self.max_context, self.max_requests, self.observe = max_context, max_requests, observe
         self.error: Exception | None = None
+        self.tokens_made = 0
         self._closing = False
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -89,7 +90,7 @@ class RemoteService:
         with self._lock:
             if self._closing or self.error:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
-            if len(self._tickets) >= self.max_orders and not more:
+            if not more and count_requests(self._tickets.values()) >= self.max_requests:
                 raise Busy(max(1.0, len(self._tickets) * 0.2))
             number = next(self._numbers)
             self._tickets[number] = ticket
@@ -167,13 +168,15 @@ class RemoteService:
             return
         for row, end in zip(ticket.rows, message["ends"]):
             row.end = end
+        if "told" in message:
+            ticket.rows[0].told = list(map(told_of_list, message["told"]))
         if "tokens" in message:
-            ticket.deliver([Token(ticket.rows[index], i, mask, told_of_list(told))
+            self.tokens_made += len(message["tokens"])
+            ticket.deliver([Token(ticket.rows[index], i, mask, told and told_of_list(told))
                             for index, i, mask, told in message["tokens"]])  # fmt: skip
         else:
             with self._lock:
                 del self._tickets[message["order"]]
-            ticket.rows[0].told = [Told(logprob, top) for logprob, top in message["told"]]
             ticket.deliver(End(Closed("the service was shut down") if message["closed"] else None))
 
 
@@ -215,12 +218,15 @@ def serve_replica(make: Callable[[Observe], Service], number: int) -> None:
 def accept(service: Service, message: Message, tickets: dict[int, Ticket], send: Callable[[Message], None]) -> None:
     """Hand an order to the service, and what comes of it back."""
     number = message.pop("order")
-    made = threading.Event()
+    made, told_of_prompt = threading.Event(), threading.Event()
 
     def deliver(what: list[Token] | End) -> None:
         made.wait()
         ticket = tickets[number]
         answer: Message = {"order": number, "ends": [row.end for row in ticket.rows]}
+        if not told_of_prompt.is_set():  # what is known of the prompt goes with what comes first
+            told_of_prompt.set()
+            answer["told"] = [told_as_list(told) for told in ticket.rows[0].told]
         if isinstance(what, list):
             send({**answer, "tokens": [[t.row.index, t.id, t.mask, told_as_list(t.told)] for t in what]})
             return
@@ -229,7 +235,7 @@ def accept(service: Service, message: Message, tickets: dict[int, Ticket], send:
             warn(f"a replica failed: {what.error!r}")
             os._exit(1)  # the server sees that and makes another one
         del tickets[number]
-        send({**answer, "closed": closed, "told": [told_as_list(told) for told in ticket.rows[0].told]})
+        send({**answer, "closed": closed})
 
     order = Order(**{**message, "sampling": Sampling(**message["sampling"])})
     tickets[number] = service.submit(order, deliver, more=True)

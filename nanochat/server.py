@@ -129,7 +129,8 @@ class Api:
         """A conversation as an order. Old turns that do not fit are left out; the last one must."""
         asked = request.max_completion_tokens or request.max_tokens or self.settings.max_tokens
         if asked > self.settings.most_tokens:
-            raise ApiError(400, f"at most {self.settings.most_tokens} tokens can be asked for", param="max_tokens")
+            raise ApiError(400, f"at most {self.settings.most_tokens} tokens can be asked for",
+                           param="max_completion_tokens" if request.max_completion_tokens else "max_tokens")
         room = self.max_context - min(asked, self.max_context // 2)
         messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text}
                     for m in request.messages]  # fmt: skip
@@ -361,12 +362,13 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
     @app.get("/health", response_model=answers.Health, responses={503: {"model": answers.Health}})
     @app.get("/health/ready", response_model=answers.Health, responses={503: {"model": answers.Health}})
     async def ready() -> Any:
-        fine = api.pool.alive and not api.door.closing
+        fine = api.pool.alive and not api.pool.failing and not api.door.closing
         return JSONResponse({"status": "ok" if fine else "unavailable"}, 200 if fine else 503)
 
-    @app.get("/health/live", response_model=answers.Health)
-    async def live() -> dict[str, str]:
-        return {"status": "ok"}
+    @app.get("/health/live", response_model=answers.Health, responses={503: {"model": answers.Health}})
+    async def live() -> Any:
+        """Not so, where only starting the process anew may help."""
+        return JSONResponse({"status": "failing"}, 503) if api.pool.failing else {"status": "ok"}
 
     @app.get("/stats")
     def stats() -> dict[str, Any]:

@@ -14,7 +14,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from nanochat.sampling import Sampling
 from nanochat.tools import DEFAULT_TOOLS, Tool, ToolUse
 
 PREFILL_CHUNKS_A_STEP = 1  # pieces of waiting prompts between two steps of the running rows
+MOST_DEATHS = 3  # of replicas in a row without a token; then something is wrong that a new one does not mend
 MIB = 2**20
 
 
@@ -54,6 +55,7 @@ class Order:
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
     client: str = ""  # who asks: clients that wait are served in turn
+    request: str = ""  # what it is part of; the orders of one request take one place in the queue
 
 
 def checked(order: Order, max_context: int) -> Order:
@@ -169,7 +171,7 @@ class Service:
         with self._wake:
             if self._closing or not self.alive:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
-            if len(self._orders) >= self.max_waiting and not more:
+            if not more and count_requests(self._orders) >= self.max_waiting:
                 raise Busy(max(1.0, len(self._orders) * self.step_seconds * 20))
             self._orders.add(order.client, ticket)
             self._wake.notify()
@@ -292,6 +294,11 @@ class Service:
         self._tickets.clear()
 
 
+def count_requests(tickets: Iterable[Ticket]) -> int:
+    """How many requests they belong to; an order that names none is one of its own."""
+    return len({ticket.order.request or id(ticket) for ticket in tickets})
+
+
 def row_bytes(model: GPT) -> int:
     """Memory of the keys and values of one row of the whole context."""
     config = model.config
@@ -309,6 +316,7 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._turn = itertools.count()
         self.replaced = 0
+        self._died_at_once = 0  # replicas in a row that died without a single token
         self.services = [make(index) for index in range(size)]
 
     def submit(self, order: Order, deliver: Deliver, more: bool = False) -> Ticket:
@@ -330,6 +338,7 @@ class WorkerPool:
         for index, service in enumerate(self.services):
             if not service.alive and not isinstance(service.error, Closed) and service.error is not None:
                 warn(f"replica {index} died ({service.error!r}): a new one takes its place")
+                self._died_at_once = 0 if service.tokens_made else self._died_at_once + 1
                 self.services[index] = self._make(index)
                 self.replaced += 1
 
@@ -337,6 +346,12 @@ class WorkerPool:
     def alive(self) -> bool:
         """Whether an order could be taken now, if need be by a replica made anew."""
         return any(service.alive or service.error is not None for service in self.services)
+
+    @property
+    def failing(self) -> bool:
+        """Whether new replicas do not help: one after the other died at its first request. Over once one answers."""
+        answering = any(service.alive and service.tokens_made for service in self.services)
+        return self._died_at_once >= MOST_DEATHS and not answering
 
     def stats(self) -> dict[str, Any]:
         parts = [service.stats() for service in self.services]

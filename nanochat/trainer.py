@@ -16,7 +16,15 @@ from typing import Any, Protocol
 
 import torch
 
-from nanochat.agreement import DataFailed, Drifted, NonFiniteLoss, find_drifted, name_culprits, tell_failures
+from nanochat.agreement import (
+    DataFailed,
+    Drifted,
+    NonFiniteLoss,
+    find_drifted,
+    name_culprits,
+    non_finite,
+    tell_failures,
+)
 from nanochat.common import UserError, warn
 from nanochat.dataloader import Batch
 from nanochat.deadline import Deadline
@@ -321,7 +329,7 @@ class Trainer:
 
     def _refuse_non_finite(self) -> None:
         """Raise NonFiniteLoss, on all processes, before weights that are spoilt take the place of good ones."""
-        spoilt = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        spoilt = non_finite(self.model)
         if self.runtime.largest(len(spoilt)):
             raise NonFiniteLoss(f"the weights are not finite after step {self.progress.step} "
                                 f"({', '.join(spoilt[:3]) or 'on another process'}), and are not saved; "

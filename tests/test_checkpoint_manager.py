@@ -296,6 +296,18 @@ def test_load_model(tmp_path, tokenizer, config, where):
     assert load_model("sft", where, base_dir=tmp_path, compute_dtype=torch.bfloat16)[0].compute_dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_not_used(tmp_path, tokenizer, config, value):
+    model = GPT.create(config)
+    for step in (4, 5):
+        save_checkpoint(run_dir(tmp_path, "base", "r"), step, model_state=model.state_dict(),
+                        meta={"model_config": config.to_dict()}, tokenizer=tokenizer)  # fmt: skip
+        model.lm_head.weight.data[1, 2] = value
+    with pytest.raises(UserError, match=r"not finite \(lm_head.weight\).*earlier step"):
+        load_model("base", "cpu", base_dir=tmp_path)
+    assert load_model("base", "cpu", base_dir=tmp_path, step=4)[2]["step"] == 4
+
+
 def test_load_model_skips_a_damaged_step_only_when_free_to_choose(tmp_path, tokenizer, config, capsys):
     run = run_dir(tmp_path, "base", "tiny")
     for step in (1, 2):

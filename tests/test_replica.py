@@ -96,9 +96,15 @@ def test_the_engine_says_the_same(service: RemoteService) -> None:
 
 
 def test_log_probabilities_travel(service: RemoteService) -> None:
-    receiver = Receiver()
-    ticket = service.submit(order("abc", max_tokens=2, top_logprobs=2, prompt_logprobs=True), receiver)
+    receiver, known = Receiver(), []
+
+    def deliver(what: Any) -> None:
+        known.append(len(what[0].row.told) if isinstance(what, list) else None)
+        receiver(what)
+
+    ticket = service.submit(order("abc", max_tokens=2, top_logprobs=2, prompt_logprobs=True), deliver)
     receiver.wait()
+    assert known[0] == 3, "what is known of the prompt comes with the first token"
     assert len(ticket.rows[0].told) == 3 and ticket.rows[0].told[0].logprob < 0
     assert all(len(token.told.top) == 2 for token in receiver.tokens if token.told)
 

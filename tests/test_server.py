@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from live import until
 from stubs import SPECIAL
 from test_prefix_cache import make_model
 
 from nanochat import api_generation
-from nanochat.api_text import completion_logprobs
+from nanochat.api_text import Places, completion_logprobs
 from nanochat.engine import Engine
 from nanochat.server import Metrics, Settings, create_app, json_pieces
 from nanochat.service import Service, WorkerPool
@@ -150,8 +151,35 @@ def test_echoed_prompts_with_log_probabilities(client: TestClient) -> None:
 
 def test_offsets_count_characters_that_are_of_several_tokens_once() -> None:
     ids = [*"é日x".encode()]  # a token a byte
-    found = completion_logprobs(TOKENIZER, ids, [None] * len(ids), offset=7)
-    assert found["text_offset"] == [7, 7, 8, 8, 8, 9]
+    places = Places()
+    places.take(b"before\xc3")  # a text that ends within a character
+    places.break_off()
+    found = [completion_logprobs(TOKENIZER, part, [None] * len(part), places) for part in (ids[:4], ids[4:])]
+    assert found[0]["text_offset"] + found[1]["text_offset"] == [7, 7, 8, 8, 8, 9]
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_tokens": 0}, {"n": 2, "prompt": ["héllo", "x" * 40]}, {"logprobs": None},
+                                     {"prompt": [[97, 0xC3], [98]]}])  # fmt: skip
+def test_streamed_completions_are_the_whole_ones(
+    client: TestClient, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_generation, "ECHO_TOKENS", 3)
+    request = {"prompt": "héllo", "max_tokens": 12, "echo": True, "logprobs": 2, "seed": 3, **changes}
+    whole = client.post("/v1/completions", json=request).json()
+    stream = events(client.post("/v1/completions", json={**request, "stream": True}))
+    for choice in whole["choices"]:
+        own = [c["choices"][0] for c in stream[:-1] if c["choices"][0]["index"] == choice["index"]]
+        assert "".join(c["text"] for c in own) == choice["text"]
+        assert own[-1]["finish_reason"] == choice["finish_reason"]
+        told = [c["logprobs"] for c in own if c["logprobs"]]
+        if choice["logprobs"] is None:
+            assert not told
+        else:
+            assert {key: [one for part in told for one in part[key]] for key in told[0]} == choice["logprobs"]
+            places = choice["logprobs"]["text_offset"]
+            assert places == sorted(places) and all(
+                choice["text"][place] == token for place, token in zip(places, choice["logprobs"]["tokens"])
+                if token.isascii() and len(token) == 1)  # fmt: skip
 
 
 @pytest.mark.parametrize("prompt", ["abc", ["abc", "b"], [97, 98, 99], [[97, 98, 99], [98]], [256, 97, 98, 99]])
@@ -174,6 +202,7 @@ def test_every_form_of_prompt(client: TestClient, prompt: Any) -> None:
 
 
 def test_models_tokens_health_and_figures(client: TestClient) -> None:
+    assert client.post("/v1/chat/completions", json=chat()).status_code == 200
     (model,) = client.get("/v1/models").json()["data"]
     assert model["id"] == "nanochat" and model["max_context"] == 64
     tokens = client.post("/tokenize", json={"text": "héllo <|bos|>"}).json()
@@ -182,6 +211,7 @@ def test_models_tokens_health_and_figures(client: TestClient) -> None:
     rendered = client.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]}).json()["tokens"]
     assert rendered == [256, SPECIAL["<|user_start|>"], 97, SPECIAL["<|user_end|>"], SPECIAL["<|assistant_start|>"]]
     assert [client.get(p).status_code for p in ("/health", "/health/live", "/health/ready")] == [200] * 3
+    assert [client.head(p).status_code for p in ("/", "/health", "/v1/models", "/nowhere")] == [200, 200, 200, 404]
     stats = client.get("/stats").json()
     assert stats["replicas"][0]["alive"] and stats["tokens"] > 0 and stats["requests_under_way"] == 0
     text = client.get("/metrics").text
@@ -225,6 +255,8 @@ def test_security_headers(client: TestClient) -> None:
         ("completions", {"prompt": [-1]}, "prompt"),
         ("completions", {"prompt": "x" * 64}, "prompt"),
         ("completions", {"prompt": "x", "logprobs": 21}, "logprobs"),
+        ("completions", {"prompt": "x", "n": 2, "best_of": 3}, "best_of"),
+        ("chat/completions", chat(max_completion_tokens=61), "max_completion_tokens"),
     ],
 )
 def test_mistakes_name_the_field(client: TestClient, path: str, body: dict[str, Any], param: str) -> None:
@@ -248,6 +280,23 @@ def test_mistakes_name_the_field(client: TestClient, path: str, body: dict[str, 
 def test_bodies_that_are_none(client: TestClient, body: bytes, status: int) -> None:
     response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == status and response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "says"),
+    [
+        (b'{"messages": []}', "", "Content-Type: application/json"),
+        (b'{"messages": []}', "text/plain", "Content-Type: application/json"),
+        (b"", "application/json", "empty"),
+        (b"[1]", "application/json", "a JSON object"),
+        (b'{"messages": [}', "application/json", "at character 14"),
+        (b'{"messages": "\xff"}', "application/json", "UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_a_body_is_said(client: TestClient, body: bytes, content_type: str, says: str) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    response = client.post("/v1/chat/completions", content=body, headers=headers)
+    assert response.status_code == 400 and says in response.json()["error"]["message"]
 
 
 def test_a_body_of_unknown_length_is_bounded_too(client: TestClient) -> None:
@@ -304,6 +353,43 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_row() -> None:
         stream = events(client.post("/v1/chat/completions", json=chat(stream=True)))
         assert stream[-1]["error"]["code"] == "timeout"  # an error is an event, and nothing comes after it
         settle(app)
+
+
+def test_health_says_when_new_replicas_do_not_help(capsys: pytest.CaptureFixture[str]) -> None:
+    broken = [True]
+
+    def make(index: int) -> Service:
+        service = Service(MODEL, TOKENIZER)
+        step = service.batch.step
+
+        def explode(**settings: Any) -> Any:
+            if broken[0]:
+                raise RuntimeError("boom")
+            return step(**settings)
+
+        service.batch.step = explode  # type: ignore[method-assign]
+        return service
+
+    with TestClient(create_app(WorkerPool(make), TOKENIZER, SETTINGS)) as client:
+        def health() -> list[int]:
+            return [client.get(f"/health/{kind}").status_code for kind in ("ready", "live")]
+
+        assert client.post("/v1/chat/completions", json=chat()).status_code == 500 and health() == [200, 200]
+        assert client.post("/v1/chat/completions", json=chat()).status_code == 500 and health() == [503, 503]
+        broken[0] = False
+        assert client.post("/v1/chat/completions", json=chat()).status_code == 200 and health() == [200, 200]
+    assert "boom" in capsys.readouterr().err
+
+
+def test_one_request_of_many_prompts_does_not_keep_others_out() -> None:
+    app = app_of(max_rows=1, max_waiting=2)
+    with TestClient(app) as client:
+        many = threading.Thread(target=client.post, args=("/v1/completions",),
+                                kwargs={"json": {"prompt": ["ab"] * 60, "max_tokens": 30}})  # fmt: skip
+        many.start()
+        until(lambda: app.state.api.pool.stats()["requests_waiting"] > 40)
+        assert client.post("/v1/chat/completions", json=chat()).status_code == 200
+        many.join()
 
 
 @pytest.mark.parametrize("good_steps", [0, 3])

@@ -106,6 +106,27 @@ def test_a_full_queue_says_when_to_come_again(service: Service) -> None:
         receiver.wait()
 
 
+def test_the_orders_of_a_request_take_one_place_in_the_queue(service: Service) -> None:
+    gate, first = threading.Event(), Receiver()
+
+    def hold(what: Any) -> None:
+        gate.wait(20)
+        first(what)
+
+    service.submit(order(), hold)
+    time.sleep(0.1)
+    receivers = [Receiver() for _ in range(10 + 7)]
+    for number, receiver in enumerate(receivers[:10]):
+        service.submit(order(request="many"), receiver, more=number > 0)
+    for receiver in receivers[10:]:
+        service.submit(order(), receiver)
+    with pytest.raises(Busy):
+        service.submit(order(), Receiver())
+    gate.set()
+    for receiver in [first, *receivers]:
+        receiver.wait()
+
+
 @pytest.mark.parametrize(
     ("bad", "says"),
     [({"prompt": []}, "empty"), ({"prompt": [1] * 99}, "context"), ({"max_tokens": -1}, "negative"),
