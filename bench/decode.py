@@ -24,7 +24,7 @@ from bench import _run
 from bench._common import Flags, model_config, tensor_bytes, time_in_turn
 from bench._run import Result
 from nanochat.common import SPECIAL_TOKENS, UserError
-from nanochat.decoding import Batch, DecodingWeights, Row
+from nanochat.decoding import DecodingWeights, Row, RunningBatch
 from nanochat.gpt import GPT
 from nanochat.packed_weights import matrices
 from nanochat.runtime import Runtime
@@ -88,7 +88,7 @@ class Case:
     def __init__(self, weights: DecodingWeights, rows: int, flags: DecodeFlags) -> None:
         tools, draw = ToolUse(Ids(flags.vocab_size)), random.Random(rows)
         self.flags, self.rows, self.weights = flags, rows, weights
-        self.batch = Batch(weights.current(), tools, set(), rows, flags.seq_len, packed=weights.packed)
+        self.batch = RunningBatch(weights.current(), tools, set(), rows, flags.seq_len, packed=weights.packed)
         self.prompts = [[draw.randrange(flags.vocab_size) for _ in range(flags.prompt)] for _ in range(rows)]
         self.first_token_seconds = self.start()
 

@@ -17,7 +17,7 @@ from bench._common import Flags, model_config, time_in_turn
 from bench._run import Result
 from bench.decode import Ids
 from nanochat.common import UserError
-from nanochat.decoding import Batch, DecodingWeights, Row
+from nanochat.decoding import DecodingWeights, Row, RunningBatch
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
@@ -68,7 +68,7 @@ def sample(flags: RolloutFlags, weights: DecodingWeights, together: bool) -> lis
     groups, tools = groups_of(flags), ToolUse(Ids(flags.vocab_size))
     for part in [groups] if together else [[group] for group in groups]:
         rows = min(flags.rows, sum(map(len, part)))
-        batch = Batch(weights.current(), tools, set(), rows, flags.prompt + flags.longest, packed=weights.packed)
+        batch = RunningBatch(weights.current(), tools, set(), rows, flags.prompt + flags.longest, packed=weights.packed)
         for group in part:
             batch.submit(group)
         while not batch.idle:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from nanochat.api_text import Places, SampleText, chat_logprobs, completion_logprobs
+from nanochat.api_text import SampleText, TextOffsets, chat_logprobs, completion_logprobs
 from nanochat.api_types import ChatRequest, CompletionRequest
 from nanochat.decoding import Token
 from nanochat.service import Busy, Closed, End, Order, Ticket, WorkerPool
@@ -274,7 +274,7 @@ def completion_answer(head_of: Head, generation: Generation, request: Completion
     for number, (ticket, samples) in enumerate(zip(generation.tickets, generation.texts)):
         for index, text in enumerate(samples):
             ids, told = [token.id for token in text.tokens], [token.told for token in text.tokens]
-            before, parts, places = "", [], Places()
+            before, parts, places = "", [], TextOffsets()
             if request.echo:
                 before = generation.tokenizer.decode(echoed(ticket))
                 if request.logprobs is not None:
@@ -294,7 +294,7 @@ def echoed(ticket: Ticket) -> list[int]:
     return list(ticket.order.prompt)[1:]
 
 
-def echo_parts(tokenizer: Any, ticket: Ticket, places: Places, logprobs: bool) -> Iterator[tuple[str, Any]]:
+def echo_parts(tokenizer: Any, ticket: Ticket, places: TextOffsets, logprobs: bool) -> Iterator[tuple[str, Any]]:
     """The prompt as (text, log probabilities), in parts that are quickly made; once the model has read it."""
     ids = echoed(ticket)
     text, told = tokenizer.decode(ids), ticket.rows[0].told
@@ -317,12 +317,12 @@ def completion_events(head_of: Head, generation: Generation, request: Completion
         def chunk(index: int, text: str, reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
             return {**head, "choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}]}
 
-        places: dict[int, Places] = {}  # by choice
+        places: dict[int, TextOffsets] = {}  # by choice
         tokenizer, logprobs = generation.tokenizer, request.logprobs is not None
         async for number, index, pieces, tokens, ended in generation.pieces():
             at = number * request.n + index
             if at not in places:
-                places[at] = Places()
+                places[at] = TextOffsets()
                 if request.echo:
                     for text, told in echo_parts(tokenizer, generation.tickets[number], places[at], logprobs):
                         yield chunk(at, text, None, told)

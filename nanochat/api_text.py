@@ -116,7 +116,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> It
             yield {**entry(token.id, token.told.logprob), "top_logprobs": best}
 
 
-class Places:
+class TextOffsets:
     """Where the tokens of a text stand in it, in characters: where their first whole one does, as a character may be
     of several tokens."""
 
@@ -138,7 +138,7 @@ class Places:
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, ids: Sequence[int], told: Sequence[Any], places: Places
+    tokenizer: Tokenizer, ids: Sequence[int], told: Sequence[Any], places: TextOffsets
 ) -> dict[str, Any]:
     """Log probabilities in the shape of the older completions: parallel lists. told[i] belongs to ids[i], or is None
     where nothing is known: of a prompt's first token, of one that a tool forced. `places` goes on from what came

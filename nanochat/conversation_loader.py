@@ -32,7 +32,7 @@ class Dataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class Cursor(NamedTuple):
+class StreamPlace(NamedTuple):
     """A place in the stream: the next conversation is the `position`-th of `epoch`; what came of those before it."""
 
     epoch: int = 0
@@ -52,7 +52,7 @@ class Waiting(NamedTuple):
 
 class _Step(NamedTuple):
     batch: Batch
-    cursor: Cursor
+    cursor: StreamPlace
     waiting: list[int]  # conversations in the pool after it, oldest first
 
 
@@ -107,9 +107,9 @@ class ConversationPacker:
     ) -> None:  # fmt: skip
         self.get, self.size, self.row_tokens = get, size, row_tokens
         self.seed, self.num_epochs = seed, num_epochs
-        self.restore(Cursor(), [])
+        self.restore(StreamPlace(), [])
 
-    def restore(self, cursor: Cursor, waiting: list[int]) -> None:
+    def restore(self, cursor: StreamPlace, waiting: list[int]) -> None:
         """Go on from a place and the conversations in the pool there, oldest first."""
         self.cursor = cursor
         self.pool: BestFitPool[Waiting] = BestFitPool()
@@ -199,7 +199,7 @@ class ConversationLoader:
         self._packer = ConversationPacker(self._get, self.size, row_tokens=self.row_tokens, seed=seed,
                                           num_epochs=num_epochs)  # fmt: skip
         self._layout = {"version": 1, "conversations": self.size, "sequence_len": sequence_len, "seed": seed}
-        self._cursor, self._waiting = Cursor(), list[int]()  # after the last batch handed out
+        self._cursor, self._waiting = StreamPlace(), list[int]()  # after the last batch handed out
         self._prefetcher: Prefetcher[_Step] | None = None
 
     def next_batch(self) -> Batch:
@@ -227,12 +227,6 @@ class ConversationLoader:
                                              row_tokens=self.row_tokens, seed=self.seed, num_epochs=1))  # fmt: skip
         return max(1, int(SAMPLE_MARGIN * rows * self.size / SAMPLE_CONVERSATIONS * epochs / self.rows_per_step))
 
-    @property
-    def progress(self) -> float:
-        """The share of num_epochs (of the epoch, if endless) that has been handed out, 0 to 1."""
-        done = self._cursor.epoch * self.size + self._cursor.position - len(self._waiting)
-        return done / (self.num_epochs * self.size) if self.num_epochs else max(done, 0) / self.size % 1.0
-
     def state_dict(self) -> dict[str, np.ndarray]:
         """Where the stream stands after the last batch handed out. The same on every rank."""
         state = {f"conversations.{name}": np.array(value, np.int64) for name, value in self._layout.items()}
@@ -244,7 +238,7 @@ class ConversationLoader:
         """Go on from a saved state, with any number of processes. Raises UserError for another run's."""
         found = {name: int(state[f"conversations.{name}"]) for name in self._layout if f"conversations.{name}" in state}
         check_layout(found, self._layout)
-        self._cursor = Cursor(*np.asarray(state["conversations.place"]).tolist())
+        self._cursor = StreamPlace(*np.asarray(state["conversations.place"]).tolist())
         self._waiting = np.asarray(state["conversations.waiting"]).tolist()
         self.close()
         self._packer.restore(self._cursor, self._waiting)

@@ -212,11 +212,6 @@ def centered(accuracy: Any, baseline: float) -> Any:
     return (accuracy - baseline) / (1 - baseline)
 
 
-def core_metric(accuracies: dict[str, float], baselines: dict[str, float]) -> float:
-    """The mean centred accuracy."""
-    return sum(centered(accuracies[label], baselines[label]) for label in accuracies) / len(accuracies)
-
-
 def published_gpt2() -> dict[str, Any]:
     """The published table: {"accuracy": {model: {task: share}}, "baseline_percent": {task: v1 chance}}."""
     return json.loads(resources.files("nanochat").joinpath("core_gpt2.json").read_text(encoding="utf-8"))

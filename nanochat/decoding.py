@@ -1,8 +1,8 @@
 """Rows of tokens decoded together: who is in the batch, what each is given next, when it is done.
 
-    Row      one sequence: its prompt, what it said so far, its random numbers, its calculator calls
-    Batch    each step feeds every row its last token and draws the next; rows join once their prompt is
-             prefilled and leave when they are done
+    Row           one sequence: its prompt, what it said so far, its random numbers, its tool calls
+    RunningBatch  each step feeds every row its last token and draws the next; rows join once their prompt is
+                  prefilled and leave when they are done
 
 A row's tokens depend on its prompt, settings, seed and sample index, not on who is beside it. (On a CPU with the C
 decoder that holds to the last bit; elsewhere a matrix product adds up in another order for another number of rows.)
@@ -107,7 +107,7 @@ def tell(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Told]:
 # The running batch
 
 
-class Batch:
+class RunningBatch:
     """Rows decoded together. Submit prompts at any time, call `step` until it is `idle`. Not for several threads."""
 
     def __init__(

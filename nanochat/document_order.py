@@ -29,7 +29,7 @@ class NoText(UserError):
 
 
 class Corpus(Protocol):
-    """The part of dataset.Corpus that reading needs."""
+    """The part of corpus.Corpus that reading needs."""
 
     name: str
     fingerprint: str

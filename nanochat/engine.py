@@ -3,7 +3,7 @@
 Engine      a model ready to decode: generate and generate_batch for samples of one prompt, complete and
             generate_many for many prompts
 TextStream  tokens to text, piece by piece, never cutting a character in two; AnswerStream, the same with
-            the calculator's parts told apart
+            tool calls told apart
 """
 
 import codecs
@@ -15,7 +15,7 @@ from typing import Any
 
 from nanochat.common import SPECIAL_TOKENS, warn
 from nanochat.conversation import PART_TOKENS
-from nanochat.decoding import Batch, DecodingWeights, Row, Token, Tokenizer
+from nanochat.decoding import DecodingWeights, Row, RunningBatch, Token, Tokenizer
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampling
@@ -157,14 +157,14 @@ class Engine:
             for index, prompt in zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)
         ]
 
-    def _batch(self, rows: list[Row], batch_size: int) -> Batch:
+    def _batch(self, rows: list[Row], batch_size: int) -> RunningBatch:
         longest = max((len(row.prompt) + row.max_tokens for row in rows if not row.done), default=1)
-        return Batch(self._weights.current(), self.tools, self.end_tokens, min(batch_size, len(rows)), longest,
-                     packed=self._weights.packed)  # fmt: skip
+        return RunningBatch(self._weights.current(), self.tools, self.end_tokens, min(batch_size, len(rows)), longest,
+                            packed=self._weights.packed)  # fmt: skip
 
 
 @contextlib.contextmanager
-def ending(batch: Batch, rows: Sequence[Row]) -> Iterator[None]:
+def ending(batch: RunningBatch, rows: Sequence[Row]) -> Iterator[None]:
     """Whatever ends the loop inside, no tool of the rows is left open."""
     try:
         yield

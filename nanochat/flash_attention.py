@@ -199,7 +199,7 @@ def flash_attn_with_kvcache(
 ) -> torch.Tensor:
     """Published form: write k, v (B, T, G, D) into the caches (B, S, G, D) after each row's `cache_seqlens`
     (B,) tokens, in place, then attend from q (B, T, H, D). nanochat's own engine keeps windowed layers in
-    ring buffers instead (engine.KVCache)."""
+    ring buffers instead (kv_cache.KVCache)."""
     assert causal
     B, T = q.shape[:2]
     S = k_cache.size(1)

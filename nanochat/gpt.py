@@ -21,7 +21,7 @@ __all__ = ["GPT", "GPTConfig"]
 
 
 class AttentionCache(Protocol):
-    """What the model asks of a key/value cache (engine.KVCache)."""
+    """What the model asks of a key/value cache (kv_cache.KVCache)."""
 
     previous_embedding: Any  # (B, 1, C) tensor for smear, or None before the first token
 

@@ -24,8 +24,9 @@ def head_logits(x: torch.Tensor, weight: torch.Tensor, cap: float) -> torch.Tens
 class _ChunkedHeadLoss(torch.autograd.Function):
     """Sum of weighted token losses, and each token's own loss.
 
-    The gradients are made in the forward pass, while a chunk's logits are still in cache: nothing is
-    computed twice and only (C,)-sized rows are kept. The backward pass multiplies by the incoming scalar.
+    The gradients are made in the forward pass, while a chunk's logits are still in cache: nothing is computed
+    twice, and what is kept are the gradients of x (N, C) and of the weight (V, C), not logits (N, V). The backward
+    pass multiplies by the incoming scalar.
     """
 
     @staticmethod

@@ -82,12 +82,6 @@ class PrefixCache:
             while self.num_bytes > self.budget_bytes:
                 self._forget_one()
 
-    def clear(self) -> None:
-        """Forget everything: the weights have changed."""
-        with self._lock:
-            self._root.children.clear()
-            self.num_bytes = 0
-
     def _touch(self, chunk: _Chunk) -> None:
         self._clock += 1
         chunk.used = self._clock

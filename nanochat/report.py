@@ -4,8 +4,9 @@ $BASE/report/report.json holds
   machine         where the last recorded stage ran: processor, cores, memory, versions, commit
   plan            [[name, value], ...], the table pretraining printed before it started
   total_seconds   over all stages
-  tokenizer, base_train, base_eval, chat_sft, chat_rl, chat_eval: one object for each stage recorded, with any of
-    seconds, finished_at, command, status ("running" while at work), checkpoint
+  tokenizer, base_train, contamination, base_eval, chat_sft, chat_rl, chat_eval, chat_eval_rl: one object for each
+    stage recorded, with any of
+    seconds, finished_at, updated_at (while at work), command, status ("running" while at work), checkpoint, model
     val_bpb, tokens, tokens_per_second, num_params and other single values, shown as they are
     TASK          accuracy in [0, 1] by task name, beside
     counts        {TASK: [passed, total]},  intervals {TASK: [low, high]} (95%),  baselines {TASK: guessing}
@@ -29,6 +30,7 @@ from filelock import FileLock
 from nanochat.common import UserError, atomic_write, format_seconds, read_json, warn, write_json
 from nanochat.report_view import (
     SPECIAL_KEYS,
+    STAGE_COLUMNS,
     STAGES,
     Record,
     before_and_after,
@@ -36,6 +38,7 @@ from nanochat.report_view import (
     facts_of,
     format_cell,
     headline,
+    mixed_runs,
     skills_of,
     sparkline,
     stage_times,
@@ -72,8 +75,8 @@ def record_stage(base_dir: Path, stage: str, values: Mapping[str, Any]) -> None:
     folder = report_dir(base_dir)
     folder.mkdir(parents=True, exist_ok=True)
     new = to_json(values)
-    if new.get("status") != "running":
-        new["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    new["updated_at" if new.get("status") == "running" else "finished_at"] = datetime.now(UTC).isoformat(
+        timespec="seconds")  # fmt: skip
     with FileLock(folder / ".lock"):
         report = _read_or_put_aside(folder / "report.json")
         if "plan" in new:
@@ -219,6 +222,7 @@ def git_commit() -> str | None:
 def render_markdown(report: Record, base_dir: Path) -> str:
     """The report as text. What the model said stands in code fences, so nothing in it can act."""
     parts = ["# nanochat report", " · ".join(f"{label} **{text}**" for label, text in headline(report))]
+    parts += [_cell(note) for note in mixed_runs(report)]
     if any(skills_of(values) for _, _, values in stages_of(report)):
         parts += ["## Skills", _skills_markdown(report)]
     curves = [(title, c) for _, title, values in stages_of(report) for c in curves_of(values, base_dir)]
@@ -256,7 +260,7 @@ def _skills_markdown(report: Record) -> str:
 
 def _times_markdown(report: Record) -> str:
     total = format_seconds(report.get("total_seconds") or 0)
-    return _table(("stage", "time", "finished (UTC)"), [*stage_times(report), ("**total**", total, "")])
+    return _table(STAGE_COLUMNS, [*stage_times(report), ("**total**", "", total, "")])
 
 
 def _table(columns: Any, rows: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from nanochat.common import format_count, format_seconds
 from nanochat.report_view import (
+    STAGE_COLUMNS,
     Curve,
     Record,
     Skill,
@@ -22,6 +23,7 @@ from nanochat.report_view import (
     format_cell,
     headline,
     is_running,
+    mixed_runs,
     skills_of,
     stage_times,
     stages_of,
@@ -66,7 +68,8 @@ def header(report: Record) -> str:
     numbers = [f"<b>{esc(text)}</b><span>{esc(label)}</span>" for label, text in headline(report)]
     cards = "".join(f'<div class="card">{number}</div>' for number in numbers)
     top = f'<div class="top"><h1>nanochat report</h1><p class="quiet">{esc(where)}</p>{live}</div>'
-    return top + (f'<div class="cards">{cards}</div>' if cards else "")
+    notes = "".join(f'<p class="quiet">{esc(note)}</p>' for note in mixed_runs(report))
+    return top + (f'<div class="cards">{cards}</div>' if cards else "") + notes
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -204,8 +207,8 @@ def stages_section(report: Record) -> str:
     if not found:
         return ""
     total = format_seconds(report.get("total_seconds") or 0)
-    foot = f'<tfoot><tr><td>Total</td><td class="num">{total}</td><td></td></tr></tfoot>'
-    times = f'<div class="card scroll">{table(("stage", "time", "finished (UTC)"), stage_times(report), foot)}</div>'
+    foot = f'<tfoot><tr><td>Total</td><td></td><td class="num">{total}</td><td></td></tr></tfoot>'
+    times = f'<div class="card scroll">{table(STAGE_COLUMNS, stage_times(report), foot)}</div>'
     cards = []
     for _, title, values in found:
         facts = facts_of(values)

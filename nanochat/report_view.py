@@ -23,10 +23,19 @@ STAGES = {
 }
 """Stage keys of report.json in the order of the pipeline, with their titles."""
 
+# Which stage's model each stage looks at or goes on from.
+MODEL_OF = {
+    "base_eval": "base_train",
+    "chat_sft": "base_train",
+    "chat_rl": "chat_sft",
+    "chat_eval": "chat_sft",
+    "chat_eval_rl": "chat_rl",
+}
+
 # Keys of a stage that are shown in a place of their own, or only steer the report.
 SPECIAL_KEYS = frozenset({
-    "seconds", "finished_at", "status", "checkpoint", "command", "metrics", "samples", "tables",
-    "intervals", "counts", "baselines", "references", "before", "after",
+    "seconds", "finished_at", "updated_at", "model", "status", "checkpoint", "command", "metrics",
+    "samples", "tables", "intervals", "counts", "baselines", "references", "before", "after",
 })  # fmt: skip
 
 FACT_LABELS = {
@@ -92,13 +101,42 @@ def is_running(report: Record) -> bool:
     return any(values.get("status") == "running" for _, _, values in stages_of(report))
 
 
-def stage_times(report: Record) -> list[tuple[str, str, str]]:
-    """(title, time taken, when it was finished in UTC) by stage."""
+STAGE_COLUMNS = ("stage", "run", "time", "finished (UTC)")
+
+
+def stage_times(report: Record) -> list[tuple[str, str, str, str]]:
+    """The STAGE_COLUMNS of each stage. Of one under way it is said when it was last heard of: it may be dead."""
     rows = []
     for _, title, values in stages_of(report):
-        time = "running" if values.get("status") == "running" else format_seconds(values.get("seconds") or 0)
-        rows.append((title, time, str(values.get("finished_at") or "").replace("T", " ").removesuffix("+00:00")))
+        time, at = format_seconds(values.get("seconds") or 0), short_time(values.get("finished_at"))
+        if values.get("status") == "running":
+            time, at = "running", f"last heard of {short_time(values.get('updated_at'))}"
+        rows.append((title, run_of(values), time, at))
     return rows
+
+
+def short_time(stamp: Any) -> str:
+    """`2026-01-31T12:00:00+00:00` -> `2026-01-31 12:00:00`."""
+    return str(stamp or "").replace("T", " ").removesuffix("+00:00")
+
+
+def run_of(values: Record) -> str:
+    """The name of the run that a stage is about; empty if it is about none, or says nothing."""
+    return str(values.get("model") or "") or (Path(values["metrics"]).parent.name if values.get("metrics") else "")
+
+
+def mixed_runs(report: Record) -> list[str]:
+    """What a reader must know where the stages are not those of one model: a sentence each."""
+    found, notes = {key: (title, values) for key, title, values in stages_of(report)}, []
+    for key, source in MODEL_OF.items():
+        if key not in found or source not in found:
+            continue
+        (title, own), (source_title, other) = found[key], found[source]
+        if run_of(own) and run_of(other) and run_of(own) != run_of(other):
+            notes.append(f"{title} is of the run {run_of(own)}, {source_title} of {run_of(other)}.")
+        elif own.get("finished_at", "9") < other.get("finished_at", ""):
+            notes.append(f"{title} is older than {source_title}: it is of an earlier model.")
+    return notes
 
 
 def wilson_interval(passed: float, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -158,7 +196,8 @@ def format_cell(value: Any) -> str:
 
 def headline(report: Record) -> list[tuple[str, str]]:
     """The handful of numbers a reader wants first, as (label, text)."""
-    train, core, sft, chat = (report.get(key) or {} for key in ("base_train", "base_eval", "chat_sft", "chat_eval"))
+    train, core, sft, chat, last = (report.get(key) or {} for key in ("base_train", "base_eval", "chat_sft",
+                                                                      "chat_eval", "chat_eval_rl"))  # fmt: skip
     found = [
         ("parameters", format_count(train["num_params"]) if train.get("num_params") else ""),
         ("tokens read", format_count(train["tokens"]) if train.get("tokens") else ""),
@@ -166,6 +205,7 @@ def headline(report: Record) -> list[tuple[str, str]]:
         ("CORE", f"{core['core']:.4f}" if core.get("core") is not None else ""),
         ("chat bits per byte", f"{sft['val_bpb']:.3f}" if sft.get("val_bpb") else ""),
         ("ChatCORE", f"{chat['chatcore']:.4f}" if chat.get("chatcore") is not None else ""),
+        ("ChatCORE after RL", f"{last['chatcore']:.4f}" if last.get("chatcore") is not None else ""),
         ("total time", format_seconds(report["total_seconds"]) if report.get("total_seconds") else ""),
     ]
     return [(label, text) for label, text in found if text]

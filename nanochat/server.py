@@ -58,7 +58,7 @@ json_text = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass
-class Metrics:
+class ServerMetrics:
     """What Prometheus reads."""
 
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
@@ -95,7 +95,7 @@ class Metrics:
 class Api:
     """The routes' state: the pool, the settings, what is under way."""
 
-    def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, pool: WorkerPool, tokenizer: Any, settings: Settings, metrics: ServerMetrics) -> None:
         self.pool, self.tokenizer, self.settings, self.metrics = pool, tokenizer, settings, metrics
         self.started = time.time()
         self.door = Door()
@@ -249,10 +249,10 @@ async def wait_for_disconnect(request: Request) -> None:
 
 
 def create_app(
-    pool: WorkerPool, tokenizer: Any, settings: Settings | None = None, metrics: Metrics | None = None
+    pool: WorkerPool, tokenizer: Any, settings: Settings | None = None, metrics: ServerMetrics | None = None
 ) -> FastAPI:
     """The application over a pool that is already running; it closes the pool when it is shut down."""
-    settings, metrics = settings or Settings(), metrics or Metrics()
+    settings, metrics = settings or Settings(), metrics or ServerMetrics()
     api = Api(pool, tokenizer, settings, metrics)
     gauges(api)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanochat.common import UserError, warn
-from nanochat.decoding import Batch, DecodingWeights, Row, Token, Tokenizer
+from nanochat.decoding import DecodingWeights, Row, RunningBatch, Token, Tokenizer
 from nanochat.fair_queue import FairQueue
 from nanochat.gpt import GPT
 from nanochat.prefix_cache import PrefixCache
@@ -137,8 +137,8 @@ class Service:
 
         self.prefixes = PrefixCache(decoding.PREFILL_CHUNK, prefix_bytes)
         ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
-        self.batch = Batch(self.weights.current(), ToolUse(tokenizer, tools), ends, max_rows, self.max_context,
-                           self.prefixes, self.weights.packed)  # fmt: skip
+        self.batch = RunningBatch(self.weights.current(), ToolUse(tokenizer, tools), ends, max_rows, self.max_context,
+                                  self.prefixes, self.weights.packed)  # fmt: skip
         self._orders: FairQueue[Ticket] = FairQueue()  # not yet given to the batch: it has no room
         self._cancelled: deque[tuple[Ticket, int | None]] = deque()
         self._tickets: dict[int, Ticket] = {}  # by id of a row in the batch

@@ -180,10 +180,10 @@ class Metrics:
         now = time.monotonic()
         evaluated = "val_bpb" in record
         if self.live:
-            say("\r\x1b[K" + self.line(trainer), end="\n" if last or evaluated else "")
+            say("\r\x1b[K" + self.line(trainer, record), end="\n" if last or evaluated else "")
         elif last or evaluated or now - self.last_line > PLAIN_LINE_SECONDS:
             self.last_line = now
-            say(self.line(trainer))
+            say(self.line(trainer, record))
 
     def write(self, record: Record) -> None:
         """Append one line. A full disk costs the line, not the run."""
@@ -195,15 +195,16 @@ class Metrics:
                 warn(f"metrics.jsonl cannot be written ({error}); training goes on, its lines are lost")
             self.write_failed = True
 
-    def line(self, trainer: Trainer) -> str:
+    def line(self, trainer: Trainer, record: Record) -> str:
         """step 120/400 | loss 3.21 | bpb 1.43 | 5.2k tok/s | 41% of peak | 1m10s left"""
         now, total = trainer.progress, trainer.schedule.num_steps
         left = (time.perf_counter() - trainer.started) / max(now.step, 1) * (total - now.step)
         bpb = f" | bpb {now.val_bpb:.4f}" if now.val_bpb is not None else ""
+        reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
         share = self.rate * self.flops_per_token / self.peak_flops / self.runtime.world_size if self.peak_flops else 0
         peak = f" | {share:.0%} of peak" if share else ""
-        return (f"step {now.step}/{total} | loss {now.debiased_loss():.4f}{bpb} | {format_count(self.rate)} tok/s"
-                f"{peak} | {format_seconds(left)} left")  # fmt: skip
+        return (f"step {now.step}/{total} | loss {now.debiased_loss():.4f}{bpb}{reward} | "
+                f"{format_count(self.rate)} tok/s{peak} | {format_seconds(left)} left")  # fmt: skip
 
     def close(self) -> None:
         if self.file is not None:

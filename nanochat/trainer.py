@@ -133,9 +133,9 @@ class Trainer:
         seconds = time.perf_counter() - started
         now = self.progress
         now.add_step(loss, num_targets, seconds)
-        rows = self.positions * self.runtime.world_size
+        positions = self.positions * self.runtime.world_size
         record = {"step": now.step, "loss": loss, "lr_multiplier": multiplier, "tokens": now.tokens,
-                  "tokens_per_second": rows / seconds, "seconds": now.seconds}  # fmt: skip
+                  "tokens_per_second": positions / seconds, "seconds": now.seconds}  # fmt: skip
         skipped = len(getattr(self.loader, "skipped", ()))
         return record | ({"loss_scale": now.loss_scale} if self.runtime.scales_loss else {}) \
             | ({"skipped_shards": skipped} if skipped else {})  # fmt: skip

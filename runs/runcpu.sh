@@ -2,7 +2,7 @@
 # From raw text to a chat on this machine, with no internet after the installation.
 #
 #   bash runs/runcpu.sh                # about 15 minutes of work, whatever the machine
-#   bash runs/runcpu.sh --minutes=60   # a better model
+#   bash runs/runcpu.sh --minutes=60   # a better model; after a first run, in another or an emptied folder
 #   bash runs/runcpu.sh --smoke        # every stage at toy size, to see that all of it runs
 #
 # Stages that are already done are skipped; one that was interrupted goes on where it stopped.
@@ -41,6 +41,12 @@ else
   SFT="--minutes=$(share 0.44) --eval-every=300 --save-every=100 --eval-tokens=32768" EVAL="-x 200"
   RL="--minutes=$(share 0.12) --init-lr-frac=0.02 --examples-per-step=24 --max-new-tokens=64 --eval-every=50 --save-every=50"
 fi
+if [ -z "$SMOKE" ]; then
+  mkdir -p "$NANOCHAT_BASE_DIR/.done"
+  EARLIER="$(cat "$NANOCHAT_BASE_DIR/.done/minutes" 2>/dev/null || echo "$MINUTES")"
+  [ "$EARLIER" = "$MINUTES" ] || echo "note: what was done with --minutes=$EARLIER stays; delete $NANOCHAT_BASE_DIR to start over, or set NANOCHAT_BASE_DIR"
+  echo "$EARLIER" > "$NANOCHAT_BASE_DIR/.done/minutes"
+fi
 done_file() { [ -f "$NANOCHAT_BASE_DIR/.done/$1" ]; }
 stage() {  # stage NAME COMMAND...: run it once
   local name="$1"; shift
@@ -65,4 +71,8 @@ for question in "Hello! Who are you?" "What is 12 + 30?" "Anna has 12 apples. Sh
   python -m scripts.chat_cli -i rl --prompt "$question"
 done
 python -m scripts.report
-echo "talk to it:  source .venv/bin/activate && python -m scripts.chat_cli -i rl"
+if [ -n "$SMOKE" ]; then
+  echo "all stages ran; the toy model and its report are deleted again"
+else
+  echo "talk to it:  source .venv/bin/activate && python -m scripts.chat_cli -i rl"
+fi

@@ -22,7 +22,9 @@ from nanochat.common import UserError, debug_enabled, first_line
 Config = TypeVar("Config")
 EXPECTED = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
-OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)  # PyTorch's on a CPU, on a GPU
+LARGEST = 2**63  # of seeds; nothing that is counted comes near it
+# What PyTorch says on a CPU, on a GPU, and of sizes that no memory has.
+OUT_OF_MEMORY = re.compile("allocate memory|out of memory|size calculation overflowed", re.IGNORECASE)
 
 
 def parse(config: type[Config], argv: Sequence[str] | None = None, description: str | None = None) -> Config:
@@ -44,6 +46,8 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
     for name, value in vars(parsed).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UserError(f"--{name.replace('_', '-')} is larger than anything that could be meant: {value}")
     return parsed
 
 
@@ -71,6 +75,12 @@ def run(main: Callable[[], int | None]) -> None:
         if debug_enabled():
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except OverflowError as error:
+        if debug_enabled():
+            raise
+        print(f"error: some number on the command line is too large to calculate with ({error})", file=sys.stderr,
+              flush=True)  # fmt: skip
         code = 2
     except (CollectiveFailed, FloatingPointError) as error:  # the latter of a model whose weights are spoilt
         if debug_enabled():

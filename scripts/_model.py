@@ -51,6 +51,10 @@ def network(flags: ModelFlags, vocab_size: int) -> Callable[[int], GPTConfig]:
         sizes = derive_sizes(
             depth, flags.aspect_ratio, flags.head_dim, flags.n_embd, flags.n_head, flags.n_kv_head
         )  # fmt: skip
-        return form(**asdict(sizes))
+        made = form(**asdict(sizes))
+        if made.window_pattern != flags.window_pattern and flags.window_pattern != ModelFlags.window_pattern:
+            raise UserError(f"--recipe={flags.recipe} fixes the windows as {made.window_pattern}: give yours as "
+                            f"--recipe={flags.recipe},window_pattern={flags.window_pattern}")  # fmt: skip
+        return made
 
     return of_depth

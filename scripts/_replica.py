@@ -18,7 +18,7 @@ from scripts import _cli
 
 
 @dataclass
-class Plan:
+class ReplicaPlan:
     """Which model, and how much of it at once. Travels to a child process as JSON."""
 
     source: str
@@ -50,7 +50,7 @@ class Plan:
 
 def main(argv: Sequence[str] | None = None) -> int:
     text, number = sys.argv[1:] if argv is None else argv
-    plan = Plan(**json.loads(text))
+    plan = ReplicaPlan(**json.loads(text))
     torch.set_num_threads(plan.threads)
     with Runtime.create("cpu") as runtime:
         model, tokenizer, _ = plan.load(runtime)

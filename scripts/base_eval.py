@@ -11,6 +11,7 @@ from nanochat.common import UserError, get_base_dir, say
 from nanochat.core_bundle import Bundle
 from nanochat.core_eval import GPTScorer
 from nanochat.core_prompts import MODES
+from nanochat.corpus import Corpus
 from nanochat.decoding import DecodingWeights
 from nanochat.gpt import GPT
 from nanochat.report import record_stage
@@ -46,7 +47,7 @@ class Config:
     step: int = -1
     """Its step; -1 takes the last."""
     data: str = ""
-    """As for base_train."""
+    """As for base_train; empty: what the model was trained on."""
     skip_bad_shards: bool = False
     """Go on without files of the data that are missing or damaged, and say which."""
     split_tokens: int = -1
@@ -75,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in wanted if name not in EVALUATIONS]
     if unknown or not wanted:
         raise UserError(f"--eval takes {', '.join(EVALUATIONS)}, got {config.eval!r}")
+    if config.baselines not in ("v1", "v2"):
+        raise UserError(f"--baselines takes v1 or v2, got {config.baselines!r}")
+    if config.core_tasks and "core" not in wanted:
+        raise UserError("--core-tasks is for --eval=core: give both, or neither")
     if config.core_mode not in MODES:
         raise UserError(f"--core-mode takes {' or '.join(MODES)}, got {config.core_mode!r}")
     if config.max_per_task == 0 or config.max_per_task < -1:
@@ -107,7 +112,8 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
         "num_params": model.num_scaling_params()["total"],
     }
     if "bpb" in wanted:
-        corpus = open_corpus(config.data, config.skip_bad_shards, runtime, base_dir)
+        corpus = text_to_measure_on(config, meta, runtime, base_dir)
+        values["data"] = corpus.name
         tokens = (
             config.split_tokens if config.split_tokens > 0 else 2**18 if runtime.device.type == "cpu" else 40 * 2**19
         )
@@ -141,6 +147,21 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
         if not config.int8:  # the report is about the model as it was trained
             record_stage(base_dir, "base_eval", values)
     return 0
+
+
+def text_to_measure_on(config: Config, meta: dict[str, Any], runtime: Runtime, base_dir: Path) -> Corpus:
+    """What --data names, else what the model was trained on."""
+    try:
+        data = config.data or meta.get("user_config", {}).get("data", "")
+        corpus = open_corpus(data, config.skip_bad_shards, runtime, base_dir)
+    except UserError as error:
+        if config.data:
+            raise
+        raise UserError(f"the text that the model was trained on cannot be read ({error}); give another as --data, or "
+                        "--eval without bpb") from error  # fmt: skip
+    if corpus.fingerprint != meta.get("corpus", corpus.fingerprint):
+        runtime.print0(f"bits per byte are of {corpus.name}, which is not what the model was trained on")
+    return corpus
 
 
 def what_was_asked(config: Config) -> str:

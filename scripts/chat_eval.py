@@ -21,7 +21,17 @@ from nanochat.runtime import Runtime
 from nanochat.session import command_line
 from scripts import _cli
 from tasks.common import Task
-from tasks.evaluation import CHATCORE, AskFlags, ChatCore, Outcome, ask, chat_core, pass_rates, write_transcripts
+from tasks.evaluation import (
+    CHATCORE,
+    AskFlags,
+    ChatCore,
+    Outcome,
+    ask,
+    chat_core,
+    constant_share,
+    pass_rates,
+    write_transcripts,
+)
 from tasks.registry import TASKS, make_task, task_spec
 
 STAGE = {"sft": "chat_eval", "rl": "chat_eval_rl"}  # of the report
@@ -112,6 +122,7 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
     folder = base_dir / "chat_eval" / f"{config.source}_{run.name}_{meta['step']:06d}"
     results: dict[str, tuple[float, int]] = {}
     shares: dict[str, list[float]] = {}
+    guesses: dict[str, float] = {}
     samples: list[dict[str, str]] = []
     rows = []
     for name, task in tasks.items():
@@ -125,7 +136,10 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
         split = getattr(task, "split", "") or config.split or TASKS[name].split
         rates = pass_rates(rights, per_item)
         more = "  ".join(f"pass@{k} {rate:.1%}" for k, rate in rates.items() if k > 1)
-        rows.append((name, split, f"{right:g}", str(total), f"{right / total:.1%}", f"{low:.1%} - {high:.1%}", more))
+        constant = constant_share([task[i] for i in range(total)])
+        guesses[name] = max(TASKS[name].baseline, constant or 0.0)
+        rows.append((name, split, f"{right:g}", str(total), f"{right / total:.1%}", f"{low:.1%} - {high:.1%}",
+                     f"{guesses[name]:.1%}", more))  # fmt: skip
         samples += [{"prompt": o.conversation["messages"][0]["content"], "text": o.samples[0].text}
                     for o in outcomes[:3]]  # fmt: skip
         suffix = f".rank{runtime.rank}" if runtime.world_size > 1 else ""
@@ -146,7 +160,7 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
             "model": run.name,
             "step": meta["step"],
             "checkpoint": checkpoint,
-            **accuracy_values(results, {name: TASKS[name].baseline for name in tasks}),
+            **accuracy_values(results, guesses),
             "splits": {row[0]: row[1] for row in rows},
             "samples": samples,
             "command": command_line("chat_eval", config),
@@ -190,7 +204,7 @@ def run_task(
 
 def show(rows: Sequence[tuple[str, ...]], core: ChatCore | None) -> None:
     """The results as a table, and ChatCORE."""
-    columns = ["task", "split", "right", "of", "accuracy", "95% interval"]
+    columns = ["task", "split", "right", "of", "accuracy", "95% interval", "guessing"]
     if any(row[-1] for row in rows):
         columns.append("of several answers")
     table = Table(*columns)

@@ -28,6 +28,14 @@ from tasks.rewarded import REWARDED, known_name, make_levels
 GUESSED_STEPS = 100  # of a run that the clock ends, until its pace is known
 
 
+# Flags of every training stage that have no meaning here, and what has.
+UNUSED = {
+    "sample_every": "every evaluation leaves its answers in transcripts/",
+    "eval_tokens": "--eval-examples says how many items are looked at",
+    "compile": "the shapes of answers change from step to step, and each would be compiled anew",
+}
+
+
 @dataclass
 class Config(TrainFlags):
     """Train a chat model on its own answers, by how good they are. -1 means "derive it" or "off"."""
@@ -39,7 +47,8 @@ class Config(TrainFlags):
     model_step: int = -1
     """Its step; -1 takes the last."""
     tasks: str = "WordProblems"
-    """What to train on, separated by commas: WordProblems, GSM8K, Arithmetic, LetterCounting, Format, Code."""
+    """What to train on, separated by commas: WordProblems, GSM8K, Arithmetic, LetterCounting, Spelling, Identity,
+    Format, Code."""
     num_epochs: int = 1
     """Passes over the tasks' training items, unless --num-iterations or --minutes says otherwise."""
     examples_per_step: int = 16
@@ -74,6 +83,9 @@ class Config(TrainFlags):
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
         if self.total_batch_size != -1:
             raise UserError("--total-batch-size is not for chat_rl: --examples-per-step times --num-samples is")
+        for name in UNUSED:
+            if getattr(self, name) != getattr(TrainFlags, name):
+                raise UserError(f"--{name.replace('_', '-')} is not for chat_rl: {UNUSED[name]}")
         if not 0 < self.init_lr_frac < math.inf:
             raise UserError(f"--init-lr-frac must be above 0, got {self.init_lr_frac:g}")
         if self.weight_decay < 0:

@@ -18,11 +18,11 @@ from nanochat.execution import choose_level
 from nanochat.replica import RemoteService
 from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
-from nanochat.server import Metrics, Settings, create_app
+from nanochat.server import ServerMetrics, Settings, create_app
 from nanochat.service import Service, WorkerPool
 from nanochat.serving import Server
 from scripts import _cli
-from scripts._replica import Plan
+from scripts._replica import ReplicaPlan
 
 USUAL_PORT = 8000
 PORTS_TRIED = 20
@@ -109,12 +109,13 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
     there = torch.cuda.device_count() if runtime.device.type == "cuda" else config.num_gpus
     if config.num_gpus > there:
         raise UserError(f"--num-gpus={config.num_gpus}: this machine has {there}")
-    plan = Plan(config.source, run.name, None if config.step < 0 else config.step, config.max_rows, config.max_waiting,
-                config.cache_mib, config.prefix_mib, config.int8, config.python)  # fmt: skip
+    step = None if config.step < 0 else config.step
+    plan = ReplicaPlan(config.source, run.name, step, config.max_rows, config.max_waiting, config.cache_mib,
+                       config.prefix_mib, config.int8, config.python)  # fmt: skip
     model, tokenizer, meta = plan.load(runtime)
     plan.step = meta["step"]  # what is loaded later, on other GPUs and in other processes, is the same
     context = model.config.sequence_len
-    metrics = Metrics()
+    metrics = ServerMetrics()
 
     def make(index: int) -> Service:
         own = model

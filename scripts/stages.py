@@ -15,7 +15,7 @@ STAGES = {
     "base_train": "pretrain a base model",
     "fit_law": "fit a scaling law to finished runs, and draw it",
     "contamination": "benchmark items that stand in the training text",
-    "base_eval": "CORE, bits per byte and samples of the base model",
+    "base_eval": "bits per byte and samples of the base model; with --eval=core CORE",
     "chat_sft": "finetune it on conversations",
     "chat_rl": "train it on its own answers, by how good they are",
     "chat_eval": "measure the chat model's skills",

@@ -32,11 +32,6 @@ class CustomJSON(Task):
     def get_example(self, index: int) -> Conversation:
         return self.conversations[index]
 
-    @staticmethod
-    def validate(path: Path | str) -> int:
-        """Number of conversations in the file; raises UserError with line number and reason."""
-        return len(read_conversations(Path(path)))
-
 
 def read_conversations(path: Path) -> list[Conversation]:
     """All conversations of the file; raises UserError naming the file, the line and what is wrong with it."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from nanochat.common import UserError, atomic_write
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_head import head_logits
-from tasks.answers import Conversation, text_of
+from tasks.answers import Conversation, number_after_marker, parse_number, reference_text, text_of
 from tasks.common import Task
 from tasks.registry import TASKS
 
@@ -118,6 +119,18 @@ def choose_letters(model: GPT, tokenizer: Any, conversations: Sequence[Conversat
 
 # ---------------------------------------------------------------------------------------------------
 # What the answers amount to
+
+
+def constant_share(conversations: Sequence[Conversation]) -> float | None:
+    """The accuracy of always giving the same answer, the best one to give: what a model gets that has learnt nothing
+    but that. None where answers are neither letters nor numbers."""
+    answers: list[Any] = []
+    for conversation in conversations:
+        text = reference_text(conversation).strip()
+        number = number_after_marker(text) if "####" in text else parse_number(text)
+        answers.append(text if "letters" in conversation else number)
+    counts = Counter(answer for answer in answers if answer is not None)
+    return max(counts.values()) / len(answers) if counts else None
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:

@@ -177,7 +177,6 @@ def test_each_epoch_has_every_conversation_once_in_another_order():
 def test_the_end_comes_once_and_stays():
     loader = make_loader(chats(10), num_epochs=1)
     steps = len(take_all(loader))
-    assert loader.progress == 1.0
     for _ in range(2):
         with pytest.raises(StopIteration):
             loader.next_batch()
@@ -204,19 +203,6 @@ def test_num_steps_of_a_large_data_set_is_estimated(monkeypatch):
     monkeypatch.setattr(conversation_loader, "EXACT_CONVERSATIONS", 1000)
     monkeypatch.setattr(conversation_loader, "SAMPLE_CONVERSATIONS", 600)
     assert 0.93 * exact < make_loader(chats(3000), rows=2).num_steps() <= exact, "the data must outlast the steps"
-
-
-def test_progress_rises_to_one():
-    loader = make_loader(chats(400), num_epochs=2)
-    seen = [loader.progress]
-    try:
-        while True:
-            loader.next_batch()
-            seen.append(loader.progress)
-    except StopIteration:
-        loader.close()
-    assert seen[0] == 0 and seen[-1] == 1
-    assert seen == sorted(seen)
 
 
 # ---------------------------------------------------------------------------------------------------

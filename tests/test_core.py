@@ -7,6 +7,7 @@ import math
 import threading
 import zipfile
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -21,7 +22,6 @@ from nanochat.core_eval import (
     Score,
     bootstrap_error,
     centered,
-    core_metric,
     evaluate_core,
     evaluate_task,
     is_right,
@@ -283,9 +283,13 @@ def test_published_gpt2_tables_give_the_published_core(name: str, tmp_path: Path
     accuracies = GOLDEN["accuracy"][name]
     assert len(accuracies) == 22
     published = {"gpt2": 0.113891, "gpt2-medium": 0.184903, "gpt2-large": 0.214641, "gpt2-xl": 0.256525}[name]
-    assert core_metric(accuracies, baselines_of(tmp_path, "v1")) == pytest.approx(published, abs=1e-6)
+
+    def core(baselines: dict[str, float]) -> float:
+        return mean(centered(accuracies[label], baselines[label]) for label in accuracies)
+
+    assert core(baselines_of(tmp_path, "v1")) == pytest.approx(published, abs=1e-6)
     if name == "gpt2-xl":
-        assert core_metric(accuracies, baselines_of(tmp_path, "v2")) == pytest.approx(0.2309, abs=5e-5)
+        assert core(baselines_of(tmp_path, "v2")) == pytest.approx(0.2309, abs=5e-5)
 
 
 def baselines_of(folder: Path, version: str) -> dict[str, float]:
@@ -458,3 +462,25 @@ def test_core_during_training(copied: Path, tmp_path: Path) -> None:
     metrics = (copied / "base_checkpoints" / "c" / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in metrics.splitlines()]
     assert ["core" in line for line in lines] == [False, True, False, True]
+
+
+def test_bits_per_byte_are_of_the_text_that_the_model_was_trained_on(
+    copied: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts import base_eval
+
+    flags = ["--eval=bpb", "--split-tokens=256", "--device-type=cpu"]
+    assert base_eval.main(flags) == 0
+    assert "not what the model was trained on" not in capsys.readouterr().out
+    assert "text.jsonl" in json.loads((copied / "report" / "report.json").read_text())["base_eval"]["data"]
+    other = copied / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"wholly other words {i}"}) + "\n" for i in range(99)))
+    assert base_eval.main([*flags, f"--data={other}"]) == 0
+    assert "not what the model was trained on" in capsys.readouterr().out
+
+    def gone(*args: Any) -> None:
+        raise UserError("no such file")
+
+    monkeypatch.setattr(base_eval, "open_corpus", gone)
+    with pytest.raises(UserError, match="no such file.*--data"):
+        base_eval.main(flags)

@@ -13,7 +13,7 @@ from stubs import ByteTokenizer
 from nanochat import cpu_decoder, decoding, kernels
 from nanochat.common import UserError
 from nanochat.cpu_decoder import CpuDecoder
-from nanochat.decoding import Batch, DecodingWeights, Row
+from nanochat.decoding import DecodingWeights, Row, RunningBatch
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache
@@ -225,7 +225,7 @@ def test_what_it_is_not_written_for_goes_through_the_model() -> None:
     model = build(n_head=8, n_kv_head=8)  # heads of 8
     assert not cpu_decoder.supported(model)
     row = Row([1, 2, 3], 4, Sampling(0.0), 0, 0)
-    batch = Batch(model, ToolUse(ByteTokenizer()), set(), 2, 20)
+    batch = RunningBatch(model, ToolUse(ByteTokenizer()), set(), 2, 20)
     batch.submit([row])
     while not batch.idle:
         batch.step()

@@ -13,7 +13,7 @@ from stubs import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, SPECIAL, STA
 
 from nanochat import decoding
 from nanochat.conversation import parse_answer
-from nanochat.decoding import Batch, DecodingWeights, Row, ToolUse
+from nanochat.decoding import DecodingWeights, Row, RunningBatch, ToolUse
 from nanochat.engine import AnswerStream, Engine, TextStream
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
@@ -278,8 +278,8 @@ def test_threads_do_not_disturb_each_other(engine: Engine) -> None:
 # The running batch
 
 
-def make_batch(engine: Engine, max_rows: int) -> Batch:
-    return Batch(engine.model, engine.tools, engine.end_tokens, max_rows, 32)
+def make_batch(engine: Engine, max_rows: int) -> RunningBatch:
+    return RunningBatch(engine.model, engine.tools, engine.end_tokens, max_rows, 32)
 
 
 def greedy_row(prompt: list[int], max_tokens: int = 10, index: int = 0) -> Row:

@@ -16,7 +16,7 @@ from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from scripts import chat_eval, contamination
 from tasks.common import Task
-from tasks.evaluation import CHATCORE, chat_core, choose_letters, pass_at_k, pass_rates
+from tasks.evaluation import CHATCORE, chat_core, choose_letters, constant_share, pass_at_k, pass_rates
 from tasks.multiple_choice import mc_conversation
 
 
@@ -44,6 +44,15 @@ def test_letters_are_chosen_by_their_logits_alone() -> None:
         logits = model(torch.tensor([ids]))[0, -1].detach()
         assert letter == max(conversation["letters"], key=lambda c: float(logits[ord(c)]))
     assert len(set(chosen)) > 1
+
+
+def test_what_always_saying_the_same_gets() -> None:
+    def conversation(answer: str, **more: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}], **more}
+
+    assert constant_share([conversation(a, letters="AB") for a in "ABBA" + "B"]) == 0.6
+    assert constant_share([conversation(a) for a in ("1", "so 2\n#### 1", "#### 0", "three", "1.0")]) == 0.6
+    assert constant_share([conversation("def f():\n    return 0"), conversation("words")]) is None
 
 
 def test_pass_at_k_is_the_chance_over_all_draws() -> None:

@@ -22,7 +22,7 @@ from test_service import Receiver, order
 from nanochat.engine import Engine
 from nanochat.replica import RemoteService
 from nanochat.sampling import Sampling
-from nanochat.server import Metrics, Settings, create_app
+from nanochat.server import ServerMetrics, Settings, create_app
 from nanochat.service import Busy, Closed, End, WorkerPool
 
 TESTS = Path(__file__).parent
@@ -150,7 +150,7 @@ def test_closing_lets_what_is_under_way_finish_or_not() -> None:
 
 @pytest.fixture
 def live() -> Iterator[Live]:
-    metrics = Metrics()
+    metrics = ServerMetrics()
     pool = WorkerPool(lambda index: remote(0.03, metrics.observe), 2)
     settings = Settings(max_tokens=20, most_tokens=60, drain_seconds=60)
     with Live(create_app(pool, REAL_TOKENIZER, settings, metrics)) as it:

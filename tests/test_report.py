@@ -14,7 +14,18 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.report import accuracy_values, load_report, record_stage, render_report, to_json
-from nanochat.report_view import STAGES, curves_of, facts_of, read_metrics, smooth, sparkline, thin, wilson_interval
+from nanochat.report_view import (
+    STAGES,
+    curves_of,
+    facts_of,
+    headline,
+    mixed_runs,
+    read_metrics,
+    smooth,
+    sparkline,
+    thin,
+    wilson_interval,
+)
 from scripts.report import main
 
 NASTY = '<script>alert("1")</script> & <b>| `x` ``` </pre>\n| über 日本語 \\'
@@ -170,8 +181,28 @@ def test_page_of_a_running_stage_refreshes(tmp_path: Path) -> None:
     record_stage(tmp_path, "base_train", {"status": "running", "seconds": 5})
     assert 'http-equiv="refresh"' in html_of(tmp_path) and "Pretraining is under way" in Page(html_of(tmp_path)).text
     assert "finished_at" not in load_report(tmp_path)["base_train"]
+    assert "last heard of 20" in Page(html_of(tmp_path)).text, "it may be dead"
     record_stage(tmp_path, "base_train", {"seconds": 9})
     assert 'http-equiv="refresh"' not in html_of(tmp_path)
+
+
+def test_stages_of_different_models_are_told_apart(tmp_path: Path) -> None:
+    def told() -> list[str]:
+        notes = mixed_runs(load_report(tmp_path))
+        assert all(note in Page(html_of(tmp_path)).text for note in notes)
+        return notes
+
+    record_stage(tmp_path, "base_train", {"metrics": "base_checkpoints/d4/metrics.jsonl"})
+    record_stage(tmp_path, "chat_sft", {"metrics": "chatsft_checkpoints/d4/metrics.jsonl"})
+    record_stage(tmp_path, "chat_eval", {"model": "d4", "chatcore": 0.25})
+    record_stage(tmp_path, "chat_eval_rl", {"model": "d4", "chatcore": 0.5})
+    assert not told()
+    assert [text for label, text in headline(load_report(tmp_path)) if "ChatCORE" in label] == ["0.2500", "0.5000"]
+    record_stage(tmp_path, "base_eval", {"model": "d6"})
+    assert told() == ["Base model is of the run d6, Pretraining of d4."]
+    report = load_report(tmp_path)
+    report["base_eval"]["model"], report["chat_sft"]["finished_at"] = "d4", "2025-01-01T00:00:00+00:00"
+    assert mixed_runs(report) == ["Supervised finetuning is older than Pretraining: it is of an earlier model."]
 
 
 def test_every_stage_alone_can_be_drawn(tmp_path: Path) -> None:

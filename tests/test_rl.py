@@ -18,6 +18,7 @@ from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
 from nanochat.schedules import ScheduleConfig
 from nanochat.trainer import Trainer
+from scripts import chat_rl
 from tasks.answers import keyed_random
 from tasks.formats import Format
 from tasks.rewarded import REWARDED, make_levels
@@ -357,6 +358,12 @@ def test_every_rewarded_task_can_be_made(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert [t[0] for t in make_levels(name, "test", 5, seed=1)] == [t[0] for t in make_levels(name, "test", 5)]
     with pytest.raises(UserError, match="choose from"):
         make_levels("nope", "train")
+
+
+@pytest.mark.parametrize("flag", ["sample_every", "eval_tokens", "compile"])
+def test_flags_without_a_meaning_are_refused(flag: str) -> None:
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} is not for chat_rl"):
+        chat_rl.Config(**{flag: "on" if flag == "compile" else 7})
 
 
 @pytest.mark.parametrize(

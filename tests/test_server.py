@@ -16,9 +16,9 @@ from stubs import SPECIAL
 from test_prefix_cache import make_model
 
 from nanochat import api_generation
-from nanochat.api_text import Places, completion_logprobs
+from nanochat.api_text import TextOffsets, completion_logprobs
 from nanochat.engine import Engine
-from nanochat.server import Metrics, Settings, create_app, json_pieces
+from nanochat.server import ServerMetrics, Settings, create_app, json_pieces
 from nanochat.service import Service, WorkerPool
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -29,7 +29,7 @@ SETTINGS = Settings(max_tokens=8, most_tokens=60, request_seconds=20, drain_seco
 
 
 def app_of(settings: Settings = SETTINGS, **service: Any) -> Any:
-    metrics = Metrics()
+    metrics = ServerMetrics()
     pool = WorkerPool(lambda index: Service(MODEL, TOKENIZER, observe=metrics.observe, **service))
     return create_app(pool, TOKENIZER, settings, metrics)
 
@@ -151,7 +151,7 @@ def test_echoed_prompts_with_log_probabilities(client: TestClient) -> None:
 
 def test_offsets_count_characters_that_are_of_several_tokens_once() -> None:
     ids = [*"é日x".encode()]  # a token a byte
-    places = Places()
+    places = TextOffsets()
     places.take(b"before\xc3")  # a text that ends within a character
     places.break_off()
     found = [completion_logprobs(TOKENIZER, part, [None] * len(part), places) for part in (ids[:4], ids[4:])]

@@ -446,7 +446,7 @@ def test_customjson(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8-sig")
     task = CustomJSON(path)
-    assert len(task) == CustomJSON.validate(path) == 3
+    assert len(task) == 3
     assert task[0] == GOOD_TALKS[2] and task[2] == GOOD_TALKS[1]
     assert task[1]["messages"][1]["content"] == parts
 
@@ -470,7 +470,7 @@ def test_customjson_names_the_line(tmp_path: Path, line: bytes, reason: str) -> 
     path = tmp_path / "mine.jsonl"
     path.write_bytes(json.dumps(GOOD_TALKS[0]).encode() + b"\n\n" + line + b"\n")
     with pytest.raises(UserError, match=r"mine\.jsonl, line 3: ") as error:
-        CustomJSON.validate(path)
+        CustomJSON(path)
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 

@@ -9,7 +9,7 @@ import pytest
 from stubs import TOKENIZER, Scripted, chain
 
 from nanochat.common import UserError
-from nanochat.decoding import Batch, Row
+from nanochat.decoding import Row, RunningBatch
 from nanochat.engine import Engine
 from nanochat.execution import choose_level
 from nanochat.sampling import Sampling
@@ -59,7 +59,7 @@ def calls(text: str) -> Scripted:
     return Scripted({**chain("?", START, text, STOP), OUT_END: END}, sequence_len=200)
 
 
-def run(batch: Batch, steps: int = 500) -> None:
+def run(batch: RunningBatch, steps: int = 500) -> None:
     for _ in range(steps):
         if batch.idle:
             return
@@ -75,7 +75,7 @@ def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
     model = Scripted({**chain("?", START, "abc", STOP), OUT_END: END, **chain("!", "xyzXYZ0123456789")}, 200)
-    batch = Batch(model, ToolUse(TOKENIZER, (tool,)), {END}, 4, 200)  # type: ignore[arg-type]
+    batch = RunningBatch(model, ToolUse(TOKENIZER, (tool,)), {END}, 4, 200)  # type: ignore[arg-type]
     asking, talking = row_for(), row_for("!", 1)
     batch.submit([asking])
     batch.submit([talking])
@@ -93,7 +93,7 @@ def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
 def test_a_row_that_leaves_while_its_tool_runs_closes_it() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
-    batch = Batch(calls("abc"), ToolUse(TOKENIZER, (tool,)), {END}, 2, 200)  # type: ignore[arg-type]
+    batch = RunningBatch(calls("abc"), ToolUse(TOKENIZER, (tool,)), {END}, 2, 200)  # type: ignore[arg-type]
     row = row_for()
     batch.submit([row])
     for _ in range(10):
@@ -199,7 +199,7 @@ def test_code_is_judged_by_its_tests() -> None:
 def test_a_call_that_has_not_begun_is_not_begun_for_a_row_that_left() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
-    batch = Batch(calls("abc"), ToolUse(TOKENIZER, (tool,)), {END}, 20, 200)  # type: ignore[arg-type]
+    batch = RunningBatch(calls("abc"), ToolUse(TOKENIZER, (tool,)), {END}, 20, 200)  # type: ignore[arg-type]
     rows = [row_for(index=i) for i in range(20)]  # more than there are threads
     batch.submit(rows)
     for _ in range(10):
@@ -229,7 +229,7 @@ def test_a_generation_that_is_broken_off_leaves_no_tool_open() -> None:
 
 @pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
 def test_a_program_that_runs_for_a_row_that_left_is_ended() -> None:
-    batch = Batch(calls("while 1:0"), ToolUse(TOKENIZER, WITH_PYTHON), {END}, 2, 200)  # type: ignore[arg-type]
+    batch = RunningBatch(calls("while 1:0"), ToolUse(TOKENIZER, WITH_PYTHON), {END}, 2, 200)  # type: ignore[arg-type]
     row = row_for()
     batch.submit([row])
     while not batch.calling:

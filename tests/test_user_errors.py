@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +36,10 @@ def refused(main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--n-embd=16", "--n-head=2", "--n-kv-head=3"], "n_kv_head=3"),
         (["--max-seq-len=1"], "--max-seq-len"),
         (["--window-pattern=SXL"], "window_pattern"),
+        (["--recipe=plain", "--window-pattern=SL"], "--recipe=plain,window_pattern=SL"),
         (["--num-iterations=0"], "--num-iterations"),
+        (["--num-iterations=1" + "0" * 30], "--num-iterations"),
+        (["--num-iterations=-1", "--minutes=1e300"], "too large"),
         (["--device-batch-size=0"], "--device-batch-size"),
         (["--minutes=nan"], "--minutes"),
         (["--minutes=0"], "--minutes"),
@@ -155,6 +161,17 @@ def test_unknown_stage_and_task(base: Path, capsys: pytest.CaptureFixture[str]) 
     assert "base_train" in refused(stages.main, ["bas_train"], capsys)
     assert "Arithmetic" in refused(chat_eval.main, ["-a", "Juggling"], capsys)
     assert "bpb" in refused(base_eval.main, ["--eval=vibes"], capsys)
+    assert "--baselines" in refused(base_eval.main, ["--baselines=v3"], capsys)
+    assert "--eval=core" in refused(base_eval.main, ["--core-tasks=piqa"], capsys)
+
+
+def test_ctrl_c_while_python_imports_is_one_line() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import scripts, time; print(1, flush=True); time.sleep(60)"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    assert process.stdout and process.stdout.readline() == "1\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "interrupted\n" and process.returncode == -signal.SIGINT
 
 
 def test_stages_lists_every_script(capsys: pytest.CaptureFixture[str]) -> None:
