@@ -482,5 +482,5 @@ def test_bits_per_byte_are_of_the_text_that_the_model_was_trained_on(
         raise UserError("no such file")
 
     monkeypatch.setattr(base_eval, "open_corpus", gone)
-    with pytest.raises(UserError, match="no such file.*--data"):
+    with pytest.raises(UserError, match=r"no such file.*--data"):
         base_eval.main(flags)
