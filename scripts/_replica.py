@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import load_model
-from nanochat.common import get_base_dir
+from nanochat.checkpoint_folder import read_manifest, step_path
+from nanochat.checkpoint_manager import load_model, run_dir
+from nanochat.common import UserError, get_base_dir
 from nanochat.replica import serve_replica
 from nanochat.runtime import Runtime
 from nanochat.service import MIB, Service
@@ -31,11 +32,20 @@ class ReplicaPlan:
     int8: bool
     python: bool
     threads: int = 0  # that a replica in a process of its own may use
+    weights: str = ""  # their file's hash, once they were loaded
 
     def load(self, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
-        """(model, tokenizer, meta)"""
-        return load_model(self.source, runtime, base_dir=get_base_dir(), model_tag=self.model_tag, step=self.step,
-                          compute_dtype=runtime.dtype)  # fmt: skip
+        """(model, tokenizer, meta). What is loaded later, on other GPUs and in other processes, is the same: its step
+        is kept, and UserError raised if the run has been replaced by another."""
+        base_dir = get_base_dir()
+        model, tokenizer, meta = load_model(self.source, runtime, base_dir=base_dir, model_tag=self.model_tag,
+                                            step=self.step, compute_dtype=runtime.dtype)  # fmt: skip
+        path = step_path(run_dir(base_dir, self.source, self.model_tag), meta["step"])
+        weights = read_manifest(path)["files"]["model.safetensors"]["sha256"]
+        if self.weights not in ("", weights):
+            raise UserError(f"{path} is not what this server was started with: start the server anew")
+        self.step, self.weights = meta["step"], weights
+        return model, tokenizer, meta
 
     def service(self, model: Any, tokenizer: Any, observe: Callable[[str, float], None]) -> Service:
         tools = WITH_PYTHON if self.python else DEFAULT_TOOLS

@@ -113,7 +113,6 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
     plan = ReplicaPlan(config.source, run.name, step, config.max_rows, config.max_waiting, config.cache_mib,
                        config.prefix_mib, config.int8, config.python)  # fmt: skip
     model, tokenizer, meta = plan.load(runtime)
-    plan.step = meta["step"]  # what is loaded later, on other GPUs and in other processes, is the same
     context = model.config.sequence_len
     metrics = ServerMetrics()
 

@@ -1,6 +1,8 @@
 """Replicas in processes of their own: the same answers, and they may be killed at any time."""
 
+import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -12,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from live import Live, until
 from stubs import TOKENIZER
 from test_prefix_cache import make_model
@@ -19,11 +22,16 @@ from test_server import TOKENIZER as REAL_TOKENIZER
 from test_server import chat, events
 from test_service import Receiver, order
 
+from nanochat.checkpoint_manager import save_checkpoint
+from nanochat.common import UserError
 from nanochat.engine import Engine
+from nanochat.gpt import GPT
 from nanochat.replica import RemoteService
+from nanochat.runtime import Runtime
 from nanochat.sampling import Sampling
 from nanochat.server import ServerMetrics, Settings, create_app
 from nanochat.service import Busy, Closed, End, WorkerPool
+from scripts._replica import ReplicaPlan
 
 TESTS = Path(__file__).parent
 CHILD = """
@@ -202,3 +210,19 @@ def test_no_process_outlives_its_server() -> None:
     until(made.ready.is_set)
     made._socket.shutdown(2)
     assert made.process.wait(90) == 0
+
+
+def test_a_replica_made_later_has_the_same_weights_or_none(copied: Path) -> None:
+    runtime = Runtime(torch.device("cpu"), torch.float32, "", 1)
+    plan = ReplicaPlan("base", "tiny", None, 4, 8, 64, 0, int8=False, python=False)
+    model, tokenizer, meta = plan.load(runtime)
+    assert plan.step == 1 and plan.load(runtime)[2]["step"] == 1
+    child = ReplicaPlan(**json.loads(plan.command()[-1]))
+    assert child == plan
+    run = copied / "base_checkpoints" / "tiny"
+    save_checkpoint(run, 2, model_state=model.state_dict(), meta=meta, tokenizer=tokenizer)
+    assert child.load(runtime)[2]["step"] == 1, "a step that was saved meanwhile is not announced"
+    shutil.rmtree(run)
+    save_checkpoint(run, 1, model_state=GPT.create(model.config, seed=9).state_dict(), meta=meta, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="start the server anew"):
+        child.load(runtime)
