@@ -84,7 +84,7 @@ def skills_section(report: Record) -> str:
     cards = "".join(card(title, "".join(map(skill_row, skills))) for title, skills in groups)
     note = "Share answered right; the whisker is the 95% Wilson interval"
     if any(s.baseline is not None for _, skills in groups for s in skills):
-        note += ", the dashed line is guessing"
+        note += ", the dashed line is guessing, or always giving the same answer"
     if others := sorted({s.reference[0] for _, skills in groups for s in skills if s.reference}):
         note += f", the diamond is {esc(' or '.join(others))} as published"
     return f'<h2>Skills</h2><p class="quiet">{note}.</p>{cards}'

@@ -12,10 +12,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nanochat.common import format_seconds, get_base_dir
+from nanochat.common import get_base_dir
 from nanochat.report import load_report, render_report
 from nanochat.report_compare import write_comparison
-from nanochat.report_view import Record, headline, skills_of, stages_of
+from nanochat.report_view import (
+    STAGE_COLUMNS,
+    Record,
+    headline,
+    mixed_runs,
+    skills_of,
+    stage_times,
+    stages_of,
+)
 from scripts._cli import parse, run
 
 
@@ -45,16 +53,20 @@ def print_summary(report: Record, console: Console) -> None:
     """Headline, time by stage and skills with their intervals."""
     if headline(report):
         console.print(" · ".join(f"{label} [bold]{escape(text)}[/bold]" for label, text in headline(report)))
-    times = Table("stage", "time", box=None, header_style="dim")
-    for _, title, values in stages_of(report):
-        running = values.get("status") == "running"
-        times.add_row(title, "running" if running else format_seconds(values.get("seconds") or 0))
+    for note in mixed_runs(report):
+        console.print(escape(note))
+    times = Table(*STAGE_COLUMNS, box=None, header_style="dim")
+    for row in stage_times(report):
+        times.add_row(*map(escape, row))
     console.print(times)
-    skills = [skill for _, _, values in stages_of(report) for skill in skills_of(values)]
-    if skills:
-        table = Table("task", "accuracy", "95% interval", "right", box=None, header_style="dim")
+    for _, title, values in stages_of(report):
+        if not (skills := skills_of(values)):
+            continue
+        table = Table(escape(title), "accuracy", "95% interval", "guessing", "right", box=None, header_style="dim")
         for s in skills:
-            table.add_row(escape(s.name), f"{s.accuracy:.1%}", f"{s.low:.1%} – {s.high:.1%}", f"{s.passed}/{s.total}")
+            guessing = "" if s.baseline is None else f"{s.baseline:.1%}"
+            table.add_row(escape(s.name), f"{s.accuracy:.1%}", f"{s.low:.1%} – {s.high:.1%}", guessing,
+                          f"{s.passed}/{s.total}")  # fmt: skip
         console.print(table)
 
 
