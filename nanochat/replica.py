@@ -60,6 +60,7 @@ class RemoteService:
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._tickets: dict[int, Ticket] = {}
+        self.load = 0  # rows running and waiting
         self._stats: Message = dict.fromkeys(STATS, 0)  # until the child tells
         self._told = threading.Event()  # figures came
         self.ready = threading.Event()  # the child has its model
@@ -79,11 +80,6 @@ class RemoteService:
     def alive(self) -> bool:
         return self.error is None
 
-    @property
-    def load(self) -> int:
-        with self._lock:
-            return sum(ticket.order.samples for ticket in self._tickets.values())
-
     def submit(self, order: Order, deliver: Deliver, more: bool = False) -> Ticket:
         """As Service.submit."""
         ticket = Ticket(checked(order, self.max_context), deliver, self)
@@ -94,6 +90,7 @@ class RemoteService:
                 raise Busy(max(1.0, len(self._tickets) * 0.2))
             number = next(self._numbers)
             self._tickets[number] = ticket
+            self.load += order.samples
         self._out.put({"order": number, **asdict(ticket.order)})
         return ticket
 
@@ -148,7 +145,7 @@ class RemoteService:
         self.error = Closed("the service was shut down") if self._closing else RuntimeError(
             f"its process ended with {code}")  # fmt: skip
         with self._lock:
-            left, self._tickets = list(self._tickets.values()), {}
+            left, self._tickets, self.load = list(self._tickets.values()), {}, 0
         for ticket in left:
             ticket.deliver(End(self.error))
         self._told.set()
@@ -177,6 +174,7 @@ class RemoteService:
         else:
             with self._lock:
                 del self._tickets[message["order"]]
+                self.load -= ticket.order.samples
             ticket.deliver(End(Closed("the service was shut down") if message["closed"] else None))
 
 

@@ -140,6 +140,7 @@ class Service:
         self.batch = RunningBatch(self.weights.current(), ToolUse(tokenizer, tools), ends, max_rows, self.max_context,
                                   self.prefixes, self.weights.packed)  # fmt: skip
         self._orders: FairQueue[Ticket] = FairQueue()  # not yet given to the batch: it has no room
+        self._rows_waiting = 0  # of these; counted as they come and go, as a request may be of hundreds
         self._cancelled: deque[tuple[Ticket, int | None]] = deque()
         self._tickets: dict[int, Ticket] = {}  # by id of a row in the batch
         self._wake = threading.Condition()
@@ -159,9 +160,7 @@ class Service:
     @property
     def load(self) -> int:
         """Rows running and waiting."""
-        with self._wake:
-            waiting = sum(ticket.order.samples for ticket in self._orders)
-        return waiting + len(self._tickets)
+        return self._rows_waiting + len(self._tickets)
 
     def submit(self, order: Order, deliver: Deliver, more: bool = False) -> Ticket:
         """Queue an order; `more`: it belongs to others that were let in, and is not refused for want of room.
@@ -174,6 +173,7 @@ class Service:
             if not more and count_requests(self._orders) >= self.max_waiting:
                 raise Busy(max(1.0, len(self._orders) * self.step_seconds * 20))
             self._orders.add(order.client, ticket)
+            self._rows_waiting += order.samples
             self._wake.notify()
         return ticket
 
@@ -224,8 +224,8 @@ class Service:
                 return False
             cancelled, self._cancelled = list(self._cancelled), deque()
             for ticket, index in cancelled:
-                if index is None:
-                    self._orders.remove(ticket.order.client, ticket)
+                if index is None and self._orders.remove(ticket.order.client, ticket):
+                    self._rows_waiting -= ticket.order.samples
             orders = self._admitted()
         for ticket in orders:
             if all(row.done for row in ticket.rows) and not ticket.order.prompt_logprobs:  # nothing to be drawn
@@ -250,6 +250,7 @@ class Service:
         while self._orders and room > 0:
             orders.append(self._orders.take())
             room -= orders[-1].order.samples
+            self._rows_waiting -= orders[-1].order.samples
         return orders
 
     def _step(self) -> None:
@@ -286,6 +287,7 @@ class Service:
         with self._wake:
             left = [*self._orders, *self._tickets.values()]
             self._orders.clear()
+            self._rows_waiting = 0
             self._closing = True
         for ticket in left:
             for row in ticket.rows:
