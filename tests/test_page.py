@@ -28,7 +28,7 @@ class ScriptedPool:
 
     def __init__(self) -> None:
         self.services = [SimpleNamespace(max_context=4096)]
-        self.alive, self.replaced = True, 0
+        self.alive, self.failing, self.replaced = True, False, 0
         self.script: Any = lambda text: f"You said: {text}"
         self.pause, self.fail = 0.0, None
         self.orders: list[Order] = []
@@ -345,6 +345,79 @@ def test_two_tabs_lose_nothing_of_each_other(page: Any, served: Served) -> None:
     other.get_by_label("Delete second").click()
     until(page, "document.querySelectorAll('nav li').length === 2")
     assert titles(other) == ["first", "first"]
+
+
+def test_a_second_tab_may_look_type_and_delete_while_the_first_streams(page: Any, served: Served) -> None:
+    ask(page, "short")
+    page.keyboard.press("Control+k")
+    served.pool.pause, served.pool.script = 0.02, lambda text: "z" * 150
+    ask(page, "first", wait=False)
+    until(page, "document.querySelector('.message.assistant .body')?.textContent.length > 5")
+    other = page.context.new_page()
+    other.goto(page.url)
+    assert "another tab" in answer(other).locator(".error").inner_text()
+    other.fill("#text", "half a thought")
+    other.reload()
+    assert other.input_value("#text") == "half a thought" and page.input_value("#text") == ""
+    other.locator("nav li button", has_text="short").first.click()
+    other.locator("nav li button", has_text="first").first.click()
+    page.wait_for_selector("#send:not(.hidden)")
+    assert titles(page) == ["first", "short"], "looking changes nothing"
+    until(other, "document.querySelector('.message.assistant .body').textContent.length === 150")
+    assert other.locator(".error").count() == 0 and other.input_value("#text") == "half a thought"
+
+    served.pool.cancelled = 0
+    ask(page, "again", wait=False)
+    until(other, "document.querySelectorAll('.message.user').length === 2")
+    other.get_by_label("Delete first").click()
+    page.wait_for_selector("#send:not(.hidden)")
+    time.sleep(0.2)
+    assert titles(page) == ["short"] and page.locator("nav li").count() == 1, "deleted is deleted"
+    assert served.pool.cancelled == 1
+
+
+def test_a_conversation_deleted_while_it_is_answered_stays_deleted(page: Any, served: Served) -> None:
+    served.pool.pause = 0.05
+    ask(page, "gone", wait=False)
+    until(page, "document.querySelector('.message.assistant .body')?.textContent.length > 3")
+    page.get_by_label("Delete gone").click()
+    page.wait_for_selector("#send:not(.hidden)")
+    assert titles(page) == []
+
+
+def test_settings_of_two_tabs(page: Any, served: Served) -> None:
+    other = page.context.new_page()
+    other.goto(page.url)
+    page.click("#settings-open")
+    page.fill("#top_k", "7")
+    other.click("#settings-open")
+    other.fill("#system", "Be brief.")
+    other.get_by_role("button", name="Done").click()
+    until(page, "state.settings.system === 'Be brief.'")
+    page.get_by_role("button", name="Done").click()
+    until(other, "state.settings.top_k === '7'")
+    other.click("#settings-open")
+    assert (other.input_value("#system"), other.input_value("#top_k")) == ("Be brief.", "7")
+    other.keyboard.press("Escape")
+    theme = page.evaluate("document.documentElement.dataset.theme")
+    other.click("#theme")
+    until(page, f"document.documentElement.dataset.theme !== '{theme}'")
+
+
+def test_what_an_earlier_version_kept_is_still_there(page: Any, served: Served) -> None:
+    old = """localStorage.clear(); sessionStorage.clear();
+    const chats = ['new', 'old'].map((title) => ({ id: title, title, messages: [{ role: 'user', content: title }] }));
+    localStorage.setItem('nanochat', JSON.stringify({ chats, current: 'old', theme: 'dark' }));
+    localStorage.setItem('nanochat/bad', '{"messages": 5}');"""
+    page.goto(f"http://127.0.0.1:{served.port}/v1/models")  # which keeps nothing when it is left
+    page.evaluate(old)
+    page.goto(f"http://127.0.0.1:{served.port}/")
+    assert page.locator("nav li button:first-child").all_inner_texts() == ["new", "old"]
+    assert page.locator(".message.user .body").inner_text() == "old"
+    ask(page, "more")
+    page.reload()
+    assert page.locator(".message.user .body").all_inner_texts() == ["old", "more"]
+    assert page.locator("nav li").count() == 2
 
 
 def test_light_dark_and_phone(browser: Any, served: Served) -> None:
