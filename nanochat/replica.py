@@ -55,7 +55,7 @@ class RemoteService:
         """`command` starts the child, which is given its socket's number as the last argument."""
         self.max_context, self.max_requests, self.observe = max_context, max_requests, observe
         self.error: Exception | None = None
-        self.tokens_made = 0
+        self.tokens_made = self.orders_lost = 0
         self._closing = False
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -87,7 +87,7 @@ class RemoteService:
             if self._closing or self.error:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
             if not more and count_requests(self._tickets.values()) >= self.max_requests:
-                raise Busy(max(1.0, len(self._tickets) * 0.2))
+                raise Busy(len(self._tickets) * 0.2)
             number = next(self._numbers)
             self._tickets[number] = ticket
             self.load += order.samples
@@ -146,6 +146,7 @@ class RemoteService:
             f"its process ended with {code}")  # fmt: skip
         with self._lock:
             left, self._tickets, self.load = list(self._tickets.values()), {}, 0
+            self.orders_lost = len(left)
         for ticket in left:
             ticket.deliver(End(self.error))
         self._told.set()

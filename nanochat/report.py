@@ -10,6 +10,7 @@ $BASE/report/report.json holds
     val_bpb, tokens, tokens_per_second, num_params and other single values, shown as they are
     TASK          accuracy in [0, 1] by task name, beside
     counts        {TASK: [passed, total]},  intervals {TASK: [low, high]} (95%),  baselines {TASK: guessing}
+    started_from  the run whose model a finetuning stage went on from
     metrics       path of the stage's metrics.jsonl, relative to $BASE: the curves
     samples       [{"prompt", "text"}, ...]
     tables        {title: [{column: value, ...}, ...]}, e.g. bytes per token by source

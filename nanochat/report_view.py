@@ -132,9 +132,12 @@ def mixed_runs(report: Record) -> list[str]:
         if key not in found or source not in found:
             continue
         (title, own), (source_title, other) = found[key], found[source]
-        if run_of(own) and run_of(other) and run_of(own) != run_of(other):
-            notes.append(f"{title} is of the run {run_of(own)}, {source_title} of {run_of(other)}.")
-        elif own.get("finished_at", "9") < other.get("finished_at", ""):
+        trained = "started_from" in own  # into a run that may have a name of its own
+        name = str(own["started_from"]) if trained else run_of(own)
+        if name and run_of(other) and name != run_of(other):
+            says = "started from" if trained else "is of"
+            notes.append(f"{title} {says} the run {name}, {source_title} is of {run_of(other)}.")
+        elif own.get("finished_at") and str(own["finished_at"]) < str(other.get("finished_at") or ""):
             notes.append(f"{title} is older than {source_title}: it is of an earlier model.")
     return notes
 

@@ -110,8 +110,9 @@ def horizon_weight_decay(weight_decay: float, batch: float, tokens: float, refer
 
 
 def bounded_weight_decay(weight_decay: float, lr: float, most: float) -> float:
-    """At most what takes the share `most` of a weight in a step at rate `lr`; in a run of a few steps the horizon
-    asks for more, and past a whole weight a step grows what it is to shrink."""
+    """At most what takes the share `most` of a weight in a step at rate `lr` (twice that of c_fc's, whose rate Muon
+    doubles for its shape); in a run of a few steps the horizon asks for more, and past a whole weight a step grows what
+    it is to shrink."""
     return min(weight_decay, most / lr) if lr > 0 else weight_decay
 
 

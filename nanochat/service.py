@@ -27,16 +27,17 @@ from nanochat.sampling import Sampling
 from nanochat.tools import DEFAULT_TOOLS, Tool, ToolUse
 
 PREFILL_CHUNKS_A_STEP = 1  # pieces of waiting prompts between two steps of the running rows
-MOST_DEATHS = 3  # of replicas in a row without a token; then something is wrong that a new one does not mend
+MOST_DEATHS = 3  # of replicas in a row, with orders and without a token: what is wrong, new ones do not mend
+MOST_RETRY_SECONDS = 60.0  # whoever waits for hours before trying again has gone
 MIB = 2**20
 
 
 class Busy(Exception):
     """The queue is full; try again after so many seconds."""
 
-    def __init__(self, retry_after: float) -> None:
-        super().__init__(f"too many requests are waiting; try again in {retry_after:.0f} s")
-        self.retry_after = retry_after
+    def __init__(self, seconds: float) -> None:
+        self.retry_after = min(max(1.0, seconds), MOST_RETRY_SECONDS)
+        super().__init__(f"too many requests are waiting; try again in {self.retry_after:.0f} s")
 
 
 class Closed(Exception):
@@ -147,6 +148,7 @@ class Service:
         self._closing = False
         self.error: Exception | None = None
         self.tokens_made = self.steps = 0
+        self.orders_lost = 0  # when it died
         self.step_seconds = 0.05  # smoothed, for Retry-After
         self._thread = threading.Thread(target=self._work, name="nanochat-service", daemon=True)
         self._thread.start()
@@ -171,7 +173,7 @@ class Service:
             if self._closing or not self.alive:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
             if not more and count_requests(self._orders) >= self.max_waiting:
-                raise Busy(max(1.0, len(self._orders) * self.step_seconds * 20))
+                raise Busy(len(self._orders) * self.step_seconds * 20)
             self._orders.add(order.client, ticket)
             self._rows_waiting += order.samples
             self._wake.notify()
@@ -287,7 +289,7 @@ class Service:
         with self._wake:
             left = [*self._orders, *self._tickets.values()]
             self._orders.clear()
-            self._rows_waiting = 0
+            self._rows_waiting, self.orders_lost = 0, len(left)
             self._closing = True
         for ticket in left:
             for row in ticket.rows:
@@ -318,7 +320,7 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._turn = itertools.count()
         self.replaced = 0
-        self._died_at_once = 0  # replicas in a row that died without a single token
+        self._died_at_once = 0  # replicas in a row that died with orders, and none ever had a token for any
         self.services = [make(index) for index in range(size)]
 
     def submit(self, order: Order, deliver: Deliver, more: bool = False) -> Ticket:
@@ -340,7 +342,10 @@ class WorkerPool:
         for index, service in enumerate(self.services):
             if not service.alive and not isinstance(service.error, Closed) and service.error is not None:
                 warn(f"replica {index} died ({service.error!r}): a new one takes its place")
-                self._died_at_once = 0 if service.tokens_made else self._died_at_once + 1
+                if any(each.tokens_made for each in self.services):
+                    self._died_at_once = 0
+                elif service.orders_lost:
+                    self._died_at_once += 1
                 self.services[index] = self._make(index)
                 self.replaced += 1
 
@@ -352,8 +357,7 @@ class WorkerPool:
     @property
     def failing(self) -> bool:
         """Whether new replicas do not help: one after the other died at its first request. Over once one answers."""
-        answering = any(service.alive and service.tokens_made for service in self.services)
-        return self._died_at_once >= MOST_DEATHS and not answering
+        return self._died_at_once >= MOST_DEATHS and not any(service.tokens_made for service in self.services)
 
     def stats(self) -> dict[str, Any]:
         parts = [service.stats() for service in self.services]

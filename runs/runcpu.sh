@@ -41,12 +41,6 @@ else
   SFT="--minutes=$(share 0.44) --eval-every=300 --save-every=100 --eval-tokens=32768" EVAL="-x 200"
   RL="--minutes=$(share 0.12) --init-lr-frac=0.02 --examples-per-step=24 --max-new-tokens=64 --eval-every=50 --save-every=50"
 fi
-if [ -z "$SMOKE" ]; then
-  mkdir -p "$NANOCHAT_BASE_DIR/.done"
-  EARLIER="$(cat "$NANOCHAT_BASE_DIR/.done/minutes" 2>/dev/null || echo "$MINUTES")"
-  [ "$EARLIER" = "$MINUTES" ] || echo "note: what was done with --minutes=$EARLIER stays; delete $NANOCHAT_BASE_DIR to start over, or set NANOCHAT_BASE_DIR"
-  echo "$EARLIER" > "$NANOCHAT_BASE_DIR/.done/minutes"
-fi
 done_file() { [ -f "$NANOCHAT_BASE_DIR/.done/$1" ]; }
 stage() {  # stage NAME COMMAND...: run it once
   local name="$1"; shift
@@ -56,9 +50,15 @@ stage() {  # stage NAME COMMAND...: run it once
   mkdir -p "$NANOCHAT_BASE_DIR/.done" && touch "$NANOCHAT_BASE_DIR/.done/$name"
 }
 
+EARLIER="$(cat "$NANOCHAT_BASE_DIR/.done/minutes" 2>/dev/null || true)"
+if [ -n "$EARLIER" ] && [ "$(share 1.0)" != "$EARLIER" ]; then
+  echo "note: the model there was trained with --minutes=$EARLIER and stays; delete $NANOCHAT_BASE_DIR to start over, or set NANOCHAT_BASE_DIR"
+fi
 stage tok_train  python -m scripts.tok_train --data=starter --vocab-size=$VOCAB --max-chars=$CHARS
+done_file base_train || FRESH=1
 stage base_train python -m scripts.base_train --resume --data=starter --model-tag=cpu --depth=$DEPTH --head-dim=64 --max-seq-len=$CONTEXT \
   --total-batch-size=$BATCH --sample-every=-1 $BASE
+[ -z "${FRESH:-}" ] || share 1.0 > "$NANOCHAT_BASE_DIR/.done/minutes"
 stage base_eval  python -m scripts.base_eval --data=starter --split-tokens=65536
 stage chat_sft   python -m scripts.chat_sft --resume --model-tag=cpu --total-batch-size=$BATCH --init-lr-frac=2 $SFT
 stage chat_eval  python -m scripts.chat_eval -i sft $EVAL

@@ -143,7 +143,7 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     code = drive(trainer, script="chat_rl", run=run, config=config, tokenizer=start.tokenizer, checkpoint=checkpoint,
                  total_batch_tokens=tokens, meta={"stage": "rl", "base": base, "before": before})  # fmt: skip
     if code == 0 and runtime.is_main:
-        report(base_dir, run, config, trainer, plan, before)
+        report(base_dir, run, config, trainer, plan, before, start.tag)
     return code
 
 
@@ -209,12 +209,14 @@ def keep_rollouts(step: int, groups: list[Group], folder: Path, every: int, runt
 
 
 def report(
-    base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: list[tuple[str, str]], before: Record
-) -> None:
+    base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: list[tuple[str, str]], before: Record,
+    started_from: str,
+) -> None:  # fmt: skip
     """Hand the run's figures to the report."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last: dict[str, Any] = next((line for line in reversed(lines) if any(k.startswith("accuracy/") for k in line)), {})
-    values = training_figures(trainer, run, command_line("chat_rl", config)) | {"model": run.name}
+    values = training_figures(trainer, run, command_line("chat_rl", config))
+    values |= {"model": run.name, "started_from": started_from}
     values |= {f"{key.partition('/')[2]}, before and after": f"{value:.1%}, {last[key]:.1%}"
                for key, value in before.items() if key.startswith("accuracy/") and key in last}  # fmt: skip
     record_stage(base_dir, "chat_rl", values | {"plan": plan, "before": before, "after": last})

@@ -141,7 +141,7 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     code = drive(trainer, script="chat_sft", run=run, config=config, tokenizer=tokenizer, checkpoint=checkpoint,
                  total_batch_tokens=rows * T, meta={"stage": "sft", "base": base, "data": data})  # fmt: skip
     if code == 0 and runtime.is_main:
-        report(base_dir, run, config, trainer, tokenizer, plan)
+        report(base_dir, run, config, trainer, tokenizer, plan, start.tag)
     return code
 
 
@@ -218,12 +218,13 @@ def report(
     trainer: Trainer,
     tokenizer: RustBPETokenizer,
     plan: list[tuple[str, str]],
+    started_from: str,
 ) -> None:
     """Hand the run's figures to the report."""
     now = trainer.progress
     values = training_figures(trainer, run, command_line("chat_sft", config)) | {
         "tokens": now.tokens, "tokens_per_second": now.tokens / max(now.seconds, 1e-9), "mixture": plan,
-        "samples": answers(trainer.model, tokenizer),
+        "samples": answers(trainer.model, tokenizer), "started_from": started_from,
     }  # fmt: skip
     record_stage(base_dir, "chat_sft", values)
     say(f"{now.step} steps, {format_count(now.tokens)} supervised tokens in {values['seconds']:.0f} s; "

@@ -133,6 +133,42 @@ def test_orders_can_be_cancelled_and_refused(service: RemoteService) -> None:
         one.wait()
 
 
+def test_the_orders_of_a_request_take_one_place(service: RemoteService) -> None:
+    receivers = [Receiver() for _ in range(10 + 7)]
+    for number, receiver in enumerate(receivers):
+        many = number < 10
+        service.submit(order(max_tokens=50, request="many" if many else ""), receiver, more=many and number > 0)
+    with pytest.raises(Busy):
+        service.submit(order(), Receiver())
+    for receiver in receivers:
+        receiver.wait()
+    assert service.load == 0
+
+
+def test_idle_replicas_that_die_say_nothing_of_the_others() -> None:
+    pool = WorkerPool(lambda index: remote(), 2)
+    for _ in range(4):
+        victim = pool.services[0]
+        until(victim.ready.is_set)
+        victim.process.kill()
+        until(lambda victim=victim: not victim.alive)  # type: ignore[misc]
+        pool._replace_dead()
+    assert pool.replaced == 4 and not pool.failing
+    receiver = Receiver()
+    pool.submit(order(), receiver)
+    receiver.wait()
+    chosen = next(service for service in pool.services if service.tokens_made)
+    assert chosen.tokens_made == len(receiver.tokens)
+    pool._died_at_once = 99  # whatever was before
+    assert not pool.failing
+    chosen.process.kill()
+    until(lambda: not chosen.alive)
+    assert not pool.failing, "it did answer"
+    pool._replace_dead()
+    assert not pool.failing
+    pool.close()
+
+
 def test_times_are_told() -> None:
     seen: dict[str, int] = {}
     made = remote(observe=lambda name, value: seen.__setitem__(name, seen.get(name, 0) + 1))

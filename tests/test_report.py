@@ -199,10 +199,20 @@ def test_stages_of_different_models_are_told_apart(tmp_path: Path) -> None:
     assert not told()
     assert [text for label, text in headline(load_report(tmp_path)) if "ChatCORE" in label] == ["0.2500", "0.5000"]
     record_stage(tmp_path, "base_eval", {"model": "d6"})
-    assert told() == ["Base model is of the run d6, Pretraining of d4."]
+    assert told() == ["Base model is of the run d6, Pretraining is of d4."]
     report = load_report(tmp_path)
     report["base_eval"]["model"], report["chat_sft"]["finished_at"] = "d4", "2025-01-01T00:00:00+00:00"
     assert mixed_runs(report) == ["Supervised finetuning is older than Pretraining: it is of an earlier model."]
+    del report["chat_sft"]["finished_at"]  # under way
+    assert not mixed_runs(report)
+    record_stage(tmp_path, "base_eval", {"model": "d4"})
+    talk = {"metrics": "chatsft_checkpoints/talk/metrics.jsonl", "started_from": "d4"}
+    record_stage(tmp_path, "chat_sft", talk)  # a name of its own
+    record_stage(tmp_path, "chat_eval", {"model": "talk"})
+    assert not told()
+    record_stage(tmp_path, "chat_sft", talk | {"started_from": "d8"})
+    record_stage(tmp_path, "chat_eval", {"model": "talk"})
+    assert told() == ["Supervised finetuning started from the run d8, Pretraining is of d4."]
 
 
 def test_every_stage_alone_can_be_drawn(tmp_path: Path) -> None:

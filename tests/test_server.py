@@ -378,6 +378,12 @@ def test_health_says_when_new_replicas_do_not_help(capsys: pytest.CaptureFixture
         assert client.post("/v1/chat/completions", json=chat()).status_code == 500 and health() == [503, 503]
         broken[0] = False
         assert client.post("/v1/chat/completions", json=chat()).status_code == 200 and health() == [200, 200]
+        broken[0] = True  # it did answer: two more deaths are no reason to say so, nor is the next one after an answer
+        assert client.post("/v1/chat/completions", json=chat()).status_code == 500 and health() == [200, 200]
+        broken[0] = False
+        assert client.post("/v1/chat/completions", json=chat()).status_code == 200
+        broken[0] = True
+        assert client.post("/v1/chat/completions", json=chat()).status_code == 500 and health() == [200, 200]
     assert "boom" in capsys.readouterr().err
 
 
