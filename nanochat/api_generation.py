@@ -274,15 +274,15 @@ def completion_answer(head_of: Head, generation: Generation, request: Completion
     for number, (ticket, samples) in enumerate(zip(generation.tickets, generation.texts)):
         for index, text in enumerate(samples):
             ids, told = [token.id for token in text.tokens], [token.told for token in text.tokens]
-            before, parts, places = "", [], TextOffsets()
+            before, parts, offsets = "", [], TextOffsets()
             if request.echo:
                 before = generation.tokenizer.decode(echoed(ticket))
                 if request.logprobs is not None:
-                    parts = [completion_logprobs(generation.tokenizer, echoed(ticket), ticket.rows[0].told, places)]
-                    places.break_off()
+                    parts = [completion_logprobs(generation.tokenizer, echoed(ticket), ticket.rows[0].told, offsets)]
+                    offsets.break_off()
             logprobs = None
             if request.logprobs is not None:
-                parts.append(completion_logprobs(generation.tokenizer, ids, told, places))
+                parts.append(completion_logprobs(generation.tokenizer, ids, told, offsets))
                 logprobs = {key: [one for part in parts for one in part[key]] for key in parts[0]}
             choices.append({"index": number * request.n + index, "text": before + text.text, "logprobs": logprobs,
                             "finish_reason": generation.finish_reason(number, index)})  # fmt: skip
@@ -294,7 +294,7 @@ def echoed(ticket: Ticket) -> list[int]:
     return list(ticket.order.prompt)[1:]
 
 
-def echo_parts(tokenizer: Any, ticket: Ticket, places: TextOffsets, logprobs: bool) -> Iterator[tuple[str, Any]]:
+def echo_parts(tokenizer: Any, ticket: Ticket, offsets: TextOffsets, logprobs: bool) -> Iterator[tuple[str, Any]]:
     """The prompt as (text, log probabilities), in parts that are quickly made; once the model has read it."""
     ids = echoed(ticket)
     text, told = tokenizer.decode(ids), ticket.rows[0].told
@@ -302,11 +302,11 @@ def echo_parts(tokenizer: Any, ticket: Ticket, places: TextOffsets, logprobs: bo
         yield text, None
         return
     for first in range(0, len(ids), ECHO_TOKENS):
-        cut, start = slice(first, first + ECHO_TOKENS), places.end
-        part = completion_logprobs(tokenizer, ids[cut], told[cut], places)
+        cut, start = slice(first, first + ECHO_TOKENS), offsets.end
+        part = completion_logprobs(tokenizer, ids[cut], told[cut], offsets)
         if first + ECHO_TOKENS >= len(ids):
-            places.break_off()
-        yield text[start : places.end], part
+            offsets.break_off()
+        yield text[start : offsets.end], part
 
 
 def completion_events(head_of: Head, generation: Generation, request: CompletionRequest) -> AsyncIterator[Event]:
@@ -317,19 +317,19 @@ def completion_events(head_of: Head, generation: Generation, request: Completion
         def chunk(index: int, text: str, reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
             return {**head, "choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}]}
 
-        places: dict[int, TextOffsets] = {}  # by choice
+        offsets: dict[int, TextOffsets] = {}  # by choice
         tokenizer, logprobs = generation.tokenizer, request.logprobs is not None
         async for number, index, pieces, tokens, ended in generation.pieces():
             at = number * request.n + index
-            if at not in places:
-                places[at] = TextOffsets()
+            if at not in offsets:
+                offsets[at] = TextOffsets()
                 if request.echo:
-                    for text, told in echo_parts(tokenizer, generation.tickets[number], places[at], logprobs):
+                    for text, told in echo_parts(tokenizer, generation.tickets[number], offsets[at], logprobs):
                         yield chunk(at, text, None, told)
                         await generation.turns.mine()
             told = None
             if logprobs and tokens:
-                told = completion_logprobs(tokenizer, [t.id for t in tokens], [t.told for t in tokens], places[at])
+                told = completion_logprobs(tokenizer, [t.id for t in tokens], [t.told for t in tokens], offsets[at])
             for _, text in pieces or ([("text", "")] if told else []):
                 yield chunk(at, text, None, told)
                 told = None

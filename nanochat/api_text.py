@@ -138,14 +138,14 @@ class TextOffsets:
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, ids: Sequence[int], told: Sequence[Any], places: TextOffsets
+    tokenizer: Tokenizer, ids: Sequence[int], told: Sequence[Any], offsets: TextOffsets
 ) -> dict[str, Any]:
     """Log probabilities in the shape of the older completions: parallel lists. told[i] belongs to ids[i], or is None
-    where nothing is known: of a prompt's first token, of one that a tool forced. `places` goes on from what came
+    where nothing is known: of a prompt's first token, of one that a tool forced. `offsets` goes on from what came
     before."""
     pieces = [tokenizer.decode_bytes([i]) for i in ids]
     names = [piece.decode("utf-8", errors="replace") for piece in pieces]
-    offsets = [places.take(piece) for piece in pieces]
+    places = [offsets.take(piece) for piece in pieces]
 
     def top(one: Any) -> dict[str, float] | None:
         if one is None or not one.top:
@@ -156,4 +156,4 @@ def completion_logprobs(
         return best
 
     return {"tokens": names, "token_logprobs": [None if one is None else one.logprob for one in told],
-            "top_logprobs": [top(one) for one in told], "text_offset": offsets}  # fmt: skip
+            "top_logprobs": [top(one) for one in told], "text_offset": places}  # fmt: skip

@@ -302,6 +302,7 @@ def load_model(
     run = find_run(base_dir or get_base_dir(), source, model_tag)
     checkpoint = _open(run, step, ("model.safetensors", "tokenizer.json"))
     model = GPT.allocate(GPTConfig.from_dict(checkpoint.meta["model_config"]), device, compute_dtype)
+    model.init_rotary()  # computed, never saved
     load_model_state(model, checkpoint.model_state(), checkpoint.path)
     return model.eval(), checkpoint.tokenizer(), checkpoint.meta
 

@@ -188,12 +188,11 @@ class GPT(nn.Module):
 
     @classmethod
     def allocate(cls, config: GPTConfig, device: torch.device | str, compute_dtype: torch.dtype) -> "GPT":
-        """The model on `device`, its weights still to come."""
+        """The model on `device`; weights and tables are still to come (init_weights, or load_model)."""
         with torch.device("meta"):
             model = cls(config, compute_dtype)
         # As model.to_empty(device) does, which imports sympy for it: half a second at every start.
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
-        model.init_rotary()  # computed, never saved
         return model
 
     @classmethod
@@ -262,9 +261,7 @@ class GPT(nn.Module):
         `loss_reduction`: "mean" over targets, "sum", or "none" for (B*T,) losses without gradient.
         """
         if targets is None:
-            x = self.hidden(idx, kv_cache)
-            head = self.head_weight if self.head_cast is None else self.head_cast
-            return head_logits(x, head, self.config.softcap)
+            return self._logits(self.hidden(idx, kv_cache))
         total, losses = self.loss(idx, targets)
         if loss_reduction == "mean":
             return total / (targets >= 0).sum().clamp_min(1)
@@ -273,8 +270,11 @@ class GPT(nn.Module):
 
     def last_logits(self, idx: torch.Tensor, kv_cache: AttentionCache) -> torch.Tensor:
         """idx (B, T) -> logits (B, V) after the last token only, as a prompt needs them."""
+        return self._logits(self.hidden(idx, kv_cache)[:, -1])
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self.head_weight if self.head_cast is None else self.head_cast
-        return head_logits(self.hidden(idx, kv_cache)[:, -1], head, self.config.softcap)
+        return head_logits(hidden, head, self.config.softcap)
 
     def loss(
         self, idx: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor | None = None
@@ -378,10 +378,6 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.wte.weight.device
-
-    def get_device(self) -> torch.device:
-        """Published name of `device`."""
-        return self.device
 
     def num_scaling_params(self) -> dict[str, int]:
         """Parameters by kind; scaling laws fit best on transformer_matrices + lm_head."""

@@ -77,6 +77,7 @@ class HFModel:
         self.config = SimpleNamespace(sequence_len=max_tokens)
 
     def eval(self) -> None:
+        """No dropout."""
         self.model.eval()
 
     def train(self, mode: bool = True) -> None:

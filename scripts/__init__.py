@@ -3,7 +3,6 @@
 Ctrl-C in the first seconds comes before that door is open: Python still imports.
 """
 
-import os
 import sys
 from types import TracebackType
 
@@ -12,7 +11,9 @@ _usual = sys.excepthook
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As sys.excepthook, but for Ctrl-C."""
-    if issubclass(kind, KeyboardInterrupt) and os.environ.get("NANOCHAT_DEBUG", "") in ("", "0"):
+    from nanochat.common import debug_enabled  # here: nothing may be imported before the hook stands
+
+    if issubclass(kind, KeyboardInterrupt) and not debug_enabled():
         sys.stderr.write("interrupted\n")
     else:
         _usual(kind, error, trace)

@@ -68,7 +68,7 @@ def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
     for tag in fnmatch.filter(tags, pattern):
         if re.search(r"\.old\d+$", tag) and ".old" not in pattern:
             continue  # moved aside by a later run of the same name
-        meta = open_checkpoint(folder / tag, verify=False).meta
+        meta = open_checkpoint(folder / tag, verify=False).meta  # which is verified; the weights are not looked at
         progress, plan, user = meta["progress"], meta["plan"], meta["user_config"]
         if progress["step"] < plan["num_steps"] or progress["val_bpb"] is None:
             warn(f"{tag} is not finished (step {progress['step']} of {plan['num_steps']}): left out")

@@ -1,11 +1,13 @@
 """The running batch as a service: joining, leaving, cancelling, dying, closing."""
 
+import contextlib
 import threading
-import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from live import until
 from stubs import TOKENIZER
 from test_prefix_cache import make_model
 
@@ -86,7 +88,9 @@ def test_one_sample_of_several_can_be_cancelled(service: Service) -> None:
     assert ticket.rows[1].done and (ticket.rows[1].end is not None or len(ticket.rows[1].tokens) == 20)
 
 
-def test_a_full_queue_says_when_to_come_again(service: Service) -> None:
+@contextlib.contextmanager
+def held(service: Service) -> Iterator[None]:
+    """While open, whatever is asked of the service waits in its queue."""
     gate, first = threading.Event(), Receiver()
 
     def hold(what: Any) -> None:
@@ -94,36 +98,33 @@ def test_a_full_queue_says_when_to_come_again(service: Service) -> None:
         first(what)
 
     service.submit(order(), hold)
-    time.sleep(0.1)  # it is in the batch, and its receiver holds the thread
-    others = [Receiver() for _ in range(8)]
-    for receiver in others:
-        service.submit(order(), receiver)
-    with pytest.raises(Busy) as busy:
-        service.submit(order(), Receiver())
-    assert busy.value.retry_after >= 1
+    until(lambda: service.batch.rows)  # it is in the batch, and its receiver holds the thread
+    yield
     gate.set()
-    for receiver in [first, *others]:
+    first.wait()
+
+
+def test_a_full_queue_says_when_to_come_again(service: Service) -> None:
+    others = [Receiver() for _ in range(8)]
+    with held(service):
+        for receiver in others:
+            service.submit(order(), receiver)
+        with pytest.raises(Busy) as busy:
+            service.submit(order(), Receiver())
+        assert busy.value.retry_after >= 1
+    for receiver in others:
         receiver.wait()
 
 
 def test_the_orders_of_a_request_take_one_place_in_the_queue(service: Service) -> None:
-    gate, first = threading.Event(), Receiver()
-
-    def hold(what: Any) -> None:
-        gate.wait(20)
-        first(what)
-
-    service.submit(order(), hold)
-    time.sleep(0.1)
     receivers = [Receiver() for _ in range(10 + 7)]
-    for number, receiver in enumerate(receivers[:10]):
-        service.submit(order(request="many"), receiver, more=number > 0)
-    for receiver in receivers[10:]:
-        service.submit(order(), receiver)
-    with pytest.raises(Busy):
-        service.submit(order(), Receiver())
-    gate.set()
-    for receiver in [first, *receivers]:
+    with held(service):
+        for number, receiver in enumerate(receivers):
+            many = number < 10
+            service.submit(order(request="many" if many else ""), receiver, more=many and number > 0)
+        with pytest.raises(Busy):
+            service.submit(order(), Receiver())
+    for receiver in receivers:
         receiver.wait()
 
 
