@@ -3,6 +3,7 @@
 Ctrl-C in the first seconds comes before that door is open: Python still imports.
 """
 
+import os
 import sys
 from types import TracebackType
 
@@ -11,9 +12,8 @@ _usual = sys.excepthook
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As sys.excepthook, but for Ctrl-C."""
-    from nanochat.common import debug_enabled  # here: nothing may be imported before the hook stands
-
-    if issubclass(kind, KeyboardInterrupt) and not debug_enabled():
+    # As common.debug_enabled does; an import in here would make Python forget that it was a signal, and exit with 1.
+    if issubclass(kind, KeyboardInterrupt) and os.environ.get("NANOCHAT_DEBUG", "") in ("", "0"):
         sys.stderr.write("interrupted\n")
     else:
         _usual(kind, error, trace)
