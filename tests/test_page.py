@@ -400,8 +400,15 @@ def test_settings_of_two_tabs(page: Any, served: Served) -> None:
     assert (other.input_value("#system"), other.input_value("#top_k")) == ("Be brief.", "7")
     other.keyboard.press("Escape")
     theme = page.evaluate("document.documentElement.dataset.theme")
+    page.evaluate("document.querySelector('#log').firstChild.id = 'mark'")
     other.click("#theme")
     until(page, f"document.documentElement.dataset.theme !== '{theme}'")
+    assert page.locator("#mark").count() == 1, "nothing is drawn anew for that"
+    other.click("#settings-open")
+    other.check("#probabilities")
+    other.get_by_role("button", name="Done").click()
+    until(page, "state.settings.probabilities")
+    assert page.locator("#mark").count() == 0
 
 
 def test_what_an_earlier_version_kept_is_still_there(page: Any, served: Served) -> None:
