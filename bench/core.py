@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from bench import _run
 from bench._common import Flags, model_config, starter_texts, time_in_turn
 from bench._run import Result
-from nanochat.core_bundle import CoreTask, read_bundle
 from nanochat.core_eval import GPTScorer, Score, is_right
-from nanochat.core_prompts import Example, make_examples
+from nanochat.evals.core_bundle import CoreTask, read_bundle
+from nanochat.evals.core_prompts import Example, make_examples
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer

@@ -16,10 +16,10 @@ import numpy as np
 from bench import _run
 from bench._common import Flags, starter_texts
 from bench._run import Result
+from nanochat.data.textfiles import Document
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, starter_corpus
 from nanochat.runtime import Runtime
-from nanochat.textfiles import Document
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import _cli
 

@@ -24,13 +24,13 @@ from bench import _run
 from bench._common import Flags, model_config, tensor_bytes, time_in_turn
 from bench._run import Result
 from nanochat.common import SPECIAL_TOKENS, UserError
-from nanochat.decoding import DecodingWeights, Row, RunningBatch
 from nanochat.gpt import GPT
-from nanochat.packed_weights import matrices
+from nanochat.inference.decoding import DecodingWeights, Row, RunningBatch
+from nanochat.inference.packed_weights import matrices
+from nanochat.inference.sampling import Sampling
+from nanochat.inference.tools import ToolUse
 from nanochat.runtime import Runtime
-from nanochat.sampling import Sampling
-from nanochat.session import measure_peak_flops
-from nanochat.tools import ToolUse
+from nanochat.train.session import measure_peak_flops
 from scripts import _cli
 
 READ_BYTES = 2**28  # far more than any cache holds

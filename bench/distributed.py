@@ -22,9 +22,9 @@ from bench._common import Flags, model_config, sample_in_turn, tensor_bytes
 from bench._run import Result
 from nanochat.common import UserError
 from nanochat.gpt import GPT
-from nanochat.planner import Gpu, memory_by_kind
+from nanochat.planning.planner import Gpu, memory_by_kind
 from nanochat.runtime import Runtime
-from nanochat.schedules import ScheduleConfig
+from nanochat.train.schedules import ScheduleConfig
 from nanochat.trainer import Trainer
 from scripts import _cli
 from scripts._device_batch import random_batch

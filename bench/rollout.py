@@ -17,11 +17,11 @@ from bench._common import Flags, model_config, time_in_turn
 from bench._run import Result
 from bench.decode import Ids
 from nanochat.common import UserError
-from nanochat.decoding import DecodingWeights, Row, RunningBatch
 from nanochat.gpt import GPT
+from nanochat.inference.decoding import DecodingWeights, Row, RunningBatch
+from nanochat.inference.sampling import Sampling
+from nanochat.inference.tools import ToolUse
 from nanochat.runtime import Runtime
-from nanochat.sampling import Sampling
-from nanochat.tools import ToolUse
 from scripts import _cli
 
 

@@ -14,7 +14,7 @@ from bench._run import Result
 from nanochat.common import UserError
 from nanochat.execution import close_all, execute_code
 from nanochat.runtime import Runtime
-from nanochat.sandbox_levels import LEVELS, why_unavailable
+from nanochat.sandbox.levels import LEVELS, why_unavailable
 from scripts import _cli
 from tasks.humaneval import HumanEval
 

@@ -29,8 +29,8 @@ from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import make_plan
-from nanochat.schedules import ScheduleConfig
-from nanochat.session import measure_peak_flops
+from nanochat.train.schedules import ScheduleConfig
+from nanochat.train.session import measure_peak_flops
 from nanochat.trainer import Trainer
 from scripts import _cli
 from scripts._device_batch import random_batch

@@ -2,7 +2,7 @@
 
 <base>/{base,chatsft,chatrl}_checkpoints/TAG/000120/
     model.safetensors  optimizer.safetensors  loader.safetensors  rng.safetensors
-    meta.json  tokenizer.json  manifest.json (see checkpoint_folder.py, which also survives the crashes)
+    meta.json  tokenizer.json  manifest.json (see checkpoint/folder.py, which also survives the crashes)
 
 Of N processes each writes a share of the optimizer's and the loader's state: optimizer-00001-of-0000N.safetensors
 and so on. Any number of processes can go on from any of them.
@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.agreement import non_finite
-from nanochat.checkpoint_folder import (
+from nanochat.checkpoint.folder import (
     FORMAT,
     MANIFEST,
     VERSION,
@@ -39,12 +38,13 @@ from nanochat.checkpoint_folder import (
     write_manifest,
     written_ns,
 )
-from nanochat.collectives import Peers
+from nanochat.checkpoint.optimizer_shards import parse_piece
+from nanochat.checkpoint.tensor_file import read_tensors, tensor_chunks, write_file
 from nanochat.common import UserError, get_base_dir, read_json, warn
+from nanochat.distributed.collectives import Peers
+from nanochat.distributed.rank_checks import non_finite
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
-from nanochat.state_pieces import parse_piece
-from nanochat.tensor_file import read_tensors, tensor_chunks, write_file
 from nanochat.tokenizer import RustBPETokenizer
 
 CHECKPOINT_FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from nanochat.batches import by_length
-from nanochat.core_bundle import Bundle, CoreTask
-from nanochat.core_prompts import Example, Scored, TextEncoder, common_prefix, make_examples
+from nanochat.data.batches import by_length
+from nanochat.evals.core_bundle import Bundle, CoreTask
+from nanochat.evals.core_prompts import Example, Scored, TextEncoder, common_prefix, make_examples
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
+from nanochat.inference.kv_cache import KVCache
 from nanochat.loss_head import head_logits
 from nanochat.runtime import Runtime
 
@@ -214,7 +214,7 @@ def centered(accuracy: Any, baseline: float) -> Any:
 
 def published_gpt2() -> dict[str, Any]:
     """The published table: {"accuracy": {model: {task: share}}, "baseline_percent": {task: v1 chance}}."""
-    return json.loads(resources.files("nanochat").joinpath("core_gpt2.json").read_text(encoding="utf-8"))
+    return json.loads(resources.files("nanochat.evals").joinpath("core_gpt2.json").read_text(encoding="utf-8"))
 
 
 def bootstrap_means(right: Sequence[bool], rng: np.random.Generator) -> np.ndarray:

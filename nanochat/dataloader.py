@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.batches import Batch, Prefetcher
 from nanochat.common import UserError, get_base_dir
-from nanochat.conversation_loader import ConversationLoader
+from nanochat.data.batches import Batch, Prefetcher
+from nanochat.data.conversation_loader import ConversationLoader
+from nanochat.data.document_order import Corpus, DocumentOrder
+from nanochat.data.pretokenized import with_tokens
+from nanochat.data.row_streams import REFILL_ROWS, LanePacker, LaneState, TextEncoder, check_layout
 from nanochat.dataset import resolve_corpus
-from nanochat.document_order import Corpus, DocumentOrder
-from nanochat.lanes import REFILL_ROWS, LanePacker, LaneState, TextEncoder, check_layout
-from nanochat.tokens import with_tokens
 
 __all__ = ["Batch", "ConversationLoader", "PretrainLoader", "tokenizing_distributed_data_loader_with_state_bos_bestfit"]
 

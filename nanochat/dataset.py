@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from nanochat.common import BadShard, UserError, debug_enabled, get_base_dir
-from nanochat.convert import Tally, convert
-from nanochat.corpus import SPLITS, Corpus, Opening, Part, Recorded, make_part
-from nanochat.download import DEFAULT_SET, HUB_SETS, HubSet, download_shards, hub_folder
-from nanochat.remote import RemoteFile, find_remote, is_url
-from nanochat.textfiles import MIB, Source, kind_of, open_parquet, parquet_documents, text_columns
+from nanochat.data.corpus import SPLITS, Corpus, Opening, Part, Recorded, make_part
+from nanochat.data.download import DEFAULT_SET, HUB_SETS, HubSet, download_shards, hub_folder
+from nanochat.data.remote import RemoteFile, find_remote, is_url
+from nanochat.data.textfiles import MIB, Source, kind_of, open_parquet, parquet_documents, text_columns
+from nanochat.data.to_parquet import Tally, convert
 
 __all__ = ["Corpus", "Part", "resolve_corpus", "starter_corpus"]
 

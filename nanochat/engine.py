@@ -15,11 +15,11 @@ from typing import Any
 
 from nanochat.common import SPECIAL_TOKENS, warn
 from nanochat.conversation import PART_TOKENS
-from nanochat.decoding import DecodingWeights, Row, RunningBatch, Token, Tokenizer
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
-from nanochat.sampling import Sampling
-from nanochat.tools import DEFAULT_TOOLS, Tool, ToolUse
+from nanochat.inference.decoding import DecodingWeights, Row, RunningBatch, Token, Tokenizer
+from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.sampling import Sampling
+from nanochat.inference.tools import DEFAULT_TOOLS, Tool, ToolUse
 
 __all__ = ["AnswerStream", "Engine", "KVCache", "Row", "TextStream"]
 

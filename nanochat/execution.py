@@ -6,7 +6,7 @@
         session.run("x = 6"); session.run("x * 7").stdout                   -> "42\\n"
 
 Programs have limits on time, memory, output, files and threads, no network, no other processes, and see nothing of
-the user's (`nanochat/sandbox_levels.py` has the levels, dev/SANDBOX.md what each stops). All of it works from any
+the user's (`nanochat/sandbox/levels.py` has the levels, dev/SANDBOX.md what each stops). All of it works from any
 thread; each call uses a sandbox of its own, kept warm for the next.
 
 What success means: the program ran to its end, and the answer carries a nonce that only this process and the
@@ -25,9 +25,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.sandbox_levels import Worker, choose_level
-from nanochat.sandbox_starts import SCRATCH_BYTES, Unavailable
-from nanochat.sandbox_wire import Gone
+from nanochat.sandbox.levels import Worker, choose_level
+from nanochat.sandbox.starts import SCRATCH_BYTES, Unavailable
+from nanochat.sandbox.wire import Gone
 
 VERDICTS = {
     "success": "ran to its end, and so did its tests",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat.fused import block_softmax_, block_softmax_backward_
+from nanochat.cpu.fused import block_softmax_, block_softmax_backward_
 
 FA3_INSTALLED = importlib.util.find_spec("flash_attn_interface") is not None
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]

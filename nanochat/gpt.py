@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.cpu.fused import mix, norm, normed_rotary, relu_squared
 from nanochat.flash_attention import flash_attn
-from nanochat.fused import mix, norm, normed_rotary, relu_squared
 from nanochat.gpt_config import GPTConfig
 from nanochat.loss_head import head_logits, head_loss
 

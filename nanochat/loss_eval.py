@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 import torch
 
-from nanochat.agreement import fail_together
 from nanochat.common import UserError
+from nanochat.distributed.rank_checks import fail_together
+from nanochat.distributed.signals import AskedToEnd
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
-from nanochat.signals import AskedToEnd
 
 
 @torch.no_grad()

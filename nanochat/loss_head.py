@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat.fused import head_rows_
+from nanochat.cpu.fused import head_rows_
 
 
 def softcap_(logits: torch.Tensor, cap: float) -> torch.Tensor:

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from nanochat.collectives import Pending, start_gather, start_sum, start_sum_shares
+from nanochat.checkpoint.optimizer_shards import Place, parse_piece, state_shapes
 from nanochat.common import UserError
-from nanochat.param_groups import OptimizerConfig, build_param_groups
-from nanochat.state_pieces import Place, parse_piece, state_shapes
-from nanochat.update_rules import adamw_step, even_out, muon_step, orthogonalize
+from nanochat.distributed.collectives import Pending, start_gather, start_sum, start_sum_shares
+from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
+from nanochat.optimizer.update_rules import adamw_step, even_out, muon_step, orthogonalize
 
 __all__ = [
     "DistMuonAdamW", "MuonAdamW", "OptimizerConfig", "build_param_groups", "even_out", "muon_step", "orthogonalize",

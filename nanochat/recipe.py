@@ -11,7 +11,7 @@ from typing import Any
 from nanochat.common import UserError
 from nanochat.gpt_config import GPTConfig
 from nanochat.optim import OptimizerConfig
-from nanochat.schedules import ScheduleConfig
+from nanochat.train.schedules import ScheduleConfig
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from typing import Any
 from filelock import FileLock
 
 from nanochat.common import UserError, atomic_write, format_seconds, read_json, warn, write_json
-from nanochat.report_view import (
+from nanochat.reporting.view import (
     SPECIAL_KEYS,
     STAGE_COLUMNS,
     STAGES,
@@ -112,7 +112,7 @@ def render_report(base_dir: Path) -> Path:
 
 
 def _draw(base_dir: Path, report: Record) -> Path:
-    from nanochat.report_html import render_html
+    from nanochat.reporting.html import render_html
 
     folder = report_dir(base_dir)
     for name, draw in (("report.md", render_markdown), ("report.html", render_html)):

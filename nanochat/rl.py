@@ -21,10 +21,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from nanochat.batches import Batch, seeded_rng
 from nanochat.common import UserError
-from nanochat.decoding import Row
+from nanochat.data.batches import Batch, seeded_rng
 from nanochat.engine import Engine
+from nanochat.inference.decoding import Row
 from nanochat.runtime import Runtime
 
 RL_RNG = 7  # purpose of the generator that picks prompts (batches.seeded_rng)

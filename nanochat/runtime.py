@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat.collectives import exchange_texts, join, naming
 from nanochat.common import UserError, say, warn
+from nanochat.distributed.collectives import exchange_texts, join, naming
 
 IMPORTED = time.perf_counter()
 TIMEOUT_SECONDS = 1800.0  # the longest that one process may leave the others waiting, in an evaluation for instance

@@ -16,7 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
-from nanochat.agreement import (
+from nanochat.checkpoint.async_save import Saves
+from nanochat.common import UserError, warn
+from nanochat.dataloader import Batch
+from nanochat.distributed.rank_checks import (
     DataFailed,
     Drifted,
     NonFiniteLoss,
@@ -25,16 +28,13 @@ from nanochat.agreement import (
     non_finite,
     tell_failures,
 )
-from nanochat.common import UserError, warn
-from nanochat.dataloader import Batch
-from nanochat.deadline import Deadline
+from nanochat.distributed.signals import catch_signals
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
-from nanochat.progress import Progress
 from nanochat.runtime import Runtime
-from nanochat.saves import Saves
-from nanochat.schedules import ScheduleConfig, decay_multiplier, lr_multiplier, muon_momentum
-from nanochat.signals import catch_signals
+from nanochat.train.deadline import Deadline
+from nanochat.train.progress import Progress
+from nanochat.train.schedules import ScheduleConfig, decay_multiplier, lr_multiplier, muon_momentum
 
 Record = dict[str, Any]
 

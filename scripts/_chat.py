@@ -12,8 +12,8 @@ from typing import Any
 from nanochat.conversation import Message, drop_oldest_turns, parse_answer, render_prompt
 from nanochat.engine import AnswerStream, Engine
 from nanochat.gpt import GPT
-from nanochat.sampling import Sampling
-from nanochat.tools import DEFAULT_TOOLS, Tool
+from nanochat.inference.sampling import Sampling
+from nanochat.inference.tools import DEFAULT_TOOLS, Tool
 
 # A terminal obeys escape sequences, so a model must not be able to print one.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

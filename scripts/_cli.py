@@ -16,8 +16,8 @@ from typing import TypeVar
 
 import tyro
 
-from nanochat.collectives import CollectiveFailed
 from nanochat.common import UserError, debug_enabled, first_line
+from nanochat.distributed.collectives import CollectiveFailed
 
 Config = TypeVar("Config")
 EXPECTED = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)

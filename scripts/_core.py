@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import atomic_write, say, write_json
-from nanochat.core_bundle import Bundle, read_bundle
-from nanochat.core_download import bundle_folder
 from nanochat.core_eval import (
     CoreResult,
     GPTScorer,
@@ -17,6 +15,8 @@ from nanochat.core_eval import (
     evaluate_core,
     published_gpt2,
 )
+from nanochat.evals.core_bundle import Bundle, read_bundle
+from nanochat.evals.core_download import bundle_folder
 from nanochat.fp8 import without_fp8
 from nanochat.report import accuracy_values
 from nanochat.runtime import Runtime

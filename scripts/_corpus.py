@@ -5,7 +5,7 @@ from typing import Any
 
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError, read_json
-from nanochat.corpus import Corpus
+from nanochat.data.corpus import Corpus
 from nanochat.dataloader import unpack_skipped
 from nanochat.dataset import resolve_corpus
 from nanochat.runtime import Runtime

@@ -6,7 +6,7 @@ import torch
 
 from nanochat.dataloader import Batch
 from nanochat.runtime import Runtime
-from nanochat.session import find_device_batch
+from nanochat.train.session import find_device_batch
 from nanochat.trainer import Trainer
 
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from nanochat.agreement import fail_together
 from nanochat.common import UserError
-from nanochat.corpus import Corpus, Lenient
+from nanochat.data.corpus import Corpus, Lenient
+from nanochat.data.document_order import NoText
+from nanochat.data.textfiles import Document
 from nanochat.dataloader import PretrainLoader
-from nanochat.document_order import NoText
+from nanochat.distributed.rank_checks import fail_together
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
-from nanochat.textfiles import Document
 from nanochat.tokenizer import RustBPETokenizer
 
 MOST_DOCUMENTS = 100_000  # that are looked through for sources

@@ -10,13 +10,13 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.law import Choice, Law, candidates_by_depth
 from nanochat.optim import OptimizerConfig
-from nanochat.planner import Gpu, Pace, memory_by_kind
+from nanochat.planning.law import Choice, Law, candidates_by_depth
+from nanochat.planning.planner import Gpu, Pace, memory_by_kind
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, align_batch, estimate
-from nanochat.schedules import ScheduleConfig
-from nanochat.session import choose_device_batch, measure_peak_flops
+from nanochat.train.schedules import ScheduleConfig
+from nanochat.train.session import choose_device_batch, measure_peak_flops
 from nanochat.trainer import Trainer
 from scripts._device_batch import random_batch
 from scripts._train import batch_for_minutes, compiled_loss, make_optimizer, steps_in

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint_folder import read_manifest, step_path
+from nanochat.checkpoint.folder import read_manifest, step_path
 from nanochat.checkpoint_manager import load_model, run_dir
 from nanochat.common import UserError, get_base_dir
-from nanochat.replica import serve_replica
+from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
 from nanochat.runtime import Runtime
-from nanochat.service import MIB, Service
-from nanochat.tools import DEFAULT_TOOLS, WITH_PYTHON
+from nanochat.serve.replica import serve_replica
+from nanochat.serve.service import MIB, Service
 from scripts import _cli
 
 

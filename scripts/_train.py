@@ -15,17 +15,18 @@ from rich.table import Table
 
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError, get_base_dir, read_json, say, warn, write_json
-from nanochat.deadline import Deadline
-from nanochat.document_order import NoText
+from nanochat.data.document_order import NoText
+from nanochat.distributed.signals import AskedToEnd, heeding
 from nanochat.flash_attention import prepare
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.recipe import get_recipe
 from nanochat.report import record_stage
 from nanochat.runtime import TIMEOUT_SECONDS, Runtime, process_age
-from nanochat.saver import Saver
 from nanochat.scaling import REFERENCE_BATCH_TOKENS
-from nanochat.session import (
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.deadline import Deadline
+from nanochat.train.session import (
     Metrics,
     check_sinks,
     command_line,
@@ -39,8 +40,7 @@ from nanochat.session import (
     restore_trainer,
     run_to_end,
 )  # fmt: skip
-from nanochat.signals import AskedToEnd, heeding
-from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.snapshot import Saver
 from nanochat.trainer import Record, Trainer
 from scripts._device_batch import fit_device_batch
 

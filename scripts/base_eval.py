@@ -8,16 +8,16 @@ from typing import Any
 
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir, say
-from nanochat.core_bundle import Bundle
 from nanochat.core_eval import GPTScorer
-from nanochat.core_prompts import MODES
-from nanochat.corpus import Corpus
-from nanochat.decoding import DecodingWeights
+from nanochat.data.corpus import Corpus
+from nanochat.evals.core_bundle import Bundle
+from nanochat.evals.core_prompts import MODES
 from nanochat.gpt import GPT
+from nanochat.inference.decoding import DecodingWeights
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
-from nanochat.session import choose_device_batch, command_line
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.session import choose_device_batch, command_line
 from scripts import _cli
 from scripts._core import open_bundle, report_values, run_core, write_details
 from scripts._corpus import open_corpus
@@ -174,7 +174,7 @@ def what_was_asked(config: Config) -> str:
 
 def evaluate_hf(config: Config, wanted: list[str], bundle: Bundle | None, runtime: Runtime, base_dir: Path) -> int:
     """The same of a Hugging Face model; printed and written beside the others, but no stage of the report."""
-    from nanochat.hf_model import load_hf_model
+    from nanochat.evals.hf_model import load_hf_model
 
     model, tokenizer = load_hf_model(config.hf_path, runtime)
     runtime.print0(f"{runtime.describe()}\nHugging Face model: {config.hf_path}, context {model.max_tokens}")

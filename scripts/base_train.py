@@ -9,17 +9,17 @@ from typing import Any
 from nanochat import fp8
 from nanochat.checkpoint_manager import Checkpoint, load_model_state, run_dir
 from nanochat.common import UserError, format_count, format_seconds, get_base_dir, say, write_json
-from nanochat.corpus import Corpus
+from nanochat.data.corpus import Corpus
 from nanochat.dataloader import PretrainLoader
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.law import Law
-from nanochat.planner import usual_price
+from nanochat.planning.law import Law
+from nanochat.planning.planner import usual_price
 from nanochat.recipe import get_recipe, recipe_rules
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import Plan, align_batch, describe, make_plan, scaling_params
-from nanochat.session import choose_device_batch, command_line, only_session
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.train.session import choose_device_batch, command_line, only_session
 from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
 from scripts._core import core_seconds, open_bundle, watch_core

@@ -10,9 +10,9 @@ import tyro
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir
 from nanochat.execution import choose_level
+from nanochat.inference.sampling import Sampling
+from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
 from nanochat.runtime import Runtime
-from nanochat.sampling import Sampling
-from nanochat.tools import DEFAULT_TOOLS, WITH_PYTHON
 from scripts import _cli
 from scripts._chat import Chat, noted_interrupts, pipe_reader, terminal_reader
 

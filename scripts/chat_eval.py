@@ -16,9 +16,9 @@ from nanochat.common import UserError, get_base_dir, say, sha256_file
 from nanochat.engine import Engine
 from nanochat.execution import choose_level
 from nanochat.report import accuracy_values, load_report, record_stage
-from nanochat.report_view import wilson_interval
+from nanochat.reporting.view import wilson_interval
 from nanochat.runtime import Runtime
-from nanochat.session import command_line
+from nanochat.train.session import command_line
 from scripts import _cli
 from tasks.common import Task
 from tasks.evaluation import (

@@ -15,8 +15,8 @@ from nanochat.engine import Engine
 from nanochat.report import record_stage
 from nanochat.rl import Curriculum, Group, RolloutLoader, Sampler
 from nanochat.runtime import Runtime
-from nanochat.schedules import ScheduleConfig
-from nanochat.session import choose_device_batch, command_line, only_session
+from nanochat.train.schedules import ScheduleConfig
+from nanochat.train.session import choose_device_batch, command_line, only_session
 from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
 from scripts._start import Start, own_run, resumed_model, starting_model

@@ -13,9 +13,9 @@ from nanochat.recipe import get_recipe
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, batch_lr_scale, scaled_weight_decay
-from nanochat.schedules import ScheduleConfig
-from nanochat.session import choose_device_batch, command_line, only_session
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.schedules import ScheduleConfig
+from nanochat.train.session import choose_device_batch, command_line, only_session
 from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
 from scripts._device_batch import random_batch

@@ -15,12 +15,12 @@ import tyro
 from nanochat.checkpoint_manager import find_run
 from nanochat.common import UserError, get_base_dir, say
 from nanochat.execution import choose_level
-from nanochat.replica import RemoteService
+from nanochat.inference.sampling import Sampling
 from nanochat.runtime import Runtime
-from nanochat.sampling import Sampling
-from nanochat.server import ServerMetrics, Settings, create_app
-from nanochat.service import Service, WorkerPool
-from nanochat.serving import Server
+from nanochat.serve.replica import RemoteService
+from nanochat.serve.server import ServerMetrics, Settings, create_app
+from nanochat.serve.service import Service, WorkerPool
+from nanochat.serve.uvicorn_server import Server
 from scripts import _cli
 from scripts._replica import ReplicaPlan
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError, get_base_dir, say, write_json
-from nanochat.contamination import NGRAM, Index
-from nanochat.core_bundle import read_bundle
 from nanochat.dataset import Corpus, resolve_corpus
+from nanochat.evals.contamination import NGRAM, Index
+from nanochat.evals.core_bundle import read_bundle
 from nanochat.report import record_stage
 from scripts import _cli
 from scripts._train import print_table

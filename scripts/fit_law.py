@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nanochat.checkpoint_folder import list_steps
+from nanochat.checkpoint.folder import list_steps
 from nanochat.checkpoint_manager import open_checkpoint, run_dir
 from nanochat.common import UserError, atomic_write, format_count, get_base_dir, say, warn, write_json
 from nanochat.gpt import GPTConfig
-from nanochat.isoflop import Optimum, Run, best_sizes
-from nanochat.law import Law
+from nanochat.planning.isoflop import Optimum, Run, best_sizes
+from nanochat.planning.law import Law
+from nanochat.planning.study_plots import plot_isoflops, plot_series
 from nanochat.scaling import estimate, scaling_params
-from nanochat.study_plots import plot_isoflops, plot_series
 from scripts import _cli
 from scripts._train import print_table
 

@@ -15,13 +15,13 @@ import torch
 
 from nanochat.common import UserError, say
 from nanochat.gpt import GPTConfig
-from nanochat.law import Law
-from nanochat.planner import Pace, RunPlan, expected_pace, find_gpu, plan_run
+from nanochat.planning.law import Law
+from nanochat.planning.planner import Pace, RunPlan, expected_pace, find_gpu, plan_run
 from nanochat.recipe import recipe_rules
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, align_batch, make_plan
-from nanochat.session import choose_device_batch
 from nanochat.tokenizer import get_tokenizer
+from nanochat.train.session import choose_device_batch
 from scripts import _cli
 from scripts._model import ModelFlags, network
 from scripts._pace import choose_depth, measure_pace, this_machine

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from nanochat.common import get_base_dir
 from nanochat.report import load_report, render_report
-from nanochat.report_compare import write_comparison
-from nanochat.report_view import (
+from nanochat.reporting.compare import write_comparison
+from nanochat.reporting.view import (
     STAGE_COLUMNS,
     Record,
     headline,

@@ -20,10 +20,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nanochat.common import BadShard, UserError, format_count, format_seconds, get_base_dir, on_terminal, say
-from nanochat.corpus import THE_FLAG, Corpus, Part, tell_skipped
+from nanochat.data.corpus import THE_FLAG, Corpus, Part, tell_skipped
+from nanochat.data.pretokenized import token_path, whole, write_tokens
 from nanochat.dataset import resolve_corpus
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.tokens import token_path, whole, write_tokens
 from scripts import _cli
 
 PLAIN_LINE_SECONDS = 10.0

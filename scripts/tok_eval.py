@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.common import UserError, get_base_dir
+from nanochat.data.textfiles import Document
 from nanochat.dataset import resolve_corpus
 from nanochat.report import record_stage
-from nanochat.textfiles import Document
 from nanochat.tokenizer import get_tokenizer
 from scripts import _cli
 from scripts._ranks import GPT2, GPT4, Counter, find_reference

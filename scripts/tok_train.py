@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.common import UserError, format_count, format_seconds, get_base_dir, on_terminal
+from nanochat.data.textfiles import Document
 from nanochat.dataset import resolve_corpus
 from nanochat.report import record_stage
-from nanochat.textfiles import Document
 from nanochat.tokenizer import MIN_VOCAB_SIZE, RustBPETokenizer
 from scripts import _cli
 

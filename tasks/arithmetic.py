@@ -7,7 +7,7 @@ where order does not matter, so no seed, size or phrasing lets one split produce
 import hashlib
 import random
 
-from nanochat.calculator import use_calculator
+from nanochat.inference.calculator import use_calculator
 from tasks.answers import Conversation, final_number, final_text, keyed_random, reference_text
 from tasks.common import GeneratedTask
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.batches import by_length
 from nanochat.common import UserError, atomic_write
+from nanochat.data.batches import by_length
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_head import head_logits

@@ -7,8 +7,8 @@ A solution reads `She sells 16 - 3 = <<16-3=13>>13 eggs.` line by line and ends 
 import re
 from typing import Any
 
-from nanochat.calculator import use_calculator
 from nanochat.common import UserError
+from nanochat.inference.calculator import use_calculator
 from tasks.answers import Conversation, final_text, number_after_marker, reference_text
 from tasks.common import Task, load_hub_rows
 

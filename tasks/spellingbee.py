@@ -13,7 +13,7 @@ Hard for a model that sees tokens, not letters, so the answer's form is chosen f
 from pathlib import Path
 from typing import Any
 
-from nanochat.calculator import use_calculator
+from nanochat.inference.calculator import use_calculator
 from tasks.answers import Conversation, final_number, final_text, keyed_random, reference_text
 from tasks.common import GeneratedTask
 from tasks.words import WordCycle, load_words

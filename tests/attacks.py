@@ -59,7 +59,7 @@ ATTEMPTS = {
     "write into the root": "open, '/left', 'w'",
     "write among the devices": "open, '/dev/left', 'w'",
     "write among the system's files": "open, '/usr/share/left', 'w'",
-    "write the supervisor's code": "open, '/sandbox/nanochat/sandbox_child.py', 'w'",
+    "write the supervisor's code": "open, '/sandbox/nanochat/sandbox/child.py', 'w'",
     "read this project": "open, PROJECT + '/README.md'",
     "the kernel's switches": "open, '/proc/sys/kernel/core_pattern', 'w'",
     "the kernel's objects": "os.listdir, '/sys'",
@@ -283,7 +283,7 @@ TESTED = {
                             "os.write(3, struct.pack('>I', len(m)) + m)\nos._exit(0)"),
     "a report, and wrong": ("error", "import struct\nm = b'{\"ended\": \"end\"}'\n"
                             "os.write(3, struct.pack('>I', len(m)) + m)\ndef f(x): return 3"),
-    "a patched interpreter": ("timeout", "import nanochat.sandbox_program as p\np.run = lambda *a: 'end'\n"
+    "a patched interpreter": ("timeout", "import nanochat.sandbox.program as p\np.run = lambda *a: 'end'\n"
                              "p.write_frame = lambda fd, m: None\n__import__('builtins').AssertionError = OSError\n"
                              "def f(x): return 3"),
     "an answer that is none": ("error", "def f(x): os.write(4, b'\\0\\0\\0\\x02{}'); time.sleep(60)"),

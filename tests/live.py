@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from nanochat.serving import Server
+from nanochat.serve.uvicorn_server import Server
 
 
 class Live:

@@ -7,7 +7,7 @@ import torch
 
 from nanochat.common import SPECIAL_TOKENS
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache
+from nanochat.inference.kv_cache import KVCache
 
 SPECIAL = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
 BOS, END = SPECIAL["<|bos|>"], SPECIAL["<|assistant_end|>"]

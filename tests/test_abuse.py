@@ -17,9 +17,9 @@ from live import Live, post, rest, until
 from pydantic import ValidationError
 from test_server import app_of, chat
 
-from nanochat import api_generation, api_guard, serving
-from nanochat.api_types import ChatRequest, CompletionRequest, DetokenizeRequest
-from nanochat.server import Settings
+from nanochat.serve import generation, guard, uvicorn_server
+from nanochat.serve.server import Settings
+from nanochat.serve.types import ChatRequest, CompletionRequest, DetokenizeRequest
 
 SETTINGS = Settings(api_keys=["right"], max_tokens=8, most_tokens=60, request_seconds=90, drain_seconds=60,
                     body_bytes=100_000)  # fmt: skip
@@ -83,7 +83,7 @@ def test_keys_are_compared_in_constant_time(live: Live, monkeypatch: pytest.Monk
         compared.append((given, key))
         return given == key
 
-    monkeypatch.setattr(api_guard.hmac, "compare_digest", compare)
+    monkeypatch.setattr(guard.hmac, "compare_digest", compare)
     monkeypatch.setattr(SETTINGS, "api_keys", ["first", "right", "last"])
     assert status(live.send(post(CHAT, chat(), KEY))) == 200
     assert compared == [(b"right", b"first"), (b"right", b"right"), (b"right", b"last")]
@@ -175,9 +175,9 @@ def test_a_body_without_end_is_not_read_for_ever(live: Live) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "REQUEST_SECONDS", 0.3)
-    monkeypatch.setattr(serving, "STUCK_SECONDS", 0.3)
-    monkeypatch.setattr(serving, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(uvicorn_server, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(uvicorn_server, "STUCK_SECONDS", 0.3)
+    monkeypatch.setattr(uvicorn_server, "LOOK_SECONDS", 0.05)
 
 
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{KEY}\r\nContent-Length: 9\r\n"
@@ -247,8 +247,8 @@ def test_a_million_faults_are_told_as_one(kind: Any, body: dict[str, Any]) -> No
 
 def test_what_is_not_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of a reader who falls too far behind are freed; who reads the rest is told why."""
-    monkeypatch.setattr(api_generation, "MOST_UNREAD", 100)
-    monkeypatch.setattr(api_generation, "UNREAD_SECONDS", 0.1)
+    monkeypatch.setattr(generation, "MOST_UNREAD", 100)
+    monkeypatch.setattr(generation, "UNREAD_SECONDS", 0.1)
     with Live(app_of(SETTINGS), send_bytes=4096) as live, live.connect(receive_bytes=4096) as connection:
         slow(live, monkeypatch, 0.02)
         connection.sendall(post(CHAT, chat(**BIG), KEY))

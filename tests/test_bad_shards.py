@@ -20,10 +20,10 @@ from test_remote import Bucket, bucket, fails  # noqa: F401 (a fixture)
 from test_user_errors import refused
 
 from nanochat.common import BadShard, UserError
-from nanochat.corpus import Corpus
+from nanochat.data.corpus import Corpus
+from nanochat.data.download import HUB_SETS, hub_folder
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import resolve_corpus
-from nanochat.download import HUB_SETS, hub_folder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
@@ -208,7 +208,7 @@ def test_what_is_left_of_a_split_is_measured(data: Path, tmp_path: Path, capsys:
 
 def train_on_rank(runtime: Runtime, given: list[str], broken_on: int) -> list[float]:
     """Train; the shard s1 cannot be read on rank `broken_on`, on all others it can."""
-    from nanochat import corpus
+    from nanochat.data import corpus
     from scripts import _cli
 
     real = corpus.read_row_group

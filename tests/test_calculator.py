@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from nanochat.calculator import MAX_SOURCE_CHARS, use_calculator
+from nanochat.inference.calculator import MAX_SOURCE_CHARS, use_calculator
 
 
 @pytest.mark.parametrize(

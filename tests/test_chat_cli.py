@@ -17,9 +17,9 @@ from nanochat.common import UserError
 from nanochat.conversation import render_prompt
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.sampling import Sampling
+from nanochat.inference.sampling import Sampling
+from nanochat.inference.tools import Tool
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.tools import Tool
 from scripts import _chat, chat_cli
 
 Capture = pytest.CaptureFixture[str]

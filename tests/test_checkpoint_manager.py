@@ -18,8 +18,9 @@ import safetensors.torch
 import torch
 from stubs import stir
 
-from nanochat import checkpoint_folder, tensor_file
-from nanochat.checkpoint_folder import DamagedCheckpoint, read_manifest
+from nanochat.checkpoint import folder, tensor_file
+from nanochat.checkpoint.folder import DamagedCheckpoint, read_manifest
+from nanochat.checkpoint.tensor_file import read_tensors, tensor_chunks, write_file
 from nanochat.checkpoint_manager import (
     CHECKPOINT_FOLDERS,
     find_run,
@@ -34,7 +35,6 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
-from nanochat.tensor_file import read_tensors, tensor_chunks, write_file
 from nanochat.tokenizer import RustBPETokenizer
 
 FILES = ["model.safetensors", "optimizer.safetensors", "loader.safetensors", "rng.safetensors", "meta.json",
@@ -656,10 +656,10 @@ def test_half_of_a_withdrawn_step_never_passes_for_whole(tmp_path, tokenizer, mo
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        real = checkpoint_folder.fsync
+        real = folder.fsync
         fail = OSError(errno.EIO, os.strerror(errno.EIO))
-        patch.setattr(checkpoint_folder, "fsync", lambda path: real(path) if path != tmp_path else raise_(fail))
-        patch.setattr(checkpoint_folder.shutil, "rmtree", half_way)
+        patch.setattr(folder, "fsync", lambda path: real(path) if path != tmp_path else raise_(fail))
+        patch.setattr(folder.shutil, "rmtree", half_way)
         with pytest.raises(OSError):
             save_small(tmp_path, 1, tokenizer, value=77)
     assert hidden(tmp_path) == [".000001.new"]
@@ -778,7 +778,7 @@ def test_a_folder_that_will_not_go_does_not_fail_the_save(tmp_path, tokenizer, m
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_folder.shutil, "rmtree", refuse)
+        patch.setattr(folder.shutil, "rmtree", refuse)
         save_small(tmp_path, 3, tokenizer, keep_last=1)
     assert list_steps(tmp_path) == [3]
     assert "cannot delete" in capsys.readouterr().err

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat import conversation_loader
 from nanochat.common import SPECIAL_TOKENS, UserError
 from nanochat.conversation import render
-from nanochat.conversation_loader import ConversationLoader
+from nanochat.data import conversation_loader
+from nanochat.data.conversation_loader import ConversationLoader
 
 BOS = 256
 

@@ -15,8 +15,6 @@ import torch
 from stubs import stir
 
 from nanochat.common import UserError
-from nanochat.core_bundle import CoreTask, read_bundle
-from nanochat.core_download import bundle_folder
 from nanochat.core_eval import (
     GPTScorer,
     Score,
@@ -28,7 +26,9 @@ from nanochat.core_eval import (
     published_gpt2,
     shared_tokens,
 )
-from nanochat.core_prompts import Example, Scored, crop, dclm_shots, make_examples, reference_shots, shuffled
+from nanochat.evals.core_bundle import CoreTask, read_bundle
+from nanochat.evals.core_download import bundle_folder
+from nanochat.evals.core_prompts import Example, Scored, crop, dclm_shots, make_examples, reference_shots, shuffled
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 
@@ -293,7 +293,7 @@ def test_published_gpt2_tables_give_the_published_core(name: str, tmp_path: Path
 
 
 def baselines_of(folder: Path, version: str) -> dict[str, float]:
-    from nanochat.core_bundle import read_baselines
+    from nanochat.evals.core_bundle import read_baselines
 
     with open(folder / "meta.csv", "w", newline="") as file:
         writer = csv.writer(file)

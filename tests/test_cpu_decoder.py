@@ -10,19 +10,20 @@ import pytest
 import torch
 from stubs import ByteTokenizer
 
-from nanochat import cpu_decoder, decoding, kernels
 from nanochat.common import UserError
-from nanochat.cpu_decoder import CpuDecoder
-from nanochat.decoding import DecodingWeights, Row, RunningBatch
+from nanochat.cpu import kernels
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache
+from nanochat.inference import cpu_decoder, decoding
+from nanochat.inference.cpu_decoder import CpuDecoder
+from nanochat.inference.decoding import DecodingWeights, Row, RunningBatch
+from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.packed_weights import PackedWeights, block_outputs, matrices, pack, quantize
+from nanochat.inference.sampling import Sampling
+from nanochat.inference.tools import ToolUse
 from nanochat.optim import MuonAdamW
-from nanochat.packed_weights import PackedWeights, block_outputs, matrices, pack, quantize
-from nanochat.param_groups import OptimizerConfig, build_param_groups
+from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
 from nanochat.runtime import cpu_flags
-from nanochat.sampling import Sampling
-from nanochat.tools import ToolUse
 
 SIZES: dict[str, Any] = {"sequence_len": 48, "vocab_size": 301, "n_layer": 4, "n_head": 4, "n_kv_head": 2,
                          "n_embd": 64, "window_pattern": "SL", "short_window_divisor": 2}  # fmt: skip

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat import document_order, lanes
-from nanochat.batches import Prefetcher, seeded_rng
+from nanochat.checkpoint.tensor_file import read_tensors, tensor_chunks, write_file
 from nanochat.common import UserError
+from nanochat.data import document_order, row_streams
+from nanochat.data.batches import Prefetcher, seeded_rng
+from nanochat.data.document_order import Cursor, DocumentOrder, cut
+from nanochat.data.row_streams import LanePacker
+from nanochat.data.textfiles import Document
 from nanochat.dataloader import PretrainLoader, tokenizing_distributed_data_loader_with_state_bos_bestfit
 from nanochat.dataset import resolve_corpus
-from nanochat.document_order import Cursor, DocumentOrder, cut
-from nanochat.lanes import LanePacker
-from nanochat.tensor_file import read_tensors, tensor_chunks, write_file
-from nanochat.textfiles import Document
 from nanochat.tokenizer import RustBPETokenizer
 
 BOS = 99_999
@@ -383,7 +383,7 @@ def test_kept_text_is_bounded(monkeypatch):
 def test_the_pool_of_a_lane_is_bounded():
     loader = make_loader(FakeCorpus([300] * 3), T=64, rows=2)
     take_rows(loader, 20)
-    most = lanes.POOL_ROWS[1] * 65 + lanes.TAKE_DOCUMENTS * 41
+    most = row_streams.POOL_ROWS[1] * 65 + row_streams.TAKE_DOCUMENTS * 41
     assert all(len(state.pieces) < 600 and sum(p.length for p in state.pieces) < most for state in loader._states)
 
 

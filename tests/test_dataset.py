@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from nanochat import convert, dataset, textfiles
-from nanochat import corpus as corpus_module
+from nanochat import dataset
 from nanochat.common import UserError
+from nanochat.data import corpus as corpus_module
+from nanochat.data import textfiles, to_parquet
 from nanochat.dataset import Corpus, resolve_corpus
 
 WORDS = ["river", "мир", "山", "कथा", "ocean", "straße", "ñandú", "سلام", "night", "🙂", "wind"]
@@ -132,7 +133,7 @@ def test_small_data_validates_on_its_smallest_hash(kind: str, own: Path, base: P
 
 
 def test_documents_all_on_the_validation_side_leave_one_there(own: Path, base: Path) -> None:
-    chosen = [t for t in make_texts(2000, words=2) if textfiles.document_hash(t) < convert.VAL_LIMIT][:3]
+    chosen = [t for t in make_texts(2000, words=2) if textfiles.document_hash(t) < to_parquet.VAL_LIMIT][:3]
     (own / "a.jsonl").write_bytes(jsonl(chosen))
     corpus = resolve_corpus(str(own / "a.jsonl"), base)
     assert len(texts_of(corpus, "val")) == 1 and len(texts_of(corpus, "train")) == 2
@@ -219,7 +220,7 @@ def test_text_without_paragraphs_is_cut_where_it_can(unit: str, own: Path) -> No
 def test_conversion_is_done_once_and_again_when_a_file_changes(own: Path, base: Path, monkeypatch) -> None:
     (own / "a.jsonl").write_bytes(jsonl(make_texts(300)))
     first = resolve_corpus(str(own), base)
-    monkeypatch.setattr(convert, "convert_into", lambda *_: pytest.fail("converted twice"))
+    monkeypatch.setattr(to_parquet, "convert_into", lambda *_: pytest.fail("converted twice"))
     assert resolve_corpus(str(own), base).fingerprint == first.fingerprint
     monkeypatch.undo()
     changed = make_texts(300)
@@ -231,9 +232,9 @@ def test_conversion_is_done_once_and_again_when_a_file_changes(own: Path, base: 
 
 
 def test_conversion_is_deterministic_and_mixes(own: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(convert, "SHUFFLE_DOCUMENTS", 100)
-    monkeypatch.setattr(convert, "BLOCK_DOCUMENTS", 64)
-    monkeypatch.setattr(convert, "SHARD_BLOCKS", 3)
+    monkeypatch.setattr(to_parquet, "SHUFFLE_DOCUMENTS", 100)
+    monkeypatch.setattr(to_parquet, "BLOCK_DOCUMENTS", 64)
+    monkeypatch.setattr(to_parquet, "SHARD_BLOCKS", 3)
     texts = make_texts(1000)
     (own / "a.jsonl").write_bytes(jsonl(texts))
     one, two = (resolve_corpus(str(own), tmp_path / name) for name in ("x", "y"))
@@ -249,12 +250,12 @@ def test_a_killed_conversion_leaves_nothing_behind_and_starts_over(own: Path, ba
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "write_json", die)
+    monkeypatch.setattr(to_parquet, "write_json", die)
     with pytest.raises(KeyboardInterrupt):
         resolve_corpus(str(own), base)
     assert [p for p in (base / "converted").iterdir() if p.is_dir()] == []
     monkeypatch.undo()
-    key = convert.conversion_key([own / "a.jsonl"])
+    key = to_parquet.conversion_key([own / "a.jsonl"])
     (base / "converted" / f".{key}.dead.tmp").mkdir()  # as SIGKILL leaves it
     assert len(both(resolve_corpus(str(own), base))) == 300
     assert [p.name for p in (base / "converted").iterdir() if p.is_dir()] == [key]
@@ -266,7 +267,7 @@ def test_a_full_disk_is_told_as_such(own: Path, base: Path, monkeypatch) -> None
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(convert.pq.ParquetWriter, "write_table", refuse)
+    monkeypatch.setattr(to_parquet.pq.ParquetWriter, "write_table", refuse)
     with pytest.raises(OSError, match="No space left"):
         resolve_corpus(str(own), base)
     assert [p for p in (base / "converted").iterdir() if p.is_dir()] == []
@@ -293,9 +294,10 @@ def test_validation_blocks_of_mixed_files_are_remembered_within_limits(own: Path
 def test_processes_convert_once(own: Path, base: Path) -> None:
     (own / "a.jsonl").write_bytes(jsonl(make_texts(20000)))
     code = (
-        "import sys; from pathlib import Path; from nanochat import convert, dataset; real = convert.convert_into\n"
+        "import sys; from pathlib import Path; from nanochat import dataset; "
+        "from nanochat.data import to_parquet; real = to_parquet.convert_into\n"
         "def spy(*a): print('converting'); real(*a)\n"
-        "convert.convert_into = spy\n"
+        "to_parquet.convert_into = spy\n"
         "print(dataset.resolve_corpus(sys.argv[1], Path(sys.argv[2])).fingerprint)"
     )
     command = [sys.executable, "-c", code, str(own), str(base)]
@@ -310,8 +312,8 @@ def test_processes_convert_once(own: Path, base: Path) -> None:
 
 
 def test_memory_is_bounded_while_converting_and_reading(own: Path, base: Path, monkeypatch) -> None:
-    monkeypatch.setattr(convert, "SHUFFLE_BYTES", 2**20)
-    monkeypatch.setattr(convert, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(to_parquet, "SHUFFLE_BYTES", 2**20)
+    monkeypatch.setattr(to_parquet, "BLOCK_BYTES", 2**20)
     rng = random.Random(0)
     with gzip.open(own / "a.jsonl.gz", "wb", compresslevel=1) as file:
         for _ in range(700):

@@ -6,7 +6,7 @@ import pytest
 from test_trainer import make_trainer
 
 from nanochat import trainer as trainer_module
-from nanochat.deadline import Deadline
+from nanochat.train.deadline import Deadline
 
 
 def drive(deadline: Deadline, guess: int, cost: Callable[[float], float]) -> tuple[int, float]:

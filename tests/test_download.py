@@ -23,8 +23,8 @@ import pytest
 
 from nanochat import dataset
 from nanochat.common import UserError
+from nanochat.data.download import HUB_SETS, Downloader, HubSet, download_shards
 from nanochat.dataset import resolve_corpus
-from nanochat.download import HUB_SETS, Downloader, HubSet, download_shards
 
 TINY = HubSet("tiny", "someone/tiny", 5)
 

@@ -90,7 +90,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(copied: Path) -> None:
 def hang(runtime: Runtime) -> str:
     import torch
 
-    from nanochat.collectives import CollectiveFailed
+    from nanochat.distributed.collectives import CollectiveFailed
 
     if runtime.rank == 1:
         time.sleep(4)

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stubs import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, SPECIAL, START, TOKENIZER, Scripted, chain, stir
 
-from nanochat import decoding
 from nanochat.conversation import parse_answer
-from nanochat.decoding import DecodingWeights, Row, RunningBatch, ToolUse
 from nanochat.engine import AnswerStream, Engine, TextStream
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference import decoding
+from nanochat.inference.decoding import DecodingWeights, Row, RunningBatch, ToolUse
+from nanochat.inference.sampling import Sampling
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
-from nanochat.sampling import Sampling
 
 SIZES = {"sequence_len": 32, "vocab_size": 265, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
 CONFIGS = {

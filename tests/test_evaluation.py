@@ -10,7 +10,7 @@ import pytest
 import torch
 from stubs import TOKENIZER, stir
 
-from nanochat.contamination import Index, words_of
+from nanochat.evals.contamination import Index, words_of
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
@@ -139,17 +139,17 @@ def test_chat_eval_writes_every_answer(
 def test_humaneval_needs_a_sandbox(
     finetuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nanochat import sandbox_levels
     from nanochat.common import UserError
+    from nanochat.sandbox import levels
 
     flags = ["-a", "HumanEval", "--embedded-sample", "-x", "2", "-m", "2", "--device-type=cpu"]
     with pytest.raises(UserError, match="no sandbox level 'none'"):
         chat_eval.main([*flags, "--sandbox=none"])
-    sandbox_levels._announced.clear()
+    levels._announced.clear()
     assert chat_eval.main([*flags, "--sandbox=unsafe"]) == 0
     said = capsys.readouterr().out
     assert "HumanEval" in said and "sandbox: unsafe" in said
-    monkeypatch.setattr(sandbox_levels, "why_unavailable", lambda level: "not today")
+    monkeypatch.setattr(levels, "why_unavailable", lambda level: "not today")
     with pytest.raises(UserError, match=r"no sandbox here.*bubblewrap: not today"):
         chat_eval.main(flags)
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import sandbox_levels, sandbox_lock
 from nanochat.common import UserError
 from nanochat.execution import VERDICTS, ExecutionResult, PythonSession, close_all, execute_code
-from nanochat.sandbox_levels import SAFE_LEVELS, choose_level, why_unavailable
-from nanochat.sandbox_wire import Gone, pack, parse_frame, unpack
+from nanochat.sandbox import levels, lock
+from nanochat.sandbox.levels import SAFE_LEVELS, choose_level, why_unavailable
+from nanochat.sandbox.wire import Gone, pack, parse_frame, unpack
 from tasks.humaneval import HumanEval
 from tests.attacks import ATTEMPTS, PRELUDE, PROGRAMS, RIGHT, TESTED, TESTS
 
@@ -135,7 +135,7 @@ def processes() -> dict[int, tuple[int, str]]:
 def supervisors() -> set[int]:
     """Sandboxes, programs in them included, that lost their parent."""
     return {
-        pid for pid, (parent, command) in processes().items() if parent == 1 and "nanochat.sandbox_child" in command
+        pid for pid, (parent, command) in processes().items() if parent == 1 and "nanochat.sandbox.child" in command
     }
 
 
@@ -411,7 +411,7 @@ def test_a_sandbox_that_was_killed_while_idle_is_replaced(any_level: str) -> Non
 
 
 def test_without_a_safe_level_it_refuses_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox_levels, "_found", {})
+    monkeypatch.setattr(levels, "_found", {})
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match=r"bubblewrap is not installed.*Landlock is Linux.*apt install bubblewrap"):
@@ -425,7 +425,7 @@ def test_without_a_safe_level_it_refuses_and_says_what_to_do(monkeypatch: pytest
 def test_unsafe_works_only_by_name_and_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     if reason := why_unavailable("unsafe"):
         pytest.skip(reason)
-    sandbox_levels._announced.discard("unsafe")
+    levels._announced.discard("unsafe")
     result = execute_code("open('f', 'w').write('x'); print(1)", level="unsafe")
     assert result.success and result.level == "unsafe"
     assert execute_code("while True: pass", timeout=0.3, level="unsafe").verdict == "timeout"
@@ -450,7 +450,7 @@ def test_arguments_are_checked() -> None:
 def test_values_travel_unchanged_and_nothing_else_does() -> None:
     values = [None, True, 1, 10**50, 7**9000, -(7**9000), 1.5, float("inf"), "é\ud800", b"\xff", 1j, [1, [2]],
               (1, (2,)), {1, 2}, frozenset("a"), {"a": 1, (1, 2): [3], None: {"dict": 1}}, {}, [], ()]  # fmt: skip
-    from nanochat.sandbox_wire import frame_of
+    from nanochat.sandbox.wire import frame_of
 
     for value in values:
         back = unpack(parse_frame(frame_of(pack(value))))
@@ -476,17 +476,17 @@ def test_numbers_of_system_calls_are_right() -> None:
     except OSError:
         pytest.skip("no libseccomp")
     resolve = library.seccomp_syscall_resolve_name_arch
-    entries = [*sandbox_lock.VALUES, *sandbox_lock.SELF_ONLY, sandbox_lock.CLONE, sandbox_lock.CLONE3,
-               *sandbox_lock.OPENS, *f"{sandbox_lock.ALLOWED},{sandbox_lock.FILES}".split(",")]  # fmt: skip
+    entries = [*lock.VALUES, *lock.SELF_ONLY, lock.CLONE, lock.CLONE3,
+               *lock.OPENS, *f"{lock.ALLOWED},{lock.FILES}".split(",")]  # fmt: skip
     for name, *numbers in map(str.split, entries):
-        for (_, architecture), number in zip(sandbox_lock.ARCHITECTURES.values(), numbers):
+        for (_, architecture), number in zip(lock.ARCHITECTURES.values(), numbers):
             known = resolve(ctypes.c_uint32(architecture), name.encode())
             assert number == (str(known) if known >= 0 else "-"), name
 
 
 def test_a_processor_without_a_list_is_refused() -> None:
-    with pytest.raises(sandbox_lock.Unsupported, match="riscv64"):
-        sandbox_lock.build_filter(1, files=True, machine="riscv64")
-    for machine in sandbox_lock.ARCHITECTURES:
-        assert len(sandbox_lock.build_filter(1, files=True, machine=machine)) // 8 < 4096  # the kernel's limit
+    with pytest.raises(lock.Unsupported, match="riscv64"):
+        lock.build_filter(1, files=True, machine="riscv64")
+    for machine in lock.ARCHITECTURES:
+        assert len(lock.build_filter(1, files=True, machine=machine)) // 8 < 4096  # the kernel's limit
     assert platform.machine()

@@ -10,9 +10,9 @@ from live import until
 from stubs import TOKENIZER
 from test_service import MODEL, Receiver, order
 
-from nanochat.fair_queue import FairQueue
-from nanochat.sampling import Sampling
-from nanochat.service import End, Service
+from nanochat.inference.sampling import Sampling
+from nanochat.serve.fair_queue import FairQueue
+from nanochat.serve.service import End, Service
 
 
 def filled(text: str) -> FairQueue[tuple[str, int]]:

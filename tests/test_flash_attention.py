@@ -148,7 +148,7 @@ def test_training_is_one_graph_and_its_masks_are_made_before(monkeypatch: pytest
     monkeypatch.setattr(flash_attention, "block_masks", {})
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)  # no gradient on CPUs
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr("nanochat.fused.usable", lambda *args: False)
+    monkeypatch.setattr("nanochat.cpu.fused.usable", lambda *args: False)
     config = GPTConfig(sequence_len=256, vocab_size=300, n_layer=4, n_head=2, n_kv_head=1, n_embd=32)
     model = GPT.create(config)
     loss_fn = compiled_loss(model, "on", Runtime(torch.device("cpu"), torch.float32, "test", seed=0))

@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from nanochat import flash_attention, fused, kernels
+from nanochat import flash_attention
+from nanochat.cpu import fused, kernels
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_head import head_loss
 

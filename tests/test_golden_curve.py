@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.batches import Batch
+from nanochat.data.batches import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
-from nanochat.schedules import ScheduleConfig
+from nanochat.train.schedules import ScheduleConfig
 from nanochat.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "goldens" / "loss_curves.json"

@@ -14,18 +14,19 @@ import torch.nn as nn
 from stubs import stir
 from test_trainer import CONFIG, CPU, Batches, make_trainer
 
-from nanochat import fp8, progress, runtime
-from nanochat.agreement import NonFiniteLoss
+from nanochat import fp8, runtime
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
+from nanochat.distributed.rank_checks import NonFiniteLoss
 from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.inference.sampling import Sampling, choose, make_rng
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.loss_head import head_loss
 from nanochat.optim import OptimizerConfig, build_param_groups
-from nanochat.progress import Progress
 from nanochat.runtime import Runtime, pick_dtype
-from nanochat.sampling import Sampling, choose, make_rng
-from nanochat.session import find_device_batch
+from nanochat.train import progress
+from nanochat.train.progress import Progress
+from nanochat.train.session import find_device_batch
 from nanochat.trainer import Trainer
 from scripts import _device_batch
 

@@ -11,9 +11,9 @@ from test_core import Letters, made_up, stirred
 
 from nanochat.common import UserError
 from nanochat.core_eval import GPTScorer
-from nanochat.core_prompts import make_examples
+from nanochat.evals.core_prompts import make_examples
+from nanochat.evals.hf_model import HFModel, HFTokenizer, byte_letters, load_hf_model
 from nanochat.gpt import GPTConfig
-from nanochat.hf_model import HFModel, HFTokenizer, byte_letters, load_hf_model
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
 

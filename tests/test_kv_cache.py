@@ -8,7 +8,7 @@ from stubs import stir
 
 from nanochat.flash_attention import flash_attn_with_kvcache
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache
+from nanochat.inference.kv_cache import KVCache
 
 SIZES = {"vocab_size": 70, "n_layer": 4, "n_head": 4, "n_embd": 32}
 CONFIGS = {

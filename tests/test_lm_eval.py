@@ -15,7 +15,7 @@ from live import Live
 from test_server import MODEL, TOKENIZER, app_of
 
 from nanochat.engine import Engine
-from nanochat.server import Settings
+from nanochat.serve.server import Settings
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("no lm_eval: pip install 'lm-eval[api]'", allow_module_level=True)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from nanochat.agreement import DataFailed
 from nanochat.common import BadShard, UserError
+from nanochat.data.textfiles import Document
+from nanochat.distributed.rank_checks import DataFailed
+from nanochat.distributed.signals import AskedToEnd, heeding, leave_if_asked
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
-from nanochat.signals import AskedToEnd, heeding, leave_if_asked
-from nanochat.textfiles import Document
 from scripts._observe import bpb_by_source
 
 MODEL = GPT.create(GPTConfig(sequence_len=8, vocab_size=10, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))

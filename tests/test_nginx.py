@@ -19,7 +19,7 @@ from live import Live, until
 from test_abuse import slow
 from test_server import app_of, chat
 
-from nanochat.server import Settings
+from nanochat.serve.server import Settings
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/bin:/opt/homebrew/bin")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx: apt-get install nginx-light")

@@ -22,7 +22,7 @@ from nanochat.flash_attention import BACKENDS, flash_attn_func
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
-from nanochat.schedules import ScheduleConfig
+from nanochat.train.schedules import ScheduleConfig
 from nanochat.trainer import Trainer
 from scripts._device_batch import fit_device_batch
 from scripts._train import compiled_loss

@@ -10,7 +10,7 @@ from live import Live
 from test_server import MODEL, TOKENIZER, app_of
 
 from nanochat.engine import Engine
-from nanochat.server import Settings
+from nanochat.serve.server import Settings
 
 openai = pytest.importorskip("openai")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.packing import BestFitPool, fill_row, fill_row_whole
+from nanochat.data.packing import BestFitPool, fill_row, fill_row_whole
 
 lengths_lists = st.lists(st.integers(2, 40), min_size=1, max_size=60)
 

@@ -11,9 +11,9 @@ import pytest
 import uvicorn
 from test_server import TOKENIZER
 
-from nanochat.decoding import Row, Token, Told
-from nanochat.server import Settings, create_app
-from nanochat.service import Busy, End, Order
+from nanochat.inference.decoding import Row, Token, Told
+from nanochat.serve.server import Settings, create_app
+from nanochat.serve.service import Busy, End, Order
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")

@@ -11,11 +11,11 @@ import torch
 from ranks import run_ranks
 from test_user_errors import refused
 
-from nanochat import fused
 from nanochat.common import UserError
+from nanochat.cpu import fused
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.law import Candidate, Law, candidates_by_depth, fit_law
-from nanochat.planner import GPUS, activation_bytes, choose_rows, expected_pace, find_gpu, memory_by_kind
+from nanochat.planning.law import Candidate, Law, candidates_by_depth, fit_law
+from nanochat.planning.planner import GPUS, activation_bytes, choose_rows, expected_pace, find_gpu, memory_by_kind
 from nanochat.runtime import Runtime
 from nanochat.scaling import derive_sizes, estimate, scaling_params
 from scripts import _pace, plan
@@ -253,8 +253,8 @@ def held_by_rank(runtime: Runtime, dtype: str) -> tuple[dict[str, int], dict[str
     from torch.autograd.profiler import profile  # torch.profiler.profile imports the compiler
 
     from bench._common import tensor_bytes
-    from nanochat.planner import Gpu
-    from nanochat.schedules import ScheduleConfig
+    from nanochat.planning.planner import Gpu
+    from nanochat.train.schedules import ScheduleConfig
     from nanochat.trainer import Trainer
     from scripts._device_batch import random_batch
     from scripts._train import TrainFlags, make_optimizer

@@ -6,12 +6,12 @@ import pytest
 import torch
 from stubs import TOKENIZER, stir
 
-from nanochat import decoding
-from nanochat.decoding import Row, RunningBatch, ToolUse
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache
-from nanochat.prefix_cache import PrefixCache
-from nanochat.sampling import Sampling
+from nanochat.inference import decoding
+from nanochat.inference.decoding import Row, RunningBatch, ToolUse
+from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.prefix_cache import PrefixCache
+from nanochat.inference.sampling import Sampling
 
 CHUNK = 8
 

@@ -15,17 +15,18 @@ import torch
 from ranks import run_ranks
 from test_trainer import CONFIG, Batches
 
-from nanochat import checkpoint_folder, checkpoint_manager, tensor_file
-from nanochat.agreement import Drifted, NonFiniteLoss
+from nanochat import checkpoint_manager
+from nanochat.checkpoint import folder, tensor_file
 from nanochat.checkpoint_manager import list_steps, open_checkpoint
 from nanochat.dataloader import Batch
+from nanochat.distributed.rank_checks import Drifted, NonFiniteLoss
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
-from nanochat.saver import Saver
-from nanochat.schedules import ScheduleConfig
-from nanochat.session import run_to_end
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.schedules import ScheduleConfig
+from nanochat.train.session import run_to_end
+from nanochat.train.snapshot import Saver
 from nanochat.trainer import Trainer
 
 
@@ -106,7 +107,7 @@ class Storage:
 
     def unmount(self, broken: bool) -> None:
         """This process does not see the folder any more."""
-        real = checkpoint_folder.step_path
+        real = folder.step_path
         elsewhere = lambda run, *rest: real(run.with_name("unmounted"), *rest)  # noqa: E731
         checkpoint_manager.step_path = elsewhere if broken else real
 

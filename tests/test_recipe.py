@@ -9,7 +9,7 @@ from nanochat.gpt_config import GPTConfig
 from nanochat.optim import OptimizerConfig
 from nanochat.recipe import RECIPES, get_recipe
 from nanochat.runtime import Runtime
-from nanochat.schedules import ScheduleConfig
+from nanochat.train.schedules import ScheduleConfig
 
 
 def test_names_stand_for_what_is_published() -> None:

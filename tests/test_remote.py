@@ -21,15 +21,15 @@ from stubs import TINY
 from test_dataset import both, jsonl, make_texts, write_parquet
 from test_user_errors import refused
 
-from nanochat import remote, textfiles
-from nanochat.batches import Prefetcher
 from nanochat.checkpoint_manager import list_steps
 from nanochat.common import BadShard, UserError
+from nanochat.data import remote, textfiles
+from nanochat.data.batches import Prefetcher
+from nanochat.data.filesystems import list_files
+from nanochat.data.range_cache import PieceCache
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import resolve_corpus
-from nanochat.filesystems import list_files
-from nanochat.piece_cache import PieceCache
-from nanochat.signals import AskedToEnd
+from nanochat.distributed.signals import AskedToEnd
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_train, tok_train
 
@@ -259,7 +259,7 @@ def test_a_cache_that_cannot_be_written_costs_the_keeping_only(
 def test_processes_share_the_cache(tmp_path: Path) -> None:
     """Each piece is fetched by one of them, and each reads all of them right, while they delete each other's."""
     code = (
-        "import sys; from pathlib import Path; from nanochat.piece_cache import PieceCache\n"
+        "import sys; from pathlib import Path; from nanochat.data.range_cache import PieceCache\n"
         "cache = PieceCache(Path(sys.argv[1]), int(sys.argv[2])); fetched = 0\n"
         "def fetch(i):\n"
         "    global fetched; fetched += 1; return i.to_bytes(2, 'big') * 1000\n"
@@ -447,8 +447,8 @@ def test_a_cache_that_cannot_keep_still_gives_what_it_has(tmp_path: Path, monkey
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "read-only")
 
-    monkeypatch.setattr("nanochat.piece_cache.os.utime", refuse)
-    monkeypatch.setattr("nanochat.piece_cache.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("nanochat.data.range_cache.os.utime", refuse)
+    monkeypatch.setattr("nanochat.data.range_cache.tempfile.mkstemp", refuse)
     assert cache.get("cd34", lambda: b"second", 1.0) == b"second" and cache.failed
     assert cache.get("ab12", lambda: b"again", 1.0) == b"first"
 

@@ -26,11 +26,11 @@ from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.replica import RemoteService
+from nanochat.inference.sampling import Sampling
 from nanochat.runtime import Runtime
-from nanochat.sampling import Sampling
-from nanochat.server import ServerMetrics, Settings, create_app
-from nanochat.service import Busy, Closed, End, WorkerPool
+from nanochat.serve.replica import RemoteService
+from nanochat.serve.server import ServerMetrics, Settings, create_app
+from nanochat.serve.service import Busy, Closed, End, WorkerPool
 from scripts._replica import ReplicaPlan
 
 TESTS = Path(__file__).parent
@@ -41,8 +41,8 @@ import torch
 torch.set_num_threads(1)
 from stubs import TOKENIZER
 from test_prefix_cache import make_model
-from nanochat.replica import serve_replica
-from nanochat.service import Service
+from nanochat.serve.replica import serve_replica
+from nanochat.serve.service import Service
 
 def make(observe):
     service = Service(make_model(vocab_size=265), TOKENIZER, max_rows=4, observe=observe)

@@ -14,7 +14,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.report import accuracy_values, load_report, record_stage, render_report, to_json
-from nanochat.report_view import (
+from nanochat.reporting.view import (
     STAGES,
     curves_of,
     facts_of,
@@ -295,7 +295,7 @@ def test_command_line(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_importing_draws_in_no_plotting_library() -> None:
-    code = "import sys, nanochat.report, nanochat.report_html as _; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, nanochat.report, nanochat.reporting.html as _; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 

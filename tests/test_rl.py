@@ -9,14 +9,14 @@ import torch
 from stubs import TOKENIZER
 
 from nanochat.common import UserError
-from nanochat.decoding import Row
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference.decoding import Row
+from nanochat.inference.sampling import Sampling
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.rl import Curriculum, Group, RolloutLoader, Sampler, as_batch
 from nanochat.runtime import Runtime
-from nanochat.sampling import Sampling
-from nanochat.schedules import ScheduleConfig
+from nanochat.train.schedules import ScheduleConfig
 from nanochat.trainer import Trainer
 from scripts import chat_rl
 from tasks.answers import keyed_random

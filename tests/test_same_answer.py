@@ -182,7 +182,7 @@ def practise(runtime: Runtime) -> tuple[list[float], dict[str, Any], int]:
 
     from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
     from nanochat.rl import Curriculum
-    from nanochat.schedules import ScheduleConfig
+    from nanochat.train.schedules import ScheduleConfig
     from nanochat.trainer import Trainer
 
     class Bytes(Bandit):

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import kernels, sampling
-from nanochat.sampling import Sampling, choose, make_rng
+from nanochat.cpu import kernels
+from nanochat.inference import sampling
+from nanochat.inference.sampling import Sampling, choose, make_rng
 
 
 @pytest.fixture(autouse=True, params=["C", "PyTorch"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat.schedules import decay_multiplier, lr_multiplier, muon_momentum
+from nanochat.train.schedules import decay_multiplier, lr_multiplier, muon_momentum
 
 
 def test_learning_rate_at_exact_points() -> None:

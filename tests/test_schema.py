@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from live import Live
 from test_server import app_of
 
-from nanochat.server import Settings
+from nanochat.serve.server import Settings
 
 with warnings.catch_warnings():  # other people's
     warnings.simplefilter("ignore")

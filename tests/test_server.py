@@ -15,11 +15,11 @@ from live import until
 from stubs import SPECIAL
 from test_prefix_cache import make_model
 
-from nanochat import api_generation
-from nanochat.api_text import TextOffsets, completion_logprobs
 from nanochat.engine import Engine
-from nanochat.server import ServerMetrics, Settings, create_app, json_pieces
-from nanochat.service import Service, WorkerPool
+from nanochat.serve import generation
+from nanochat.serve.server import ServerMetrics, Settings, create_app, json_pieces
+from nanochat.serve.service import Service, WorkerPool
+from nanochat.serve.text import TextOffsets, completion_logprobs
 from nanochat.tokenizer import RustBPETokenizer
 
 MODEL = make_model(vocab_size=265)
@@ -163,7 +163,7 @@ def test_offsets_count_characters_that_are_of_several_tokens_once() -> None:
 def test_streamed_completions_are_the_whole_ones(
     client: TestClient, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api_generation, "ECHO_TOKENS", 3)
+    monkeypatch.setattr(generation, "ECHO_TOKENS", 3)
     request = {"prompt": "héllo", "max_tokens": 12, "echo": True, "logprobs": 2, "seed": 3, **changes}
     whole = client.post("/v1/completions", json=request).json()
     stream = events(client.post("/v1/completions", json={**request, "stream": True}))
@@ -459,10 +459,10 @@ def test_answers_take_turns_and_let_others_in_between(monkeypatch):
     """Forty answers have something to say at once, a millisecond of work each: a question that takes five rounds of
     the loop is answered after five turns, not after forty milliseconds a round."""
     now = [0.0]
-    monkeypatch.setattr(api_generation.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(generation.time, "monotonic", lambda: now[0])
 
     async def ask_and_answer():
-        turns, order = api_generation.Turns(), []
+        turns, order = generation.Turns(), []
 
         async def answer(number):
             await turns.mine()
@@ -480,4 +480,4 @@ def test_answers_take_turns_and_let_others_in_between(monkeypatch):
 
     order, answered = asyncio.run(ask_and_answer())
     assert order == list(range(40))
-    assert answered <= 5 * (api_generation.TURN_SECONDS + 0.001) + 1e-9
+    assert answered <= 5 * (generation.TURN_SECONDS + 0.001) + 1e-9

@@ -11,10 +11,10 @@ from live import until
 from stubs import TOKENIZER
 from test_prefix_cache import make_model
 
-from nanochat.decoding import Token
 from nanochat.engine import Engine
-from nanochat.sampling import Sampling
-from nanochat.service import Busy, Closed, End, Order, Service, WorkerPool, row_bytes
+from nanochat.inference.decoding import Token
+from nanochat.inference.sampling import Sampling
+from nanochat.serve.service import Busy, Closed, End, Order, Service, WorkerPool, row_bytes
 
 MODEL = make_model()
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.calculator import use_calculator
 from nanochat.common import UserError
 from nanochat.conversation import validate_conversation
+from nanochat.inference.calculator import use_calculator
 from tasks.arithmetic import Arithmetic, is_held_out
 from tasks.common import DatasetMissing, Task
 from tasks.registry import TASKS, make_task

@@ -10,8 +10,8 @@ import pytest
 from stubs import TINY
 
 from nanochat.common import UserError
-from nanochat.isoflop import Run, best_sizes, lowest_point, parabola
-from nanochat.law import Law
+from nanochat.planning.isoflop import Run, best_sizes, lowest_point, parabola
+from nanochat.planning.law import Law
 from scripts import _pace, fit_law
 
 TRUE = {"E": 0.7, "A": 60.0, "alpha": 0.35, "B": 180.0, "beta": 0.35}
@@ -80,7 +80,7 @@ def test_fit_law_reads_finished_runs(copied: Path, capsys: pytest.CaptureFixture
 
 def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """More time, a deeper model; a machine that is ten times slower is like a tenth of the time."""
-    from nanochat.planner import Pace
+    from nanochat.planning.planner import Pace
     from nanochat.runtime import Runtime
     from scripts._model import ModelFlags, network
 

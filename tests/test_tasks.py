@@ -13,7 +13,7 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.conversation import validate_conversation
-from nanochat.sandbox_levels import SAFE_LEVELS, why_unavailable
+from nanochat.sandbox.levels import SAFE_LEVELS, why_unavailable
 from tasks import hub
 from tasks.answers import final_number, final_text, keyed_random
 from tasks.arc import ARC
@@ -324,7 +324,7 @@ def test_humaneval(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = HumanEval()
     whole = task[0]["messages"][1]["content"]
     with monkeypatch.context() as patch:
-        patch.setattr("nanochat.sandbox_levels.why_unavailable", lambda level: "not today")
+        patch.setattr("nanochat.sandbox.levels.why_unavailable", lambda level: "not today")
         with pytest.raises(UserError, match=r"no sandbox here.*not today"):
             task.evaluate(task[0], whole)
     body = HUMANEVAL_ROW["canonical_solution"]

@@ -13,9 +13,9 @@ import pytest
 from test_dataset import jsonl, make_texts, write_parquet
 from test_remote import TEXTS, TOKENIZER, damage, rows_of
 
-from nanochat import document_order, tokens
 from nanochat.common import UserError
-from nanochat.corpus import Corpus
+from nanochat.data import document_order, pretokenized
+from nanochat.data.corpus import Corpus
 from nanochat.dataset import resolve_corpus
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import tok_data
@@ -65,15 +65,15 @@ def test_the_same_validation_and_small_data(data: Path, base: Path) -> None:
     for folder in (data, data / "few"):
 
         def blocks(tokenizer: object, folder: Path = folder) -> list[list[list[int]]]:
-            corpus = tokens.with_tokens(opened(folder, base), tokenizer)
+            corpus = pretokenized.with_tokens(opened(folder, base), tokenizer)
             return [[item.ids.tolist() if isinstance(item, document_order.Tokens) else TOKENIZER.encode(item.text)
                      for item in corpus.read_block(split, i)]
                     for split in ("train", "val") for i in range(corpus.num_blocks(split))]  # fmt: skip
 
         before = blocks(TOKENIZER)
         assert tok_data.main([f"--data={folder}", "--workers=1"]) == 0
-        corpus = tokens.with_tokens(opened(folder, base), TOKENIZER)
-        assert isinstance(corpus.read_block("val", 0), list) and isinstance(corpus, tokens.TokenisedCorpus)
+        corpus = pretokenized.with_tokens(opened(folder, base), TOKENIZER)
+        assert isinstance(corpus.read_block("val", 0), list) and isinstance(corpus, pretokenized.TokenisedCorpus)
         assert blocks(NoText()) == before
 
 
@@ -103,7 +103,7 @@ def test_damaged_files_are_not_used_silently(how: str, data: Path, base: Path, c
     expected = rows_of(opened(data, base), 60)
     assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
     parts = opened(data, base).parts["train"]
-    mine, other = (tokens.token_path(base / "tokens", part, TOKENIZER) for part in parts[:2])
+    mine, other = (pretokenized.token_path(base / "tokens", part, TOKENIZER) for part in parts[:2])
     if how == "a bit":
         damage(mine, 300)
     elif how == "another's":
@@ -119,16 +119,16 @@ def test_damaged_files_are_not_used_silently(how: str, data: Path, base: Path, c
 
 def test_no_bit_that_flips_changes_a_token(data: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
-    monkeypatch.setattr(tokens, "warn", lambda message: None)
+    monkeypatch.setattr(pretokenized, "warn", lambda message: None)
     corpus = opened(data, base)
-    path = tokens.token_path(base / "tokens", corpus.parts["train"][0], TOKENIZER)
+    path = pretokenized.token_path(base / "tokens", corpus.parts["train"][0], TOKENIZER)
     whole = path.read_bytes()
     expected = [TOKENIZER.encode(d.text) for d in corpus.read_block("train", 2)]
     used = 0
     for at in range(0, len(whole), max(1, len(whole) // 150)):
         path.write_bytes(whole)
         damage(path, at)
-        found = tokens.with_tokens(corpus, TOKENIZER).read_block("train", 2)
+        found = pretokenized.with_tokens(corpus, TOKENIZER).read_block("train", 2)
         used += isinstance(found[0], document_order.Tokens)
         assert not isinstance(found[0], document_order.Tokens) or [t.ids.tolist() for t in found] == expected, at
     assert used > 50  # damage to other blocks leaves this one alone

@@ -9,11 +9,11 @@ import pytest
 from stubs import TOKENIZER, Scripted, chain
 
 from nanochat.common import UserError
-from nanochat.decoding import Row, RunningBatch
 from nanochat.engine import Engine
 from nanochat.execution import choose_level
-from nanochat.sampling import Sampling
-from nanochat.tools import CALCULATOR, WITH_PYTHON, Python, Tool, ToolUse
+from nanochat.inference.decoding import Row, RunningBatch
+from nanochat.inference.sampling import Sampling
+from nanochat.inference.tools import CALCULATOR, WITH_PYTHON, Python, Tool, ToolUse
 from tasks.code import Code
 
 START, STOP = (TOKENIZER.encode_special(f"<|python_{name}|>") for name in ("start", "end"))

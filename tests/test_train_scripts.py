@@ -18,8 +18,8 @@ from test_trainer import make_trainer
 
 from nanochat.checkpoint_manager import list_steps, open_checkpoint, run_dir
 from nanochat.common import UserError, read_json
-from nanochat.deadline import Deadline
 from nanochat.runtime import Runtime
+from nanochat.train.deadline import Deadline
 from nanochat.trainer import Interrupted, Trainer
 from scripts import base_train, chat_sft
 from scripts._start import own_run

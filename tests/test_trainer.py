@@ -13,14 +13,14 @@ import pytest
 import torch
 from stubs import stir
 
-from nanochat.agreement import NonFiniteLoss
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
+from nanochat.distributed.rank_checks import NonFiniteLoss
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
-from nanochat.schedules import ScheduleConfig
-from nanochat.session import cut_metrics, merge_saved_config, run_to_end
+from nanochat.train.schedules import ScheduleConfig
+from nanochat.train.session import cut_metrics, merge_saved_config, run_to_end
 from nanochat.trainer import Hook, Interrupted, Trainer
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "test", seed=0)
@@ -213,7 +213,7 @@ def test_training_goes_on_while_a_save_is_written(capsys: pytest.CaptureFixture[
 def test_no_second_write_is_begun_and_training_does_not_wait_for_long(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanochat.saves.PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("nanochat.checkpoint.async_save.PATIENCE_SECONDS", 0.01)
     trainer, written, gate = make_trainer(steps=4), [], threading.Event()
     with background(trainer, lambda step: written.append((gate.wait(30), step)[1])):
         trainer.log = lambda t, record: gate.set() if record["step"] == 4 else None
@@ -280,7 +280,7 @@ def test_interrupted_carries_the_signal() -> None:
 
 
 def test_device_batch_must_be_positive() -> None:
-    from nanochat.session import choose_device_batch
+    from nanochat.train.session import choose_device_batch
 
     assert choose_device_batch(-1, 64, 512, CPU) == 8 and choose_device_batch(16, 4, 512, CPU) == 4
     with pytest.raises(UserError, match="device-batch-size"):

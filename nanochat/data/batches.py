@@ -1,0 +1,123 @@
+"""What all loaders share: the batch, the thread that makes batches ahead of need, seeded generators."""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from nanochat.distributed.signals import heeding, leave_if_asked
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class Batch:
+    """One process's rows of a global batch, on the CPU."""
+
+    inputs: torch.Tensor  # (N, T) int64
+    targets: torch.Tensor  # (N, T) int64, -1 = no target
+    weights: torch.Tensor | None = None  # (N, T) float32, per target
+    origin: str = ""  # where the rows came from, for a person to look them up
+
+
+def by_length(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
+    """Numbers of sequences of about one length, as many at a time as most_tokens hold with padding; one at least."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: lengths[n]):
+        if batch and lengths[number] * (len(batch) + 1) > most_tokens:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def seeded_rng(purpose: int, seed: int, first: int = 0, second: int = 0) -> np.random.Generator:
+    """A generator of its own for every different (purpose, seed, first, second).
+
+    numpy fills short entropy up with zeros and splits large numbers into words, so that tuples of different
+    lengths can collide: hence always the same number of words. The sign is one of them: Python's own
+    random.seed(-1) equals random.seed(1), and the field once mixed train and test by it.
+    """
+    size = abs(seed)
+    assert size < 2**64 and 0 <= first < 2**32 and 0 <= second < 2**32
+    words = (purpose, int(seed < 0), size & 0xFFFFFFFF, size >> 32, first, second)
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
+
+
+class Prefetcher(Generic[Item]):
+    """Calls `produce` on a thread of its own, up to `depth` results ahead of get().
+
+    `produce` must not refer to the owner of the prefetcher, so that an owner who is forgotten is collected and
+    the thread ends; it also ends with close(), when `produce` raises, and at interpreter exit.
+    """
+
+    def __init__(self, produce: Callable[[], Item], depth: int) -> None:
+        self._results: SimpleQueue[Item | _Failure] = SimpleQueue()
+        self._slots = threading.Semaphore(depth)
+        self._failure: _Failure | None = None
+        self._next: list[Item | _Failure] = []  # the next result, once it was waited for
+        stop = threading.Event()
+        thread = threading.Thread(target=_work, args=(produce, self._results, self._slots, stop),
+                                  name="nanochat-prefetch", daemon=True)  # fmt: skip
+        self._end = weakref.finalize(self, _end_thread, thread, self._slots, stop)  # also runs at interpreter exit
+        thread.start()
+
+    def get(self) -> Item:
+        """The next result, in order. Raises what `produce` raised, then and every time after."""
+        while not self.wait(0.2):
+            leave_if_asked()
+        result = self._failure or self._next.pop()
+        if isinstance(result, _Failure):
+            self._failure = result
+            raise result.error
+        self._slots.release()
+        return result
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long for the next result. True if get() would not wait."""
+        if not self._next and not self._failure:
+            try:
+                self._next.append(self._results.get(timeout=seconds))
+            except Empty:
+                return False
+        return True
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What get() will raise, if that is known."""
+        found = self._failure or (self._next[0] if self._next else None)
+        return found.error if isinstance(found, _Failure) else None
+
+    def close(self) -> None:
+        """End the thread and wait for it."""
+        self._end()
+
+
+@dataclass
+class _Failure:
+    error: BaseException
+
+
+def _work(
+    produce: Callable[[], Any], results: "SimpleQueue[Any]", slots: threading.Semaphore, stop: threading.Event
+) -> None:
+    with heeding(stop.is_set):
+        while slots.acquire() and not stop.is_set():
+            try:
+                results.put(produce())
+            except BaseException as error:
+                results.put(_Failure(error))
+                return
+
+
+def _end_thread(thread: threading.Thread, slots: threading.Semaphore, stop: threading.Event) -> None:
+    stop.set()
+    slots.release()
+    if thread is not threading.current_thread():  # the garbage collector may run on the thread itself
+        thread.join()

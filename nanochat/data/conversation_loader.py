@@ -1,0 +1,288 @@
+"""Conversations in, (B, T) batches out: rows of whole conversations, padded, the assistant's words the targets.
+
+Every process packs the whole stream, which takes only the lengths, and builds the rows that are its own.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from nanochat.common import UserError
+from nanochat.conversation import render, truncate_turns
+from nanochat.data.batches import Batch, Prefetcher, seeded_rng
+from nanochat.data.packing import BestFitPool, fill_row_whole
+from nanochat.data.row_streams import check_layout
+
+POOL_CONVERSATIONS = 256  # to choose the best fit from
+CACHE_TOKENS = 32 * 2**20  # rendered conversations kept in memory, 4 bytes each
+EXACT_CONVERSATIONS = 200_000  # num_steps() looks at all of a data set up to this size, else at a sample
+SAMPLE_CONVERSATIONS = 20_000
+SAMPLE_MARGIN = 0.98  # of the estimate: several times its standard error, so that the data outlasts the steps
+PREFETCH_STEPS = 4
+ORDER_OF_CONVERSATIONS, SAMPLE = 3, 4  # purposes of random numbers
+
+
+class Dataset(Protocol):
+    """The part of a task that loading needs."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class StreamPlace(NamedTuple):
+    """A place in the stream: the next conversation is the `position`-th of `epoch`; what came of those before it."""
+
+    epoch: int = 0
+    position: int = 0
+    truncated: int = 0  # too long for a row: the last turns left out
+    skipped: int = 0  # not even the first exchange fits, or the assistant says nothing
+    rows: int = 0  # made, of all processes
+    tokens: int = 0  # in them, without padding
+
+
+class Waiting(NamedTuple):
+    """A conversation in the pool."""
+
+    number: int
+    signed: np.ndarray
+
+
+class _Step(NamedTuple):
+    batch: Batch
+    cursor: StreamPlace
+    waiting: list[int]  # conversations in the pool after it, oldest first
+
+
+class RenderedConversations:
+    """The conversations of a data set as token ids that fit a row, rendered when first asked for.
+
+    One int32 array holds ids and mask: `id` where the assistant must produce the token, `~id` elsewhere. Only
+    the first CACHE_TOKENS are kept, the rest is rendered again in every epoch.
+    """
+
+    def __init__(self, dataset: Dataset, tokenizer: Any, row_tokens: int) -> None:
+        self.dataset, self.tokenizer, self.row_tokens = dataset, tokenizer, row_tokens
+        self._kept: dict[int, tuple[np.ndarray | None, bool]] = {}
+        self._kept_tokens = 0
+
+    def get(self, index: int) -> tuple[np.ndarray | None, bool]:
+        """(signed ids or None if there is nothing to learn from in a row's length, was it truncated)."""
+        if index in self._kept:
+            return self._kept[index]
+        try:
+            result = self._render(index)
+        except ValueError as error:
+            raise UserError(f"conversation {index + 1} of {len(self.dataset)}: {error}") from error
+        size = 64 if result[0] is None else 64 + len(result[0])
+        if self._kept_tokens + size <= CACHE_TOKENS:
+            self._kept[index] = result
+            self._kept_tokens += size
+        return result
+
+    def _render(self, index: int) -> tuple[np.ndarray | None, bool]:
+        conversation = self.dataset[index]
+        ids, mask = render(self.tokenizer, conversation)
+        truncated = len(ids) > self.row_tokens
+        if truncated:
+            shorter = truncate_turns(self.tokenizer, conversation, self.row_tokens)
+            if shorter is None:
+                return None, False
+            ids, mask = render(self.tokenizer, shorter)
+        if not any(mask[1:]):
+            return None, False
+        signed = np.array(ids, np.int32)
+        np.invert(signed, out=signed, where=np.array(mask) == 0)
+        return signed, truncated
+
+
+class ConversationPacker:
+    """Packs conversations number 0 .. size - 1, in each epoch's order, into rows. For one thread."""
+
+    def __init__(
+        self, get: Callable[[int], tuple[np.ndarray | None, bool]], size: int, *, row_tokens: int, seed: int,
+        num_epochs: int | None,
+    ) -> None:  # fmt: skip
+        self.get, self.size, self.row_tokens = get, size, row_tokens
+        self.seed, self.num_epochs = seed, num_epochs
+        self.restore(StreamPlace(), [])
+
+    def restore(self, cursor: StreamPlace, waiting: list[int]) -> None:
+        """Go on from a place and the conversations in the pool there, oldest first."""
+        self.cursor = cursor
+        self.pool: BestFitPool[Waiting] = BestFitPool()
+        self._order_epoch, self._order = -1, np.empty(0, np.int64)
+        for index in waiting:
+            signed, _ = self.get(index)
+            assert signed is not None, f"conversation {index} was usable when the state was saved"
+            self.pool.add(len(signed), Waiting(index, signed))
+
+    def next_rows(self, rows_per_step: int) -> list[list[Waiting]]:
+        """Up to rows_per_step rows: fewer where the data ends, and then none."""
+        rows: list[list[Waiting]] = []
+        while len(rows) < rows_per_step:
+            self._top_up()
+            before = self.pool.total
+            row = fill_row_whole(self.pool, self.row_tokens)
+            if not row:
+                break
+            rows.append(row)
+            self.cursor = self.cursor._replace(rows=self.cursor.rows + 1,
+                                               tokens=self.cursor.tokens + before - self.pool.total)  # fmt: skip
+        return rows
+
+    def _top_up(self) -> None:
+        """Fill the pool with the next conversations, those that nothing can be learnt from left out."""
+        while len(self.pool) < POOL_CONVERSATIONS and (index := self._next_index()) is not None:
+            signed, truncated = self.get(index)
+            if signed is None:
+                self.cursor = self.cursor._replace(skipped=self.cursor.skipped + 1)
+                continue
+            self.cursor = self.cursor._replace(truncated=self.cursor.truncated + truncated)
+            self.pool.add(len(signed), Waiting(index, signed))
+
+    def _next_index(self) -> int | None:
+        """The next conversation of the stream, None at its end. UserError if the first epoch held no usable one."""
+        now = self.cursor
+        if now.position == self.size:
+            if now.epoch == 0 and now.skipped == self.size:
+                raise UserError(f"none of {self.size} conversations has an answer that fits {self.row_tokens} tokens; "
+                                "check the data or raise --max-seq-len")  # fmt: skip
+            now = now._replace(epoch=now.epoch + 1, position=0)
+        self.cursor = now
+        if self.num_epochs is not None and now.epoch >= self.num_epochs:
+            return None
+        if self._order_epoch != now.epoch:
+            self._order_epoch = now.epoch
+            self._order = seeded_rng(ORDER_OF_CONVERSATIONS, self.seed, now.epoch).permutation(self.size)
+        self.cursor = now._replace(position=now.position + 1)
+        return int(self._order[now.position])
+
+
+class ConversationLoader:
+    """Rows of whole conversations for finetuning. `dataset` has a length and gives conversations by index.
+
+    Each epoch goes through the data set in its own order. Conversations are packed by best fit; one that does
+    not fit a row of sequence_len + 1 tokens is truncated by whole turns, and left out where even its first
+    exchange does not fit or the assistant says nothing; stats() counts both. One step has rows_per_step rows over
+    all processes, of which rank r of W gets rows r, r + W, ...; only the last has fewer, and then perhaps none
+    for some process, whose batch is (0, T): all processes end after the same step.
+
+    num_epochs None goes on for ever. Raises UserError for an invalid conversation, naming it, or where none can
+    be used.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: Any,
+        *,
+        sequence_len: int,
+        rows_per_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        num_epochs: int | None = 1,
+    ) -> None:
+        if len(dataset) == 0:
+            raise UserError("there are no conversations; check --data")
+        if sequence_len < 2 or rows_per_step < 1:
+            raise UserError(f"a step needs at least one row of two tokens, got {rows_per_step} of {sequence_len}")
+        assert 0 <= rank < world_size and (num_epochs is None or num_epochs > 0)
+        self.rows_per_step, self.rank, self.world_size = rows_per_step, rank, world_size
+        self.sequence_len = sequence_len
+        self.seed, self.num_epochs, self.size, self.row_tokens = seed, num_epochs, len(dataset), sequence_len + 1
+        self._bos = tokenizer.encode_special("<|bos|>")
+        self._get = RenderedConversations(dataset, tokenizer, self.row_tokens).get
+        self._packer = ConversationPacker(self._get, self.size, row_tokens=self.row_tokens, seed=seed,
+                                          num_epochs=num_epochs)  # fmt: skip
+        self._layout = {"version": 1, "conversations": self.size, "sequence_len": sequence_len, "seed": seed}
+        self._cursor, self._waiting = StreamPlace(), list[int]()  # after the last batch handed out
+        self._prefetcher: Prefetcher[_Step] | None = None
+
+    def next_batch(self) -> Batch:
+        """This process's rows of the next step. Raises StopIteration at the end of the last epoch."""
+        if self._prefetcher is None:
+            make = partial(_make_step, self._packer, self.rows_per_step, self.rank, self.world_size, self._bos)
+            self._prefetcher = Prefetcher(make, PREFETCH_STEPS)
+        step = self._prefetcher.get()
+        self._cursor, self._waiting = step.cursor, step.waiting
+        return step.batch
+
+    def num_steps(self) -> int:
+        """Steps in num_epochs (in one epoch, if endless), from the start.
+
+        Exact for up to EXACT_CONVERSATIONS, which are all rendered for it. For more, an estimate from a sample that
+        errs on the low side: there will be a batch for every step, and a little of the data may go unseen.
+        """
+        epochs = self.num_epochs or 1
+        if self.size <= EXACT_CONVERSATIONS:
+            rows = count_rows(ConversationPacker(self._get, self.size, row_tokens=self.row_tokens, seed=self.seed,
+                                                 num_epochs=epochs))  # fmt: skip
+            return -(-rows // self.rows_per_step)
+        chosen = seeded_rng(SAMPLE, self.seed).choice(self.size, SAMPLE_CONVERSATIONS, replace=False).tolist()
+        rows = count_rows(ConversationPacker(lambda i: self._get(chosen[i]), SAMPLE_CONVERSATIONS,
+                                             row_tokens=self.row_tokens, seed=self.seed, num_epochs=1))  # fmt: skip
+        return max(1, int(SAMPLE_MARGIN * rows * self.size / SAMPLE_CONVERSATIONS * epochs / self.rows_per_step))
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Where the stream stands after the last batch handed out. The same on every rank."""
+        state = {f"conversations.{name}": np.array(value, np.int64) for name, value in self._layout.items()}
+        state["conversations.place"] = np.array(self._cursor, np.int64)
+        state["conversations.waiting"] = np.array(self._waiting, np.int64)
+        return state
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from a saved state, with any number of processes. Raises UserError for another run's."""
+        found = {name: int(state[f"conversations.{name}"]) for name in self._layout if f"conversations.{name}" in state}
+        check_layout(found, self._layout)
+        self._cursor = StreamPlace(*np.asarray(state["conversations.place"]).tolist())
+        self._waiting = np.asarray(state["conversations.waiting"]).tolist()
+        self.close()
+        self._packer.restore(self._cursor, self._waiting)
+
+    def stats(self) -> dict[str, float]:
+        """Over all processes, up to the last batch handed out; conversations counts what was read for it."""
+        now = self._cursor
+        return {"conversations": now.epoch * self.size + now.position, "truncated": now.truncated,
+                "skipped": now.skipped, "rows": now.rows, "tokens": now.tokens, "epoch": now.epoch,
+                "padded_share": 1 - now.tokens / max(now.rows * self.row_tokens, 1)}  # fmt: skip
+
+    def close(self) -> None:
+        """End the thread. The state stays readable; the next batch after it starts another thread there."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+            self._packer.restore(self._cursor, self._waiting)
+
+
+def count_rows(packer: ConversationPacker) -> int:
+    """How many rows are left in the packer's stream, which must end."""
+    while packer.next_rows(1000):
+        pass
+    return packer.cursor.rows
+
+
+def _make_step(packer: ConversationPacker, rows_per_step: int, rank: int, world_size: int, pad: int) -> _Step:
+    """The next step's rows, those of `rank` built. Raises StopIteration when there is none left."""
+    rows = packer.next_rows(rows_per_step)
+    if not rows:
+        raise StopIteration
+    batch = build_batch(rows[rank::world_size], packer.row_tokens, pad)
+    return _Step(batch, packer.cursor, [waiting.number for waiting in packer.pool.items()])
+
+
+def build_batch(rows: list[list[Waiting]], row_tokens: int, pad: int) -> Batch:
+    """(N, T) inputs and targets; padding is `pad` and no target. Every row has a target."""
+    signed = np.full((len(rows), row_tokens), ~pad, np.int32)
+    for line, row in zip(signed, rows):
+        joined = np.concatenate([waiting.signed for waiting in row])
+        line[: len(joined)] = joined
+    inputs, targets = signed[:, :-1].astype(np.int64), signed[:, 1:].astype(np.int64)  # (N, T) each
+    np.invert(inputs, out=inputs, where=inputs < 0)
+    targets[targets < 0] = -1
+    assert (targets >= 0).any(axis=1).all(), "a row without a target"
+    origin = f"conversations {' '.join(str(waiting.number) for row in rows for waiting in row)}"
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), None, origin)

@@ -1,0 +1,217 @@
+"""Turning any mixture of text files into parquet shards with small row groups.
+
+Training wants to jump: to shuffle, to give each lane of the loader documents of its own, to go on where a run
+was stopped. A parquet file can be entered at any row group; a compressed .jsonl only at its beginning, and a
+row group of a million rows only by decoding all of it. So such files are rewritten once, as a stream, mixed a
+little on the way, and the result is kept in the base folder under a key made from the files' names, sizes
+and times. Memory is bounded by the shuffle buffer and two row groups, whatever the size of the corpus.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from nanochat.common import BadShard, current_umask, read_json, write_json
+from nanochat.data.remote import RemoteFile
+from nanochat.data.textfiles import MIB, Document, Source, document_hash, file_documents, kind_of
+
+BLOCK_DOCUMENTS, BLOCK_BYTES = 1024, 16 * MIB  # a row group is full at either
+SHARD_BLOCKS = 64
+SHUFFLE_DOCUMENTS, SHUFFLE_BYTES = 16384, 64 * MIB
+VAL_LIMIT = 2**64 // 100  # a document whose hash is below it is for validation: one in a hundred
+MANIFEST = "manifest.json"
+CONVERSION_VERSION = 2  # part of the key: raise it when the same files would give other shards
+
+
+@dataclass
+class Tally:
+    """What a pass over documents has seen: how many on each side, and the extreme hashes."""
+
+    train: int = 0
+    val: int = 0
+    smallest: int = 2**64
+    largest: int = -1
+
+    def count(self, text: str) -> bool:
+        """Add one document; True if it is for validation."""
+        hash = document_hash(text)
+        self.smallest, self.largest = min(self.smallest, hash), max(self.largest, hash)
+        is_val = hash < VAL_LIMIT
+        self.val += is_val
+        self.train += not is_val
+        return is_val
+
+
+def convert(paths: Sequence[Source], base_dir: Path) -> tuple[list[Path], list[Path], Tally]:
+    """Shards (train, val) that hold the documents of `paths`, made now unless they were made before.
+
+    One process converts, under a lock, and others wait for it. The shards are written aside and appear
+    under $BASE/converted/KEY in one rename: a folder by that name is complete. Files of the same names,
+    sizes and times are not read again. Raises UserError for a file that cannot be read to its end.
+    """
+    key = conversion_key(paths)
+    folder = base_dir / "converted" / key
+    if not (folder / MANIFEST).exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{key}.lock"):
+            if not (folder / MANIFEST).exists():
+                convert_into(folder, paths)
+    tally = Tally(**read_json(folder / MANIFEST)["tally"])
+    return sorted(folder.glob("train_*.parquet")), sorted(folder.glob("val_*.parquet")), tally
+
+
+def conversion_key(paths: Sequence[Source]) -> str:
+    """16 hex digits that change when a file is added, removed, renamed or written again."""
+    digest = hashlib.blake2b(str(CONVERSION_VERSION).encode(), digest_size=8)
+    for path in paths:
+        place = path.url.encode() if isinstance(path, RemoteFile) else os.fsencode(path.resolve())
+        size, version = stamp(path)
+        digest.update(place + f"\0{size}\0{version}\0".encode())
+    return digest.hexdigest()
+
+
+def stamp(path: Source) -> tuple[int, str]:
+    """(bytes, version) of a file, which change when it is written again. BadShard if it cannot be looked at."""
+    if isinstance(path, RemoteFile):
+        return path.size, path.version
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise BadShard(f"cannot read {path}: {error.strerror}", path) from error
+    return stat.st_size, str(stat.st_mtime_ns)
+
+
+def convert_into(folder: Path, paths: Sequence[Source]) -> None:
+    """Write the shards and their manifest to a temporary neighbour of `folder`, then rename it."""
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a conversion that was killed
+        shutil.rmtree(leftover)
+    megabytes = sum(stamp(path)[0] for path in paths) / 1e6
+    if megabytes > 50:
+        print(f"once: converting {len(paths)} files, {megabytes:,.0f} MB, to parquet in {folder}", flush=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    try:
+        tally = asdict(write_shards(temporary, paths))
+        write_json(temporary / MANIFEST, {"version": CONVERSION_VERSION, "tally": tally})
+        os.chmod(temporary, 0o777 & ~current_umask())
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_shards(folder: Path, paths: Sequence[Source]) -> Tally:
+    """Stream all documents, mixed, into train and validation shards; what was seen."""
+    tally = Tally()
+    train, val = ShardWriter(folder, "train"), ShardWriter(folder, "val")
+    documents = (document for path in paths for document in file_documents(path))
+    with train, val:
+        for document in shuffled(split_lone_text(paths, documents)):
+            (val if tally.count(document.text) else train).add(document)
+    return tally
+
+
+def split_lone_text(paths: Sequence[Source], documents: Iterator[Document]) -> Iterator[Document]:
+    """The documents; but the only one of a single short text file becomes its paragraphs, or else its lines."""
+    first = list(islice(documents, 2))
+    if len(first) != 1 or len(paths) != 1 or not (kind_of(paths[0]) or "").startswith(".txt"):
+        yield from chain(first, documents)
+        return
+    (whole,) = first
+    pieces = next((p for border in ("\n\n", "\n") if len(p := whole.text.split(border)) > 1), [whole.text])
+    for piece in pieces:
+        if piece.strip():
+            yield Document(piece.strip("\n"), whole.source)
+
+
+def shuffled(documents: Iterable[Document], seed: int = 0) -> Iterator[Document]:
+    """Mix a stream through a bounded buffer: an arrival pushes out one that waits, picked by a seeded die."""
+    rng = random.Random(seed)
+    buffer: list[Document] = []
+    held = 0
+    for document in documents:
+        buffer.append(document)
+        held += len(document.text)
+        while len(buffer) > SHUFFLE_DOCUMENTS or (held > SHUFFLE_BYTES and len(buffer) > 1):
+            i = rng.randrange(len(buffer))
+            buffer[i], buffer[-1] = buffer[-1], buffer[i]
+            out = buffer.pop()
+            held -= len(out.text)
+            yield out
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+class ShardWriter:
+    """Writes documents to PREFIX_00000.parquet, PREFIX_00001.parquet, … in small row groups.
+
+    A context manager: leaving it finishes the last shard; leaving it with an error gives the shard up.
+    """
+
+    schema = pa.schema([("text", pa.string()), ("source", pa.string())])
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.folder, self.prefix = folder, prefix
+        self.shards = self.blocks = self.held = 0
+        self.rows: list[Document] = []
+        self.digest = hashlib.blake2b(digest_size=16)
+        self.writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            self.close()
+        elif self.writer is not None:
+            with suppress(pa.ArrowException, OSError):  # a full disk refuses the footer too: the first error counts
+                self.writer.close()
+
+    @property
+    def path(self) -> Path:
+        """The shard being written."""
+        return self.folder / f"{self.prefix}_{self.shards:05d}.parquet"
+
+    def add(self, document: Document) -> None:
+        """Take one document; writes when a row group is full."""
+        self.rows.append(document)
+        self.held += len(document.text)
+        if len(self.rows) >= BLOCK_DOCUMENTS or self.held >= BLOCK_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the row group that is being filled."""
+        if not self.rows:
+            return
+        self.writer = self.writer or pq.ParquetWriter(
+            self.path, self.schema, compression="zstd", use_dictionary=["source"]
+        )
+        texts, sources = ([row.text for row in self.rows], [row.source for row in self.rows])
+        for text in texts:
+            self.digest.update(hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest())
+        self.writer.write_table(pa.table([texts, sources], schema=self.schema))
+        self.rows, self.held, self.blocks = [], 0, self.blocks + 1
+        if self.blocks % SHARD_BLOCKS == 0:
+            self.close()
+
+    def close(self) -> None:
+        """Finish the shard and flush it to disk. Its footer carries a digest of all text up to its end."""
+        self.flush()
+        if self.writer is None:
+            return
+        self.writer.add_key_value_metadata({"nanochat.digest": self.digest.hexdigest()})
+        self.writer.close()
+        self.writer = None
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+        self.shards += 1

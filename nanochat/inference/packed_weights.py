@@ -1,0 +1,73 @@
+"""The large matrices of a model as a CPU's decode step reads them (decode.c): in the order in which it meets them, in
+the model's dtype or in eight bits.
+
+Eight bits are half the bytes of bfloat16 to read per token, for a little accuracy: each row of a matrix is divided by
+its largest absolute value over 127 and rounded to int8 (symmetric, one scale per output). Embeddings and gates stay as
+they are: of those a token reads one row.
+"""
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanochat.cpu import kernels
+from nanochat.gpt import GPT
+
+
+def block_outputs() -> int:
+    """How many outputs C works out together: the floats of its vectors."""
+    library = kernels.library()
+    return ctypes.c_int.in_dll(library, "block_outputs").value if library else 16
+
+
+class PackedWeights:
+    """Copies of the large matrices of a model."""
+
+    def __init__(self, model: GPT, int8: bool = False) -> None:
+        """With `int8` the model's own matrices are rounded too, see follow."""
+        self.int8 = int8
+        self._of: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self.follow(model)
+
+    @torch.no_grad()
+    def follow(self, model: GPT) -> None:
+        """Pack the weights of today, into the same memory. In int8, also give the model's own the values they now stand
+        for: what it works out for long prompts then agrees with what is decoded."""
+        for linear in matrices(model):
+            weight, scale = quantize(linear.weight) if self.int8 else (linear.weight.detach(), None)
+            if scale is not None:
+                linear.weight.copy_(weight * scale[:, None])
+                scale = F.pad(scale, (0, -len(scale) % block_outputs()))
+            if linear not in self._of:
+                self._of[linear] = pack(weight), scale
+                continue
+            packed, known_scale = self._of[linear]
+            packed.copy_(pack(weight))
+            if known_scale is not None and scale is not None:
+                known_scale.copy_(scale)
+
+    def of(self, linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(packed weight, scale (M,) fp32 of int8, M being filled up to whole blocks) of a linear layer."""
+        return self._of[linear]
+
+
+def matrices(model: GPT) -> list[nn.Linear]:
+    """The linear layers that are read whole for every token."""
+    in_blocks = [(b.attn.c_q, b.attn.c_k, b.attn.c_v, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj) for b in model.blocks]
+    return [*(linear for block in in_blocks for linear in block), model.lm_head]
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight (M, K) -> (int8 (M, K), scale (M,) fp32); a row of zeros stays zero."""
+    scale = weight.float().abs().amax(dim=1).clamp_min(1e-12) / 127  # (M,)
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """weight (M, K) -> (blocks, K / P, outputs, P): of each output P inputs lie together, in bfloat16 two."""
+    together, outputs = 2 if weight.dtype == torch.bfloat16 else 1, block_outputs()
+    M, K = weight.shape
+    weight = F.pad(weight, (0, 0, 0, -M % outputs))
+    return weight.view(-1, outputs, K // together, together).permute(0, 2, 1, 3).contiguous()

@@ -1,0 +1,101 @@
+"""Inside the sandbox: a process that runs a program, and its output, as the supervisor sees them.
+
+Standard library only.
+"""
+
+import os
+import signal
+import socket
+from dataclasses import dataclass, field
+
+from nanochat.sandbox.wire import Gone, parse_frame
+
+MAX_REPORT_BYTES = 4096
+ENDS = {"end": "success", "error": "error", "memory": "out_of_memory", "exit": "early_exit", "gone": "crashed"}
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGSYS, signal.SIGTRAP}
+
+
+@dataclass
+class Child:
+    """A process that runs a program or its tests, as the supervisor sees it."""
+
+    pid: int
+    report: socket.socket
+    received: bytearray = field(default_factory=bytearray)
+    ended: str = ""  # what it said about its end
+    status: int | None = None  # how it really ended: exit code, or minus the signal
+
+    def poll(self) -> bool:
+        """Whether the process is gone; reaps it."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status is not None
+
+    def listen(self) -> bool:
+        """Take what it reports; False at the end of that, or once it talks nonsense."""
+        try:
+            piece = self.report.recv(MAX_REPORT_BYTES)
+            self.received += piece
+            message = parse_frame(bytes(self.received)) if piece else None
+        except BlockingIOError:
+            return True
+        except (OSError, Gone):
+            return False
+        if isinstance(message, dict) and not self.ended:
+            self.ended = str(message.get("ended"))
+        return bool(piece) and len(self.received) < MAX_REPORT_BYTES
+
+    def kill(self) -> None:
+        if not self.poll():
+            os.kill(self.pid, signal.SIGKILL)
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.report.close()
+
+
+class Output:
+    """The two pipes that programs write to. What is past the cap is not kept."""
+
+    def __init__(self, cap: int) -> None:
+        self.cap = cap
+        pipes = os.pipe(), os.pipe()
+        self.write_ends = [pipe[1] for pipe in pipes]
+        self.texts = {pipe[0]: bytearray() for pipe in pipes}
+        for fd in self.texts:
+            os.set_blocking(fd, False)
+
+    @property
+    def full(self) -> bool:
+        return sum(map(len, self.texts.values())) > self.cap
+
+    def read(self, fd: int) -> bool:
+        """Take what is there; False at the end."""
+        try:
+            while not self.full:
+                piece = os.read(fd, 1 << 16)
+                self.texts[fd] += piece
+                if not piece:
+                    return False
+        except BlockingIOError:
+            pass
+        return True
+
+    def take(self) -> list[str]:
+        """All that came, a byte a character, cut at the cap; begins anew."""
+        for fd in self.texts:
+            self.read(fd)
+        left, texts = self.cap, []
+        for text in self.texts.values():
+            texts.append(bytes(text[:left]).decode("latin-1"))
+            left -= min(left, len(text))
+            text.clear()
+        return texts
+
+
+def verdict_of(child: Child) -> str:
+    """From how a process ended and what it said before."""
+    status = child.status or 0
+    if status < 0:
+        return "timeout" if -status == signal.SIGXCPU else "crashed" if -status in CRASHES else "killed"
+    verdict = ENDS.get(child.ended, "early_exit")
+    return "early_exit" if verdict == "success" and status != 0 else verdict

@@ -1,0 +1,181 @@
+"""How a supervisor is started at each level of the sandbox: its command line, its settings, what it inherits."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+SCRATCH_BYTES = 32 << 20
+NOBODY = 65534
+INSIDE_UID = 1000  # what an unprivileged user looks like to itself in the namespace
+# All that is read inside:
+MODULES = ("child", "lock", "processes", "program", "wire")
+SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/lib", "/lib64")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+MORE = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+BOOT = "import sys; sys.path.insert(0, {!r}); from nanochat.sandbox.child import main; del sys.path[0]; main()"
+DEFAULT_SIGNALS = ("import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_DFL); "
+                   "os.execvp(sys.argv[1], sys.argv[1:])")  # fmt: skip
+PYTHON_FLAGS = ("-s", "-S", "-P", "-B", "-X", "utf8")  # no site-packages, no caches written
+
+
+class Unavailable(Exception):
+    """This machine does not have the level; says why."""
+
+
+@dataclass
+class Start:
+    """How a supervisor is started: its command line, its settings, what it inherits and what goes with it."""
+
+    command: list[str]
+    settings: dict[str, Any]
+    user: int | None = None
+    fds: list[int] = field(default_factory=list)
+    info: int = -1  # where bubblewrap says which process is the first in the namespace
+    folder: str = ""
+
+
+def python_files() -> tuple[str, list[str]]:
+    """(the interpreter, everything of it that is to be readable inside). Without packages that were installed."""
+    executable = os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
+    library = str(Path(sys.base_prefix).resolve() / "lib")
+    covered = any(Path(library).is_relative_to(folder) for folder in SYSTEM)
+    return executable, [executable] if covered else [executable, library]
+
+
+def open_to_all(path: str) -> bool:
+    """Whether every user may read it, judged by the folders on the way."""
+    folders = Path(path).resolve().parents
+    return all(folder.stat().st_mode & 0o001 for folder in folders) and bool(Path(path).stat().st_mode & 0o004)
+
+
+def start_bubblewrap() -> Start:
+    bwrap = shutil.which("bwrap")
+    if not bwrap:
+        raise Unavailable("bubblewrap is not installed")
+    executable, files = python_files()
+    root = os.geteuid() == 0 and unused_uid() > 0
+    settings = {"level": "bubblewrap", "uid": 0, "may_read": False, "readable": [], "scratch": "/tmp"}
+    start = Start([], settings, NOBODY if root else None)
+    sources = {path: path for path in files}
+    before: list[str] = []
+    if root and not all(map(open_to_all, files)):
+        # Root is exempt from limits on processes, so root turns into nobody first. What nobody may not read is
+        # shown to it in another place before.
+        sources = {path: f"/tmp/{i}" for i, path in enumerate(files)}
+        setpriv = shutil.which("setpriv")
+        if not setpriv:
+            raise Unavailable("Python lies where only root may read, and setpriv is not installed")
+        before = [bwrap, "--dev-bind", "/", "/", "--tmpfs", "/tmp", "--perms", "0755", "--dir", "/tmp",
+                  *(word for path in files for word in ("--ro-bind", path, sources[path])),
+                  setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]  # fmt: skip
+        start.user = None
+    start.info, told = os.pipe()
+    start.fds.append(told)
+    start.command = [*before, bwrap, *namespaces(bwrap), *mounts(sources), *modules(start), "--remount-ro", "/",
+                     "--info-fd", str(told), "--chdir", "/tmp", "--",
+                     executable, *PYTHON_FLAGS, "-c", BOOT.format("/sandbox")]  # fmt: skip
+    return start
+
+
+def namespaces(bwrap: str) -> list[str]:
+    version = re.search(r"(\d+)\.(\d+)", subprocess.run([bwrap, "--version"], capture_output=True, text=True).stdout)
+    nested = ["--disable-userns"] if version and (int(version[1]), int(version[2])) >= (0, 8) else []
+    return ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
+            "--unshare-cgroup-try", *nested, "--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID), "--cap-drop", "ALL",
+            "--hostname", "sandbox", "--new-session"]  # fmt: skip
+
+
+def mounts(sources: dict[str, str]) -> list[str]:
+    """The file system: the system's libraries and Python read-only, three devices, a sized folder in memory.
+
+    No /proc, nothing of the user's. `sources`: where to find the files of Python.
+    """
+    words: list[str] = []
+    for folder in SYSTEM:
+        if os.path.islink(folder):
+            words += ["--symlink", os.readlink(folder), folder]
+        elif os.path.isdir(folder):
+            words += ["--ro-bind", folder, folder]
+    for path, source in sources.items():
+        words += ["--ro-bind", source, path]
+    packages = (f"{sysconfig.get_path('stdlib')}/site-packages", "/usr/lib/python3/dist-packages")
+    for folder in filter(os.path.isdir, packages):
+        words += ["--tmpfs", folder, "--remount-ro", folder]
+    for path in DEVICES:
+        words += ["--dev-bind", path, path]
+    for path in MORE:
+        words += ["--ro-bind-try", path, path]
+    return [*words, "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp"]
+
+
+def modules(start: Start) -> list[str]:
+    """This package's files that are read inside, as copies: the folder they lie in may be nobody else's business."""
+    words: list[str] = []
+    for name in MODULES:
+        reader, writer = os.pipe()
+        start.fds.append(reader)
+        with open(writer, "wb") as pipe:
+            pipe.write((Path(__file__).parent / f"{name}.py").read_bytes())  # they fit a pipe's 64 KiB
+        words += ["--ro-bind-data", str(reader), f"/sandbox/nanochat/sandbox/{name}.py"]
+    return words
+
+
+def start_landlock() -> Start:
+    if sys.platform != "linux":
+        raise Unavailable("Landlock is Linux")
+    executable, files = python_files()
+    uid = unused_uid() if os.geteuid() == 0 else 0
+    settings = {"level": "landlock", "uid": uid, "may_read": uid > 0 and not all(map(open_to_all, files)),
+                "readable": [*SYSTEM, *files, *DEVICES, *MORE], "scratch": ""}  # fmt: skip
+    return Start(plain_command(executable), settings)
+
+
+def unused_uid() -> int:
+    """A user id that nobody has, so that limits count this sandbox's threads only; 0 where root cannot turn into it:
+    there is no other in this namespace, or the rights to do so were dropped."""
+    rights = int(Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0], 16)
+    if ~rights & (1 << 6 | 1 << 7):  # CAP_SETGID, CAP_SETUID
+        return 0
+    ranges = [list(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    last = max(first + count for first, _, count in ranges) - 2
+    return max(0, min(last, 1_500_000_000 + os.getpid()))
+
+
+def start_unsafe() -> Start:
+    if not hasattr(os, "fork"):
+        raise Unavailable("running programs needs fork, which this system has not")
+    folder = tempfile.mkdtemp(prefix="nanochat-unsafe-")
+    settings = {"level": "unsafe", "uid": 0, "may_read": False, "readable": [], "scratch": folder}
+    return Start(plain_command(python_files()[0]), settings, folder=folder)
+
+
+def plain_command(executable: str) -> list[str]:
+    return [executable, *PYTHON_FLAGS, "-c", BOOT.format(str(Path(__file__).resolve().parents[2]))]
+
+
+def popen(start: Start, complaints: IO[bytes]) -> "subprocess.Popen[bytes]":
+    """Start it, with none of this process's environment and signal state."""
+    command = start.command
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:  # would be inherited, and bubblewrap wait for ever
+        command = [python_files()[0], "-S", "-c", DEFAULT_SIGNALS, *command]
+    who: dict[str, Any] = {"user": start.user, "group": start.user, "extra_groups": []} if start.user else {}
+    blocked = signal.pthread_sigmask(signal.SIG_SETMASK, [])  # of this thread only
+    try:
+        # A session of its own: Ctrl-C in the terminal is not for it.
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                                stderr=complaints, env=ENVIRONMENT, pass_fds=start.fds, cwd="/",
+                                start_new_session=True, **who)  # fmt: skip
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+STARTS = {"bubblewrap": start_bubblewrap, "landlock": start_landlock, "unsafe": start_unsafe}
