@@ -34,8 +34,10 @@ class Seen:
 def request(body: Any, length: int | None = None) -> bytes:
     """A POST's bytes; `length` is announced instead of the true one."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return (f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(content) if length is None else length}\r\n\r\n").encode() + content  # fmt: skip
+    return (
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content) if length is None else length}\r\n\r\n"
+    ).encode() + content
 
 
 @asynccontextmanager
@@ -116,10 +118,17 @@ async def leaves_at_once(port: int, rng: random.Random, seen: Seen) -> None:
 
 
 async def sends_nonsense(port: int, rng: random.Random, seen: Seen) -> None:
-    bodies = [rng.randbytes(1000), b"[" * 100_000 + b"]" * 100_000, b"{", b"", b"null",
-              b'{"messages": [{"role": "user", "content": "\xff"}]}',
-              b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
-              json.dumps(chat(rng, n=-1)).encode(), json.dumps(chat(rng, temperature=-5)).encode()]  # fmt: skip
+    bodies = [
+        rng.randbytes(1000),
+        b"[" * 100_000 + b"]" * 100_000,
+        b"{",
+        b"",
+        b"null",
+        b'{"messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        json.dumps(chat(rng, n=-1)).encode(),
+        json.dumps(chat(rng, temperature=-5)).encode(),
+    ]
     async with connect(port) as (reader, writer):
         writer.write(request(rng.choice(bodies)) if rng.random() < 0.8 else rng.randbytes(3000) + b"\r\n\r\n")
         await head_of(reader, seen)
@@ -157,8 +166,15 @@ async def does_not_finish(port: int, rng: random.Random, seen: Seen) -> None:
         await asyncio.sleep(rng.uniform(0, 5))
 
 
-HOSTILE = {honest: 4, leaves_in_the_middle: 3, leaves_at_once: 3, sends_nonsense: 3, sends_too_much: 1,
-           does_not_read: 2, does_not_finish: 2}  # fmt: skip
+HOSTILE = {
+    honest: 4,
+    leaves_in_the_middle: 3,
+    leaves_at_once: 3,
+    sends_nonsense: 3,
+    sends_too_much: 1,
+    does_not_read: 2,
+    does_not_finish: 2,
+}
 
 
 async def hostile_client(port: int, number: int, until: float, seen: Seen) -> None:
@@ -168,8 +184,9 @@ async def hostile_client(port: int, number: int, until: float, seen: Seen) -> No
         (act,) = rng.choices(list(HOSTILE), weights=list(HOSTILE.values()))
         seen.actions[act.__name__] += 1
         try:
-            await asyncio.wait_for(act(port, rng, seen), until + 5 - time.monotonic() if act is honest else
-                                   until - time.monotonic())  # fmt: skip
+            await asyncio.wait_for(
+                act(port, rng, seen), until + 5 - time.monotonic() if act is honest else until - time.monotonic()
+            )
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
             await asyncio.sleep(0.05)
 

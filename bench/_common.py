@@ -62,15 +62,20 @@ class Flags:
 def model_config(flags: Flags) -> GPTConfig:
     """The network that base_train makes of the same flags."""
     sizes = derive_sizes(flags.depth, head_dim=flags.head_dim)
-    return get_recipe(flags.recipe).model(sequence_len=flags.seq_len, vocab_size=flags.vocab_size,
-                                          window_pattern=flags.window_pattern, **asdict(sizes))  # fmt: skip
+    return get_recipe(flags.recipe).model(
+        sequence_len=flags.seq_len, vocab_size=flags.vocab_size, window_pattern=flags.window_pattern, **asdict(sizes)
+    )
 
 
 def circumstances(flags: Flags, runtime: Runtime) -> dict[str, Any]:
     """What was measured and on what machine, to stand beside every result."""
-    return {**{name: value for name, value in asdict(flags).items() if name not in ("against", "rounds")},
-            "dtype": str(runtime.dtype).removeprefix("torch."), "device": runtime.device.type,
-            "device_name": device_name(runtime.device), "threads": torch.get_num_threads()}  # fmt: skip
+    return {
+        **{name: value for name, value in asdict(flags).items() if name not in ("against", "rounds")},
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "device": runtime.device.type,
+        "device_name": device_name(runtime.device),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def starter_texts(split: str, chars: int) -> Iterator[str]:
@@ -157,8 +162,11 @@ def tensor_bytes(tensors: Iterable[Any]) -> int:
 
 def linear_shapes(model: GPT) -> list[tuple[int, int]]:
     """(inputs K, outputs M) of every linear layer, the head without its padding."""
-    return [(m.in_features, model.config.vocab_size if m is model.lm_head else m.out_features)
-            for m in model.modules() if isinstance(m, nn.Linear)]  # fmt: skip
+    return [
+        (m.in_features, model.config.vocab_size if m is model.lm_head else m.out_features)
+        for m in model.modules()
+        if isinstance(m, nn.Linear)
+    ]
 
 
 class LinearProducts:

@@ -67,8 +67,11 @@ def run(
 def compare(name: str, flags: Flags) -> Result:
     """Run benchmark `name` in turn in the working tree and in revision flags.against; medians and their ratios."""
     defaults = asdict(type(flags)())
-    given = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(flags).items()
-             if key not in ("against", "rounds") and value != defaults[key]]  # fmt: skip
+    given = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in asdict(flags).items()
+        if key not in ("against", "rounds") and value != defaults[key]
+    ]
     ours: list[dict[str, Any]] = []
     theirs: list[dict[str, Any]] = []
     with worktree(flags.against) as there:
@@ -85,9 +88,12 @@ def compare(name: str, flags: Flags) -> Result:
     here, before = middle(ours, settings), middle(theirs, settings)
     ratios = {key: here[key] / before[key] for key in here if before.get(key)}
     rows = [(key, f"{before[key]:.5g}", f"{here[key]:.5g}", f"{ratio:.3f}") for key, ratio in ratios.items()]
-    return Result(f"bench.{name}, medians of {flags.rounds}", ["", flags.against, "working tree", "ratio"], rows,
-                  {"against": flags.against, "rounds": flags.rounds, "working_tree": here, "revision": before,
-                   "ratio": ratios})  # fmt: skip
+    return Result(
+        f"bench.{name}, medians of {flags.rounds}",
+        ["", flags.against, "working tree", "ratio"],
+        rows,
+        {"against": flags.against, "rounds": flags.rounds, "working_tree": here, "revision": before, "ratio": ratios},
+    )
 
 
 def middle(results: list[dict[str, Any]], but: set[str]) -> dict[str, float]:
@@ -96,8 +102,11 @@ def middle(results: list[dict[str, Any]], but: set[str]) -> dict[str, float]:
     def is_number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
 
-    return {key: median(r[key] for r in results) for key in results[0]
-            if key not in but and all(is_number(r.get(key)) for r in results)}  # fmt: skip
+    return {
+        key: median(r[key] for r in results)
+        for key in results[0]
+        if key not in but and all(is_number(r.get(key)) for r in results)
+    }
 
 
 def last_line(name: str, flags: list[str], tree: Path) -> dict[str, Any]:

@@ -33,8 +33,11 @@ def windows(flags: Flags, length: int) -> dict[str, Attention]:
     """What is compared at a context of `length` tokens."""
     short = model_config(replace(flags, seq_len=length)).short_window
     ours = partial(flash_attn.flash_attn_func, causal=True)
-    return {"full": partial(ours, window_size=(length, 0)), "short": partial(ours, window_size=(short, 0)),
-            "torch": torch_attention}  # fmt: skip
+    return {
+        "full": partial(ours, window_size=(length, 0)),
+        "short": partial(ours, window_size=(short, 0)),
+        "torch": torch_attention,
+    }
 
 
 def actions_at(flags: Flags, length: int, runtime: Runtime) -> tuple[int, dict[str, Callable[[], Any]]]:
@@ -69,8 +72,15 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
                 f"{kind}_forward_backward_ms_{times}x": 1e3 * both,
                 f"{kind}_us_per_token_{times}x": 1e6 * both / tokens,
             }
-            rows.append((f"{times * flags.seq_len:,}", kind, f"{1e3 * forward:.3f}", f"{1e3 * both:.3f}",
-                         f"{1e6 * both / tokens:.3f}"))  # fmt: skip
+            rows.append(
+                (
+                    f"{times * flags.seq_len:,}",
+                    kind,
+                    f"{1e3 * forward:.3f}",
+                    f"{1e3 * both:.3f}",
+                    f"{1e6 * both / tokens:.3f}",
+                )
+            )
     columns = ("context", "window", "forward, ms", "and backward, ms", "both, us per token")
     return Result(f"one layer's attention, {flags.tokens:,} tokens or one row", columns, rows, values)
 

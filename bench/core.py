@@ -51,8 +51,11 @@ def made_up_tasks(items: int, seed: int = 0) -> list[CoreTask]:
         return " ".join(words[start : start + rng.randint(low, high)])
 
     def choice(options: int, question: tuple[int, int], answer: tuple[int, int]) -> dict[str, Any]:
-        return {"query": text(*question), "choices": [text(*answer) for _ in range(options)],
-                "gold": rng.randrange(options)}  # fmt: skip
+        return {
+            "query": text(*question),
+            "choices": [text(*answer) for _ in range(options)],
+            "gold": rng.randrange(options),
+        }
 
     def schema() -> dict[str, Any]:
         start = text(8, 16)
@@ -62,16 +65,34 @@ def made_up_tasks(items: int, seed: int = 0) -> list[CoreTask]:
         return {"context": text(10, 40), "continuation": text(1, 2)}
 
     return [
-        CoreTask("4 options, 10 examples", "multiple_choice", 10, "\nAnswer: ", 0.25,
-                 [choice(4, (15, 35), (3, 10)) for _ in range(items)]),
-        CoreTask("2 options, 10 examples", "multiple_choice", 10, "\nAnswer: ", 0.5,
-                 [choice(2, (30, 60), (1, 2)) for _ in range(items)]),
-        CoreTask("4 options, no examples", "multiple_choice", 0, " ", 0.25,
-                 [choice(4, (10, 20), (2, 8)) for _ in range(items)]),
+        CoreTask(
+            "4 options, 10 examples",
+            "multiple_choice",
+            10,
+            "\nAnswer: ",
+            0.25,
+            [choice(4, (15, 35), (3, 10)) for _ in range(items)],
+        ),
+        CoreTask(
+            "2 options, 10 examples",
+            "multiple_choice",
+            10,
+            "\nAnswer: ",
+            0.5,
+            [choice(2, (30, 60), (1, 2)) for _ in range(items)],
+        ),
+        CoreTask(
+            "4 options, no examples",
+            "multiple_choice",
+            0,
+            " ",
+            0.25,
+            [choice(4, (10, 20), (2, 8)) for _ in range(items)],
+        ),
         CoreTask("schema", "schema", 0, " ", 0.5, [schema() for _ in range(items)]),
         CoreTask("continuation, 10 examples", "language_modeling", 10, " ", 0.0, [model_text() for _ in range(items)]),
         CoreTask("continuation, no examples", "language_modeling", 0, " ", 0.0, [model_text() for _ in range(items)]),
-    ]  # fmt: skip
+    ]
 
 
 @torch.no_grad()
@@ -104,21 +125,32 @@ def measure(flags: CoreFlags, runtime: Runtime) -> Result:
     for task in asked:
         examples = list(make_examples(task, tokenizer, flags.seq_len, most=flags.items))
         both: dict[str, Callable[[], Any]] = {
-            "batched": partial(scorer.score, examples), "one": partial(one_by_one, model, examples)
-        }  # fmt: skip
+            "batched": partial(scorer.score, examples),
+            "one": partial(one_by_one, model, examples),
+        }
         times = time_in_turn(both, flags.seconds, runtime)
         answers = [(is_right(e, a), is_right(e, b)) for e, a, b in zip(examples, both["batched"](), both["one"]())]
         agreed, count = agreed + sum(a == b for a, b in answers), count + len(answers)
         total = {name: total[name] + times[name] for name in total}
         rates = {name: len(examples) / times[name] for name in times}
-        tasks[task.label] = {**{f"{name}_items_per_second": rate for name, rate in rates.items()},
-                             "ratio": rates["batched"] / rates["one"]}  # fmt: skip
+        tasks[task.label] = {
+            **{f"{name}_items_per_second": rate for name, rate in rates.items()},
+            "ratio": rates["batched"] / rates["one"],
+        }
         rows.append((task.label, f"{rates['one']:.1f}", f"{rates['batched']:.1f}", f"{tasks[task.label]['ratio']:.1f}"))
     ratio = total["one"] / total["batched"]
     rows.append(("all", f"{count / total['one']:.1f}", f"{count / total['batched']:.1f}", f"{ratio:.1f}"))
-    return Result("CORE items a second", ("task", "one at a time", "batched", "ratio"), rows,
-                  {"tasks": tasks, "items_per_second": count / total["batched"], "ratio": ratio,
-                   "same_answers_share": agreed / count})  # fmt: skip
+    return Result(
+        "CORE items a second",
+        ("task", "one at a time", "batched", "ratio"),
+        rows,
+        {
+            "tasks": tasks,
+            "items_per_second": count / total["batched"],
+            "ratio": ratio,
+            "same_answers_share": agreed / count,
+        },
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

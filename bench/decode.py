@@ -57,8 +57,10 @@ class DecodeFlags(Flags):
         if not 1 <= self.prompt < self.seq_len:
             raise UserError(f"--prompt must be from 1 to below --seq-len {self.seq_len}, got {self.prompt}")
         if self.prompt + max(self.rows) + 2 > self.seq_len:  # rows grow while the others are prefilled
-            raise UserError(f"--prompt {self.prompt} and {max(self.rows)} --rows leave no room to decode in; "
-                            f"give --seq-len at least {self.prompt + max(self.rows) + 2}")  # fmt: skip
+            raise UserError(
+                f"--prompt {self.prompt} and {max(self.rows)} --rows leave no room to decode in; "
+                f"give --seq-len at least {self.prompt + max(self.rows) + 2}"
+            )
         if not 0 <= self.temperature <= 1e6:
             raise UserError(f"--temperature must be from 0 to 1,000,000, got {self.temperature}")
 
@@ -128,8 +130,10 @@ class Case:
     def bytes_read(self) -> int:
         """What a step cannot do without: each matrix, and the keys and values that each row sees."""
         model, packed = self.weights.current(), self.weights.packed
-        size = sum(tensor_bytes(packed.of(m)) if packed else m.weight.numel() * m.weight.element_size()
-                   for m in matrices(model))  # fmt: skip
+        size = sum(
+            tensor_bytes(packed.of(m)) if packed else m.weight.numel() * m.weight.element_size()
+            for m in matrices(model)
+        )
         keys = self.batch.cache.k[0]
         return size + 2 * keys[0, 0].numel() * keys.element_size() * self.slots_seen()
 
@@ -164,19 +168,38 @@ def measure(flags: DecodeFlags, runtime: Runtime) -> Result:
     for rows, case in cases.items():
         step, alone = seconds[f"step {rows}"] / BURST, seconds[f"model {rows}"] / BURST
         of_memory, of_arithmetic = case.bytes_read() / bandwidth / alone, case.flops() / peak / alone
-        values |= {f"tokens_per_second_{rows}": rows / step, f"ms_per_step_{rows}": 1e3 * step,
-                   f"model_ms_per_step_{rows}": 1e3 * alone, f"bandwidth_share_{rows}": of_memory,
-                   f"arithmetic_share_{rows}": of_arithmetic,
-                   f"first_token_ms_{rows}": 1e3 * case.first_token_seconds}  # fmt: skip
-        table.append((str(rows), f"{1e3 * case.first_token_seconds:.1f}", f"{1e3 * step:.3f}", f"{1e3 * alone:.3f}",
-                      f"{rows / step:,.0f}", f"{of_memory:.0%}", f"{of_arithmetic:.0%}"))  # fmt: skip
+        values |= {
+            f"tokens_per_second_{rows}": rows / step,
+            f"ms_per_step_{rows}": 1e3 * step,
+            f"model_ms_per_step_{rows}": 1e3 * alone,
+            f"bandwidth_share_{rows}": of_memory,
+            f"arithmetic_share_{rows}": of_arithmetic,
+            f"first_token_ms_{rows}": 1e3 * case.first_token_seconds,
+        }
+        table.append(
+            (
+                str(rows),
+                f"{1e3 * case.first_token_seconds:.1f}",
+                f"{1e3 * step:.3f}",
+                f"{1e3 * alone:.3f}",
+                f"{rows / step:,.0f}",
+                f"{of_memory:.0%}",
+                f"{of_arithmetic:.0%}",
+            )
+        )
     one = values.get("tokens_per_second_1")
     if one:
         values |= {f"times_one_row_{rows}": values[f"tokens_per_second_{rows}"] / one for rows in flags.rows}
-    columns = ("rows", "first token, ms", "step, ms", "model alone, ms", "tokens/s", "of the bandwidth limit",
-               "of the arithmetic limit")  # fmt: skip
-    machine = (f"{runtime.describe()}; memory read at {bandwidth / 1e9:.0f} GB/s, products at "
-               f"{peak / 1e9:,.0f} GFLOP/s")  # fmt: skip
+    columns = (
+        "rows",
+        "first token, ms",
+        "step, ms",
+        "model alone, ms",
+        "tokens/s",
+        "of the bandwidth limit",
+        "of the arithmetic limit",
+    )
+    machine = f"{runtime.describe()}; memory read at {bandwidth / 1e9:.0f} GB/s, products at {peak / 1e9:,.0f} GFLOP/s"
     return Result(f"{num_params / 1e6:.0f}M weights in matrices, on {machine}", columns, table, values)
 
 

@@ -64,9 +64,17 @@ def measure(flags: DistributedFlags, runtime: Runtime) -> Result:
         r["state_share"] = r["state_bytes"] / whole["state_bytes"]
         r["speed"] = whole["step_seconds"] / r["step_seconds"]
         values["processes"][f"{count}x{threads}"] = r
-        rows.append((f"{count} x {threads}", f"{1e3 * r['update_seconds']:.1f}", f"{1e3 * r['step_seconds']:.1f}",
-                     f"{r['speed']:.2f}", f"{r['state_bytes'] / 2**20:.2f}", f"{r['state_share']:.3f}",
-                     f"{r['measured_bytes'] / r['planned_bytes']:.3f}"))  # fmt: skip
+        rows.append(
+            (
+                f"{count} x {threads}",
+                f"{1e3 * r['update_seconds']:.1f}",
+                f"{1e3 * r['step_seconds']:.1f}",
+                f"{r['speed']:.2f}",
+                f"{r['state_bytes'] / 2**20:.2f}",
+                f"{r['state_share']:.3f}",
+                f"{r['measured_bytes'] / r['planned_bytes']:.3f}",
+            )
+        )
     columns = ("n x threads", "update ms", "step ms", "speed", "state MiB", "share", "held/planned")
     return Result("the optimizer, shared out", columns, rows, values)
 
@@ -76,15 +84,25 @@ def start_processes(flags: DistributedFlags, count: int, threads: int) -> dict[s
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "OMP_NUM_THREADS": str(threads)}  # fmt: skip
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
+    }
     code = "import sys, bench.distributed as b; b.one_rank(sys.argv[1])"
     ranks = [
-        subprocess.Popen([sys.executable, "-c", code, json.dumps(asdict(flags))], cwd=_run.ROOT, text=True,
-                         env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(asdict(flags))],
+            cwd=_run.ROOT,
+            text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for rank in range(count)
-    ]  # fmt: skip
+    ]
     said = [process.communicate() for process in ranks]
     for process, (_, error) in zip(ranks, said):
         if process.returncode:
@@ -113,8 +131,11 @@ def measure_rank(flags: Flags, runtime: Runtime) -> dict[str, float]:
     trainer.step(batch)
     trainer.accumulate(batch)
     gradients = [p.grad for p in model.parameters()]
-    memory = {"weights": tensor_bytes(model.parameters()), "gradients": tensor_bytes(gradients),
-              "optimizer": tensor_bytes(t for state in optimizer.state.values() for t in state.values())}  # fmt: skip
+    memory = {
+        "weights": tensor_bytes(model.parameters()),
+        "gradients": tensor_bytes(gradients),
+        "optimizer": tensor_bytes(t for state in optimizer.state.values() for t in state.values()),
+    }
     kinds = memory_by_kind(config, machine(runtime), runtime.world_size, own, "cpu")
     kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -126,9 +147,14 @@ def measure_rank(flags: Flags, runtime: Runtime) -> dict[str, float]:
     # A fixed number of rounds: processes that counted their own seconds would wait for each other for ever.
     rounds = max(3, round(flags.seconds * 4))
     times = sample_in_turn({"update": update, "step": lambda: trainer.step(batch)}, 0.0, runtime, least=rounds)
-    return {"update_seconds": median(times["update"]), "step_seconds": median(times["step"]),
-            "state_bytes": memory["optimizer"], "planned_state_bytes": kinds["optimizer"],
-            "measured_bytes": sum(memory.values()), "planned_bytes": sum(kinds[kind] for kind in memory)}  # fmt: skip
+    return {
+        "update_seconds": median(times["update"]),
+        "step_seconds": median(times["step"]),
+        "state_bytes": memory["optimizer"],
+        "planned_state_bytes": kinds["optimizer"],
+        "measured_bytes": sum(memory.values()),
+        "planned_bytes": sum(kinds[kind] for kind in memory),
+    }
 
 
 def machine(runtime: Runtime) -> Gpu:

@@ -44,13 +44,18 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
     seconds = time_in_turn({**forms, "products": products}, flags.seconds, runtime)
     values: dict[str, Any] = {f"{name}_ms": 1e3 * took for name, took in seconds.items()}
     values |= {f"{name}_extra_bytes": extra for name, extra in memory.items()}
-    values |= {"products_share": seconds["products"] / seconds["head"],
-               "products_share_plain": seconds["products"] / seconds["plain"]}  # fmt: skip
-    rows = [(name, f"{1e3 * took:.2f}", f"{seconds['products'] / took:.1%}", mebibytes(memory.get(name)))
-            for name, took in seconds.items()]  # fmt: skip
+    values |= {
+        "products_share": seconds["products"] / seconds["head"],
+        "products_share_plain": seconds["products"] / seconds["plain"],
+    }
+    rows = [
+        (name, f"{1e3 * took:.2f}", f"{seconds['products'] / took:.1%}", mebibytes(memory.get(name)))
+        for name, took in seconds.items()
+    ]
     columns = ("form", "forward and backward, ms", "share of bare products", "extra memory, MiB")
-    return Result(f"head and loss of {flags.tokens:,} tokens, {config.n_embd} x {flags.vocab_size:,}", columns, rows,
-                  values)  # fmt: skip
+    return Result(
+        f"head and loss of {flags.tokens:,} tokens, {config.n_embd} x {flags.vocab_size:,}", columns, rows, values
+    )
 
 
 def extra_bytes(action: Callable[[], Any], runtime: Runtime) -> int | None:

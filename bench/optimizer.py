@@ -51,20 +51,32 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
     adamw = [group for group in groups if group["kind"] == "adamw"]
     products = OrthogonalisationProducts(muon, runtime.device)
     actions: dict[str, Callable[[], Any]] = {
-        "step": MuonAdamW(groups).step, "muon": MuonAdamW(muon).step, "adamw": MuonAdamW(adamw).step,
+        "step": MuonAdamW(groups).step,
+        "muon": MuonAdamW(muon).step,
+        "adamw": MuonAdamW(adamw).step,
         "products": products,
-    }  # fmt: skip
+    }
     seconds = time_in_turn(actions, flags.seconds, runtime)
     counts = {"muon": count(muon), "adamw": count(adamw), "step": count(groups)}
     values: dict[str, Any] = {f"{name}_ms": 1e3 * took for name, took in seconds.items()}
-    values |= {"muon_share": seconds["muon"] / (seconds["muon"] + seconds["adamw"]),
-               "products_share": seconds["products"] / seconds["step"],
-               "products_share_of_muon": seconds["products"] / seconds["muon"],
-               "products_flops_per_second": products.flops / seconds["products"],
-               "num_params": counts["step"], "num_muon_params": counts["muon"]}  # fmt: skip
+    values |= {
+        "muon_share": seconds["muon"] / (seconds["muon"] + seconds["adamw"]),
+        "products_share": seconds["products"] / seconds["step"],
+        "products_share_of_muon": seconds["products"] / seconds["muon"],
+        "products_flops_per_second": products.flops / seconds["products"],
+        "num_params": counts["step"],
+        "num_muon_params": counts["muon"],
+    }
     words = {"step": "whole update", "muon": "Muon alone", "adamw": "AdamW alone", "products": "Muon's bare products"}
-    rows = [(words[name], f"{counts[name]:,}" if name in counts else "", f"{1e3 * took:.3f}",
-             f"{took / seconds['step']:.1%}") for name, took in seconds.items()]  # fmt: skip
+    rows = [
+        (
+            words[name],
+            f"{counts[name]:,}" if name in counts else "",
+            f"{1e3 * took:.3f}",
+            f"{took / seconds['step']:.1%}",
+        )
+        for name, took in seconds.items()
+    ]
     return Result("one update", ("what", "parameters", "ms", "share of the update"), rows, values)
 
 

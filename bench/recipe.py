@@ -57,9 +57,16 @@ class RecipeFlags(Flags):
 
 def new_trainer(flags: RecipeFlags, trial: str, steps: int, seed: int, runtime: Runtime) -> Trainer:
     """The trainer that base_train would make for this recipe; its loader is still to come."""
-    config = Config(depth=flags.depth, head_dim=flags.head_dim, max_seq_len=flags.seq_len, recipe=trial, seed=seed,
-                    window_pattern=flags.window_pattern, num_iterations=steps,
-                    total_batch_size=flags.total_batch)  # fmt: skip
+    config = Config(
+        depth=flags.depth,
+        head_dim=flags.head_dim,
+        max_seq_len=flags.seq_len,
+        recipe=trial,
+        seed=seed,
+        window_pattern=flags.window_pattern,
+        num_iterations=steps,
+        total_batch_size=flags.total_batch,
+    )
     model_config = network(config, flags.vocab_size)(flags.depth)
     model = GPT.create(model_config, runtime.device, runtime.dtype, seed)
     plan = make_plan(model_config, **plan_arguments(config), num_iterations=steps)
@@ -83,8 +90,15 @@ def measure(flags: RecipeFlags, runtime: Runtime) -> Result:
         effects = [ours - theirs for ours, theirs in zip(values["bpb"], yardstick)]  # seed by seed
         values["effect"], values["spread"] = mean(effects), stdev(effects) if len(effects) > 1 else None
         spread = "" if values["spread"] is None else f" ± {values['spread']:.4f}"
-        rows.append((trial, f"{values['step_seconds_ratio']:.3f}", str(values["steps"]), f"{mean(values['bpb']):.4f}",
-                     f"{values['effect']:+.4f}{spread}"))  # fmt: skip
+        rows.append(
+            (
+                trial,
+                f"{values['step_seconds_ratio']:.3f}",
+                str(values["steps"]),
+                f"{mean(values['bpb']):.4f}",
+                f"{values['effect']:+.4f}{spread}",
+            )
+        )
     title = f"recipes, depth {flags.depth}, {flags.seq_len} tokens, {flags.seeds} seeds"
     return Result(title, ("recipe", "time a step", "steps", "val bpb", "effect"), rows, {"trials": found})
 
@@ -105,13 +119,25 @@ def train(
 ) -> float:
     """Validation bits per byte at the end of one run."""
     trainer = new_trainer(flags, trial, steps, seed, runtime)
-    loader = PretrainLoader(starter_corpus(), tokenizer, sequence_len=flags.seq_len, seed=seed,
-                            rows_per_step=flags.total_batch // flags.seq_len)  # fmt: skip
+    loader = PretrainLoader(
+        starter_corpus(),
+        tokenizer,
+        sequence_len=flags.seq_len,
+        seed=seed,
+        rows_per_step=flags.total_batch // flags.seq_len,
+    )
     trainer.loader = loader
     try:
         trainer.run()
-        return corpus_bpb(trainer.model, starter_corpus(), tokenizer, runtime, split="val",
-                          tokens=flags.eval_tokens, device_batch_size=trainer.device_batch_size)  # fmt: skip
+        return corpus_bpb(
+            trainer.model,
+            starter_corpus(),
+            tokenizer,
+            runtime,
+            split="val",
+            tokens=flags.eval_tokens,
+            device_batch_size=trainer.device_batch_size,
+        )
     finally:
         loader.close()
         gc.collect()

@@ -58,8 +58,12 @@ def groups_of(flags: RolloutFlags) -> list[list[Row]]:
     for number in range(flags.prompts):
         prompt = [draw.randrange(flags.vocab_size - 20) for _ in range(flags.prompt)]
         lengths = [draw.randint(max(1, flags.longest // 4), flags.longest) for _ in range(flags.num_samples)]
-        groups.append([Row(prompt, length, sampling, 0, number * flags.num_samples + sample)
-                       for sample, length in enumerate(lengths)])  # fmt: skip
+        groups.append(
+            [
+                Row(prompt, length, sampling, 0, number * flags.num_samples + sample)
+                for sample, length in enumerate(lengths)
+            ]
+        )
     return groups
 
 
@@ -80,8 +84,10 @@ def measure(flags: RolloutFlags, runtime: Runtime) -> Result:
     weights = DecodingWeights(GPT.create(model_config(flags), runtime.device, runtime.dtype))
     answers = sample(flags, weights, True)
     same = sum(a == b for a, b in zip(answers, sample(flags, weights, False)))
-    ways: dict[str, Callable[[], Any]] = {"together": partial(sample, flags, weights, True),
-                                          "one by one": partial(sample, flags, weights, False)}  # fmt: skip
+    ways: dict[str, Callable[[], Any]] = {
+        "together": partial(sample, flags, weights, True),
+        "one by one": partial(sample, flags, weights, False),
+    }
     seconds = time_in_turn(ways, flags.seconds, runtime)
     tokens = sum(map(len, answers))
     values: dict[str, Any] = {

@@ -37,16 +37,22 @@ def measure(flags: SandboxFlags, runtime: Runtime) -> Result:
         if reason := why_unavailable(level):
             rows.append((level, reason, "", ""))
             continue
-        rates = {"warm": rate(level, flags.seconds), "tested": rate(level, flags.seconds, tested=True),
-                 "cold": rate(level, flags.seconds, cold=True)}  # fmt: skip
+        rates = {
+            "warm": rate(level, flags.seconds),
+            "tested": rate(level, flags.seconds, tested=True),
+            "cold": rate(level, flags.seconds, cold=True),
+        }
         values |= {f"{level}_{name}_per_second": value for name, value in rates.items()}
         rows.append((level, *(f"{value:.0f}" for value in rates.values())))
     title = "programs a second, one after the other"
     if flags.problems:
         values |= human_eval(flags.problems)
-        title += (f"; HumanEval: {values['humaneval_references_pass']} of {values['humaneval_problems']} references "
-                  f"pass, {values['humaneval_stubs_fail']} empty bodies fail, {values['humaneval_seconds']:.1f} s"
-                  if "humaneval_problems" in values else "; HumanEval is not at hand")  # fmt: skip
+        title += (
+            f"; HumanEval: {values['humaneval_references_pass']} of {values['humaneval_problems']} references "
+            f"pass, {values['humaneval_stubs_fail']} empty bodies fail, {values['humaneval_seconds']:.1f} s"
+            if "humaneval_problems" in values
+            else "; HumanEval is not at hand"
+        )
     return Result(title, ("level", "warm", "warm, with tests", "cold"), rows, values)
 
 
@@ -74,8 +80,12 @@ def human_eval(problems: int) -> dict[str, Any]:
     items = [task[i] for i in range(total)]
     passed = sum(task.evaluate(item, item["messages"][1]["content"]) for item in items)
     failed = sum(not task.evaluate(item, "    pass\n") for item in items)
-    return {"humaneval_problems": total, "humaneval_references_pass": passed, "humaneval_stubs_fail": failed,
-            "humaneval_seconds": time.perf_counter() - began}  # fmt: skip
+    return {
+        "humaneval_problems": total,
+        "humaneval_references_pass": passed,
+        "humaneval_stubs_fail": failed,
+        "humaneval_seconds": time.perf_counter() - began,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -135,11 +135,22 @@ def server(flags: ServeFlags, runtime: Runtime) -> Iterator[Served]:
             environment["NANOCHAT_BASE_DIR"] = folder
             tokenizer = RustBPETokenizer.train_from_iterator(starter_texts("train", flags.chars), flags.vocab_size)
             config = model_config(flags)
-            save_checkpoint(run_dir(Path(folder), "sft", "random"), 0, tokenizer=tokenizer,
-                            model_state=GPT.create(config).state_dict(), meta={"model_config": config.to_dict()})
+            save_checkpoint(
+                run_dir(Path(folder), "sft", "random"),
+                0,
+                tokenizer=tokenizer,
+                model_state=GPT.create(config).state_dict(),
+                meta={"model_config": config.to_dict()},
+            )
         errors = Path(folder) / "errors"
-        command = [sys.executable, "-m", "scripts.chat_web", f"-i={flags.source or 'sft'}", f"--port={port}",
-                   f"--device-type={flags.device_type or runtime.device.type}"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "scripts.chat_web",
+            f"-i={flags.source or 'sft'}",
+            f"--port={port}",
+            f"--device-type={flags.device_type or runtime.device.type}",
+        ]
         with errors.open("wb") as writing:
             process = subprocess.Popen(command, env=environment, cwd=_run.ROOT, stdout=writing, stderr=writing)
         try:
@@ -220,16 +231,26 @@ def measure(flags: ServeFlags, runtime: Runtime) -> Result:
         watch.stopped.set()
         watch.join()
         values: dict[str, Any] = {
-            "tokens_per_second": seen.tokens / elapsed, "answers_per_second": seen.whole / elapsed,
-            **{f"{name}_ms_{word}": percentile(times, share)
-               for name, times in (("first_token", seen.first_token), ("between_tokens", seen.between_tokens),
-                                   ("health", watch.health), ("machine_late", watch.late))
-               for word, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))},
-            "streams_cut": seen.cut, "statuses": {str(k): v for k, v in sorted(seen.statuses.items())},
-            "actions": dict(seen.actions), "exit_code": served.process.poll(),
-            "memory_bytes": max(held for _, held in watch.memory), "memory_growth": watch.growth(flags.seconds),
+            "tokens_per_second": seen.tokens / elapsed,
+            "answers_per_second": seen.whole / elapsed,
+            **{
+                f"{name}_ms_{word}": percentile(times, share)
+                for name, times in (
+                    ("first_token", seen.first_token),
+                    ("between_tokens", seen.between_tokens),
+                    ("health", watch.health),
+                    ("machine_late", watch.late),
+                )
+                for word, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
+            },
+            "streams_cut": seen.cut,
+            "statuses": {str(k): v for k, v in sorted(seen.statuses.items())},
+            "actions": dict(seen.actions),
+            "exit_code": served.process.poll(),
+            "memory_bytes": max(held for _, held in watch.memory),
+            "memory_growth": watch.growth(flags.seconds),
             "left_over": left_over(served),
-        }  # fmt: skip
+        }
         values["complaints"] = complaints(values, served, watch)
     rows = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in values.items()]
     result = Result(f"{flags.clients} clients for {flags.seconds:g} s", ("", ""), rows, values)

@@ -52,11 +52,16 @@ def measure(flags: TokenizerFlags, runtime: Runtime) -> Result:
     for name, took in seconds.items():
         values[f"{name}_mb_per_second"] = num_bytes / 1e6 / took
         values[f"{name}_tokens_per_second"] = num_tokens / took
-    words = {"encode_single": "encode, text by text", "encode_batch": f"encode, a list on {THREADS} threads",
-             "decode": "decode, text by text"}  # fmt: skip
+    words = {
+        "encode_single": "encode, text by text",
+        "encode_batch": f"encode, a list on {THREADS} threads",
+        "decode": "decode, text by text",
+    }
     rows = [("train", f"{values['train_mb_per_second']:.2f}", "")]
-    rows += [(words[name], f"{values[f'{name}_mb_per_second']:.2f}", f"{num_tokens / took:,.0f}")
-             for name, took in seconds.items()]  # fmt: skip
+    rows += [
+        (words[name], f"{values[f'{name}_mb_per_second']:.2f}", f"{num_tokens / took:,.0f}")
+        for name, took in seconds.items()
+    ]
     title = f"a vocabulary of {values['vocab_size']:,}, {values['bytes_per_token']:.2f} bytes per token"
     return Result(title, ("", "MB a second", "tokens a second"), rows, values)
 

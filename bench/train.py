@@ -59,8 +59,15 @@ def make_trainer(flags: Flags, runtime: Runtime) -> TimedTrainer:
     plan = make_plan(config, num_iterations=LONG_RUN, total_batch_size=flags.tokens, weight_decay=rates.weight_decay)
     model = GPT.create(config, runtime.device, runtime.dtype)
     optimizer = make_optimizer(model, rates, runtime, plan.lr_scale, plan.weight_decay)
-    return TimedTrainer(model, optimizer, None, runtime, ScheduleConfig(LONG_RUN), flags.batch,  # type: ignore[arg-type]
-                        loss_fn=compiled_loss(model, "auto", runtime))  # fmt: skip
+    return TimedTrainer(
+        model,
+        optimizer,
+        None,
+        runtime,
+        ScheduleConfig(LONG_RUN),
+        flags.batch,  # type: ignore[arg-type]
+        loss_fn=compiled_loss(model, "auto", runtime),
+    )
 
 
 def measure(flags: Flags, runtime: Runtime) -> Result:

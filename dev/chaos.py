@@ -127,11 +127,13 @@ def main() -> int:
             shutil.copy(alone.output, args.log.with_suffix(".output"))
             subprocess.run(["umount", "--lazy", disk], capture_output=True)
     tally = alone.tally
-    alone.say(f"summary\n{tally.table(ON_ONE_HOST | ON_TWO_HOSTS, left_out)}\n"
-              f"{tally.faults.total()} faults in {seconds / 60:.1f} minutes, {tally.runs} runs ended, largest relative "
-              f"difference {tally.largest_difference:.1e} (allowed {TOLERANCE:g}), on two hosts "
-              f"{tally.largest_on_two_hosts:.1e} (allowed {HOSTS_TOLERANCE:g}), "
-              f"{len(tally.problems)} problems")  # fmt: skip
+    alone.say(
+        f"summary\n{tally.table(ON_ONE_HOST | ON_TWO_HOSTS, left_out)}\n"
+        f"{tally.faults.total()} faults in {seconds / 60:.1f} minutes, {tally.runs} runs ended, largest relative "
+        f"difference {tally.largest_difference:.1e} (allowed {TOLERANCE:g}), on two hosts "
+        f"{tally.largest_on_two_hosts:.1e} (allowed {HOSTS_TOLERANCE:g}), "
+        f"{len(tally.problems)} problems"
+    )
     return 1 if tally.problems else 0
 
 

@@ -160,9 +160,15 @@ def node(run: RunOnTwoHosts) -> None:
 
 
 ON_ONE_HOST: dict[str, Callable[[Any], None]] = {
-    "worker": worker, "power": power, "launcher": launcher, "frozen": frozen, "full": full, "readonly": readonly,
-    "truncate": truncate, "bitflip": bitflip,
-}  # fmt: skip
+    "worker": worker,
+    "power": power,
+    "launcher": launcher,
+    "frozen": frozen,
+    "full": full,
+    "readonly": readonly,
+    "truncate": truncate,
+    "bitflip": bitflip,
+}
 ON_TWO_HOSTS: dict[str, Callable[[Any], None]] = {"worker": worker, "power": power, "cut": cut, "node": node}
 NEED_MOUNTS = ("full", "readonly")
 NEED_HOSTS = ("cut", "node")

@@ -31,10 +31,24 @@ STEPS, SAVE_EVERY = 300, 5
 TOLERANCE, HOSTS_TOLERANCE = 1e-6, 1e-4
 PATIENCE_SECONDS = 120.0  # for a run to take another step, on a busy machine
 FLAGS = [
-    "--depth=1", "--n-embd=16", "--head-dim=8", "--max-seq-len=16", "--total-batch-size=64", "--eval-tokens=64",
-    "--eval-every=-1", "--sample-every=-1", "--device-type=cpu", "--model-tag=chaos", "--resume", "--keep-last=3",
-    "--lr-scale=0.1", "--weight-decay=0", "--timeout=30", f"--save-every={SAVE_EVERY}", f"--num-iterations={STEPS}",
-]  # fmt: skip
+    "--depth=1",
+    "--n-embd=16",
+    "--head-dim=8",
+    "--max-seq-len=16",
+    "--total-batch-size=64",
+    "--eval-tokens=64",
+    "--eval-every=-1",
+    "--sample-every=-1",
+    "--device-type=cpu",
+    "--model-tag=chaos",
+    "--resume",
+    "--keep-last=3",
+    "--lr-scale=0.1",
+    "--weight-decay=0",
+    "--timeout=30",
+    f"--save-every={SAVE_EVERY}",
+    f"--num-iterations={STEPS}",
+]
 
 
 @dataclass
@@ -103,8 +117,13 @@ class Run:
         self.base.mkdir(parents=True)
         rows = "".join(json.dumps({"text": f"line {i} of {i * i} lines of text"}) + "\n" for i in range(400))
         (self.base / "text.jsonl").write_text(rows)
-        tokenizer = [sys.executable, "-m", "scripts.tok_train", f"--data={self.base / 'text.jsonl'}",
-                     "--vocab-size=265"]  # fmt: skip
+        tokenizer = [
+            sys.executable,
+            "-m",
+            "scripts.tok_train",
+            f"--data={self.base / 'text.jsonl'}",
+            "--vocab-size=265",
+        ]
         subprocess.run(tokenizer, cwd=ROOT, env=self.environment(), check=True, stdout=subprocess.DEVNULL)
 
     def begin(self) -> None:
@@ -113,16 +132,35 @@ class Run:
         self.damaged, self.expected = {}, []
 
     def launch(self) -> None:
-        command = self.command("--nnodes=1", "--nproc_per_node=2", "--master-addr=127.0.0.1", "--master-port=0",
-                               "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")  # fmt: skip
+        command = self.command(
+            "--nnodes=1",
+            "--nproc_per_node=2",
+            "--master-addr=127.0.0.1",
+            "--master-port=0",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=127.0.0.1:0",
+        )
         with open(self.output, "ab") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=self.environment(), stdout=output,
-                                            stderr=subprocess.STDOUT)  # fmt: skip
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment(), stdout=output, stderr=subprocess.STDOUT
+            )
 
     def command(self, *where: str, flags: Sequence[str] = ()) -> list[str]:
-        return [sys.executable, "-m", "scripts.launch", *where, "--max-restarts=3", "--monitor-interval=0.1",
-                f"--log-dir={self.output.with_name('launcher')}", "-m", "scripts.base_train", "--", *FLAGS, *flags,
-                f"--data={self.base / 'text.jsonl'}"]  # fmt: skip
+        return [
+            sys.executable,
+            "-m",
+            "scripts.launch",
+            *where,
+            "--max-restarts=3",
+            "--monitor-interval=0.1",
+            f"--log-dir={self.output.with_name('launcher')}",
+            "-m",
+            "scripts.base_train",
+            "--",
+            *FLAGS,
+            *flags,
+            f"--data={self.base / 'text.jsonl'}",
+        ]
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(self.base), "NANOCHAT_DTYPE": "float32"}
@@ -255,12 +293,20 @@ class RunOnTwoHosts(Run):
         quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
         # Steps slow enough for a host to return before the other has done them all.
         flags = ["--timeout=3", "--total-batch-size=512", "--device-batch-size=1"]
-        command = self.command("--nnodes=1:2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=chaos",
-                               f"--rdzv-endpoint={address[0]}:29500", f"--local-addr={address[host]}",
-                               f"--rdzv-conf={quick},is_host={int(host == 0)}", flags=flags)  # fmt: skip
+        command = self.command(
+            "--nnodes=1:2",
+            "--nproc_per_node=1",
+            "--rdzv-backend=c10d",
+            "--rdzv-id=chaos",
+            f"--rdzv-endpoint={address[0]}:29500",
+            f"--local-addr={address[host]}",
+            f"--rdzv-conf={quick},is_host={int(host == 0)}",
+            flags=flags,
+        )
         with open(self.output, "ab") as output:
-            return self.hosts.popen(host, command, cwd=ROOT, env=self.environment(), stdout=output,
-                                    stderr=subprocess.STDOUT)  # fmt: skip
+            return self.hosts.popen(
+                host, command, cwd=ROOT, env=self.environment(), stdout=output, stderr=subprocess.STDOUT
+            )
 
     def launchers(self) -> "list[subprocess.Popen[bytes]]":
         return [launcher for launcher in (self.process, self.second) if launcher and launcher.poll() is None]

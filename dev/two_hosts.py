@@ -35,8 +35,9 @@ class TwoHosts:
         self.holders: list[subprocess.Popen[str]] = []
         try:
             self._hold(["unshare", "--user", "--map-root-user", "--net"])
-            self._hold(["nsenter", f"--target={self.holders[0].pid}", "--user", "--preserve-credentials",
-                        "unshare", "--net"])  # fmt: skip
+            self._hold(
+                ["nsenter", f"--target={self.holders[0].pid}", "--user", "--preserve-credentials", "unshare", "--net"]
+            )
             peer = str(self.holders[1].pid)
             self._ip(0, "link", "add", INTERFACE, "type", "veth", "peer", "name", INTERFACE, "netns", peer)
             for host, address in enumerate(self.addresses):
@@ -48,8 +49,13 @@ class TwoHosts:
             raise
 
     def _hold(self, command: list[str]) -> None:
-        holder = subprocess.Popen([*command, "sh", "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, text=True)  # fmt: skip
+        holder = subprocess.Popen(
+            [*command, "sh", "-c", HOLD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         self.holders.append(holder)
         assert holder.stdout is not None and holder.stderr is not None
         if holder.stdout.readline() != "up\n":

@@ -129,8 +129,11 @@ def save_checkpoint(
         own |= {"model": model_state, "rng": rng_state}
 
     def write_share() -> dict[str, Any]:
-        files = {f"{name}.safetensors": write_file(folder / f"{name}.safetensors", tensor_chunks(group))
-                 for name, group in own.items() if group is not None}  # fmt: skip
+        files = {
+            f"{name}.safetensors": write_file(folder / f"{name}.safetensors", tensor_chunks(group))
+            for name, group in own.items()
+            if group is not None
+        }
         return {"files": files, "optimizer_steps": optimizer_state and optimizer_state[1]}
 
     with contextlib.ExitStack() as stack:
@@ -315,15 +318,20 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
     problems += [f"{name} is not in the model" for name in state if name not in parameters]
     problems += [
         f"{name} has shape {tuple(state[name].shape)}, the model's has {tuple(p.shape)}"
-        for name, p in parameters.items() if name in state and state[name].shape != p.shape
-    ]  # fmt: skip
+        for name, p in parameters.items()
+        if name in state and state[name].shape != p.shape
+    ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"the weights in {where} do not fit the model: {'; '.join(problems[:3])}{more}; "
-                        "was it saved with other sizes?")  # fmt: skip
+        raise UserError(
+            f"the weights in {where} do not fit the model: {'; '.join(problems[:3])}{more}; "
+            "was it saved with other sizes?"
+        )
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(state[name])
     if spoilt := non_finite(model):
-        raise UserError(f"the weights in {where} are not finite ({', '.join(spoilt[:3])}): that run diverged, or the "
-                        "file was made by something that did; take an earlier step, if there is one")  # fmt: skip
+        raise UserError(
+            f"the weights in {where} are not finite ({', '.join(spoilt[:3])}): that run diverged, or the "
+            "file was made by something that did; take an earlier step, if there is one"
+        )

@@ -199,12 +199,24 @@ class CoreResult:
     def to_dict(self) -> dict[str, Any]:
         """For a report: all but the single items."""
         return {
-            "core_metric": self.core, "core_interval": [self.low, self.high], "partial": self.partial,
-            "missing": self.missing, "mode": self.mode, "baselines": self.baselines,
-            "tasks": {t.label: {"accuracy": t.accuracy, "centered": t.centered, "items": len(t.right),
-                                "standard_error": bootstrap_error(t.right), "chance": t.baseline,
-                                "cropped": t.cropped} for t in self.tasks},
-        }  # fmt: skip
+            "core_metric": self.core,
+            "core_interval": [self.low, self.high],
+            "partial": self.partial,
+            "missing": self.missing,
+            "mode": self.mode,
+            "baselines": self.baselines,
+            "tasks": {
+                t.label: {
+                    "accuracy": t.accuracy,
+                    "centered": t.centered,
+                    "items": len(t.right),
+                    "standard_error": bootstrap_error(t.right),
+                    "chance": t.baseline,
+                    "cropped": t.cropped,
+                }
+                for t in self.tasks
+            },
+        }
 
 
 def centered(accuracy: Any, baseline: float) -> Any:
@@ -229,10 +241,17 @@ def bootstrap_error(right: Sequence[bool], seed: int = 0) -> float:
 
 
 def evaluate_task(
-    scorer: Scorer, task: CoreTask, tokenizer: TextEncoder, *, most: int = -1, mode: str = "reference",
-    rank: int = 0, world_size: int = 1, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    scorer: Scorer,
+    task: CoreTask,
+    tokenizer: TextEncoder,
+    *,
+    most: int = -1,
+    mode: str = "reference",
+    rank: int = 0,
+    world_size: int = 1,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     keep: int = 2,
-) -> TaskResult:  # fmt: skip
+) -> TaskResult:
     """Ask a task's items, shared out over the ranks, and count; `keep` of them are kept to be read."""
     everything = list(enumerate(make_examples(task, tokenizer, scorer.max_tokens, most=most, mode=mode)))
     own = everything[rank::world_size]
@@ -243,8 +262,12 @@ def evaluate_task(
         for (number, example), scores in zip(part, scorer.score([example for _, example in part]), strict=True):
             outcome[0, number], outcome[1, number] = is_right(example, scores), example.cropped
             if number < keep:
-                kept[number] = {"prompt": example.texts[0], "gold": example.gold, "right": is_right(example, scores),
-                                "losses": [score.mean_loss for score in scores]}  # fmt: skip
+                kept[number] = {
+                    "prompt": example.texts[0],
+                    "gold": example.gold,
+                    "right": is_right(example, scores),
+                    "losses": [score.mean_loss for score in scores],
+                }
     outcome = sum_over_ranks(outcome)
     right = [bool(x) for x in outcome[0].tolist()]
     return TaskResult(task.label, right, task.baseline, int(outcome[1].sum()), [kept[n] for n in sorted(kept)])
@@ -269,8 +292,16 @@ def evaluate_core(
 
     for task in bundle.tasks:
         began = time.perf_counter()
-        result = evaluate_task(scorer, task, tokenizer, most=max_per_task, mode=mode, rank=runtime.rank,
-                               world_size=runtime.world_size, sum_over_ranks=over_ranks)  # fmt: skip
+        result = evaluate_task(
+            scorer,
+            task,
+            tokenizer,
+            most=max_per_task,
+            mode=mode,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            sum_over_ranks=over_ranks,
+        )
         results.append(result)
         progress(result, time.perf_counter() - began)
     return summarise(results, bundle.missing + bundle.left_out, mode, baselines, time.perf_counter() - started)

@@ -68,14 +68,22 @@ class PretrainLoader:
         assert 0 <= rank < world_size
         self.lanes = range(rank, self.num_lanes, world_size)
         self.corpus = with_tokens(corpus, tokenizer)
-        order = DocumentOrder(self.corpus, split, num_lanes=self.num_lanes, own_lanes=len(self.lanes), seed=seed,
-                              shuffle=shuffle)  # fmt: skip
-        self._packer = LanePacker(order, tokenizer, list(self.lanes), sequence_len=sequence_len,
-                                  num_threads=num_threads)  # fmt: skip
+        order = DocumentOrder(
+            self.corpus, split, num_lanes=self.num_lanes, own_lanes=len(self.lanes), seed=seed, shuffle=shuffle
+        )
+        self._packer = LanePacker(
+            order, tokenizer, list(self.lanes), sequence_len=sequence_len, num_threads=num_threads
+        )
         data = fingerprint_number(f"{corpus.fingerprint} {split}")
         self._order = order
-        self._layout = {"version": 1, "lanes": self.num_lanes, "sequence_len": sequence_len, "seed": seed,
-                        "shuffle": int(shuffle), "data": data}  # fmt: skip
+        self._layout = {
+            "version": 1,
+            "lanes": self.num_lanes,
+            "sequence_len": sequence_len,
+            "seed": seed,
+            "shuffle": int(shuffle),
+            "data": data,
+        }
         self._states = self._packer.states()  # after the last batch handed out
         self._prefetcher: Prefetcher[_Step] | None = None
 
@@ -133,8 +141,9 @@ class PretrainLoader:
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Go on from a saved state, which must hold all lanes of this process. Raises UserError for another run's."""
-        check_layout({name: int(state[f"loader.{name}"]) for name in self._layout if f"loader.{name}" in state},
-                     self._layout)  # fmt: skip
+        check_layout(
+            {name: int(state[f"loader.{name}"]) for name in self._layout if f"loader.{name}" in state}, self._layout
+        )
         self.skip(unpack_skipped(state))
         if "loader.parts" in state:
             self._order.cut_blocks(int(state["loader.parts"]))
@@ -147,10 +156,14 @@ class PretrainLoader:
         documents that were cropped (their tails came back), whole epochs read, rows."""
         counts = [state.counts for state in self._states]
         documents, rows = sum(c.documents for c in counts), sum(c.rows for c in counts)
-        return {"documents": documents, "tokens": rows * self.sequence_len, "rows": rows,
-                "cropped_share": sum(c.cropped for c in counts) / max(documents, 1),
-                "epoch": min(state.cursor.epoch for state in self._states),
-                **({"skipped_shards": len(self.skipped)} if self.skipped else {})}  # fmt: skip
+        return {
+            "documents": documents,
+            "tokens": rows * self.sequence_len,
+            "rows": rows,
+            "cropped_share": sum(c.cropped for c in counts) / max(documents, 1),
+            "epoch": min(state.cursor.epoch for state in self._states),
+            **({"skipped_shards": len(self.skipped)} if self.skipped else {}),
+        }
 
     def close(self) -> None:
         """End the thread. The state stays readable; the next batch after it starts another thread there."""
@@ -169,8 +182,10 @@ def check_sizes(sequence_len: int, rows_per_step: int, num_lanes: int, world_siz
     if rows_per_step % num_lanes:
         raise UserError(f"{num_lanes} lanes do not divide {rows_per_step} rows a step; use a divisor")
     if world_size > num_lanes:
-        raise UserError(f"at most {num_lanes} processes can share {rows_per_step} rows a step, not {world_size}; make "
-                        "--total-batch-size / --max-seq-len a multiple of a larger power of two")  # fmt: skip
+        raise UserError(
+            f"at most {num_lanes} processes can share {rows_per_step} rows a step, not {world_size}; make "
+            "--total-batch-size / --max-seq-len a multiple of a larger power of two"
+        )
 
 
 def unpack_skipped(state: dict[str, np.ndarray]) -> dict[str, str]:
@@ -229,10 +244,18 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     """
     many = dist.is_available() and dist.is_initialized()
     world_size = dist.get_world_size() if many else 1
-    loader = PretrainLoader(corpus or resolve_corpus("", get_base_dir()), tokenizer, sequence_len=T, split=split,
-                            rows_per_step=B * world_size, rank=dist.get_rank() if many else 0, world_size=world_size,
-                            num_lanes=world_size * math.gcd(B, MAX_LANES), seed=seed,
-                            num_threads=tokenizer_threads)  # fmt: skip
+    loader = PretrainLoader(
+        corpus or resolve_corpus("", get_base_dir()),
+        tokenizer,
+        sequence_len=T,
+        split=split,
+        rows_per_step=B * world_size,
+        rank=dist.get_rank() if many else 0,
+        world_size=world_size,
+        num_lanes=world_size * math.gcd(B, MAX_LANES),
+        seed=seed,
+        num_threads=tokenizer_threads,
+    )
     if resume_state_dict is not None:
         loader.load_state_dict(resume_state_dict)
     try:

@@ -31,9 +31,13 @@ MAX_BLOCK_ROWS, MAX_BLOCK_BYTES = 8192, 64 * MIB  # a parquet with larger row gr
 
 
 def resolve_corpus(
-    data: str, base_dir: Path, *, skip_bad: bool = False, skipped: dict[str, str] | None = None,
+    data: str,
+    base_dir: Path,
+    *,
+    skip_bad: bool = False,
+    skipped: dict[str, str] | None = None,
     recorded: Recorded | None = None,
-) -> Corpus:  # fmt: skip
+) -> Corpus:
     """The corpus that --data names.
 
     "" is downloaded shards if there are any, else the starter corpus; "starter", "fineweb-edu" and

@@ -80,8 +80,10 @@ class Engine:
                     drawn[token.row.index].append(token)
                 while any(drawn) and all(tokens or row.done for tokens, row in zip(drawn, rows)):
                     got = [tokens.popleft() if tokens else None for tokens in drawn]
-                    yield ([filler if token is None else token.id for token in got],
-                           [0 if token is None else token.mask for token in got])  # fmt: skip
+                    yield (
+                        [filler if token is None else token.id for token in got],
+                        [0 if token is None else token.mask for token in got],
+                    )
 
     def generate_batch(
         self, tokens: list[int], num_samples: int = 1, **kwargs: Any
@@ -159,8 +161,14 @@ class Engine:
 
     def _batch(self, rows: list[Row], batch_size: int) -> RunningBatch:
         longest = max((len(row.prompt) + row.max_tokens for row in rows if not row.done), default=1)
-        return RunningBatch(self._weights.current(), self.tools, self.end_tokens, min(batch_size, len(rows)), longest,
-                            packed=self._weights.packed)  # fmt: skip
+        return RunningBatch(
+            self._weights.current(),
+            self.tools,
+            self.end_tokens,
+            min(batch_size, len(rows)),
+            longest,
+            packed=self._weights.packed,
+        )
 
 
 @contextlib.contextmanager

@@ -79,8 +79,14 @@ class Limits:
     def job(self, *, tested: bool = False, interactive: bool = False) -> dict[str, Any]:
         """As the supervisor takes them."""
         cpu_seconds = 0 if interactive else int(self.timeout) + 1
-        return {"cpu_seconds": cpu_seconds, "memory_bytes": self.memory_bytes, "file_bytes": SCRATCH_BYTES,
-                "output_bytes": self.output_bytes, "tested": tested, "interactive": interactive}  # fmt: skip
+        return {
+            "cpu_seconds": cpu_seconds,
+            "memory_bytes": self.memory_bytes,
+            "file_bytes": SCRATCH_BYTES,
+            "output_bytes": self.output_bytes,
+            "tested": tested,
+            "interactive": interactive,
+        }
 
 
 def execute_code(

@@ -61,9 +61,15 @@ class GPTConfig:
     def later(cls, **sizes: Any) -> "GPTConfig":
         """The later form of the published system: smear, backout, sharper attention, quarter windows."""
         features: dict[str, Any] = {
-            "short_window_divisor": 4, "rope_base": 100_000.0, "qk_scale": 1.2, "value_gate_channels": 12,
-            "value_gate_scale": 3.0, "smear": True, "backout": True, "init": "later",
-        }  # fmt: skip
+            "short_window_divisor": 4,
+            "rope_base": 100_000.0,
+            "qk_scale": 1.2,
+            "value_gate_channels": 12,
+            "value_gate_scale": 3.0,
+            "smear": True,
+            "backout": True,
+            "init": "later",
+        }
         return cls(**{**features, **sizes})
 
     @classmethod

@@ -20,8 +20,14 @@ from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
 from nanochat.optimizer.update_rules import adamw_step, even_out, muon_step, orthogonalize
 
 __all__ = [
-    "DistMuonAdamW", "MuonAdamW", "OptimizerConfig", "build_param_groups", "even_out", "muon_step", "orthogonalize",
-]  # fmt: skip
+    "DistMuonAdamW",
+    "MuonAdamW",
+    "OptimizerConfig",
+    "build_param_groups",
+    "even_out",
+    "muon_step",
+    "orthogonalize",
+]
 
 
 class MuonAdamW:
@@ -37,10 +43,15 @@ class MuonAdamW:
 
     ADAMW: ClassVar[dict[str, Any]] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
     MUON: ClassVar[dict[str, Any]] = {
-        "momentum": 0.95, "beta2": 0.95, "weight_decay": 0.0,
-        "ns_steps": 5, "ns_dtype": torch.bfloat16, "ns_safety": 1.02,
-        "row_equilibrate": False, "frobenius_snap": False,
-    }  # fmt: skip
+        "momentum": 0.95,
+        "beta2": 0.95,
+        "weight_decay": 0.0,
+        "ns_steps": 5,
+        "ns_dtype": torch.bfloat16,
+        "ns_safety": 1.02,
+        "row_equilibrate": False,
+        "frobenius_snap": False,
+    }
 
     def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
         groups = []
@@ -77,8 +88,11 @@ class MuonAdamW:
         """Step `own`, which is p's data or a part of it."""
         state = self.state[p]
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(own, dtype=torch.float32),
-                         exp_avg_sq=torch.zeros_like(own, dtype=torch.float32))  # fmt: skip
+            state.update(
+                step=0,
+                exp_avg=torch.zeros_like(own, dtype=torch.float32),
+                exp_avg_sq=torch.zeros_like(own, dtype=torch.float32),
+            )
         state["step"] += 1
         adamw_step(own, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group)
 
@@ -109,8 +123,11 @@ class MuonAdamW:
                 if "momentum_buffer" in old[i]:
                     stacks[0][i].copy_(old[i]["momentum_buffer"])
                     stacks[1][i].copy_(old[i]["second_moment"])
-                self.state[p] = {"step": old[i].get("step", 0),
-                                 "momentum_buffer": stacks[0][i], "second_moment": stacks[1][i]}  # fmt: skip
+                self.state[p] = {
+                    "step": old[i].get("step", 0),
+                    "momentum_buffer": stacks[0][i],
+                    "second_moment": stacks[1][i],
+                }
             self.state[params[0]]["_stacks"] = stacks
         return self.state[params[0]]["_stacks"]
 
@@ -212,8 +229,11 @@ class DistMuonAdamW(MuonAdamW):
         summed = small.wait()
         present = dict(zip(params, (summed[: len(params)] > 0).tolist()))
         self._step_small(summed[len(params) :], present)
-        back = [gather for group, pending in zip(self.param_groups, sums)
-                for gather in self._step_group(group, pending, present)]  # fmt: skip
+        back = [
+            gather
+            for group, pending in zip(self.param_groups, sums)
+            for gather in self._step_group(group, pending, present)
+        ]
         for gather in back:
             gather.finish()
 
@@ -238,8 +258,10 @@ class DistMuonAdamW(MuonAdamW):
         if group["kind"] == "muon":
             return [start_sum_shares(self._lay_out(group["params"]), "summing the matrices' gradients")]
         large = [p for p in group["params"] if p not in self._is_small]
-        return [start_sum_shares(_padded(_flat_grad(p), self._share(p) * self.world_size), "summing large gradients")
-                for p in large]  # fmt: skip
+        return [
+            start_sum_shares(_padded(_flat_grad(p), self._share(p) * self.world_size), "summing large gradients")
+            for p in large
+        ]
 
     def _step_group(
         self, group: dict[str, Any], sums: list[Pending], present: dict[torch.Tensor, bool]

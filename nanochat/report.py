@@ -77,7 +77,8 @@ def record_stage(base_dir: Path, stage: str, values: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     new = to_json(values)
     new["updated_at" if new.get("status") == "running" else "finished_at"] = datetime.now(UTC).isoformat(
-        timespec="seconds")  # fmt: skip
+        timespec="seconds"
+    )
     with FileLock(folder / ".lock"):
         report = _read_or_put_aside(folder / "report.json")
         if "plan" in new:
@@ -89,8 +90,10 @@ def record_stage(base_dir: Path, stage: str, values: Mapping[str, Any]) -> None:
         try:
             _draw(Path(base_dir), report)
         except Exception as error:  # the numbers are safe; the pages can be drawn again
-            warn(f"could not draw the report ({error}); the numbers are in {folder / 'report.json'}, "
-                 "and `python -m scripts.report` draws it again")  # fmt: skip
+            warn(
+                f"could not draw the report ({error}); the numbers are in {folder / 'report.json'}, "
+                "and `python -m scripts.report` draws it again"
+            )
 
 
 def load_report(base_dir: Path) -> Record:

@@ -142,8 +142,9 @@ class RolloutLoader:
 
     def next_batch(self) -> Batch:
         """Prompts of this step, answers to them, and the batch that trains on those."""
-        groups = [self._draw(number) for number in range(self.runtime.rank, self.groups_per_step,
-                                                         self.runtime.world_size)]  # fmt: skip
+        groups = [
+            self._draw(number) for number in range(self.runtime.rank, self.groups_per_step, self.runtime.world_size)
+        ]
         self._answer(groups, [*range(self.runtime.rank, self.groups_per_step, self.runtime.world_size)])
         self.figures = self._note(groups)
         self.watch(self.step, groups)
@@ -163,17 +164,28 @@ class RolloutLoader:
     def _answer(self, groups: list[Group], numbers: list[int]) -> None:
         """Samples for every group, all in one running batch, and their rewards."""
         how, n = self.sampler, self.sampler.num_samples
-        rows = self.engine.complete(
-            [group.prompt for group in groups for _ in range(n)], how.max_new_tokens, how.temperature, how.top_k,
-            seed=int(seeded_rng(RL_RNG, self.seed, self.step, 2**31).integers(2**62)), batch_size=how.batch_size,
-            indices=[number * n + sample for number in numbers for sample in range(n)], logprobs=True,
-        ) if groups else []  # fmt: skip
+        rows = (
+            self.engine.complete(
+                [group.prompt for group in groups for _ in range(n)],
+                how.max_new_tokens,
+                how.temperature,
+                how.top_k,
+                seed=int(seeded_rng(RL_RNG, self.seed, self.step, 2**31).integers(2**62)),
+                batch_size=how.batch_size,
+                indices=[number * n + sample for number in numbers for sample in range(n)],
+                logprobs=True,
+            )
+            if groups
+            else []
+        )
         for place, group in enumerate(groups):
             group.rows = rows[place * n : (place + 1) * n]
             group.texts = [self.tokenizer.decode(row.tokens) for row in group.rows]
             # An answer that was cut off earns nothing, or there would be no reason to stop once the result is said.
-            group.rewards = [float(group.task.reward(group.conversation, text)) if row.end is not None else 0.0
-                             for row, text in zip(group.rows, group.texts)]  # fmt: skip
+            group.rewards = [
+                float(group.task.reward(group.conversation, text)) if row.end is not None else 0.0
+                for row, text in zip(group.rows, group.texts)
+            ]
 
     def _note(self, groups: list[Group]) -> dict[str, float]:
         """Let the curricula see the rewards, over all processes; the step's figures."""
@@ -183,24 +195,43 @@ class RolloutLoader:
                 per_level[group.curriculum] += sum(group.rewards), len(group.rewards)
         rows = [row for group in groups for row in group.rows]
         chosen = sum(sum(row.mask) + (row.end is not None) for row in rows)
-        own = [sum(sum(g.rewards) for g in groups), len(rows), sum(len(row.tokens) for row in rows), chosen,
-               -sum(row.logprob for row in rows), sum(row.end is None for row in rows), sum(g.silent for g in groups),
-               len(groups)]  # fmt: skip
+        own = [
+            sum(sum(g.rewards) for g in groups),
+            len(rows),
+            sum(len(row.tokens) for row in rows),
+            chosen,
+            -sum(row.logprob for row in rows),
+            sum(row.end is None for row in rows),
+            sum(g.silent for g in groups),
+            len(groups),
+        ]
         summed = self.runtime.sum(torch.tensor([*own, *per_level.flatten()]).float().to(self.runtime.device)).cpu()
         reward, samples, length, tokens, surprise, cut, silent, count = summed[: len(own)].tolist()
         for curriculum, (total, number) in zip(self.curricula, summed[len(own) :].view(-1, 2).tolist()):
             curriculum.note(total / number if number else None)
-        levels = {f"level/{c.levels[0].name.partition('/')[0]}": float(c.level + 1)
-                  for c in self.curricula if len(c.levels) > 1}  # fmt: skip
-        return {"reward": reward / samples, "answer_tokens": length / samples, "entropy": surprise / max(tokens, 1),
-                "cut_off": cut / samples, "groups_without_signal": silent / count, **levels}  # fmt: skip
+        levels = {
+            f"level/{c.levels[0].name.partition('/')[0]}": float(c.level + 1)
+            for c in self.curricula
+            if len(c.levels) > 1
+        }
+        return {
+            "reward": reward / samples,
+            "answer_tokens": length / samples,
+            "entropy": surprise / max(tokens, 1),
+            "cut_off": cut / samples,
+            "groups_without_signal": silent / count,
+            **levels,
+        }
 
     # -- resuming -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """What the next batch depends on besides the weights; the same on all processes."""
-        return {"rl.step": np.array([self.step]), "rl.level": np.array([c.level for c in self.curricula]),
-                "rl.mean": np.array([c.mean for c in self.curricula])}  # fmt: skip
+        return {
+            "rl.step": np.array([self.step]),
+            "rl.level": np.array([c.level for c in self.curricula]),
+            "rl.mean": np.array([c.mean for c in self.curricula]),
+        }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         if len(state["rl.level"]) != len(self.curricula):

@@ -130,8 +130,14 @@ def horizon_lr_scale(tokens: float, reference_tokens: float, exponent: float) ->
 def reference_params(config: GPTConfig) -> int:
     """Scaling parameters of the reference depth at this vocabulary and context."""
     sizes = derive_sizes(REFERENCE_DEPTH)
-    reference = GPTConfig(sequence_len=config.sequence_len, vocab_size=config.vocab_size, n_layer=REFERENCE_DEPTH,
-                          n_embd=sizes.n_embd, n_head=sizes.n_head, n_kv_head=sizes.n_kv_head)  # fmt: skip
+    reference = GPTConfig(
+        sequence_len=config.sequence_len,
+        vocab_size=config.vocab_size,
+        n_layer=REFERENCE_DEPTH,
+        n_embd=sizes.n_embd,
+        n_head=sizes.n_head,
+        n_kv_head=sizes.n_kv_head,
+    )
     return scaling_params(estimate(reference)[1])
 
 

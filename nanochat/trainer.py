@@ -134,11 +134,20 @@ class Trainer:
         now = self.progress
         now.add_step(loss, num_targets, seconds)
         positions = self.positions * self.runtime.world_size
-        record = {"step": now.step, "loss": loss, "lr_multiplier": multiplier, "tokens": now.tokens,
-                  "tokens_per_second": positions / seconds, "seconds": now.seconds}  # fmt: skip
+        record = {
+            "step": now.step,
+            "loss": loss,
+            "lr_multiplier": multiplier,
+            "tokens": now.tokens,
+            "tokens_per_second": positions / seconds,
+            "seconds": now.seconds,
+        }
         skipped = len(getattr(self.loader, "skipped", ()))
-        return record | ({"loss_scale": now.loss_scale} if self.runtime.scales_loss else {}) \
-            | ({"skipped_shards": skipped} if skipped else {})  # fmt: skip
+        return (
+            record
+            | ({"loss_scale": now.loss_scale} if self.runtime.scales_loss else {})
+            | ({"skipped_shards": skipped} if skipped else {})
+        )
 
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         """Gradients of the mean loss over the global batch's targets; returns (that mean, their number)."""
@@ -331,18 +340,22 @@ class Trainer:
         """Raise NonFiniteLoss, on all processes, before weights that are spoilt take the place of good ones."""
         spoilt = non_finite(self.model)
         if self.runtime.largest(len(spoilt)):
-            raise NonFiniteLoss(f"the weights are not finite after step {self.progress.step} "
-                                f"({', '.join(spoilt[:3]) or 'on another process'}), and are not saved; "
-                                f"{self._last_good()}; "
-                                "lower the learning rates")  # fmt: skip
+            raise NonFiniteLoss(
+                f"the weights are not finite after step {self.progress.step} "
+                f"({', '.join(spoilt[:3]) or 'on another process'}), and are not saved; "
+                f"{self._last_good()}; "
+                "lower the learning rates"
+            )
 
     def _compare_weights(self) -> None:
         """Raise Drifted, on all processes, if the weights of some are not those of most."""
         drifted = find_drifted(self.runtime, self.model)
         if drifted:
-            raise Drifted(f"the weights of rank {', '.join(map(str, drifted))} are not the others' after step "
-                          f"{self.progress.step}: faulty hardware, or code that treats ranks differently; the last "
-                          f"good checkpoint is step {self.saves.last_step}")  # fmt: skip
+            raise Drifted(
+                f"the weights of rank {', '.join(map(str, drifted))} are not the others' after step "
+                f"{self.progress.step}: faulty hardware, or code that treats ranks differently; the last "
+                f"good checkpoint is step {self.saves.last_step}"
+            )
 
     def _request_stop(self, signum: int) -> None:
         self.stop_signal = signum

@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder  # by files, the long ones first (tests/conftest.py)
 [ "${1:-}" = "--fast" ] || bash runs/runcpu.sh --smoke

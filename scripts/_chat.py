@@ -72,9 +72,14 @@ class Chat:
         stream = AnswerStream(self.tokenizer)
         settings = self.sampling
         for (token,), _ in self.engine.generate(
-            prompt, max_tokens=self.max_tokens, temperature=settings.temperature, top_k=settings.top_k,
-            top_p=settings.top_p, seed=self.seed + self.turn - 1, should_stop=should_stop,
-        ):  # fmt: skip
+            prompt,
+            max_tokens=self.max_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=self.seed + self.turn - 1,
+            should_stop=should_stop,
+        ):
             self.said.append(token)
             yield from stream.feed(token)
         yield from stream.finish()

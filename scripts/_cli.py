@@ -79,8 +79,11 @@ def run(main: Callable[[], int | None]) -> None:
     except OverflowError as error:
         if debug_enabled():
             raise
-        print(f"error: some number on the command line is too large to calculate with ({error})", file=sys.stderr,
-              flush=True)  # fmt: skip
+        print(
+            f"error: some number on the command line is too large to calculate with ({error})",
+            file=sys.stderr,
+            flush=True,
+        )
         code = 2
     except (CollectiveFailed, FloatingPointError) as error:  # the latter of a model whose weights are spoilt
         if debug_enabled():

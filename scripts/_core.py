@@ -31,26 +31,38 @@ def open_bundle(given: str, base_dir: Path, runtime: Runtime, baselines: str = "
     runtime.barrier()
     bundle = read_bundle(bundle_folder(given, base_dir), baselines, only)
     if bundle.missing:
-        runtime.warn0(f"{len(bundle.missing)} CORE tasks have no data here: {', '.join(bundle.missing)}; the mean is "
-                      f"of the other {len(bundle.tasks)} and marked partial")  # fmt: skip
+        runtime.warn0(
+            f"{len(bundle.missing)} CORE tasks have no data here: {', '.join(bundle.missing)}; the mean is "
+            f"of the other {len(bundle.tasks)} and marked partial"
+        )
     return bundle
 
 
 def run_core(
-    scorer: Scorer, tokenizer: Any, bundle: Bundle, runtime: Runtime, *, most: int, mode: str = "reference",
-    baselines: str = "v1", between: Callable[[], None] = lambda: None,
-) -> CoreResult:  # fmt: skip
+    scorer: Scorer,
+    tokenizer: Any,
+    bundle: Bundle,
+    runtime: Runtime,
+    *,
+    most: int,
+    mode: str = "reference",
+    baselines: str = "v1",
+    between: Callable[[], None] = lambda: None,
+) -> CoreResult:
     """Evaluate, with a line for each task. `between` is called after each, on all processes; it may raise."""
 
     def progress(result: TaskResult, seconds: float) -> None:
         if runtime.is_main:
             cropped = f", {result.cropped} prompts cropped" if result.cropped else ""
-            say(f"  {result.label:<34}{result.accuracy:7.4f} ± {bootstrap_error(result.right):.4f}   "
-                f"centred {result.centered:7.4f}   ({len(result.right)} items, {seconds:.1f} s{cropped})")  # fmt: skip
+            say(
+                f"  {result.label:<34}{result.accuracy:7.4f} ± {bootstrap_error(result.right):.4f}   "
+                f"centred {result.centered:7.4f}   ({len(result.right)} items, {seconds:.1f} s{cropped})"
+            )
         between()
 
-    result = evaluate_core(scorer, tokenizer, bundle, runtime, max_per_task=most, mode=mode, baselines=baselines,
-                           progress=progress)  # fmt: skip
+    result = evaluate_core(
+        scorer, tokenizer, bundle, runtime, max_per_task=most, mode=mode, baselines=baselines, progress=progress
+    )
     runtime.print0(core_line(result))
     return result
 
@@ -59,8 +71,9 @@ def watch_core(trainer: Trainer, tokenizer: RustBPETokenizer, bundle: Bundle, mo
     """CORE of a model in training, in the published form; nothing if the run is asked to stop meanwhile."""
     try:
         with without_fp8(trainer.model):
-            result = run_core(GPTScorer(trainer.model), tokenizer, bundle, trainer.runtime, most=most,
-                              between=trainer.leave_if_asked)  # fmt: skip
+            result = run_core(
+                GPTScorer(trainer.model), tokenizer, bundle, trainer.runtime, most=most, between=trainer.leave_if_asked
+            )
     except StopObserving:
         trainer.runtime.print0("asked to stop: the CORE evaluation is left unfinished")
         return {}
@@ -81,8 +94,10 @@ def core_line(result: CoreResult) -> str:
     """CORE 0.0123 (95% -0.0012 to 0.0261), partial: 18 of 22 tasks"""
     total = len(result.tasks) + len(result.missing)
     partial = f", partial: {len(result.tasks)} of {total} tasks" if result.partial else ""
-    return (f"CORE {result.core:.4f} (95% {result.low:.4f} to {result.high:.4f}, {result.baselines} baselines, "
-            f"{result.mode} prompts{partial}) in {result.seconds:.0f} s")  # fmt: skip
+    return (
+        f"CORE {result.core:.4f} (95% {result.low:.4f} to {result.high:.4f}, {result.baselines} baselines, "
+        f"{result.mode} prompts{partial}) in {result.seconds:.0f} s"
+    )
 
 
 def report_values(result: CoreResult) -> dict[str, Any]:
@@ -90,20 +105,36 @@ def report_values(result: CoreResult) -> dict[str, Any]:
     by_task = {t.label: (sum(t.right), len(t.right)) for t in result.tasks}
     values = accuracy_values(by_task, {t.label: t.baseline for t in result.tasks})
     published = published_gpt2()["accuracy"]
-    columns = [{"task": t.label, "accuracy": t.accuracy, "standard error": bootstrap_error(t.right),
-                "centred": t.centered, "items": len(t.right), "cropped": t.cropped,
-                "GPT-2": published["gpt2"].get(t.label), "GPT-2 XL": published["gpt2-xl"].get(t.label)}
-               for t in result.tasks]  # fmt: skip
+    columns = [
+        {
+            "task": t.label,
+            "accuracy": t.accuracy,
+            "standard error": bootstrap_error(t.right),
+            "centred": t.centered,
+            "items": len(t.right),
+            "cropped": t.cropped,
+            "GPT-2": published["gpt2"].get(t.label),
+            "GPT-2 XL": published["gpt2-xl"].get(t.label),
+        }
+        for t in result.tasks
+    ]
     values["references"] = {"GPT-2": {t.label: published["gpt2"].get(t.label) for t in result.tasks}}
-    return values | {"core": result.core, "core_interval": [result.low, result.high], "core_mode": result.mode,
-                     "core_baselines": result.baselines, "core_missing": result.missing,
-                     "tables": {"CORE": columns}}  # fmt: skip
+    return values | {
+        "core": result.core,
+        "core_interval": [result.low, result.high],
+        "core_mode": result.mode,
+        "core_baselines": result.baselines,
+        "core_missing": result.missing,
+        "tables": {"CORE": columns},
+    }
 
 
 def write_details(folder: Path, result: CoreResult, model: str) -> Path:
     """core.json with everything, and core.csv in the published table's form; the folder."""
-    write_json(folder / "core.json", {"model": model, **result.to_dict(),
-                                      "examples": {t.label: t.examples for t in result.tasks}})  # fmt: skip
+    write_json(
+        folder / "core.json",
+        {"model": model, **result.to_dict(), "examples": {t.label: t.examples for t in result.tasks}},
+    )
     with atomic_write(folder / "core.csv", "w") as file:
         file.write(f"{'Task':<35}, {'Accuracy':<10}, {'Centered':<10}\n")
         for t in result.tasks:

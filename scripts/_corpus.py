@@ -14,9 +14,13 @@ RECORD = "corpus.json"  # in a run's folder: which shards it began with
 
 
 def open_corpus(
-    data: str, skip_bad: bool, runtime: Runtime, base_dir: Path, run: Path | None = None,
+    data: str,
+    skip_bad: bool,
+    runtime: Runtime,
+    base_dir: Path,
+    run: Path | None = None,
     checkpoint: Checkpoint | None = None,
-) -> Corpus:  # fmt: skip
+) -> Corpus:
     """What --data names. A bad shard that the main process leaves out, if it may, all leave out.
 
     Resuming, each shard has its place again, and what was left out stays so. Raises UserError for data that the
@@ -40,6 +44,8 @@ def open_corpus(
         if other != seen[0]:
             raise UserError(f"--data is not the same for all processes: rank {rank} finds other files than rank 0")
     if checkpoint and checkpoint.meta["corpus"] != corpus.fingerprint:
-        raise UserError(f"the data has changed since step {checkpoint.step} was saved: cannot resume exactly; "
-                        "give the same --data, or start a new run with --init-from")  # fmt: skip
+        raise UserError(
+            f"the data has changed since step {checkpoint.step} was saved: cannot resume exactly; "
+            "give the same --data, or start a new run with --init-from"
+        )
     return corpus

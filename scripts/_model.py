@@ -44,17 +44,18 @@ def network(flags: ModelFlags, vocab_size: int) -> Callable[[int], GPTConfig]:
     context = USUAL_CONTEXT if flags.max_seq_len == -1 else flags.max_seq_len
     if context < 2:
         raise UserError(f"--max-seq-len must be at least 2, got {context}")
-    form = partial(get_recipe(flags.recipe).model, sequence_len=context, vocab_size=vocab_size,
-                   window_pattern=flags.window_pattern)  # fmt: skip
+    form = partial(
+        get_recipe(flags.recipe).model, sequence_len=context, vocab_size=vocab_size, window_pattern=flags.window_pattern
+    )
 
     def of_depth(depth: int) -> GPTConfig:
-        sizes = derive_sizes(
-            depth, flags.aspect_ratio, flags.head_dim, flags.n_embd, flags.n_head, flags.n_kv_head
-        )  # fmt: skip
+        sizes = derive_sizes(depth, flags.aspect_ratio, flags.head_dim, flags.n_embd, flags.n_head, flags.n_kv_head)
         made = form(**asdict(sizes))
         if made.window_pattern != flags.window_pattern and flags.window_pattern != ModelFlags.window_pattern:
-            raise UserError(f"--recipe={flags.recipe} fixes the windows as {made.window_pattern}: give yours as "
-                            f"--recipe={flags.recipe},window_pattern={flags.window_pattern}")  # fmt: skip
+            raise UserError(
+                f"--recipe={flags.recipe} fixes the windows as {made.window_pattern}: give yours as "
+                f"--recipe={flags.recipe},window_pattern={flags.window_pattern}"
+            )
         return made
 
     return of_depth

@@ -41,8 +41,17 @@ def corpus_bpb(
     """Bits per byte over the same rows of a split every time, about `tokens` of them in all. Raises NoText, on all
     processes, if none of them finds any."""
     T = model.config.sequence_len
-    make_loader = partial(PretrainLoader, Lenient(corpus), tokenizer, sequence_len=T, rows_per_step=EVAL_ROWS,
-                          split=split, seed=0, rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
+    make_loader = partial(
+        PretrainLoader,
+        Lenient(corpus),
+        tokenizer,
+        sequence_len=T,
+        rows_per_step=EVAL_ROWS,
+        split=split,
+        seed=0,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
     bpb = loader_bpb(model, make_loader, tokenizer, runtime, max(1, tokens // (EVAL_ROWS * T)), device_batch_size)
     if math.isinf(bpb):
         raise NoText(f"{corpus.name}: no text is left in its {split} split to measure on")
@@ -94,14 +103,20 @@ def bpb_by_source(
         rows = max(1, min(tokens, round(one.chars * per_char)) // T)
         figures[number] = loader_bpb(model, make_loader, tokenizer, None, rows, 1)
     figures = runtime.sum(figures.to(runtime.device)).cpu()
-    return [{"source": source, "documents": len(found[source]), "bits per byte": float(figure)}
-            for source, figure in zip(sources, figures)]  # fmt: skip
+    return [
+        {"source": source, "documents": len(found[source]), "bits per byte": float(figure)}
+        for source, figure in zip(sources, figures)
+    ]
 
 
 def loader_bpb(
-    model: GPT, make_loader: Callable[[], Any], tokenizer: RustBPETokenizer, runtime: Runtime | None, steps: int,
+    model: GPT,
+    make_loader: Callable[[], Any],
+    tokenizer: RustBPETokenizer,
+    runtime: Runtime | None,
+    steps: int,
     device_batch_size: int,
-) -> float:  # fmt: skip
+) -> float:
     """Bits per byte over a new loader's first `steps` batches, or as many as it has; inf if it has none."""
 
     def micro_batches() -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
@@ -128,7 +143,8 @@ def continuations(
     engine, found = Engine(model, tokenizer), []
     for number, (name, tokens) in enumerate(prompts):
         if len(tokens) < engine.max_context:
-            results, _ = engine.generate_batch(tokens, num_samples=1, max_tokens=max_tokens, temperature=temperature,
-                                               seed=42 + number)  # fmt: skip
+            results, _ = engine.generate_batch(
+                tokens, num_samples=1, max_tokens=max_tokens, temperature=temperature, seed=42 + number
+            )
             found.append({"prompt": name, "text": tokenizer.decode(results[0][len(tokens) :])})
     return found

@@ -58,8 +58,9 @@ def best_depth(
 
     def flops(depth: int) -> float:
         model = candidates[depth]
-        token = between(model.flops_per_token, first.flops_per_token, last.flops_per_token,
-                        near.token_seconds, far.token_seconds)  # fmt: skip
+        token = between(
+            model.flops_per_token, first.flops_per_token, last.flops_per_token, near.token_seconds, far.token_seconds
+        )
         update = between(model.params, first.params, last.params, near.update_seconds, far.update_seconds)
         step = runtime.largest(Pace(token, update, "").step_seconds(batch_tokens // runtime.world_size))
         return steps_in(minutes, step) * batch_tokens * model.flops_per_token
@@ -102,11 +103,18 @@ def measure_pace(config: GPTConfig, gpu: Gpu, runtime: Runtime) -> Pace:
             continue
         micro, update = time_step(trial, rows, runtime)
         layers = "all" if trial.n_layer == config.n_layer else f"{trial.n_layer} of the"
-        return Pace(micro / tokens * cost / trial_cost, update * params["total"] / trial_params["total"],
-                    f"measured on this machine with {layers} layers: {micro:.3g} s for {rows} x {trial.sequence_len} "
-                    f"tokens and {update:.3g} s for an update, scaled by FLOPs and parameters")  # fmt: skip
-    return Pace(cost / usual, 0.0, f"{USUAL_SHARE_OF_PEAK:.0%} of the measured peak of matrix products, "
-                "as even one layer is too large to be measured here in a moment")  # fmt: skip
+        return Pace(
+            micro / tokens * cost / trial_cost,
+            update * params["total"] / trial_params["total"],
+            f"measured on this machine with {layers} layers: {micro:.3g} s for {rows} x {trial.sequence_len} "
+            f"tokens and {update:.3g} s for an update, scaled by FLOPs and parameters",
+        )
+    return Pace(
+        cost / usual,
+        0.0,
+        f"{USUAL_SHARE_OF_PEAK:.0%} of the measured peak of matrix products, "
+        "as even one layer is too large to be measured here in a moment",
+    )
 
 
 def trials(config: GPTConfig, rows: int) -> Iterator[tuple[GPTConfig, int]]:
@@ -133,8 +141,15 @@ def time_step(config: GPTConfig, rows: int, runtime: Runtime) -> tuple[float, fl
     """(seconds of one micro-batch, seconds of one update), the fastest of a few after a warm-up."""
     model = GPT.create(config, runtime.device, runtime.dtype)
     optimizer = make_optimizer(model, OptimizerConfig(), runtime, 1.0, 0.0)
-    trainer = Trainer(model, optimizer, None, runtime, ScheduleConfig(1000), rows,  # type: ignore[arg-type]
-                      loss_fn=compiled_loss(model, "auto", runtime))  # fmt: skip
+    trainer = Trainer(
+        model,
+        optimizer,
+        None,
+        runtime,
+        ScheduleConfig(1000),
+        rows,  # type: ignore[arg-type]
+        loss_fn=compiled_loss(model, "auto", runtime),
+    )
     batch = random_batch(rows, config.sequence_len, config.vocab_size, runtime)
     trainer.step(batch)
     micro: list[float] = []

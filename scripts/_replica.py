@@ -38,8 +38,14 @@ class ReplicaPlan:
         """(model, tokenizer, meta). What is loaded later, on other GPUs and in other processes, is the same: its step
         is kept, and UserError raised if the run has been replaced by another."""
         base_dir = get_base_dir()
-        model, tokenizer, meta = load_model(self.source, runtime, base_dir=base_dir, model_tag=self.model_tag,
-                                            step=self.step, compute_dtype=runtime.dtype)  # fmt: skip
+        model, tokenizer, meta = load_model(
+            self.source,
+            runtime,
+            base_dir=base_dir,
+            model_tag=self.model_tag,
+            step=self.step,
+            compute_dtype=runtime.dtype,
+        )
         path = step_path(run_dir(base_dir, self.source, self.model_tag), meta["step"])
         weights = read_manifest(path)["files"]["model.safetensors"]["sha256"]
         if self.weights not in ("", weights):
@@ -49,9 +55,17 @@ class ReplicaPlan:
 
     def service(self, model: Any, tokenizer: Any, observe: Callable[[str, float], None]) -> Service:
         tools = WITH_PYTHON if self.python else DEFAULT_TOOLS
-        return Service(model, tokenizer, max_rows=self.max_rows, max_waiting=self.max_waiting,
-                       memory_bytes=self.cache_mib * MIB, prefix_bytes=self.prefix_mib * MIB,
-                       int8=self.int8, tools=tools, observe=observe)  # fmt: skip
+        return Service(
+            model,
+            tokenizer,
+            max_rows=self.max_rows,
+            max_waiting=self.max_waiting,
+            memory_bytes=self.cache_mib * MIB,
+            prefix_bytes=self.prefix_mib * MIB,
+            int8=self.int8,
+            tools=tools,
+            observe=observe,
+        )
 
     def command(self) -> list[str]:
         """What starts a replica; the number of its socket is to follow."""

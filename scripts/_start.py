@@ -49,8 +49,9 @@ def starting_model(source: str, run: Path, tag: str, step: int, runtime: Runtime
     """
     known = tag or (run.name if has_run(base_dir, source, run.name) else None)
     name = find_run(base_dir, source, known).name
-    model, tokenizer, meta = load_model(source, runtime, base_dir=base_dir, model_tag=name,
-                                        step=None if step < 0 else step, compute_dtype=runtime.dtype)  # fmt: skip
+    model, tokenizer, meta = load_model(
+        source, runtime, base_dir=base_dir, model_tag=name, step=None if step < 0 else step, compute_dtype=runtime.dtype
+    )
     return Start(model, tokenizer, name, meta["step"], recipe_of(meta), meta["plan"]["total_batch_tokens"])
 
 

@@ -39,17 +39,28 @@ from nanochat.train.session import (
     prepare_run,
     restore_trainer,
     run_to_end,
-)  # fmt: skip
+)
 from nanochat.train.snapshot import Saver
 from nanochat.trainer import Record, Trainer
 from scripts._device_batch import fit_device_batch
 
 # Flags that a resumed run may take anew: none of them can change the numbers.
 OPERATIONAL = (
-    "run", "device_type", "resume", "resume_from_step", "eval_every", "eval_tokens", "sample_every", "save_every",
-    "timeout", "tensorboard", "core_metric_every", "core_metric_max_per_task", "eval_bundle",
+    "run",
+    "device_type",
+    "resume",
+    "resume_from_step",
+    "eval_every",
+    "eval_tokens",
+    "sample_every",
+    "save_every",
+    "timeout",
+    "tensorboard",
+    "core_metric_every",
+    "core_metric_max_per_task",
+    "eval_bundle",
     "skip_bad_shards",
-)  # fmt: skip
+)
 
 # Taken anew if given, and else as it was: where to find what a fingerprint proves to be the same, and how many
 # checkpoints to keep, of which a resumed run must not delete more than it was told to.
@@ -198,9 +209,13 @@ def open_session(run: Path, config: Flags, runtime: Runtime) -> tuple[Checkpoint
 
 
 def announce(
-    run: Path, checkpoint: Checkpoint | None, config: TrainFlags, num_steps: int, table: list[tuple[str, str]],
+    run: Path,
+    checkpoint: Checkpoint | None,
+    config: TrainFlags,
+    num_steps: int,
+    table: list[tuple[str, str]],
     runtime: Runtime,
-) -> None:  # fmt: skip
+) -> None:
     """Take the folder, now that nothing is left that the user could have mistaken; say and keep what was fixed."""
     check_sinks(config.run, config.tensorboard)
     if not checkpoint:
@@ -273,10 +288,19 @@ def drive(
     if runtime.is_main:
         cut_metrics(run / "metrics.jsonl", checkpoint.step if checkpoint else -1)
     sinks = open_sinks(config.run, run, config.tensorboard, asdict(config), runtime.is_main)
-    metrics = Metrics(run / "metrics.jsonl", runtime, flops_per_token=trainer.model.estimate_flops(),
-                      peak_flops=measure_peak_flops(runtime), sinks=sinks)  # fmt: skip
-    meta = {**meta, "model_config": trainer.model.config.to_dict(), "user_config": asdict(config),
-            "plan": {"planned_steps": planned_steps, "total_batch_tokens": total_batch_tokens}}  # fmt: skip
+    metrics = Metrics(
+        run / "metrics.jsonl",
+        runtime,
+        flops_per_token=trainer.model.estimate_flops(),
+        peak_flops=measure_peak_flops(runtime),
+        sinks=sinks,
+    )
+    meta = {
+        **meta,
+        "model_config": trainer.model.config.to_dict(),
+        "user_config": asdict(config),
+        "plan": {"planned_steps": planned_steps, "total_batch_tokens": total_batch_tokens},
+    }
     trainer.log = Watcher(metrics, script, run, command_line(script, config))
     trainer.save = saver = Saver(run, runtime, tokenizer, meta, config.keep_last)
     trainer.save_every = config.save_every
@@ -345,12 +369,17 @@ def training_figures(trainer: Trainer, run: Path, command: str) -> dict[str, Any
     """What the report keeps of any training stage."""
     now = trainer.progress
     return {
-        "seconds": now.wall_seconds, "train_seconds": now.seconds, "val_bpb": now.val_bpb,
-        "best_val_bpb": now.best_val_bpb, "loss": now.debiased_loss(), "steps": now.step,
+        "seconds": now.wall_seconds,
+        "train_seconds": now.seconds,
+        "val_bpb": now.val_bpb,
+        "best_val_bpb": now.best_val_bpb,
+        "loss": now.debiased_loss(),
+        "steps": now.step,
         "num_params": trainer.model.num_scaling_params()["total"],
         "loader": trainer.loader.stats(),  # type: ignore[attr-defined]
-        "metrics": os.path.relpath(run / "metrics.jsonl", get_base_dir()), "command": command,
-    }  # fmt: skip
+        "metrics": os.path.relpath(run / "metrics.jsonl", get_base_dir()),
+        "command": command,
+    }
 
 
 def print_samples(samples: list[dict[str, str]]) -> None:

@@ -100,9 +100,14 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
     if config.hf_path:
         return evaluate_hf(config, wanted, bundle, runtime, base_dir)
     run = find_run(base_dir, "base", config.model_tag or None)
-    model, tokenizer, meta = load_model("base", runtime, base_dir=base_dir, model_tag=run.name,
-                                        step=None if config.step < 0 else config.step,
-                                        compute_dtype=runtime.dtype)  # fmt: skip
+    model, tokenizer, meta = load_model(
+        "base",
+        runtime,
+        base_dir=base_dir,
+        model_tag=run.name,
+        step=None if config.step < 0 else config.step,
+        compute_dtype=runtime.dtype,
+    )
     if config.int8:
         model = DecodingWeights(model, int8=True).current()
     runtime.print0(f"{runtime.describe()}\nbase model: {run.name}, step {meta['step']}{', int8' * config.int8}")
@@ -128,15 +133,23 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
             if len(by_source) > 1:
                 values.setdefault("tables", {})[f"{name} bits per byte by source"] = by_source
                 for row in by_source:
-                    runtime.print0(f"  {split} {row['source']:<24}{row['bits per byte']:8.4f}   "
-                                   f"({row['documents']} documents)")  # fmt: skip
+                    runtime.print0(
+                        f"  {split} {row['source']:<24}{row['bits per byte']:8.4f}   ({row['documents']} documents)"
+                    )
     if "sample" in wanted and runtime.is_main:
         values["samples"] = samples(model, tokenizer)
         for item in values["samples"]:
             say(f"  {item['prompt']}{item['text']}")
     if bundle:
-        result = run_core(GPTScorer(model), tokenizer, bundle, runtime, most=config.max_per_task,
-                          mode=config.core_mode, baselines=config.baselines)  # fmt: skip
+        result = run_core(
+            GPTScorer(model),
+            tokenizer,
+            bundle,
+            runtime,
+            most=config.max_per_task,
+            mode=config.core_mode,
+            baselines=config.baselines,
+        )
         of_core = report_values(result)
         values |= of_core | {"tables": values.get("tables", {}) | of_core["tables"]}
         if runtime.is_main:
@@ -157,8 +170,10 @@ def text_to_measure_on(config: Config, meta: dict[str, Any], runtime: Runtime, b
     except UserError as error:
         if config.data:
             raise
-        raise UserError(f"the text that the model was trained on cannot be read ({error}); give another as --data, or "
-                        "--eval without bpb") from error  # fmt: skip
+        raise UserError(
+            f"the text that the model was trained on cannot be read ({error}); give another as --data, or "
+            "--eval without bpb"
+        ) from error
     if corpus.fingerprint != meta.get("corpus", corpus.fingerprint):
         runtime.print0(f"bits per byte are of {corpus.name}, which is not what the model was trained on")
     return corpus
@@ -166,9 +181,12 @@ def text_to_measure_on(config: Config, meta: dict[str, Any], runtime: Runtime, b
 
 def what_was_asked(config: Config) -> str:
     """Part of a folder's name, so that part of an evaluation does not replace a whole one."""
-    parts = [config.core_mode if config.core_mode != "reference" else "", "v2" if config.baselines == "v2" else "",
-             f"first{config.max_per_task}" if config.max_per_task > 0 else "",
-             "-".join(sorted(t.strip() for t in config.core_tasks.split(",") if t.strip()))]  # fmt: skip
+    parts = [
+        config.core_mode if config.core_mode != "reference" else "",
+        "v2" if config.baselines == "v2" else "",
+        f"first{config.max_per_task}" if config.max_per_task > 0 else "",
+        "-".join(sorted(t.strip() for t in config.core_tasks.split(",") if t.strip())),
+    ]
     return "".join(f"_{part}" for part in parts if part)
 
 
@@ -182,12 +200,26 @@ def evaluate_hf(config: Config, wanted: list[str], bundle: Bundle | None, runtim
         corpus = open_corpus(config.data, config.skip_bad_shards, runtime, base_dir)
         tokens = config.split_tokens if config.split_tokens > 0 else 2**18
         for split in ("train", "val"):
-            bpb = corpus_bpb(model, corpus, tokenizer, runtime, split=split, tokens=tokens,  # type: ignore[arg-type]
-                             device_batch_size=max(1, 8192 // model.max_tokens))  # fmt: skip
+            bpb = corpus_bpb(
+                model,
+                corpus,
+                tokenizer,
+                runtime,
+                split=split,
+                tokens=tokens,  # type: ignore[arg-type]
+                device_batch_size=max(1, 8192 // model.max_tokens),
+            )
             runtime.print0(f"{split} bits per byte: {bpb:.4f}")
     if bundle:
-        result = run_core(model, tokenizer, bundle, runtime, most=config.max_per_task, mode=config.core_mode,
-                          baselines=config.baselines)  # fmt: skip
+        result = run_core(
+            model,
+            tokenizer,
+            bundle,
+            runtime,
+            most=config.max_per_task,
+            mode=config.core_mode,
+            baselines=config.baselines,
+        )
         if runtime.is_main:
             name = config.hf_path.strip("/").replace("/", "-") + what_was_asked(config)
             say(f"details: {write_details(base_dir / 'base_eval' / name, result, config.hf_path)}")

@@ -43,7 +43,7 @@ from scripts._train import (
     steps_for_minutes,
     tell_bpb,
     training_figures,
-)  # fmt: skip
+)
 
 PROMPTS = ("The capital of France is", "Once upon a time", "The sun is", "My favourite food is")
 
@@ -86,11 +86,14 @@ class Config(ModelFlags, TrainFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.core_metric_max_per_task == 0 or self.core_metric_max_per_task < -1:
-            raise UserError("--core-metric-max-per-task must be positive, or -1 for all, got "
-                            f"{self.core_metric_max_per_task}")  # fmt: skip
+            raise UserError(
+                f"--core-metric-max-per-task must be positive, or -1 for all, got {self.core_metric_max_per_task}"
+            )
         if self.warmup_ratio != -1 and not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"--warmup-ratio is a share of the run, from 0 to 1, or -1 for --warmup-steps, got "
-                            f"{self.warmup_ratio:g}")  # fmt: skip
+            raise UserError(
+                f"--warmup-ratio is a share of the run, from 0 to 1, or -1 for --warmup-steps, got "
+                f"{self.warmup_ratio:g}"
+            )
         if self.lr_scale < 0:
             raise UserError(f"--lr-scale cannot be negative, got {self.lr_scale:g}")
 
@@ -122,9 +125,15 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     runtime.print0(f"{runtime.describe()}\ndata: {corpus.name}; run folder: {run}")
 
     plan = fix_plan(config, model, runtime, earlier)
-    loader = PretrainLoader(corpus, tokenizer, sequence_len=config.max_seq_len, seed=config.seed,
-                            rows_per_step=plan.total_batch_tokens // config.max_seq_len,
-                            rank=runtime.rank, world_size=runtime.world_size)  # fmt: skip
+    loader = PretrainLoader(
+        corpus,
+        tokenizer,
+        sequence_len=config.max_seq_len,
+        seed=config.seed,
+        rows_per_step=plan.total_batch_tokens // config.max_seq_len,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
     trainer = build_trainer(config, plan, runtime, model, loader)
     announce(run, checkpoint, config, plan.num_steps, describe(model.config, plan), runtime)
     if runtime.is_main and not checkpoint:
@@ -139,9 +148,16 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
         most = config.core_metric_max_per_task
         seconds = core_seconds(trainer, core, bundle, most) if config.minutes > 0 else None  # to leave room for
         trainer.hooks.append(Hook(partial(core, most=most), config.core_metric_every, seconds=seconds))
-    code = drive(trainer, script="base_train", run=run, config=config, tokenizer=tokenizer, checkpoint=checkpoint,
-                 total_batch_tokens=plan.total_batch_tokens,
-                 meta={"stage": "base", "corpus": corpus.fingerprint})  # fmt: skip
+    code = drive(
+        trainer,
+        script="base_train",
+        run=run,
+        config=config,
+        tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        total_batch_tokens=plan.total_batch_tokens,
+        meta={"stage": "base", "corpus": corpus.fingerprint},
+    )
     if code == 0 and runtime.is_main:
         report(base_dir, run, config, trainer, plan)
     return code
@@ -163,8 +179,10 @@ def build_model(
             raise UserError(f"--init-from: {source.path} was trained with another tokenizer")
         model_config = GPTConfig.from_dict(source.meta["model_config"])
         if config.max_seq_len not in (-1, model_config.sequence_len):
-            raise UserError(f"--init-from: that model's context is {model_config.sequence_len}, "
-                            f"not {config.max_seq_len}; leave --max-seq-len out")  # fmt: skip
+            raise UserError(
+                f"--init-from: that model's context is {model_config.sequence_len}, "
+                f"not {config.max_seq_len}; leave --max-seq-len out"
+            )
         config.depth, config.max_seq_len = model_config.n_layer, model_config.sequence_len
         model = make(model_config)
         load_model_state(model, source.model_state(runtime.device), source.path)
@@ -181,8 +199,10 @@ def new_config(config: Config, tokenizer: RustBPETokenizer, runtime: Runtime) ->
             raise UserError("--depth=-1 derives the depth from --minutes: give --minutes, or a depth")
         choice = choose_depth(config.minutes, config.total_batch_size, of_depth, runtime)
         config.depth = choice.key
-        runtime.print0(f"{config.minutes:g} minutes on this machine suit depth {config.depth}: by the fitted law about "
-                       f"{format_count(choice.tokens)} tokens and {choice.loss:.3f} bits per byte")  # fmt: skip
+        runtime.print0(
+            f"{config.minutes:g} minutes on this machine suit depth {config.depth}: by the fitted law about "
+            f"{format_count(choice.tokens)} tokens and {choice.loss:.3f} bits per byte"
+        )
     model_config = of_depth(config.depth)
     config.max_seq_len = model_config.sequence_len
     return model_config
@@ -191,9 +211,14 @@ def new_config(config: Config, tokenizer: RustBPETokenizer, runtime: Runtime) ->
 def plan_arguments(config: Config) -> dict[str, Any]:
     """make_plan's arguments, all but the steps."""
     rates = config.optimizer_config(config.recipe)
-    return {"target_flops": config.target_flops, "target_param_data_ratio": config.target_param_data_ratio,
-            "total_batch_size": config.total_batch_size, **recipe_rules(config.recipe),
-            "weight_decay": rates.weight_decay, "matrix_lr": rates.matrix_lr}  # fmt: skip
+    return {
+        "target_flops": config.target_flops,
+        "target_param_data_ratio": config.target_param_data_ratio,
+        "total_batch_size": config.total_batch_size,
+        **recipe_rules(config.recipe),
+        "weight_decay": rates.weight_decay,
+        "matrix_lr": rates.matrix_lr,
+    }
 
 
 def fix_plan(config: Config, model: GPT, runtime: Runtime, earlier: Earlier | None) -> Plan:
@@ -227,8 +252,15 @@ def build_trainer(config: Config, plan: Plan, runtime: Runtime, model: GPT, load
     schedule = get_recipe(config.recipe).schedule(plan.num_steps, warmup_steps=warmup, **given)
     rows = plan.total_batch_tokens // config.max_seq_len
     micro = choose_device_batch(config.device_batch_size, rows, config.max_seq_len, runtime)
-    return Trainer(model, optimizer, loader, runtime, schedule, micro,  # type: ignore[arg-type]
-                   loss_fn=compiled_loss(model, config.compile, runtime))  # fmt: skip
+    return Trainer(
+        model,
+        optimizer,
+        loader,
+        runtime,
+        schedule,
+        micro,  # type: ignore[arg-type]
+        loss_fn=compiled_loss(model, config.compile, runtime),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -238,8 +270,19 @@ def build_trainer(config: Config, plan: Plan, runtime: Runtime, model: GPT, load
 def evaluate(trainer: Trainer, corpus: Corpus, tokenizer: RustBPETokenizer, tokens: int) -> Record:
     """Validation bits per byte."""
     with fp8.without_fp8(trainer.model):
-        return note_bpb(trainer, partial(corpus_bpb, trainer.model, corpus, tokenizer, trainer.runtime, split="val",
-                                         tokens=tokens, device_batch_size=trainer.device_batch_size))  # fmt: skip
+        return note_bpb(
+            trainer,
+            partial(
+                corpus_bpb,
+                trainer.model,
+                corpus,
+                tokenizer,
+                trainer.runtime,
+                split="val",
+                tokens=tokens,
+                device_batch_size=trainer.device_batch_size,
+            ),
+        )
 
 
 def sample(trainer: Trainer, tokenizer: RustBPETokenizer) -> None:
@@ -254,15 +297,16 @@ def report(base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: Pl
     """Hand the run's figures to the report."""
     now = trainer.progress
     values = training_figures(trainer, run, command_line("base_train", config)) | {
-        "tokens": now.tokens, "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
-        "flops": now.tokens * plan.flops_per_token, "plan": describe(trainer.model.config, plan),
+        "tokens": now.tokens,
+        "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
+        "flops": now.tokens * plan.flops_per_token,
+        "plan": describe(trainer.model.config, plan),
         "tables": {"Plan and outcome": plan_and_outcome(config, trainer, plan)},
-    }  # fmt: skip
+    }
     if (price := usual_price(trainer.runtime)) is not None:
         values["dollars"] = price * trainer.runtime.world_size * now.wall_seconds / 3600
     record_stage(base_dir, "base_train", values)
-    say(f"{values['steps']} steps, {format_count(now.tokens)} tokens in {values['seconds']:.0f} s; "
-          f"{tell_bpb(trainer)}")  # fmt: skip
+    say(f"{values['steps']} steps, {format_count(now.tokens)} tokens in {values['seconds']:.0f} s; {tell_bpb(trainer)}")
     cropped = values["loader"]["cropped_share"]
     say(f"{cropped:.1%} of documents were cut at a row's end (their rest came later); saved in {run}")
 

@@ -60,8 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     with Runtime.create(config.device_type) as runtime:
         model, tokenizer, meta = load(config, runtime)
-        chat = Chat(model, tokenizer, sampling, config.max_tokens, config.seed, answers=config.source != "base",
-                    tools=WITH_PYTHON if config.python else DEFAULT_TOOLS)  # fmt: skip
+        chat = Chat(
+            model,
+            tokenizer,
+            sampling,
+            config.max_tokens,
+            config.seed,
+            answers=config.source != "base",
+            tools=WITH_PYTHON if config.python else DEFAULT_TOOLS,
+        )
         if config.prompt:
             return 0 if say(chat, config.prompt) else 130
         if sys.stdin.isatty() and sys.stdout.isatty():
@@ -91,8 +98,14 @@ def load(config: Config, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
         make = f"make one: python -m {MAKERS[config.source]} (bash runs/runcpu.sh goes the whole way)"
         raise UserError(f"there is no {config.source} model in {base_dir} yet; {make}") from error
     step = None if config.step < 0 else config.step
-    return load_model(config.source, runtime, base_dir=base_dir, model_tag=config.model_tag or None, step=step,
-                      compute_dtype=runtime.dtype)  # fmt: skip
+    return load_model(
+        config.source,
+        runtime,
+        base_dir=base_dir,
+        model_tag=config.model_tag or None,
+        step=step,
+        compute_dtype=runtime.dtype,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------

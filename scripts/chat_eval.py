@@ -114,9 +114,14 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
     started = time.perf_counter()
     base_dir = get_base_dir()
     run = find_run(base_dir, config.source, config.model_tag or None)
-    model, tokenizer, meta = load_model(config.source, runtime, base_dir=base_dir, model_tag=run.name,
-                                        step=None if config.step < 0 else config.step,
-                                        compute_dtype=runtime.dtype)  # fmt: skip
+    model, tokenizer, meta = load_model(
+        config.source,
+        runtime,
+        base_dir=base_dir,
+        model_tag=run.name,
+        step=None if config.step < 0 else config.step,
+        compute_dtype=runtime.dtype,
+    )
     runtime.print0(f"{runtime.describe()}\nchat model: {run.name}, step {meta['step']}")
     engine = Engine(model, tokenizer)
     folder = base_dir / "chat_eval" / f"{config.source}_{run.name}_{meta['step']:06d}"
@@ -137,10 +142,21 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
         rates = pass_rates(rights, per_item)
         more = "  ".join(f"pass@{k} {rate:.1%}" for k, rate in rates.items() if k > 1)
         guesses[name] = guessing(name, task)
-        rows.append((name, split, f"{right:g}", str(total), f"{right / total:.1%}", f"{low:.1%} - {high:.1%}",
-                     f"{guesses[name]:.1%}", more))  # fmt: skip
-        samples += [{"prompt": o.conversation["messages"][0]["content"], "text": o.samples[0].text}
-                    for o in outcomes[:3]]  # fmt: skip
+        rows.append(
+            (
+                name,
+                split,
+                f"{right:g}",
+                str(total),
+                f"{right / total:.1%}",
+                f"{low:.1%} - {high:.1%}",
+                f"{guesses[name]:.1%}",
+                more,
+            )
+        )
+        samples += [
+            {"prompt": o.conversation["messages"][0]["content"], "text": o.samples[0].text} for o in outcomes[:3]
+        ]
         suffix = f".rank{runtime.rank}" if runtime.world_size > 1 else ""
         write_transcripts(folder / f"{name}{suffix}.jsonl", name, split, outcomes)
     # Another model of the same name and step has other weights, and its own figures.
@@ -165,8 +181,11 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
             "command": command_line("chat_eval", config),
         }
         if core:
-            values |= {"chatcore": core.value, "chatcore_interval": [core.low, core.high],
-                       "chatcore_missing": core.missing}  # fmt: skip
+            values |= {
+                "chatcore": core.value,
+                "chatcore_interval": [core.low, core.high],
+                "chatcore_missing": core.missing,
+            }
         record_stage(base_dir, STAGE[config.source], values)
     return 0
 

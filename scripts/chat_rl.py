@@ -114,8 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int:
     """One run, fresh or resumed, to its end, in a folder that is ours alone. Returns the exit code."""
     checkpoint, earlier, config = open_session(run, config, runtime)
-    start = resumed_model(checkpoint, runtime) if checkpoint else starting_model(
-        config.source, run, config.source_tag, config.model_step, runtime, base_dir)  # fmt: skip
+    start = (
+        resumed_model(checkpoint, runtime)
+        if checkpoint
+        else starting_model(config.source, run, config.source_tag, config.model_step, runtime, base_dir)
+    )
     runtime.print0(f"{runtime.describe()}\n{config.source} model: {start.tag}, step {start.step}; run folder: {run}")
     names = config.task_names()
     levels = {name: make_levels(name, "train", seed=config.seed) for name in names}
@@ -140,8 +143,16 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     before = checkpoint.meta["before"] if checkpoint else look(trainer)
     base = {"tag": start.tag, "step": start.step, "recipe": start.recipe, "source": config.source}
     tokens = config.examples_per_step * config.num_samples * config.max_new_tokens
-    code = drive(trainer, script="chat_rl", run=run, config=config, tokenizer=start.tokenizer, checkpoint=checkpoint,
-                 total_batch_tokens=tokens, meta={"stage": "rl", "base": base, "before": before})  # fmt: skip
+    code = drive(
+        trainer,
+        script="chat_rl",
+        run=run,
+        config=config,
+        tokenizer=start.tokenizer,
+        checkpoint=checkpoint,
+        total_batch_tokens=tokens,
+        meta={"stage": "rl", "base": base, "before": before},
+    )
     if code == 0 and runtime.is_main:
         report(base_dir, run, config, trainer, plan, before, start.tag)
     return code
@@ -153,10 +164,12 @@ def build(
     """The trainer's loop around the model, and the loader that samples from it."""
     curricula = [Curriculum(tasks, config.raise_at) for tasks in levels.values()]
     engine = Engine(start.model, start.tokenizer)
-    loader = RolloutLoader(engine, start.tokenizer, curricula, config.sampler(), config.examples_per_step, runtime,
-                           config.seed)  # fmt: skip
-    optimizer = make_optimizer(start.model, config.optimizer_config(start.recipe), runtime, config.init_lr_frac,
-                               config.weight_decay)  # fmt: skip
+    loader = RolloutLoader(
+        engine, start.tokenizer, curricula, config.sampler(), config.examples_per_step, runtime, config.seed
+    )
+    optimizer = make_optimizer(
+        start.model, config.optimizer_config(start.recipe), runtime, config.init_lr_frac, config.weight_decay
+    )
     schedule = ScheduleConfig(num_steps, warmdown_ratio=1.0)
     rows = config.examples_per_step * config.num_samples
     longest = min(start.model.config.sequence_len, 2 * config.max_new_tokens)
@@ -191,8 +204,13 @@ def evaluate(trainer: Trainer, tasks: Sequence[Task], start: Start, config: Conf
         found[f"accuracy/{task.name}"] = rates[0][1]
         found |= {f"pass@{k}/{task.name}": rate for k, rate in rates[-1].items() if k > 1}
         trainer.leave_if_asked()
-    runtime.print0(("\n" if step else "") + f"step {step} | held out | " + " | ".join(
-        f"{name.removeprefix('accuracy/')} {value:.1%}" for name, value in found.items() if name.startswith("acc")))
+    runtime.print0(
+        ("\n" if step else "")
+        + f"step {step} | held out | "
+        + " | ".join(
+            f"{name.removeprefix('accuracy/')} {value:.1%}" for name, value in found.items() if name.startswith("acc")
+        )
+    )
     return found
 
 
@@ -204,21 +222,31 @@ def keep_rollouts(step: int, groups: list[Group], folder: Path, every: int, runt
         for group in groups:
             question = group.conversation["messages"][0]["content"]
             samples = [{"text": text, "reward": reward} for text, reward in zip(group.texts, group.rewards)]
-            file.write(json.dumps({"task": group.task.name, "question": question, "samples": samples},
-                                  ensure_ascii=False) + "\n")  # fmt: skip
+            file.write(
+                json.dumps({"task": group.task.name, "question": question, "samples": samples}, ensure_ascii=False)
+                + "\n"
+            )
 
 
 def report(
-    base_dir: Path, run: Path, config: Config, trainer: Trainer, plan: list[tuple[str, str]], before: Record,
+    base_dir: Path,
+    run: Path,
+    config: Config,
+    trainer: Trainer,
+    plan: list[tuple[str, str]],
+    before: Record,
     started_from: str,
-) -> None:  # fmt: skip
+) -> None:
     """Hand the run's figures to the report."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last: dict[str, Any] = next((line for line in reversed(lines) if any(k.startswith("accuracy/") for k in line)), {})
     values = training_figures(trainer, run, command_line("chat_rl", config))
     values |= {"model": run.name, "started_from": started_from}
-    values |= {f"{key.partition('/')[2]}, before and after": f"{value:.1%}, {last[key]:.1%}"
-               for key, value in before.items() if key.startswith("accuracy/") and key in last}  # fmt: skip
+    values |= {
+        f"{key.partition('/')[2]}, before and after": f"{value:.1%}, {last[key]:.1%}"
+        for key, value in before.items()
+        if key.startswith("accuracy/") and key in last
+    }
     record_stage(base_dir, "chat_rl", values | {"plan": plan, "before": before, "after": last})
     now = trainer.progress
     say(f"{now.step} steps in {values['seconds']:.0f} s; answers to read: {run / 'transcripts'}; saved in {run}")

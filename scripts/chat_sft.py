@@ -33,7 +33,7 @@ from scripts._train import (
     steps_for_minutes,
     tell_bpb,
     training_figures,
-)  # fmt: skip
+)
 from tasks.common import TaskMixture
 from tasks.mixtures import describe_parts, load_mixture
 
@@ -93,8 +93,11 @@ def train(config: Config, runtime: Runtime) -> int:
 def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int:
     """The same, in the run's folder, which is ours alone."""
     checkpoint, earlier, config = open_session(run, config, runtime)
-    start = resumed_model(checkpoint, runtime) if checkpoint else starting_model(
-        "base", run, config.base_tag, config.model_step, runtime, base_dir)  # fmt: skip
+    start = (
+        resumed_model(checkpoint, runtime)
+        if checkpoint
+        else starting_model("base", run, config.base_tag, config.model_step, runtime, base_dir)
+    )
     model, tokenizer = start.model, start.tokenizer
     runtime.print0(f"{runtime.describe()}\nbase model: {start.tag}, step {start.step}; run folder: {run}")
 
@@ -106,14 +109,18 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     mixture = TaskMixture([p.task for p in train_parts], seed=config.seed)
     data = mixture.fingerprint()
     if checkpoint and checkpoint.meta["data"] != data:
-        raise UserError(f"the conversations have changed since step {checkpoint.step} was saved: cannot resume "
-                        "exactly; give the same --data, or start a new run")  # fmt: skip
+        raise UserError(
+            f"the conversations have changed since step {checkpoint.step} was saved: cannot resume "
+            "exactly; give the same --data, or start a new run"
+        )
     T, rows = row_sizes(config, start)
-    loader_for = partial(ConversationLoader, tokenizer=tokenizer, sequence_len=T, rank=runtime.rank,
-                         world_size=runtime.world_size)  # fmt: skip
+    loader_for = partial(
+        ConversationLoader, tokenizer=tokenizer, sequence_len=T, rank=runtime.rank, world_size=runtime.world_size
+    )
     endless = config.num_iterations > 0 or config.minutes > 0
-    training = partial(loader_for, mixture, rows_per_step=rows, seed=config.seed,
-                       num_epochs=None if endless else config.num_epochs)  # fmt: skip
+    training = partial(
+        loader_for, mixture, rows_per_step=rows, seed=config.seed, num_epochs=None if endless else config.num_epochs
+    )
     validation = partial(
         loader_for, TaskMixture([p.task for p in val_parts], seed=0), rows_per_step=EVAL_ROWS, seed=0, num_epochs=1
     )
@@ -129,8 +136,12 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     make_trainer = partial(build_trainer, config, start.recipe, runtime, rows, T)
     num_steps = earlier.num_steps if earlier else find_horizon(config, make_trainer, model, loader, rows, T, runtime)
     trainer = make_trainer(model=model, loader=loader, num_steps=num_steps)
-    plan = [*describe_parts(train_parts), ("row length", f"{T}"), ("tokens per step", f"{rows * T:,}"),
-            ("steps", f"{num_steps:,}")]  # fmt: skip
+    plan = [
+        *describe_parts(train_parts),
+        ("row length", f"{T}"),
+        ("tokens per step", f"{rows * T:,}"),
+        ("steps", f"{num_steps:,}"),
+    ]
     announce(run, checkpoint, config, num_steps, plan, runtime)
     steps = max(1, config.evaluation_tokens(runtime) // (EVAL_ROWS * T))
     trainer.hooks = [
@@ -138,8 +149,16 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
         Hook(partial(sample, tokenizer=tokenizer), config.sample_every),
     ]
     base = {"tag": start.tag, "step": start.step, "recipe": start.recipe}
-    code = drive(trainer, script="chat_sft", run=run, config=config, tokenizer=tokenizer, checkpoint=checkpoint,
-                 total_batch_tokens=rows * T, meta={"stage": "sft", "base": base, "data": data})  # fmt: skip
+    code = drive(
+        trainer,
+        script="chat_sft",
+        run=run,
+        config=config,
+        tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        total_batch_tokens=rows * T,
+        meta={"stage": "sft", "base": base, "data": data},
+    )
     if code == 0 and runtime.is_main:
         report(base_dir, run, config, trainer, tokenizer, plan, start.tag)
     return code
@@ -158,9 +177,14 @@ def row_sizes(config: Config, start: Start) -> tuple[int, int]:
 
 
 def find_horizon(
-    config: Config, make_trainer: Callable[..., Trainer], model: GPT, loader: ConversationLoader, rows: int, T: int,
+    config: Config,
+    make_trainer: Callable[..., Trainer],
+    model: GPT,
+    loader: ConversationLoader,
+    rows: int,
+    T: int,
     runtime: Runtime,
-) -> int:  # fmt: skip
+) -> int:
     """Steps: as given, or what fits in --minutes, or the mixture's epochs."""
     if config.num_iterations > 0:
         return config.num_iterations
@@ -191,8 +215,10 @@ def evaluate(
     trainer: Trainer, validation: Callable[[], ConversationLoader], tokenizer: RustBPETokenizer, steps: int
 ) -> Record:
     """Bits per byte on the assistant's tokens of held-out conversations."""
-    return note_bpb(trainer, partial(loader_bpb, trainer.model, validation, tokenizer, trainer.runtime, steps,
-                                     trainer.device_batch_size))  # fmt: skip
+    return note_bpb(
+        trainer,
+        partial(loader_bpb, trainer.model, validation, tokenizer, trainer.runtime, steps, trainer.device_batch_size),
+    )
 
 
 def answers(model: GPT, tokenizer: RustBPETokenizer) -> list[dict[str, str]]:
@@ -223,12 +249,17 @@ def report(
     """Hand the run's figures to the report."""
     now = trainer.progress
     values = training_figures(trainer, run, command_line("chat_sft", config)) | {
-        "tokens": now.tokens, "tokens_per_second": now.tokens / max(now.seconds, 1e-9), "mixture": plan,
-        "samples": answers(trainer.model, tokenizer), "started_from": started_from,
-    }  # fmt: skip
+        "tokens": now.tokens,
+        "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
+        "mixture": plan,
+        "samples": answers(trainer.model, tokenizer),
+        "started_from": started_from,
+    }
     record_stage(base_dir, "chat_sft", values)
-    say(f"{now.step} steps, {format_count(now.tokens)} supervised tokens in {values['seconds']:.0f} s; "
-          f"{tell_bpb(trainer)}; saved in {run}")  # fmt: skip
+    say(
+        f"{now.step} steps, {format_count(now.tokens)} supervised tokens in {values['seconds']:.0f} s; "
+        f"{tell_bpb(trainer)}; saved in {run}"
+    )
 
 
 if __name__ == "__main__":

@@ -78,8 +78,16 @@ class Config:
     def __post_init__(self) -> None:
         if self.source not in ("base", "sft", "rl"):
             raise UserError(f"-i must be base, sft or rl, got {self.source!r}")
-        for name, least in (("num_gpus", 1), ("workers", 0), ("max_tokens", 1), ("max_rows", 1), ("max_waiting", 1),
-                            ("cache_mib", 1), ("prefix_mib", 0), ("request_seconds", 0.001)):  # fmt: skip
+        for name, least in (
+            ("num_gpus", 1),
+            ("workers", 0),
+            ("max_tokens", 1),
+            ("max_rows", 1),
+            ("max_waiting", 1),
+            ("cache_mib", 1),
+            ("prefix_mib", 0),
+            ("request_seconds", 0.001),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
         if self.workers and (self.num_gpus > 1 or self.device_type not in ("", "cpu")):
@@ -110,8 +118,17 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
     if config.num_gpus > there:
         raise UserError(f"--num-gpus={config.num_gpus}: this machine has {there}")
     step = None if config.step < 0 else config.step
-    plan = ReplicaPlan(config.source, run.name, step, config.max_rows, config.max_waiting, config.cache_mib,
-                       config.prefix_mib, config.int8, config.python)  # fmt: skip
+    plan = ReplicaPlan(
+        config.source,
+        run.name,
+        step,
+        config.max_rows,
+        config.max_waiting,
+        config.cache_mib,
+        config.prefix_mib,
+        config.int8,
+        config.python,
+    )
     model, tokenizer, meta = plan.load(runtime)
     context = model.config.sequence_len
     metrics = ServerMetrics()
@@ -132,16 +149,24 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
     else:
         pool = WorkerPool(make, config.num_gpus)
     settings = Settings(
-        model_name=run.name, api_keys=keys, cors_origins=config.cors, temperature=config.temperature,
-        top_k=config.top_k, max_tokens=config.max_tokens, request_seconds=config.request_seconds,
-        most_tokens=max(config.max_tokens, context), answers=config.source != "base",
-    )  # fmt: skip
+        model_name=run.name,
+        api_keys=keys,
+        cors_origins=config.cors,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        max_tokens=config.max_tokens,
+        request_seconds=config.request_seconds,
+        most_tokens=max(config.max_tokens, context),
+        answers=config.source != "base",
+    )
     app = create_app(pool, tokenizer, settings, metrics)
     host, port = listening.getsockname()[:2]
     shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host
-    say(f"{runtime.describe()}\n{config.source} model {run.name}, step {meta['step']}, context "
+    say(
+        f"{runtime.describe()}\n{config.source} model {run.name}, step {meta['step']}, context "
         f"{context}\ntalk to it: http://{shown}:{port}/    API: http://{shown}:{port}/v1\n"
-        "Ctrl-C stops it; what is under way is finished first")  # fmt: skip
+        "Ctrl-C stops it; what is under way is finished first"
+    )
     if host not in ("127.0.0.1", "::1") and not keys:
         say("warning: others can reach this server and need no key; --api-key-file=FILE asks for one")
     keep_pauses_short()
@@ -185,8 +210,10 @@ def open_socket(host: str, port: int) -> socket.socket:
             taken = error.errno == errno.EADDRINUSE
             if port != -1:
                 by = f", by {holder}" if taken and (holder := who_listens(candidate)) else ""
-                raise UserError(f"cannot listen on {host}:{candidate} ({error.strerror}{by}); give another --port, "
-                                "or none for a free one") from error  # fmt: skip
+                raise UserError(
+                    f"cannot listen on {host}:{candidate} ({error.strerror}{by}); give another --port, "
+                    "or none for a free one"
+                ) from error
             if not isinstance(error, PermissionError) and not taken:
                 raise UserError(f"cannot listen on {host}: {error.strerror}") from error
     raise UserError(f"no port from {USUAL_PORT} to {USUAL_PORT + PORTS_TRIED - 1} is free; give one with --port")

@@ -51,18 +51,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, overlap in index.overlaps.items():
         checked = overlap.items - overlap.too_short
         share = len(overlap.found) / checked if checked else 0.0
-        rows.append({"benchmark": name, "items": overlap.items, "too short to check": overlap.too_short,
-                     "found in training text": len(overlap.found), "share": share})  # fmt: skip
-    print_table(f"benchmark items in {count:,} documents of {corpus.name}",
-                [(str(r["benchmark"]), f"{r['found in training text']} of {r['items']} ({r['share']:.2%}); "
-                  f"{r['too short to check']} too short") for r in rows])  # fmt: skip
+        rows.append(
+            {
+                "benchmark": name,
+                "items": overlap.items,
+                "too short to check": overlap.too_short,
+                "found in training text": len(overlap.found),
+                "share": share,
+            }
+        )
+    print_table(
+        f"benchmark items in {count:,} documents of {corpus.name}",
+        [
+            (
+                str(r["benchmark"]),
+                f"{r['found in training text']} of {r['items']} ({r['share']:.2%}); "
+                f"{r['too short to check']} too short",
+            )
+            for r in rows
+        ],
+    )
     folder = base_dir / "contamination"
     write_json(folder / "found.json", {name: overlap.found for name, overlap in index.overlaps.items()})
     say(f"each found item with its document: {folder / 'found.json'}")
-    record_stage(base_dir, "contamination", {
-        "seconds": time.perf_counter() - started, "documents": count, "words_in_common": NGRAM,
-        "corpus": corpus.name, "tables": {"Benchmark items found in the training text": rows},
-    })  # fmt: skip
+    record_stage(
+        base_dir,
+        "contamination",
+        {
+            "seconds": time.perf_counter() - started,
+            "documents": count,
+            "words_in_common": NGRAM,
+            "corpus": corpus.name,
+            "tables": {"Benchmark items found in the training text": rows},
+        },
+    )
 
 
 def documents(corpus: Corpus, most: int) -> Iterator[str]:

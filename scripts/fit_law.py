@@ -51,8 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         law.save(folder / "law.json")
         optima, size_exponent, length_exponent = best_sizes(runs, law)
         print_table(f"scaling law of {len(runs)} runs", list(law_rows(law, optima, size_exponent, length_exponent)))
-        write_json(folder / "fit.json", {"optima": [asdict(o) for o in optima], "params_exponent": size_exponent,
-                                         "tokens_exponent": length_exponent, "errors": law.errors})  # fmt: skip
+        write_json(
+            folder / "fit.json",
+            {
+                "optima": [asdict(o) for o in optima],
+                "params_exponent": size_exponent,
+                "tokens_exponent": length_exponent,
+                "errors": law.errors,
+            },
+        )
         plot_isoflops(runs, law, optima, size_exponent, folder / "scaling_laws.svg")
     else:
         print_table(f"{len(runs)} runs", [series_row(run) for run in sorted(runs, key=lambda run: run.flops)])
@@ -77,8 +84,18 @@ def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
         flops_per_token, counts = estimate(config)
         tokens = progress["step"] * plan["total_batch_tokens"]
         corpora.add(user["data"] or "the public shards")
-        found.append(Run(tag, config.n_layer, scaling_params(counts), tokens, tokens * flops_per_token,
-                         max(user["target_flops"], 0.0), progress["val_bpb"], progress["wall_seconds"]))  # fmt: skip
+        found.append(
+            Run(
+                tag,
+                config.n_layer,
+                scaling_params(counts),
+                tokens,
+                tokens * flops_per_token,
+                max(user["target_flops"], 0.0),
+                progress["val_bpb"],
+                progress["wall_seconds"],
+            )
+        )
     if not found:
         raise UserError(f"no finished base run matches --runs={pattern!r}; there are: {', '.join(tags) or 'none'}")
     if len(corpora) > 1:
@@ -112,8 +129,11 @@ def law_rows(
 
 
 def series_row(run: Run) -> tuple[str, str]:
-    return (f"depth {run.depth}", f"{format_count(run.params)} parameters, {format_count(run.tokens)} tokens, "
-            f"{run.flops:.2e} FLOPs, {run.seconds:.0f} s: bpb {run.bpb:.4f}")  # fmt: skip
+    return (
+        f"depth {run.depth}",
+        f"{format_count(run.params)} parameters, {format_count(run.tokens)} tokens, "
+        f"{run.flops:.2e} FLOPs, {run.seconds:.0f} s: bpb {run.bpb:.4f}",
+    )
 
 
 if __name__ == "__main__":

@@ -75,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = plan_here(config, model_config) if config.gpu.lower() == "here" else plan_there(config, model_config)
     if config.minutes > 0 and config.num_iterations == -1:
         made.wall_seconds = 60 * config.minutes
-        made.assumptions.append("time: --minutes counts from the program's start to its end, evaluations and report "
-                                "included; the number of steps follows the clock")  # fmt: skip
+        made.assumptions.append(
+            "time: --minutes counts from the program's start to its end, evaluations and report "
+            "included; the number of steps follows the clock"
+        )
     if config.json:
         say(json.dumps(made.to_dict()))
         return
@@ -97,9 +99,13 @@ def usual_vocab_size(here: bool) -> int:
 def horizon(config: Config, num_steps: int = -1) -> dict[str, Any]:
     """make_plan's arguments; with --minutes it is `num_steps` that counts."""
     by_time = config.minutes > 0 and config.num_iterations == -1
-    return {"num_iterations": num_steps if by_time else config.num_iterations, "target_flops": config.target_flops,
-            "target_param_data_ratio": config.target_param_data_ratio,
-            "total_batch_size": config.total_batch_size, **recipe_rules(config.recipe)}  # fmt: skip
+    return {
+        "num_iterations": num_steps if by_time else config.num_iterations,
+        "target_flops": config.target_flops,
+        "target_param_data_ratio": config.target_param_data_ratio,
+        "total_batch_size": config.total_batch_size,
+        **recipe_rules(config.recipe),
+    }
 
 
 def fix_steps(config: Config, model_config: GPTConfig, pace: Pace, num_gpus: int, cpu: bool) -> Plan:
@@ -122,8 +128,17 @@ def plan_there(config: Config, model_config: GPTConfig) -> RunPlan:
     pace = expected_pace(model_config, gpu, config.fp8)
     num_gpus = max(1, config.num_gpus)
     plan = fix_steps(config, model_config, pace, num_gpus, cpu=False)
-    return plan_run(model_config, plan, gpu, pace, num_gpus=num_gpus, device_batch_size=config.device_batch_size,
-                    dollars_per_gpu_hour=config.dollars_per_gpu_hour, fp8=config.fp8, law=Law.load())  # fmt: skip
+    return plan_run(
+        model_config,
+        plan,
+        gpu,
+        pace,
+        num_gpus=num_gpus,
+        device_batch_size=config.device_batch_size,
+        dollars_per_gpu_hour=config.dollars_per_gpu_hour,
+        fp8=config.fp8,
+        law=Law.load(),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -151,9 +166,18 @@ def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
         plan = fix_steps(config, model_config, pace, num_gpus, cpu)
         # On a CPU small micro-batches, which stay in its caches, are the fast ones.
         most = choose_device_batch(-1, 2**30, model_config.sequence_len, runtime) if cpu else None
-        return plan_run(model_config, plan, gpu, pace, num_gpus=num_gpus, most_rows=most,
-                        device_batch_size=config.device_batch_size, device_type=runtime.device.type,
-                        dollars_per_gpu_hour=config.dollars_per_gpu_hour, law=Law.load())  # fmt: skip
+        return plan_run(
+            model_config,
+            plan,
+            gpu,
+            pace,
+            num_gpus=num_gpus,
+            most_rows=most,
+            device_batch_size=config.device_batch_size,
+            device_type=runtime.device.type,
+            dollars_per_gpu_hour=config.dollars_per_gpu_hour,
+            law=Law.load(),
+        )
 
 
 if __name__ == "__main__":

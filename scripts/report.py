@@ -65,8 +65,9 @@ def print_summary(report: Record, console: Console) -> None:
         table = Table(escape(title), "accuracy", "95% interval", "guessing", "right", box=None, header_style="dim")
         for s in skills:
             guessing = "" if s.baseline is None else f"{s.baseline:.1%}"
-            table.add_row(escape(s.name), f"{s.accuracy:.1%}", f"{s.low:.1%} – {s.high:.1%}", guessing,
-                          f"{s.passed}/{s.total}")  # fmt: skip
+            table.add_row(
+                escape(s.name), f"{s.accuracy:.1%}", f"{s.low:.1%} – {s.high:.1%}", guessing, f"{s.passed}/{s.total}"
+            )
         console.print(table)
 
 

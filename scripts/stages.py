@@ -29,8 +29,14 @@ STAGES = {
 def usage() -> str:
     width = max(map(len, STAGES))
     lines = [f"  {name:<{width}}  {what}" for name, what in STAGES.items()]
-    return "\n".join(["usage: nanochat STAGE [flags]     (nanochat STAGE --help lists a stage's flags)", "",
-                      "the stages, in order:", *lines])  # fmt: skip
+    return "\n".join(
+        [
+            "usage: nanochat STAGE [flags]     (nanochat STAGE --help lists a stage's flags)",
+            "",
+            "the stages, in order:",
+            *lines,
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

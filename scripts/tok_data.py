@@ -70,9 +70,11 @@ class Progress:
         """12/40 shards | 1.2G tokens | 2.1M tok/s | 3m10s left"""
         seconds = max(time.monotonic() - self.started, 1e-9)
         left = self.total - self.already - self.shards - len(self.skipped)
-        return (f"{self.already + self.shards}/{self.total} shards | {format_count(self.tokens)} tokens | "
-                f"{format_count(self.tokens / seconds)} tok/s | "
-                f"{format_seconds(seconds / max(self.shards, 1) * left)} left")  # fmt: skip
+        return (
+            f"{self.already + self.shards}/{self.total} shards | {format_count(self.tokens)} tokens | "
+            f"{format_count(self.tokens / seconds)} tok/s | "
+            f"{format_seconds(seconds / max(self.shards, 1) * left)} left"
+        )
 
 
 def shards_of(corpus: Corpus) -> list[Part]:
@@ -105,8 +107,10 @@ def tokenise_in(folder: Path, corpus: Corpus, tokenizer: RustBPETokenizer, confi
     paths = {part: token_path(corpus.token_folder, part, tokenizer) for part in parts}
     todo = [part for part in parts if not (paths[part].exists() and whole(paths[part], part, tokenizer))]
     workers = min(config.workers if config.workers > 0 else os.cpu_count() or 1, max(1, len(todo)))
-    say(f"tokenising {len(todo)} of {len(parts)} shards of {corpus.name} with {workers} processes; interrupted, the "
-        "same command goes on")  # fmt: skip
+    say(
+        f"tokenising {len(todo)} of {len(parts)} shards of {corpus.name} with {workers} processes; interrupted, the "
+        "same command goes on"
+    )
     progress = Progress(len(parts), len(parts) - len(todo))
     for part, result in results(todo, paths, tokenizer, workers):
         if isinstance(result, int):
@@ -120,9 +124,11 @@ def tokenise_in(folder: Path, corpus: Corpus, tokenizer: RustBPETokenizer, confi
     size = sum(path.stat().st_size for path in paths.values() if path.exists())
     if on_terminal():
         say("")
-    say(f"{progress.already + progress.shards} shards are tokenised ({size / 1e6:,.0f} MB in {folder}): "
+    say(
+        f"{progress.already + progress.shards} shards are tokenised ({size / 1e6:,.0f} MB in {folder}): "
         f"{format_count(progress.tokens)} tokens in {format_seconds(seconds)}, "
-        f"{format_count(progress.tokens / max(seconds, 1e-9))} a second; base_train finds them by itself")  # fmt: skip
+        f"{format_count(progress.tokens / max(seconds, 1e-9))} a second; base_train finds them by itself"
+    )
     return 0
 
 

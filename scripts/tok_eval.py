@@ -101,10 +101,14 @@ def evaluate(config: Config) -> dict[str, Any]:
     print_table(counts, list(counters))
     ratios = {source: {name: row["bytes"] / max(1, row[name]) for name in counters} for source, row in counts.items()}
     # The hash joins these figures with those that tok_train recorded of the same tokenizer.
-    record_stage(base_dir, "tokenizer", {
-        "checkpoint": tokenizer.hash,
-        "tables": {"Bytes per token": [{"source": source, **row} for source, row in ratios.items()]},
-    })  # fmt: skip
+    record_stage(
+        base_dir,
+        "tokenizer",
+        {
+            "checkpoint": tokenizer.hash,
+            "tables": {"Bytes per token": [{"source": source, **row} for source, row in ratios.items()]},
+        },
+    )
     return {"seconds": time.monotonic() - start, "data": corpus.name, "bytes_per_token": ratios}
 
 

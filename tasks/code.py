@@ -53,5 +53,6 @@ class Code(GeneratedTask):
         program = extract_program(completion)
         if "def f" not in program:
             return False
-        return execute_code(program, TIMEOUT_SECONDS, tests=conversation["tests"], entry_point="f",
-                            level=self.sandbox).success  # fmt: skip
+        return execute_code(
+            program, TIMEOUT_SECONDS, tests=conversation["tests"], entry_point="f", level=self.sandbox
+        ).success

@@ -23,8 +23,9 @@ from tasks.registry import TASKS
 BATCH_TOKENS = 8192  # of questions answered by a letter, padding included
 RESAMPLES = 1000
 # The published tasks of ChatCORE, and the accuracy of guessing.
-CHATCORE = {name: TASKS[name].baseline
-            for name in ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")}  # fmt: skip
+CHATCORE = {
+    name: TASKS[name].baseline for name in ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
+}
 
 
 @dataclass
@@ -74,16 +75,26 @@ def ask(task: Task, indices: Sequence[int], engine: Engine, tokenizer: Any, flag
 
 
 def sample_answers(
-    task: Task, conversations: Sequence[Conversation], engine: Engine, tokenizer: Any, flags: AskFlags,
+    task: Task,
+    conversations: Sequence[Conversation],
+    engine: Engine,
+    tokenizer: Any,
+    flags: AskFlags,
     items: Sequence[int],
 ) -> list[list[Sample]]:
     """flags.num_samples answers to each, tool calls carried out on the way. Which ones depends on the item's number,
     not on how the items are shared out."""
     n = flags.num_samples
     prompts = [tokenizer.render_for_completion(c) for c in conversations for _ in range(n)]
-    completions = engine.generate_many(prompts, max_tokens=flags.max_new_tokens, temperature=flags.temperature,
-                                       top_k=flags.top_k, batch_size=flags.batch_size, seed=flags.seed,
-                                       indices=[item * n + s for item in items for s in range(n)])  # fmt: skip
+    completions = engine.generate_many(
+        prompts,
+        max_tokens=flags.max_new_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        batch_size=flags.batch_size,
+        seed=flags.seed,
+        indices=[item * n + s for item in items for s in range(n)],
+    )
     texts = [tokenizer.decode(completion) for completion in completions]
     samples = [Sample(text, bool(task.evaluate(conversations[i // n], text))) for i, text in enumerate(texts)]
     return [samples[i * n : (i + 1) * n] for i in range(len(conversations))]
@@ -176,8 +187,13 @@ def write_transcripts(path: Path, task: str, split: str, outcomes: Sequence[Outc
     with atomic_write(path, "w") as file:
         for outcome in outcomes:
             messages = outcome.conversation["messages"]
-            line = {"task": task, "split": split, "index": outcome.index,
-                    "question": "\n\n".join(text_of(m["content"]) for m in messages[:-1]),
-                    "reference": messages[-1]["content"], "right": outcome.num_right,
-                    "answers": [asdict(sample) for sample in outcome.samples]}  # fmt: skip
+            line = {
+                "task": task,
+                "split": split,
+                "index": outcome.index,
+                "question": "\n\n".join(text_of(m["content"]) for m in messages[:-1]),
+                "reference": messages[-1]["content"],
+                "right": outcome.num_right,
+                "answers": [asdict(sample) for sample in outcome.samples],
+            }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

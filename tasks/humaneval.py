@@ -58,8 +58,9 @@ class HumanEval(Task):
         executor = executor or self.executor
         if executor is None:
             entry_point = conversation["entry_point"]
-            return execute_code(program, TIMEOUT_SECONDS, tests=tests, entry_point=entry_point,
-                                level=self.sandbox).success  # fmt: skip
+            return execute_code(
+                program, TIMEOUT_SECONDS, tests=tests, entry_point=entry_point, level=self.sandbox
+            ).success
         result = executor(f"{program}\n\n{tests}")
         return bool(getattr(result, "success", result))
 

@@ -73,15 +73,19 @@ def published_mixture(split: str) -> tuple[list[Part], list[str]]:
     train = split == "train"
     makers = [
         ("SmolTalk", lambda: SmolTalk(split="train" if train else "test", stop=None if train else 24_000)),
-        ("MMLU auxiliary", lambda: MMLU(subset="auxiliary_train", split="train") if train
-         else MMLU(subset="all", split="test", stop=5_200)),
+        (
+            "MMLU auxiliary",
+            lambda: (
+                MMLU(subset="auxiliary_train", split="train") if train else MMLU(subset="all", split="test", stop=5_200)
+            ),
+        ),
         ("GSM8K", lambda: GSM8K(subset="main", split="train" if train else "test", stop=None if train else 420)),
         ("GSM8K again", lambda: GSM8K(subset="main", split="train") if train else None),
         ("SimpleSpelling", lambda: SimpleSpelling(size=200_000, split="train") if train else None),
         ("SpellingBee", lambda: SpellingBee(size=80_000, split="train") if train else None),
         ("identity", lambda: StarterChat("train" if train else "val", source="identity")),
         ("identity again", lambda: StarterChat("train", source="identity") if train else None),
-    ]  # fmt: skip
+    ]
     parts, missing = [], []
     for name, make in makers:
         try:

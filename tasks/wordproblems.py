@@ -23,32 +23,71 @@ from tasks.gsm8k import solution_parts
 LEVELS = (1, 2, 3)
 TEST_SHARE = 10  # one problem in so many is held out
 
-PEOPLE = (("Anna", "She"), ("Ben", "He"), ("Clara", "She"), ("David", "He"), ("Emma", "She"), ("Frank", "He"),
-          ("Grace", "She"), ("Henry", "He"), ("Julia", "She"), ("Leo", "He"), ("Mary", "She"),
-          ("Tom", "He"))  # fmt: skip
-THINGS = ("apples", "balls", "books", "cards", "coins", "cookies", "eggs", "flowers", "marbles", "pencils", "shells",
-          "stamps", "stones", "toys")  # fmt: skip
+PEOPLE = (
+    ("Anna", "She"),
+    ("Ben", "He"),
+    ("Clara", "She"),
+    ("David", "He"),
+    ("Emma", "She"),
+    ("Frank", "He"),
+    ("Grace", "She"),
+    ("Henry", "He"),
+    ("Julia", "She"),
+    ("Leo", "He"),
+    ("Mary", "She"),
+    ("Tom", "He"),
+)
+THINGS = (
+    "apples",
+    "balls",
+    "books",
+    "cards",
+    "coins",
+    "cookies",
+    "eggs",
+    "flowers",
+    "marbles",
+    "pencils",
+    "shells",
+    "stamps",
+    "stones",
+    "toys",
+)
 
 # How a quantity changes. {n} is the number, {things} what is counted.
 EVENTS = {
-    "+": ("{She} buys {n} more.", "{She} finds {n} more.", "{She} gets {n} more from a friend.",
-          "A friend gives {name} {n} more."),
+    "+": (
+        "{She} buys {n} more.",
+        "{She} finds {n} more.",
+        "{She} gets {n} more from a friend.",
+        "A friend gives {name} {n} more.",
+    ),
     "-": ("{She} gives away {n}.", "{She} loses {n}.", "{She} sells {n}.", "{n} of them get lost."),
     "*": ("Then the number of {things} grows to {n} times as many.", "{She} ends up with {n} times as many."),
-    "/": ("{She} shares them equally among {n} boxes and keeps one box.",
-          "{She} splits them into {n} equal piles and keeps one."),
-}  # fmt: skip
+    "/": (
+        "{She} shares them equally among {n} boxes and keeps one box.",
+        "{She} splits them into {n} equal piles and keeps one.",
+    ),
+}
 # Single steps that are no change of what somebody has. {a} and {b} in the order of the calculation.
 SINGLE = {
-    "+": ("{name} has {a} {things} and {other} has {b} {things}. How many {things} do they have together?",
-          "There are {a} {things} in one box and {b} in another. How many {things} are there in both?"),
-    "-": ("There are {a} {things} in a box. {name} takes out {b}. How many {things} are left in the box?",
-          "{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have than {other}?"),
-    "*": ("There are {a} boxes with {b} {things} in each. How many {things} are there in all?",
-          "{name} has {a} bags. Each bag holds {b} {things}. How many {things} does {name} have?"),
-    "/": ("{name} puts {a} {things} into {b} boxes, the same number in each. How many {things} are in each box?",
-          "{a} {things} are shared equally by {b} children. How many {things} does each child get?"),
-}  # fmt: skip
+    "+": (
+        "{name} has {a} {things} and {other} has {b} {things}. How many {things} do they have together?",
+        "There are {a} {things} in one box and {b} in another. How many {things} are there in both?",
+    ),
+    "-": (
+        "There are {a} {things} in a box. {name} takes out {b}. How many {things} are left in the box?",
+        "{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have than {other}?",
+    ),
+    "*": (
+        "There are {a} boxes with {b} {things} in each. How many {things} are there in all?",
+        "{name} has {a} bags. Each bag holds {b} {things}. How many {things} does {name} have?",
+    ),
+    "/": (
+        "{name} puts {a} {things} into {b} boxes, the same number in each. How many {things} are in each box?",
+        "{a} {things} are shared equally by {b} children. How many {things} does each child get?",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -90,8 +129,10 @@ class WordProblems(GeneratedTask):
         while problem.held_out != (self.split == "test"):
             problem = draw(rng, self.level)
         things = rng.choice(THINGS)
-        messages = [{"role": "user", "content": tell(rng, problem, things)},
-                    {"role": "assistant", "content": solution_parts(solve(problem, things))}]  # fmt: skip
+        messages = [
+            {"role": "user", "content": tell(rng, problem, things)},
+            {"role": "assistant", "content": solution_parts(solve(problem, things))},
+        ]
         return {"messages": messages}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
@@ -118,8 +159,11 @@ def draw_step(rng: random.Random, value: int, level: int, before: Sequence[str])
     """What is done to `value`: one operation is not used twice in a row, division only where it comes out whole."""
     divisors = [n for n in range(2, 11) if value % n == 0 and value > n]
     allowed = [op for op in "+-*/" if op != (before or " ")[-1]]
-    allowed = [op for op in allowed if (op != "/" or (divisors and level != 2)) and (op != "-" or value > 2)
-               and (op != "*" or value <= 100)]  # fmt: skip
+    allowed = [
+        op
+        for op in allowed
+        if (op != "/" or (divisors and level != 2)) and (op != "-" or value > 2) and (op != "*" or value <= 100)
+    ]
     operation = rng.choice(allowed)
     if operation == "+":
         return "+", rng.randint(2, 99 if level == 3 else 30)

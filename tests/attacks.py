@@ -169,24 +169,34 @@ PROGRAMS = {
     "memory piece by piece": ("out_of_memory", "x = []\nwhile True: x.append(bytearray(1 << 20))"),
     "memory by formatting": ("out_of_memory", "'%9999999999d' % 1"),
     "memory by mapping": ("error", "import mmap\nx = [mmap.mmap(-1, 64 << 20) for _ in range(100)]"),
-    "memory, caught and again": ("timeout", "x = []\nwhile True:\n try: x.append(bytearray(1 << 20))\n "
-                                 "except MemoryError: time.sleep(0.01)"),
+    "memory, caught and again": (
+        "timeout",
+        "x = []\nwhile True:\n try: x.append(bytearray(1 << 20))\n except MemoryError: time.sleep(0.01)",
+    ),
     "the stack": ("crashed", "sys.setrecursionlimit(1 << 30)\nf = lambda: [*map(lambda _: f(), [1])]\nf()"),
     "a wild pointer": ("crashed", "ctypes.string_at(1)"),
     "abort": ("crashed", "os.abort()"),
-    "32-bit calls": ("crashed", "import mmap\nm = mmap.mmap(-1, 4096, prot=7)\n"
-                     "m.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3' if not ARM else bytes(4))\n"
-                     "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()"),
+    "32-bit calls": (
+        "crashed",
+        "import mmap\nm = mmap.mmap(-1, 4096, prot=7)\n"
+        "m.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3' if not ARM else bytes(4))\n"
+        "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()",
+    ),
     "its own death": ("killed", "os.kill(os.getpid(), 9)"),
     "standing still": ("timeout", "os.kill(os.getpid(), 19)"),
     "a loop": ("timeout", "while True: pass"),
     "sleep": ("timeout", "time.sleep(60)"),
-    "a loop that catches everything": ("timeout", "while True:\n try:\n  while True: pass\n"
-                                       " except BaseException: pass"),
+    "a loop that catches everything": (
+        "timeout",
+        "while True:\n try:\n  while True: pass\n except BaseException: pass",
+    ),
     "a loop in C": ("timeout", "import re\nre.match('(a*)*b', 'a' * 60)"),
     "a number in C": ("timeout", "sum(x * x for x in range(1 << 60))"),
-    "deaf to signals": ("timeout", "import signal\nfor s in range(1, 65):\n try: signal.signal(s, signal.SIG_IGN)\n "
-                        "except (OSError, ValueError): pass\nwhile True: pass"),
+    "deaf to signals": (
+        "timeout",
+        "import signal\nfor s in range(1, 65):\n try: signal.signal(s, signal.SIG_IGN)\n "
+        "except (OSError, ValueError): pass\nwhile True: pass",
+    ),
     "a thread that stays": ("timeout", "threading.Thread(target=time.sleep, args=(60,)).start()"),
     "an end that never ends": ("timeout", "import atexit\natexit.register(time.sleep, 60)"),
     "waiting for input": ("error", "input()"),
@@ -195,8 +205,11 @@ PROGRAMS = {
     "errors": ("output_limit", "while True: sys.stderr.write('x' * 1000)"),
     "output past Python": ("output_limit", "while True: os.write(1, b'x' * 65536)"),
     "one endless line": ("output_limit", "while True: sys.stdout.write('x')"),
-    "output of a thread": ("output_limit", "def f():\n while True: os.write(2, b'x' * 999)\n"
-                           "threading.Thread(target=f, daemon=True).start()\ntime.sleep(60)"),
+    "output of a thread": (
+        "output_limit",
+        "def f():\n while True: os.write(2, b'x' * 999)\n"
+        "threading.Thread(target=f, daemon=True).start()\ntime.sleep(60)",
+    ),
     "bytes that are no text": ("success", "os.write(1, bytes(range(256)))\nos.write(2, b'\\xff\\xfe')"),
     "half a character": ("success", "os.write(1, 'é'.encode()[:1])"),
     "text that is no text": ("error", "print('\\ud800')"),
@@ -221,27 +234,42 @@ PROGRAMS = {
     "exit at the end of a failure": ("error", "import atexit\natexit.register(os._exit, 0)\nassert False"),
     "exit from a finaliser": ("early_exit", "class D:\n def __del__(self): os._exit(0)\nD()\nassert False"),
     "exit from a thread": ("early_exit", "threading.Thread(target=os._exit, args=(0,)).start()\ntime.sleep(60)"),
-    "exit from a signal": ("early_exit", "import signal\nsignal.signal(14, lambda *_: os._exit(0))\nsignal.alarm(1)\n"
-                           "signal.setitimer(0, 0.01)\ntime.sleep(60)"),
-    "exit while failing": ("early_exit", "sys.excepthook = lambda *_: os._exit(0)\n"
-                           "class E(Exception):\n def __str__(self): os._exit(0)\nraise E"),
+    "exit from a signal": (
+        "early_exit",
+        "import signal\nsignal.signal(14, lambda *_: os._exit(0))\nsignal.alarm(1)\n"
+        "signal.setitimer(0, 0.01)\ntime.sleep(60)",
+    ),
+    "exit while failing": (
+        "early_exit",
+        "sys.excepthook = lambda *_: os._exit(0)\nclass E(Exception):\n def __str__(self): os._exit(0)\nraise E",
+    ),
     "a failure in a finaliser": ("success", "class D:\n def __del__(self): raise ValueError\nD()"),
     "interrupt": ("error", "raise KeyboardInterrupt"),
     "an exception of its own kind": ("error", "class E(BaseException): pass\nraise E"),
     "a generator's exit": ("error", "raise GeneratorExit"),
     # verdicts that are not its own
-    "a verdict on standard output": ("error", "print('{\"verdict\": \"success\", \"ended\": \"end\"}')\nassert False"),
-    "a verdict in a frame": ("error", "import json, struct\nm = json.dumps({'verdict': 'success'}).encode()\n"
-                             "os.write(1, struct.pack('>I', len(m)) + m)\nassert False"),
-    "something on every descriptor": ("early_exit crashed", "for fd in range(256):\n"
-                                      " try: os.write(fd, b'success' * 9)\n except OSError: pass\nos._exit(0)"),
-    "a verdict on every descriptor": ("early_exit", "import json, struct\nm = json.dumps({'verdict': 'success', "
-                                      "'nonce': '0' * 32}).encode()\nfor fd in range(3, 256):\n"
-                                      " try: os.write(fd, struct.pack('>I', len(m)) + m)\n except OSError: pass\n"
-                                      "os._exit(0)"),
+    "a verdict on standard output": ("error", 'print(\'{"verdict": "success", "ended": "end"}\')\nassert False'),
+    "a verdict in a frame": (
+        "error",
+        "import json, struct\nm = json.dumps({'verdict': 'success'}).encode()\n"
+        "os.write(1, struct.pack('>I', len(m)) + m)\nassert False",
+    ),
+    "something on every descriptor": (
+        "early_exit crashed",
+        "for fd in range(256):\n try: os.write(fd, b'success' * 9)\n except OSError: pass\nos._exit(0)",
+    ),
+    "a verdict on every descriptor": (
+        "early_exit",
+        "import json, struct\nm = json.dumps({'verdict': 'success', "
+        "'nonce': '0' * 32}).encode()\nfor fd in range(3, 256):\n"
+        " try: os.write(fd, struct.pack('>I', len(m)) + m)\n except OSError: pass\n"
+        "os._exit(0)",
+    ),
     "a long report": ("early_exit", "os.write(3, b'\\xff' * 99999)\nos._exit(0)"),
     "a report of brackets": ("early_exit", "os.write(3, b'\\0\\0\\x0f\\0' + b'[' * 0xf00)\nos._exit(0)"),
-    "every secret of the interpreter": ("early_exit", """
+    "every secret of the interpreter": (
+        "early_exit",
+        """
 import gc, re
 found, frame = set(), sys._getframe()
 while frame:
@@ -254,8 +282,9 @@ for nonce in {n for text in found for n in re.findall('[0-9a-f]{32}', text)}:
         try: os.write(fd, nonce.encode())
         except OSError: pass
 os._exit(0)
-"""),
-}  # fmt: skip
+""",
+    ),
+}
 
 # Programs whose function is wrong, with the tests TESTED: none may pass.
 TESTS = "assert f(2) == 4\nassert f([1, 2]) == [1, 2, 1, 2]\n"
@@ -273,19 +302,34 @@ TESTED = {
     "a crash during the tests": ("crashed", "def f(x): ctypes.string_at(0)"),
     "no answer": ("timeout", "def f(x): time.sleep(60)"),
     "an answer equal to all": ("error", "class A:\n def __eq__(self, other): return True\ndef f(x): return A()"),
-    "a number equal to all": ("error", "class A(int):\n def __eq__(self, other): return True\n __hash__ = None\n"
-                              "def f(x): return A()"),
-    "no failing of asserts": ("error", "import builtins\nbuiltins.AssertionError = type('A', (Exception,), {})\n"
-                              "sys.excepthook = print\ndef f(x): return 3"),
-    "no asserts at all": ("error", "import builtins, ast\nbuiltins.compile = lambda *a, **k: (lambda: 0).__code__\n"
-                          "builtins.exec = lambda *a: None\ndef f(x): return 3"),
-    "a report of its own": ("early_exit", "import struct\nm = b'{\"ended\": \"end\"}'\n"
-                            "os.write(3, struct.pack('>I', len(m)) + m)\nos._exit(0)"),
-    "a report, and wrong": ("error", "import struct\nm = b'{\"ended\": \"end\"}'\n"
-                            "os.write(3, struct.pack('>I', len(m)) + m)\ndef f(x): return 3"),
-    "a patched interpreter": ("timeout", "import nanochat.sandbox.program as p\np.run = lambda *a: 'end'\n"
-                             "p.write_frame = lambda fd, m: None\n__import__('builtins').AssertionError = OSError\n"
-                             "def f(x): return 3"),
+    "a number equal to all": (
+        "error",
+        "class A(int):\n def __eq__(self, other): return True\n __hash__ = None\ndef f(x): return A()",
+    ),
+    "no failing of asserts": (
+        "error",
+        "import builtins\nbuiltins.AssertionError = type('A', (Exception,), {})\n"
+        "sys.excepthook = print\ndef f(x): return 3",
+    ),
+    "no asserts at all": (
+        "error",
+        "import builtins, ast\nbuiltins.compile = lambda *a, **k: (lambda: 0).__code__\n"
+        "builtins.exec = lambda *a: None\ndef f(x): return 3",
+    ),
+    "a report of its own": (
+        "early_exit",
+        "import struct\nm = b'{\"ended\": \"end\"}'\nos.write(3, struct.pack('>I', len(m)) + m)\nos._exit(0)",
+    ),
+    "a report, and wrong": (
+        "error",
+        "import struct\nm = b'{\"ended\": \"end\"}'\nos.write(3, struct.pack('>I', len(m)) + m)\ndef f(x): return 3",
+    ),
+    "a patched interpreter": (
+        "timeout",
+        "import nanochat.sandbox.program as p\np.run = lambda *a: 'end'\n"
+        "p.write_frame = lambda fd, m: None\n__import__('builtins').AssertionError = OSError\n"
+        "def f(x): return 3",
+    ),
     "an answer that is none": ("error", "def f(x): os.write(4, b'\\0\\0\\0\\x02{}'); time.sleep(60)"),
     "an answer of brackets": ("early_exit timeout", "def f(x): os.write(4, b'\\0\\1\\0\\0' + b'[' * 65536)"),
     "an endless answer": ("timeout", "def f(x):\n while True: os.write(4, b'\\x03\\xff\\xff\\xff')"),
@@ -293,9 +337,15 @@ TESTED = {
     "an exception that exits": ("error", "class SystemExit(Exception): pass\ndef f(x): raise SystemExit"),
     "an exception by a big name": ("error", "def f(x): raise type('x' * 10000, (Exception,), {})"),
     "hanging up": ("timeout early_exit", "os.close(4)\ndef f(x): return 3"),
-    "signals to the tests": ("error", "def f(x):\n for pid in range(1, 200):\n"
-                             "  try: os.kill(pid, 9) if pid != os.getpid() else 0\n  except OSError: pass\n return 3"),
-    "the tests in memory": ("error", "import gc, re\ndef f(x):\n"
-                            " seen = [o for o in gc.get_objects() if re.search(r'assert f\\(\\[1', repr(o)[:100000])]\n"
-                            " return (print('ESCAPED'), 4)[1] if seen else 3"),
-}  # fmt: skip
+    "signals to the tests": (
+        "error",
+        "def f(x):\n for pid in range(1, 200):\n"
+        "  try: os.kill(pid, 9) if pid != os.getpid() else 0\n  except OSError: pass\n return 3",
+    ),
+    "the tests in memory": (
+        "error",
+        "import gc, re\ndef f(x):\n"
+        " seen = [o for o in gc.get_objects() if re.search(r'assert f\\(\\[1', repr(o)[:100000])]\n"
+        " return (print('ESCAPED'), 4)[1] if seen else 3",
+    ),
+}

@@ -57,8 +57,12 @@ class Live:
 
     def settle(self) -> None:
         """Wait until nothing runs and nothing waits."""
-        until(lambda: self.api.pool.stats()["rows_running"] == self.api.pool.stats()["requests_waiting"] == 0
-              and self.api.door.under_way == 0)  # fmt: skip
+        until(
+            lambda: (
+                self.api.pool.stats()["rows_running"] == self.api.pool.stats()["requests_waiting"] == 0
+                and self.api.door.under_way == 0
+            )
+        )
 
 
 def rest(connection: socket.socket) -> bytes:
@@ -75,8 +79,16 @@ def rest(connection: socket.socket) -> bytes:
 def post(path: str, body: Any, *headers: str) -> bytes:
     """A request's bytes; the connection ends with it."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", "Connection: close",
-            f"Content-Length: {len(content)}", *headers, "", ""]  # fmt: skip
+    head = [
+        f"POST {path} HTTP/1.1",
+        "Host: x",
+        "Content-Type: application/json",
+        "Connection: close",
+        f"Content-Length: {len(content)}",
+        *headers,
+        "",
+        "",
+    ]
     return "\r\n".join(head).encode() + content
 
 

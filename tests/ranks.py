@@ -55,17 +55,27 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
 
 def _child(
-    rank: int, world_size: int, folder: str, sender: Connection, function: Callable[..., Any], sent: bytes,
+    rank: int,
+    world_size: int,
+    folder: str,
+    sender: Connection,
+    function: Callable[..., Any],
+    sent: bytes,
     timeout: float,
-) -> None:  # fmt: skip
+) -> None:
     gc.freeze()  # what is inherited: to look through it for garbage would copy it, half a second a process
     torch.set_num_threads(1)
     environment, args = pickle.loads(sent)
     os.environ.clear()
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     if world_size > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank,
-                                             world_size=world_size, timeout=timedelta(seconds=timeout))  # fmt: skip
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{Path(folder) / 'store'}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
     runtime = Runtime(torch.device("cpu"), torch.float32, "test", 0, rank, rank, world_size)
     try:
         answer = True, function(runtime, *args)

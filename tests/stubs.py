@@ -16,8 +16,17 @@ OUTPUT, OUTPUT_END = SPECIAL["<|output_start|>"], SPECIAL["<|output_end|>"]
 START = SPECIAL["<|assistant_start|>"]
 
 # Flags of a run small enough for a test; the fixture `trained` holds one.
-TINY = ["--depth=1", "--n-embd=16", "--head-dim=8", "--max-seq-len=16", "--total-batch-size=32", "--num-iterations=1",
-        "--eval-tokens=64", "--device-type=cpu", "--model-tag=tiny"]  # fmt: skip
+TINY = [
+    "--depth=1",
+    "--n-embd=16",
+    "--head-dim=8",
+    "--max-seq-len=16",
+    "--total-batch-size=32",
+    "--num-iterations=1",
+    "--eval-tokens=64",
+    "--device-type=cpu",
+    "--model-tag=tiny",
+]
 
 
 class ByteTokenizer:

@@ -21,8 +21,9 @@ from nanochat.serve import generation, guard, uvicorn_server
 from nanochat.serve.server import Settings
 from nanochat.serve.types import ChatRequest, CompletionRequest, DetokenizeRequest
 
-SETTINGS = Settings(api_keys=["right"], max_tokens=8, most_tokens=60, request_seconds=90, drain_seconds=60,
-                    body_bytes=100_000)  # fmt: skip
+SETTINGS = Settings(
+    api_keys=["right"], max_tokens=8, most_tokens=60, request_seconds=90, drain_seconds=60, body_bytes=100_000
+)
 KEY = "Authorization: Bearer right"
 CHAT = "/v1/chat/completions"
 
@@ -67,8 +68,21 @@ def slow(live: Live, monkeypatch: pytest.MonkeyPatch, seconds: float) -> Any:
 # Keys, paths, headers
 
 
-@pytest.mark.parametrize("key", ["", "Bearer wrong", "Bearer", "Bearer righ", "Bearer rightt", "right", "Basic right",
-                                 "Bearer right, Bearer wrong", "Bearer \xff\xfe", "Bearer " + "x" * 9_999])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "Bearer wrong",
+        "Bearer",
+        "Bearer righ",
+        "Bearer rightt",
+        "right",
+        "Basic right",
+        "Bearer right, Bearer wrong",
+        "Bearer \xff\xfe",
+        "Bearer " + "x" * 9_999,
+    ],
+)
 def test_wrong_keys(live: Live, key: str) -> None:
     request = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: {key}\r\n\r\n"
     answer = live.send(request.encode("latin-1"))
@@ -89,10 +103,23 @@ def test_keys_are_compared_in_constant_time(live: Live, monkeypatch: pytest.Monk
     assert compared == [(b"right", b"first"), (b"right", b"right"), (b"right", b"last")]
 
 
-@pytest.mark.parametrize("path", ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/..%2f..%2fetc%2fpasswd",
-                                  "//etc/passwd", "/v1/../../etc/passwd", "/%00", "/%ff%fe", "/v1/models/../../x",
-                                  "/v1/models/..%2f..%2fetc%2fpasswd", "/ui.html", "/static/ui.html",
-                                  "/" + "a" * 20_000])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/..%2f..%2fetc%2fpasswd",
+        "//etc/passwd",
+        "/v1/../../etc/passwd",
+        "/%00",
+        "/%ff%fe",
+        "/v1/models/../../x",
+        "/v1/models/..%2f..%2fetc%2fpasswd",
+        "/ui.html",
+        "/static/ui.html",
+        "/" + "a" * 20_000,
+    ],
+)
 def test_no_path_leads_out(live: Live, path: str) -> None:
     answer = live.send(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{KEY}\r\n\r\n".encode())
     assert status(answer) == 404 and b"root:" not in answer and error_of(answer)["message"]
@@ -106,19 +133,25 @@ def test_nothing_sent_becomes_a_header(live: Live) -> None:
         f"GET /health HTTP/1.1\r\nHost: a\r\nEvil: yes\r\nX-Request-Id: 1\r\n Evil: yes\r\nOrigin: {evil}\r\n"
         "Connection: close\r\n\r\n".encode(),
         post(CHAT, chat(model="\r\nEvil: yes"), KEY, "X-Request-ID: a\tEvil: yes"),
-    ]  # fmt: skip
+    ]
     for request in requests:
         head = live.send(request).partition(b"\r\n\r\n")[0]
         assert head.startswith(b"HTTP/1.1 ") and b"evil" not in head.lower(), head
 
 
-@pytest.mark.parametrize("request_bytes", [
-    b"\x00" * 1000, b"GET\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 200_000,
-    b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-    b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
-    b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzzz\r\n",
-    b"GET / HTTP/1.1\r\nHost: x\r\nA\x00b: c\r\n\r\n",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"\x00" * 1000,
+        b"GET\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 200_000,
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzzz\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA\x00b: c\r\n\r\n",
+    ],
+)
 def test_what_is_no_http(live: Live, request_bytes: bytes) -> None:
     assert b"HTTP/1.1 400" in live.send(request_bytes)
 
@@ -127,20 +160,27 @@ def test_what_is_no_http(live: Live, request_bytes: bytes) -> None:
 # Bodies
 
 
-@pytest.mark.parametrize(("body", "expected"), [
-    (b"[" * 100_001, 413), (b"[" * 49_000 + b"]" * 49_000, 400), (b'{"a":' * 16_000 + b"1" + b"}" * 16_000, 400),
-    (b'{"messages": ' + b"[" * 40_000 + b"]" * 40_000 + b"}", 400),
-    (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', 400), (b"\xff\xfe\x00", 400), (b"", 400),
-    (b'{"messages": [{"role": "user", "content": "x"}], "stop": ["\\ud800", ""]}', 400),
-    (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400),
-    (b'{"messages": [{"role": "user", "content": "x"}], "temperature": -Infinity}', 400),
-    (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', 400),
-    (b'{"messages": [{"role": "user", "content": "x"}], "top_p": -0.1}', 400),
-    (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -1}', 400),
-    (b'{"messages": [{"role": "user", "content": "x"}], "seed": 1e400}', 400),
-    (b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 90_000 + b"}", 400),
-    (b'{"messages": [{"role": "user", "content": "x"}], "n": 99999999999999999999}', 400),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"[" * 100_001, 413),
+        (b"[" * 49_000 + b"]" * 49_000, 400),
+        (b'{"a":' * 16_000 + b"1" + b"}" * 16_000, 400),
+        (b'{"messages": ' + b"[" * 40_000 + b"]" * 40_000 + b"}", 400),
+        (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', 400),
+        (b"\xff\xfe\x00", 400),
+        (b"", 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "stop": ["\\ud800", ""]}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": -Infinity}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "top_p": -0.1}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -1}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "seed": 1e400}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 90_000 + b"}", 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "n": 99999999999999999999}', 400),
+    ],
+)
 def test_bad_bodies(live: Live, body: bytes, expected: int) -> None:
     answer = live.send(post(CHAT, body, KEY))
     assert status(answer) == expected and error_of(answer)["message"], answer
@@ -156,8 +196,9 @@ def test_huge_bodies_announced_or_not(live: Live) -> None:
     head = post(CHAT, b"", KEY).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     chunked = live.send(head + chunk(b"x" * 50_000) * 20 + b"0\r\n\r\n")
     assert status(chunked) == 413
-    lied = live.send(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{KEY}\r\nContent-Length: {10**18}\r\n"
-                     "Expect: 100-continue\r\n\r\n".encode())  # fmt: skip
+    lied = live.send(
+        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{KEY}\r\nContent-Length: {10**18}\r\nExpect: 100-continue\r\n\r\n".encode()
+    )
     assert status(lied) == 413  # before it is sent
 
 
@@ -184,8 +225,9 @@ HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{KEY}\r\nContent-Length: 9\r\n"
 FIRST = f"GET /health HTTP/1.1\r\nHost: x\r\n{KEY}\r\n\r\n"
 
 
-@pytest.mark.parametrize("sent", ["", "GET / HT", HEAD, HEAD + "\r\n", HEAD + "\r\n{", FIRST + "GET / HT",
-                                  FIRST + HEAD + "\r\n{"])  # fmt: skip
+@pytest.mark.parametrize(
+    "sent", ["", "GET / HT", HEAD, HEAD + "\r\n", HEAD + "\r\n{", FIRST + "GET / HT", FIRST + HEAD + "\r\n{"]
+)
 def test_requests_that_do_not_come_to_an_end_are_dropped(live: Live, impatient: None, sent: str) -> None:
     before = threading.active_count()
     with live.connect() as connection:
@@ -329,9 +371,14 @@ def test_what_a_request_held_is_free_once_it_is_over(
 def test_what_is_said_is_not_logged(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     caplog.set_level(logging.DEBUG)
     word = "cormorant"
-    bodies: list[Any] = [chat(messages=[{"role": "user", "content": word}]), {"messages": word}, word.encode(),
-                         chat(messages=[{"role": "user", "content": word * 99}]), {"prompt": word, "stream": True},
-                         chat(messages=[{"role": "user", "content": word}], stream=True, temperature=word)]  # fmt: skip
+    bodies: list[Any] = [
+        chat(messages=[{"role": "user", "content": word}]),
+        {"messages": word},
+        word.encode(),
+        chat(messages=[{"role": "user", "content": word * 99}]),
+        {"prompt": word, "stream": True},
+        chat(messages=[{"role": "user", "content": word}], stream=True, temperature=word),
+    ]
     with Live(app_of(Settings(max_tokens=8)), log_requests=True) as live:
         for body in bodies:
             for path in (CHAT, "/v1/completions", "/chat/completions", "/tokenize"):
@@ -357,7 +404,7 @@ def test_a_signal_lets_answers_end_and_takes_no_more(monkeypatch: pytest.MonkeyP
         assert httpx.get(f"{live.url}/health", timeout=90).status_code == 503
         assert httpx.get(f"{live.url}/health/live", timeout=90).status_code == 200
         answer = first + rest(connection)
-        assert answer.count(b"[DONE]") == 1 and answer.count(b"finish_reason\": \"") == 1
+        assert answer.count(b"[DONE]") == 1 and answer.count(b'finish_reason": "') == 1
         pieces = [json.loads(line[6:]) for line in answer.decode().splitlines() if line.startswith("data: {")]
         text = "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces)
         assert text == json.loads(whole.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"]

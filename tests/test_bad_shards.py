@@ -62,8 +62,15 @@ def data(copied: Path) -> Path:
 
 
 def flags(data: Path | str, steps: int, *more: str) -> list[str]:
-    return [*TINY, f"--data={data}", f"--num-iterations={steps}", "--model-tag=run", "--save-every=20",
-            "--keep-last=0", *more]  # fmt: skip
+    return [
+        *TINY,
+        f"--data={data}",
+        f"--num-iterations={steps}",
+        "--model-tag=run",
+        "--save-every=20",
+        "--keep-last=0",
+        *more,
+    ]
 
 
 def losses(base: Path, tag: str = "run") -> list[float]:
@@ -199,8 +206,9 @@ def test_what_is_left_of_a_split_is_measured(data: Path, tmp_path: Path, capsys:
     one, other, last = (replace(part, by_hash=False) for part in whole.parts["train"])
     corpus = Corpus("mine", [last], [one, other], skip_bad=True)
     model = GPT.create(GPTConfig(sequence_len=16, vocab_size=265, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
-    measure = partial(corpus_bpb, model, corpus, TOKENIZER, Runtime.create("cpu"), split="val", tokens=4096,
-                      device_batch_size=32)  # fmt: skip
+    measure = partial(
+        corpus_bpb, model, corpus, TOKENIZER, Runtime.create("cpu"), split="val", tokens=4096, device_batch_size=32
+    )
     both_of_them = measure()
     spoil_pages(data / "s1.parquet")
     assert measure() != both_of_them and capsys.readouterr().err.count("not measured on") == 1
@@ -244,8 +252,10 @@ def test_loaders_agree_after_a_skip(data: Path, tmp_path: Path) -> None:
 
     def loaders(world_size: int) -> list[PretrainLoader]:
         corpora = [resolve_corpus(str(data), tmp_path / "b", skip_bad=True) for _ in range(world_size)]
-        return [PretrainLoader(corpus, TOKENIZER, sequence_len=16, rows_per_step=4, rank=rank, world_size=world_size)
-                for rank, corpus in enumerate(corpora)]  # fmt: skip
+        return [
+            PretrainLoader(corpus, TOKENIZER, sequence_len=16, rows_per_step=4, rank=rank, world_size=world_size)
+            for rank, corpus in enumerate(corpora)
+        ]
 
     def rows(group: list[PretrainLoader], steps: int) -> np.ndarray:
         out = [[loader.next_batch().inputs.numpy() for loader in group] for _ in range(steps)]
@@ -279,8 +289,11 @@ def test_a_text_file_that_ends_too_early(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_network_that_dies_while_training_costs_no_step(
-    bucket: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
-) -> None:  # fmt: skip
+    bucket: Path,  # noqa: F811
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     put(bucket / "data")
     monkeypatch.setenv("NANOCHAT_NETWORK_SECONDS", "0.3")
     monkeypatch.setenv("NANOCHAT_CACHE_GB", "0")

@@ -22,10 +22,28 @@ from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from scripts import _cli
 
-TOY = ["--depth=1", "--head-dim=8", "--seq-len=16", "--batch=2", "--vocab-size=300", "--seconds=0.01",
-       "--device-type=cpu", "--dtype=float32"]  # fmt: skip
-CONFIG = {"depth": 1, "head_dim": 8, "seq_len": 16, "batch": 2, "vocab_size": 300, "window_pattern": "SSSL",
-          "recipe": "default", "dtype": "float32", "device": "cpu", "threads": 1}  # fmt: skip
+TOY = [
+    "--depth=1",
+    "--head-dim=8",
+    "--seq-len=16",
+    "--batch=2",
+    "--vocab-size=300",
+    "--seconds=0.01",
+    "--device-type=cpu",
+    "--dtype=float32",
+]
+CONFIG = {
+    "depth": 1,
+    "head_dim": 8,
+    "seq_len": 16,
+    "batch": 2,
+    "vocab_size": 300,
+    "window_pattern": "SSSL",
+    "recipe": "default",
+    "dtype": "float32",
+    "device": "cpu",
+    "threads": 1,
+}
 POSITIVE = {
     "train": """tokens_per_second step_seconds forward_backward_seconds optimizer_seconds matmul_seconds matmul_share
         seconds_to_second_step peak_memory_bytes flops_per_second share_of_peak num_params state_bytes""",
@@ -40,11 +58,15 @@ POSITIVE = {
     "decode": """bytes_per_second num_matrix_params tokens_per_second_1 ms_per_step_3 model_ms_per_step_1
         bandwidth_share_3 arithmetic_share_3 flops_per_second first_token_ms_1 times_one_row_3""",
     "sandbox": "unsafe_warm_per_second unsafe_tested_per_second unsafe_cold_per_second",
-}  # fmt: skip
-SMALL_TEXT = {"tokenizer": ["--chars=20000"], "data": ["--chars=20000", "--documents=100", "--again=20"],
-              "recipe": ["--chars=20000", "--steps=2", "--total-batch=32", "--eval-tokens=512"],
-              "decode": ["--prompt=5", "--rows", "1", "3"], "sandbox": ["--problems=0"],
-              "distributed": ["--processes=1,2", "--rounds-of-all=1"]}  # fmt: skip
+}
+SMALL_TEXT = {
+    "tokenizer": ["--chars=20000"],
+    "data": ["--chars=20000", "--documents=100", "--again=20"],
+    "recipe": ["--chars=20000", "--steps=2", "--total-batch=32", "--eval-tokens=512"],
+    "decode": ["--prompt=5", "--rows", "1", "3"],
+    "sandbox": ["--problems=0"],
+    "distributed": ["--processes=1,2", "--rounds-of-all=1"],
+}
 
 
 @pytest.fixture
@@ -67,8 +89,9 @@ def test_prints_a_table_and_last_a_line_of_json(
     assert len(lines) > 4 and "─" in lines[-2]
     values: dict[str, Any] = json.loads(lines[-1])
     assert values.items() >= CONFIG.items()
-    assert all(value is None or isinstance(value, str | dict | list) or math.isfinite(value)
-               for value in values.values())  # fmt: skip
+    assert all(
+        value is None or isinstance(value, str | dict | list) or math.isfinite(value) for value in values.values()
+    )
     for key in POSITIVE[name].split():
         assert values[key] > 0, key
     if name == "data":
@@ -201,9 +224,11 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fake = root / "bench" / "fake.py"
     fake.parent.mkdir(parents=True)
     fake.write_text(FAKE.format(name="old", speed=2))
-    for words in (["init", "--quiet"], ["add", "."],
-                  ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false",
-                   "commit", "--quiet", "-m", "old"]):  # fmt: skip
+    for words in (
+        ["init", "--quiet"],
+        ["add", "."],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false", "commit", "--quiet", "-m", "old"],
+    ):
         subprocess.run(["git", *words], cwd=root, check=True)
     fake.write_text(FAKE.format(name="new", speed=3))
     monkeypatch.setattr(_run, "ROOT", root)

@@ -33,8 +33,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT, RustBP
     config = GPTConfig(sequence_len=64, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
     model = stir(GPT.create(config).eval(), 0.2)
     for source in ("sft", "base"):
-        save_checkpoint(run_dir(base_dir, source, "d2"), 7, model_state=model.state_dict(), tokenizer=tokenizer,
-                        meta={"model_config": config.to_dict()})  # fmt: skip
+        save_checkpoint(
+            run_dir(base_dir, source, "d2"),
+            7,
+            model_state=model.state_dict(),
+            tokenizer=tokenizer,
+            meta={"model_config": config.to_dict()},
+        )
     return base_dir, model, tokenizer
 
 
@@ -99,12 +104,21 @@ def test_no_model_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: s
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize(("argv", "words"), [
-    (["-g", "d99"], "there are: d2"), (["-s", "8"], "it has: 7"), (["-i", "other"], "base, sft, rl"),
-    (["-t", "-1"], "temperature"), (["-k", "-1"], "top_k"), (["--top-p", "0"], "top_p"),
-    (["--max-tokens", "0"], "--max-tokens"), (["-p", "x" * 100], "shorten it"),
-    (["--nonsense"], "nonsense"), (["-t", "warm"], "warm"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["-g", "d99"], "there are: d2"),
+        (["-s", "8"], "it has: 7"),
+        (["-i", "other"], "base, sft, rl"),
+        (["-t", "-1"], "temperature"),
+        (["-k", "-1"], "top_k"),
+        (["--top-p", "0"], "top_p"),
+        (["--max-tokens", "0"], "--max-tokens"),
+        (["-p", "x" * 100], "shorten it"),
+        (["--nonsense"], "nonsense"),
+        (["-t", "warm"], "warm"),
+    ],
+)
 def test_mistakes_get_one_line(base_dir: Path, argv: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words) as error:
         chat_cli.main(["-p", "hi", *argv])
@@ -126,8 +140,22 @@ def test_a_conversation_is_remembered(monkeypatch: pytest.MonkeyPatch, capsys: C
 
 def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     model = script(monkeypatch, answering("Yes."))
-    typed(monkeypatch, "one", "/clear", "two", "/system Be brief.", "three", "/clear", "four", "/system", "five",
-          "/help", "/nonsense", "/quit", "six")  # fmt: skip
+    typed(
+        monkeypatch,
+        "one",
+        "/clear",
+        "two",
+        "/system Be brief.",
+        "three",
+        "/clear",
+        "four",
+        "/system",
+        "five",
+        "/help",
+        "/nonsense",
+        "/quit",
+        "six",
+    )
     assert chat_cli.main([]) == 0
     said = capsys.readouterr()
     assert said.out.count("Yes.\n") == 5 and "/clear" in said.out

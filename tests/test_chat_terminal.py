@@ -45,10 +45,19 @@ class Terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         code = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "TERM": "xterm", "OMP_NUM_THREADS": "1",
-                 "PROMPT_TOOLKIT_NO_CPR": "1"},
-        )  # fmt: skip
+            [sys.executable, "-c", code],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env={
+                **os.environ,
+                "NANOCHAT_BASE_DIR": str(base),
+                "TERM": "xterm",
+                "OMP_NUM_THREADS": "1",
+                "PROMPT_TOOLKIT_NO_CPR": "1",
+            },
+        )
         os.close(theirs)
         self.seen = ""
 

@@ -37,8 +37,15 @@ from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 
-FILES = ["model.safetensors", "optimizer.safetensors", "loader.safetensors", "rng.safetensors", "meta.json",
-         "tokenizer.json", "manifest.json"]  # fmt: skip
+FILES = [
+    "model.safetensors",
+    "optimizer.safetensors",
+    "loader.safetensors",
+    "rng.safetensors",
+    "meta.json",
+    "tokenizer.json",
+    "manifest.json",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -72,17 +79,26 @@ def save_small(run, step, tokenizer, value=None, **kwargs):
     """A checkpoint with every file, all of it telling `value` (by default the step)."""
     value = float(step if value is None else value)
     return save_checkpoint(
-        run, step, model_state=small(value), meta={"model_config": {}, "value": value}, tokenizer=tokenizer,
+        run,
+        step,
+        model_state=small(value),
+        meta={"model_config": {}, "value": value},
+        tokenizer=tokenizer,
         optimizer_state=({"exp_avg.w": torch.full((3, 4), value)}, {"w": step}),
-        loader_state={"cursor": np.int64(step)}, rng_state={"cpu": torch.arange(8, dtype=torch.uint8)}, **kwargs,
-    )  # fmt: skip
+        loader_state={"cursor": np.int64(step)},
+        rng_state={"cpu": torch.arange(8, dtype=torch.uint8)},
+        **kwargs,
+    )
 
 
 def value_of(run, step):
     """The value a small checkpoint tells, all files verified and in agreement."""
     checkpoint = open_checkpoint(run, step)
-    values = {checkpoint.meta["value"], *checkpoint.model_state()["w"].flatten().tolist(),
-              *checkpoint.optimizer_state()[0]["exp_avg.w"].flatten().tolist()}  # fmt: skip
+    values = {
+        checkpoint.meta["value"],
+        *checkpoint.model_state()["w"].flatten().tolist(),
+        *checkpoint.optimizer_state()[0]["exp_avg.w"].flatten().tolist(),
+    }
     assert len(values) == 1
     return values.pop()
 
@@ -132,14 +148,24 @@ def one_line_error(call, *words, kind=UserError):
 def awkward_tensors():
     stack = torch.randn(3, 4, 6)
     return {
-        "view.of.stack.0": stack[0], "view.of.stack.1": stack[1], "transposed": stack[2].T, "strided": stack[:, ::2, 1],
-        "expanded": torch.ones(1, 3).expand(4, 3), "scalar": torch.tensor(2.5, dtype=torch.float64),
-        "empty": torch.empty(0, 7), "bf16": torch.randn(5).bfloat16(), "fp16": torch.randn(3).half(),
-        "flags": torch.tensor([True, False, True]), "bytes": torch.arange(7, dtype=torch.uint8),
-        "long": torch.tensor([2**62, -1]), "int32": torch.tensor([-(2**31)], dtype=torch.int32),
-        "u16": torch.tensor([65535], dtype=torch.uint16), "fp8": torch.randn(3).to(torch.float8_e4m3fn),
-        "grad": torch.nn.Parameter(torch.randn(2)), "naïve/名前": torch.tensor([float("nan"), float("-inf")]),
-    }  # fmt: skip
+        "view.of.stack.0": stack[0],
+        "view.of.stack.1": stack[1],
+        "transposed": stack[2].T,
+        "strided": stack[:, ::2, 1],
+        "expanded": torch.ones(1, 3).expand(4, 3),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "empty": torch.empty(0, 7),
+        "bf16": torch.randn(5).bfloat16(),
+        "fp16": torch.randn(3).half(),
+        "flags": torch.tensor([True, False, True]),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "long": torch.tensor([2**62, -1]),
+        "int32": torch.tensor([-(2**31)], dtype=torch.int32),
+        "u16": torch.tensor([65535], dtype=torch.uint16),
+        "fp8": torch.randn(3).to(torch.float8_e4m3fn),
+        "grad": torch.nn.Parameter(torch.randn(2)),
+        "naïve/名前": torch.tensor([float("nan"), float("-inf")]),
+    }
 
 
 def assert_same_bits(found, expected):
@@ -174,8 +200,13 @@ def test_tensors_read_do_not_share_memory(tmp_path):
 def test_arrays_of_any_kind_are_written(tmp_path):
     read_only = np.arange(6, dtype=np.uint16).reshape(2, 3)
     read_only.flags.writeable = False
-    arrays = {"read_only": read_only, "strided": np.arange(10)[::3], "int": np.int64(7), "none": np.zeros((0, 2), "f4"),
-              "nothing": np.concatenate([np.empty(0, np.uint16)])}  # fmt: skip
+    arrays = {
+        "read_only": read_only,
+        "strided": np.arange(10)[::3],
+        "int": np.int64(7),
+        "none": np.zeros((0, 2), "f4"),
+        "nothing": np.concatenate([np.empty(0, np.uint16)]),
+    }
     write_file(tmp_path / "file", tensor_chunks(arrays))
     found = {name: tensor.numpy() for name, tensor in read_tensors(tmp_path / "file")[0].items()}
     for name, array in arrays.items():
@@ -183,16 +214,27 @@ def test_arrays_of_any_kind_are_written(tmp_path):
         np.testing.assert_array_equal(found[name], array)
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"\x02\0\0\0\0\0\0\0[]", b"\xff" * 8, b"\xff" * 40, b"\x02\0\0\0\0\0\0\0{}extra",
-    *(len(text).to_bytes(8, "little") + text + b"\0" * 16 for text in (
-        b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}',
-        b'{"a": {"dtype": "X", "shape": [4], "data_offsets": [0, 16]}}',
-        b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0]}}',
-        b'{"a": {"dtype": "F32", "shape": [-4, -1], "data_offsets": [0, 16]}}',
-        b'{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}',
-    )),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x02\0\0\0\0\0\0\0[]",
+        b"\xff" * 8,
+        b"\xff" * 40,
+        b"\x02\0\0\0\0\0\0\0{}extra",
+        *(
+            len(text).to_bytes(8, "little") + text + b"\0" * 16
+            for text in (
+                b'{"a": 1}',
+                b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}',
+                b'{"a": {"dtype": "X", "shape": [4], "data_offsets": [0, 16]}}',
+                b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0]}}',
+                b'{"a": {"dtype": "F32", "shape": [-4, -1], "data_offsets": [0, 16]}}',
+                b'{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}',
+            )
+        ),
+    ],
+)
 def test_garbage_is_not_a_tensor_file(tmp_path, data):
     (tmp_path / "file").write_bytes(data)
     with pytest.raises((ValueError, KeyError, TypeError)):
@@ -237,8 +279,16 @@ def test_all_states_come_back_exactly(tmp_path, tokenizer):
     tensors, rng = awkward_tensors(), {"cpu": torch.get_rng_state()}
     loader = {"lane.0.rows": np.arange(12, dtype=np.uint16).reshape(3, 4), "step": np.asarray(7)}
     meta = {"model_config": {"n_layer": 4}, "user_config": {"data": "мой корпус", "lr": 0.1, "off": None}}
-    save_checkpoint(tmp_path, 3, model_state=tensors, meta=meta, tokenizer=tokenizer, rng_state=rng,
-                    loader_state=loader, optimizer_state=(tensors, {"a": 3, "b": 2}))  # fmt: skip
+    save_checkpoint(
+        tmp_path,
+        3,
+        model_state=tensors,
+        meta=meta,
+        tokenizer=tokenizer,
+        rng_state=rng,
+        loader_state=loader,
+        optimizer_state=(tensors, {"a": 3, "b": 2}),
+    )
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.step == 3 and checkpoint.path == tmp_path / "000003"
     assert meta.items() <= checkpoint.meta.items()
@@ -271,8 +321,14 @@ def test_training_goes_on_bit_for_bit(tmp_path, tokenizer, config):
 
     model, optimizer, names = fresh(seed=1)
     train(model, optimizer, 2, seed=5)
-    save_checkpoint(tmp_path, 2, model_state=model.state_dict(), meta={"model_config": config.to_dict()},
-                    tokenizer=tokenizer, optimizer_state=optimizer.named_state(names))  # fmt: skip
+    save_checkpoint(
+        tmp_path,
+        2,
+        model_state=model.state_dict(),
+        meta={"model_config": config.to_dict()},
+        tokenizer=tokenizer,
+        optimizer_state=optimizer.named_state(names),
+    )
     train(model, optimizer, 2, seed=6)
 
     resumed, optimizer, names = fresh(seed=2)
@@ -300,8 +356,13 @@ def test_load_model(tmp_path, tokenizer, config, where):
 def test_weights_that_are_no_numbers_are_not_used(tmp_path, tokenizer, config, value):
     model = GPT.create(config)
     for step in (4, 5):
-        save_checkpoint(run_dir(tmp_path, "base", "r"), step, model_state=model.state_dict(),
-                        meta={"model_config": config.to_dict()}, tokenizer=tokenizer)  # fmt: skip
+        save_checkpoint(
+            run_dir(tmp_path, "base", "r"),
+            step,
+            model_state=model.state_dict(),
+            meta={"model_config": config.to_dict()},
+            tokenizer=tokenizer,
+        )
         model.lm_head.weight.data[1, 2] = value
     with pytest.raises(UserError, match=r"not finite \(lm_head.weight\).*earlier step"):
         load_model("base", "cpu", base_dir=tmp_path)
@@ -311,8 +372,13 @@ def test_weights_that_are_no_numbers_are_not_used(tmp_path, tokenizer, config, v
 def test_load_model_skips_a_damaged_step_only_when_free_to_choose(tmp_path, tokenizer, config, capsys):
     run = run_dir(tmp_path, "base", "tiny")
     for step in (1, 2):
-        save_checkpoint(run, step, model_state=GPT.create(config, seed=step).state_dict(),
-                        meta={"model_config": config.to_dict()}, tokenizer=tokenizer)  # fmt: skip
+        save_checkpoint(
+            run,
+            step,
+            model_state=GPT.create(config, seed=step).state_dict(),
+            meta={"model_config": config.to_dict()},
+            tokenizer=tokenizer,
+        )
     flip_bit(run / "000002" / "model.safetensors", 80_001)
     assert load_model("base", "cpu", base_dir=tmp_path)[2]["step"] == 1
     assert "skipping step 2" in capsys.readouterr().err
@@ -441,16 +507,26 @@ def test_another_version_is_an_error_not_a_damage(tmp_path, tokenizer, name):
 
 
 def test_a_foreign_tokenizer(tmp_path, tokenizer, other_tokenizer, config):
-    path = save_checkpoint(run_dir(tmp_path, "base", "d2"), 1, model_state=GPT.create(config).state_dict(),
-                           meta={"model_config": config.to_dict()}, tokenizer=tokenizer)  # fmt: skip
+    path = save_checkpoint(
+        run_dir(tmp_path, "base", "d2"),
+        1,
+        model_state=GPT.create(config).state_dict(),
+        meta={"model_config": config.to_dict()},
+        tokenizer=tokenizer,
+    )
     other_tokenizer.save(path)
     one_line_error(lambda: load_model("base", "cpu", base_dir=tmp_path), "tokenizer.json", "damaged")
     reseal(path)
     one_line_error(lambda: load_model("base", "cpu", base_dir=tmp_path), path, "not the one", tokenizer.hash[:12])
     one_line_error(open_checkpoint(path.parent).tokenizer, path, "not the one", other_tokenizer.hash[:12])
     with pytest.raises(AssertionError):
-        save_checkpoint(path.parent, 2, model_state=small(1), tokenizer=other_tokenizer,
-                        meta={"model_config": {}, "tokenizer_hash": tokenizer.hash})  # fmt: skip
+        save_checkpoint(
+            path.parent,
+            2,
+            model_state=small(1),
+            tokenizer=other_tokenizer,
+            meta={"model_config": {}, "tokenizer_hash": tokenizer.hash},
+        )
 
 
 def test_weights_that_do_not_fit(tmp_path, tokenizer, config):
@@ -463,8 +539,13 @@ def test_weights_that_do_not_fit(tmp_path, tokenizer, config):
         "more": {},
     }
     for step, (words, tensors) in enumerate(wrong.items()):
-        path = save_checkpoint(run_dir(tmp_path, "base", "d2"), step, model_state=tensors, tokenizer=tokenizer,
-                               meta={"model_config": config.to_dict()})  # fmt: skip
+        path = save_checkpoint(
+            run_dir(tmp_path, "base", "d2"),
+            step,
+            model_state=tensors,
+            tokenizer=tokenizer,
+            meta={"model_config": config.to_dict()},
+        )
         one_line_error(lambda: load_model("base", "cpu", base_dir=tmp_path), words, path)
     unknown = {"model_config": {**config.to_dict(), "n_moons": 2}}
     save_checkpoint(run_dir(tmp_path, "base", "d2"), 9, model_state=state, tokenizer=tokenizer, meta=unknown)
@@ -613,8 +694,13 @@ def test_a_really_full_disk(tmp_path, tokenizer):
         save_small(disk / "run", 1, tokenizer)
         for step in (1, 2):
             with pytest.raises(OSError) as caught:
-                save_checkpoint(disk / "run", step, model_state={"w": torch.zeros(2**20)}, meta={"model_config": {}},
-                                tokenizer=tokenizer)  # fmt: skip
+                save_checkpoint(
+                    disk / "run",
+                    step,
+                    model_state={"w": torch.zeros(2**20)},
+                    meta={"model_config": {}},
+                    tokenizer=tokenizer,
+                )
             assert caught.value.errno == errno.ENOSPC
             assert list_steps(disk / "run") == [1] and value_of(disk / "run", 1) == 1 and not hidden(disk / "run")
         save_small(disk / "run", 2, tokenizer)

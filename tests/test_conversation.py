@@ -85,13 +85,18 @@ def test_template_and_mask_spelled_out() -> None:
     )
     supervised = "".join(spell([i]) if m else "·" for i, m in zip(ids, mask))
     assert [run for run in supervised.split("·") if run] == [
-        "Let me see. <python_start>2+2<python_end>", "It is 4.<assistant_end>", "Bye<assistant_end>"]  # fmt: skip
+        "Let me see. <python_start>2+2<python_end>",
+        "It is 4.<assistant_end>",
+        "Bye<assistant_end>",
+    ]
 
 
 def test_prompt_ends_where_the_assistant_begins() -> None:
     asked = talk("Hi", "Hello", "Who?", system="S")
-    expected = ("<bos><user_start>S\n\nHi<user_end><assistant_start>Hello<assistant_end>"
-                "<user_start>Who?<user_end><assistant_start>")  # fmt: skip
+    expected = (
+        "<bos><user_start>S\n\nHi<user_end><assistant_start>Hello<assistant_end>"
+        "<user_start>Who?<user_end><assistant_start>"
+    )
     assert spell(conv.render_prompt(SPELLED, asked["messages"])) == expected
     answered = talk("Hi", "Hello", "Who?", "Me.", system="S")
     assert spell(conv.render_prompt(SPELLED, answered["messages"])) == expected, "the answer asked for is left out"
@@ -171,29 +176,32 @@ def test_parse_answer_takes_whatever_a_model_says(ids: list[int]) -> None:
 # Checking
 
 
-@pytest.mark.parametrize(("wrong", "reason"), [
-    (None, "not null"),
-    ([], "not list"),
-    ({}, "needs 'messages'; found nothing"),
-    ({"text": "x"}, "found 'text'"),
-    ({"messages": "hi"}, "must be a list"),
-    ({"messages": []}, "is empty"),
-    ({"messages": ["hi"]}, "message 1 must be an object"),
-    ({"messages": [{"role": "user"}]}, "message 1 has no 'content'"),
-    ({"messages": [{"content": "x"}]}, "message 1 has no 'role'"),
-    ({"messages": [{"role": "assistant", "content": "x"}]}, "message 1 must have role 'user'"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 must have role 'user', not 'tool'"),
-    ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 must have role 'user'"),
-    ({"messages": [*talk("x")["messages"], *talk("y")["messages"]]}, "message 2 must have role 'assistant'"),
-    ({"messages": [*talk("x", "y")["messages"], {"role": "system", "content": "s"}]}, "message 3 must have"),
-    (talk(None), "message 1: the content of a user message must be a string, not null"),
-    (talk(TOOL_ANSWER), "message 1: the content of a user message must be a string"),
-    (talk("x", 5), "message 2: content must be a string or a list of parts"),
-    (talk("x", []), "message 2: the list of parts is empty"),
-    (talk("x", ["y"]), "message 2: part 1 must be an object"),
-    (talk("x", [{"type": "text"}]), "part 1 must be an object with 'type' and a string 'text'"),
-    (talk("x", [TOOL_ANSWER[0], {"type": "image", "text": ""}]), "part 2 has type 'image'; allowed: text, python"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (None, "not null"),
+        ([], "not list"),
+        ({}, "needs 'messages'; found nothing"),
+        ({"text": "x"}, "found 'text'"),
+        ({"messages": "hi"}, "must be a list"),
+        ({"messages": []}, "is empty"),
+        ({"messages": ["hi"]}, "message 1 must be an object"),
+        ({"messages": [{"role": "user"}]}, "message 1 has no 'content'"),
+        ({"messages": [{"content": "x"}]}, "message 1 has no 'role'"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "message 1 must have role 'user'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 must have role 'user', not 'tool'"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 must have role 'user'"),
+        ({"messages": [*talk("x")["messages"], *talk("y")["messages"]]}, "message 2 must have role 'assistant'"),
+        ({"messages": [*talk("x", "y")["messages"], {"role": "system", "content": "s"}]}, "message 3 must have"),
+        (talk(None), "message 1: the content of a user message must be a string, not null"),
+        (talk(TOOL_ANSWER), "message 1: the content of a user message must be a string"),
+        (talk("x", 5), "message 2: content must be a string or a list of parts"),
+        (talk("x", []), "message 2: the list of parts is empty"),
+        (talk("x", ["y"]), "message 2: part 1 must be an object"),
+        (talk("x", [{"type": "text"}]), "part 1 must be an object with 'type' and a string 'text'"),
+        (talk("x", [TOOL_ANSWER[0], {"type": "image", "text": ""}]), "part 2 has type 'image'; allowed: text, python"),
+    ],
+)
 def test_mistakes_are_named(wrong: object, reason: str) -> None:
     with pytest.raises(ValueError) as error:
         conv.validate_conversation(wrong)

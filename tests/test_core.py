@@ -135,8 +135,10 @@ def test_examples_come_from_all_items_but_the_one_asked(shots: Any) -> None:
     assert {item["context"] for item, _ in asked} == few and len(seen - few) > 10
     again = [[d["context"] for d in drawn] for _, drawn in shots(task("language_modeling", items, shots=10), 4)]
     assert again == [[d["context"] for d in drawn] for _, drawn in asked]
-    whole = {item["context"]: [d["context"] for d in drawn]
-             for item, drawn in shots(task("language_modeling", items, shots=10), -1)}  # fmt: skip
+    whole = {
+        item["context"]: [d["context"] for d in drawn]
+        for item, drawn in shots(task("language_modeling", items, shots=10), -1)
+    }
     assert all(whole[item["context"]] == [d["context"] for d in drawn] for item, drawn in asked)
 
 
@@ -320,8 +322,11 @@ def write_bundle(folder: Path) -> Path:
         "- {label: go_on, dataset_uri: go_on.jsonl, num_fewshot: [1], icl_task_type: language_modeling}\n"
     )
     (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\npick,25\npronoun,50\ngo_on,0\n")
-    data = {"pick": made_up("multiple_choice", 6, 0), "pronoun": made_up("schema", 5, 0),
-            "go_on": made_up("language_modeling", 4, 0)}  # fmt: skip
+    data = {
+        "pick": made_up("multiple_choice", 6, 0),
+        "pronoun": made_up("schema", 5, 0),
+        "go_on": made_up("language_modeling", 4, 0),
+    }
     for name, t in data.items():
         (folder / "eval_data" / f"{name}.jsonl").write_text("".join(json.dumps(i) + "\n" for i in t.items))
     return folder
@@ -330,7 +335,10 @@ def write_bundle(folder: Path) -> Path:
 def test_a_bundle_is_read_and_evaluated(tmp_path: Path) -> None:
     bundle = read_bundle(write_bundle(tmp_path / "b"))
     assert [(t.label, t.num_fewshot, t.delimiter, t.baseline, len(t.items)) for t in bundle.tasks] == [
-        ("pick", 2, "\nAnswer: ", 0.25, 6), ("pronoun", 0, " ", 0.5, 5), ("go_on", 1, " ", 0.0, 4)]  # fmt: skip
+        ("pick", 2, "\nAnswer: ", 0.25, 6),
+        ("pronoun", 0, " ", 0.5, 5),
+        ("go_on", 1, " ", 0.0, 4),
+    ]
     result = evaluate_core(Answers("gold"), Letters(), bundle, Runtime.create("cpu"))
     assert result.core == result.low == result.high == 1.0 and not result.partial
     few = evaluate_core(Answers("gold"), Letters(), bundle, Runtime.create("cpu"), max_per_task=2)
@@ -368,8 +376,12 @@ def test_missing_data_is_listed_and_marks_the_mean(tmp_path: Path) -> None:
         ("../eval_meta_data.csv", "Eval Task,Random baseline\npick,25\n", "no random baseline for pronoun"),
         ("../eval_meta_data.csv", "Eval Task,Random baseline\npick,100\n", "below 100 percent"),
         ("../core.yaml", "icl_tasks: [{label: x, dataset_uri: x, num_fewshot: [-1], icl_task_type: schema}]", "-1 ex"),
-        ("../core.yaml", "icl_tasks: [{label: x, dataset_uri: x, num_fewshot: [0], icl_task_type: schema, "
-         "continuation_delimiter: null}]", "must be text"),
+        (
+            "../core.yaml",
+            "icl_tasks: [{label: x, dataset_uri: x, num_fewshot: [0], icl_task_type: schema, "
+            "continuation_delimiter: null}]",
+            "must be text",
+        ),
     ],
 )
 def test_damage_is_named(file: str, content: str, says: str, tmp_path: Path) -> None:
@@ -457,8 +469,19 @@ def test_core_during_training(copied: Path, tmp_path: Path) -> None:
     text = f"--data={copied / 'text.jsonl'}"
     flags = [f for f in TINY if not f.startswith(("--num-iterations", "--model-tag"))]
     write_bundle(copied / "eval_bundle")
-    assert base_train.main([*flags, text, "--num-iterations=4", "--model-tag=c", "--core-metric-every=2",
-                            "--core-metric-max-per-task=2"]) == 0  # fmt: skip
+    assert (
+        base_train.main(
+            [
+                *flags,
+                text,
+                "--num-iterations=4",
+                "--model-tag=c",
+                "--core-metric-every=2",
+                "--core-metric-max-per-task=2",
+            ]
+        )
+        == 0
+    )
     metrics = (copied / "base_checkpoints" / "c" / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in metrics.splitlines()]
     assert ["core" in line for line in lines] == [False, True, False, True]

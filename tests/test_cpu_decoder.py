@@ -25,8 +25,16 @@ from nanochat.optim import MuonAdamW
 from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
 from nanochat.runtime import cpu_flags
 
-SIZES: dict[str, Any] = {"sequence_len": 48, "vocab_size": 301, "n_layer": 4, "n_head": 4, "n_kv_head": 2,
-                         "n_embd": 64, "window_pattern": "SL", "short_window_divisor": 2}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "sequence_len": 48,
+    "vocab_size": 301,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "n_embd": 64,
+    "window_pattern": "SL",
+    "short_window_divisor": 2,
+}
 FORMS = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
 
 
@@ -75,7 +83,7 @@ COMPILED = {
     "native": (),
     "znver3": ("-mtune=znver3",),  # gcc takes some of the multiply-adds apart there if it may choose
     "amx": ("-march=x86-64", "-O1", "-Wno-psabi", "-include", str(Path(__file__).with_name("emulated.h"))),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=COMPILED)

@@ -70,8 +70,9 @@ def tokens_of(text):
 
 
 def make_loader(corpus=None, T=16, rows=8, **settings):
-    return PretrainLoader(corpus or FakeCorpus([7, 0, 12, 3, 9]), FakeTokenizer(), sequence_len=T, rows_per_step=rows,
-                          **settings)  # fmt: skip
+    return PretrainLoader(
+        corpus or FakeCorpus([7, 0, 12, 3, 9]), FakeTokenizer(), sequence_len=T, rows_per_step=rows, **settings
+    )
 
 
 def take_rows(loader, steps):
@@ -208,8 +209,10 @@ def test_seeds():
     same, again, other, minus = (take_rows(make_loader(seed=seed), 4).tolist() for seed in (1, 1, 2, -1))
     assert same == again != other
     assert minus != same, "random.seed(-1) == random.seed(1) once mixed train and test"
-    draws = {tuple(seeded_rng(*key).integers(0, 2**62, 2)) for key in
-             [(1, 0), (1, 0, 1), (1, 1, 0), (1, 0, 0, 1), (2, 0), (1, -1), (1, 2**32), (1, 1, 1), (0, 1)]}  # fmt: skip
+    draws = {
+        tuple(seeded_rng(*key).integers(0, 2**62, 2))
+        for key in [(1, 0), (1, 0, 1), (1, 1, 0), (1, 0, 0, 1), (2, 0), (1, -1), (1, 2**32), (1, 1, 1), (0, 1)]
+    }
     assert len(draws) == 9
 
 
@@ -298,8 +301,13 @@ def test_a_new_process_goes_on_from_a_file_and_exits_cleanly(tmp_path):
     take_rows(loader, 4)
     write_file(tmp_path / "state.safetensors", tensor_chunks(loader.state_dict()))
     ahead = take_rows(loader, 5)[:, :, :-1]
-    done = subprocess.run([sys.executable, "-W", "error", "-c", IN_ANOTHER_PROCESS, tmp_path / "state.safetensors"],
-                          cwd=__file__.rsplit("/", 1)[0], capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", IN_ANOTHER_PROCESS, tmp_path / "state.safetensors"],
+        cwd=__file__.rsplit("/", 1)[0],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{ahead.tolist()}\n"
 
@@ -350,9 +358,12 @@ def test_no_text_is_an_error_not_an_endless_search(sizes):
 
 
 def test_sizes_that_do_not_go_together():
-    for settings, words in (({"T": 1}, "at least 2"), ({"rows": 0}, "at least one row"),
-                            ({"rows": 8, "num_lanes": 3}, "divide"),
-                            ({"rows": 9, "world_size": 2}, "at most 1 processes")):  # fmt: skip
+    for settings, words in (
+        ({"T": 1}, "at least 2"),
+        ({"rows": 0}, "at least one row"),
+        ({"rows": 8, "num_lanes": 3}, "divide"),
+        ({"rows": 9, "world_size": 2}, "at most 1 processes"),
+    ):
         with pytest.raises(UserError, match=words):
             make_loader(**settings)
     assert make_loader(rows=24).num_lanes == 8

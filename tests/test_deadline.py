@@ -28,8 +28,9 @@ def test_a_wrong_guess_is_corrected(guess: int) -> None:
 
 @pytest.mark.parametrize("slower", [0.5, 2.0])
 def test_a_machine_that_changes_its_pace(slower: float) -> None:
-    _, seconds = drive(Deadline(300, observing_seconds=0, closing_seconds=10), 400,
-                       lambda now: 0.7 * (slower if now > 150 else 1))  # fmt: skip
+    _, seconds = drive(
+        Deadline(300, observing_seconds=0, closing_seconds=10), 400, lambda now: 0.7 * (slower if now > 150 else 1)
+    )
     assert seconds == pytest.approx(290, rel=0.01)
 
 

@@ -26,9 +26,18 @@ def make_groups(params: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     return [
         {"kind": "adamw", "params": [params[n] for n in names[:3]], "lr": 0.1, "weight_decay": 0.01},
         {"kind": "adamw", "params": [params[n] for n in names[3:]], "lr": 0.05, "betas": (0.9, 0.99)},
-        *({"kind": "muon", "params": [params[f"m{g}.{i}"] for i in range(len(group))], "lr": 0.02, "weight_decay": 0.1,
-           "ns_dtype": torch.float32, "row_equilibrate": bool(g % 2)} for g, group in enumerate(MUON)),
-    ]  # fmt: skip
+        *(
+            {
+                "kind": "muon",
+                "params": [params[f"m{g}.{i}"] for i in range(len(group))],
+                "lr": 0.02,
+                "weight_decay": 0.1,
+                "ns_dtype": torch.float32,
+                "row_equilibrate": bool(g % 2),
+            }
+            for g, group in enumerate(MUON)
+        ),
+    ]
 
 
 def gradient(name: str, shape: tuple[int, ...], step: int, part: int) -> torch.Tensor | None:
@@ -65,8 +74,12 @@ def on_rank(runtime: Runtime, state: Any, start: int) -> Any:
             p.data.copy_(weights[name])
         optimizer.load_named_state(names, iter(tensors), steps)
     train(optimizer, params, range(start, STEPS), range(runtime.rank, 6, runtime.world_size))
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4
-            for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)}  # fmt: skip
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4
+        for s in optimizer.state.values()
+        for t in s.values()
+        if isinstance(t, torch.Tensor)
+    }
     return {n: p.detach() for n, p in params.items()}, optimizer.named_state(names), sum(held.values())
 
 

@@ -16,18 +16,42 @@ from nanochat.runtime import Runtime
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
-    "--depth=1", "--n-embd=16", "--head-dim=8", "--max-seq-len=16", "--total-batch-size=64", "--eval-tokens=64",
-    "--eval-every=-1", "--sample-every=-1", "--device-type=cpu", "--save-every=5", "--model-tag=elastic", "--resume",
-]  # fmt: skip
+    "--depth=1",
+    "--n-embd=16",
+    "--head-dim=8",
+    "--max-seq-len=16",
+    "--total-batch-size=64",
+    "--eval-tokens=64",
+    "--eval-every=-1",
+    "--sample-every=-1",
+    "--device-type=cpu",
+    "--save-every=5",
+    "--model-tag=elastic",
+    "--resume",
+]
 
 
 def launch(base: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "scripts.launch", "--standalone", "--nnodes=1", "--nproc_per_node=2",
-               "--max-restarts=3", f"--log-dir={base / 'launcher'}", "-m", "scripts.base_train", "--", *FLAGS,
-               f"--data={base / 'text.jsonl'}", *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.launch",
+        "--standalone",
+        "--nnodes=1",
+        "--nproc_per_node=2",
+        "--max-restarts=3",
+        f"--log-dir={base / 'launcher'}",
+        "-m",
+        "scripts.base_train",
+        "--",
+        *FLAGS,
+        f"--data={base / 'text.jsonl'}",
+        *flags,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(base), "NANOCHAT_DTYPE": "float32"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def steps_done(base: Path) -> int:

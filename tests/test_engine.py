@@ -171,11 +171,18 @@ def test_a_prompt_that_fills_the_context_gets_nothing(engine: Engine, capsys: py
     assert engine.generate_many([]) == []
 
 
-@pytest.mark.parametrize(("tokens", "kwargs", "words"), [
-    ([], {}, "prompt is empty"), ([BOS] * 33, {}, "33 tokens"), ([BOS], {"num_samples": 0}, "num_samples"),
-    ([BOS], {"max_tokens": -1}, "max_tokens"), ([BOS], {"temperature": -1.0}, "temperature"),
-    ([BOS], {"top_k": -5}, "top_k"), ([BOS], {"top_p": 2.0}, "top_p"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tokens", "kwargs", "words"),
+    [
+        ([], {}, "prompt is empty"),
+        ([BOS] * 33, {}, "33 tokens"),
+        ([BOS], {"num_samples": 0}, "num_samples"),
+        ([BOS], {"max_tokens": -1}, "max_tokens"),
+        ([BOS], {"temperature": -1.0}, "temperature"),
+        ([BOS], {"top_k": -5}, "top_k"),
+        ([BOS], {"top_p": 2.0}, "top_p"),
+    ],
+)
 def test_wrong_arguments_are_named_before_anything_runs(
     engine: Engine, tokens: list[int], kwargs: dict[str, Any], words: str
 ) -> None:
@@ -209,8 +216,10 @@ def test_a_result_is_forced_after_an_expression() -> None:
     assert mask == [0, 0] + [1] * len(said) + [0] * len(forced) + [1]
 
 
-@pytest.mark.parametrize(("expression", "shown"), [("1/2", "0.5"), ("84/7", "12"), ("'abc'.", None), ("2**", None),
-                                                   ("9//0", None), ("ü+1", None), ("", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("expression", "shown"),
+    [("1/2", "0.5"), ("84/7", "12"), ("'abc'.", None), ("2**", None), ("9//0", None), ("ü+1", None), ("", None)],
+)
 def test_what_the_calculator_makes_of_an_expression(expression: str, shown: str | None) -> None:
     row, tools = Row([START], 99, Sampling(), 0, 0), ToolUse(TOKENIZER)
     for token in [PYTHON, *TOKENIZER.encode(expression), PYTHON_END]:
@@ -218,8 +227,10 @@ def test_what_the_calculator_makes_of_an_expression(expression: str, shown: str 
     assert list(row.forced) == ([] if shown is None else [OUTPUT, *shown.encode(), OUTPUT_END])
 
 
-@pytest.mark.parametrize("ids", [[PYTHON_END], [*b"1+1", PYTHON_END], [PYTHON, *b"1+1"], [OUTPUT, *b"1", OUTPUT_END],
-                                 [PYTHON, *b"1+1", PYTHON]])  # fmt: skip
+@pytest.mark.parametrize(
+    "ids",
+    [[PYTHON_END], [*b"1+1", PYTHON_END], [PYTHON, *b"1+1"], [OUTPUT, *b"1", OUTPUT_END], [PYTHON, *b"1+1", PYTHON]],
+)
 def test_half_an_expression_calls_nothing(ids: list[int]) -> None:
     row, tools = Row([START], 99, Sampling(), 0, 0), ToolUse(TOKENIZER)
     for token in ids:

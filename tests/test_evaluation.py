@@ -36,8 +36,10 @@ def test_letters_are_chosen_by_their_logits_alone() -> None:
     model = stir(GPT.create(config, seed=3))
     rng = random.Random(0)
     letters = [list("ABCD"), list("ABC"), list("12345")]
-    asked = [mc_conversation("q" * rng.randint(1, 60), own, [str(i)] * len(own), own[0])
-             for i, own in enumerate(letters[i % 3] for i in range(40))]  # fmt: skip
+    asked = [
+        mc_conversation("q" * rng.randint(1, 60), own, [str(i)] * len(own), own[0])
+        for i, own in enumerate(letters[i % 3] for i in range(40))
+    ]
     chosen = choose_letters(model, Chats(), asked)
     for conversation, letter in zip(asked, chosen):
         ids = Chats().render_for_completion(conversation)[-160:]
@@ -112,8 +114,11 @@ def finetuned(copied: Path) -> Path:
     from scripts import chat_sft
 
     (copied / "chats.jsonl").write_text(
-        "".join(json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) + "\n"
-                for _ in range(40)))  # fmt: skip
+        "".join(
+            json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) + "\n"
+            for _ in range(40)
+        )
+    )
     flags = [f"--data={copied / 'chats.jsonl'}", "--num-iterations=1", "--eval-tokens=64", "--device-type=cpu"]
     assert chat_sft.main(flags) == 0
     return copied
@@ -184,8 +189,11 @@ def test_thirteen_words_in_common_are_found() -> None:
 
 
 def test_questions_are_compared_as_published_not_as_asked() -> None:
-    arc = {"question": "Which of these planets is the nearest to the Sun?", "answerKey": "B",
-           "choices": {"text": ["Venus", "Mercury"], "label": ["A", "B"]}}  # fmt: skip
+    arc = {
+        "question": "Which of these planets is the nearest to the Sun?",
+        "answerKey": "B",
+        "choices": {"text": ["Venus", "Mercury"], "label": ["A", "B"]},
+    }
     assert contamination.texts_of_row(arc)[1].endswith("Sun? Mercury")
     index = Index({"arc": [contamination.texts_of_row(arc)]})
     index.check(["Quiz time! Which of these planets is the nearest to the Sun? Think."])
@@ -197,8 +205,9 @@ def test_questions_are_compared_as_published_not_as_asked() -> None:
     assert contamination.texts_of_core_item(core) == ["What is it?", "What is it? y"]
 
 
-def test_contamination_names_the_items(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_contamination_names_the_items(
+    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from test_core import write_bundle
 
     bundle = write_bundle(tmp_path / "b")
@@ -226,8 +235,9 @@ def test_ranks_share_the_items(finetuned: Path) -> None:
     from nanochat.engine import Engine
 
     runtime = Runtime.create("cpu")
-    model, tokenizer, _ = load_model("sft", runtime, base_dir=finetuned, model_tag="tiny", step=None,
-                                     compute_dtype=torch.float32)  # fmt: skip
+    model, tokenizer, _ = load_model(
+        "sft", runtime, base_dir=finetuned, model_tag="tiny", step=None, compute_dtype=torch.float32
+    )
     engine = Engine(model, tokenizer)
     alone, _ = chat_eval.run_task(config, Yes(), engine, tokenizer, runtime)
     parts = []

@@ -76,9 +76,14 @@ def victim() -> Iterator[Victim]:
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
         stack.callback(shutil.rmtree, sockets)
-        kinds = [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_INET, socket.SOCK_DGRAM),
-                 (socket.AF_UNIX, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_STREAM),
-                 (socket.AF_UNIX, socket.SOCK_DGRAM), (socket.AF_UNIX, socket.SOCK_DGRAM)]  # fmt: skip
+        kinds = [
+            (socket.AF_INET, socket.SOCK_STREAM),
+            (socket.AF_INET, socket.SOCK_DGRAM),
+            (socket.AF_UNIX, socket.SOCK_STREAM),
+            (socket.AF_UNIX, socket.SOCK_STREAM),
+            (socket.AF_UNIX, socket.SOCK_DGRAM),
+            (socket.AF_UNIX, socket.SOCK_DGRAM),
+        ]
         everyone = [stack.enter_context(socket.socket(*kind)) for kind in kinds]
         tcp, udp, named, abstract, datagrams, abstract_datagrams = everyone
         tcp.bind(("127.0.0.1", 0))
@@ -95,9 +100,11 @@ def victim() -> Iterator[Victim]:
             listener.listen(8)
         for listener in everyone:
             listener.setblocking(False)
-        prelude = PRELUDE + (f"CANARY, PROJECT, PARENT, PORT = {str(canary)!r}, {str(ROOT)!r}, {os.getpid()}, {port}\n"
-                             f"SOCKET, DATAGRAMS, ABSTRACT = '{sockets}/s', '{sockets}/d', "
-                             f"'\\0victim{os.getpid()}'\n")  # fmt: skip
+        prelude = PRELUDE + (
+            f"CANARY, PROJECT, PARENT, PORT = {str(canary)!r}, {str(ROOT)!r}, {os.getpid()}, {port}\n"
+            f"SOCKET, DATAGRAMS, ABSTRACT = '{sockets}/s', '{sockets}/d', "
+            f"'\\0victim{os.getpid()}'\n"
+        )
         yield Victim(canary, prelude, everyone)
 
 
@@ -236,11 +243,19 @@ def test_undecodable_output_is_replaced_and_output_is_cut(level: str) -> None:
 
 @pytest.mark.parametrize(
     ("code", "verdict"),
-    [("#" * (1 << 20) + "\nprint(1)", "success"), (f"x = '{'a' * 57}'\n" * (1 << 14) + "print(x)", "success"),
-     ("(" * (1 << 20), "error"), ("x = " + "9" * (1 << 20), "error"), ("\ud800", "error"), ("a\0b", "error"),
-     ("# coding: nonsense\nprint(1)", "success"), ("", "success"), ("\ufeffprint(1)", "error")],
+    [
+        ("#" * (1 << 20) + "\nprint(1)", "success"),
+        (f"x = '{'a' * 57}'\n" * (1 << 14) + "print(x)", "success"),
+        ("(" * (1 << 20), "error"),
+        ("x = " + "9" * (1 << 20), "error"),
+        ("\ud800", "error"),
+        ("a\0b", "error"),
+        ("# coding: nonsense\nprint(1)", "success"),
+        ("", "success"),
+        ("\ufeffprint(1)", "error"),
+    ],
     ids=["comment", "statements", "brackets", "number", "surrogate", "null", "coding", "empty", "mark"],
-)  # fmt: skip
+)
 def test_strange_sources(any_level: str, code: str, verdict: str) -> None:
     assert execute_code(code, timeout=20, level=any_level).verdict == verdict
 
@@ -281,10 +296,16 @@ def test_a_session_remembers_and_shows_values(level: str) -> None:
 
 @pytest.mark.parametrize(
     ("code", "verdict"),
-    [("while True: pass", "timeout"), ("while True: print('x' * 999)", "output_limit"), ("exit()", "error"),
-     ("import sys; sys.exit()", "early_exit"), ("import os; os._exit(0)", "early_exit"),
-     ("import os; os.kill(os.getpid(), 9)", "killed"), ("import os; os.write(3, b'x' * 9999)", "crashed")],
-)  # fmt: skip
+    [
+        ("while True: pass", "timeout"),
+        ("while True: print('x' * 999)", "output_limit"),
+        ("exit()", "error"),
+        ("import sys; sys.exit()", "early_exit"),
+        ("import os; os._exit(0)", "early_exit"),
+        ("import os; os.kill(os.getpid(), 9)", "killed"),
+        ("import os; os.write(3, b'x' * 9999)", "crashed"),
+    ],
+)
 def test_a_session_ends_and_says_so(level: str, code: str, verdict: str) -> None:
     with PythonSession(timeout=0.2, level=level) as session:
         assert session.run("x = 1").success
@@ -346,10 +367,18 @@ def test_twenty_programs_a_second(level: str) -> None:
 def script(body: str, *, wait: str) -> subprocess.Popen[str]:
     """Another process that uses the sandbox, started, and come so far that it says `wait`."""
     # A shell has SIGINT ignored in what it starts in the background, these tests perhaps.
-    code = ("from nanochat.execution import *\nimport os, signal, sys, time\n"
-            f"signal.signal(signal.SIGINT, signal.default_int_handler)\n{body}")  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    code = (
+        "from nanochat.execution import *\nimport os, signal, sys, time\n"
+        f"signal.signal(signal.SIGINT, signal.default_int_handler)\n{body}"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     assert process.stdout
     for line in process.stdout:
         if line.strip() == wait:
@@ -368,10 +397,12 @@ def gone_soon(pids: set[int]) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ctrl_c_and_death_of_the_parent_leave_nothing(level: str, number: int) -> None:
-    body = (f"import threading\nlevel = {level!r}\nexecute_code('pass', level=level)\n"
-            "threading.Timer(0.3, lambda: print('running', flush=True)).start()\n"
-            "try: execute_code('while True: pass', timeout=60, level=level)\n"
-            "except KeyboardInterrupt: print('interrupted', execute_code('print(7)', level=level).stdout)")  # fmt: skip
+    body = (
+        f"import threading\nlevel = {level!r}\nexecute_code('pass', level=level)\n"
+        "threading.Timer(0.3, lambda: print('running', flush=True)).start()\n"
+        "try: execute_code('while True: pass', timeout=60, level=level)\n"
+        "except KeyboardInterrupt: print('interrupted', execute_code('print(7)', level=level).stdout)"
+    )
     process = script(body, wait="running")
     children = descendants(process.pid)
     assert children
@@ -382,18 +413,22 @@ def test_ctrl_c_and_death_of_the_parent_leave_nothing(level: str, number: int) -
 
 
 def test_a_fork_of_the_parent_may_use_it_too(any_level: str) -> None:
-    body = (f"execute_code('pass', level={any_level!r})\npid = os.fork()\n"
-            f"right = execute_code('print(3)', level={any_level!r}).stdout == '3\\n'\n"
-            "if pid == 0: close_all(); os._exit(0 if right else 1)\n"
-            "print('child', os.waitpid(pid, 0)[1], right)")  # fmt: skip
+    body = (
+        f"execute_code('pass', level={any_level!r})\npid = os.fork()\n"
+        f"right = execute_code('print(3)', level={any_level!r}).stdout == '3\\n'\n"
+        "if pid == 0: close_all(); os._exit(0 if right else 1)\n"
+        "print('child', os.waitpid(pid, 0)[1], right)"
+    )
     process = script(body, wait="child 0 True")
     assert process.wait(20) == 0
     process.communicate()
 
 
 def test_what_the_parent_does_with_signals_is_its_own_business(level: str) -> None:
-    body = ("signal.signal(signal.SIGCHLD, signal.SIG_IGN)\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 30))\n"
-            f"print([execute_code(c, 0.3, level={level!r}).verdict for c in ('pass', 'while 1: pass')])")  # fmt: skip
+    body = (
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 30))\n"
+        f"print([execute_code(c, 0.3, level={level!r}).verdict for c in ('pass', 'while 1: pass')])"
+    )
     process = script(body, wait="['success', 'timeout']")
     assert process.wait(20) == 0
     process.communicate()
@@ -448,8 +483,27 @@ def test_arguments_are_checked() -> None:
 
 
 def test_values_travel_unchanged_and_nothing_else_does() -> None:
-    values = [None, True, 1, 10**50, 7**9000, -(7**9000), 1.5, float("inf"), "é\ud800", b"\xff", 1j, [1, [2]],
-              (1, (2,)), {1, 2}, frozenset("a"), {"a": 1, (1, 2): [3], None: {"dict": 1}}, {}, [], ()]  # fmt: skip
+    values = [
+        None,
+        True,
+        1,
+        10**50,
+        7**9000,
+        -(7**9000),
+        1.5,
+        float("inf"),
+        "é\ud800",
+        b"\xff",
+        1j,
+        [1, [2]],
+        (1, (2,)),
+        {1, 2},
+        frozenset("a"),
+        {"a": 1, (1, 2): [3], None: {"dict": 1}},
+        {},
+        [],
+        (),
+    ]
     from nanochat.sandbox.wire import frame_of
 
     for value in values:
@@ -476,8 +530,14 @@ def test_numbers_of_system_calls_are_right() -> None:
     except OSError:
         pytest.skip("no libseccomp")
     resolve = library.seccomp_syscall_resolve_name_arch
-    entries = [*lock.VALUES, *lock.SELF_ONLY, lock.CLONE, lock.CLONE3,
-               *lock.OPENS, *f"{lock.ALLOWED},{lock.FILES}".split(",")]  # fmt: skip
+    entries = [
+        *lock.VALUES,
+        *lock.SELF_ONLY,
+        lock.CLONE,
+        lock.CLONE3,
+        *lock.OPENS,
+        *f"{lock.ALLOWED},{lock.FILES}".split(","),
+    ]
     for name, *numbers in map(str.split, entries):
         for (_, architecture), number in zip(lock.ARCHITECTURES.values(), numbers):
             known = resolve(ctypes.c_uint32(architecture), name.encode())

@@ -35,8 +35,23 @@ def random_qkv(
 
 
 # Lengths around the blocks of 64 and 128 queries, windows from nothing but oneself to more than everything.
-SHAPES = [(1, -1), (1, 0), (5, 2), (63, 7), (64, 64), (65, 0), (65, 1), (128, 63), (129, 65), (150, -1), (150, 149),
-          (150, 5000), (200, 128), (290, 256), (290, 257)]  # fmt: skip
+SHAPES = [
+    (1, -1),
+    (1, 0),
+    (5, 2),
+    (63, 7),
+    (64, 64),
+    (65, 0),
+    (65, 1),
+    (128, 63),
+    (129, 65),
+    (150, -1),
+    (150, 149),
+    (150, 5000),
+    (200, 128),
+    (290, 256),
+    (290, 257),
+]
 
 
 @pytest.mark.parametrize("T, window", SHAPES)
@@ -206,8 +221,11 @@ def test_cache_filled_in_pieces_equals_one_pass(window: int, pieces: list[int]) 
     for size in pieces:
         now = slice(done, done + size)
         lengths = torch.tensor([done, done], dtype=torch.int32)
-        outs.append(flash_attn.flash_attn_with_kvcache(
-            q[:, now], *caches, k=k[:, now], v=v[:, now], cache_seqlens=lengths, window_size=(window, 0)))  # fmt: skip
+        outs.append(
+            flash_attn.flash_attn_with_kvcache(
+                q[:, now], *caches, k=k[:, now], v=v[:, now], cache_seqlens=lengths, window_size=(window, 0)
+            )
+        )
         done += size
     torch.testing.assert_close(torch.cat(outs, 1), reference(q, k, v, window), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(caches[0][:, :9], k)

@@ -26,8 +26,12 @@ def rotation() -> tuple[torch.Tensor, torch.Tensor]:
 
 def normed_rotary(x: torch.Tensor) -> torch.Tensor:
     cos, sin = rotation()
-    return fused.normed_rotary(x, cos.to(x.dtype) if x.dtype == torch.float64 else cos,
-                               sin.to(x.dtype) if x.dtype == torch.float64 else sin, 1.2)  # fmt: skip
+    return fused.normed_rotary(
+        x,
+        cos.to(x.dtype) if x.dtype == torch.float64 else cos,
+        sin.to(x.dtype) if x.dtype == torch.float64 else sin,
+        1.2,
+    )
 
 
 STEPS = {

@@ -224,9 +224,14 @@ def test_init_follows_the_published_recipe() -> None:
     for form, wte_std, fc_factor in (("published", 1.0, 1.0), ("later", 0.8, 0.4)):
         model = GPT.create(FORMS[form](sequence_len=16, **sizes))
         p = dict(model.named_parameters())
-        stds = {"transformer.wte.weight": wte_std, "lm_head.weight": 0.001, "value_embeds.3.weight": 1 / 16,
-                "transformer.h.0.attn.c_q.weight": 1 / 16, "transformer.h.2.attn.c_v.weight": 1 / 16,
-                "transformer.h.1.mlp.c_fc.weight": fc_factor / 16}  # fmt: skip
+        stds = {
+            "transformer.wte.weight": wte_std,
+            "lm_head.weight": 0.001,
+            "value_embeds.3.weight": 1 / 16,
+            "transformer.h.0.attn.c_q.weight": 1 / 16,
+            "transformer.h.2.attn.c_v.weight": 1 / 16,
+            "transformer.h.1.mlp.c_fc.weight": fc_factor / 16,
+        }
         for name, std in stds.items():
             assert p[name].std().item() == pytest.approx(std, rel=0.02), name
             assert p[name].mean().abs() < 0.02 * std
@@ -375,9 +380,14 @@ def test_counts_by_hand(tiny_model: GPT) -> None:
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 2 * 32 * 128  # q, k and v of 2 heads of 8, projection, MLP
     gate = 32 * 2  # of the second layer
     counts = tiny_model.num_scaling_params()
-    assert counts == {"wte": 320 * 32, "value_embeds": 320 * 16, "lm_head": 320 * 32,
-                      "transformer_matrices": 2 * layer + gate, "scalars": 4,
-                      "total": 2 * 320 * 32 + 320 * 16 + 2 * layer + gate + 4}  # fmt: skip
+    assert counts == {
+        "wte": 320 * 32,
+        "value_embeds": 320 * 16,
+        "lm_head": 320 * 32,
+        "transformer_matrices": 2 * layer + gate,
+        "scalars": 4,
+        "total": 2 * 320 * 32 + 320 * 16 + 2 * layer + gate + 4,
+    }
     attention_flops = 12 * 4 * 8 * (16 + 32)  # heads, head size, and the windows of the two layers
     assert tiny_model.estimate_flops() == 6 * (2 * layer + gate + 320 * 32) + attention_flops
 

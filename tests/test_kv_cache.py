@@ -179,8 +179,9 @@ def test_attention_against_float64(divisor: int, heads: tuple[int, int]) -> None
 
 
 def test_a_ring_equals_a_full_cache_with_a_mask() -> None:
-    config = GPTConfig(sequence_len=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL",
-                       short_window_divisor=2)  # fmt: skip
+    config = GPTConfig(
+        sequence_len=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL", short_window_divisor=2
+    )
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 64, n, 8, generator=generator) for n in (4, 2, 2))
     full_k, full_v = torch.zeros(3, 64, 2, 8), torch.zeros(3, 64, 2, 8)
@@ -189,8 +190,9 @@ def test_a_ring_equals_a_full_cache_with_a_mask() -> None:
     for t in range(64):
         one = slice(t, t + 1)
         y = ring.attend(0, q[:, one], k[:, one], v[:, one], 32)
-        expected = flash_attn_with_kvcache(q[:, one], full_k, full_v, k[:, one], v[:, one],
-                                           torch.full((3,), t), window_size=(32, 0))  # fmt: skip
+        expected = flash_attn_with_kvcache(
+            q[:, one], full_k, full_v, k[:, one], v[:, one], torch.full((3,), t), window_size=(32, 0)
+        )
         close(y, expected)
         ring.advance(1)
 

@@ -39,10 +39,19 @@ def test_lost_hosts_are_to_be_tried_again(
     assert line == f"launch: this host has lost the others, or they have ended ({str(error).splitlines()[0]})"
 
 
-@pytest.mark.parametrize("argv", [
-    "", "--nnodes=abc x.py", "--nnodes=3:2 x.py", "--nproc_per_node=foo x.py", "--nproc_per_node=0 x.py",
-    "--rdzv-conf=foo x.py", "--max-restarts=-1 x.py", "-m scripts.nosuch",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "",
+        "--nnodes=abc x.py",
+        "--nnodes=3:2 x.py",
+        "--nproc_per_node=foo x.py",
+        "--nproc_per_node=0 x.py",
+        "--rdzv-conf=foo x.py",
+        "--max-restarts=-1 x.py",
+        "-m scripts.nosuch",
+    ],
+)
 def test_a_wrong_command_gets_one_line(argv: str) -> None:
     with pytest.raises(UserError) as error:
         launch.main(argv.split())

@@ -32,17 +32,41 @@ def live() -> Iterator[Live]:
 
 def run(live: Live, out: Path, as_text: bool) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """(scores by task, items by task), as the harness tells them; it runs in a process of its own, offline."""
-    arguments = ",".join(["model=nanochat", f"base_url={live.url}/v1/completions", f"max_length={CONTEXT - 1}",
-                          "num_concurrent=4", f"tokenized_requests={not as_text}"])  # fmt: skip
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments,
-               "--tasks", "sums_choice,sums_generate", "--include_path", str(TASKS), "--output_path", str(out),
-               "--log_samples", "--batch_size", "8" if as_text else "1"]  # fmt: skip
+    arguments = ",".join(
+        [
+            "model=nanochat",
+            f"base_url={live.url}/v1/completions",
+            f"max_length={CONTEXT - 1}",
+            "num_concurrent=4",
+            f"tokenized_requests={not as_text}",
+        ]
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "local-completions",
+        "--model_args",
+        arguments,
+        "--tasks",
+        "sums_choice,sums_generate",
+        "--include_path",
+        str(TASKS),
+        "--output_path",
+        str(out),
+        "--log_samples",
+        "--batch_size",
+        "8" if as_text else "1",
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(out / "cache")}
     done = subprocess.run(command, cwd=TASKS, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = out.rglob("results_*.json")
-    items = {task: [json.loads(line) for line in next(out.rglob(f"samples_{task}_*")).read_text().splitlines()]
-             for task in ("sums_choice", "sums_generate")}  # fmt: skip
+    items = {
+        task: [json.loads(line) for line in next(out.rglob(f"samples_{task}_*")).read_text().splitlines()]
+        for task in ("sums_choice", "sums_generate")
+    }
     return json.loads(results.read_text())["results"], items
 
 

@@ -28,15 +28,36 @@ from nanochat.runtime import Runtime
 ROOT = Path(__file__).parent.parent
 STEPS = 60
 FLAGS = [
-    "--depth=1", "--n-embd=16", "--head-dim=8", "--max-seq-len=16", "--total-batch-size=64", "--eval-tokens=64",
-    "--eval-every=-1", "--sample-every=-1", "--device-type=cpu", "--save-every=5", "--model-tag=net", "--resume",
-    "--lr-scale=0.1", "--weight-decay=0", "--timeout=2", f"--num-iterations={STEPS}",
-]  # fmt: skip
+    "--depth=1",
+    "--n-embd=16",
+    "--head-dim=8",
+    "--max-seq-len=16",
+    "--total-batch-size=64",
+    "--eval-tokens=64",
+    "--eval-every=-1",
+    "--sample-every=-1",
+    "--device-type=cpu",
+    "--save-every=5",
+    "--model-tag=net",
+    "--resume",
+    "--lr-scale=0.1",
+    "--weight-decay=0",
+    "--timeout=2",
+    f"--num-iterations={STEPS}",
+]
 # As in the recipes but for the figures: a host counts as dead after 3 s, and a start waits 1 s for more hosts.
 LAUNCHER = [
-    sys.executable, "-m", "scripts.launch", "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3",
-    "--rdzv-backend=c10d", "--rdzv-id=net", f"--rdzv-endpoint={TwoHosts.addresses[0]}:29500", "--monitor-interval=0.1",
-]  # fmt: skip
+    sys.executable,
+    "-m",
+    "scripts.launch",
+    "--nnodes=1:2",
+    "--nproc_per_node=1",
+    "--max-restarts=3",
+    "--rdzv-backend=c10d",
+    "--rdzv-id=net",
+    f"--rdzv-endpoint={TwoHosts.addresses[0]}:29500",
+    "--monitor-interval=0.1",
+]
 QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
 
 
@@ -53,11 +74,19 @@ class Run:
 
     def launch(self, host: int) -> "subprocess.Popen[bytes]":
         # Both hosts bear this machine's name, so which of them keeps the store must be said.
-        where = [f"--local-addr={TwoHosts.addresses[host]}", f"--rdzv-conf={QUICK},is_host={int(host == 0)}",
-                 f"--log-dir={self.base / 'launcher'}"]  # fmt: skip
+        where = [
+            f"--local-addr={TwoHosts.addresses[host]}",
+            f"--rdzv-conf={QUICK},is_host={int(host == 0)}",
+            f"--log-dir={self.base / 'launcher'}",
+        ]
         command = [*LAUNCHER, *where, str(ROOT / "tests" / "held_train.py"), *FLAGS, f"--data={self.base}/text.jsonl"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(self.base),
-                       "NANOCHAT_DTYPE": "float32", "PYTHONPATH": str(ROOT)}  # fmt: skip
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "NANOCHAT_BASE_DIR": str(self.base),
+            "NANOCHAT_DTYPE": "float32",
+            "PYTHONPATH": str(ROOT),
+        }
         with open(self.base / f"host{host}.log", "ab") as output:
             return self.hosts.popen(host, command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 

@@ -22,8 +22,11 @@ def backwards(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(DEV / "new_skill"))
     from backwards import Backwards  # type: ignore[import-not-found]
 
-    monkeypatch.setitem(TASKS, "Backwards", TaskSpec("Backwards", lambda split, **kw: sized(Backwards, split, **kw),
-                                                     "test", starter=True))  # fmt: skip
+    monkeypatch.setitem(
+        TASKS,
+        "Backwards",
+        TaskSpec("Backwards", lambda split, **kw: sized(Backwards, split, **kw), "test", starter=True),
+    )
     monkeypatch.setattr("tasks.rewarded.REWARDED", {**REWARDED, "Backwards": generated(Backwards)})
     return Backwards
 
@@ -41,15 +44,31 @@ def test_the_task_is_sound(backwards: Any) -> None:
 def test_the_commands_run(backwards: Any, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [flag for flag in TINY if not flag.startswith("--max-seq-len")]
     assert base_train.main([*flags, "--max-seq-len=64", f"--data={copied / 'text.jsonl'}"]) == 0
-    made = subprocess.run([sys.executable, str(DEV / "new_skill" / "make_data.py"), "40"], capture_output=True,
-                          text=True, check=True, cwd=DEV.parent).stdout  # fmt: skip
+    made = subprocess.run(
+        [sys.executable, str(DEV / "new_skill" / "make_data.py"), "40"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=DEV.parent,
+    ).stdout
     data = tmp_path / "backwards.jsonl"
     data.write_text(made)
     assert len(made.splitlines()) == 40 and json.loads(made.splitlines()[0])[0]["role"] == "user"
     common = ["--device-type=cpu", "--num-iterations=1"]
     assert chat_sft.main([f"--data={data}", "--total-batch-size=64", "--eval-tokens=64", *common]) == 0
-    assert chat_rl.main(["--tasks=Backwards,Arithmetic", "--examples-per-step=2", "--num-samples=2",
-                         "--max-new-tokens=4", "--eval-examples=2", *common]) == 0  # fmt: skip
+    assert (
+        chat_rl.main(
+            [
+                "--tasks=Backwards,Arithmetic",
+                "--examples-per-step=2",
+                "--num-samples=2",
+                "--max-new-tokens=4",
+                "--eval-examples=2",
+                *common,
+            ]
+        )
+        == 0
+    )
     assert chat_eval.main(["-i", "rl", "-a", "Backwards", "-x", "2", "-m", "4"]) == 0
     assert "Backwards" in capsys.readouterr().out
 

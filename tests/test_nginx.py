@@ -50,8 +50,11 @@ def door(servers: list[Live], tmp_path: Path) -> Iterator[str]:
         assert found == 1
     (tmp_path / "nginx.conf").write_text(text)
     with (tmp_path / "errors").open("wb") as errors:
-        process = subprocess.Popen([NGINX, "-p", tmp_path, "-c", tmp_path / "nginx.conf"],  # type: ignore[list-item]
-                                   stdout=errors, stderr=errors)  # fmt: skip
+        process = subprocess.Popen(
+            [NGINX, "-p", tmp_path, "-c", tmp_path / "nginx.conf"],  # type: ignore[list-item]
+            stdout=errors,
+            stderr=errors,
+        )
     try:
         until(lambda: reachable(port) or process.poll() is not None)
         assert process.poll() is None, (tmp_path / "errors").read_text()

@@ -27,8 +27,10 @@ from nanochat.trainer import Trainer
 from scripts._device_batch import fit_device_batch
 from scripts._train import compiled_loss
 
-pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-              pytest.mark.filterwarnings("ignore")]  # fmt: skip; the compiler's own
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.filterwarnings("ignore"),
+]  # the compiler's own
 
 ROOT = Path(__file__).parent.parent
 GPU = torch.device("cuda")
@@ -117,8 +119,9 @@ def test_model_as_on_the_cpu(form: str, compiled: bool) -> None:
     for name, value in wanted.items():
         assert far(found[name], value) < (1e-5 if name == "loss" else 1e-3), name
     half = moved(model, torch.bfloat16)
-    found = loss_and_gradients(half, compiled_loss(half, "on" if compiled else "off", on(GPU, torch.bfloat16)),
-                               idx.to(GPU))  # fmt: skip
+    found = loss_and_gradients(
+        half, compiled_loss(half, "on" if compiled else "off", on(GPU, torch.bfloat16)), idx.to(GPU)
+    )
     assert far(found["loss"], wanted["loss"]) < 0.02
 
 
@@ -129,8 +132,15 @@ def curve(runtime: Runtime, steps: int = 24, compiled: str = "off", recipe: str 
     if recipe:
         fp8.convert(model, recipe, runtime)
     groups = build_param_groups(model, OptimizerConfig(), lr_scale=0.3, weight_decay=0.1, ns_dtype=torch.float32)
-    trainer = Trainer(model, MuonAdamW(groups), Markov(), runtime, ScheduleConfig(steps, warmup_steps=2), 8,  # type: ignore[arg-type]
-                      loss_fn=compiled_loss(model, compiled, runtime))  # fmt: skip
+    trainer = Trainer(
+        model,
+        MuonAdamW(groups),
+        Markov(),
+        runtime,
+        ScheduleConfig(steps, warmup_steps=2),
+        8,  # type: ignore[arg-type]
+        loss_fn=compiled_loss(model, compiled, runtime),
+    )
     losses: list[float] = []
     trainer.log = lambda t, record: losses.append(record["loss"])
     trainer.run()
@@ -220,8 +230,9 @@ def test_answers_as_on_the_cpu(form: str) -> None:
     model = randomized(FORMS[form](sequence_len=64, vocab_size=265, n_layer=3, n_head=2, n_kv_head=1, n_embd=32))
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6], list(range(40))]
     engines = Engine(model.eval(), TOKENIZER), Engine(moved(model).eval(), TOKENIZER)
-    answers = [[engine.generate_batch(prompt, max_tokens=20, temperature=0)[0] for prompt in prompts]
-               for engine in engines]  # fmt: skip
+    answers = [
+        [engine.generate_batch(prompt, max_tokens=20, temperature=0)[0] for prompt in prompts] for engine in engines
+    ]
     assert answers[0] == answers[1]
     drawn = engines[1].generate_batch(prompts[0], num_samples=4, max_tokens=20, temperature=1.0, top_k=20, seed=3)
     again = engines[1].generate_batch(prompts[0], num_samples=4, max_tokens=20, temperature=1.0, top_k=20, seed=3)
@@ -234,8 +245,9 @@ def test_answers_as_on_the_cpu(form: str) -> None:
 
 def test_the_update_over_nccl(tmp_path: Path) -> None:
     """In a group of one: the sums are trivial, the calls and where their tensors lie are not."""
-    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1,
-                                         device_id=torch.device("cuda", 0))  # fmt: skip
+    torch.distributed.init_process_group(
+        "nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1, device_id=torch.device("cuda", 0)
+    )
     try:
         weights = []
         for kind in (MuonAdamW, DistMuonAdamW):
@@ -254,16 +266,33 @@ def test_the_update_over_nccl(tmp_path: Path) -> None:
 
 def run(base: Path, *command: str, **environment: str) -> str:
     """What `python -m command` prints; it must end well."""
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, text=True, capture_output=True, timeout=300,
-                          env={**os.environ, "NANOCHAT_BASE_DIR": str(base), **environment})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(base), **environment},
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
 def test_a_run_resumes_with_the_same_bits(copied: Path) -> None:
-    flags = ["--depth=2", "--n-embd=64", "--head-dim=32", "--max-seq-len=128", "--total-batch-size=1024",
-             f"--data={copied / 'text.jsonl'}", "--eval-tokens=1024", "--eval-every=5", "--save-every=6",
-             "--num-iterations=10", "--device-type=cuda", "--model-tag=run"]  # fmt: skip
+    flags = [
+        "--depth=2",
+        "--n-embd=64",
+        "--head-dim=32",
+        "--max-seq-len=128",
+        "--total-batch-size=1024",
+        f"--data={copied / 'text.jsonl'}",
+        "--eval-tokens=1024",
+        "--eval-every=5",
+        "--save-every=6",
+        "--num-iterations=10",
+        "--device-type=cuda",
+        "--model-tag=run",
+    ]
 
     def result() -> tuple[list[str], list[tuple[float, float | None]]]:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -31,8 +31,9 @@ def client(live: Live) -> Iterator[Any]:
 
 
 def ask(client: Any, **changes: Any) -> Any:
-    return client.chat.completions.create(**{"model": "nanochat", "messages": HI, "seed": 7, "max_tokens": 20,
-                                             **changes})  # fmt: skip
+    return client.chat.completions.create(
+        **{"model": "nanochat", "messages": HI, "seed": 7, "max_tokens": 20, **changes}
+    )
 
 
 def test_a_chat_whole_and_streamed(client: Any) -> None:
@@ -76,8 +77,13 @@ def test_log_probabilities(client: Any) -> None:
     content = whole.logprobs.content
     assert content and all(t.logprob <= 0 and len(t.top_logprobs) == 3 for t in content)
     assert all(t.top_logprobs[0].logprob >= t.top_logprobs[1].logprob for t in content)
-    streamed = [told for chunk in ask(client, logprobs=True, top_logprobs=3, stream=True) for choice in chunk.choices
-                if choice.logprobs for told in choice.logprobs.content]  # fmt: skip
+    streamed = [
+        told
+        for chunk in ask(client, logprobs=True, top_logprobs=3, stream=True)
+        for choice in chunk.choices
+        if choice.logprobs
+        for told in choice.logprobs.content
+    ]
     assert streamed == content
 
 

@@ -126,8 +126,9 @@ def test_orthogonalize_keeps_singular_vectors_and_evens_out_values(rows: int, co
 
 def test_orthogonalize_ignores_scale_and_survives_zeros() -> None:
     x = random(2, 6, 10)
-    torch.testing.assert_close(orthogonalize(x * 1e6, dtype=torch.float32), orthogonalize(x, dtype=torch.float32),
-                               rtol=1e-3, atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        orthogonalize(x * 1e6, dtype=torch.float32), orthogonalize(x, dtype=torch.float32), rtol=1e-3, atol=1e-4
+    )
     assert (orthogonalize(torch.zeros(1, 4, 4)) == 0).all()
 
 
@@ -229,11 +230,13 @@ class Run:
         self.params = {n: random(*s, seed=i).requires_grad_() for i, (n, s) in enumerate(SHAPES.items())}
         p = self.params
         self.names = {tensor: name for name, tensor in p.items()}
-        self.optimizer = MuonAdamW([
-            {"kind": "adamw", "params": [p["embedding"], p["scalar"]], "lr": 0.1, "weight_decay": 0.01},
-            {"kind": "muon", "params": [p["a"], p["b"]], "lr": 0.02, "weight_decay": 0.1},
-            {"kind": "muon", "params": [p["tall"]], "lr": 0.02},
-        ])  # fmt: skip
+        self.optimizer = MuonAdamW(
+            [
+                {"kind": "adamw", "params": [p["embedding"], p["scalar"]], "lr": 0.1, "weight_decay": 0.01},
+                {"kind": "muon", "params": [p["a"], p["b"]], "lr": 0.02, "weight_decay": 0.1},
+                {"kind": "muon", "params": [p["tall"]], "lr": 0.02},
+            ]
+        )
 
     def steps(self, start: int, stop: int) -> None:
         for step in range(start, stop):
@@ -269,10 +272,17 @@ def test_saved_state_is_full_shape_and_named() -> None:
     run.steps(0, 1)
     tensors, counts = run.optimizer.named_state(run.names)
     assert {k: tuple(v.shape) for k, v in tensors.items()} == {
-        "exp_avg.embedding": (5, 3), "exp_avg_sq.embedding": (5, 3), "exp_avg.scalar": (1,), "exp_avg_sq.scalar": (1,),
-        "momentum_buffer.a": (4, 6), "second_moment.a": (1, 6), "momentum_buffer.b": (4, 6), "second_moment.b": (1, 6),
-        "momentum_buffer.tall": (6, 2), "second_moment.tall": (6, 1),
-    }  # fmt: skip
+        "exp_avg.embedding": (5, 3),
+        "exp_avg_sq.embedding": (5, 3),
+        "exp_avg.scalar": (1,),
+        "exp_avg_sq.scalar": (1,),
+        "momentum_buffer.a": (4, 6),
+        "second_moment.a": (1, 6),
+        "momentum_buffer.b": (4, 6),
+        "second_moment.b": (1, 6),
+        "momentum_buffer.tall": (6, 2),
+        "second_moment.tall": (6, 1),
+    }
     assert all(v.dtype == torch.float32 for v in tensors.values()) and set(counts.values()) == {1}
 
 

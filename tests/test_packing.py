@@ -35,11 +35,14 @@ class BruteForcePool:
         return item
 
 
-operations = st.lists(st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 12)),
-    st.tuples(st.just("best"), st.integers(0, 14)),
-    st.tuples(st.sampled_from(["oldest", "longest"]), st.just(0)),
-), max_size=120)  # fmt: skip
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 12)),
+        st.tuples(st.just("best"), st.integers(0, 14)),
+        st.tuples(st.sampled_from(["oldest", "longest"]), st.just(0)),
+    ),
+    max_size=120,
+)
 
 
 @given(operations)

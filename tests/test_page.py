@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get i
 playwright_api = pytest.importorskip("playwright.sync_api")
 PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = (
     TOKENIZER.encode_special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end")
-)  # fmt: skip
+)
 
 
 class ScriptedPool:
@@ -80,8 +80,9 @@ class Served:
 
     def start(self) -> None:
         app = create_app(self.pool, TOKENIZER, Settings(max_tokens=500, drain_seconds=0.1))  # type: ignore[arg-type]
-        self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error", lifespan="off",
-                                                    timeout_graceful_shutdown=0))  # fmt: skip
+        self.server = uvicorn.Server(
+            uvicorn.Config(app, port=self.port, log_level="error", lifespan="off", timeout_graceful_shutdown=0)
+        )
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:
@@ -115,8 +116,14 @@ def page(browser: Any, served: Served) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1200, "height": 800})
     made, wrong = context.new_page(), []
     made.on("pageerror", lambda error: wrong.append(str(error)))
-    made.on("console", lambda m: wrong.append(m.text) if m.type == "error" and "Failed to load" not in m.text
-            and "ERR_" not in m.text else None)  # fmt: skip
+    made.on(
+        "console",
+        lambda m: (
+            wrong.append(m.text)
+            if m.type == "error" and "Failed to load" not in m.text and "ERR_" not in m.text
+            else None
+        ),
+    )
     made.on("dialog", lambda dialog: (wrong.append("a dialog"), dialog.dismiss()))
     made.goto(f"http://127.0.0.1:{served.port}/")
     yield made
@@ -197,27 +204,51 @@ def test_tool_calls_are_shown_as_what_they_are(page: Any, served: Served) -> Non
 
 
 def test_markdown_is_rendered(page: Any, served: Served) -> None:
-    text = ("## T\n**b** and *i* `c*d` [l](https://e.example/x) 2*3*4 a ** b\n\n- one\n- two\n\n"
-            "3. three\n\n```py\nx = '<b>'\n```\n> q\n\nend ``a`b``")  # fmt: skip
+    text = (
+        "## T\n**b** and *i* `c*d` [l](https://e.example/x) 2*3*4 a ** b\n\n- one\n- two\n\n"
+        "3. three\n\n```py\nx = '<b>'\n```\n> q\n\nend ``a`b``"
+    )
     served.pool.script = lambda asked: text
     ask(page, "go")
     found = answer(page).locator(".body").evaluate("node => node.innerHTML")
-    for piece in ("<h3>T</h3>", "<strong>b</strong>", "<em>i</em>", "<code>c*d</code>", ">l</a>", "<li>one</li>",
-                  '<ol start="3"><li>three</li>', "<code>x = '&lt;b&gt;'</code>", "<blockquote>q", "<code>a`b</code>",
-                  "a ** b"):  # fmt: skip
+    for piece in (
+        "<h3>T</h3>",
+        "<strong>b</strong>",
+        "<em>i</em>",
+        "<code>c*d</code>",
+        ">l</a>",
+        "<li>one</li>",
+        '<ol start="3"><li>three</li>',
+        "<code>x = '&lt;b&gt;'</code>",
+        "<blockquote>q",
+        "<code>a`b</code>",
+        "a ** b",
+    ):
         assert piece in found, (piece, found)
 
 
 HOSTILE = [
-    "<script>window.hacked=1</script>", "<img src=x onerror='window.hacked=1'>", "<svg/onload=window.hacked=1>",
-    "[click](javascript:window.hacked=1)", "[click](https://a.example/\"onmouseover=\"window.hacked=1)",
-    "```html\n<script>window.hacked=1</script>\n```", "`<b onclick=alert(1)>`", "<iframe src='javascript:1'></iframe>",
-    "**<script>window.hacked=1</script>**", "# <img src=x onerror=alert(1)>", "- <a href='javascript:1'>x</a>",
-    "> <style>*{display:none}</style>", "\u202e<script>\u2028alert(1)",
+    "<script>window.hacked=1</script>",
+    "<img src=x onerror='window.hacked=1'>",
+    "<svg/onload=window.hacked=1>",
+    "[click](javascript:window.hacked=1)",
+    '[click](https://a.example/"onmouseover="window.hacked=1)',
+    "```html\n<script>window.hacked=1</script>\n```",
+    "`<b onclick=alert(1)>`",
+    "<iframe src='javascript:1'></iframe>",
+    "**<script>window.hacked=1</script>**",
+    "# <img src=x onerror=alert(1)>",
+    "- <a href='javascript:1'>x</a>",
+    "> <style>*{display:none}</style>",
+    "\u202e<script>\u2028alert(1)",
     "</article></div><script>window.hacked=1</script>",
-    "```\n</code></pre><script>window.hacked=1</script>", "[a](http://x y) ![i](http://a.example/i.png)", "*" * 5000,
-    "[" * 2000 + "(" * 2000, "`" * 999 + "x", "1. " * 500,
-]  # fmt: skip
+    "```\n</code></pre><script>window.hacked=1</script>",
+    "[a](http://x y) ![i](http://a.example/i.png)",
+    "*" * 5000,
+    "[" * 2000 + "(" * 2000,
+    "`" * 999 + "x",
+    "1. " * 500,
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

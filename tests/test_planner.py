@@ -40,15 +40,25 @@ def planned(flags: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, A
     ("flags", "steps", "batch", "flops", "seconds"),
     [
         # The first two ran at the batch of their time, 2^19; the others at the one that the horizon implies.
-        (["--depth=24", "--target-param-data-ratio=12", "--total-batch-size=524288", "--recipe=published"], 16_704,
-         2**19, 4.3308e19, 10_949),
-        (["--depth=26", "--target-param-data-ratio=8.5", "--total-batch-size=524288", "--fp8"], 14_889, 2**19, None,
-         10_493),
+        (
+            ["--depth=24", "--target-param-data-ratio=12", "--total-batch-size=524288", "--recipe=published"],
+            16_704,
+            2**19,
+            4.3308e19,
+            10_949,
+        ),
+        (
+            ["--depth=26", "--target-param-data-ratio=8.5", "--total-batch-size=524288", "--fp8"],
+            14_889,
+            2**19,
+            None,
+            10_493,
+        ),
         (["--depth=24", "--target-param-data-ratio=9.5", "--fp8"], None, 2**20, None, 2.02 * 3600),
         (["--depth=24", "--target-param-data-ratio=8", "--fp8", "--recipe=later"], None, 2**20, None, 1.65 * 3600),
     ],
     ids=["d24", "d26-fp8", "d24-fp8", "d24-fp8-later"],
-)  # fmt: skip
+)
 def test_published_runs(
     flags: list[str], steps: int, batch: int, flops: float, seconds: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,10 +97,21 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_preset_plans(capsys: pytest.CaptureFixture[str]) -> None:
-    seconds = {name: planned(["--depth=4", f"--gpu={name.upper()}", "--device-batch-size=1"], capsys)["seconds"]
-               for name in GPUS}  # fmt: skip
+    seconds = {
+        name: planned(["--depth=4", f"--gpu={name.upper()}", "--device-batch-size=1"], capsys)["seconds"]
+        for name in GPUS
+    }
     assert sorted(seconds, key=lambda name: seconds[name]) == [
-        "b200", "h200", "h100", "a100", "4090", "v100", "l4", "3090", "t4"]  # fmt: skip
+        "b200",
+        "h200",
+        "h100",
+        "a100",
+        "4090",
+        "v100",
+        "l4",
+        "3090",
+        "t4",
+    ]
 
 
 def test_narrow_models_reach_less_of_the_peak() -> None:
@@ -172,11 +193,21 @@ def test_a_model_too_slow_to_measure_is_scaled_up(monkeypatch: pytest.MonkeyPatc
     config = GPTConfig(sequence_len=1024, n_layer=8)
     tried = list(_pace.trials(config, 4))
     assert [(c.n_layer, c.sequence_len, rows) for c, rows in tried] == [
-        (8, 1024, 4), (8, 1024, 1), (8, 512, 1), (8, 256, 1), (4, 256, 1), (2, 256, 1), (1, 256, 1)]  # fmt: skip
+        (8, 1024, 4),
+        (8, 1024, 1),
+        (8, 512, 1),
+        (8, 256, 1),
+        (4, 256, 1),
+        (2, 256, 1),
+        (1, 256, 1),
+    ]
     monkeypatch.setattr(_pace, "time_step", lambda trial, rows, runtime: (float(rows), 1.0))
     slow = _pace.Gpu("abacus", 1e12, 1e9, None, 0.0, None, "float32")
-    pace = _pace.measure_pace(GPTConfig(sequence_len=64, vocab_size=64, n_layer=4, n_embd=64, n_head=2, n_kv_head=2),
-                             slow, Runtime.create("cpu"))  # fmt: skip
+    pace = _pace.measure_pace(
+        GPTConfig(sequence_len=64, vocab_size=64, n_layer=4, n_embd=64, n_head=2, n_kv_head=2),
+        slow,
+        Runtime.create("cpu"),
+    )
     assert pace.token_seconds == pytest.approx(1 / 64)  # all of it could be measured: 4096 // 64 rows in 64 s
     slow.peak_flops = 1e3
     pace = _pace.measure_pace(config, slow, Runtime.create("cpu"))
@@ -273,8 +304,11 @@ def held_by_rank(runtime: Runtime, dtype: str) -> tuple[dict[str, int], dict[str
     for event in sorted(events, key=lambda event: event.start_ns()):
         above += event.nbytes()
         most = max(most, above)
-    held = {"weights": tensor_bytes(model.parameters()), "gradients": tensor_bytes(p.grad for p in model.parameters()),
-            "optimizer": tensor_bytes(t for state in optimizer.state.values() for t in state.values())}  # fmt: skip
+    held = {
+        "weights": tensor_bytes(model.parameters()),
+        "gradients": tensor_bytes(p.grad for p in model.parameters()),
+        "optimizer": tensor_bytes(t for state in optimizer.state.values() for t in state.values()),
+    }
     held["at the peak"] = held["weights"] + held["optimizer"] + most
     plan = memory_by_kind(config, Gpu("", 0.0, 1.0, None, 0.0, None, dtype), runtime.world_size, rows, "cpu")
     return {**plan, "at the peak": sum(plan.values())}, held
@@ -299,8 +333,11 @@ TRUE = Law(E=0.45, A=30, alpha=0.30, B=120, beta=0.33)
 def noisy_runs(seed: int, noise: float = 0.002) -> list[tuple[float, float, float]]:
     """Sixteen runs of that law, four sizes by four lengths, their losses noisy by 0.2%, as equal runs' are."""
     rng = np.random.default_rng(seed)
-    return [(n, n * ratio, TRUE.loss(n, n * ratio) * math.exp(rng.normal(0, noise)))
-            for n in (1e6, 4e6, 16e6, 64e6) for ratio in (4, 10, 30, 90)]  # fmt: skip
+    return [
+        (n, n * ratio, TRUE.loss(n, n * ratio) * math.exp(rng.normal(0, noise)))
+        for n in (1e6, 4e6, 16e6, 64e6)
+        for ratio in (4, 10, 30, 90)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -100,7 +100,8 @@ def test_a_told_prompt_is_computed_whole() -> None:
     (token,) = batch.step()
     logprobs = model(torch.tensor([prompt]))[0].detach().log_softmax(-1)
     assert [t.logprob for t in row.told] == pytest.approx(
-        [float(logprobs[i, prompt[i + 1]]) for i in range(20)], abs=1e-4)  # fmt: skip
+        [float(logprobs[i, prompt[i + 1]]) for i in range(20)], abs=1e-4
+    )
     best = logprobs[4].topk(3)
     assert [i for i, _ in row.told[4].top] == best.indices.tolist()
     assert token.told is not None and token.told.logprob == pytest.approx(float(logprobs[-1].max()), abs=1e-4)

@@ -7,8 +7,12 @@ import inspect
 import pytest
 
 NAMES = {
-    "nanochat.tokenizer": ["RustBPETokenizer.train_from_iterator", "RustBPETokenizer.render_conversation",
-                           "RustBPETokenizer.render_for_completion", "get_tokenizer"],
+    "nanochat.tokenizer": [
+        "RustBPETokenizer.train_from_iterator",
+        "RustBPETokenizer.render_conversation",
+        "RustBPETokenizer.render_for_completion",
+        "get_tokenizer",
+    ],
     "nanochat.gpt": ["GPTConfig", "GPT.estimate_flops", "GPT.num_scaling_params", "CausalSelfAttention.forward"],
     "nanochat.flash_attention": ["flash_attn.flash_attn_func", "flash_attn.flash_attn_with_kvcache"],
     "nanochat.dataloader": ["tokenizing_distributed_data_loader_with_state_bos_bestfit"],
@@ -20,10 +24,14 @@ NAMES = {
     "nanochat.serve.service": ["WorkerPool"],
     "nanochat.engine": ["KVCache", "Engine.generate", "Engine.generate_batch"],
     "tasks.common": ["Task", "TaskMixture", "TaskSequence"],
-    "tasks.smoltalk": ["SmolTalk"], "tasks.mmlu": ["MMLU"], "tasks.arc": ["ARC"], "tasks.gsm8k": ["GSM8K"],
-    "tasks.humaneval": ["HumanEval"], "tasks.spellingbee": ["SpellingBee", "SimpleSpelling"],
+    "tasks.smoltalk": ["SmolTalk"],
+    "tasks.mmlu": ["MMLU"],
+    "tasks.arc": ["ARC"],
+    "tasks.gsm8k": ["GSM8K"],
+    "tasks.humaneval": ["HumanEval"],
+    "tasks.spellingbee": ["SpellingBee", "SimpleSpelling"],
     "tasks.customjson": ["CustomJSON"],
-}  # fmt: skip
+}
 
 FLAGS = {
     "base_train": "run device_type fp8 fp8_recipe adam_beta1 adam_beta2 depth aspect_ratio head_dim max_seq_len "
@@ -56,12 +64,24 @@ def test_published_signatures() -> None:
     from nanochat.gpt import CausalSelfAttention, GPTConfig
 
     assert list(inspect.signature(CausalSelfAttention.forward).parameters)[1:6] == [
-        "x", "ve", "cos_sin", "window_size", "kv_cache"]  # fmt: skip
+        "x",
+        "ve",
+        "cos_sin",
+        "window_size",
+        "kv_cache",
+    ]
     generate = list(inspect.signature(Engine.generate).parameters)
     assert {"tokens", "num_samples", "max_tokens", "temperature", "top_k", "seed"} <= set(generate)
     fields = {f.name: f.default for f in dataclasses.fields(GPTConfig)}
-    published = {"sequence_len": 2048, "vocab_size": 32768, "n_layer": 12, "n_head": 6, "n_kv_head": 6, "n_embd": 768,
-                 "window_pattern": "SSSL"}  # fmt: skip
+    published = {
+        "sequence_len": 2048,
+        "vocab_size": 32768,
+        "n_layer": 12,
+        "n_head": 6,
+        "n_kv_head": 6,
+        "n_embd": 768,
+        "window_pattern": "SSSL",
+    }
     assert published.items() <= fields.items()
 
 

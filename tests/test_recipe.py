@@ -41,21 +41,39 @@ def test_changes_reach_their_owner() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("latest", "one of default"), ("", "one of"), ("later,", "smear=False"), ("later,smaer=1", "known: "),
-        ("later,smear", "smear=False"), ("later,smear=maybe", "takes a bool"), ("later,rope_base=x", "takes a float"),
-        ("later,matrix_lr=nan", "finite"), ("later,lr_scale=-1", "lr_scale"), ("later,horizon_exponent=2", "exponents"),
+        ("latest", "one of default"),
+        ("", "one of"),
+        ("later,", "smear=False"),
+        ("later,smaer=1", "known: "),
+        ("later,smear", "smear=False"),
+        ("later,smear=maybe", "takes a bool"),
+        ("later,rope_base=x", "takes a float"),
+        ("later,matrix_lr=nan", "finite"),
+        ("later,lr_scale=-1", "lr_scale"),
+        ("later,horizon_exponent=2", "exponents"),
         ("later,most_decay=-1", "most_decay"),
-        ("later,n_layer=3", "not 'n_layer=3'"), ("later,num_steps=3", "not 'num_steps=3'"),
+        ("later,n_layer=3", "not 'n_layer=3'"),
+        ("later,num_steps=3", "not 'num_steps=3'"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(text: str, says: str) -> None:
     with pytest.raises(UserError, match="--recipe") as caught:
         assert get_recipe(text).plan
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("change", ["softcap=0.0", "rope_base=0.0", "smear_channels=0", "muon_beta2=1.5",
-                                    "matrix_lr=-1.0", "decay_shape=foo", "momentum_peak=5.0"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        "softcap=0.0",
+        "rope_base=0.0",
+        "smear_channels=0",
+        "muon_beta2=1.5",
+        "matrix_lr=-1.0",
+        "decay_shape=foo",
+        "momentum_peak=5.0",
+    ],
+)
 def test_values_that_cannot_be_are_refused(change: str) -> None:
     recipe = get_recipe(f"later,{change}")
     with pytest.raises(UserError, match=change.split("=")[0]):

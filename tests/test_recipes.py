@@ -13,9 +13,18 @@ import yaml
 
 RUNS = Path(__file__).parent.parent / "runs"
 WANTED = [
-    "--nnodes=2", "--nproc_per_node=4", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-endpoint=node1:29500",
-    "-m", "scripts.base_train", "--", "--resume", "--depth=24", "--save-every=250",
-]  # fmt: skip
+    "--nnodes=2",
+    "--nproc_per_node=4",
+    "--max-restarts=3",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=node1:29500",
+    "-m",
+    "scripts.base_train",
+    "--",
+    "--resume",
+    "--depth=24",
+    "--save-every=250",
+]
 
 
 def program(path: Path, script: str) -> None:
@@ -35,15 +44,22 @@ def slurm(tmp_path: Path, srun: str) -> dict[str, str]:
     program(tmp_path / "bin" / "srun", srun)
     hosts = 'case "$1" in show) printf "node1\\nnode2\\n";; *) echo "scontrol $@";; esac'
     program(tmp_path / "bin" / "scontrol", hosts)
-    return {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]",
-            "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4",
-            "SLURM_SUBMIT_DIR": str(tmp_path)}  # fmt: skip
+    return {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }
 
 
 def test_slurm(tmp_path: Path) -> None:
     environment = slurm(tmp_path, 'printf "%s\\n" "$@"')
-    said = subprocess.run(["bash", RUNS / "slurm.sh", *WANTED[-2:]], env=environment, check=True, capture_output=True,
-                          text=True).stdout  # fmt: skip
+    said = subprocess.run(
+        ["bash", RUNS / "slurm.sh", *WANTED[-2:]], env=environment, check=True, capture_output=True, text=True
+    ).stdout
     found = launched(said.splitlines())
     assert [word for word in found if word != "--shutdown-timeout=100"] == WANTED and "requeue" not in said
 
@@ -61,8 +77,9 @@ def test_slurm_job_that_is_told_to_stop_goes_back_into_the_queue(tmp_path: Path)
 
 def test_ssh() -> None:
     environment = {**os.environ, "DRY_RUN": "1", "HOSTS": "node1 node2", "GPUS": "4"}
-    said = subprocess.run(["bash", RUNS / "ssh.sh", *WANTED[-2:]], env=environment, check=True, capture_output=True,
-                          text=True).stdout  # fmt: skip
+    said = subprocess.run(
+        ["bash", RUNS / "ssh.sh", *WANTED[-2:]], env=environment, check=True, capture_output=True, text=True
+    ).stdout
     lines = [shlex.split(line) for line in said.splitlines()]
     assert [line[:3] for line in lines] == [["ssh", "-tt", "node1"], ["ssh", "-tt", "node2"]]
     assert all(launched(line) == ["--nnodes=1:2", *WANTED[1:]] for line in lines)
@@ -77,8 +94,12 @@ def test_ssh_tries_a_lost_host_again_until_the_run_has_ended(tmp_path: Path) -> 
         *) until [ -e ended ]; do sleep 0.02; done; sleep 0.2; exit 75;;
     esac"""
     program(tmp_path / "bin" / "ssh", script)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOSTS": "node1 node2",
-                   "PAUSE": "0.01"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "HOSTS": "node1 node2",
+        "PAUSE": "0.01",
+    }
     assert subprocess.run(["bash", RUNS / "ssh.sh"], env=environment, timeout=20).returncode == 0
     assert sorted((tmp_path / "tried").read_text().split()) == ["node1", *["node2"] * 4]
 
@@ -105,9 +126,14 @@ def test_ssh_that_is_told_to_stop_tells_all_hosts(tmp_path: Path) -> None:
 def test_sky(tmp_path: Path) -> None:
     recipe = yaml.safe_load((RUNS / "sky.yaml").read_text())
     program(tmp_path / ".venv" / "bin" / "python", 'printf "%s\\n" "$@"')
-    environment = {**os.environ, **{name: str(value) for name, value in recipe["envs"].items()},
-                   "SKYPILOT_NODE_IPS": "node1\nnode2", "SKYPILOT_NUM_NODES": "2",
-                   "SKYPILOT_NUM_GPUS_PER_NODE": "4"}  # fmt: skip
-    said = subprocess.run(["bash", "-c", recipe["run"]], cwd=tmp_path, env=environment, check=True, capture_output=True,
-                          text=True).stdout  # fmt: skip
+    environment = {
+        **os.environ,
+        **{name: str(value) for name, value in recipe["envs"].items()},
+        "SKYPILOT_NODE_IPS": "node1\nnode2",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "4",
+    }
+    said = subprocess.run(
+        ["bash", "-c", recipe["run"]], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    ).stdout
     assert launched(said.splitlines()) == WANTED

@@ -137,8 +137,15 @@ def test_every_kind_of_url(bucket: Path, base: Path) -> None:
     for name in ("s0", "s1", "s2"):
         memory.pipe_file(f"/folder/deep/{name}.parquet", (bucket / "data" / f"{name}.parquet").read_bytes())
     whole = resolve_corpus(str(bucket / "data"), base)
-    for url in ("memory://folder", "memory://folder/deep/", "memory://folder/**/*.parquet", f"file://{bucket}/data",
-                f"file://{bucket}/data/s*.parquet", "bucket://data/*.parquet", "bucket://d*"):  # fmt: skip
+    for url in (
+        "memory://folder",
+        "memory://folder/deep/",
+        "memory://folder/**/*.parquet",
+        f"file://{bucket}/data",
+        f"file://{bucket}/data/s*.parquet",
+        "bucket://data/*.parquet",
+        "bucket://d*",
+    ):
         assert resolve_corpus(url, base).fingerprint == whole.fingerprint, url
     one = resolve_corpus("memory://folder/deep/s1.parquet", base)
     assert one.fingerprint == resolve_corpus(str(bucket / "data" / "s1.parquet"), base).fingerprint
@@ -151,8 +158,10 @@ def test_text_files_are_converted_to_the_same_shards(bucket: Path, tmp_path: Pat
     write_parquet(bucket / "mixed" / "big.parquet", TEXTS[:400], 400)
     (bucket / "mixed" / "a.jsonl").write_bytes(jsonl(TEXTS[400:900]))
     (bucket / "mixed" / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS[900:])))
-    near, far = (resolve_corpus(*which) for which in ((str(bucket / "mixed"), tmp_path / "x"),
-                                                      ("bucket://mixed", tmp_path / "y")))  # fmt: skip
+    near, far = (
+        resolve_corpus(*which)
+        for which in ((str(bucket / "mixed"), tmp_path / "x"), ("bucket://mixed", tmp_path / "y"))
+    )
     assert far.fingerprint == near.fingerprint and sorted(both(far)) == sorted(TEXTS)
     np.testing.assert_array_equal(rows_of(far, 20), rows_of(near, 20))
 
@@ -164,8 +173,12 @@ def test_a_shard_is_read_in_pieces_and_none_before_it_is_needed(bucket: Path, tm
     texts = [rng.bytes(500).hex() for _ in range(400)]
     for i in range(3):
         waste = pa.array([rng.bytes(3000) for _ in texts])
-        pq.write_table(pa.table({"waste": waste, "text": texts}), bucket / "data" / f"s{i}.parquet",
-                       row_group_size=40, use_dictionary=False)  # fmt: skip
+        pq.write_table(
+            pa.table({"waste": waste, "text": texts}),
+            bucket / "data" / f"s{i}.parquet",
+            row_group_size=40,
+            use_dictionary=False,
+        )
     Bucket.fail = staticmethod(lambda path, start, end: start is not None and sizes.append(end - start))
     corpus = resolve_corpus("bucket://data", tmp_path / "base")
     assert both(corpus)
@@ -303,10 +316,12 @@ def test_a_network_that_stays_away_ends_loudly(bucket: Path, tmp_path: Path, mon
 
 
 def test_a_shard_that_vanishes_or_changes_is_named(bucket: Path, tmp_path: Path) -> None:
-    for number, (spoil, told) in enumerate({
-        lambda path: path.unlink(): "not there",
-        lambda path: path.write_bytes(path.read_bytes()[:9000]): "has changed",
-    }.items()):  # fmt: skip
+    for number, (spoil, told) in enumerate(
+        {
+            lambda path: path.unlink(): "not there",
+            lambda path: path.write_bytes(path.read_bytes()[:9000]): "has changed",
+        }.items()
+    ):
         corpus = resolve_corpus("bucket://data", tmp_path / str(number))
         spoil(bucket / "data" / "s2.parquet")
         with pytest.raises(BadShard, match=rf"bucket://data/s2.parquet .*{told}.*--skip-bad-shards") as caught:
@@ -339,9 +354,13 @@ def test_a_server_that_knows_no_ranges(bucket: Path, tmp_path: Path, monkeypatch
     ],
 )
 def test_mistakes(
-    data: str, told: str, bucket: Path, copied: Path, monkeypatch: pytest.MonkeyPatch,
+    data: str,
+    told: str,
+    bucket: Path,
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     def missing(data: str) -> None:
         raise ImportError("Install it")
 
@@ -366,8 +385,10 @@ class Web(AbstractFileSystem):
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         if (folder := path.rstrip("/")) not in self.pages:
             raise ConnectionRefusedError(111, "refused")
-        return [{"name": name, "size": None, "type": "directory" if name.endswith("/") else "file"}
-                for name in self.pages[folder]]  # fmt: skip
+        return [
+            {"name": name, "size": None, "type": "directory" if name.endswith("/") else "file"}
+            for name in self.pages[folder]
+        ]
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
         return {"name": path, "size": 1, "type": "file"}

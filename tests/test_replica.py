@@ -225,8 +225,11 @@ def test_a_killed_replica_costs_only_what_was_already_sent(live: Live, capsys: p
         if service.alive:
             os.kill(service.process.pid, signal.SIGSTOP)  # it takes the next order and does nothing
             frozen = service
-    thread = threading.Thread(target=lambda: found.update(whole=httpx.post(
-        f"{live.url}/v1/chat/completions", json={**asked, "max_tokens": 3}, timeout=90)))  # fmt: skip
+    thread = threading.Thread(
+        target=lambda: found.update(
+            whole=httpx.post(f"{live.url}/v1/chat/completions", json={**asked, "max_tokens": 3}, timeout=90)
+        )
+    )
     other = threading.Thread(target=lambda: httpx.post(f"{live.url}/v1/chat/completions", json=asked, timeout=90))
     thread.start()
     time.sleep(0.1)

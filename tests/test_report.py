@@ -53,9 +53,19 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     record_stage(base, "chat_sft", {"seconds": 200, "val_bpb": 0.4})
     results = {"Arithmetic": (80, 100), "ARC<Easy>": (25, 100)}
     record_stage(base, "chat_eval", {"seconds": 30, **accuracy_values(results, {"ARC<Easy>": 0.25})})
-    record_stage(base, "base_train", {"seconds": 600.5, "val_bpb": 1.05, "tokens": 5_000_000, "num_params": 11_500_000,
-                                      "tokens_per_second": 9000.0, "metrics": write_metrics(base),
-                                      "plan": [("layers x width", "4 x 256")]})  # fmt: skip
+    record_stage(
+        base,
+        "base_train",
+        {
+            "seconds": 600.5,
+            "val_bpb": 1.05,
+            "tokens": 5_000_000,
+            "num_params": 11_500_000,
+            "tokens_per_second": 9000.0,
+            "metrics": write_metrics(base),
+            "plan": [("layers x width", "4 x 256")],
+        },
+    )
     return base
 
 
@@ -170,8 +180,15 @@ def test_second_record_replaces_unless_the_checkpoint_is_the_same(tmp_path: Path
 
 
 def test_values_of_any_kind_become_json(tmp_path: Path) -> None:
-    values = {"a": np.float32(0.5), "b": torch.tensor(3), "c": float("nan"), "d": (np.int64(2), True), "e": Path("x"),
-              "f": np.array([1.0, math.inf]), "g": None}  # fmt: skip
+    values = {
+        "a": np.float32(0.5),
+        "b": torch.tensor(3),
+        "c": float("nan"),
+        "d": (np.int64(2), True),
+        "e": Path("x"),
+        "f": np.array([1.0, math.inf]),
+        "g": None,
+    }
     assert to_json(values) == {"a": 0.5, "b": 3, "c": None, "d": [2, True], "e": "x", "f": [1.0, None], "g": None}
     record_stage(tmp_path, "base_eval", values)
     assert "NaN" not in (tmp_path / "report" / "report.json").read_text(encoding="utf-8")
@@ -279,10 +296,27 @@ def test_sparkline_spans_its_range() -> None:
 
 
 def test_facts_read_well() -> None:
-    facts = dict(facts_of({"tokens": 5_000_000, "val_bpb": 1.0471234, "mfu": 0.312, "eval_seconds": 75.0, "x": 1e-7,
-                           "intervals": {"T": [0, 1]}, "T": 0.5, "seconds": 3}))  # fmt: skip
-    assert facts == {"validation bits per byte": "1.0471", "share of machine peak": "31.2%", "tokens": "5,000,000",
-                     "eval seconds": "1m15s", "x": "1e-07"}  # fmt: skip
+    facts = dict(
+        facts_of(
+            {
+                "tokens": 5_000_000,
+                "val_bpb": 1.0471234,
+                "mfu": 0.312,
+                "eval_seconds": 75.0,
+                "x": 1e-7,
+                "intervals": {"T": [0, 1]},
+                "T": 0.5,
+                "seconds": 3,
+            }
+        )
+    )
+    assert facts == {
+        "validation bits per byte": "1.0471",
+        "share of machine peak": "31.2%",
+        "tokens": "5,000,000",
+        "eval seconds": "1m15s",
+        "x": "1e-07",
+    }
 
 
 def test_command_line(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,8 +375,11 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for name, extra in (("a", 0.0), ("b<i>", 0.25)):
         run = tmp_path / "base_checkpoints" / name
         run.mkdir(parents=True)
-        lines = [{"step": s, "loss": 3 + extra + 6 / s, "tokens": 100 * s, "seconds": s, "tokens_per_second": 100.0}
-                 | ({"val_bpb": 1 + extra + 1 / s} if s % 20 == 0 else {}) for s in range(1, 101)]  # fmt: skip
+        lines = [
+            {"step": s, "loss": 3 + extra + 6 / s, "tokens": 100 * s, "seconds": s, "tokens_per_second": 100.0}
+            | ({"val_bpb": 1 + extra + 1 / s} if s % 20 == 0 else {})
+            for s in range(1, 101)
+        ]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (run / "plan.json").write_text(json.dumps({"num_steps": 100, "user_config": {"depth": 4, "seed": extra}}))
     assert main(["--base-dir", str(tmp_path), "--compare", "a", "b<i>"]) == 0

@@ -16,14 +16,29 @@ from nanochat.common import sha256_file
 
 STEPS, SAVE_EVERY = 60, 3
 BASE = [
-    "--depth=1", "--n-embd=32", "--head-dim=16", "--max-seq-len=32", "--total-batch-size=128", "--eval-every=10",
-    "--eval-tokens=1024", "--sample-every=-1", f"--num-iterations={STEPS}", f"--save-every={SAVE_EVERY}",
-    "--device-type=cpu", "--model-tag=tiny", "--keep-last=2",
-]  # fmt: skip
+    "--depth=1",
+    "--n-embd=32",
+    "--head-dim=16",
+    "--max-seq-len=32",
+    "--total-batch-size=128",
+    "--eval-every=10",
+    "--eval-tokens=1024",
+    "--sample-every=-1",
+    f"--num-iterations={STEPS}",
+    f"--save-every={SAVE_EVERY}",
+    "--device-type=cpu",
+    "--model-tag=tiny",
+    "--keep-last=2",
+]
 SFT = [
-    f"--num-iterations={STEPS}", f"--save-every={SAVE_EVERY}", "--total-batch-size=128", "--eval-tokens=512",
-    "--eval-every=20", "--device-type=cpu", "--model-tag=tiny",
-]  # fmt: skip
+    f"--num-iterations={STEPS}",
+    f"--save-every={SAVE_EVERY}",
+    "--total-batch-size=128",
+    "--eval-tokens=512",
+    "--eval-every=20",
+    "--device-type=cpu",
+    "--model-tag=tiny",
+]
 
 
 def child(stage: str, argv: list[str], base_dir: str, log: str) -> None:
@@ -80,17 +95,21 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = base / "data.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     chats = base / "chats.jsonl"
-    chats.write_text("".join(
-        json.dumps([{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}]) + "\n"
-        for i in range(60)))  # fmt: skip
+    chats.write_text(
+        "".join(
+            json.dumps([{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}]) + "\n"
+            for i in range(60)
+        )
+    )
     finish("tok_train", [f"--data={data}", "--vocab-size=300"], base)
     finish("base_train", [*BASE, f"--data={data}"], base)
     finish("chat_sft", [*SFT, f"--data={chats}"], base)
     return base
 
 
-@pytest.mark.parametrize(("stage", "argv", "folder"), [("base_train", BASE, "base_checkpoints"),
-                                                       ("chat_sft", SFT, "chatsft_checkpoints")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "argv", "folder"), [("base_train", BASE, "base_checkpoints"), ("chat_sft", SFT, "chatsft_checkpoints")]
+)
 def test_killed_runs_end_like_one_never_killed(
     stage: str, argv: list[str], folder: str, straight: Path, tmp_path: Path
 ) -> None:
@@ -152,9 +171,19 @@ def test_killed_reinforcement_learning_ends_like_one_never_killed(straight: Path
     """What is sampled after resuming is what would have been: the figures of every step are equal."""
     import shutil
 
-    flags = ["--num-iterations=9", "--save-every=2", "--eval-every=4", "--eval-examples=2", "--examples-per-step=2",
-             "--num-samples=4", "--max-new-tokens=8", "--tasks=Format,Arithmetic", "--device-type=cpu",
-             "--model-tag=tiny", "--source-tag=tiny"]  # fmt: skip
+    flags = [
+        "--num-iterations=9",
+        "--save-every=2",
+        "--eval-every=4",
+        "--eval-examples=2",
+        "--examples-per-step=2",
+        "--num-samples=4",
+        "--max-new-tokens=8",
+        "--tasks=Format,Arithmetic",
+        "--device-type=cpu",
+        "--model-tag=tiny",
+        "--source-tag=tiny",
+    ]
     bases = [tmp_path / name for name in ("straight", "killed")]
     for base in bases:
         shutil.copytree(straight / "chatsft_checkpoints", base / "chatsft_checkpoints")
@@ -171,8 +200,9 @@ def test_killed_reinforcement_learning_ends_like_one_never_killed(straight: Path
     figures = []
     for base in bases:
         lines = (base / "chatrl_checkpoints" / "tiny" / "metrics.jsonl").read_text().splitlines()
-        figures.append([{key: value for key, value in json.loads(line).items() if "second" not in key}
-                        for line in lines])  # fmt: skip
+        figures.append(
+            [{key: value for key, value in json.loads(line).items() if "second" not in key} for line in lines]
+        )
     assert figures[0] == figures[1] and len(figures[0]) == 9 and figures[0][3]["answer_tokens"] > 0
     hashes = [sha256_file(base / "chatrl_checkpoints" / "tiny" / "000009" / "model.safetensors") for base in bases]
     assert hashes[0] == hashes[1]

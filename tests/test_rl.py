@@ -28,8 +28,9 @@ END = TOKENIZER.encode_special("<|assistant_end|>")
 
 
 def tiny(seed: int = 0, **sizes: Any) -> GPT:
-    config = GPTConfig(**{"sequence_len": 64, "vocab_size": 265, "n_layer": 2, "n_head": 2, "n_kv_head": 2,
-                          "n_embd": 32, **sizes})  # fmt: skip
+    config = GPTConfig(
+        **{"sequence_len": 64, "vocab_size": 265, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32, **sizes}
+    )
     model = GPT.create(config, seed=seed)
     with torch.no_grad():  # no matrix is zero, so that every gradient shows
         for number, p in enumerate(model.parameters()):
@@ -70,8 +71,9 @@ class ChatBytes:
         return [TOKENIZER.encode_special("<|bos|>"), *TOKENIZER.encode(conversation["messages"][0]["content"])]
 
 
-def loader_for(model: GPT, runtime: Runtime, curricula: list[Curriculum] | None = None, groups: int = 4,
-               **how: Any) -> RolloutLoader:  # fmt: skip
+def loader_for(
+    model: GPT, runtime: Runtime, curricula: list[Curriculum] | None = None, groups: int = 4, **how: Any
+) -> RolloutLoader:
     sampler = Sampler(**{"num_samples": 6, "max_new_tokens": 4, "top_k": 0, **how})
     curricula = curricula or [Curriculum([Bandit()])]
     return RolloutLoader(Engine(model, ChatBytes()), ChatBytes(), curricula, sampler, groups, runtime, seed=3)  # type: ignore[arg-type]
@@ -97,15 +99,30 @@ def test_gradient_agrees_with_a_worked_example_in_float64(runtime: Runtime) -> N
     model = tiny()
     prompt, other = [5, 6, 7], [8, 9]
     groups = [
-        Group(0, Bandit(), 0, {}, prompt, [
-            answered(prompt, [10, 11, 12, 13], [1, 0, 0, 1], END),  # a tool forced the middle
-            answered(prompt, [20], [1], END),
-            answered(prompt, [30, 31], [1, 1], None),  # cut off: no end is trained
-        ], rewards=[1.0, 0.0, 0.5]),
-        Group(0, Bandit(), 1, {}, other, [answered(other, [40, 41], [1, 1], END), answered(other, [42], [1], END)],
-              rewards=[0.0, 0.25]),
+        Group(
+            0,
+            Bandit(),
+            0,
+            {},
+            prompt,
+            [
+                answered(prompt, [10, 11, 12, 13], [1, 0, 0, 1], END),  # a tool forced the middle
+                answered(prompt, [20], [1], END),
+                answered(prompt, [30, 31], [1, 1], None),  # cut off: no end is trained
+            ],
+            rewards=[1.0, 0.0, 0.5],
+        ),
+        Group(
+            0,
+            Bandit(),
+            1,
+            {},
+            other,
+            [answered(other, [40, 41], [1, 1], END), answered(other, [42], [1], END)],
+            rewards=[0.0, 0.25],
+        ),
         Group(0, Bandit(), 2, {}, other, [answered(other, [50] * 9, [1] * 9, END)] * 2, rewards=[1.0, 1.0]),
-    ]  # fmt: skip
+    ]
     batch = as_batch(groups, "here")
     exact = GPT.create(model.config, compute_dtype=torch.float64).double()
     exact.load_state_dict(model.state_dict())
@@ -248,8 +265,9 @@ def test_a_resumed_loader_goes_on_where_it_was(runtime: Runtime) -> None:
 
     def kept(loader: RolloutLoader) -> list[list[str]]:
         seen: list[list[str]] = []
-        loader.watch = lambda step, groups: seen.append([g.task.name + g.conversation["messages"][0]["content"]
-                                                         + "".join(g.texts) for g in groups])  # fmt: skip
+        loader.watch = lambda step, groups: seen.append(
+            [g.task.name + g.conversation["messages"][0]["content"] + "".join(g.texts) for g in groups]
+        )
         return seen
 
     straight, other = fresh(), fresh()
@@ -310,16 +328,21 @@ def test_word_problems_are_sound(level: int) -> None:
         for index in range(len(task)):
             conversation = task[index]
             parts = conversation["messages"][-1]["content"]
-            text = "".join(part["text"] if part["type"] == "text" else f"<|output_end|>{part['text']}<|output_end|>"
-                           for part in parts)  # fmt: skip
+            text = "".join(
+                part["text"] if part["type"] == "text" else f"<|output_end|>{part['text']}<|output_end|>"
+                for part in parts
+            )
             assert task.reward(conversation, text) == 1.0
             assert task.reward(conversation, text + "1") == 0.0 and task.reward(conversation, "") == 0.0
             calls = [part["text"] for part in parts if part["type"] == "python"]
             results = [part["text"] for part in parts if part["type"] == "python_output"]
             assert len(calls) == level and all(eval(c) == float(r) for c, r in zip(calls, results))
             question = conversation["messages"][0]["content"]
-            numbers = [n for call in calls for n in call.replace("+", " ").replace("-", " ").replace("*", " ")
-                       .replace("/", " ").split()]  # fmt: skip
+            numbers = [
+                n
+                for call in calls
+                for n in call.replace("+", " ").replace("-", " ").replace("*", " ").replace("/", " ").split()
+            ]
             assert sum(n in question for n in numbers) >= level + 1, "every number of the problem is told"
     assert train[3] == WordProblems(level, 300)[3] != WordProblems(level, 300, seed=1)[3]
     drawn = [draw(keyed_random(i), level) for i in range(2000)]

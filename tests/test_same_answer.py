@@ -19,14 +19,30 @@ from nanochat.runtime import Runtime
 
 STEPS, HALF = 8, 4
 FLAGS = [
-    "--depth=3", "--n-embd=32", "--head-dim=16", "--max-seq-len=32", "--total-batch-size=256", "--eval-tokens=512",
-    "--eval-every=-1", "--sample-every=-1", f"--num-iterations={STEPS}", f"--save-every={HALF}", "--device-type=cpu",
-    "--model-tag=tiny", "--keep-last=0", "--lr-scale=0.2", "--weight-decay=0",  # which would explode in so short a run
-]  # fmt: skip
+    "--depth=3",
+    "--n-embd=32",
+    "--head-dim=16",
+    "--max-seq-len=32",
+    "--total-batch-size=256",
+    "--eval-tokens=512",
+    "--eval-every=-1",
+    "--sample-every=-1",
+    f"--num-iterations={STEPS}",
+    f"--save-every={HALF}",
+    "--device-type=cpu",
+    "--model-tag=tiny",
+    "--keep-last=0",
+    "--lr-scale=0.2",
+    "--weight-decay=0",  # which would explode in so short a run
+]
 SFT = [
-    f"--num-iterations={STEPS}", "--total-batch-size=256", "--eval-tokens=64", "--device-type=cpu", "--model-tag=tiny",
+    f"--num-iterations={STEPS}",
+    "--total-batch-size=256",
+    "--eval-tokens=64",
+    "--device-type=cpu",
+    "--model-tag=tiny",
     "--init-lr-frac=0.3",
-]  # fmt: skip
+]
 
 
 def train(runtime: Runtime, stage: str, base: str, dtype: str, argv: list[str]) -> None:
@@ -166,8 +182,10 @@ def test_finetuning_on_two_processes(done_by: Callable[[int], Path], tmp_path: P
     found = []
     for world_size, device_batch in ((1, 8), (2, 1)):
         base = copy(done_by(1), tmp_path / str(world_size))
-        chats = [[{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "yes " * (i % 5) + str(i)}]
-                 for i in range(60)]  # fmt: skip
+        chats = [
+            [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "yes " * (i % 5) + str(i)}]
+            for i in range(60)
+        ]
         (base / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
         flags = [*SFT, f"--data={base / 'chats.jsonl'}", f"--device-batch-size={device_batch}"]
         run_ranks(world_size, train, "sft", str(base), "float32", flags)

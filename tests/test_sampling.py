@@ -73,8 +73,18 @@ def test_temperature_zero_takes_the_most_likely() -> None:
     assert choose(logits, [Sampling(1.0, top_k=1)] * 16, rngs) == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.1, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [0, 1, 3]),
-                                             (0.96, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        (0.1, [1]),
+        (0.49, [1]),
+        (0.51, [1, 3]),
+        (0.79, [1, 3]),
+        (0.81, [0, 1, 3]),
+        (0.96, [0, 1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ],
+)
 def test_top_p_worked_example(top_p: float, kept: list[int]) -> None:
     p = WORKED.exp()[0].double()
     expected = torch.zeros(4, dtype=torch.float64)
@@ -177,8 +187,18 @@ def test_seeds_are_unrelated() -> None:
     assert make_rng(5, 3).random() == make_rng(5, 3).random()
 
 
-@pytest.mark.parametrize("values", [{"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf},
-                                    {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+    ],
+)
 def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         Sampling(**values)  # type: ignore[arg-type]

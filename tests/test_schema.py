@@ -15,10 +15,24 @@ with warnings.catch_warnings():  # other people's
     warnings.simplefilter("ignore")
     schemathesis = pytest.importorskip("schemathesis")
 
-OPERATIONS = [("POST", path) for path in ("/v1/chat/completions", "/v1/completions", "/chat/completions", "/tokenize",
-                                          "/detokenize")]  # fmt: skip
-OPERATIONS += [("GET", path) for path in ("/", "/v1/models", "/v1/models/{name}", "/health", "/health/ready",
-                                          "/health/live", "/stats", "/metrics", "/tokenizer_info")]  # fmt: skip
+OPERATIONS = [
+    ("POST", path)
+    for path in ("/v1/chat/completions", "/v1/completions", "/chat/completions", "/tokenize", "/detokenize")
+]
+OPERATIONS += [
+    ("GET", path)
+    for path in (
+        "/",
+        "/v1/models",
+        "/v1/models/{name}",
+        "/health",
+        "/health/ready",
+        "/health/live",
+        "/stats",
+        "/metrics",
+        "/tokenizer_info",
+    )
+]
 
 
 @pytest.fixture(scope="module")

@@ -62,8 +62,9 @@ def events(response: Any) -> list[Any]:
 
 def test_a_chat_is_answered(client: TestClient) -> None:
     body = client.post("/v1/chat/completions", json=chat()).json()
-    prompt = TOKENIZER.render_for_completion({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant",
-                                                                                                "content": ""}]})
+    prompt = TOKENIZER.render_for_completion(
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}
+    )
     expected, _ = Engine(MODEL, TOKENIZER).generate_batch(prompt, 1, max_tokens=8, temperature=1.0, top_k=50, seed=7)
     assert body["object"] == "chat.completion" and body["id"].startswith("chatcmpl-")
     (choice,) = body["choices"]
@@ -71,16 +72,20 @@ def test_a_chat_is_answered(client: TestClient) -> None:
     assert choice["message"]["role"] == "assistant" and choice["finish_reason"] in ("stop", "length")
     assert choice["message"]["content"] == bytes(own).decode(errors="replace") or choice["message"].get("tools")
     made = len(expected[0]) - len(prompt)
-    assert body["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": made,
-                             "total_tokens": len(prompt) + made}  # fmt: skip
+    assert body["usage"] == {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": made,
+        "total_tokens": len(prompt) + made,
+    }
 
 
 @pytest.mark.parametrize("extra", [{}, {"n": 3}, {"logprobs": True, "top_logprobs": 2}, {"stop": ["a", "e"]}])
 def test_streamed_and_whole_are_the_same(client: TestClient, extra: dict[str, Any]) -> None:
     request = chat(max_tokens=30, **extra)
     whole = client.post("/v1/chat/completions", json=request).json()
-    stream = events(client.post("/v1/chat/completions",
-                                json={**request, "stream": True, "stream_options": {"include_usage": True}}))
+    stream = events(
+        client.post("/v1/chat/completions", json={**request, "stream": True, "stream_options": {"include_usage": True}})
+    )
     assert stream[-1] == "[DONE]" and stream[-2]["choices"] == [] and stream[-2]["usage"] == whole["usage"]
     chunks = stream[:-2]
     assert all(c["usage"] is None and c["object"] == "chat.completion.chunk" for c in chunks)
@@ -121,8 +126,12 @@ def test_a_chat_longer_than_the_context_goes_on(client: TestClient) -> None:
 
 
 def test_the_published_form(client: TestClient) -> None:
-    stream = events(client.post("/chat/completions", json={"messages": [{"role": "user", "content": "hi"}],
-                                                           "max_tokens": 6, "temperature": 0, "top_k": 5}))
+    stream = events(
+        client.post(
+            "/chat/completions",
+            json={"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "temperature": 0, "top_k": 5},
+        )
+    )
     assert stream[-1] == {"done": True} and all(set(e) == {"token", "gpu"} for e in stream[:-1])
 
 
@@ -143,8 +152,9 @@ def test_echoed_prompts_with_log_probabilities(client: TestClient) -> None:
     assert told["text_offset"] == [0, 1, 2, 3, 4] and body["usage"]["completion_tokens"] == 0
     for i, best in enumerate(told["top_logprobs"]):
         assert max(best.values()) == pytest.approx(float(logprobs[i].max()), abs=1e-4)
-    longer = client.post("/v1/completions", json={"prompt": text, "max_tokens": 3, "echo": True, "logprobs": 1,
-                                                  "temperature": 0}).json()["choices"][0]
+    longer = client.post(
+        "/v1/completions", json={"prompt": text, "max_tokens": 3, "echo": True, "logprobs": 1, "temperature": 0}
+    ).json()["choices"][0]
     assert longer["text"].startswith(text) and len(longer["logprobs"]["tokens"]) in (6, 7, 8)
     assert longer["logprobs"]["token_logprobs"][:5] == pytest.approx(expected, abs=1e-4)
 
@@ -158,8 +168,16 @@ def test_offsets_count_characters_that_are_of_several_tokens_once() -> None:
     assert found[0]["text_offset"] + found[1]["text_offset"] == [7, 7, 8, 8, 8, 9]
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_tokens": 0}, {"n": 2, "prompt": ["héllo", "x" * 40]}, {"logprobs": None},
-                                     {"prompt": [[97, 0xC3], [98]]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_tokens": 0},
+        {"n": 2, "prompt": ["héllo", "x" * 40]},
+        {"logprobs": None},
+        {"prompt": [[97, 0xC3], [98]]},
+    ],
+)
 def test_streamed_completions_are_the_whole_ones(
     client: TestClient, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,8 +196,10 @@ def test_streamed_completions_are_the_whole_ones(
             assert {key: [one for part in told for one in part[key]] for key in told[0]} == choice["logprobs"]
             places = choice["logprobs"]["text_offset"]
             assert places == sorted(places) and all(
-                choice["text"][place] == token for place, token in zip(places, choice["logprobs"]["tokens"])
-                if token.isascii() and len(token) == 1)  # fmt: skip
+                choice["text"][place] == token
+                for place, token in zip(places, choice["logprobs"]["tokens"])
+                if token.isascii() and len(token) == 1
+            )
 
 
 @pytest.mark.parametrize("prompt", ["abc", ["abc", "b"], [97, 98, 99], [[97, 98, 99], [98]], [256, 97, 98, 99]])
@@ -269,14 +289,18 @@ def test_mistakes_name_the_field(client: TestClient, path: str, body: dict[str, 
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        (b"", 400), (b"{", 400), (b"[1]", 400), (b"\xff\xfe", 400), (b'{"messages": NaN}', 400),
+        (b"", 400),
+        (b"{", 400),
+        (b"[1]", 400),
+        (b"\xff\xfe", 400),
+        (b'{"messages": NaN}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": Infinity}', 400),
         (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
         (b'{"messages": "' + b"x" * 5_000_000 + b'"}', 413),
         (b'{"messages": [{"role": "user", "content": "' + b"x" * 300_000 + b'"}]}', 400),
     ],
-)  # fmt: skip
+)
 def test_bodies_that_are_none(client: TestClient, body: bytes, status: int) -> None:
     response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == status and response.json()["error"]["message"]
@@ -321,8 +345,13 @@ def test_unknown_models_and_paths(client: TestClient) -> None:
 def test_the_key_is_asked_for() -> None:
     with TestClient(app_of(Settings(api_keys=["other", "sécret"], max_tokens=4))) as client:
         good = {"Authorization": "Bearer sécret".encode()}
-        for wrong in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sécret".encode()},
-                      {"Authorization": "Basic sécret".encode()}, {"Authorization": b"Bearer \xff\xfe"}):  # fmt: skip
+        for wrong in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "sécret".encode()},
+            {"Authorization": "Basic sécret".encode()},
+            {"Authorization": b"Bearer \xff\xfe"},
+        ):
             for path in ("/v1/models", "/stats", "/metrics", "/openapi.json"):
                 response = client.get(path, headers=wrong)  # type: ignore[arg-type]
                 assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
@@ -371,6 +400,7 @@ def test_health_says_when_new_replicas_do_not_help(capsys: pytest.CaptureFixture
         return service
 
     with TestClient(create_app(WorkerPool(make), TOKENIZER, SETTINGS)) as client:
+
         def health() -> list[int]:
             return [client.get(f"/health/{kind}").status_code for kind in ("ready", "live")]
 
@@ -390,8 +420,9 @@ def test_health_says_when_new_replicas_do_not_help(capsys: pytest.CaptureFixture
 def test_one_request_of_many_prompts_does_not_keep_others_out() -> None:
     app = app_of(max_rows=1, max_waiting=2)
     with TestClient(app) as client:
-        many = threading.Thread(target=client.post, args=("/v1/completions",),
-                                kwargs={"json": {"prompt": ["ab"] * 60, "max_tokens": 30}})  # fmt: skip
+        many = threading.Thread(
+            target=client.post, args=("/v1/completions",), kwargs={"json": {"prompt": ["ab"] * 60, "max_tokens": 30}}
+        )
         many.start()
         until(lambda: app.state.api.pool.stats()["requests_waiting"] > 40)
         assert client.post("/v1/chat/completions", json=chat()).status_code == 200
@@ -443,7 +474,7 @@ def settle(app: Any) -> None:
 
 @pytest.mark.parametrize("levels", [0, 1, 3, 9])
 def test_json_in_pieces_is_json(levels):
-    value = {"a": [], "b": {}, "c": [1, -2.5e-9, None, True, "\u00fc\n\"\U0001f600"], "d": {"e": [[{"x": [1]}]]}}
+    value = {"a": [], "b": {}, "c": [1, -2.5e-9, None, True, '\u00fc\n"\U0001f600'], "d": {"e": [[{"x": [1]}]]}}
     assert "".join(json_pieces(value, levels)) == json.dumps(value, ensure_ascii=False)
 
 

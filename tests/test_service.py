@@ -130,9 +130,13 @@ def test_the_orders_of_a_request_take_one_place_in_the_queue(service: Service) -
 
 @pytest.mark.parametrize(
     ("bad", "says"),
-    [({"prompt": []}, "empty"), ({"prompt": [1] * 99}, "context"), ({"max_tokens": -1}, "negative"),
-     ({"samples": 0}, "at least 1")],
-)  # fmt: skip
+    [
+        ({"prompt": []}, "empty"),
+        ({"prompt": [1] * 99}, "context"),
+        ({"max_tokens": -1}, "negative"),
+        ({"samples": 0}, "at least 1"),
+    ],
+)
 def test_impossible_orders(service: Service, bad: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         service.submit(Order(**{"prompt": [256], "max_tokens": 3, **bad}), Receiver())

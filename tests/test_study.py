@@ -23,8 +23,18 @@ def runs_of_a_known_law(noise: float) -> list[Run]:
         for params in np.geomspace(3e5, 3e7, 7):
             tokens = budget / (6 * params)
             bpb = TRUE["E"] + TRUE["A"] * params ** -TRUE["alpha"] + TRUE["B"] * tokens ** -TRUE["beta"]
-            runs.append(Run("x", 1, round(params), round(tokens), budget, budget,
-                            bpb * math.exp(noise * rng.standard_normal()), 1.0))  # fmt: skip
+            runs.append(
+                Run(
+                    "x",
+                    1,
+                    round(params),
+                    round(tokens),
+                    budget,
+                    budget,
+                    bpb * math.exp(noise * rng.standard_normal()),
+                    1.0,
+                )
+            )
     return runs
 
 
@@ -60,8 +70,9 @@ def test_fit_law_reads_finished_runs(copied: Path, capsys: pytest.CaptureFixture
     text = f"--data={copied / 'text.jsonl'}"
     for depth in (1, 2, 3):
         for budget in (6e6, 9e6, 12e6):
-            base_train.main([*flags, text, f"--depth={depth}", f"--target-flops={budget}",
-                             f"--model-tag=law_{depth}_{budget:.0e}"])  # fmt: skip
+            base_train.main(
+                [*flags, text, f"--depth={depth}", f"--target-flops={budget}", f"--model-tag=law_{depth}_{budget:.0e}"]
+            )
     out = copied / "out"
     fit_law.main(["--runs=law_*", f"--out={out}"])
     assert {p.name for p in out.iterdir()} == {"runs.csv", "law.json", "fit.json", "scaling_laws.svg"}

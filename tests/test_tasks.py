@@ -348,10 +348,22 @@ def test_humaneval_in_the_sandbox(mirror: Path) -> None:
     safe = not all(why_unavailable(level) for level in SAFE_LEVELS)
     task = HumanEval(sandbox="" if safe else "unsafe")
     whole, body = task[0]["messages"][1]["content"], HUMANEVAL_ROW["canonical_solution"]
-    right = [whole, body, f"Sure!\n```python\ndef root(n):\n{body}```\nThat is all.",
-             "```python\nimport math\ndef half(n): return 0\ndef root(n): return math.sqrt(n)\n```"]  # fmt: skip
-    wrong = ["    pass\n", "    return 3\n", "    exit(0)\n", "", "I do not know.", "    import os; os._exit(0)\n",
-             "    return math.sqrt(n) +\n", f"{body}\ncheck = print\ndef root(n): return 3\n"]  # fmt: skip
+    right = [
+        whole,
+        body,
+        f"Sure!\n```python\ndef root(n):\n{body}```\nThat is all.",
+        "```python\nimport math\ndef half(n): return 0\ndef root(n): return math.sqrt(n)\n```",
+    ]
+    wrong = [
+        "    pass\n",
+        "    return 3\n",
+        "    exit(0)\n",
+        "",
+        "I do not know.",
+        "    import os; os._exit(0)\n",
+        "    return math.sqrt(n) +\n",
+        f"{body}\ncheck = print\ndef root(n): return 3\n",
+    ]
     for answer in right:
         assert task.evaluate(task[0], answer), answer
     for answer in wrong:
@@ -530,8 +542,10 @@ def test_final_text_is_what_comes_last_without_the_question() -> None:
 
 
 def test_registry() -> None:
-    names = ("ARC-Easy ARC-Challenge MMLU GSM8K HumanEval SpellingBee SimpleSpelling Arithmetic WordProblems1 "
-             "WordProblems2 WordProblems3 Identity")
+    names = (
+        "ARC-Easy ARC-Challenge MMLU GSM8K HumanEval SpellingBee SimpleSpelling Arithmetic WordProblems1 "
+        "WordProblems2 WordProblems3 Identity"
+    )
     assert list(TASKS) == names.split()
     assert {name: spec.baseline for name, spec in TASKS.items() if spec.baseline} == {
         "ARC-Easy": 0.25,

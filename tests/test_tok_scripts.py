@@ -51,8 +51,9 @@ def test_tok_train_mistakes(base_dir: Path, data: str, flag: str) -> None:
         tok_train.main([f"--data={data}", flag])
 
 
-def test_tok_eval_without_ranks_says_so(base_dir: Path, data: str, capsys: pytest.CaptureFixture[str],
-                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_tok_eval_without_ranks_says_so(
+    base_dir: Path, data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_ranks.Reference, "places", lambda self, base_dir: iter(()))
     with pytest.raises(UserError, match="train a tokenizer first"):
         tok_eval.main([f"--data={data}"])

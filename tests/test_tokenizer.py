@@ -226,8 +226,10 @@ def test_the_file_is_readable(tokenizer: RustBPETokenizer, tmp_path: Path) -> No
 def test_hash_is_of_the_content_alone() -> None:
     """Written out here, so that a change of the hash, which old checkpoints name, cannot pass unnoticed."""
     tokens = [bytes([value]) for value in range(256)] + [b"ab"]
-    content = json.dumps([SPLIT_PATTERN, [base64.b64encode(token).decode() for token in tokens], list(SPECIAL_TOKENS)],
-                         separators=(",", ":"))  # fmt: skip
+    content = json.dumps(
+        [SPLIT_PATTERN, [base64.b64encode(token).decode() for token in tokens], list(SPECIAL_TOKENS)],
+        separators=(",", ":"),
+    )
     tokenizer = RustBPETokenizer(SPLIT_PATTERN, tokens)
     assert tokenizer.hash == hashlib.sha256(content.encode()).hexdigest()
     others = [
@@ -239,11 +241,14 @@ def test_hash_is_of_the_content_alone() -> None:
     assert len({tokenizer.hash, *(other.hash for other in others)}) == 5
 
 
-@pytest.mark.parametrize(("tokens", "reason"), [
-    ([bytes([value]) for value in range(255)], "256 single bytes"),
-    ([bytes([value]) for value in range(256)] + [b"ab", b"ab"], "twice"),
-    ([bytes([value]) for value in range(256)] + [b""], "no empty one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ([bytes([value]) for value in range(255)], "256 single bytes"),
+        ([bytes([value]) for value in range(256)] + [b"ab", b"ab"], "twice"),
+        ([bytes([value]) for value in range(256)] + [b""], "no empty one"),
+    ],
+)
 def test_what_is_no_vocabulary(tokens: list[bytes], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         RustBPETokenizer(SPLIT_PATTERN, tokens)
@@ -277,21 +282,24 @@ def assert_refused(path: Path, reason: str = "") -> None:
     assert str(path) in message and reason in message and "\n" not in message
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    ({"hash": "0" * 64}, "do not match its recorded hash"),
-    ({"version": 2}, "version 2, this program reads version 1"),
-    ({"format": "other"}, "is not a nanochat tokenizer"),
-    ({"pattern": "("}, "damaged"),
-    ({"pattern": 5}, "damaged"),
-    ({"pattern": "x+"}, "do not match"),
-    ({"tokens": None}, "damaged"),
-    ({"tokens": [["QQ==", 1, "A"]]}, "damaged"),
-    ({"tokens": [[5, 1, "A"]]}, "damaged"),
-    ({"tokens": [["?", 1, "A"]]}, "damaged"),
-    ({"special_tokens": ["<|bos|>"]}, "damaged"),
-    ({"special_tokens": [["<|bos|>"]]}, "damaged"),
-    ({"vocab_size": 5}, "do not match"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hash": "0" * 64}, "do not match its recorded hash"),
+        ({"version": 2}, "version 2, this program reads version 1"),
+        ({"format": "other"}, "is not a nanochat tokenizer"),
+        ({"pattern": "("}, "damaged"),
+        ({"pattern": 5}, "damaged"),
+        ({"pattern": "x+"}, "do not match"),
+        ({"tokens": None}, "damaged"),
+        ({"tokens": [["QQ==", 1, "A"]]}, "damaged"),
+        ({"tokens": [[5, 1, "A"]]}, "damaged"),
+        ({"tokens": [["?", 1, "A"]]}, "damaged"),
+        ({"special_tokens": ["<|bos|>"]}, "damaged"),
+        ({"special_tokens": [["<|bos|>"]]}, "damaged"),
+        ({"vocab_size": 5}, "do not match"),
+    ],
+)
 def test_changed_files_are_refused(tokenizer: RustBPETokenizer, tmp_path: Path, change: dict, reason: str) -> None:
     path = tokenizer.save(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")

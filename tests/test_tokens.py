@@ -66,9 +66,14 @@ def test_the_same_validation_and_small_data(data: Path, base: Path) -> None:
 
         def blocks(tokenizer: object, folder: Path = folder) -> list[list[list[int]]]:
             corpus = pretokenized.with_tokens(opened(folder, base), tokenizer)
-            return [[item.ids.tolist() if isinstance(item, document_order.Tokens) else TOKENIZER.encode(item.text)
-                     for item in corpus.read_block(split, i)]
-                    for split in ("train", "val") for i in range(corpus.num_blocks(split))]  # fmt: skip
+            return [
+                [
+                    item.ids.tolist() if isinstance(item, document_order.Tokens) else TOKENIZER.encode(item.text)
+                    for item in corpus.read_block(split, i)
+                ]
+                for split in ("train", "val")
+                for i in range(corpus.num_blocks(split))
+            ]
 
         before = blocks(TOKENIZER)
         assert tok_data.main([f"--data={folder}", "--workers=1"]) == 0

@@ -191,8 +191,15 @@ def test_code_is_judged_by_its_tests() -> None:
         assert task.reward(conversation, f"{head}\n    return None") == 0.0
         assert task.reward(conversation, f"import os\n{head}\n    os._exit(0)") == 0.0
         assert task.reward(conversation, "I do not know") == 0.0
-    numbers = [{int(t) for t in str(Code(200, split)[i]["messages"][0]["content"]).replace(".", " ").replace(",", " ")
-                .split() if t.isdigit()} for split in ("train", "test") for i in range(200)]  # fmt: skip
+    numbers = [
+        {
+            int(t)
+            for t in str(Code(200, split)[i]["messages"][0]["content"]).replace(".", " ").replace(",", " ").split()
+            if t.isdigit()
+        }
+        for split in ("train", "test")
+        for i in range(200)
+    ]
     assert not set().union(*numbers[:200]) & set().union(*numbers[200:])
 
 

@@ -190,8 +190,13 @@ def test_a_resumed_run_keeps_the_plan_that_a_deadline_has_moved_away_from(
     def watch(trainer: Trainer, **rest: Any) -> int:
         code = drive(trainer, **rest)
         groups = trainer.optimizer.param_groups
-        seen.append((trainer.schedule.num_steps, trainer.progress.step,
-                     [g["initial_lr"] for g in groups] + [g.get("initial_weight_decay", 0.0) for g in groups]))
+        seen.append(
+            (
+                trainer.schedule.num_steps,
+                trainer.progress.step,
+                [g["initial_lr"] for g in groups] + [g.get("initial_weight_decay", 0.0) for g in groups],
+            )
+        )
         return code
 
     monkeypatch.setattr(base_train, "drive", watch)
@@ -208,8 +213,14 @@ def test_a_resumed_run_keeps_the_plan_that_a_deadline_has_moved_away_from(
 
 def test_a_reader_that_leaves_does_not_end_the_run(copied: Path) -> None:
     """`base_train | head -1`: the run goes on without its listener, to its last save."""
-    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=piped", "--num-iterations=3", "--sample-every=1",
-             "--eval-every=1"]  # fmt: skip
+    flags = [
+        *TINY,
+        f"--data={copied / 'text.jsonl'}",
+        "--model-tag=piped",
+        "--num-iterations=3",
+        "--sample-every=1",
+        "--eval-every=1",
+    ]
     command = [sys.executable, "-m", "scripts.base_train", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None

@@ -166,9 +166,14 @@ def test_unknown_stage_and_task(base: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_ctrl_c_while_python_imports_is_one_line() -> None:
-    process = subprocess.Popen([sys.executable, "-c", "import scripts, time; print(1, flush=True); time.sleep(60)"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import scripts, time; print(1, flush=True); time.sleep(60)"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stdout and process.stdout.readline() == "1\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == "interrupted\n" and process.returncode == -signal.SIGINT

@@ -16,8 +16,10 @@ class Backwards(GeneratedTask):
 
     def get_example(self, index: int) -> Conversation:
         word = keyed_random("Backwards", self.seed, self.split, index).choice(self.words)
-        messages = [{"role": "user", "content": f"Write {word} backwards."},
-                    {"role": "assistant", "content": " ".join(reversed(word))}]  # fmt: skip
+        messages = [
+            {"role": "user", "content": f"Write {word} backwards."},
+            {"role": "assistant", "content": " ".join(reversed(word))},
+        ]
         return {"messages": messages}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:

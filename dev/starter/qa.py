@@ -17,19 +17,59 @@ Pair = tuple[str, str]
 CAPS = {"geography": 2000, "words": 4500, "topics": 6000, "recipes": 800, "explain": 1500, "help": 1600, "story": 2200}
 """Conversations at most, by kind of question, so that none swamps the others."""
 
-WHAT_IS = ("What is {x}?", "What is {x}?", "Tell me about {x}.", "What do you know about {x}?", "Explain {x}.",
-           "Can you tell me about {x}?", "what is {x}", "Do you know what {x} is?")  # fmt: skip
-WHO_WAS = ("Who was {x}?", "Who was {x}?", "Tell me about {x}.", "Who was {x}", "Do you know who {x} was?",
-           "What do you know about {x}?", "Can you tell me who {x} was?")  # fmt: skip
+WHAT_IS = (
+    "What is {x}?",
+    "What is {x}?",
+    "Tell me about {x}.",
+    "What do you know about {x}?",
+    "Explain {x}.",
+    "Can you tell me about {x}?",
+    "what is {x}",
+    "Do you know what {x} is?",
+)
+WHO_WAS = (
+    "Who was {x}?",
+    "Who was {x}?",
+    "Tell me about {x}.",
+    "Who was {x}",
+    "Do you know who {x} was?",
+    "What do you know about {x}?",
+    "Can you tell me who {x} was?",
+)
 WHO_IS = tuple(t.replace(" was", " is") for t in WHO_WAS)
-MEANING = ("What does {x} mean?", 'What does "{x}" mean?', "What does the word {x} mean?", "Define {x}.",
-           "what does {x} mean", "What is the meaning of {x}?", "Explain the word {x}.")  # fmt: skip
-THING = ("What is {a} {x}?", "What is {a} {x}?", "What's {a} {x}?", "What does {x} mean?", "what is {a} {x}",
-         "Can you tell me what {a} {x} is?")  # fmt: skip
-MAKE = ("How do I make {x}?", "How can I cook {x}?", "Give me a recipe for {x}.", "How do you make {x}?",
-        "I want to make {x}. What do I need?", "how to make {x}")  # fmt: skip
-CAPITAL = ("What is the capital of {x}?", "What's the capital of {x}?", "Which city is the capital of {x}?",
-           "capital of {x}", "Tell me the capital of {x}.", "Do you know the capital of {x}?")  # fmt: skip
+MEANING = (
+    "What does {x} mean?",
+    'What does "{x}" mean?',
+    "What does the word {x} mean?",
+    "Define {x}.",
+    "what does {x} mean",
+    "What is the meaning of {x}?",
+    "Explain the word {x}.",
+)
+THING = (
+    "What is {a} {x}?",
+    "What is {a} {x}?",
+    "What's {a} {x}?",
+    "What does {x} mean?",
+    "what is {a} {x}",
+    "Can you tell me what {a} {x} is?",
+)
+MAKE = (
+    "How do I make {x}?",
+    "How can I cook {x}?",
+    "Give me a recipe for {x}.",
+    "How do you make {x}?",
+    "I want to make {x}. What do I need?",
+    "how to make {x}",
+)
+CAPITAL = (
+    "What is the capital of {x}?",
+    "What's the capital of {x}?",
+    "Which city is the capital of {x}?",
+    "capital of {x}",
+    "Tell me the capital of {x}.",
+    "Do you know the capital of {x}?",
+)
 
 
 def choose(templates: tuple[str, ...], x: str, **more: str) -> str:

@@ -71,5 +71,6 @@ class Saves:
     def _failed(self, step: int, error: OSError, final: bool) -> None:
         if final:
             raise SaveFailed(str(error)) from error
-        self.runtime.warn0(f"could not save step {step}: {error}; training goes on, "
-                           f"the last good checkpoint is step {self.last_step}")  # fmt: skip
+        self.runtime.warn0(
+            f"could not save step {step}: {error}; training goes on, the last good checkpoint is step {self.last_step}"
+        )

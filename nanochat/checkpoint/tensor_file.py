@@ -17,11 +17,22 @@ import numpy as np
 import torch
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -41,8 +52,10 @@ def write_file(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
 def tensor_chunks(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> Iterator[Any]:
     """A safetensors file piece by piece: the header, then each tensor's bytes, widest dtype first (alignment)."""
     # Arrays are copied: one that is read-only cannot become a tensor.
-    named = {name: value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
-             for name, value in tensors.items()}  # fmt: skip
+    named = {
+        name: value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        for name, value in tensors.items()
+    }
     order = sorted(named, key=lambda name: (-named[name].element_size(), name))
     header, end = {}, 0
     for name in order:

@@ -67,8 +67,19 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, y, a, b = ctx.saved_tensors
         gx, gy, dots = torch.empty_like(x), torch.empty_like(y), torch.empty(2, dtype=torch.float64)
-        call("mix_backward", grads[0].contiguous(), x, y, gx, gy, float(a), float(b), dots, x.numel(),
-             x.dtype == torch.bfloat16)  # fmt: skip
+        call(
+            "mix_backward",
+            grads[0].contiguous(),
+            x,
+            y,
+            gx,
+            gy,
+            float(a),
+            float(b),
+            dots,
+            x.numel(),
+            x.dtype == torch.bfloat16,
+        )
         return gx, gy, dots[0].to(a.dtype).view_as(a), dots[1].to(b.dtype).view_as(b)
 
 
@@ -177,8 +188,9 @@ def head_rows_(
     """
     if usable(logits) and targets.is_contiguous() and weights.is_contiguous():
         losses = torch.empty(logits.size(0), dtype=torch.float32)
-        call("head_rows", logits, targets, weights, losses, *logits.shape, cap, backward,
-             logits.dtype == torch.bfloat16)  # fmt: skip
+        call(
+            "head_rows", logits, targets, weights, losses, *logits.shape, cap, backward, logits.dtype == torch.bfloat16
+        )
         return losses, logits
     tanh = logits.float().div_(cap).tanh_()  # the softcap (Gemma 2, arXiv 2408.00118), before its last factor
     target, capped = targets[:, None], tanh * cap

@@ -63,8 +63,9 @@ class Prefetcher(Generic[Item]):
         self._failure: _Failure | None = None
         self._next: list[Item | _Failure] = []  # the next result, once it was waited for
         stop = threading.Event()
-        thread = threading.Thread(target=_work, args=(produce, self._results, self._slots, stop),
-                                  name="nanochat-prefetch", daemon=True)  # fmt: skip
+        thread = threading.Thread(
+            target=_work, args=(produce, self._results, self._slots, stop), name="nanochat-prefetch", daemon=True
+        )
         self._end = weakref.finalize(self, _end_thread, thread, self._slots, stop)  # also runs at interpreter exit
         thread.start()
 

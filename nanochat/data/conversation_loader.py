@@ -102,9 +102,14 @@ class ConversationPacker:
     """Packs conversations number 0 .. size - 1, in each epoch's order, into rows. For one thread."""
 
     def __init__(
-        self, get: Callable[[int], tuple[np.ndarray | None, bool]], size: int, *, row_tokens: int, seed: int,
+        self,
+        get: Callable[[int], tuple[np.ndarray | None, bool]],
+        size: int,
+        *,
+        row_tokens: int,
+        seed: int,
         num_epochs: int | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.get, self.size, self.row_tokens = get, size, row_tokens
         self.seed, self.num_epochs = seed, num_epochs
         self.restore(StreamPlace(), [])
@@ -129,8 +134,9 @@ class ConversationPacker:
             if not row:
                 break
             rows.append(row)
-            self.cursor = self.cursor._replace(rows=self.cursor.rows + 1,
-                                               tokens=self.cursor.tokens + before - self.pool.total)  # fmt: skip
+            self.cursor = self.cursor._replace(
+                rows=self.cursor.rows + 1, tokens=self.cursor.tokens + before - self.pool.total
+            )
         return rows
 
     def _top_up(self) -> None:
@@ -148,8 +154,10 @@ class ConversationPacker:
         now = self.cursor
         if now.position == self.size:
             if now.epoch == 0 and now.skipped == self.size:
-                raise UserError(f"none of {self.size} conversations has an answer that fits {self.row_tokens} tokens; "
-                                "check the data or raise --max-seq-len")  # fmt: skip
+                raise UserError(
+                    f"none of {self.size} conversations has an answer that fits {self.row_tokens} tokens; "
+                    "check the data or raise --max-seq-len"
+                )
             now = now._replace(epoch=now.epoch + 1, position=0)
         self.cursor = now
         if self.num_epochs is not None and now.epoch >= self.num_epochs:
@@ -196,8 +204,9 @@ class ConversationLoader:
         self.seed, self.num_epochs, self.size, self.row_tokens = seed, num_epochs, len(dataset), sequence_len + 1
         self._bos = tokenizer.encode_special("<|bos|>")
         self._get = RenderedConversations(dataset, tokenizer, self.row_tokens).get
-        self._packer = ConversationPacker(self._get, self.size, row_tokens=self.row_tokens, seed=seed,
-                                          num_epochs=num_epochs)  # fmt: skip
+        self._packer = ConversationPacker(
+            self._get, self.size, row_tokens=self.row_tokens, seed=seed, num_epochs=num_epochs
+        )
         self._layout = {"version": 1, "conversations": self.size, "sequence_len": sequence_len, "seed": seed}
         self._cursor, self._waiting = StreamPlace(), list[int]()  # after the last batch handed out
         self._prefetcher: Prefetcher[_Step] | None = None
@@ -219,12 +228,20 @@ class ConversationLoader:
         """
         epochs = self.num_epochs or 1
         if self.size <= EXACT_CONVERSATIONS:
-            rows = count_rows(ConversationPacker(self._get, self.size, row_tokens=self.row_tokens, seed=self.seed,
-                                                 num_epochs=epochs))  # fmt: skip
+            rows = count_rows(
+                ConversationPacker(self._get, self.size, row_tokens=self.row_tokens, seed=self.seed, num_epochs=epochs)
+            )
             return -(-rows // self.rows_per_step)
         chosen = seeded_rng(SAMPLE, self.seed).choice(self.size, SAMPLE_CONVERSATIONS, replace=False).tolist()
-        rows = count_rows(ConversationPacker(lambda i: self._get(chosen[i]), SAMPLE_CONVERSATIONS,
-                                             row_tokens=self.row_tokens, seed=self.seed, num_epochs=1))  # fmt: skip
+        rows = count_rows(
+            ConversationPacker(
+                lambda i: self._get(chosen[i]),
+                SAMPLE_CONVERSATIONS,
+                row_tokens=self.row_tokens,
+                seed=self.seed,
+                num_epochs=1,
+            )
+        )
         return max(1, int(SAMPLE_MARGIN * rows * self.size / SAMPLE_CONVERSATIONS * epochs / self.rows_per_step))
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -246,9 +263,15 @@ class ConversationLoader:
     def stats(self) -> dict[str, float]:
         """Over all processes, up to the last batch handed out; conversations counts what was read for it."""
         now = self._cursor
-        return {"conversations": now.epoch * self.size + now.position, "truncated": now.truncated,
-                "skipped": now.skipped, "rows": now.rows, "tokens": now.tokens, "epoch": now.epoch,
-                "padded_share": 1 - now.tokens / max(now.rows * self.row_tokens, 1)}  # fmt: skip
+        return {
+            "conversations": now.epoch * self.size + now.position,
+            "truncated": now.truncated,
+            "skipped": now.skipped,
+            "rows": now.rows,
+            "tokens": now.tokens,
+            "epoch": now.epoch,
+            "padded_share": 1 - now.tokens / max(now.rows * self.row_tokens, 1),
+        }
 
     def close(self) -> None:
         """End the thread. The state stays readable; the next batch after it starts another thread there."""

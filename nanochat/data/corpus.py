@@ -57,8 +57,13 @@ class Part:
 
     def to_dict(self) -> dict[str, Any]:
         """What a later run needs to know of a shard that it may not find any more."""
-        return {"path": str(self.path), "source": self.source, "blocks": self.blocks, "by_hash": self.by_hash,
-                "digest": self.digest.hex()}  # fmt: skip
+        return {
+            "path": str(self.path),
+            "source": self.source,
+            "blocks": self.blocks,
+            "by_hash": self.by_hash,
+            "digest": self.digest.hex(),
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Part":

@@ -16,8 +16,10 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "h
 def open_filesystem(data: str) -> tuple[Any, str]:
     """(an fsspec file system, the path in it). UserError that names the package which is missing."""
     if "::" in data:  # of zip://inner::https://host/archive.zip fsspec gives zip://inner as the file's address
-        raise UserError(f"--data {data}: what lies inside another file (::) cannot be read; unpack it, and give the "
-                        "address of its files")  # fmt: skip
+        raise UserError(
+            f"--data {data}: what lies inside another file (::) cannot be read; unpack it, and give the "
+            "address of its files"
+        )
     protocol = data.split("://")[0]
     try:
         fs, path = fsspec.core.url_to_fs(data)
@@ -75,8 +77,20 @@ def linked_files(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
 
 def version_of(info: dict[str, Any]) -> str:
     """What a file system says of which version of a file this is."""
-    names = ("ETag", "etag", "md5Hash", "generation", "version_id", "Content-MD5", "LastModified", "last_modified",
-             "Last-Modified", "mtime", "updated", "created")  # fmt: skip
+    names = (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "generation",
+        "version_id",
+        "Content-MD5",
+        "LastModified",
+        "last_modified",
+        "Last-Modified",
+        "mtime",
+        "updated",
+        "created",
+    )
     return next((f"{name} {info[name]}" for name in names if info.get(name)), "")
 
 
@@ -101,8 +115,18 @@ def trouble(error: Exception) -> str | None:
     if isinstance(error, PermissionError) or status in (401, 403, "403") or "Credentials" in name:
         return "denied"
     library = type(error).__module__.split(".")[0]
-    from_network = library in ("aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "requests", "urllib3", "httpx",
-                               "huggingface_hub", "azure")  # fmt: skip
+    from_network = library in (
+        "aiohttp",
+        "botocore",
+        "aiobotocore",
+        "gcsfs",
+        "google",
+        "requests",
+        "urllib3",
+        "httpx",
+        "huggingface_hub",
+        "azure",
+    )
     return "network" if from_network or isinstance(error, OSError | TimeoutError | EOFError) else None
 
 

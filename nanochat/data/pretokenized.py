@@ -65,8 +65,10 @@ class TokenisedCorpus:
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
                 if is_own_trouble(error):
                     raise
-                warn(f"the tokens in {path} are damaged ({first_line(error)}): deleted, and {part.path} is tokenised "
-                     "on the fly; python -m scripts.tok_data makes them again")  # fmt: skip
+                warn(
+                    f"the tokens in {path} are damaged ({first_line(error)}): deleted, and {part.path} is tokenised "
+                    "on the fly; python -m scripts.tok_data makes them again"
+                )
                 with suppress(OSError):
                     path.unlink()
                 self.files[str(part.path)] = None
@@ -143,15 +145,19 @@ def write_tokens(part: Part, tokenizer: Any, path: Path, between: Callable[[], N
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
     os.close(handle)
     try:
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd", use_dictionary=False,
-                              write_statistics=False) as writer:  # fmt: skip
+        with pq.ParquetWriter(
+            temporary, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False
+        ) as writer:
             for group in range(part.blocks):
                 documents = read_row_group(part.path, group, part.source)
                 pieces = [(document_hash(d.text), piece) for d in documents for piece in cut(d.text)]
                 encoded = tokenizer.encode([piece for _, piece in pieces], num_threads=1)
                 tokens += sum(map(len, encoded))
-                columns = [[hash for hash, _ in pieces], [len(piece) for _, piece in pieces],
-                           [np.array(ids, dtype).tobytes() for ids in encoded]]  # fmt: skip
+                columns = [
+                    [hash for hash, _ in pieces],
+                    [len(piece) for _, piece in pieces],
+                    [np.array(ids, dtype).tobytes() for ids in encoded],
+                ]
                 arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types)]
                 table = pa.table(arrays, schema=SCHEMA)
                 digests += digest(table)

@@ -250,12 +250,15 @@ class Remote:
                     raise BadShard(f"{what} {is_what}", what) from error
                 now, reached = time.monotonic(), self.good_at is not None
                 if kind == "denied" and not self.granted:  # later it may be credentials that are about to be renewed
-                    raise UserError(f"{what}: access denied ({brief(error)}); check the address and the credentials") \
-                        from error  # fmt: skip
+                    raise UserError(
+                        f"{what}: access denied ({brief(error)}); check the address and the credentials"
+                    ) from error
                 patience = self.patience_seconds if reached else min(FIRST_PATIENCE_SECONDS, self.patience_seconds)
                 if now - max(began, self.good_at or 0) > patience:
-                    raise UserError(f"{what}: no answer for {patience:g} seconds ({brief(error)}); check the network "
-                                    "and the address, and start again") from error  # fmt: skip
+                    raise UserError(
+                        f"{what}: no answer for {patience:g} seconds ({brief(error)}); check the network "
+                        "and the address, and start again"
+                    ) from error
                 if now - self.told_at > TELL_SECONDS:
                     self.told_at = now
                     warn(f"{what}: {brief(error)}; trying again for {patience:g} seconds")
@@ -341,8 +344,11 @@ def find_remote(data: str, usable: Callable[[PurePosixPath], Any], base_dir: Pat
         raise
     except ValueError as error:  # a pattern that is none
         raise UserError(f"--data {data}: {brief(error)}") from error
-    files = [RemoteFile(fs.unstrip_protocol(name), info["size"], version_of(info), name, remote)
-             for name, info in found.items() if info.get("size") is not None]  # fmt: skip
+    files = [
+        RemoteFile(fs.unstrip_protocol(name), info["size"], version_of(info), name, remote)
+        for name, info in found.items()
+        if info.get("size") is not None
+    ]
     if found and not files:
         raise UserError(f"--data {data}: its server does not tell sizes; download it and give its path")
     return sorted(files)

@@ -63,8 +63,12 @@ class TokenMemory:
 
     def encode(self, texts: list[Text]) -> list[np.ndarray]:
         """Token ids of each document, arrays that nobody may write to."""
-        found = [text.text.ids.copy() if isinstance(text.text, Tokens)  # a view would keep its whole block in memory
-                 else self.known.get((text.block, text.number)) for text in texts]  # fmt: skip
+        found = [
+            text.text.ids.copy()
+            if isinstance(text.text, Tokens)  # a view would keep its whole block in memory
+            else self.known.get((text.block, text.number))
+            for text in texts
+        ]
         new = [i for i, ids in enumerate(found) if ids is None]
         plain: list[str] = [texts[i].text for i in new]  # type: ignore[misc]
         encoded = self.tokenizer.encode(plain, num_threads=self.num_threads) if new else []
@@ -212,5 +216,7 @@ def check_layout(found: dict[str, Any], expected: dict[str, int]) -> None:
     """Raise UserError if a saved state belongs to another run: other data, seed, lanes or row length."""
     for name, value in expected.items():
         if found.get(name) != value:
-            raise UserError(f"cannot go on from the saved place in the data: its {name.replace('_', ' ')} was "
-                            f"{found.get(name)}, now it is {value}; resume with the same settings")  # fmt: skip
+            raise UserError(
+                f"cannot go on from the saved place in the data: its {name.replace('_', ' ')} was "
+                f"{found.get(name)}, now it is {value}; resume with the same settings"
+            )

@@ -40,8 +40,9 @@ def join(backend: str, rank: int, world_size: int, timeout_seconds: float) -> No
     with naming("joining the other processes", rank):
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
         prefix = agree_on_prefix(store, rank, world_size, timeout_seconds)
-        dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size,
-                                timeout=timeout)  # fmt: skip
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size, timeout=timeout
+        )
 
 
 def agree_on_prefix(store: Any, rank: int, world_size: int, timeout_seconds: float) -> str:

@@ -55,8 +55,10 @@ def read_bundle(folder: Path, baselines: str = "v1", only: str = "") -> Bundle:
     config_file, meta_file = folder / "core.yaml", folder / "eval_meta_data.csv"
     for file in (config_file, meta_file):
         if not file.is_file():
-            raise UserError(f"{folder} is not a CORE bundle: it has no {file.name}; delete a half-downloaded one, "
-                            "or name another with --eval-bundle")  # fmt: skip
+            raise UserError(
+                f"{folder} is not a CORE bundle: it has no {file.name}; delete a half-downloaded one, "
+                "or name another with --eval-bundle"
+            )
     chances = read_baselines(meta_file, baselines)
     entries = read_entries(config_file)
     wanted = [label.strip() for label in only.split(",") if label.strip()] or [entry["label"] for entry in entries]
@@ -78,8 +80,10 @@ def read_bundle(folder: Path, baselines: str = "v1", only: str = "") -> Bundle:
         items = read_items(path, kind)
         tasks.append(CoreTask(label, kind, shots, entry.get("continuation_delimiter", " "), chances[label], items))
     if not tasks:
-        raise UserError(f"{folder} holds no data of {', '.join(missing)}: was the download interrupted? Delete the "
-                        "folder and try again")  # fmt: skip
+        raise UserError(
+            f"{folder} holds no data of {', '.join(missing)}: was the download interrupted? Delete the "
+            "folder and try again"
+        )
     return Bundle(tasks, missing, [entry["label"] for entry in entries if entry["label"] not in wanted])
 
 
@@ -94,8 +98,9 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
             if not isinstance(entry.get("continuation_delimiter", " "), str):
                 raise UserError(f"{path}: the continuation_delimiter of {entry['label']} must be text")
             if entry["icl_task_type"] not in KINDS:
-                raise UserError(f"{path}: {entry['label']} is of type {entry['icl_task_type']!r}; "
-                                f"known are {', '.join(KINDS)}")  # fmt: skip
+                raise UserError(
+                    f"{path}: {entry['label']} is of type {entry['icl_task_type']!r}; known are {', '.join(KINDS)}"
+                )
             if not isinstance(entry["label"], str) or not isinstance(entry["dataset_uri"], str):
                 raise TypeError("label and dataset_uri must be text")
         return entries

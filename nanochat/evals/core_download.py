@@ -39,8 +39,10 @@ def download_bundle(folder: Path, url: str) -> None:
             with zipfile.ZipFile(archive) as bundle:
                 bundle.extractall(Path(work) / "unpacked")  # names that lead elsewhere are made to stay inside
         except (urllib.error.URLError, TimeoutError, ConnectionError, zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"cannot download the CORE bundle from {url} ({error}); get it where there is a network, "
-                            f"and put it into {folder} or name it with --eval-bundle") from error  # fmt: skip
+            raise UserError(
+                f"cannot download the CORE bundle from {url} ({error}); get it where there is a network, "
+                f"and put it into {folder} or name it with --eval-bundle"
+            ) from error
         found = next((path.parent for path in sorted(Path(work).rglob("core.yaml"))), None)
         if found is None:
             raise UserError(f"{url} holds no core.yaml: not a CORE bundle")

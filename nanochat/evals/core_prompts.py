@@ -179,12 +179,12 @@ def dclm_example(task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any
         "multiple_choice": lambda x: x["query"],
         "schema": lambda x: x["context_options"][x["gold"]],
         "language_modeling": lambda x: x["context"],
-    }[task.kind]  # fmt: skip
+    }[task.kind]
     answer: Callable[[dict[str, Any]], str] = {
         "multiple_choice": lambda x: x["choices"][x["gold"]],
         "schema": lambda x: x["continuation"],
         "language_modeling": lambda x: x["continuation"],
-    }[task.kind]  # fmt: skip
+    }[task.kind]
     before = "\n".join(question(shot) + task.delimiter + answer(shot) for shot in shots)
     contexts = item["context_options"] if task.kind == "schema" else [question(item)]
     # Blanks at its end would leave a token that no text has there; the continuation brings its own.

@@ -56,8 +56,10 @@ class HFTokenizer:
             elif set(name) <= letters:
                 sizes.append(len(name))
             else:
-                raise UserError("--hf-path: bits per byte need a byte-level vocabulary (GPT-2's kind), which this is "
-                                f"not (token {i} is {name!r}); leave bpb out")  # fmt: skip
+                raise UserError(
+                    "--hf-path: bits per byte need a byte-level vocabulary (GPT-2's kind), which this is "
+                    f"not (token {i} is {name!r}); leave bpb out"
+                )
         return sizes
 
 

@@ -38,14 +38,31 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = (
-        *((name, LONG) for name in ("C", "H", "G", "D", "V", "num_layers", "middle", "gate_channels",
-                                    "smear_channels", "kind", "bf16", "room")),
+        *(
+            (name, LONG)
+            for name in (
+                "C",
+                "H",
+                "G",
+                "D",
+                "V",
+                "num_layers",
+                "middle",
+                "gate_channels",
+                "smear_channels",
+                "kind",
+                "bf16",
+                "room",
+            )
+        ),
         *((name, FLOAT) for name in ("softcap", "qk_scale", "gate_scale", "eps")),
-        *((name, POINTER) for name in ("wte", "smear_gate", "resid", "x0", "smear_lambda", "backout", "cosine",
-                                       "sine")),
+        *(
+            (name, POINTER)
+            for name in ("wte", "smear_gate", "resid", "x0", "smear_lambda", "backout", "cosine", "sine")
+        ),
         ("head", Matrix),
         ("layers", ctypes.POINTER(Layer)),
-    )  # fmt: skip
+    )
 
 
 class Scratch(ctypes.Structure):
@@ -110,8 +127,12 @@ class CpuDecoder:
         longs = LONG * B
         given = Tokens(longs(*tokens), longs(*rows), longs(*positions), B)
         kernels.library().decode_step(  # type: ignore[union-attr]
-            ctypes.byref(self._model), ctypes.byref(self._scratch), ctypes.byref(given), POINTER(logits.data_ptr()),
-            LONG(first))  # fmt: skip
+            ctypes.byref(self._model),
+            ctypes.byref(self._scratch),
+            ctypes.byref(given),
+            POINTER(logits.data_ptr()),
+            LONG(first),
+        )
         return logits
 
     def _describe(self, model: GPT, packed: PackedWeights) -> Model:
@@ -122,25 +143,50 @@ class CpuDecoder:
             attn, mlp = block.attn, block.mlp
             gate = attn.ve_gate and self._address(attn.ve_gate.weight)
             embed = self._address(model.get_parameter(f"value_embeds.{i}.weight")) if gate else None
-            layers[i] = Layer(matrix(attn.c_q), matrix(attn.c_k), matrix(attn.c_v), matrix(attn.c_proj),
-                              matrix(mlp.c_fc), matrix(mlp.c_proj), gate, embed, self._address(self.cache.k[i]),
-                              self._address(self.cache.v[i]), self.cache.k[i].size(1))  # fmt: skip
+            layers[i] = Layer(
+                matrix(attn.c_q),
+                matrix(attn.c_k),
+                matrix(attn.c_v),
+                matrix(attn.c_proj),
+                matrix(mlp.c_fc),
+                matrix(mlp.c_proj),
+                gate,
+                embed,
+                self._address(self.cache.k[i]),
+                self._address(self.cache.v[i]),
+                self.cache.k[i].size(1),
+            )
         self._kept += [layers, model.cos, model.sin]
         bf16 = model.compute_dtype == torch.bfloat16
         scalars, address = config.residual_scalars, self._address
         return Model(
-            C=config.n_embd, H=config.n_head, G=config.n_kv_head, D=config.head_dim, V=config.vocab_size,
-            num_layers=config.n_layer, middle=config.n_layer // 2, gate_channels=config.value_gate_channels,
-            smear_channels=config.smear_channels, bf16=bf16,
+            C=config.n_embd,
+            H=config.n_head,
+            G=config.n_kv_head,
+            D=config.head_dim,
+            V=config.vocab_size,
+            num_layers=config.n_layer,
+            middle=config.n_layer // 2,
+            gate_channels=config.value_gate_channels,
+            smear_channels=config.smear_channels,
+            bf16=bf16,
             kind=KINDS[torch.int8 if packed.int8 else model.compute_dtype],
             room=-(-max(ring.size(1) for ring in self.cache.k) // 16) * 16,
-            softcap=config.softcap, qk_scale=config.qk_scale, gate_scale=config.value_gate_scale, eps=EPSILON,
-            wte=address(model.wte.weight), smear_gate=address(model.smear_gate.weight) if config.smear else None,
-            resid=address(model.resid_lambdas) if scalars else None, x0=address(model.x0_lambdas) if scalars else None,
+            softcap=config.softcap,
+            qk_scale=config.qk_scale,
+            gate_scale=config.value_gate_scale,
+            eps=EPSILON,
+            wte=address(model.wte.weight),
+            smear_gate=address(model.smear_gate.weight) if config.smear else None,
+            resid=address(model.resid_lambdas) if scalars else None,
+            x0=address(model.x0_lambdas) if scalars else None,
             smear_lambda=address(model.smear_lambda) if config.smear else None,
-            backout=address(model.backout_lambda) if config.backout else None, cosine=address(model.cos),
-            sine=address(model.sin), head=matrix(model.lm_head), layers=layers,
-        )  # fmt: skip
+            backout=address(model.backout_lambda) if config.backout else None,
+            cosine=address(model.cos),
+            sine=address(model.sin),
+            head=matrix(model.lm_head),
+            layers=layers,
+        )
 
     def _matrix(self, packed: PackedWeights, linear: torch.nn.Linear) -> Matrix:
         weight, scale = packed.of(linear)
@@ -150,8 +196,17 @@ class CpuDecoder:
         """Memory for what a step works out, enough for every row of the cache and for a short prompt."""
         config, B = model.config, max(self.cache.batch_size, SHORT_PROMPT)
         C, HD, GD = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        sizes = {"x": C, "first": C, "middle": C, "q": HD, "k": GD, "v": GD, "input": C, "wide": max(4 * C, HD),
-                 "scores": config.n_head * self._model.room}  # fmt: skip
+        sizes = {
+            "x": C,
+            "first": C,
+            "middle": C,
+            "q": HD,
+            "k": GD,
+            "v": GD,
+            "input": C,
+            "wide": max(4 * C, HD),
+            "scores": config.n_head * self._model.room,
+        }
         tensors = {name: torch.zeros(B, size) for name, size in sizes.items()}
         if self.cache.embeddings is not None:
             tensors["previous"] = self.cache.embeddings

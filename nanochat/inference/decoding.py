@@ -99,8 +99,10 @@ def tell(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Told]:
     if not top:
         return [Told(value, []) for value in of_tokens]
     best = logprobs.topk(min(top, logprobs.size(-1)), dim=-1)
-    return [Told(value, list(zip(ids, values)))
-            for value, ids, values in zip(of_tokens, best.indices.tolist(), best.values.tolist())]  # fmt: skip
+    return [
+        Told(value, list(zip(ids, values)))
+        for value, ids, values in zip(of_tokens, best.indices.tolist(), best.values.tolist())
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -369,8 +371,7 @@ class DecodingWeights:
     def _cast(self, dtype: torch.dtype) -> GPT:
         with torch.device("meta"):
             copy = GPT(self.model.config, dtype)
-        state = {name: p.detach().to(_decoding_dtype(p, dtype), copy=True)
-                 for name, p in self.model.named_parameters()}  # fmt: skip
+        state = {name: p.detach().to(_decoding_dtype(p, dtype), copy=True) for name, p in self.model.named_parameters()}
         copy.load_state_dict(state, strict=True, assign=True)
         copy.cos, copy.sin = self.model.cos, self.model.sin
         return copy.requires_grad_(False).eval()

@@ -37,7 +37,6 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1 (off), got {self.top_p}")
 
-
     @property
     def greedy(self) -> bool:
         """Whether nothing is drawn: float32 knows no smaller temperature."""
@@ -77,9 +76,14 @@ def _draw(logits: torch.Tensor, samplings: Sequence[Sampling], rngs: Sequence[ra
     library = kernels.library()
     assert library is not None and logits.dtype == torch.float32
     library.draw_rows(
-        ctypes.c_void_p(logits.data_ptr()), (ctypes.c_float * B)(*(s.temperature for s in samplings)),
+        ctypes.c_void_p(logits.data_ptr()),
+        (ctypes.c_float * B)(*(s.temperature for s in samplings)),
         (ctypes.c_long * B)(*(1 if s.greedy else min(s.top_k or V, V) for s in samplings)),
-        (ctypes.c_double * B)(*uniform), tokens, ctypes.c_long(B), ctypes.c_long(V))  # fmt: skip
+        (ctypes.c_double * B)(*uniform),
+        tokens,
+        ctypes.c_long(B),
+        ctypes.c_long(V),
+    )
     if min(tokens) < 0:
         raise FloatingPointError(NOT_FINITE)
     return list(tokens)

@@ -52,11 +52,20 @@ class OptimizerConfig:
     def later(cls, **changes: Any) -> "OptimizerConfig":
         """The later published recipe: a hotter head, slower second moments, light decay, row equilibration."""
         values: dict[str, Any] = {
-            "unembedding_lr": 0.008, "value_embed_lr_ratio": 0.5, "weight_decay": 0.28, "head_beta2": 0.96,
-            "embed_beta2": 0.995, "head_decay": 0.01, "wte_decay": 0.001, "value_embed_decay": 0.01,
-            "resid_decay": 0.05, "muon_beta2": 0.9, "row_equilibrate": True, "frobenius_snap": True,
+            "unembedding_lr": 0.008,
+            "value_embed_lr_ratio": 0.5,
+            "weight_decay": 0.28,
+            "head_beta2": 0.96,
+            "embed_beta2": 0.995,
+            "head_decay": 0.01,
+            "wte_decay": 0.001,
+            "value_embed_decay": 0.01,
+            "resid_decay": 0.05,
+            "muon_beta2": 0.9,
+            "row_equilibrate": True,
+            "frobenius_snap": True,
             "ns_safety": 1.01,
-        }  # fmt: skip
+        }
         return cls(**{**values, **changes})
 
 
@@ -84,7 +93,7 @@ def build_param_groups(
         adamw([model.lm_head.weight], config.unembedding_lr * width, head_betas, config.head_decay),
         adamw([model.wte.weight], config.embedding_lr * width, embed_betas, config.wte_decay),
         adamw(list(model.value_embeds.parameters()), value_lr, embed_betas, config.value_embed_decay),
-    ]  # fmt: skip
+    ]
     if model.config.residual_scalars:
         scalar_lr = config.scalar_lr * lr_scale
         groups.append(scalars([model.resid_lambdas], scalar_lr * 0.01, betas, config.resid_decay))
@@ -95,10 +104,19 @@ def build_param_groups(
     for p in model.transformer["h"].parameters():
         by_shape.setdefault(tuple(p.shape), []).append(p)
     for shape in sorted(by_shape):
-        groups.append({"kind": "muon", "params": by_shape[shape], "lr": config.matrix_lr * lr_scale,
-                       "weight_decay": weight_decay, "beta2": config.muon_beta2,
-                       "ns_dtype": ns_dtype, "ns_safety": config.ns_safety,
-                       "row_equilibrate": config.row_equilibrate, "frobenius_snap": config.frobenius_snap})  # fmt: skip
+        groups.append(
+            {
+                "kind": "muon",
+                "params": by_shape[shape],
+                "lr": config.matrix_lr * lr_scale,
+                "weight_decay": weight_decay,
+                "beta2": config.muon_beta2,
+                "ns_dtype": ns_dtype,
+                "ns_safety": config.ns_safety,
+                "row_equilibrate": config.row_equilibrate,
+                "frobenius_snap": config.frobenius_snap,
+            }
+        )
     groups = [group for group in groups if group["params"]]
     placed = sum(len(group["params"]) for group in groups)
     assert placed == len(list(model.parameters())), "a parameter is in no group or in two"

@@ -62,8 +62,18 @@ def best_sizes(runs: Sequence[Run], law: Law) -> tuple[list[Optimum], tuple[floa
         best_d.append(np.log(d))
         of_budget = [run for run in runs if run.budget == budget]
         curve = parabola(of_budget)
-        found.append(Optimum(budget, lowest_point(curve, of_budget), curve, float(n[0]), float(np.log(n).std()),
-                             float(d[0] / n[0]), float(np.log(d / n).std()), float(losses[0, lowest[0]])))  # fmt: skip
+        found.append(
+            Optimum(
+                budget,
+                lowest_point(curve, of_budget),
+                curve,
+                float(n[0]),
+                float(np.log(n).std()),
+                float(d[0] / n[0]),
+                float(np.log(d / n).std()),
+                float(losses[0, lowest[0]]),
+            )
+        )
     return found, exponent(budgets, best_n), exponent(budgets, best_d)
 
 

@@ -149,16 +149,29 @@ def fit_law(points: Sequence[Point], corpus: str = "", num_resamples: int = 100,
         raise UserError("a scaling law needs sizes, lengths and losses above 0: leave runs without them out")
     sizes, lengths = ({round(math.log(p[i]), 2) for p in points} for i in (0, 1))
     if len(points) < 6 or len(sizes) < 3 or len(lengths) < 3:
-        raise UserError(f"a scaling law needs at least six runs of three sizes and three lengths, got {len(points)} "
-                        f"runs of {len(sizes)} sizes and {len(lengths)} lengths")  # fmt: skip
+        raise UserError(
+            f"a scaling law needs at least six runs of three sizes and three lengths, got {len(points)} "
+            f"runs of {len(sizes)} sizes and {len(lengths)} lengths"
+        )
     n, d, loss = np.log(np.array(points, dtype=np.float64)).T
     # Centred logarithms: A and B become the terms' values in the middle of the points, hardly tied to the exponents.
     middle_n, middle_d = n.mean(), d.mean()
     n, d = n - middle_n, d - middle_d
-    starts = np.array([[loss.min() + math.log(e), loss.mean() + math.log((1 - e) * a), math.log(alpha),
-                        loss.mean() + math.log((1 - e) * (1 - a)), math.log(beta)]
-                       for e in (0.2, 0.5, 0.8) for a in (0.2, 0.5, 0.8)
-                       for alpha in (0.15, 0.4, 0.9) for beta in (0.15, 0.4, 0.9)])  # fmt: skip
+    starts = np.array(
+        [
+            [
+                loss.min() + math.log(e),
+                loss.mean() + math.log((1 - e) * a),
+                math.log(alpha),
+                loss.mean() + math.log((1 - e) * (1 - a)),
+                math.log(beta),
+            ]
+            for e in (0.2, 0.5, 0.8)
+            for a in (0.2, 0.5, 0.8)
+            for alpha in (0.15, 0.4, 0.9)
+            for beta in (0.15, 0.4, 0.9)
+        ]
+    )
     found, costs = _descend(starts, n, d, loss)
     best = found[costs.argmin()]
     # The runs as they might have turned out: what the law says, and a residual drawn from those there are. Drawing

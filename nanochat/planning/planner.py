@@ -118,8 +118,10 @@ def expected_pace(config: GPTConfig, gpu: Gpu, fp8: bool = False) -> Pace:
     rate = FP8_PRODUCT_SHARE * gpu.peak_fp8 if fp8 and gpu.peak_fp8 else PRODUCT_SHARE * gpu.peak_flops
     between = BYTES_PER_CHANNEL * config.n_layer * config.n_embd / gpu.bandwidth
     share, kind = (FP8_PRODUCT_SHARE, "fp8") if fp8 else (PRODUCT_SHARE, gpu.dtype)
-    source = (f"matrix products at {share:.1%} of the dense {kind} peak, and {BYTES_PER_CHANNEL} bytes a channel, "
-              "layer and token through memory: fitted to published runs on 8xH100")  # fmt: skip
+    source = (
+        f"matrix products at {share:.1%} of the dense {kind} peak, and {BYTES_PER_CHANNEL} bytes a channel, "
+        "layer and token through memory: fitted to published runs on 8xH100"
+    )
     source += "" if gpu.name == "h100" else f", carried over to {gpu.name} by its data sheet, not measured there"
     return Pace(flops_per_token / rate + between, 0.0, source)
 
@@ -250,20 +252,36 @@ class RunPlan:
         """What --json prints."""
         plan = self.plan
         return {
-            "steps": plan.num_steps, "total_batch_size": plan.total_batch_tokens, "tokens": plan.tokens,
-            "flops": self.flops, "flops_per_token": plan.flops_per_token, "num_params": plan.params["total"],
-            "scaling_params": scaling_params(plan.params), "tokens_per_param": plan.tokens_per_param,
-            "horizon": plan.horizon, "model_config": self.config.to_dict(),
-            "gpu": self.gpu.name, "num_gpus": self.num_gpus, "dtype": self.gpu.dtype, "fp8": self.fp8,
-            "peak_flops": self.peak_flops, "utilisation": self.utilisation,
-            "device_batch_size": self.device_batch_size, "grad_accum_steps": self.grad_accum_steps,
-            "memory_bytes": self.memory_bytes, "memory": self.memory,
-            "memory_available_bytes": int(self.gpu.memory_bytes), "fits": self.fits,
-            "step_seconds": self.step_seconds, "seconds": self.seconds, "dollars": self.dollars,
+            "steps": plan.num_steps,
+            "total_batch_size": plan.total_batch_tokens,
+            "tokens": plan.tokens,
+            "flops": self.flops,
+            "flops_per_token": plan.flops_per_token,
+            "num_params": plan.params["total"],
+            "scaling_params": scaling_params(plan.params),
+            "tokens_per_param": plan.tokens_per_param,
+            "horizon": plan.horizon,
+            "model_config": self.config.to_dict(),
+            "gpu": self.gpu.name,
+            "num_gpus": self.num_gpus,
+            "dtype": self.gpu.dtype,
+            "fp8": self.fp8,
+            "peak_flops": self.peak_flops,
+            "utilisation": self.utilisation,
+            "device_batch_size": self.device_batch_size,
+            "grad_accum_steps": self.grad_accum_steps,
+            "memory_bytes": self.memory_bytes,
+            "memory": self.memory,
+            "memory_available_bytes": int(self.gpu.memory_bytes),
+            "fits": self.fits,
+            "step_seconds": self.step_seconds,
+            "seconds": self.seconds,
+            "dollars": self.dollars,
             "wall_seconds": self.wall_seconds,
             "forecast_bpb": self.forecast and self.forecast.bpb,
-            "forecast_bpb_error": self.forecast and self.forecast.error, "assumptions": self.assumptions,
-        }  # fmt: skip
+            "forecast_bpb_error": self.forecast and self.forecast.error,
+            "assumptions": self.assumptions,
+        }
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, value) rows to print."""
@@ -328,8 +346,9 @@ def plan_run(
     forecast = law.forecast(scaling_params(plan.params), plan.tokens) if law else None
     if forecast and forecast.beyond > OUT_OF_SIGHT:
         forecast = None
-    made = RunPlan(config, plan, gpu, num_gpus, pace, rows, math.ceil(own_rows / rows), memory(rows), hourly, fp8,
-                   forecast)  # fmt: skip
+    made = RunPlan(
+        config, plan, gpu, num_gpus, pace, rows, math.ceil(own_rows / rows), memory(rows), hourly, fp8, forecast
+    )
     made.assumptions = list(assumptions(made, usual_price=dollars_per_gpu_hour < 0))
     return made
 
@@ -341,11 +360,15 @@ def assumptions(made: RunPlan, usual_price: bool) -> Iterable[str]:
     if made.num_gpus > 1:
         yield "time: gradients travel while products run, as over NVLink; GPUs joined by PCIe alone take longer"
         yield f"memory: the optimizer's state is shared out over the {made.num_gpus} GPUs (ZeRO-2), nothing else is"
-    yield (f"memory: fp32 weights and gradients; activations as without torch.compile, with it they are fewer; "
-           f"{1 - USABLE_MEMORY:.0%} is left free")  # fmt: skip
+    yield (
+        f"memory: fp32 weights and gradients; activations as without torch.compile, with it they are fewer; "
+        f"{1 - USABLE_MEMORY:.0%} is left free"
+    )
     if not made.fits:
-        yield (f"memory: this does not fit, not even {made.device_batch_size} row(s) at a time; time and cost are "
-               "those of a machine like this with more memory")  # fmt: skip
+        yield (
+            f"memory: this does not fit, not even {made.device_batch_size} row(s) at a time; time and cost are "
+            "those of a machine like this with more memory"
+        )
     if made.gpu.dtype == "float16":
         yield f"number format: {made.gpu.name} has no fast bfloat16; the figures are for NANOCHAT_DTYPE=float16"
     if made.dollars_per_gpu_hour is None:

@@ -26,8 +26,12 @@ def plot_isoflops(
             c0, c1, c2 = optimum.curve
             left.plot(x, c0 + c1 * np.log(x) + c2 * np.log(x) ** 2, color=color, lw=1)
         left.plot(optimum.params, optimum.bpb, "*", color=color, ms=13, mec="black", mew=0.5)
-    left.set(xscale="log", xlabel="parameters N (matrices and head)", ylabel="validation bits per byte",
-             title="Same compute, different sizes")  # fmt: skip
+    left.set(
+        xscale="log",
+        xlabel="parameters N (matrices and head)",
+        ylabel="validation bits per byte",
+        title="Same compute, different sizes",
+    )
     short_ticks(left)
     left.legend(fontsize=8, title="★ the law's best", title_fontsize=8)
     flops = np.array([o.flops for o in optima])
@@ -40,8 +44,9 @@ def plot_isoflops(
     if by_curve:
         right.plot(*zip(*by_curve), "x", color="tab:orange", ms=9, label="lowest points of the parabolas")
     for o in optima:
-        right.annotate(f"{o.ratio:.2g} tokens/param", (o.flops, o.params), textcoords="offset points", xytext=(8, -12),
-                       fontsize=8)  # fmt: skip
+        right.annotate(
+            f"{o.ratio:.2g} tokens/param", (o.flops, o.params), textcoords="offset points", xytext=(8, -12), fontsize=8
+        )
     right.set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="best N", title="The best size grows")
     short_ticks(right)
     right.margins(x=0.2, y=0.25)
@@ -55,13 +60,27 @@ def plot_series(runs: Sequence[Run], law: Law | None, path: Path) -> None:
     runs = sorted(runs, key=lambda run: run.flops)
     axes.plot([r.flops for r in runs], [r.bpb for r in runs], "o-", color="tab:blue", label="measured")
     if law:
-        axes.plot([r.flops for r in runs], [law.loss(r.params, r.tokens) for r in runs], "x--", color="tab:orange",
-                  label="forecast of the fitted law")  # fmt: skip
+        axes.plot(
+            [r.flops for r in runs],
+            [law.loss(r.params, r.tokens) for r in runs],
+            "x--",
+            color="tab:orange",
+            label="forecast of the fitted law",
+        )
     for run in runs:
-        axes.annotate(f"d{run.depth}: {format_count(run.params)} x {format_count(run.tokens)} tokens",
-                      (run.flops, run.bpb), textcoords="offset points", xytext=(8, 6), fontsize=8)  # fmt: skip
-    axes.set(xscale="log", xlabel="training FLOPs", ylabel="validation bits per byte",
-             title="One dial: the same ratio of tokens to parameters at every depth")  # fmt: skip
+        axes.annotate(
+            f"d{run.depth}: {format_count(run.params)} x {format_count(run.tokens)} tokens",
+            (run.flops, run.bpb),
+            textcoords="offset points",
+            xytext=(8, 6),
+            fontsize=8,
+        )
+    axes.set(
+        xscale="log",
+        xlabel="training FLOPs",
+        ylabel="validation bits per byte",
+        title="One dial: the same ratio of tokens to parameters at every depth",
+    )
     axes.margins(x=0.25, y=0.15)
     axes.legend(fontsize=8)
     _save(figure, path)

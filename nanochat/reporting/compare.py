@@ -45,8 +45,10 @@ def read_run(base_dir: Path, name: str) -> RunRecord:
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         there = sorted(p.parent.name for p in (base_dir / FOLDERS["base"]).glob("*/metrics.jsonl"))
-        raise UserError(f"no run {name!r} in {path.parent}; base runs there: {', '.join(there) or 'none'}; others are "
-                        "sft/TAG, or a folder")  # fmt: skip
+        raise UserError(
+            f"no run {name!r} in {path.parent}; base runs there: {', '.join(there) or 'none'}; others are "
+            "sft/TAG, or a folder"
+        )
     plan = read_json(path / "plan.json") if (path / "plan.json").is_file() else {}
     lines = read_metrics(metrics)
     saved = sorted(path.glob("[0-9]*/meta.json"))
@@ -75,10 +77,18 @@ def outcome_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Any]]]
     for run in runs:
         bpb = run.last("val_bpb")
         apart = None if None in (bpb, first) or run is runs[0] else f"{bpb - first:+.4f}"
-        rows.append([run.name, f"{run.last('step') or 0:,} of {run.num_steps:,}", format_count(run.last("tokens") or 0),
-                     format_seconds(run.last("seconds") or 0), format_count(run.last("tokens_per_second") or 0),
-                     None if bpb is None else f"{bpb:.4f}", apart,
-                     None if run.last("core") is None else f"{run.last('core'):.4f}"])  # fmt: skip
+        rows.append(
+            [
+                run.name,
+                f"{run.last('step') or 0:,} of {run.num_steps:,}",
+                format_count(run.last("tokens") or 0),
+                format_seconds(run.last("seconds") or 0),
+                format_count(run.last("tokens_per_second") or 0),
+                None if bpb is None else f"{bpb:.4f}",
+                apart,
+                None if run.last("core") is None else f"{run.last('core'):.4f}",
+            ]
+        )
     return ["run", "steps", "tokens", "training time", "tokens/s", "bits per byte", "against the first", "CORE"], rows
 
 
@@ -115,8 +125,10 @@ def render_comparison(runs: Sequence[RunRecord]) -> str:
 
 def legend(colours: Mapping[str, str]) -> str:
     """Which colour is which run."""
-    items = (f'<span class="run"><span style="color:{colour}">●</span> {esc(name)}</span>'
-             for name, colour in colours.items())  # fmt: skip
+    items = (
+        f'<span class="run"><span style="color:{colour}">●</span> {esc(name)}</span>'
+        for name, colour in colours.items()
+    )
     return f"<p>{''.join(items)}</p>"
 
 
@@ -141,8 +153,14 @@ def draw_overlay(
             steps, values = thin(points)
             values = smooth(values) if smoothed else values
             tails += values[len(values) // 10 :]
-            axes.plot(steps, values, color=colours[name], linewidth=1.6, marker="o" if len(values) <= 40 else None,
-                      markersize=3)  # fmt: skip
+            axes.plot(
+                steps,
+                values,
+                color=colours[name],
+                linewidth=1.6,
+                marker="o" if len(values) <= 40 else None,
+                markersize=3,
+            )
         if smoothed:  # the first plunge would squeeze what follows
             margin = 0.05 * (max(tails) - min(tails) or 1.0)
             axes.set_ylim(min(tails) - margin, max(tails) + margin)

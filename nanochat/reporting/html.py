@@ -94,11 +94,15 @@ def skill_row(s: Skill) -> str:
     """One bar with its whisker, and its numbers in words."""
     guess = "" if s.baseline is None else f'<s style="left:{percent(s.baseline)}"></s>'
     other = "" if s.reference is None else f'<b style="left:{percent(s.reference[1])}"></b>'
-    bar = (f'<div class="bar" role="img" aria-label="{s.accuracy:.1%}"><i style="width:{percent(s.accuracy)}"></i>'
-           f'<u style="left:{percent(s.low)};width:{percent(s.high - s.low)}"></u>{guess}{other}</div>')  # fmt: skip
+    bar = (
+        f'<div class="bar" role="img" aria-label="{s.accuracy:.1%}"><i style="width:{percent(s.accuracy)}"></i>'
+        f'<u style="left:{percent(s.low)};width:{percent(s.high - s.low)}"></u>{guess}{other}</div>'
+    )
     words = f"{s.low:.1%} – {s.high:.1%}" + (f" · {s.passed:,} of {s.total:,}" if s.total else "")
-    return (f'<div class="skill"><div class="name">{esc(s.name)}</div>{bar}'
-            f'<div class="value">{s.accuracy:.1%}</div><div class="range">{words}</div></div>')  # fmt: skip
+    return (
+        f'<div class="skill"><div class="name">{esc(s.name)}</div>{bar}'
+        f'<div class="value">{s.accuracy:.1%}</div><div class="range">{words}</div></div>'
+    )
 
 
 def percent(share: float) -> str:

@@ -33,10 +33,26 @@ MODEL_OF = {
 }
 
 # Keys of a stage that are shown in a place of their own, or only steer the report.
-SPECIAL_KEYS = frozenset({
-    "seconds", "finished_at", "updated_at", "model", "status", "checkpoint", "command", "metrics",
-    "samples", "tables", "intervals", "counts", "baselines", "references", "before", "after",
-})  # fmt: skip
+SPECIAL_KEYS = frozenset(
+    {
+        "seconds",
+        "finished_at",
+        "updated_at",
+        "model",
+        "status",
+        "checkpoint",
+        "command",
+        "metrics",
+        "samples",
+        "tables",
+        "intervals",
+        "counts",
+        "baselines",
+        "references",
+        "before",
+        "after",
+    }
+)
 
 FACT_LABELS = {
     "val_bpb": "validation bits per byte",
@@ -167,8 +183,9 @@ def skills_of(values: Record) -> list[Skill]:
 def facts_of(values: Record) -> list[tuple[str, str]]:
     """(label, text) of a stage's single values, known ones first."""
     tasks = set(values.get("intervals", {}))
-    plain = {k: v for k, v in values.items()
-             if k not in SPECIAL_KEYS and k not in tasks and isinstance(v, (str, int, float))}  # fmt: skip
+    plain = {
+        k: v for k, v in values.items() if k not in SPECIAL_KEYS and k not in tasks and isinstance(v, (str, int, float))
+    }
     order = [k for k in FACT_LABELS if k in plain] + [k for k in plain if k not in FACT_LABELS]
     return [(FACT_LABELS.get(k, k.replace("_", " ")), format_fact(k, plain[k])) for k in order]
 
@@ -199,8 +216,9 @@ def format_cell(value: Any) -> str:
 
 def headline(report: Record) -> list[tuple[str, str]]:
     """The handful of numbers a reader wants first, as (label, text)."""
-    train, core, sft, chat, last = (report.get(key) or {} for key in ("base_train", "base_eval", "chat_sft",
-                                                                      "chat_eval", "chat_eval_rl"))  # fmt: skip
+    train, core, sft, chat, last = (
+        report.get(key) or {} for key in ("base_train", "base_eval", "chat_sft", "chat_eval", "chat_eval_rl")
+    )
     found = [
         ("parameters", format_count(train["num_params"]) if train.get("num_params") else ""),
         ("tokens read", format_count(train["tokens"]) if train.get("tokens") else ""),
@@ -216,10 +234,14 @@ def headline(report: Record) -> list[tuple[str, str]]:
 
 def before_and_after(report: Record) -> list[tuple[str, list[Record]]]:
     """(heading, samples) of what the model said at each stage that kept some; a sample is {"prompt", "text"}."""
-    headings = {"base_train": "While pretraining", "base_eval": "Before: the base model continues a text",
-                "chat_sft": "After finetuning", "chat_rl": "After reinforcement learning",
-                "chat_eval": "After finetuning: held-out questions",
-                "chat_eval_rl": "After reinforcement learning: held-out questions"}  # fmt: skip
+    headings = {
+        "base_train": "While pretraining",
+        "base_eval": "Before: the base model continues a text",
+        "chat_sft": "After finetuning",
+        "chat_rl": "After reinforcement learning",
+        "chat_eval": "After finetuning: held-out questions",
+        "chat_eval_rl": "After reinforcement learning: held-out questions",
+    }
     found = [(headings.get(key, title), values.get("samples") or []) for key, title, values in stages_of(report)]
     return [(heading, samples) for heading, samples in found if samples]
 

@@ -25,8 +25,10 @@ TICK_SECONDS, END_TICK_SECONDS = 0.05, 0.001  # while a program runs; once it is
 MAX_FILES = 2000
 MAX_THREADS = 64
 MAX_DESCRIPTORS = 256
-PRELOADED = ("ast bisect collections copy datetime decimal fractions functools heapq itertools json math operator "
-             "random re statistics string threading typing")  # fmt: skip
+PRELOADED = (
+    "ast bisect collections copy datetime decimal fractions functools heapq itertools json math operator "
+    "random re statistics string threading typing"
+)
 
 
 @dataclass
@@ -151,8 +153,10 @@ class Supervisor:
     def hand_over(self, job: dict[str, Any], deadline: float) -> str:
         """Give the processes their requests; "timeout" if a session's program is too busy to take it."""
         entry_point = job["entry_point"] if self.tests else ""
-        requests = [{"name": "program", "code": job["code"], "entry_point": entry_point},
-                    {"name": "tests", "code": job["tests"], "entry_point": entry_point}]  # fmt: skip
+        requests = [
+            {"name": "program", "code": job["code"], "entry_point": entry_point},
+            {"name": "tests", "code": job["tests"], "entry_point": entry_point},
+        ]
         for child, request in zip(self.children, requests):
             child.report.settimeout(max(0.01, deadline - time.monotonic()))
             try:

@@ -108,12 +108,26 @@ def build_filter(pid: int, files: bool, machine: str | None = None) -> bytes:
     for entry, (index, values) in {**VALUES, **dict.fromkeys(SELF_ONLY, (0, (pid,)))}.items():
         tests = [pair for v in values for pair in ((JUMP_EQ, 0, 1, v), (RETURN, 0, 0, ALLOW))]
         rule(entry, [(LOAD, 0, 0, argument(index)), *tests, (RETURN, 0, 0, REFUSE | errno.EPERM)])
-    rule(CLONE, [(LOAD, 0, 0, argument(0)), (JUMP_SET, 0, 1, CLONE_THREAD), (RETURN, 0, 0, ALLOW),
-                 (RETURN, 0, 0, REFUSE | errno.EPERM)])  # fmt: skip
+    rule(
+        CLONE,
+        [
+            (LOAD, 0, 0, argument(0)),
+            (JUMP_SET, 0, 1, CLONE_THREAD),
+            (RETURN, 0, 0, ALLOW),
+            (RETURN, 0, 0, REFUSE | errno.EPERM),
+        ],
+    )
     rule(CLONE3, [(RETURN, 0, 0, REFUSE | errno.ENOSYS)])  # its flags stand in memory; libc falls back to clone
     for entry, index in {} if files else OPENS.items():
-        rule(entry, [(LOAD, 0, 0, argument(index)), (JUMP_SET, 0, 1, WRITING), (RETURN, 0, 0, REFUSE | errno.EACCES),
-                     (RETURN, 0, 0, ALLOW)])  # fmt: skip
+        rule(
+            entry,
+            [
+                (LOAD, 0, 0, argument(index)),
+                (JUMP_SET, 0, 1, WRITING),
+                (RETURN, 0, 0, REFUSE | errno.EACCES),
+                (RETURN, 0, 0, ALLOW),
+            ],
+        )
     code += [(JUMP_GE, 0, 1, NEWEST), (RETURN, 0, 0, REFUSE | errno.ENOSYS), (RETURN, 0, 0, REFUSE | errno.EPERM)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
@@ -147,8 +161,7 @@ def restrict_files(readable: Iterable[str]) -> None:
         raise Unsupported("this kernel has no Landlock")
     # Kernels know more rights with every version: 13 at first, then linking, truncating and device ioctls.
     rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    ruleset = struct.pack("QQQ", rights, 3 if abi >= 4 else 0,
-                          SCOPE_ABSTRACT_SOCKET | SCOPE_SIGNAL if abi >= 6 else 0)  # fmt: skip
+    ruleset = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, SCOPE_ABSTRACT_SOCKET | SCOPE_SIGNAL if abi >= 6 else 0)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     handle = _call(libc.syscall(444, ruleset, ctypes.c_size_t(size), ctypes.c_uint(0)), "landlock_create_ruleset")
     for path in readable:
@@ -199,8 +212,16 @@ def give_up_rights(uid: int, may_read: bool) -> None:
 
 def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, tasks: int) -> None:
     """rlimits of this process (man 2 setrlimit); 0 leaves out CPU time or tasks (threads of this user)."""
-    limits = {"AS": memory_bytes, "FSIZE": file_bytes, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0,
-              "STACK": 8 << 20, "SIGPENDING": 64}  # fmt: skip
+    limits = {
+        "AS": memory_bytes,
+        "FSIZE": file_bytes,
+        "NOFILE": 64,
+        "CORE": 0,
+        "MEMLOCK": 0,
+        "MSGQUEUE": 0,
+        "STACK": 8 << 20,
+        "SIGPENDING": 64,
+    }
     if tasks:
         limits["NPROC"] = tasks
     for name, value in limits.items():

@@ -22,8 +22,9 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 MORE = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 BOOT = "import sys; sys.path.insert(0, {!r}); from nanochat.sandbox.child import main; del sys.path[0]; main()"
-DEFAULT_SIGNALS = ("import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_DFL); "
-                   "os.execvp(sys.argv[1], sys.argv[1:])")  # fmt: skip
+DEFAULT_SIGNALS = (
+    "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+)
 PYTHON_FLAGS = ("-s", "-S", "-P", "-B", "-X", "utf8")  # no site-packages, no caches written
 
 
@@ -74,24 +75,68 @@ def start_bubblewrap() -> Start:
         setpriv = shutil.which("setpriv")
         if not setpriv:
             raise Unavailable("Python lies where only root may read, and setpriv is not installed")
-        before = [bwrap, "--dev-bind", "/", "/", "--tmpfs", "/tmp", "--perms", "0755", "--dir", "/tmp",
-                  *(word for path in files for word in ("--ro-bind", path, sources[path])),
-                  setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]  # fmt: skip
+        before = [
+            bwrap,
+            "--dev-bind",
+            "/",
+            "/",
+            "--tmpfs",
+            "/tmp",
+            "--perms",
+            "0755",
+            "--dir",
+            "/tmp",
+            *(word for path in files for word in ("--ro-bind", path, sources[path])),
+            setpriv,
+            f"--reuid={NOBODY}",
+            f"--regid={NOBODY}",
+            "--clear-groups",
+        ]
         start.user = None
     start.info, told = os.pipe()
     start.fds.append(told)
-    start.command = [*before, bwrap, *namespaces(bwrap), *mounts(sources), *modules(start), "--remount-ro", "/",
-                     "--info-fd", str(told), "--chdir", "/tmp", "--",
-                     executable, *PYTHON_FLAGS, "-c", BOOT.format("/sandbox")]  # fmt: skip
+    start.command = [
+        *before,
+        bwrap,
+        *namespaces(bwrap),
+        *mounts(sources),
+        *modules(start),
+        "--remount-ro",
+        "/",
+        "--info-fd",
+        str(told),
+        "--chdir",
+        "/tmp",
+        "--",
+        executable,
+        *PYTHON_FLAGS,
+        "-c",
+        BOOT.format("/sandbox"),
+    ]
     return start
 
 
 def namespaces(bwrap: str) -> list[str]:
     version = re.search(r"(\d+)\.(\d+)", subprocess.run([bwrap, "--version"], capture_output=True, text=True).stdout)
     nested = ["--disable-userns"] if version and (int(version[1]), int(version[2])) >= (0, 8) else []
-    return ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
-            "--unshare-cgroup-try", *nested, "--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID), "--cap-drop", "ALL",
-            "--hostname", "sandbox", "--new-session"]  # fmt: skip
+    return [
+        "--unshare-user",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-ipc",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+        *nested,
+        "--uid",
+        str(INSIDE_UID),
+        "--gid",
+        str(INSIDE_UID),
+        "--cap-drop",
+        "ALL",
+        "--hostname",
+        "sandbox",
+        "--new-session",
+    ]
 
 
 def mounts(sources: dict[str, str]) -> list[str]:
@@ -134,8 +179,13 @@ def start_landlock() -> Start:
         raise Unavailable("Landlock is Linux")
     executable, files = python_files()
     uid = unused_uid() if os.geteuid() == 0 else 0
-    settings = {"level": "landlock", "uid": uid, "may_read": uid > 0 and not all(map(open_to_all, files)),
-                "readable": [*SYSTEM, *files, *DEVICES, *MORE], "scratch": ""}  # fmt: skip
+    settings = {
+        "level": "landlock",
+        "uid": uid,
+        "may_read": uid > 0 and not all(map(open_to_all, files)),
+        "readable": [*SYSTEM, *files, *DEVICES, *MORE],
+        "scratch": "",
+    }
     return Start(plain_command(executable), settings)
 
 
@@ -171,9 +221,18 @@ def popen(start: Start, complaints: IO[bytes]) -> "subprocess.Popen[bytes]":
     blocked = signal.pthread_sigmask(signal.SIG_SETMASK, [])  # of this thread only
     try:
         # A session of its own: Ctrl-C in the terminal is not for it.
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-                                stderr=complaints, env=ENVIRONMENT, pass_fds=start.fds, cwd="/",
-                                start_new_session=True, **who)  # fmt: skip
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            stderr=complaints,
+            env=ENVIRONMENT,
+            pass_fds=start.fds,
+            cwd="/",
+            start_new_session=True,
+            **who,
+        )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 

@@ -46,9 +46,14 @@ class ApiError(Exception):
     """An error in OpenAI's form."""
 
     def __init__(
-        self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None,
-        code: str | None = None, headers: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -150,8 +155,12 @@ class Generation:
                 number, what = await asyncio.wait_for(self.queue.get(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 self.cancel()
-                raise ApiError(504, f"the answer took more than {self.settings.request_seconds:g} s", "server_error",
-                               code="timeout") from None  # fmt: skip
+                raise ApiError(
+                    504,
+                    f"the answer took more than {self.settings.request_seconds:g} s",
+                    "server_error",
+                    code="timeout",
+                ) from None
             if self._too_slow:
                 raise ApiError(408, "the answer was not read", code="client_too_slow")
             ticket, texts = self.tickets[number], self.texts[number]
@@ -164,8 +173,11 @@ class Generation:
                 if what.error is not None:
                     self.cancel()
                     gone = isinstance(what.error, Closed)
-                    raise ApiError(503 if gone else 500, "the server is shutting down" if gone else
-                                   "the model failed on this request; try again", "server_error")  # fmt: skip
+                    raise ApiError(
+                        503 if gone else 500,
+                        "the server is shutting down" if gone else "the model failed on this request; try again",
+                        "server_error",
+                    )
                 for index, text in enumerate(texts):
                     if not ended[number][index]:
                         ended[number][index] = True
@@ -264,8 +276,9 @@ def chat_answer(head_of: Head, generation: Generation, request: ChatRequest) -> 
         tools = [{"kind": kind, "text": part} for kind, part in text.pieces if kind != "text"]
         message = {"role": "assistant", "content": text.text, "refusal": None, **({"tools": tools} if tools else {})}
         told = {"content": chat_logprobs(generation.tokenizer, text.tokens, top)} if request.logprobs else None
-        choices.append({"index": index, "message": message, "logprobs": told,
-                        "finish_reason": generation.finish_reason(0, index)})  # fmt: skip
+        choices.append(
+            {"index": index, "message": message, "logprobs": told, "finish_reason": generation.finish_reason(0, index)}
+        )
     return {**head_of("chat.completion", "chatcmpl"), "choices": choices, "usage": generation.usage()}
 
 
@@ -284,8 +297,14 @@ def completion_answer(head_of: Head, generation: Generation, request: Completion
             if request.logprobs is not None:
                 parts.append(completion_logprobs(generation.tokenizer, ids, told, offsets))
                 logprobs = {key: [one for part in parts for one in part[key]] for key in parts[0]}
-            choices.append({"index": number * request.n + index, "text": before + text.text, "logprobs": logprobs,
-                            "finish_reason": generation.finish_reason(number, index)})  # fmt: skip
+            choices.append(
+                {
+                    "index": number * request.n + index,
+                    "text": before + text.text,
+                    "logprobs": logprobs,
+                    "finish_reason": generation.finish_reason(number, index),
+                }
+            )
     return {**head_of("text_completion", "cmpl"), "choices": choices, "usage": generation.usage()}
 
 

@@ -63,11 +63,17 @@ class Guard:
     async def admit(self, scope: Any, exchange: "Exchange") -> None:
         """Let a request for an answer in, if there is room, and count it until its answer is sent."""
         if self.door.closing:
-            raise ApiError(503, "the server is shutting down", "server_error", code="unavailable",
-                           headers={"Retry-After": "5"})  # fmt: skip
+            raise ApiError(
+                503, "the server is shutting down", "server_error", code="unavailable", headers={"Retry-After": "5"}
+            )
         if self.door.under_way >= self.settings.max_requests:
-            raise ApiError(429, "too many requests are under way", "rate_limit_error", code="server_busy",
-                           headers={"Retry-After": "1"})  # fmt: skip
+            raise ApiError(
+                429,
+                "too many requests are under way",
+                "rate_limit_error",
+                code="server_busy",
+                headers={"Retry-After": "1"},
+            )
         self.door.under_way += 1
         try:
             await self.app(scope, exchange.receive, exchange.send)
@@ -147,8 +153,13 @@ def client_of(scope: Any, keys: Sequence[str]) -> str:
     # Compared in constant time, all of them, as the bytes that were sent: headers are read as Latin-1.
     matches = [hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) for key in keys]
     if scheme.lower() != "bearer" or not any(matches):
-        raise ApiError(401, "a wrong or missing API key; send Authorization: Bearer KEY", "authentication_error",
-                       code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
+        raise ApiError(
+            401,
+            "a wrong or missing API key; send Authorization: Bearer KEY",
+            "authentication_error",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
     return f"key {matches.index(True)}"
 
 
@@ -156,8 +167,13 @@ def add_middleware(app: FastAPI, door: Door, settings: Settings, count: Callable
     """Wrap the application."""
     app.add_middleware(Guard, door=door, settings=settings, count=count)
     if settings.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-                           allow_headers=["*"], expose_headers=["Retry-After"])  # fmt: skip
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -26,8 +26,17 @@ from nanochat.inference.decoding import Token, Told
 from nanochat.inference.sampling import Sampling
 from nanochat.serve.service import Busy, Closed, Deliver, End, Order, Service, Ticket, checked, count_requests
 
-STATS = ("rows_running", "max_rows", "requests_waiting", "tokens", "steps", "cache_bytes", "prefix_bytes",
-         "prefix_hit_tokens", "prompt_tokens")  # fmt: skip
+STATS = (
+    "rows_running",
+    "max_rows",
+    "requests_waiting",
+    "tokens",
+    "steps",
+    "cache_bytes",
+    "prefix_bytes",
+    "prefix_hit_tokens",
+    "prompt_tokens",
+)
 STATS_SECONDS = 2.0  # to wait for a replica's figures, which it may have its reasons not to give
 
 Message = dict[str, Any]
@@ -65,12 +74,14 @@ class RemoteService:
         self._told = threading.Event()  # figures came
         self.ready = threading.Event()  # the child has its model
         self._socket, other = socket.socketpair()
-        self.process = subprocess.Popen([*command, str(other.fileno())], pass_fds=[other.fileno()],
-                                        start_new_session=True)  # fmt: skip  (the terminal's Ctrl-C is ours)
+        self.process = subprocess.Popen(
+            [*command, str(other.fileno())], pass_fds=[other.fileno()], start_new_session=True
+        )  # fmt: skip  (the terminal's Ctrl-C is ours)
         other.close()
         self._out: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=work, name="nanochat-replica", daemon=True)
-                         for work in (self._write, self._read)]  # fmt: skip
+        self._threads = [
+            threading.Thread(target=work, name="nanochat-replica", daemon=True) for work in (self._write, self._read)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -142,8 +153,9 @@ class RemoteService:
         except subprocess.TimeoutExpired:  # it lives, but cannot be heard any more
             self.process.kill()
             code = self.process.wait()
-        self.error = Closed("the service was shut down") if self._closing else RuntimeError(
-            f"its process ended with {code}")  # fmt: skip
+        self.error = (
+            Closed("the service was shut down") if self._closing else RuntimeError(f"its process ended with {code}")
+        )
         with self._lock:
             left, self._tickets, self.load = list(self._tickets.values()), {}, 0
             self.orders_lost = len(left)
@@ -170,8 +182,12 @@ class RemoteService:
             ticket.rows[0].told = list(map(told_of_list, message["told"]))
         if "tokens" in message:
             self.tokens_made += len(message["tokens"])
-            ticket.deliver([Token(ticket.rows[index], i, mask, told and told_of_list(told))
-                            for index, i, mask, told in message["tokens"]])  # fmt: skip
+            ticket.deliver(
+                [
+                    Token(ticket.rows[index], i, mask, told and told_of_list(told))
+                    for index, i, mask, told in message["tokens"]
+                ]
+            )
         else:
             with self._lock:
                 del self._tickets[message["order"]]

@@ -68,8 +68,9 @@ class ServerMetrics:
             buckets = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
             return Histogram(f"nanochat_{name}", what, registry=self.registry, buckets=buckets)
 
-        self.requests = Counter("nanochat_requests", "Requests by path and status", ["path", "status"],
-                                registry=self.registry)  # fmt: skip
+        self.requests = Counter(
+            "nanochat_requests", "Requests by path and status", ["path", "status"], registry=self.registry
+        )
         self.prompt_tokens = Counter("nanochat_prompt_tokens", "Tokens of prompts", registry=self.registry)
         self.made_tokens = Counter("nanochat_completion_tokens", "Tokens generated", registry=self.registry)
         self.times = {
@@ -77,8 +78,12 @@ class ServerMetrics:
             "between_tokens_seconds": times("between_tokens_seconds", "From one token of a request to the next"),
             "step_seconds": times("step_seconds", "One step of the running batch"),
         }
-        self.rows = Histogram("nanochat_batch_rows", "Rows decoded together", registry=self.registry,
-                              buckets=(0, 1, 2, 4, 8, 16, 32, 64, 128))  # fmt: skip
+        self.rows = Histogram(
+            "nanochat_batch_rows",
+            "Rows decoded together",
+            registry=self.registry,
+            buckets=(0, 1, 2, 4, 8, 16, 32, 64, 128),
+        )
 
     def observe(self, name: str, value: float) -> None:
         """For Service(observe=...); called on its thread."""
@@ -114,26 +119,37 @@ class Api:
 
     def sampling(self, request: GenerateRequest) -> Sampling:
         settings = self.settings
-        return Sampling(settings.temperature if request.temperature is None else request.temperature,
-                        settings.top_k if request.top_k is None else request.top_k, request.top_p)  # fmt: skip
+        return Sampling(
+            settings.temperature if request.temperature is None else request.temperature,
+            settings.top_k if request.top_k is None else request.top_k,
+            request.top_p,
+        )
 
     def seed(self, request: GenerateRequest) -> int:
         return uuid.uuid4().int >> 65 if request.seed is None else request.seed
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, "", self.settings.model_name):
-            raise ApiError(404, f"there is no model {name!r}; this server has {self.settings.model_name!r}",
-                           param="model", code="model_not_found")  # fmt: skip
+            raise ApiError(
+                404,
+                f"there is no model {name!r}; this server has {self.settings.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
 
     def chat_order(self, request: ChatRequest) -> Order:
         """A conversation as an order. Old turns that do not fit are left out; the last one must."""
         asked = request.max_completion_tokens or request.max_tokens or self.settings.max_tokens
         if asked > self.settings.most_tokens:
-            raise ApiError(400, f"at most {self.settings.most_tokens} tokens can be asked for",
-                           param="max_completion_tokens" if request.max_completion_tokens else "max_tokens")
+            raise ApiError(
+                400,
+                f"at most {self.settings.most_tokens} tokens can be asked for",
+                param="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
+            )
         room = self.max_context - min(asked, self.max_context // 2)
-        messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text}
-                    for m in request.messages]  # fmt: skip
+        messages = [
+            {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in request.messages
+        ]
         try:
             if not self.settings.answers:
                 ids = self.tokenizer.encode(messages[-1]["content"])
@@ -159,10 +175,23 @@ class Api:
                     raise ApiError(400, f"token ids must be from 0 to {size - 1}", param="prompt")
                 ids = list(prompt) if prompt[:1] == [bos] else [bos, *prompt]
             if len(ids) > self.max_context:
-                raise ApiError(400, f"the prompt has {len(ids)} tokens, the model's context is {self.max_context}",
-                               param="prompt", code="context_length_exceeded")  # fmt: skip
-            orders.append(Order(ids, asked, self.sampling(request), self.seed(request), request.n, request.logprobs,
-                                prompt_logprobs=request.echo and request.logprobs is not None))  # fmt: skip
+                raise ApiError(
+                    400,
+                    f"the prompt has {len(ids)} tokens, the model's context is {self.max_context}",
+                    param="prompt",
+                    code="context_length_exceeded",
+                )
+            orders.append(
+                Order(
+                    ids,
+                    asked,
+                    self.sampling(request),
+                    self.seed(request),
+                    request.n,
+                    request.logprobs,
+                    prompt_logprobs=request.echo and request.logprobs is not None,
+                )
+            )
         return orders
 
     # -- orders to answers ----------------------------------------------------------------------------
@@ -173,9 +202,7 @@ class Api:
         made.submit(orders, stop, chat)
         return made
 
-    async def run(
-        self, request: Request, orders: Sequence[Order], stop: Sequence[str], chat: bool
-    ) -> Generation:
+    async def run(self, request: Request, orders: Sequence[Order], stop: Sequence[str], chat: bool) -> Generation:
         """Everything, not streamed. A client that goes away ends it."""
         generation = self.generation(request, orders, stop, chat)
         watch = asyncio.create_task(wait_for_disconnect(request))
@@ -197,8 +224,12 @@ class Api:
         self.metrics.made_tokens.inc(usage["completion_tokens"])
 
     def head(self, kind: str, prefix: str) -> dict[str, Any]:
-        return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
-                "model": self.settings.model_name}  # fmt: skip
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.settings.model_name,
+        }
 
     def stream(self, generation: Generation, events: AsyncIterator[dict[str, Any]], done: bool = True) -> Response:
         """Server-sent events; errors on the way become events, and whatever happens the rows are freed."""
@@ -273,6 +304,7 @@ def create_app(
 
 def gauges(api: Api) -> None:
     """What is asked for anew at each scrape."""
+
     def gauge(name: str, what: str, value: Callable[[], float]) -> None:
         Gauge(f"nanochat_{name}", what, registry=api.metrics.registry).set_function(value)
 
@@ -317,8 +349,14 @@ def add_generation_routes(app: FastAPI, api: Api) -> None:
 
 def add_other_routes(app: FastAPI, api: Api) -> None:
     def own_model() -> dict[str, Any]:
-        return {"id": api.settings.model_name, "object": "model", "created": int(api.started), "owned_by": "nanochat",
-                "max_context": api.max_context, "answers": api.settings.answers}  # fmt: skip
+        return {
+            "id": api.settings.model_name,
+            "object": "model",
+            "created": int(api.started),
+            "owned_by": "nanochat",
+            "max_context": api.max_context,
+            "answers": api.settings.answers,
+        }
 
     @app.get("/v1/models", response_model=answers.Models)
     async def models() -> dict[str, Any]:
@@ -338,8 +376,9 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
         elif body.messages is None:
             tokens = api.tokenizer.encode(body.text or body.prompt or "")
         else:
-            messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text}
-                        for m in body.messages]  # fmt: skip
+            messages = [
+                {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages
+            ]
             try:
                 tokens = render_prompt(api.tokenizer, messages)
             except ValueError as error:
@@ -356,8 +395,7 @@ def add_other_routes(app: FastAPI, api: Api) -> None:
 
     @app.get("/tokenizer_info", response_model=answers.TokenizerInfo)
     async def tokenizer_info() -> dict[str, Any]:
-        return {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>",
-                "vocab_size": api.tokenizer.get_vocab_size()}  # fmt: skip
+        return {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "vocab_size": api.tokenizer.get_vocab_size()}
 
     @app.get("/health", response_model=answers.Health, responses={503: {"model": answers.Health}})
     @app.get("/health/ready", response_model=answers.Health, responses={503: {"model": answers.Health}})

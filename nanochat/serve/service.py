@@ -85,9 +85,18 @@ class Ticket:
 
     def __init__(self, order: Order, deliver: Deliver, service: Any) -> None:
         self.order, self.service, self._deliver = order, service, deliver
-        self.rows = [Row(list(order.prompt), order.max_tokens, order.sampling, order.seed, index,
-                         top_logprobs=order.top_logprobs, prompt_logprobs=order.prompt_logprobs)
-                     for index in range(order.samples)]  # fmt: skip
+        self.rows = [
+            Row(
+                list(order.prompt),
+                order.max_tokens,
+                order.sampling,
+                order.seed,
+                index,
+                top_logprobs=order.top_logprobs,
+                prompt_logprobs=order.prompt_logprobs,
+            )
+            for index in range(order.samples)
+        ]
         self.asked = time.monotonic()
         self.first_token: float | None = None
         self.ended = False
@@ -138,8 +147,15 @@ class Service:
 
         self.prefixes = PrefixCache(decoding.PREFILL_CHUNK, prefix_bytes)
         ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
-        self.batch = RunningBatch(self.weights.current(), ToolUse(tokenizer, tools), ends, max_rows, self.max_context,
-                                  self.prefixes, self.weights.packed)  # fmt: skip
+        self.batch = RunningBatch(
+            self.weights.current(),
+            ToolUse(tokenizer, tools),
+            ends,
+            max_rows,
+            self.max_context,
+            self.prefixes,
+            self.weights.packed,
+        )
         self._orders: FairQueue[Ticket] = FairQueue()  # not yet given to the batch: it has no room
         self._rows_waiting = 0  # of these; counted as they come and go, as a request may be of hundreds
         self._cancelled: deque[tuple[Ticket, int | None]] = deque()
@@ -201,10 +217,18 @@ class Service:
         with self._wake:
             waiting = len(self._orders)
         running = len(self.batch.rows) + len(self.batch.calling)
-        return {"alive": self.alive, "rows_running": running, "max_rows": self.max_rows,
-                "requests_waiting": waiting + len(self.batch.waiting), "tokens": self.tokens_made, "steps": self.steps,
-                "cache_bytes": self.batch.cache.num_bytes, "prefix_bytes": self.prefixes.num_bytes,
-                "prefix_hit_tokens": self.prefixes.hit_tokens, "prompt_tokens": self.prefixes.asked_tokens}  # fmt: skip
+        return {
+            "alive": self.alive,
+            "rows_running": running,
+            "max_rows": self.max_rows,
+            "requests_waiting": waiting + len(self.batch.waiting),
+            "tokens": self.tokens_made,
+            "steps": self.steps,
+            "cache_bytes": self.batch.cache.num_bytes,
+            "prefix_bytes": self.prefixes.num_bytes,
+            "prefix_hit_tokens": self.prefixes.hit_tokens,
+            "prompt_tokens": self.prefixes.asked_tokens,
+        }
 
     # -- the thread -----------------------------------------------------------------------------------
 
@@ -361,8 +385,11 @@ class WorkerPool:
 
     def stats(self) -> dict[str, Any]:
         parts = [service.stats() for service in self.services]
-        return {"replicas": parts, "replaced": self.replaced,
-                **{key: sum(part[key] for part in parts) for key in parts[0] if key != "alive"}}  # fmt: skip
+        return {
+            "replicas": parts,
+            "replaced": self.replaced,
+            **{key: sum(part[key] for part in parts) for key in parts[0] if key != "alive"},
+        }
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Close all replicas, side by side."""

@@ -155,5 +155,9 @@ def completion_logprobs(
             best.setdefault(tokenizer.decode_bytes([i]).decode("utf-8", errors="replace"), logprob)
         return best
 
-    return {"tokens": names, "token_logprobs": [None if one is None else one.logprob for one in told],
-            "top_logprobs": [top(one) for one in told], "text_offset": places}  # fmt: skip
+    return {
+        "tokens": names,
+        "token_logprobs": [None if one is None else one.logprob for one in told],
+        "top_logprobs": [top(one) for one in told],
+        "text_offset": places,
+    }

@@ -53,10 +53,18 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, *, log_requests: bool = False, **config: Any) -> None:
         logging.getLogger("sse_starlette").setLevel(logging.INFO)  # its debug lines hold what is said
-        super().__init__(uvicorn.Config(
-            app, http=Connection, ws="none", log_level="info" if log_requests else "warning", access_log=log_requests,
-            server_header=False, timeout_graceful_shutdown=5, **config,
-        ))  # fmt: skip
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Connection,
+                ws="none",
+                log_level="info" if log_requests else "warning",
+                access_log=log_requests,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+                **config,
+            )
+        )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         self.api = app.state.api
         self.drain_until: float | None = None

@@ -124,12 +124,15 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
         torch.set_num_threads(saved["num_threads"])
     now = numeric_settings(trainer)
     if saved["world_size"] != now["world_size"]:
-        trainer.runtime.print0(f"saved by {saved['world_size']} processes, going on with {now['world_size']}: the same "
-                               "batches and steps; sums may be rounded differently")  # fmt: skip
+        trainer.runtime.print0(
+            f"saved by {saved['world_size']} processes, going on with {now['world_size']}: the same "
+            "batches and steps; sums may be rounded differently"
+        )
     changed = [f"{key} {saved[key]} -> {now[key]}" for key in ("dtype", "device", "kernels") if saved[key] != now[key]]
     if changed:
-        trainer.runtime.warn0(f"resuming elsewhere ({', '.join(changed)}): the numbers will not match a straight run "
-                              "exactly")  # fmt: skip
+        trainer.runtime.warn0(
+            f"resuming elsewhere ({', '.join(changed)}): the numbers will not match a straight run exactly"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -203,8 +206,10 @@ class Metrics:
         reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
         share = self.rate * self.flops_per_token / self.peak_flops / self.runtime.world_size if self.peak_flops else 0
         peak = f" | {share:.0%} of peak" if share else ""
-        return (f"step {now.step}/{total} | loss {now.debiased_loss():.4f}{bpb}{reward} | "
-                f"{format_count(self.rate)} tok/s{peak} | {format_seconds(left)} left")  # fmt: skip
+        return (
+            f"step {now.step}/{total} | loss {now.debiased_loss():.4f}{bpb}{reward} | "
+            f"{format_count(self.rate)} tok/s{peak} | {format_seconds(left)} left"
+        )
 
     def close(self) -> None:
         if self.file is not None:
@@ -296,8 +301,9 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
         trainer.run()
         return 0
     except Interrupted as stop:
-        runtime.print0(f"\n{stop}: stopped after step {trainer.progress.step}, which is saved. Go on with:\n"
-                       f"  {resume_command}")  # fmt: skip
+        runtime.print0(
+            f"\n{stop}: stopped after step {trainer.progress.step}, which is saved. Go on with:\n  {resume_command}"
+        )
         return 128 + stop.signum
     except (NonFiniteLoss, Drifted) as error:  # all processes know
         runtime.error0(f"\nerror: {error}")
@@ -308,13 +314,16 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
         runtime.error0(f"\nerror: data cannot be read: {error}. {where}; go on with:\n  {resume_command}")
         return 1
     except CollectiveFailed as error:  # what one process has to tell, the others may not know
-        print(f"\nerror: {error}; go on from the last checkpoint with:\n  {resume_command}", file=sys.stderr,
-              flush=True)  # fmt: skip
+        print(
+            f"\nerror: {error}; go on from the last checkpoint with:\n  {resume_command}", file=sys.stderr, flush=True
+        )
         return 1
     except SaveFailed as error:
         saved = trainer.saves.last_step
-        runtime.error0(f"\nerror: could not save step {trainer.progress.step}: {error}; the last good checkpoint in "
-                       f"{run} is {'none' if saved is None else f'step {saved}'}")  # fmt: skip
+        runtime.error0(
+            f"\nerror: could not save step {trainer.progress.step}: {error}; the last good checkpoint in "
+            f"{run} is {'none' if saved is None else f'step {saved}'}"
+        )
         return 1
 
 

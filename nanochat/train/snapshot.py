@@ -31,21 +31,27 @@ class Saver:
         """Copy now, write meanwhile. The future raises OSError as save_checkpoint does."""
         names = {p: name for name, p in trainer.model.named_parameters()}
         tensors, steps = trainer.optimizer.named_state(names)
-        meta = {**self.meta, "progress": asdict(trainer.progress), "runtime": numeric_settings(trainer),
-                "plan": {**self.meta["plan"], "num_steps": trainer.schedule.num_steps}}  # fmt: skip
-        return self.thread.submit(partial(
-            save_checkpoint,
-            self.run,
-            trainer.progress.step,
-            model_state=host_copy(trainer.model.state_dict()) if self.peers.rank == 0 else {},
-            meta=meta,
-            tokenizer=self.tokenizer,
-            optimizer_state=(host_copy(tensors), steps),
-            loader_state=trainer.loader.state_dict(),  # type: ignore[attr-defined]
-            rng_state=rng_state(trainer.runtime.device),
-            keep_last=self.keep_last,
-            peers=self.peers,
-        ))  # fmt: skip
+        meta = {
+            **self.meta,
+            "progress": asdict(trainer.progress),
+            "runtime": numeric_settings(trainer),
+            "plan": {**self.meta["plan"], "num_steps": trainer.schedule.num_steps},
+        }
+        return self.thread.submit(
+            partial(
+                save_checkpoint,
+                self.run,
+                trainer.progress.step,
+                model_state=host_copy(trainer.model.state_dict()) if self.peers.rank == 0 else {},
+                meta=meta,
+                tokenizer=self.tokenizer,
+                optimizer_state=(host_copy(tensors), steps),
+                loader_state=trainer.loader.state_dict(),  # type: ignore[attr-defined]
+                rng_state=rng_state(trainer.runtime.device),
+                keep_last=self.keep_last,
+                peers=self.peers,
+            )
+        )
 
     def close(self) -> None:
         """Wait for the thread."""
@@ -59,6 +65,11 @@ def host_copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def numeric_settings(trainer: Trainer) -> dict[str, Any]:
     """What the same batch needs to give the same bits."""
-    return {"device_batch_size": trainer.device_batch_size, "num_threads": torch.get_num_threads(),
-            "dtype": str(trainer.model.compute_dtype).removeprefix("torch."), "device": trainer.runtime.device.type,
-            "kernels": kernels.in_use(trainer.runtime.device), "world_size": trainer.runtime.world_size}  # fmt: skip
+    return {
+        "device_batch_size": trainer.device_batch_size,
+        "num_threads": torch.get_num_threads(),
+        "dtype": str(trainer.model.compute_dtype).removeprefix("torch."),
+        "device": trainer.runtime.device.type,
+        "kernels": kernels.in_use(trainer.runtime.device),
+        "world_size": trainer.runtime.world_size,
+    }
