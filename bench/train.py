@@ -62,10 +62,10 @@ def make_trainer(flags: Flags, runtime: Runtime) -> TimedTrainer:
     return TimedTrainer(
         model,
         optimizer,
-        None,
+        None,  # type: ignore[arg-type]
         runtime,
         ScheduleConfig(LONG_RUN),
-        flags.batch,  # type: ignore[arg-type]
+        flags.batch,
         loss_fn=compiled_loss(model, "auto", runtime),
     )
 

@@ -144,10 +144,10 @@ def time_step(config: GPTConfig, rows: int, runtime: Runtime) -> tuple[float, fl
     trainer = Trainer(
         model,
         optimizer,
-        None,
+        None,  # type: ignore[arg-type]
         runtime,
         ScheduleConfig(1000),
-        rows,  # type: ignore[arg-type]
+        rows,
         loss_fn=compiled_loss(model, "auto", runtime),
     )
     batch = random_batch(rows, config.sequence_len, config.vocab_size, runtime)

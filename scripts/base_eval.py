@@ -201,12 +201,12 @@ def evaluate_hf(config: Config, wanted: list[str], bundle: Bundle | None, runtim
         tokens = config.split_tokens if config.split_tokens > 0 else 2**18
         for split in ("train", "val"):
             bpb = corpus_bpb(
-                model,
+                model,  # type: ignore[arg-type]
                 corpus,
-                tokenizer,
+                tokenizer,  # type: ignore[arg-type]
                 runtime,
                 split=split,
-                tokens=tokens,  # type: ignore[arg-type]
+                tokens=tokens,
                 device_batch_size=max(1, 8192 // model.max_tokens),
             )
             runtime.print0(f"{split} bits per byte: {bpb:.4f}")

@@ -255,10 +255,10 @@ def build_trainer(config: Config, plan: Plan, runtime: Runtime, model: GPT, load
     return Trainer(
         model,
         optimizer,
-        loader,
+        loader,  # type: ignore[arg-type]
         runtime,
         schedule,
-        micro,  # type: ignore[arg-type]
+        micro,
         loss_fn=compiled_loss(model, config.compile, runtime),
     )
 

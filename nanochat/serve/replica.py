@@ -76,7 +76,7 @@ class RemoteService:
         self._socket, other = socket.socketpair()
         self.process = subprocess.Popen(
             [*command, str(other.fileno())], pass_fds=[other.fileno()], start_new_session=True
-        )  # fmt: skip  (the terminal's Ctrl-C is ours)
+        )
         other.close()
         self._out: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._threads = [
