@@ -25,9 +25,9 @@ from bench._common import Flags, model_config, tensor_bytes, time_in_turn
 from bench._run import Result
 from nanochat.common import SPECIAL_TOKENS, UserError
 from nanochat.gpt import GPT
-from nanochat.inference.decoding import DecodingWeights, Row, RunningBatch
+from nanochat.inference.decoding import DecodingWeights, RunningBatch, TokenSequence
 from nanochat.inference.packed_weights import matrices
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import ToolUse
 from nanochat.runtime import Runtime
 from nanochat.train.session import measure_peak_flops
@@ -99,9 +99,9 @@ class Case:
         for row in list(self.batch.rows):
             self.batch.cancel(row)
         room = self.flags.seq_len - self.flags.prompt
-        sampling = Sampling(self.flags.temperature, 50)
+        sampling = SamplingParams(self.flags.temperature, 50)
         for index, prompt in enumerate(self.prompts):
-            self.batch.submit([Row(prompt, room, sampling, index, 0)])
+            self.batch.submit([TokenSequence(prompt, room, sampling, index, 0)])
         began = time.perf_counter()
         self.batch.step(1)
         waited = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""Sampling for reinforcement learning: all answers of a step in one running batch, against one prompt at a time:
+"""SamplingParams for reinforcement learning: all answers of a step in one running batch, against one prompt at a time:
 `python -m bench.rollout`.
 
 Both sides give the same answers to the same prompts, of the same lengths: an answer ends where a random number says so,
@@ -18,8 +18,8 @@ from bench._run import Result
 from bench.decode import Ids
 from nanochat.common import UserError
 from nanochat.gpt import GPT
-from nanochat.inference.decoding import DecodingWeights, Row, RunningBatch
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.decoding import DecodingWeights, RunningBatch, TokenSequence
+from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import ToolUse
 from nanochat.runtime import Runtime
 from scripts import _cli
@@ -51,16 +51,16 @@ class RolloutFlags(Flags):
             raise UserError(f"--prompt and --longest together must fit --seq-len {self.seq_len}")
 
 
-def groups_of(flags: RolloutFlags) -> list[list[Row]]:
+def groups_of(flags: RolloutFlags) -> list[list[TokenSequence]]:
     """Fresh rows, the same ones each time."""
-    draw, sampling = random.Random(0), Sampling(1.0, 50)
+    draw, sampling = random.Random(0), SamplingParams(1.0, 50)
     groups = []
     for number in range(flags.prompts):
         prompt = [draw.randrange(flags.vocab_size - 20) for _ in range(flags.prompt)]
         lengths = [draw.randint(max(1, flags.longest // 4), flags.longest) for _ in range(flags.num_samples)]
         groups.append(
             [
-                Row(prompt, length, sampling, 0, number * flags.num_samples + sample)
+                TokenSequence(prompt, length, sampling, 0, number * flags.num_samples + sample)
                 for sample, length in enumerate(lengths)
             ]
         )

@@ -16,12 +16,12 @@ from typing import Any
 from nanochat.common import SPECIAL_TOKENS, warn
 from nanochat.conversation import PART_TOKENS
 from nanochat.gpt import GPT
-from nanochat.inference.decoding import DecodingWeights, Row, RunningBatch, Token, Tokenizer
+from nanochat.inference.decoding import DecodingWeights, RunningBatch, Token, Tokenizer, TokenSequence
 from nanochat.inference.kv_cache import KVCache
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import DEFAULT_TOOLS, Tool, ToolUse
 
-__all__ = ["AnswerStream", "Engine", "KVCache", "Row", "TextStream"]
+__all__ = ["AnswerStream", "Engine", "KVCache", "TextStream", "TokenSequence"]
 
 
 class Engine:
@@ -66,10 +66,12 @@ class Engine:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the model's context {self.max_context}; shorten it")
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        rows = self._rows([tokens] * num_samples, max_tokens, Sampling(temperature, top_k, top_p), seed)
+        rows = self._rows([tokens] * num_samples, max_tokens, SamplingParams(temperature, top_k, top_p), seed)
         return self._columns(rows, should_stop)
 
-    def _columns(self, rows: list[Row], should_stop: Callable[[], bool]) -> Iterator[tuple[list[int], list[int]]]:
+    def _columns(
+        self, rows: list[TokenSequence], should_stop: Callable[[], bool]
+    ) -> Iterator[tuple[list[int], list[int]]]:
         filler = self.tokenizer.encode_special("<|assistant_end|>")
         batch = self._batch(rows, len(rows))
         batch.submit(rows)
@@ -112,19 +114,19 @@ class Engine:
         batch_size: int = 32,
         indices: Sequence[int] | None = None,
         logprobs: bool = False,
-    ) -> list[Row]:
+    ) -> list[TokenSequence]:
         """Continue many prompts, at most `batch_size` at a time; a finished row makes place for the next prompt.
 
-        Returns a Row per prompt, in order: tokens, mask, and the token it ended with. A prompt is sample i of
+        Returns a TokenSequence per prompt, in order: tokens, mask, and the token it ended with. A prompt is sample i of
         `seed`, i being its place in the list, or as `indices` has it; neighbours that are equal are prefilled once.
-        `logprobs`: sum up the log probability of what the model chose, in Row.logprob. A prompt that leaves
+        `logprobs`: sum up the log probability of what the model chose, in TokenSequence.logprob. A prompt that leaves
         no room in the context gets an empty answer, with a warning. Raises ValueError for an empty prompt.
         """
         if not all(prompts):
             raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} is empty; start it with <|bos|>")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        rows = self._rows(prompts, max_tokens, Sampling(temperature, top_k, top_p), seed, indices)
+        rows = self._rows(prompts, max_tokens, SamplingParams(temperature, top_k, top_p), seed, indices)
         for row in rows if logprobs else ():
             row.top_logprobs = 0
         if overlong := sum(len(prompt) >= self.max_context for prompt in prompts):
@@ -147,19 +149,19 @@ class Engine:
         self,
         prompts: Sequence[list[int]],
         max_tokens: int | None,
-        sampling: Sampling,
+        sampling: SamplingParams,
         seed: int,
         indices: Sequence[int] | None = None,
-    ) -> list[Row]:
+    ) -> list[TokenSequence]:
         if max_tokens is not None and max_tokens < 0:
             raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}")
         limit = self.max_context if max_tokens is None else max_tokens
         return [
-            Row(list(prompt), min(limit, self.max_context - len(prompt)), sampling, seed, index)
+            TokenSequence(list(prompt), min(limit, self.max_context - len(prompt)), sampling, seed, index)
             for index, prompt in zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)
         ]
 
-    def _batch(self, rows: list[Row], batch_size: int) -> RunningBatch:
+    def _batch(self, rows: list[TokenSequence], batch_size: int) -> RunningBatch:
         longest = max((len(row.prompt) + row.max_tokens for row in rows if not row.done), default=1)
         return RunningBatch(
             self._weights.current(),
@@ -172,7 +174,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def ending(batch: RunningBatch, rows: Sequence[Row]) -> Iterator[None]:
+def ending(batch: RunningBatch, rows: Sequence[TokenSequence]) -> Iterator[None]:
     """Whatever ends the loop inside, no tool of the rows is left open."""
     try:
         yield

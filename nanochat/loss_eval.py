@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import torch
 
 from nanochat.common import UserError
-from nanochat.distributed.rank_checks import fail_together
-from nanochat.distributed.signals import AskedToEnd
+from nanochat.distributed.rank_checks import raise_on_all_ranks
+from nanochat.distributed.signals import StopRequested
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 
@@ -25,7 +25,7 @@ def evaluate_bpb(
     `batches` yields (inputs, targets), each (B, T), -1 = no target; at most `steps` of them are taken.
     `token_bytes` (V,) holds each token's length in bytes; special tokens have 0 and are left out of both sums.
     With `runtime`, sums over all processes. inf when there was not one byte. Raises on all processes, if the batches
-    of one cannot be read, DataFailed, or AskedToEnd if a signal came while it waited for them.
+    of one cannot be read, DataError, or StopRequested if a signal came while it waited for them.
     """
     nats = torch.zeros((), dtype=torch.float64)
     count = torch.zeros((), dtype=torch.float64)
@@ -40,13 +40,13 @@ def evaluate_bpb(
             # Summed on the CPU: an Apple GPU has no float64.
             nats += (losses * (sizes > 0)).cpu().sum(dtype=torch.float64)
             count += sizes.cpu().sum(dtype=torch.float64)
-    except (UserError, OSError, AskedToEnd) as error:  # the others, which wait for this one's sums, must hear of it
+    except (UserError, OSError, StopRequested) as error:  # the others, which wait for this one's sums, must hear of it
         failure = error
     model.train(was_training)
     if runtime is not None:
-        fail_together(runtime, failure)
+        raise_on_all_ranks(runtime, failure)
         if runtime.world_size > 1:
-            nats, count = runtime.sum(torch.stack([nats, count]).to(runtime.device)).cpu()
+            nats, count = runtime.all_reduce_sum(torch.stack([nats, count]).to(runtime.device)).cpu()
     elif failure:
         raise failure
     return nats.item() / (math.log(2) * count.item()) if count.item() else math.inf

@@ -15,7 +15,7 @@ import torch
 
 from nanochat.checkpoint.optimizer_shards import Place, parse_piece, state_shapes
 from nanochat.common import UserError
-from nanochat.distributed.collectives import Pending, start_gather, start_sum, start_sum_shares
+from nanochat.distributed.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
 from nanochat.optimizer.update_rules import adamw_step, even_out, muon_step, orthogonalize
 
@@ -243,7 +243,7 @@ class DistMuonAdamW(MuonAdamW):
         """Sum, as one flat tensor, which parameters have a gradient, and the small ones' gradients."""
         has = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
         grads = [_flat_grad(p) for p in self.small]
-        return start_sum(torch.cat([has, *grads]), "summing the small gradients")
+        return start_all_reduce(torch.cat([has, *grads]), "summing the small gradients")
 
     def _step_small(self, summed: torch.Tensor, present: dict[torch.Tensor, bool]) -> None:
         groups = {p: group for group in self.param_groups for p in group["params"]}
@@ -256,10 +256,10 @@ class DistMuonAdamW(MuonAdamW):
     def _start_group(self, group: dict[str, Any]) -> list[Pending]:
         """Start to sum a group's gradients, to each process its share's."""
         if group["kind"] == "muon":
-            return [start_sum_shares(self._lay_out(group["params"]), "summing the matrices' gradients")]
+            return [start_reduce_scatter(self._lay_out(group["params"]), "summing the matrices' gradients")]
         large = [p for p in group["params"] if p not in self._is_small]
         return [
-            start_sum_shares(_padded(_flat_grad(p), self._share(p) * self.world_size), "summing large gradients")
+            start_reduce_scatter(_padded(_flat_grad(p), self._share(p) * self.world_size), "summing large gradients")
             for p in large
         ]
 
@@ -287,7 +287,7 @@ class DistMuonAdamW(MuonAdamW):
             self._update_adamw(p, own, grad[: stop - start], group)
         exact = share * self.world_size == p.numel()
         whole = flat if exact else flat.new_empty(share * self.world_size)
-        pending = start_gather(_padded(own, share), whole, "gathering large weights")
+        pending = start_all_gather(_padded(own, share), whole, "gathering large weights")
         return _Gather(pending, [] if exact else [flat], [] if exact else [whole[: p.numel()]])
 
     def _step_matrices(self, group: dict[str, Any], grads: torch.Tensor) -> "_Gather":
@@ -299,7 +299,7 @@ class DistMuonAdamW(MuonAdamW):
         if own:
             share[: len(own)] = self._update_muon(own, grads.view(-1, R, C)[: len(own)], group)
         whole = share.new_empty(self.world_size * share.numel())
-        pending = start_gather(share.view(-1), whole, "gathering the matrices")
+        pending = start_all_gather(share.view(-1), whole, "gathering the matrices")
         return _Gather(pending, params, self._slots(params, whole))
 
     def _lay_out(self, params: list[torch.Tensor]) -> torch.Tensor:

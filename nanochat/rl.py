@@ -24,7 +24,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.data.batches import Batch, seeded_rng
 from nanochat.engine import Engine
-from nanochat.inference.decoding import Row
+from nanochat.inference.decoding import TokenSequence
 from nanochat.runtime import Runtime
 
 RL_RNG = 7  # purpose of the generator that picks prompts (batches.seeded_rng)
@@ -76,7 +76,7 @@ class Group:
     index: int
     conversation: Any
     prompt: list[int]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TokenSequence] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
 
@@ -205,7 +205,9 @@ class RolloutLoader:
             sum(g.silent for g in groups),
             len(groups),
         ]
-        summed = self.runtime.sum(torch.tensor([*own, *per_level.flatten()]).float().to(self.runtime.device)).cpu()
+        summed = self.runtime.all_reduce_sum(
+            torch.tensor([*own, *per_level.flatten()]).float().to(self.runtime.device)
+        ).cpu()
         reward, samples, length, tokens, surprise, cut, silent, count = summed[: len(own)].tolist()
         for curriculum, (total, number) in zip(self.curricula, summed[len(own) :].view(-1, 2).tolist()):
             curriculum.note(total / number if number else None)

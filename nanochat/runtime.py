@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import UserError, say, warn
-from nanochat.distributed.collectives import exchange_texts, join, naming
+from nanochat.distributed.collectives import all_gather_texts, join, naming
 
 IMPORTED = time.perf_counter()
 TIMEOUT_SECONDS = 1800.0  # the longest that one process may leave the others waiting, in an evaluation for instance
@@ -93,14 +93,14 @@ class Runtime:
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
-    def sum(self, value: torch.Tensor, what: str = "a sum") -> torch.Tensor:
+    def all_reduce_sum(self, value: torch.Tensor, what: str = "a sum") -> torch.Tensor:
         """Sum a tensor over all processes (in place); the identity for one process."""
         if self.world_size > 1:
             with naming(what):
                 dist.all_reduce(value)
         return value
 
-    def largest(self, value: float, what: str = "a common decision") -> float:
+    def all_reduce_max(self, value: float, what: str = "a common decision") -> float:
         """The largest of all processes' values, so that they decide alike; the identity for one process."""
         if self.world_size == 1:
             return value
@@ -109,7 +109,7 @@ class Runtime:
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return float(shared)
 
-    def gather(self, value: torch.Tensor, what: str = "a comparison") -> list[Any]:
+    def all_gather(self, value: torch.Tensor, what: str = "a comparison") -> list[Any]:
         """The numbers of all processes' tensors of one shape, by rank, as nested lists."""
         if self.world_size == 1:
             return [value.tolist()]
@@ -118,11 +118,11 @@ class Runtime:
             dist.all_gather(everyone, value)
         return [values.tolist() for values in everyone]
 
-    def exchange(self, text: str, what: str = "an exchange") -> list[str]:
+    def all_gather_text(self, text: str, what: str = "an exchange") -> list[str]:
         """The text that each process brought, by rank."""
-        return [text] if self.world_size == 1 else exchange_texts(text, what, self.device)
+        return [text] if self.world_size == 1 else all_gather_texts(text, what, self.device)
 
-    def from_main(self, choose: Callable[[], Any], what: str) -> Any:
+    def broadcast(self, choose: Callable[[], Any], what: str) -> Any:
         """What `choose` returned on the main process (it must fit in JSON), on all; a UserError likewise."""
         if self.world_size == 1:
             return choose()
@@ -132,7 +132,7 @@ class Runtime:
                 answer = {"value": choose()}
             except UserError as error:
                 answer = {"error": str(error)}
-        answer = json.loads(self.exchange(json.dumps(answer), what)[0])
+        answer = json.loads(self.all_gather_text(json.dumps(answer), what)[0])
         if "error" in answer:
             raise UserError(answer["error"])
         return answer["value"]

@@ -20,13 +20,13 @@ from nanochat.checkpoint.async_save import Saves
 from nanochat.common import UserError, warn
 from nanochat.dataloader import Batch
 from nanochat.distributed.rank_checks import (
-    DataFailed,
-    Drifted,
+    DataError,
     NonFiniteLoss,
-    find_drifted,
-    name_culprits,
+    RanksDiverged,
+    describe_non_finite_ranks,
+    find_diverged_ranks,
+    gather_failures,
     non_finite,
-    tell_failures,
 )
 from nanochat.distributed.signals import catch_signals
 from nanochat.gpt import GPT
@@ -38,7 +38,7 @@ from nanochat.train.schedules import ScheduleConfig, decay_multiplier, lr_multip
 
 Record = dict[str, Any]
 
-DATA_FAILED = 1000  # what processes tell each other beside the numbers of signals
+DATA_ERROR = 1000  # what processes tell each other beside the numbers of signals
 
 
 class Loader(Protocol):
@@ -103,8 +103,8 @@ class Trainer:
         self.saves = Saves(self.runtime)
 
     def run(self) -> Progress:
-        """Train to the horizon. Raises Interrupted after a signal, NonFiniteLoss, Drifted, DataFailed, or SaveFailed at
-        the end."""
+        """Train to the horizon. Raises Interrupted after a signal, NonFiniteLoss, RanksDiverged, DataError, or
+        SaveFailed at the end."""
         self.loss_fn = self.loss_fn or self.model.loss
         self.started = time.perf_counter() - self.progress.wall_seconds
         self.model.train()
@@ -152,7 +152,7 @@ class Trainer:
     def accumulate(self, batch: Batch) -> tuple[float, int]:
         """Gradients of the mean loss over the global batch's targets; returns (that mean, their number)."""
         device = self.runtime.device
-        counted = self.runtime.sum((batch.targets >= 0).sum().to(device), "counting targets")
+        counted = self.runtime.all_reduce_sum((batch.targets >= 0).sum().to(device), "counting targets")
         num_targets = max(int(counted), 1)
         total, self.positions = torch.zeros((), device=device), 0
         with self.model.hold_casts():
@@ -160,7 +160,7 @@ class Trainer:
                 self.positions += inputs.numel()
                 total += self.add_gradients(inputs, targets, weights, num_targets)
         self.own_loss = total.clone()
-        return float(self.runtime.sum(total, "summing the loss")) / num_targets, num_targets
+        return float(self.runtime.all_reduce_sum(total, "summing the loss")) / num_targets, num_targets
 
     def add_gradients(
         self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, num_targets: int
@@ -186,7 +186,7 @@ class Trainer:
         now = self.progress
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         finite = bool(torch.nn.utils.get_total_norm(grads).isfinite())
-        overflowed = bool(self.runtime.largest(float(not finite)))
+        overflowed = bool(self.runtime.all_reduce_max(float(not finite)))
         if not overflowed:
             for grad in grads:
                 grad /= now.loss_scale
@@ -253,8 +253,8 @@ class Trainer:
             while wait and not wait(0.5) and not self.stop_signal:
                 pass
             failure = wait and self.loader.failure  # type: ignore[attr-defined]
-            word = int(self.runtime.largest(DATA_FAILED if failure else self.stop_signal or 0))
-            if word != DATA_FAILED:
+            word = int(self.runtime.all_reduce_max(DATA_ERROR if failure else self.stop_signal or 0))
+            if word != DATA_ERROR:
                 break
             self._skip_or_fail(failure)
         if word and not last:
@@ -264,10 +264,10 @@ class Trainer:
     def _skip_or_fail(self, failure: BaseException | None) -> None:
         """Have all processes' loaders leave out the shards that some could not read, if all that failed may do so.
 
-        Otherwise save and raise DataFailed on all; before the first step, where it failed, the failure itself.
+        Otherwise save and raise DataError on all; before the first step, where it failed, the failure itself.
         """
         loader: Any = self.loader
-        shards, error = tell_failures(self.runtime, failure, loader.skips_bad_shards)
+        shards, error = gather_failures(self.runtime, failure, loader.skips_bad_shards)
         if error is None:
             loader.skip(shards)
             for reason in shards.values():
@@ -277,12 +277,12 @@ class Trainer:
             self._save(final=True)
         if failure and not (self.progress.step and isinstance(failure, UserError | OSError)):
             raise failure
-        raise DataFailed(error) from failure
+        raise DataError(error) from failure
 
     def _follow_deadline(self) -> int:
         """The number of steps of the run, moved if there is a deadline; alike on all processes."""
         if self.deadline:
-            now, plan = self.runtime.largest(time.perf_counter() - self.started), self.schedule
+            now, plan = self.runtime.all_reduce_max(time.perf_counter() - self.started), self.schedule
             plan.num_steps = self.deadline.horizon(self.progress.step, plan.num_steps, now)
         return self.schedule.num_steps
 
@@ -297,12 +297,12 @@ class Trainer:
                 self.model.train()
                 hook.seconds = time.perf_counter() - began
         if self.deadline and any(hook.due(step, num_steps) for hook in self.hooks):
-            self.deadline.observing_seconds = self.runtime.largest(self.closing_hooks_seconds())
+            self.deadline.observing_seconds = self.runtime.all_reduce_max(self.closing_hooks_seconds())
         return found
 
-    def leave_if_asked(self) -> None:
+    def raise_if_stop_requested(self) -> None:
         """For long observers, now and then, on all processes: raises StopObserving once a signal has come."""
-        if self.runtime.largest(self.stop_signal or 0):
+        if self.runtime.all_reduce_max(self.stop_signal or 0):
             raise StopObserving
 
     def closing_hooks_seconds(self) -> float:
@@ -329,7 +329,7 @@ class Trainer:
     def _describe_non_finite(self, loss: float, batch: Batch) -> str:
         """Which step, process and data, alike on all processes."""
         self.saves.settle(None)
-        data = name_culprits(self.runtime, self.own_loss, batch.origin)
+        data = describe_non_finite_ranks(self.runtime, self.own_loss, batch.origin)
         return f"loss is {loss} at step {self.progress.step} on {data}; {self._last_good()}"
 
     def _last_good(self) -> str:
@@ -339,7 +339,7 @@ class Trainer:
     def _refuse_non_finite(self) -> None:
         """Raise NonFiniteLoss, on all processes, before weights that are spoilt take the place of good ones."""
         spoilt = non_finite(self.model)
-        if self.runtime.largest(len(spoilt)):
+        if self.runtime.all_reduce_max(len(spoilt)):
             raise NonFiniteLoss(
                 f"the weights are not finite after step {self.progress.step} "
                 f"({', '.join(spoilt[:3]) or 'on another process'}), and are not saved; "
@@ -348,10 +348,10 @@ class Trainer:
             )
 
     def _compare_weights(self) -> None:
-        """Raise Drifted, on all processes, if the weights of some are not those of most."""
-        drifted = find_drifted(self.runtime, self.model)
+        """Raise RanksDiverged, on all processes, if the weights of some are not those of most."""
+        drifted = find_diverged_ranks(self.runtime, self.model)
         if drifted:
-            raise Drifted(
+            raise RanksDiverged(
                 f"the weights of rank {', '.join(map(str, drifted))} are not the others' after step "
                 f"{self.progress.step}: faulty hardware, or code that treats ranks differently; the last "
                 f"good checkpoint is step {self.saves.last_step}"

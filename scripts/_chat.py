@@ -12,7 +12,7 @@ from typing import Any
 from nanochat.conversation import Message, drop_oldest_turns, parse_answer, render_prompt
 from nanochat.engine import AnswerStream, Engine
 from nanochat.gpt import GPT
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import DEFAULT_TOOLS, Tool
 
 # A terminal obeys escape sequences, so a model must not be able to print one.
@@ -26,7 +26,7 @@ class Chat:
         self,
         model: GPT,
         tokenizer: Any,
-        sampling: Sampling,
+        sampling: SamplingParams,
         max_tokens: int,
         seed: int,
         answers: bool = True,

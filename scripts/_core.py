@@ -72,7 +72,12 @@ def watch_core(trainer: Trainer, tokenizer: RustBPETokenizer, bundle: Bundle, mo
     try:
         with without_fp8(trainer.model):
             result = run_core(
-                GPTScorer(trainer.model), tokenizer, bundle, trainer.runtime, most=most, between=trainer.leave_if_asked
+                GPTScorer(trainer.model),
+                tokenizer,
+                bundle,
+                trainer.runtime,
+                most=most,
+                between=trainer.raise_if_stop_requested,
             )
     except StopObserving:
         trainer.runtime.print0("asked to stop: the CORE evaluation is left unfinished")

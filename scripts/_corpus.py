@@ -37,10 +37,10 @@ def open_corpus(
         found.append(resolve_corpus(data, base_dir, skip_bad=skip_bad, **earlier))
         return found[0].skipped
 
-    earlier["skipped"] = runtime.from_main(first, "opening the data")
+    earlier["skipped"] = runtime.broadcast(first, "opening the data")
     corpus = found[0] if found else resolve_corpus(data, base_dir, skip_bad=skip_bad, **earlier)
     own = f"{corpus.fingerprint} {sorted(corpus.skipped)}"
-    for rank, other in enumerate(seen := runtime.exchange(own, "comparing the data")):
+    for rank, other in enumerate(seen := runtime.all_gather_text(own, "comparing the data")):
         if other != seen[0]:
             raise UserError(f"--data is not the same for all processes: rank {rank} finds other files than rank 0")
     if checkpoint and checkpoint.meta["corpus"] != corpus.fingerprint:

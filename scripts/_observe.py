@@ -17,7 +17,7 @@ from nanochat.data.corpus import Corpus, Lenient
 from nanochat.data.document_order import NoText
 from nanochat.data.textfiles import Document
 from nanochat.dataloader import PretrainLoader
-from nanochat.distributed.rank_checks import fail_together
+from nanochat.distributed.rank_checks import raise_on_all_ranks
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
@@ -78,7 +78,7 @@ def bpb_by_source(
 ) -> list[dict[str, Any]]:
     """Bits per byte of each source of a split, and of how many documents: about `tokens` of each at most.
 
-    The sources are shared out over the processes; the figures do not depend on how many there are. Raises DataFailed,
+    The sources are shared out over the processes; the figures do not depend on how many there are. Raises DataError,
     on all processes, if one cannot read the split.
     """
     found: dict[str, list[Document]] = {}
@@ -91,9 +91,11 @@ def bpb_by_source(
                 chars[document.source] += len(document.text)
     except (UserError, OSError) as error:
         failure = error
-    fail_together(runtime, failure)
+    raise_on_all_ranks(runtime, failure)
     # One process may have left out a bad shard, and all of a source with it.
-    known = [set(json.loads(names)) for names in runtime.exchange(json.dumps(list(found)), "comparing the sources")]
+    known = [
+        set(json.loads(names)) for names in runtime.all_gather_text(json.dumps(list(found)), "comparing the sources")
+    ]
     sources, T = sorted(set.intersection(*known)), model.config.sequence_len
     figures = torch.zeros(len(sources), dtype=torch.float32)
     for number in range(runtime.rank, len(sources), runtime.world_size):
@@ -102,7 +104,7 @@ def bpb_by_source(
         per_char = len(tokenizer.encode(one.documents[0].text)) / max(1, len(one.documents[0].text))
         rows = max(1, min(tokens, round(one.chars * per_char)) // T)
         figures[number] = loader_bpb(model, make_loader, tokenizer, None, rows, 1)
-    figures = runtime.sum(figures.to(runtime.device)).cpu()
+    figures = runtime.all_reduce_sum(figures.to(runtime.device)).cpu()
     return [
         {"source": source, "documents": len(found[source]), "bits per byte": float(figure)}
         for source, figure in zip(sources, figures)

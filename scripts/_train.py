@@ -16,7 +16,7 @@ from rich.table import Table
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError, get_base_dir, read_json, say, warn, write_json
 from nanochat.data.document_order import NoText
-from nanochat.distributed.signals import AskedToEnd, heeding
+from nanochat.distributed.signals import StopRequested, stop_when
 from nanochat.flash_attention import prepare
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
@@ -256,12 +256,12 @@ def deadline_for(config: TrainFlags, trainer: Trainer, total_batch_tokens: int) 
     """What --minutes asks for, counted from the start of the program to its end."""
     if config.minutes <= 0 or config.num_iterations > 0:
         return None
-    started = trainer.runtime.largest(process_age())
+    started = trainer.runtime.all_reduce_max(process_age())
     # Until an evaluation has been timed: a forward pass is about a third of a training step.
     usual = config.minutes * 60 / trainer.schedule.num_steps
     share = config.evaluation_tokens(trainer.runtime) / total_batch_tokens
     trainer.hooks[0].seconds = usual * share / 3  # validation comes first in every script
-    deadline = Deadline(config.minutes * 60 - started, trainer.runtime.largest(trainer.closing_hooks_seconds()))
+    deadline = Deadline(config.minutes * 60 - started, trainer.runtime.all_reduce_max(trainer.closing_hooks_seconds()))
     deadline.go_on(trainer.progress.step, trainer.progress.wall_seconds)
     return deadline
 
@@ -347,11 +347,11 @@ def note_bpb(trainer: Trainer, measure: Callable[[], float]) -> Record:
     nothing is left to measure on (the one validation shard was bad), or a signal came and the data did not."""
     now = trainer.progress
     try:
-        with heeding(lambda: trainer.stop_signal is not None):
+        with stop_when(lambda: trainer.stop_signal is not None):
             now.val_bpb = measure()
         if not math.isfinite(now.val_bpb):
             raise NoText(f"bits per byte are {now.val_bpb}: no target has a byte, or the model has diverged")
-    except (NoText, AskedToEnd) as error:
+    except (NoText, StopRequested) as error:
         now.val_bpb = None
         trainer.runtime.warn0(f"not evaluated: {error}")
         return {}

@@ -10,7 +10,7 @@ import tyro
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir
 from nanochat.execution import choose_level
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
 from nanochat.runtime import Runtime
 from scripts import _cli
@@ -77,14 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return converse(chat, pipe_reader())
 
 
-def check(config: Config) -> Sampling:
+def check(config: Config) -> SamplingParams:
     """The sampling settings; raises UserError for a flag out of range."""
     if config.source not in MAKERS:
         raise UserError(f"-i must be one of {', '.join(MAKERS)}, got {config.source!r}")
     if config.max_tokens < 1:
         raise UserError(f"--max-tokens must be at least 1, got {config.max_tokens}")
     try:
-        return Sampling(config.temperature, config.top_k, config.top_p)
+        return SamplingParams(config.temperature, config.top_k, config.top_p)
     except ValueError as error:
         raise UserError(f"{error}; see --help") from error
 

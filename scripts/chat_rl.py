@@ -195,7 +195,9 @@ def evaluate(trainer: Trainer, tasks: Sequence[Task], start: Start, config: Conf
             rights = torch.zeros(len(items))
             for outcome in outcomes:
                 rights[outcome.index] = outcome.num_right
-            rates.append(pass_rates([int(n) for n in runtime.sum(rights.to(runtime.device)).tolist()], samples))
+            rates.append(
+                pass_rates([int(n) for n in runtime.all_reduce_sum(rights.to(runtime.device)).tolist()], samples)
+            )
             if samples == 1:
                 name = task.name.replace("/", "_") + (f".rank{runtime.rank}" if runtime.world_size > 1 else "")
                 write_transcripts(folder / f"step_{step:06d}" / f"{name}.jsonl", task.name, "test", outcomes)
@@ -203,7 +205,7 @@ def evaluate(trainer: Trainer, tasks: Sequence[Task], start: Start, config: Conf
                 break
         found[f"accuracy/{task.name}"] = rates[0][1]
         found |= {f"pass@{k}/{task.name}": rate for k, rate in rates[-1].items() if k > 1}
-        trainer.leave_if_asked()
+        trainer.raise_if_stop_requested()
     runtime.print0(
         ("\n" if step else "")
         + f"step {step} | held out | "

@@ -15,7 +15,7 @@ import tyro
 from nanochat.checkpoint_manager import find_run
 from nanochat.common import UserError, get_base_dir, say
 from nanochat.execution import choose_level
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 from nanochat.runtime import Runtime
 from nanochat.serve.replica import RemoteService
 from nanochat.serve.server import ServerMetrics, Settings, create_app
@@ -95,7 +95,7 @@ class Config:
         if self.port != -1 and not 0 < self.port < 65536:
             raise UserError(f"--port must be from 1 to 65535, or -1 for a free one, got {self.port}")
         try:
-            Sampling(self.temperature, self.top_k)
+            SamplingParams(self.temperature, self.top_k)
         except ValueError as error:
             raise UserError(str(error)) from error
 

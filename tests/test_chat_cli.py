@@ -17,7 +17,7 @@ from nanochat.common import UserError
 from nanochat.conversation import render_prompt
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import Tool
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import _chat, chat_cli
@@ -72,7 +72,7 @@ def prompts(model: Scripted) -> list[str]:
 
 
 def make_chat(model: Scripted, **kwargs: Any) -> _chat.Chat:
-    return _chat.Chat(model, TOKENIZER, Sampling(0.0), 50, 0, **kwargs)  # type: ignore[arg-type]
+    return _chat.Chat(model, TOKENIZER, SamplingParams(0.0), 50, 0, **kwargs)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import cpu_decoder, decoding
 from nanochat.inference.cpu_decoder import CpuDecoder
-from nanochat.inference.decoding import DecodingWeights, Row, RunningBatch
+from nanochat.inference.decoding import DecodingWeights, RunningBatch, TokenSequence
 from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.packed_weights import PackedWeights, block_outputs, matrices, pack, quantize
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import ToolUse
 from nanochat.optim import MuonAdamW
 from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
@@ -233,7 +233,7 @@ def test_agrees_on_cpus_with_shorter_vectors(cpu: str, tmp_path: Path) -> None:
 def test_what_it_is_not_written_for_goes_through_the_model() -> None:
     model = build(n_head=8, n_kv_head=8)  # heads of 8
     assert not cpu_decoder.supported(model)
-    row = Row([1, 2, 3], 4, Sampling(0.0), 0, 0)
+    row = TokenSequence([1, 2, 3], 4, SamplingParams(0.0), 0, 0)
     batch = RunningBatch(model, ToolUse(ByteTokenizer()), set(), 2, 20)
     batch.submit([row])
     while not batch.idle:

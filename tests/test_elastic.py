@@ -120,7 +120,7 @@ def hang(runtime: Runtime) -> str:
         time.sleep(4)
         return "slept"
     try:
-        runtime.sum(torch.ones(1), "summing the loss")
+        runtime.all_reduce_sum(torch.ones(1), "summing the loss")
         return "went on"
     except CollectiveFailed as error:
         return str(error)

@@ -15,8 +15,8 @@ from nanochat.conversation import parse_answer
 from nanochat.engine import AnswerStream, Engine, TextStream
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import decoding
-from nanochat.inference.decoding import DecodingWeights, Row, RunningBatch, ToolUse
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.decoding import DecodingWeights, RunningBatch, TokenSequence, ToolUse
+from nanochat.inference.sampling import SamplingParams
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 
 SIZES = {"sequence_len": 32, "vocab_size": 265, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
@@ -221,7 +221,7 @@ def test_a_result_is_forced_after_an_expression() -> None:
     [("1/2", "0.5"), ("84/7", "12"), ("'abc'.", None), ("2**", None), ("9//0", None), ("ü+1", None), ("", None)],
 )
 def test_what_the_calculator_makes_of_an_expression(expression: str, shown: str | None) -> None:
-    row, tools = Row([START], 99, Sampling(), 0, 0), ToolUse(TOKENIZER)
+    row, tools = TokenSequence([START], 99, SamplingParams(), 0, 0), ToolUse(TOKENIZER)
     for token in [PYTHON, *TOKENIZER.encode(expression), PYTHON_END]:
         tools.watch(row, token)
     assert list(row.forced) == ([] if shown is None else [OUTPUT, *shown.encode(), OUTPUT_END])
@@ -232,14 +232,14 @@ def test_what_the_calculator_makes_of_an_expression(expression: str, shown: str 
     [[PYTHON_END], [*b"1+1", PYTHON_END], [PYTHON, *b"1+1"], [OUTPUT, *b"1", OUTPUT_END], [PYTHON, *b"1+1", PYTHON]],
 )
 def test_half_an_expression_calls_nothing(ids: list[int]) -> None:
-    row, tools = Row([START], 99, Sampling(), 0, 0), ToolUse(TOKENIZER)
+    row, tools = TokenSequence([START], 99, SamplingParams(), 0, 0), ToolUse(TOKENIZER)
     for token in ids:
         tools.watch(row, token)
     assert not row.forced
 
 
 def test_a_second_start_begins_the_expression_anew() -> None:
-    row, tools = Row([START], 99, Sampling(), 0, 0), ToolUse(TOKENIZER)
+    row, tools = TokenSequence([START], 99, SamplingParams(), 0, 0), ToolUse(TOKENIZER)
     for token in [PYTHON, *b"7", PYTHON, *b"1+1", PYTHON_END]:
         tools.watch(row, token)
     assert list(row.forced) == [OUTPUT, ord("2"), OUTPUT_END]
@@ -293,8 +293,8 @@ def make_batch(engine: Engine, max_rows: int) -> RunningBatch:
     return RunningBatch(engine.model, engine.tools, engine.end_tokens, max_rows, 32)
 
 
-def greedy_row(prompt: list[int], max_tokens: int = 10, index: int = 0) -> Row:
-    return Row(prompt, max_tokens, Sampling(0.0), 0, index)
+def greedy_row(prompt: list[int], max_tokens: int = 10, index: int = 0) -> TokenSequence:
+    return TokenSequence(prompt, max_tokens, SamplingParams(0.0), 0, index)
 
 
 def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

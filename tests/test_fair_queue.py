@@ -10,9 +10,9 @@ from live import until
 from stubs import TOKENIZER
 from test_service import MODEL, Receiver, order
 
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 from nanochat.serve.fair_queue import FairQueue
-from nanochat.serve.service import End, Service
+from nanochat.serve.service import Finished, Service
 
 
 def filled(text: str) -> FairQueue[tuple[str, int]]:
@@ -69,7 +69,7 @@ def test_a_flood_does_not_keep_others_out() -> None:
     def receiver(client: str) -> Any:
         def receive(what: Any) -> None:
             gate.wait(20)
-            if isinstance(what, End):
+            if isinstance(what, Finished):
                 ended.append(client)
 
         return receive
@@ -92,7 +92,7 @@ def test_waiting_is_bounded_even_while_rows_run() -> None:
     def hold(what: Any) -> None:
         gate.wait(20)
 
-    service.submit(order(max_tokens=50, sampling=Sampling(0.0)), hold)
+    service.submit(order(max_tokens=50, sampling=SamplingParams(0.0)), hold)
     until(lambda: service.batch.rows)
     receivers = [Receiver() for _ in range(4)]
     tickets = [service.submit(order(max_tokens=2), receiver) for receiver in receivers]
@@ -100,6 +100,6 @@ def test_waiting_is_bounded_even_while_rows_run() -> None:
     tickets[1].cancel()
     gate.set()
     for receiver in receivers:
-        assert receiver.wait().end == End()
+        assert receiver.wait().end == Finished()
     assert not receivers[1].tokens and receivers[0].tokens
     service.close()

@@ -19,7 +19,7 @@ from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.distributed.rank_checks import NonFiniteLoss
 from nanochat.gpt import GPT, GPTConfig, Linear
-from nanochat.inference.sampling import Sampling, choose, make_rng
+from nanochat.inference.sampling import SamplingParams, choose, make_rng
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.loss_head import head_loss
 from nanochat.optim import OptimizerConfig, build_param_groups
@@ -92,7 +92,7 @@ def test_no_float64_on_an_apple_gpu() -> None:
     bytes_each = torch.full((4,), 2)
     assert evaluate_bpb(Model(), [batch], 1, bytes_each) == pytest.approx(0.5)  # type: ignore[arg-type]
     logits = torch.tensor([[0.0, 9.0, 0.0]])
-    settings = ([Sampling(temperature=1.0, top_p=0.9)], [make_rng(0, 0)])
+    settings = ([SamplingParams(temperature=1.0, top_p=0.9)], [make_rng(0, 0)])
     assert choose(logits.as_subclass(OnApple), *settings) == [1]  # type: ignore[arg-type]
 
 
@@ -161,7 +161,7 @@ def test_all_processes_skip_when_one_overflows(monkeypatch: pytest.MonkeyPatch) 
     t.loss_fn = t.model.loss
     before = weights_of(t)
     t.accumulate(t.loader.next_batch())
-    monkeypatch.setattr(Runtime, "largest", lambda self, value: 1.0)  # another process's gradients
+    monkeypatch.setattr(Runtime, "all_reduce_max", lambda self, value: 1.0)  # another process's gradients
     assert not t.unscale_gradients() and t.progress.loss_scale == 32768.0
     assert all(torch.equal(before[name], value) for name, value in weights_of(t).items())
 
@@ -229,7 +229,7 @@ def test_a_model_too_large_for_one_row_is_refused() -> None:
 
 def test_processes_agree_on_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
     others = iter([1.0, 1.0, 0.0])  # another process runs out of memory twice
-    monkeypatch.setattr(Runtime, "largest", lambda self, value: max(value, next(others)))
+    monkeypatch.setattr(Runtime, "all_reduce_max", lambda self, value: max(value, next(others)))
     assert find_device_batch(lambda rows: None, 8, CPU) == 2
 
 

@@ -10,8 +10,8 @@ from ranks import run_ranks
 
 from nanochat.common import BadShard, UserError
 from nanochat.data.textfiles import Document
-from nanochat.distributed.rank_checks import DataFailed
-from nanochat.distributed.signals import AskedToEnd, heeding, leave_if_asked
+from nanochat.distributed.rank_checks import DataError
+from nanochat.distributed.signals import StopRequested, raise_if_stop_requested, stop_when
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
@@ -43,7 +43,7 @@ def broken_on_rank_1(runtime: Runtime) -> str:
             raise UserError("val.parquet is damaged")
         yield torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
 
-    with pytest.raises(DataFailed) as error:
+    with pytest.raises(DataError) as error:
         evaluate_bpb(MODEL, batches(), 2, torch.ones(10), runtime)
     assert MODEL.training
     return str(error.value)
@@ -57,10 +57,10 @@ def test_what_one_rank_cannot_read_all_are_told(world_size: int) -> None:
 def asked_on_rank_1(runtime: Runtime) -> str:
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
-        with heeding(lambda: runtime.rank == 1):
-            leave_if_asked()
+        with stop_when(lambda: runtime.rank == 1):
+            raise_if_stop_requested()
 
-    with pytest.raises(AskedToEnd) as stop:
+    with pytest.raises(StopRequested) as stop:
         evaluate_bpb(MODEL, batches(), 2, torch.ones(10), runtime)
     return str(stop.value)
 
@@ -127,7 +127,7 @@ def by_source(runtime: Runtime, *settings: Any) -> list[dict[str, Any]]:
 
 
 def by_source_fails(runtime: Runtime) -> str:
-    with pytest.raises(DataFailed) as error:
+    with pytest.raises(DataError) as error:
         by_source(runtime, "", True)
     return str(error.value)
 

@@ -8,10 +8,10 @@ from stubs import TOKENIZER, stir
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import decoding
-from nanochat.inference.decoding import Row, RunningBatch, ToolUse
+from nanochat.inference.decoding import RunningBatch, TokenSequence, ToolUse
 from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.prefix_cache import PrefixCache
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 
 CHUNK = 8
 
@@ -26,7 +26,7 @@ def answers(model: GPT, prompts: list[list[int]], prefixes: PrefixCache | None) 
     batch = RunningBatch(model, ToolUse(TOKENIZER), {257}, 2, 64, prefixes)
     found = []
     for number, prompt in enumerate(prompts):
-        row = Row(prompt, min(6, 64 - len(prompt)), Sampling(1.0), 1, number, top_logprobs=2)
+        row = TokenSequence(prompt, min(6, 64 - len(prompt)), SamplingParams(1.0), 1, number, top_logprobs=2)
         batch.submit([row])
         told = []
         while not batch.idle:
@@ -95,7 +95,7 @@ def test_a_told_prompt_is_computed_whole() -> None:
     prefixes = PrefixCache(CHUNK, 10**8)
     answers(model, [prompt], prefixes)
     batch = RunningBatch(model, ToolUse(TOKENIZER), {257}, 1, 64, prefixes)
-    row = Row(prompt, 1, Sampling(0.0), 0, 0, top_logprobs=3, prompt_logprobs=True)
+    row = TokenSequence(prompt, 1, SamplingParams(0.0), 0, 0, top_logprobs=3, prompt_logprobs=True)
     batch.submit([row])
     (token,) = batch.step()
     logprobs = model(torch.tensor([prompt]))[0].detach().log_softmax(-1)

@@ -19,7 +19,7 @@ from nanochat import checkpoint_manager
 from nanochat.checkpoint import folder, tensor_file
 from nanochat.checkpoint_manager import list_steps, open_checkpoint
 from nanochat.dataloader import Batch
-from nanochat.distributed.rank_checks import Drifted, NonFiniteLoss
+from nanochat.distributed.rank_checks import NonFiniteLoss, RanksDiverged
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
@@ -62,7 +62,7 @@ def drift(runtime: Runtime) -> str:
     trainer.log = disturb
     try:
         trainer.run()
-    except Drifted as error:
+    except RanksDiverged as error:
         return f"{trainer.progress.step} {error}"
     return "ran on"
 

@@ -29,7 +29,7 @@ from nanochat.data.filesystems import list_files
 from nanochat.data.range_cache import PieceCache
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import resolve_corpus
-from nanochat.distributed.signals import AskedToEnd
+from nanochat.distributed.signals import StopRequested
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_train, tok_train
 
@@ -415,7 +415,7 @@ def test_waiting_for_a_network_can_be_given_up(bucket: Path, tmp_path: Path) -> 
     prefetcher = Prefetcher(lambda: corpus.parts["train"][0].path.remote.wait(remote.Future()), 1)
     time.sleep(0.1)
     prefetcher.close()
-    with pytest.raises(AskedToEnd):
+    with pytest.raises(StopRequested):
         prefetcher.get()
 
 

@@ -26,11 +26,11 @@ from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 from nanochat.runtime import Runtime
 from nanochat.serve.replica import RemoteService
 from nanochat.serve.server import ServerMetrics, Settings, create_app
-from nanochat.serve.service import Busy, Closed, End, WorkerPool
+from nanochat.serve.service import Busy, Closed, Finished, WorkerPool
 from scripts._replica import ReplicaPlan
 
 TESTS = Path(__file__).parent
@@ -94,7 +94,7 @@ def test_the_engine_says_the_same(service: RemoteService) -> None:
     receivers = [Receiver() for _ in range(7)]
     tickets = [service.submit(order("x" * i, seed=i, samples=1 + i % 2), r) for i, r in enumerate(receivers)]
     for i, (ticket, receiver) in enumerate(zip(tickets, receivers)):
-        assert receiver.wait().end == End()
+        assert receiver.wait().end == Finished()
         prompt = [256, *b"x" * i]
         expected, _ = engine.generate_batch(prompt, 1 + i % 2, max_tokens=8, temperature=1.0, seed=i)
         for row, whole in zip(ticket.rows, expected):
@@ -119,9 +119,9 @@ def test_log_probabilities_travel(service: RemoteService) -> None:
 
 def test_orders_can_be_cancelled_and_refused(service: RemoteService) -> None:
     receiver = Receiver()
-    ticket = service.submit(order(max_tokens=50, samples=4, sampling=Sampling(10.0)), receiver)
+    ticket = service.submit(order(max_tokens=50, samples=4, sampling=SamplingParams(10.0)), receiver)
     ticket.cancel()
-    assert receiver.wait().end == End()
+    assert receiver.wait().end == Finished()
     with pytest.raises(ValueError, match="empty"):
         service.submit(replace(order(), prompt=[]), Receiver())
     receivers = [Receiver() for _ in range(8)]
@@ -182,7 +182,7 @@ def test_times_are_told() -> None:
 def test_closing_lets_what_is_under_way_finish_or_not() -> None:
     for drain, ends_well in ((10.0, True), (0.0, False)):
         made, receiver = remote(0.02), Receiver()
-        made.submit(order(max_tokens=30, sampling=Sampling(10.0, top_k=0), seed=3), receiver)
+        made.submit(order(max_tokens=30, sampling=SamplingParams(10.0, top_k=0), seed=3), receiver)
         until(lambda receiver=receiver: receiver.tokens)  # type: ignore[misc]
         made.close(drain)
         end = receiver.wait().end

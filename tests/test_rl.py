@@ -11,8 +11,8 @@ from stubs import TOKENIZER
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.inference.decoding import Row
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.decoding import TokenSequence
+from nanochat.inference.sampling import SamplingParams
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.rl import Curriculum, Group, RolloutLoader, Sampler, as_batch
 from nanochat.runtime import Runtime
@@ -39,8 +39,8 @@ def tiny(seed: int = 0, **sizes: Any) -> GPT:
     return model
 
 
-def answered(prompt: list[int], tokens: list[int], mask: list[int], end: int | None) -> Row:
-    row = Row(prompt, 50, Sampling(), 0, 0)
+def answered(prompt: list[int], tokens: list[int], mask: list[int], end: int | None) -> TokenSequence:
+    row = TokenSequence(prompt, 50, SamplingParams(), 0, 0)
     row.tokens, row.mask, row.end = tokens, mask, end
     return row
 

@@ -9,7 +9,7 @@ import torch
 
 from nanochat.cpu import kernels
 from nanochat.inference import sampling
-from nanochat.inference.sampling import Sampling, choose, make_rng
+from nanochat.inference.sampling import SamplingParams, choose, make_rng
 
 
 @pytest.fixture(autouse=True, params=["C", "PyTorch"])
@@ -43,7 +43,7 @@ class Fixed:
         return self.value
 
 
-def shares(logits: torch.Tensor, sampling: Sampling, n: int = 4000) -> torch.Tensor:
+def shares(logits: torch.Tensor, sampling: SamplingParams, n: int = 4000) -> torch.Tensor:
     """How often each token is chosen over an even grid of n draws: its probability to within 1/n."""
     grid = Grid(n)
     tokens = choose(logits.expand(n, -1), [sampling] * n, [grid] * n)  # type: ignore[list-item]
@@ -54,14 +54,16 @@ def shares(logits: torch.Tensor, sampling: Sampling, n: int = 4000) -> torch.Ten
 def test_shares_are_those_of_a_float64_softmax(temperature: float) -> None:
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)) * 3
     exact = (logits[0].double() / temperature).softmax(0)
-    assert (shares(logits, Sampling(temperature)) - exact).abs().max() < 1.5 / 4000
+    assert (shares(logits, SamplingParams(temperature)) - exact).abs().max() < 1.5 / 4000
 
 
 def test_draws_of_many_samples_follow_the_distribution() -> None:
     n = 20000
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     rngs = [make_rng(7, i) for i in range(n)]
-    counts = torch.bincount(torch.tensor(choose(logits.expand(n, -1), [Sampling()] * n, rngs)), minlength=4).double()
+    counts = torch.bincount(
+        torch.tensor(choose(logits.expand(n, -1), [SamplingParams()] * n, rngs)), minlength=4
+    ).double()
     p = logits[0].double().softmax(0)
     assert ((counts - n * p).abs() < 5 * (n * p * (1 - p)).sqrt()).all()  # five standard deviations
 
@@ -69,8 +71,8 @@ def test_draws_of_many_samples_follow_the_distribution() -> None:
 def test_temperature_zero_takes_the_most_likely() -> None:
     logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(1))
     rngs = [make_rng(0, i) for i in range(16)]
-    assert choose(logits, [Sampling(0.0)] * 16, rngs) == logits.argmax(-1).tolist()
-    assert choose(logits, [Sampling(1.0, top_k=1)] * 16, rngs) == logits.argmax(-1).tolist()
+    assert choose(logits, [SamplingParams(0.0)] * 16, rngs) == logits.argmax(-1).tolist()
+    assert choose(logits, [SamplingParams(1.0, top_k=1)] * 16, rngs) == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -89,23 +91,23 @@ def test_top_p_worked_example(top_p: float, kept: list[int]) -> None:
     p = WORKED.exp()[0].double()
     expected = torch.zeros(4, dtype=torch.float64)
     expected[kept] = p[kept] / p[kept].sum()
-    assert (shares(WORKED, Sampling(top_p=top_p)) - expected).abs().max() < 1e-3
+    assert (shares(WORKED, SamplingParams(top_p=top_p)) - expected).abs().max() < 1e-3
 
 
 def test_top_p_is_taken_of_what_top_k_leaves() -> None:
     # top_k=2 leaves .5 and .3, that is .625 and .375 of what is left: .6 is reached by the first alone.
-    assert shares(WORKED, Sampling(top_k=2, top_p=0.6)).tolist() == [0, 1, 0, 0]
-    assert shares(WORKED, Sampling(top_p=0.6))[3] > 0
+    assert shares(WORKED, SamplingParams(top_k=2, top_p=0.6)).tolist() == [0, 1, 0, 0]
+    assert shares(WORKED, SamplingParams(top_p=0.6))[3] > 0
 
 
 def test_temperature_comes_before_top_p() -> None:
     # At temperature 0.5 the probabilities are squared: .25 of .365 is .68.
-    assert shares(WORKED, Sampling(0.5, top_p=0.65)).tolist() == [0, 1, 0, 0]
-    assert shares(WORKED, Sampling(1.0, top_p=0.65))[3] > 0
+    assert shares(WORKED, SamplingParams(0.5, top_p=0.65)).tolist() == [0, 1, 0, 0]
+    assert shares(WORKED, SamplingParams(1.0, top_p=0.65))[3] > 0
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=3), Sampling(top_p=0.99)])
-def test_the_order_of_two_equals_decides_nothing(sampling: Sampling) -> None:
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.99)])
+def test_the_order_of_two_equals_decides_nothing(sampling: SamplingParams) -> None:
     """Another batch size may change a logit's last bits: that must not change what is drawn."""
     draws = [Fixed(i / 50) for i in range(50)]
     first = torch.tensor([[1.0 + 1e-6, 0.0, 1.0, 0.5]]).expand(50, -1)
@@ -115,25 +117,35 @@ def test_the_order_of_two_equals_decides_nothing(sampling: Sampling) -> None:
 
 @pytest.mark.parametrize("top_k", [None, 0, 4, 5, 1000])
 def test_top_k_off_or_beyond_the_vocabulary(top_k: int | None) -> None:
-    assert (shares(WORKED, Sampling(top_k=top_k)) - WORKED.exp()[0].double()).abs().max() < 1e-3
+    assert (shares(WORKED, SamplingParams(top_k=top_k)) - WORKED.exp()[0].double()).abs().max() < 1e-3
 
 
 def test_top_k_keeps_exactly_k_even_among_equals() -> None:
-    assert (shares(torch.zeros(1, 100), Sampling(top_k=7)) > 0).sum() == 7
+    assert (shares(torch.zeros(1, 100), SamplingParams(top_k=7)) > 0).sum() == 7
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(top_k=2), Sampling(top_p=0.7), Sampling(1e-6), Sampling(1e6)]
+    "sampling",
+    [SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.7), SamplingParams(1e-6), SamplingParams(1e6)],
 )
 @pytest.mark.parametrize("draw", [0.0, 0.5, math.nextafter(1, 0)])
-def test_extreme_draws_never_pick_what_was_ruled_out(sampling: Sampling, draw: float) -> None:
+def test_extreme_draws_never_pick_what_was_ruled_out(sampling: SamplingParams, draw: float) -> None:
     logits = torch.cat([torch.full((1, 5), -torch.inf), WORKED, torch.full((1, 3000), -torch.inf)], dim=1)
-    allowed = {Sampling(top_k=2): {6, 8}, Sampling(top_p=0.7): {6, 8}, Sampling(1e-6): {6}}.get(sampling, {5, 6, 7, 8})
+    allowed = {SamplingParams(top_k=2): {6, 8}, SamplingParams(top_p=0.7): {6, 8}, SamplingParams(1e-6): {6}}.get(
+        sampling, {5, 6, 7, 8}
+    )
     assert choose(logits, [sampling], [Fixed(draw)])[0] in allowed  # type: ignore[list-item]
 
 
 def test_rows_with_other_settings_do_not_disturb_each_other() -> None:
-    settings = [Sampling(0.0), Sampling(), Sampling(0.5, top_k=3), Sampling(top_p=0.9), Sampling(), Sampling(0.0)]
+    settings = [
+        SamplingParams(0.0),
+        SamplingParams(),
+        SamplingParams(0.5, top_k=3),
+        SamplingParams(top_p=0.9),
+        SamplingParams(),
+        SamplingParams(0.0),
+    ]
     logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(2))
     together = choose(logits, settings, [make_rng(3, i) for i in range(6)])
     assert together == [choose(logits[i : i + 1], [settings[i]], [make_rng(3, i)])[0] for i in range(6)]
@@ -162,7 +174,7 @@ def test_every_draw_is_that_of_plain_python(top_k: int | None, temperature: floa
         common = (2.5, -math.inf) if form == "C" else ()
         rows = [[dice.choice((dice.gauss(0, 3), *common)) for _ in range(vocab_size)] for _ in range(20)]
         draws = [dice.random() for _ in rows]
-        given = choose(torch.tensor(rows), [Sampling(temperature, top_k)] * 20, [Fixed(d) for d in draws])  # type: ignore[arg-type, misc]
+        given = choose(torch.tensor(rows), [SamplingParams(temperature, top_k)] * 20, [Fixed(d) for d in draws])  # type: ignore[arg-type, misc]
         for row, draw, token in zip(torch.tensor(rows).tolist(), draws, given):
             expected, margin = reference(row, temperature, top_k, draw)
             if margin > 1e-6:
@@ -174,7 +186,7 @@ def test_every_draw_is_that_of_plain_python(top_k: int | None, temperature: floa
 @pytest.mark.parametrize("values", [{"temperature": 1e-300}, {"top_k": 2**64 + 1}, {"temperature": 1e6, "top_k": 5}])
 def test_extreme_settings(values: dict[str, Any]) -> None:
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
-    taken = shares(logits, Sampling(**values), 1000).nonzero().flatten().tolist()
+    taken = shares(logits, SamplingParams(**values), 1000).nonzero().flatten().tolist()
     likeliest = logits[0].argsort(descending=True).tolist()
     expected = likeliest[:1] if values.get("temperature", 1) < 1 else likeliest[: values["top_k"]]
     assert taken == sorted(expected)
@@ -201,7 +213,7 @@ def test_seeds_are_unrelated() -> None:
 )
 def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
-        Sampling(**values)  # type: ignore[arg-type]
+        SamplingParams(**values)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -210,4 +222,4 @@ def test_a_broken_model_is_named(temperature: float, bad: float) -> None:
     logits = torch.zeros(2, 5)
     logits[1, 2] = bad
     with pytest.raises(FloatingPointError, match="not finite"):
-        choose(logits, [Sampling(temperature)] * 2, [make_rng(0, 0), make_rng(0, 1)])
+        choose(logits, [SamplingParams(temperature)] * 2, [make_rng(0, 0), make_rng(0, 1)])

@@ -13,8 +13,8 @@ from test_prefix_cache import make_model
 
 from nanochat.engine import Engine
 from nanochat.inference.decoding import Token
-from nanochat.inference.sampling import Sampling
-from nanochat.serve.service import Busy, Closed, End, Order, Service, WorkerPool, row_bytes
+from nanochat.inference.sampling import SamplingParams
+from nanochat.serve.service import Busy, Closed, Finished, GenerationRequest, Service, WorkerPool, row_bytes
 
 MODEL = make_model()
 
@@ -24,12 +24,12 @@ class Receiver:
 
     def __init__(self) -> None:
         self.tokens: list[Token] = []
-        self.end: End | None = None
+        self.end: Finished | None = None
         self.done = threading.Event()
 
-    def __call__(self, what: list[Token] | End) -> None:
+    def __call__(self, what: list[Token] | Finished) -> None:
         assert self.end is None, "something came after the end"
-        if isinstance(what, End):
+        if isinstance(what, Finished):
             self.end = what
             self.done.set()
         else:
@@ -48,8 +48,10 @@ def service() -> Any:
     assert not made._thread.is_alive()
 
 
-def order(text: str = "abc", max_tokens: int = 8, **changes: Any) -> Order:
-    return Order([256, *text.encode()], max_tokens, **{"sampling": Sampling(1.0), "seed": 5, **changes})
+def order(text: str = "abc", max_tokens: int = 8, **changes: Any) -> GenerationRequest:
+    return GenerationRequest(
+        [256, *text.encode()], max_tokens, **{"sampling": SamplingParams(1.0), "seed": 5, **changes}
+    )
 
 
 def test_the_engine_says_the_same(service: Service) -> None:
@@ -58,7 +60,7 @@ def test_the_engine_says_the_same(service: Service) -> None:
     tickets = [service.submit(order("x" * i, seed=i, samples=1 + i % 2), r) for i, r in enumerate(receivers)]
     engine = Engine(MODEL, TOKENIZER)  # type: ignore[arg-type]
     for i, (ticket, receiver) in enumerate(zip(tickets, receivers)):
-        assert receiver.wait().end == End()
+        assert receiver.wait().end == Finished()
         prompt = [256, *b"x" * i]
         expected, _ = engine.generate_batch(prompt, 1 + i % 2, max_tokens=8, temperature=1.0, seed=i)
         assert [prompt + row.tokens for row in ticket.rows] == expected
@@ -70,12 +72,14 @@ def test_the_engine_says_the_same(service: Service) -> None:
 
 def test_cancelled_rows_leave_within_a_step(service: Service) -> None:
     receivers = [Receiver() for _ in range(6)]
-    tickets = [service.submit(order(max_tokens=50, samples=2, sampling=Sampling(1.0, top_k=0)), r) for r in receivers]
+    tickets = [
+        service.submit(order(max_tokens=50, samples=2, sampling=SamplingParams(1.0, top_k=0)), r) for r in receivers
+    ]
     for ticket in tickets:
         ticket.cancel()
         ticket.cancel()  # twice is once
     for receiver in receivers:
-        assert receiver.wait().end == End()
+        assert receiver.wait().end == Finished()
     assert service.stats()["rows_running"] == service.stats()["requests_waiting"] == 0
     assert service.submit(order(), receiver := Receiver()) and receiver.wait().tokens
 
@@ -139,14 +143,14 @@ def test_the_orders_of_a_request_take_one_place_in_the_queue(service: Service) -
 )
 def test_impossible_orders(service: Service, bad: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        service.submit(Order(**{"prompt": [256], "max_tokens": 3, **bad}), Receiver())
+        service.submit(GenerationRequest(**{"prompt": [256], "max_tokens": 3, **bad}), Receiver())
 
 
 def test_no_room_and_no_tokens(service: Service) -> None:
     for asked in (order(max_tokens=0), order("x" * 63, max_tokens=5)):
         receiver = Receiver()
         service.submit(asked, receiver)
-        assert receiver.wait().end == End() and not receiver.tokens
+        assert receiver.wait().end == Finished() and not receiver.tokens
     told, receiver = order(max_tokens=0, top_logprobs=2, prompt_logprobs=True), Receiver()
     ticket = service.submit(told, receiver)
     receiver.wait()
@@ -160,15 +164,15 @@ def test_a_receiver_that_fails_harms_nobody(service: Service, capsys: pytest.Cap
     service.submit(order(), fail)
     receiver = Receiver()
     service.submit(order(), receiver)
-    assert receiver.wait().end == End() and service.alive
+    assert receiver.wait().end == Finished() and service.alive
     assert "receiver failed" in capsys.readouterr().err
 
 
 def test_closing_lets_what_is_under_way_finish() -> None:
     service, receiver = Service(MODEL, TOKENIZER), Receiver()  # type: ignore[arg-type]
-    service.submit(order(max_tokens=30, sampling=Sampling(0.0)), receiver)
+    service.submit(order(max_tokens=30, sampling=SamplingParams(0.0)), receiver)
     service.close(drain_seconds=20)
-    assert receiver.wait().end == End()
+    assert receiver.wait().end == Finished()
     with pytest.raises(Closed):
         service.submit(order(), Receiver())
 
@@ -177,7 +181,7 @@ def test_closing_at_once_ends_what_is_under_way() -> None:
     service = Service(MODEL, TOKENIZER, max_rows=1)  # type: ignore[arg-type]
     receivers = [Receiver() for _ in range(20)]
     for receiver in receivers:
-        service.submit(order(max_tokens=60, sampling=Sampling(0.0)), receiver)
+        service.submit(order(max_tokens=60, sampling=SamplingParams(0.0)), receiver)
     service.close()
     for receiver in receivers:
         receiver.wait()
@@ -199,7 +203,7 @@ def test_a_dead_replica_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(4):
         receiver = Receiver()
         pool.submit(order(), receiver)
-        assert receiver.wait().end == End()
+        assert receiver.wait().end == Finished()
     assert pool.replaced == 1 and pool.services[0] is not broken and pool.stats()["replaced"] == 1
     assert "boom" in capsys.readouterr().err
     pool.close()

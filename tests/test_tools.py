@@ -11,8 +11,8 @@ from stubs import TOKENIZER, Scripted, chain
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.execution import choose_level
-from nanochat.inference.decoding import Row, RunningBatch
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.decoding import RunningBatch, TokenSequence
+from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import CALCULATOR, WITH_PYTHON, Python, Tool, ToolUse
 from tasks.code import Code
 
@@ -67,8 +67,8 @@ def run(batch: RunningBatch, steps: int = 500) -> None:
     raise AssertionError("the batch does not come to an end")
 
 
-def row_for(prompt: str = "?", index: int = 0) -> Row:
-    return Row(TOKENIZER.encode(prompt), 60, Sampling(0.0), 0, index)
+def row_for(prompt: str = "?", index: int = 0) -> TokenSequence:
+    return TokenSequence(TOKENIZER.encode(prompt), 60, SamplingParams(0.0), 0, index)
 
 
 def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
@@ -160,7 +160,7 @@ def test_a_tool_that_fails_ends_no_answer() -> None:
 def test_python_remembers_within_an_answer_and_not_beyond() -> None:
     tools = ToolUse(TOKENIZER, WITH_PYTHON)
 
-    def ask(row: Row, text: str) -> str:
+    def ask(row: TokenSequence, text: str) -> str:
         tools.watch(row, START)
         for token in text.encode():
             tools.watch(row, token)

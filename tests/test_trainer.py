@@ -141,7 +141,7 @@ def test_an_observer_told_to_leave_costs_nothing(tmp_path: Path) -> None:
 
     def observe(t: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        t.leave_if_asked()
+        t.raise_if_stop_requested()
         raise AssertionError("goes on")
 
     trainer.hooks = [Hook(observe, every=2)]

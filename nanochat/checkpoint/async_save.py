@@ -57,7 +57,7 @@ class Saves:
         step, write = self.writing
         wait([write], patience)
         error = write.exception() if write.done() else None
-        if self.runtime.largest(0 if write.done() else 1, "waiting for a save"):
+        if self.runtime.all_reduce_max(0 if write.done() else 1, "waiting for a save"):
             return False
         self.writing = None
         if isinstance(error, OSError):

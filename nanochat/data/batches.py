@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from nanochat.distributed.signals import heeding, leave_if_asked
+from nanochat.distributed.signals import raise_if_stop_requested, stop_when
 
 Item = TypeVar("Item")
 
@@ -72,7 +72,7 @@ class Prefetcher(Generic[Item]):
     def get(self) -> Item:
         """The next result, in order. Raises what `produce` raised, then and every time after."""
         while not self.wait(0.2):
-            leave_if_asked()
+            raise_if_stop_requested()
         result = self._failure or self._next.pop()
         if isinstance(result, _Failure):
             self._failure = result
@@ -108,7 +108,7 @@ class _Failure:
 def _work(
     produce: Callable[[], Any], results: "SimpleQueue[Any]", slots: threading.Semaphore, stop: threading.Event
 ) -> None:
-    with heeding(stop.is_set):
+    with stop_when(stop.is_set):
         while slots.acquire() and not stop.is_set():
             try:
                 results.put(produce())

@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 from nanochat.common import BadShard, UserError, get_cache_bytes, get_cache_dir, get_network_seconds, warn
 from nanochat.data.filesystems import brief, list_files, open_filesystem, trouble, version_of
 from nanochat.data.range_cache import PieceCache
-from nanochat.distributed.signals import leave_if_asked
+from nanochat.distributed.signals import raise_if_stop_requested
 
 Result = TypeVar("Result")
 
@@ -229,7 +229,7 @@ class Remote:
             except FutureTimeout:
                 if future.done():
                     raise
-                leave_if_asked()
+                raise_if_stop_requested()
 
     def insist(self, action: Callable[[], Result], what: str) -> Result:
         """What `action` returns, again and again while the network fails."""

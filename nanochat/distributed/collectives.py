@@ -90,13 +90,13 @@ class Pending:
         return self.finish() if self.finish else self.result
 
 
-def start_sum(tensor: torch.Tensor, what: str) -> Pending:
+def start_all_reduce(tensor: torch.Tensor, what: str) -> Pending:
     """Sum a tensor over all processes, in place."""
     with naming(what):
         return Pending(what, dist.all_reduce(tensor, async_op=True), tensor)
 
 
-def start_sum_shares(flat: torch.Tensor, what: str) -> Pending:
+def start_reduce_scatter(flat: torch.Tensor, what: str) -> Pending:
     """Of N * n numbers, to each process the sum of its own n, in a tensor of its own (a reduce-scatter)."""
     N = dist.get_world_size()
     if dist.get_backend() == "gloo":
@@ -111,13 +111,13 @@ def start_sum_shares(flat: torch.Tensor, what: str) -> Pending:
         return Pending(what, dist.reduce_scatter_single(share, flat, async_op=True), share, [flat])
 
 
-def start_gather(share: torch.Tensor, flat: torch.Tensor, what: str) -> Pending:
+def start_all_gather(share: torch.Tensor, flat: torch.Tensor, what: str) -> Pending:
     """All processes' n numbers into the N * n of `flat`, of which `share` may be the own part."""
     with naming(what):
         return Pending(what, dist.all_gather_single(flat, share, async_op=True), flat, [share])
 
 
-def exchange_texts(text: str, what: str, device: torch.device | str = "cpu", group: Any = None) -> list[str]:
+def all_gather_texts(text: str, what: str, device: torch.device | str = "cpu", group: Any = None) -> list[str]:
     """The text that each process brought, by rank. As bytes: nothing is unpickled."""
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     with naming(what):
@@ -155,7 +155,7 @@ class Peers:
         except BaseException as error:
             mine, failure = {"error": str(error) or type(error).__name__}, error
         try:
-            answers = [json.loads(t) for t in exchange_texts(json.dumps(mine), what, group=self.group)]
+            answers = [json.loads(t) for t in all_gather_texts(json.dumps(mine), what, group=self.group)]
         except CollectiveFailed as error:
             raise failure or OSError(str(error)) from error
         if failure:

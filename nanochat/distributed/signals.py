@@ -47,16 +47,16 @@ class catch_signals:
             signal.signal(signum, handler)
 
 
-class AskedToEnd(Exception):
-    """A thread stops waiting: a Prefetcher's, whose results nobody wants any more, or one inside heeding()."""
+class StopRequested(Exception):
+    """A thread stops waiting: a Prefetcher's, whose results nobody wants any more, or one inside stop_when()."""
 
 
 _this_thread = threading.local()
 
 
 @contextmanager
-def heeding(asked: Callable[[], bool]) -> Iterator[None]:
-    """Inside, this thread's waiting for data ends with AskedToEnd once `asked` says so."""
+def stop_when(asked: Callable[[], bool]) -> Iterator[None]:
+    """Inside, this thread's waiting for data ends with StopRequested once `asked` says so."""
     _this_thread.asked = asked
     try:
         yield
@@ -64,8 +64,8 @@ def heeding(asked: Callable[[], bool]) -> Iterator[None]:
         del _this_thread.asked
 
 
-def leave_if_asked() -> None:
-    """For what may wait long, now and then: raises AskedToEnd if this thread is heeding, and was asked."""
+def raise_if_stop_requested() -> None:
+    """For what may wait long, now and then: raises StopRequested if this thread is stop_when, and was asked."""
     asked = getattr(_this_thread, "asked", None)
     if asked is not None and asked():
-        raise AskedToEnd("asked to stop")
+        raise StopRequested("asked to stop")

@@ -1,6 +1,6 @@
 """Rows of tokens decoded together: who is in the batch, what each is given next, when it is done.
 
-    Row           one sequence: its prompt, what it said so far, its random numbers, its tool calls
+    TokenSequence           one sequence: its prompt, what it said so far, its random numbers, its tool calls
     RunningBatch  each step feeds every row its last token and draws the next; rows join once their prompt is
                   prefilled and leave when they are done
 
@@ -27,7 +27,7 @@ from nanochat.inference.cpu_decoder import CpuDecoder
 from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.packed_weights import PackedWeights
 from nanochat.inference.prefix_cache import PrefixCache
-from nanochat.inference.sampling import Sampling, choose, make_rng
+from nanochat.inference.sampling import SamplingParams, choose, make_rng
 from nanochat.inference.tools import Call, Runners, ToolUse
 
 PREFILL_CHUNK = 256  # tokens: bounds how long one prompt can keep the other rows waiting, and its attention's memory
@@ -43,12 +43,12 @@ class Tokenizer(Protocol):
 
 
 @dataclass(eq=False)
-class Row:
+class TokenSequence:
     """One sequence being continued. `tokens` holds what came after the prompt, without the token that ended it."""
 
     prompt: list[int]
     max_tokens: int  # how many may come after the prompt
-    sampling: Sampling
+    sampling: SamplingParams
     seed: int
     index: int  # which sample of the request this is
     tokens: list[int] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Row:
     top_logprobs: int | None = None  # how many likeliest tokens to tell with each token's log probability; None: none
     prompt_logprobs: bool = False  # tell them of the prompt's tokens too
     logprob: float = 0.0  # of all tokens that the model chose, if top_logprobs is given
-    told: list["Told"] = field(default_factory=list)  # of the prompt's tokens but the first, if asked
+    told: list["TokenLogprobs"] = field(default_factory=list)  # of the prompt's tokens but the first, if asked
     forced: deque[int] = field(default_factory=deque)  # tokens that come next whatever the model says
     call: list[int] | None = None  # tokens of the tool call under way, None outside of one
     calling: int = -1  # the token that began it
@@ -75,7 +75,7 @@ class Row:
 
 
 @dataclass(slots=True)
-class Told:
+class TokenLogprobs:
     """A token's log probability, in nats, and the likeliest tokens in its place with theirs."""
 
     logprob: float
@@ -86,21 +86,21 @@ class Told:
 class Token:
     """What one step gave one row: an id, and 1 if the model chose it, 0 if a tool forced it."""
 
-    row: Row
+    row: TokenSequence
     id: int
     mask: int
-    told: Told | None = None
+    told: TokenLogprobs | None = None
 
 
-def tell(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Told]:
+def tell(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
     """Log probabilities of `tokens` under logits (N, V), before temperature and the like, and the `top` likeliest."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     of_tokens = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1).tolist()
     if not top:
-        return [Told(value, []) for value in of_tokens]
+        return [TokenLogprobs(value, []) for value in of_tokens]
     best = logprobs.topk(min(top, logprobs.size(-1)), dim=-1)
     return [
-        Told(value, list(zip(ids, values)))
+        TokenLogprobs(value, list(zip(ids, values)))
         for value, ids, values in zip(of_tokens, best.indices.tolist(), best.values.tolist())
     ]
 
@@ -129,24 +129,24 @@ class RunningBatch:
         self.cache = KVCache(model.config, max_rows, max_tokens, device, dtype, num_rows=0)
         packed = (packed or PackedWeights(model)) if cpu_decoder.supported(model) else None
         self._cpu_decoder = packed and CpuDecoder(model, self.cache, packed)
-        self.rows: list[Row] = []  # row i of the cache is rows[i]
-        self.waiting: deque[list[Row]] = deque()  # groups that share a prompt
+        self.rows: list[TokenSequence] = []  # row i of the cache is rows[i]
+        self.waiting: deque[list[TokenSequence]] = deque()  # groups that share a prompt
         self.scratch = KVCache(model.config, 1, max_tokens, device, dtype)  # the prompt being prefilled
         self._short_prompts = packed and CpuDecoder(model, self.scratch, packed)
         self.prompt_logits: torch.Tensor | None = None  # (1, V) once it is
-        self.calling: dict[Row, Future[str | None]] = {}  # rows that wait for a slow tool, outside the batch
+        self.calling: dict[TokenSequence, Future[str | None]] = {}  # rows that wait for a slow tool, outside the batch
 
     @property
     def idle(self) -> bool:
         return not self.rows and not self.waiting and not self.calling
 
-    def submit(self, group: Sequence[Row]) -> None:
+    def submit(self, group: Sequence[TokenSequence]) -> None:
         """Queue rows with the same prompt: it is prefilled once for all of them, and told of as the first row asks."""
         group = [row for row in group if not row.done]
         if group:
             self.waiting.append(group)
 
-    def cancel(self, row: Row) -> None:
+    def cancel(self, row: TokenSequence) -> None:
         """Take a row out, wherever it is."""
         row.done = True
         if future := self.calling.pop(row, None):
@@ -212,7 +212,7 @@ class RunningBatch:
         if prefixes and piece.size(1) == PREFILL_CHUNK:
             prefixes.add(self.scratch, prompt, start)
 
-    def _tell_prompt(self, row: Row, logits: torch.Tensor, start: int) -> None:
+    def _tell_prompt(self, row: TokenSequence, logits: torch.Tensor, start: int) -> None:
         """Log probabilities of the prompt's tokens that follow those of a piece, from its logits (1, T, V)."""
         following = row.prompt[start + 1 : start + 1 + logits.size(1)]
         if following:
@@ -233,7 +233,7 @@ class RunningBatch:
             self._forget_prompt()
         return self._take(joining, logits.expand(len(joining), -1))
 
-    def _take(self, rows: list[Row], logits: torch.Tensor) -> list[Token]:
+    def _take(self, rows: list[TokenSequence], logits: torch.Tensor) -> list[Token]:
         """Give each of `rows` its next token, forced or drawn from logits (B, V), and let the finished go."""
         drawing = [i for i, row in enumerate(rows) if not row.forced]
         if len(drawing) < len(rows):
@@ -252,7 +252,9 @@ class RunningBatch:
         return new
 
     @staticmethod
-    def _tell_drawn(rows: list[Row], picked: list[int], logits: torch.Tensor) -> list[tuple[int, Told]]:
+    def _tell_drawn(
+        rows: list[TokenSequence], picked: list[int], logits: torch.Tensor
+    ) -> list[tuple[int, TokenLogprobs]]:
         """(id of the row, what is told of its token) for the rows that ask. logits (B, V)."""
         asking = [i for i, row in enumerate(rows) if row.top_logprobs is not None]
         if not asking:
@@ -260,9 +262,9 @@ class RunningBatch:
         most = max(rows[i].top_logprobs or 0 for i in asking)
         at = torch.tensor(asking, device=logits.device)
         told = tell(logits[at], [picked[i] for i in asking], most)
-        return [(id(rows[i]), Told(t.logprob, t.top[: rows[i].top_logprobs])) for i, t in zip(asking, told)]
+        return [(id(rows[i]), TokenLogprobs(t.logprob, t.top[: rows[i].top_logprobs])) for i, t in zip(asking, told)]
 
-    def _append(self, row: Row, token: int, mask: int) -> None:
+    def _append(self, row: TokenSequence, token: int, mask: int) -> None:
         if mask and token in self.end_tokens:
             row.end, row.done = token, True
             return

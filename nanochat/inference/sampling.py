@@ -19,7 +19,7 @@ NOT_FINITE = "the model's logits are not finite: its weights are damaged or dive
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to choose. Applied in this order: temperature, then top_k, then top_p among what is left.
 
     Raises ValueError for a value outside what is allowed.
@@ -48,12 +48,12 @@ def make_rng(seed: int, index: int) -> random.Random:
     return random.Random(f"{seed}/{index}")  # a string is hashed with SHA-512, on every platform alike
 
 
-def choose(logits: torch.Tensor, samplings: Sequence[Sampling], rngs: Sequence[random.Random]) -> list[int]:
+def choose(logits: torch.Tensor, samplings: Sequence[SamplingParams], rngs: Sequence[random.Random]) -> list[int]:
     """The next token of each row. logits (B, V) fp32; draws one number from the generator of each row that samples.
 
     Raises FloatingPointError if the logits are not finite.
     """
-    groups: dict[Sampling | None, list[int]] = {}  # None: any settings that C can draw with
+    groups: dict[SamplingParams | None, list[int]] = {}  # None: any settings that C can draw with
     quick = kernels.in_use(logits.device)
     for row, sampling in enumerate(samplings):
         groups.setdefault(None if quick and sampling.top_p in (None, 1) else sampling, []).append(row)
@@ -67,7 +67,7 @@ def choose(logits: torch.Tensor, samplings: Sequence[Sampling], rngs: Sequence[r
     return tokens
 
 
-def _draw(logits: torch.Tensor, samplings: Sequence[Sampling], rngs: Sequence[random.Random]) -> list[int]:
+def _draw(logits: torch.Tensor, samplings: Sequence[SamplingParams], rngs: Sequence[random.Random]) -> list[int]:
     """choose() in C (sampling.c), for rows without top_p: one call for all, as a step takes little longer than this."""
     B, V = logits.shape
     logits = logits.contiguous()
@@ -89,7 +89,7 @@ def _draw(logits: torch.Tensor, samplings: Sequence[Sampling], rngs: Sequence[ra
     return list(tokens)
 
 
-def _choose_alike(logits: torch.Tensor, sampling: Sampling, rngs: list[random.Random]) -> list[int]:
+def _choose_alike(logits: torch.Tensor, sampling: SamplingParams, rngs: list[random.Random]) -> list[int]:
     """choose() for rows with the same settings."""
     if sampling.greedy:
         best = logits.max(dim=-1)
@@ -107,7 +107,7 @@ def _choose_alike(logits: torch.Tensor, sampling: Sampling, rngs: list[random.Ra
     return (picked if ids is None else ids.gather(-1, picked)).squeeze(-1).tolist()
 
 
-def distribution(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
+def distribution(logits: torch.Tensor, sampling: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What is drawn from, temperature above 0: (probabilities (B, K) that need not sum to 1, token ids (B, K)).
 
     Ids ascend, so that the order of two almost equal tokens never decides a draw; None stands for 0 .. V-1.

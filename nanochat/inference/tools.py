@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from nanochat.inference.calculator import use_calculator
 
 if TYPE_CHECKING:
-    from nanochat.inference.decoding import Row, Tokenizer
+    from nanochat.inference.decoding import Tokenizer
 
 Call = Callable[[], str | None]  # to be run outside the decoding loop
 SHORT_RESULT = 64  # tokens that a result may always have; of longer ones a quarter of the answer's room is shown
@@ -96,7 +96,7 @@ class ToolUse:
             self._of_start.setdefault(special(tool.start), []).append(tool)
         self._output = special("<|output_start|>"), special("<|output_end|>")
 
-    def watch(self, row: "Row", token: int) -> Call | None:
+    def watch(self, row: "TokenSequence", token: int) -> Call | None:
         """Follow `row` by one token. At the end of a call, queue the result, or return the call if it is a slow one."""
         if token in self._of_start:
             row.calling, row.call = token, []
@@ -119,18 +119,18 @@ class ToolUse:
                 return None
         return None
 
-    def answer(self, row: "Row", result: str) -> None:
+    def answer(self, row: "TokenSequence", result: str) -> None:
         """Queue a result: it comes next, whatever the model says."""
         start, end = self._output
         room = max(SHORT_RESULT, (row.max_tokens - len(row.tokens)) // 4)  # the answer is to go on after it
         row.forced += [start, *self.tokenizer.encode(result)[:room], end]
 
-    def _try(self, row: "Row", tools: Sequence[Tool], num_tokens: int, text: str) -> str | None:
+    def _try(self, row: "TokenSequence", tools: Sequence[Tool], num_tokens: int, text: str) -> str | None:
         results = (self._ask(row, tool, text) for tool in tools if num_tokens <= tool.max_call_tokens)
         return next((result for result in results if result is not None), None)
 
     @staticmethod
-    def _ask(row: "Row", tool: Tool, text: str) -> str | None:
+    def _ask(row: "TokenSequence", tool: Tool, text: str) -> str | None:
         runner = row.runners.of(tool)
         result = runner(text) if runner else None
         return None if result is None else result[: tool.max_output_chars]

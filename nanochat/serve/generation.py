@@ -11,7 +11,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from nanochat.inference.decoding import Token
-from nanochat.serve.service import Busy, Closed, End, Order, Ticket, WorkerPool
+from nanochat.serve.service import Busy, Closed, Finished, GenerationRequest, RequestHandle, WorkerPool
 from nanochat.serve.text import SampleText, TextOffsets, chat_logprobs, completion_logprobs
 from nanochat.serve.types import ChatRequest, CompletionRequest
 
@@ -91,16 +91,16 @@ class Generation:
         self.client, self.turns = client, turns
         self.pool, self.tokenizer, self.settings = pool, tokenizer, settings
         self.name = uuid.uuid4().hex
-        self.queue: asyncio.Queue[tuple[int, list[Token] | End]] = asyncio.Queue()
+        self.queue: asyncio.Queue[tuple[int, list[Token] | Finished]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
-        self.tickets: list[Ticket] = []
+        self.tickets: list[RequestHandle] = []
         self.texts: list[list[SampleText]] = []  # by order, then by sample
         self.retried: set[int] = set()
         self.unread = 0  # tokens in the queue
         self._writing_since: float | None = None  # what was taken last, which waits where the client does not read
         self._too_slow = False
 
-    def submit(self, orders: Sequence[Order], stop: Sequence[str], chat: bool) -> None:
+    def submit(self, orders: Sequence[GenerationRequest], stop: Sequence[str], chat: bool) -> None:
         """Hand the orders in. Raises ApiError; then none of them goes on."""
         try:
             for number, order in enumerate(orders):
@@ -118,14 +118,14 @@ class Generation:
             self.cancel()
             raise ApiError(400, str(error)) from error
 
-    def _receiver(self, number: int) -> Callable[[list[Token] | End], None]:
-        def receive(what: list[Token] | End) -> None:  # on the service's thread
+    def _receiver(self, number: int) -> Callable[[list[Token] | Finished], None]:
+        def receive(what: list[Token] | Finished) -> None:  # on the service's thread
             if not self.loop.is_closed():
                 self.loop.call_soon_threadsafe(self._arrived, number, what)
 
         return receive
 
-    def _arrived(self, number: int, what: list[Token] | End) -> None:
+    def _arrived(self, number: int, what: list[Token] | Finished) -> None:
         if isinstance(what, list):
             self.unread += len(what)
             # Many tokens alone say nothing about the client: the event loop may be behind.
@@ -166,7 +166,7 @@ class Generation:
             ticket, texts = self.tickets[number], self.texts[number]
             if isinstance(what, list):
                 self.unread -= len(what)
-            if isinstance(what, End):
+            if isinstance(what, Finished):
                 if what.error is not None and self._tried_again(number, what.error):
                     continue
                 left -= 1
@@ -308,12 +308,14 @@ def completion_answer(head_of: Head, generation: Generation, request: Completion
     return {**head_of("text_completion", "cmpl"), "choices": choices, "usage": generation.usage()}
 
 
-def echoed(ticket: Ticket) -> list[int]:
+def echoed(ticket: RequestHandle) -> list[int]:
     """The prompt's tokens, without the bos that every prompt starts with."""
     return list(ticket.order.prompt)[1:]
 
 
-def echo_parts(tokenizer: Any, ticket: Ticket, offsets: TextOffsets, logprobs: bool) -> Iterator[tuple[str, Any]]:
+def echo_parts(
+    tokenizer: Any, ticket: RequestHandle, offsets: TextOffsets, logprobs: bool
+) -> Iterator[tuple[str, Any]]:
     """The prompt as (text, log probabilities), in parts that are quickly made; once the model has read it."""
     ids = echoed(ticket)
     text, told = tokenizer.decode(ids), ticket.rows[0].told

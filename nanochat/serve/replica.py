@@ -22,9 +22,19 @@ from dataclasses import asdict
 from typing import Any
 
 from nanochat.common import warn
-from nanochat.inference.decoding import Token, Told
-from nanochat.inference.sampling import Sampling
-from nanochat.serve.service import Busy, Closed, Deliver, End, Order, Service, Ticket, checked, count_requests
+from nanochat.inference.decoding import Token, TokenLogprobs
+from nanochat.inference.sampling import SamplingParams
+from nanochat.serve.service import (
+    Busy,
+    Closed,
+    Deliver,
+    Finished,
+    GenerationRequest,
+    RequestHandle,
+    Service,
+    checked,
+    count_requests,
+)
 
 STATS = (
     "rows_running",
@@ -43,12 +53,12 @@ Message = dict[str, Any]
 Observe = Callable[[str, float], None]
 
 
-def told_as_list(told: Told | None) -> list[Any] | None:
+def told_as_list(told: TokenLogprobs | None) -> list[Any] | None:
     return None if told is None else [told.logprob, told.top]
 
 
-def told_of_list(found: list[Any]) -> Told:
-    return Told(found[0], [(i, logprob) for i, logprob in found[1]])
+def told_of_list(found: list[Any]) -> TokenLogprobs:
+    return TokenLogprobs(found[0], [(i, logprob) for i, logprob in found[1]])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -68,7 +78,7 @@ class RemoteService:
         self._closing = False
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._tickets: dict[int, Ticket] = {}
+        self._tickets: dict[int, RequestHandle] = {}
         self.load = 0  # rows running and waiting
         self._stats: Message = dict.fromkeys(STATS, 0)  # until the child tells
         self._told = threading.Event()  # figures came
@@ -91,9 +101,9 @@ class RemoteService:
     def alive(self) -> bool:
         return self.error is None
 
-    def submit(self, order: Order, deliver: Deliver, more: bool = False) -> Ticket:
+    def submit(self, order: GenerationRequest, deliver: Deliver, more: bool = False) -> RequestHandle:
         """As Service.submit."""
-        ticket = Ticket(checked(order, self.max_context), deliver, self)
+        ticket = RequestHandle(checked(order, self.max_context), deliver, self)
         with self._lock:
             if self._closing or self.error:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
@@ -105,7 +115,7 @@ class RemoteService:
         self._out.put({"order": number, **asdict(ticket.order)})
         return ticket
 
-    def _cancel(self, ticket: Ticket, index: int | None) -> None:
+    def _cancel(self, ticket: RequestHandle, index: int | None) -> None:
         number = next((n for n, other in list(self._tickets.items()) if other is ticket), None)
         if number is not None:
             self._out.put({"cancel": number, "index": index})
@@ -160,7 +170,7 @@ class RemoteService:
             left, self._tickets, self.load = list(self._tickets.values()), {}, 0
             self.orders_lost = len(left)
         for ticket in left:
-            ticket.deliver(End(self.error))
+            ticket.deliver(Finished(self.error))
         self._told.set()
         self.ready.set()
         self._out.put(None)
@@ -192,7 +202,7 @@ class RemoteService:
             with self._lock:
                 del self._tickets[message["order"]]
                 self.load -= ticket.order.samples
-            ticket.deliver(End(Closed("the service was shut down") if message["closed"] else None))
+            ticket.deliver(Finished(Closed("the service was shut down") if message["closed"] else None))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -212,7 +222,7 @@ def serve_replica(make: Callable[[Observe], Service], number: int) -> None:
 
         service = make(lambda name, value: observed.append((name, value)))
         send({"stats": service.stats()})
-        tickets: dict[int, Ticket] = {}
+        tickets: dict[int, RequestHandle] = {}
         drain = 0.0
         with connection.makefile("rb") as lines:
             for line in lines:
@@ -230,12 +240,14 @@ def serve_replica(make: Callable[[Observe], Service], number: int) -> None:
         service.close(drain)
 
 
-def accept(service: Service, message: Message, tickets: dict[int, Ticket], send: Callable[[Message], None]) -> None:
+def accept(
+    service: Service, message: Message, tickets: dict[int, RequestHandle], send: Callable[[Message], None]
+) -> None:
     """Hand an order to the service, and what comes of it back."""
     number = message.pop("order")
     made, told_of_prompt = threading.Event(), threading.Event()
 
-    def deliver(what: list[Token] | End) -> None:
+    def deliver(what: list[Token] | Finished) -> None:
         made.wait()
         ticket = tickets[number]
         answer: Message = {"order": number, "ends": [row.end for row in ticket.rows]}
@@ -252,6 +264,6 @@ def accept(service: Service, message: Message, tickets: dict[int, Ticket], send:
         del tickets[number]
         send({**answer, "closed": closed})
 
-    order = Order(**{**message, "sampling": Sampling(**message["sampling"])})
+    order = GenerationRequest(**{**message, "sampling": SamplingParams(**message["sampling"])})
     tickets[number] = service.submit(order, deliver, more=True)
     made.set()

@@ -26,7 +26,7 @@ from sse_starlette.sse import EventSourceResponse
 
 from nanochat.common import SPECIAL_TOKENS
 from nanochat.conversation import drop_oldest_turns, render_prompt
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 from nanochat.serve import answers as answers
 from nanochat.serve.generation import (
     ApiError,
@@ -40,7 +40,7 @@ from nanochat.serve.generation import (
     published_events,
 )
 from nanochat.serve.guard import Door, add_error_handlers, add_middleware
-from nanochat.serve.service import Order, WorkerPool
+from nanochat.serve.service import GenerationRequest, WorkerPool
 from nanochat.serve.types import (
     ChatRequest,
     CompletionRequest,
@@ -117,9 +117,9 @@ class Api:
     def max_context(self) -> int:
         return self.pool.services[0].max_context
 
-    def sampling(self, request: GenerateRequest) -> Sampling:
+    def sampling(self, request: GenerateRequest) -> SamplingParams:
         settings = self.settings
-        return Sampling(
+        return SamplingParams(
             settings.temperature if request.temperature is None else request.temperature,
             settings.top_k if request.top_k is None else request.top_k,
             request.top_p,
@@ -137,7 +137,7 @@ class Api:
                 code="model_not_found",
             )
 
-    def chat_order(self, request: ChatRequest) -> Order:
+    def chat_order(self, request: ChatRequest) -> GenerationRequest:
         """A conversation as an order. Old turns that do not fit are left out; the last one must."""
         asked = request.max_completion_tokens or request.max_tokens or self.settings.max_tokens
         if asked > self.settings.most_tokens:
@@ -159,9 +159,9 @@ class Api:
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
         top = (request.top_logprobs or 0) if request.logprobs else None
-        return Order(prompt, asked, self.sampling(request), self.seed(request), request.n, top)
+        return GenerationRequest(prompt, asked, self.sampling(request), self.seed(request), request.n, top)
 
-    def completion_orders(self, request: CompletionRequest) -> list[Order]:
+    def completion_orders(self, request: CompletionRequest) -> list[GenerationRequest]:
         orders = []
         asked = 16 if request.max_tokens is None else request.max_tokens
         if asked > self.settings.most_tokens:
@@ -182,7 +182,7 @@ class Api:
                     code="context_length_exceeded",
                 )
             orders.append(
-                Order(
+                GenerationRequest(
                     ids,
                     asked,
                     self.sampling(request),
@@ -196,13 +196,17 @@ class Api:
 
     # -- orders to answers ----------------------------------------------------------------------------
 
-    def generation(self, request: Request, orders: Sequence[Order], stop: Sequence[str], chat: bool) -> Generation:
+    def generation(
+        self, request: Request, orders: Sequence[GenerationRequest], stop: Sequence[str], chat: bool
+    ) -> Generation:
         """The orders under way. Raises ApiError."""
         made = Generation(self.pool, self.tokenizer, self.settings, request.state.client, self.turns)
         made.submit(orders, stop, chat)
         return made
 
-    async def run(self, request: Request, orders: Sequence[Order], stop: Sequence[str], chat: bool) -> Generation:
+    async def run(
+        self, request: Request, orders: Sequence[GenerationRequest], stop: Sequence[str], chat: bool
+    ) -> Generation:
         """Everything, not streamed. A client that goes away ends it."""
         generation = self.generation(request, orders, stop, chat)
         watch = asyncio.create_task(wait_for_disconnect(request))

@@ -1,7 +1,7 @@
 """The engine as a service: one thread turns the running batch, requests from any thread join it and leave it.
 
-    Order      what is asked for: a prompt, how many samples, how to draw them
-    Ticket     an order under way; cancel() frees its rows within a step
+    GenerationRequest      what is asked for: a prompt, how many samples, how to draw them
+    RequestHandle     an order under way; cancel() frees its rows within a step
     Service    one replica: a model, its running batch, its queue, its thread
     WorkerPool several replicas, the least loaded is given the next order; one that died is replaced
 
@@ -20,9 +20,9 @@ from typing import Any
 
 from nanochat.common import UserError, warn
 from nanochat.gpt import GPT
-from nanochat.inference.decoding import DecodingWeights, Row, RunningBatch, Token, Tokenizer
+from nanochat.inference.decoding import DecodingWeights, RunningBatch, Token, Tokenizer, TokenSequence
 from nanochat.inference.prefix_cache import PrefixCache
-from nanochat.inference.sampling import Sampling
+from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import DEFAULT_TOOLS, Tool, ToolUse
 from nanochat.serve.fair_queue import FairQueue
 
@@ -45,12 +45,12 @@ class Closed(Exception):
 
 
 @dataclass(frozen=True)
-class Order:
+class GenerationRequest:
     """A prompt to be continued `samples` times. `max_tokens` counts what comes after the prompt."""
 
     prompt: Sequence[int]
     max_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     samples: int = 1
     top_logprobs: int | None = None
@@ -59,7 +59,7 @@ class Order:
     request: str = ""  # what it is part of; the orders of one request take one place in the queue
 
 
-def checked(order: Order, max_context: int) -> Order:
+def checked(order: GenerationRequest, max_context: int) -> GenerationRequest:
     """The order with no more tokens than there is room for. Raises ValueError if it can never be carried out."""
     if not order.prompt:
         raise ValueError("the prompt is empty; start it with <|bos|>")
@@ -71,22 +71,22 @@ def checked(order: Order, max_context: int) -> Order:
 
 
 @dataclass(frozen=True)
-class End:
+class Finished:
     """The last that is delivered. `error` is None where all rows came to their end or were cancelled."""
 
     error: Exception | None = None
 
 
-Deliver = Callable[[list[Token] | End], None]
+Deliver = Callable[[list[Token] | Finished], None]
 
 
-class Ticket:
+class RequestHandle:
     """An order under way."""
 
-    def __init__(self, order: Order, deliver: Deliver, service: Any) -> None:
+    def __init__(self, order: GenerationRequest, deliver: Deliver, service: Any) -> None:
         self.order, self.service, self._deliver = order, service, deliver
         self.rows = [
-            Row(
+            TokenSequence(
                 list(order.prompt),
                 order.max_tokens,
                 order.sampling,
@@ -102,14 +102,14 @@ class Ticket:
         self.ended = False
 
     def cancel(self, index: int | None = None) -> None:
-        """Stop sample `index`, or all of them. End is delivered once none is left."""
+        """Stop sample `index`, or all of them. Finished is delivered once none is left."""
         self.service._cancel(self, index)
 
-    def deliver(self, what: list[Token] | End) -> None:
+    def deliver(self, what: list[Token] | Finished) -> None:
         """On the service's thread. A receiver that fails must not stop the others."""
         if self.ended:
             return
-        self.ended = isinstance(what, End)
+        self.ended = isinstance(what, Finished)
         try:
             self._deliver(what)
         except Exception as error:
@@ -156,10 +156,10 @@ class Service:
             self.prefixes,
             self.weights.packed,
         )
-        self._orders: FairQueue[Ticket] = FairQueue()  # not yet given to the batch: it has no room
+        self._orders: FairQueue[RequestHandle] = FairQueue()  # not yet given to the batch: it has no room
         self._rows_waiting = 0  # of these; counted as they come and go, as a request may be of hundreds
-        self._cancelled: deque[tuple[Ticket, int | None]] = deque()
-        self._tickets: dict[int, Ticket] = {}  # by id of a row in the batch
+        self._cancelled: deque[tuple[RequestHandle, int | None]] = deque()
+        self._tickets: dict[int, RequestHandle] = {}  # by id of a row in the batch
         self._wake = threading.Condition()
         self._closing = False
         self.error: Exception | None = None
@@ -180,11 +180,11 @@ class Service:
         """Rows running and waiting."""
         return self._rows_waiting + len(self._tickets)
 
-    def submit(self, order: Order, deliver: Deliver, more: bool = False) -> Ticket:
+    def submit(self, order: GenerationRequest, deliver: Deliver, more: bool = False) -> RequestHandle:
         """Queue an order; `more`: it belongs to others that were let in, and is not refused for want of room.
 
         Raises Busy, Closed, or ValueError for one that can never be carried out."""
-        ticket = Ticket(checked(order, self.max_context), deliver, self)
+        ticket = RequestHandle(checked(order, self.max_context), deliver, self)
         with self._wake:
             if self._closing or not self.alive:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
@@ -195,7 +195,7 @@ class Service:
             self._wake.notify()
         return ticket
 
-    def _cancel(self, ticket: Ticket, index: int | None) -> None:
+    def _cancel(self, ticket: RequestHandle, index: int | None) -> None:
         with self._wake:
             self._cancelled.append((ticket, index))
             self._wake.notify()
@@ -255,7 +255,7 @@ class Service:
             orders = self._admitted()
         for ticket in orders:
             if all(row.done for row in ticket.rows) and not ticket.order.prompt_logprobs:  # nothing to be drawn
-                ticket.deliver(End())
+                ticket.deliver(Finished())
                 continue
             if ticket.order.prompt_logprobs and ticket.order.max_tokens == 0:
                 ticket.rows[0].done = False  # its prompt is to be read all the same
@@ -268,7 +268,7 @@ class Service:
             self._end_if_done(ticket)
         return not (self.batch.idle and self._closing and not self._orders)
 
-    def _admitted(self) -> list[Ticket]:
+    def _admitted(self) -> list[RequestHandle]:
         """The orders that there is room for, clients in turn. What does not fit yet waits here, not in the batch,
         where it would stand before orders that come later but are due sooner."""
         room = self.max_rows - len(self.batch.rows) - len(self.batch.calling) - sum(map(len, self.batch.waiting))
@@ -290,7 +290,7 @@ class Service:
         self.step_seconds = 0.95 * self.step_seconds + 0.05 * (now - started)
         self.observe("step_seconds", now - started)
         self.observe("batch_rows", len(self.batch.rows))
-        by_ticket: dict[int, tuple[Ticket, list[Token]]] = {}
+        by_ticket: dict[int, tuple[RequestHandle, list[Token]]] = {}
         for token in new:
             ticket = self._tickets[id(token.row)]
             by_ticket.setdefault(id(ticket), (ticket, []))[1].append(token)
@@ -303,11 +303,11 @@ class Service:
             ticket.deliver(tokens)
             self._end_if_done(ticket)
 
-    def _end_if_done(self, ticket: Ticket) -> None:
+    def _end_if_done(self, ticket: RequestHandle) -> None:
         if all(row.done for row in ticket.rows):
             for row in ticket.rows:
                 self._tickets.pop(id(row), None)
-            ticket.deliver(End())
+            ticket.deliver(Finished())
 
     def _end_all(self, error: Exception | None) -> None:
         with self._wake:
@@ -318,11 +318,11 @@ class Service:
         for ticket in left:
             for row in ticket.rows:
                 row.runners.close()
-            ticket.deliver(End(error or Closed("the service was shut down")))
+            ticket.deliver(Finished(error or Closed("the service was shut down")))
         self._tickets.clear()
 
 
-def count_requests(tickets: Iterable[Ticket]) -> int:
+def count_requests(tickets: Iterable[RequestHandle]) -> int:
     """How many requests they belong to; an order that names none is one of its own."""
     return len({ticket.order.request or id(ticket) for ticket in tickets})
 
@@ -347,7 +347,7 @@ class WorkerPool:
         self._died_at_once = 0  # replicas in a row that died with orders, and none ever had a token for any
         self.services = [make(index) for index in range(size)]
 
-    def submit(self, order: Order, deliver: Deliver, more: bool = False) -> Ticket:
+    def submit(self, order: GenerationRequest, deliver: Deliver, more: bool = False) -> RequestHandle:
         """Give an order to the least loaded replica. Raises what Service.submit raises."""
         with self._lock:
             self._replace_dead()

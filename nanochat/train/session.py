@@ -24,7 +24,7 @@ from nanochat.checkpoint.async_save import SaveFailed
 from nanochat.checkpoint_manager import Checkpoint, list_steps, load_model_state, open_checkpoint
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, say, warn
 from nanochat.distributed.collectives import CollectiveFailed
-from nanochat.distributed.rank_checks import DataFailed, Drifted, NonFiniteLoss
+from nanochat.distributed.rank_checks import DataError, NonFiniteLoss, RanksDiverged
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime, set_rng_state
 from nanochat.train.progress import Progress
@@ -52,7 +52,7 @@ def prepare_run(run: Path, resume: bool, step: int | None, runtime: Runtime) -> 
         return open_checkpoint(run, step).step
 
     # One verifies and chooses for all: of a run that is being saved, or on a shared disk, each might see another.
-    chosen = runtime.from_main(choose, "choosing a checkpoint")
+    chosen = runtime.broadcast(choose, "choosing a checkpoint")
     if chosen is None:
         runtime.print0(f"nothing saved in {run} yet: starting from the beginning")
         return None
@@ -287,7 +287,7 @@ def find_device_batch(trial: Callable[[int], None], rows: int, runtime: Runtime)
             failed = False
         except torch.OutOfMemoryError:
             failed = True
-        if not runtime.largest(float(failed)):
+        if not runtime.all_reduce_max(float(failed)):
             return rows
         if rows == 1:
             raise UserError("not even one row fits in the GPU's memory: give a smaller --depth or --max-seq-len")
@@ -305,10 +305,10 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
             f"\n{stop}: stopped after step {trainer.progress.step}, which is saved. Go on with:\n  {resume_command}"
         )
         return 128 + stop.signum
-    except (NonFiniteLoss, Drifted) as error:  # all processes know
+    except (NonFiniteLoss, RanksDiverged) as error:  # all processes know
         runtime.error0(f"\nerror: {error}")
         return 1
-    except DataFailed as error:  # all processes know
+    except DataError as error:  # all processes know
         saved = trainer.saves.last_step
         where = "Nothing is saved yet" if saved is None else f"Step {saved} is saved"
         runtime.error0(f"\nerror: data cannot be read: {error}. {where}; go on with:\n  {resume_command}")
@@ -355,5 +355,7 @@ def measure_step(make_trainer: Callable[[GPT], Trainer], model: GPT, batch: Any,
     while len(times) < 2 or (sum(times) < budget and len(times) < 20):
         started = time.perf_counter()
         trial.step(batch)
-        times.append(trial.runtime.largest(time.perf_counter() - started))  # all processes stop after as many steps
+        times.append(
+            trial.runtime.all_reduce_max(time.perf_counter() - started)
+        )  # all processes stop after as many steps
     return float(np.median(times))
