@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from nanochat.inference.calculator import use_calculator
 
 if TYPE_CHECKING:
-    from nanochat.inference.decoding import Tokenizer
+    from nanochat.inference.decoding import Tokenizer, TokenSequence
 
 Call = Callable[[], str | None]  # to be run outside the decoding loop
 SHORT_RESULT = 64  # tokens that a result may always have; of longer ones a quarter of the answer's room is shown
