@@ -11,9 +11,9 @@ import pytest
 import uvicorn
 from test_server import TOKENIZER
 
-from nanochat.inference.decoding import Row, Token, Told
+from nanochat.inference.decoding import Token, TokenLogprobs, TokenSequence
 from nanochat.serve.server import Settings, create_app
-from nanochat.serve.service import Busy, End, Order
+from nanochat.serve.service import Busy, Finished, GenerationRequest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
@@ -31,16 +31,16 @@ class ScriptedPool:
         self.alive, self.failing, self.replaced = True, False, 0
         self.script: Any = lambda text: f"You said: {text}"
         self.pause, self.fail = 0.0, None
-        self.orders: list[Order] = []
+        self.orders: list[GenerationRequest] = []
         self.cancelled = 0
 
-    def submit(self, order: Order, deliver: Any, more: bool = False) -> Any:
+    def submit(self, order: GenerationRequest, deliver: Any, more: bool = False) -> Any:
         if self.fail:
             raise self.fail
         self.orders.append(order)
         text = TOKENIZER.decode(order.prompt).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
         said = self.script(text)
-        row = Row(list(order.prompt), 10_000, order.sampling, 0, 0)
+        row = TokenSequence(list(order.prompt), 10_000, order.sampling, 0, 0)
         ticket = SimpleNamespace(order=order, rows=[row], stop=False)
 
         def cancel(index: int | None = None) -> None:
@@ -53,12 +53,12 @@ class ScriptedPool:
             for token in said if isinstance(said, list) else said.encode():
                 if ticket.stop:
                     break
-                told = Told(-0.1, [(token, -0.1), (97, -3.0)]) if order.top_logprobs is not None else None
+                told = TokenLogprobs(-0.1, [(token, -0.1), (97, -3.0)]) if order.top_logprobs is not None else None
                 row.tokens.append(token)
                 deliver([Token(row, token, 1, told)])
                 time.sleep(self.pause)
             row.done = True
-            deliver(End())
+            deliver(Finished())
 
         threading.Thread(target=work, daemon=True).start()
         return ticket
