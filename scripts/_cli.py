@@ -18,11 +18,12 @@ import tyro
 
 from nanochat.common import UserError, debug_enabled, first_line
 from nanochat.distributed.collectives import CollectiveFailed
+from nanochat.ranges import check_ranges
 
 Config = TypeVar("Config")
 EXPECTED = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
-LARGEST = 2**63  # of seeds; nothing that is counted comes near it
+MAX_INTEGER = 2**63  # the largest seed; no count comes near it
 # What PyTorch says on a CPU, on a GPU, and of sizes that no memory has.
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory|size calculation overflowed", re.IGNORECASE)
 
@@ -46,8 +47,9 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
     for name, value in vars(parsed).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise UserError(f"--{name.replace('_', '-')} is larger than anything that could be meant: {value}")
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise UserError(f"--{name.replace('_', '-')} is out of range: {value}")
+    check_ranges(parsed)
     return parsed
 
 

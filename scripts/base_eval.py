@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir, say
@@ -14,6 +14,7 @@ from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_prompts import MODES
 from nanochat.gpt import GPT
 from nanochat.inference.decoding import DecodingWeights
+from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
@@ -54,7 +55,7 @@ class Config:
     """Tokens per split for bpb; -1 is 2^18 on a CPU and 40 * 2^19 elsewhere."""
     device_batch_size: int = -1
     """Rows per forward pass; -1 chooses."""
-    max_per_task: int = -1
+    max_per_task: Annotated[int, Range(1, unset=-1)] = -1
     """Items per CORE task; -1 takes all."""
     eval_bundle: str = ""
     """Folder of the CORE bundle; empty: eval_bundle/ in the base folder, downloaded if it is not there."""
@@ -62,7 +63,7 @@ class Config:
     """Only these CORE tasks, separated by commas."""
     core_mode: str = "reference"
     """How CORE prompts are written: reference (as published figures of this system) or dclm (as DCLM's harness)."""
-    baselines: str = "v1"
+    baselines: Literal["v1", "v2"] = "v1"
     """Chance levels of CORE: v1 (the published GPT-2 figures') or v2."""
     int8: bool = False
     """Evaluate what the model is when it decodes with weights of eight bits (packed_weights.py)."""
@@ -76,14 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in wanted if name not in EVALUATIONS]
     if unknown or not wanted:
         raise UserError(f"--eval takes {', '.join(EVALUATIONS)}, got {config.eval!r}")
-    if config.baselines not in ("v1", "v2"):
-        raise UserError(f"--baselines takes v1 or v2, got {config.baselines!r}")
     if config.core_tasks and "core" not in wanted:
         raise UserError("--core-tasks is for --eval=core: give both, or neither")
     if config.core_mode not in MODES:
         raise UserError(f"--core-mode takes {' or '.join(MODES)}, got {config.core_mode!r}")
-    if config.max_per_task == 0 or config.max_per_task < -1:
-        raise UserError(f"--max-per-task must be positive, or -1 for all, got {config.max_per_task}")
     with Runtime.create(config.device_type) as runtime:
         return evaluate(config, wanted, runtime)
 

@@ -12,6 +12,7 @@ from nanochat.common import UserError, get_base_dir
 from nanochat.execution import choose_level
 from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
+from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from scripts import _cli
 from scripts._chat import Chat, noted_interrupts, pipe_reader, terminal_reader
@@ -41,7 +42,7 @@ class Config:
     """Sample among the k most likely tokens; 0 is off."""
     top_p: float = 1.0
     """Sample among the fewest tokens that together have this probability; 1 is off."""
-    max_tokens: int = 512
+    max_tokens: Annotated[int, Range(1)] = 512
     """Longest answer."""
     seed: int = 42
     """The same words and the same seed get the same answer."""
@@ -81,8 +82,6 @@ def check(config: Config) -> SamplingParams:
     """The sampling settings; raises UserError for a flag out of range."""
     if config.source not in MAKERS:
         raise UserError(f"-i must be one of {', '.join(MAKERS)}, got {config.source!r}")
-    if config.max_tokens < 1:
-        raise UserError(f"--max-tokens must be at least 1, got {config.max_tokens}")
     try:
         return SamplingParams(config.temperature, config.top_k, config.top_p)
     except ValueError as error:

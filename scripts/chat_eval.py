@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -15,6 +15,7 @@ from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir, say, sha256_file
 from nanochat.engine import Engine
 from nanochat.execution import choose_level
+from nanochat.ranges import Range
 from nanochat.report import accuracy_values, load_report, record_stage
 from nanochat.reporting.view import wilson_interval
 from nanochat.runtime import Runtime
@@ -41,7 +42,7 @@ STAGE = {"sft": "chat_eval", "rl": "chat_eval_rl"}  # of the report
 class Config:
     """Measure a chat model's skills on held-out items. -1 means "all" or "the last"."""
 
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    source: Annotated[Literal["sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
     """Which model: sft or rl."""
     task_name: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""
     """Tasks separated by | or commas; empty runs the embedded skills, all whatever data is at hand."""
@@ -49,17 +50,17 @@ class Config:
     """Another split than the one that a task is meant to be evaluated on, such as validation."""
     embedded_sample: bool = False
     """Of public benchmarks, use the few embedded items: to try the code, not to report a score."""
-    max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = 200
+    max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"]), Range(1, unset=-1)] = 200
     """Items per task; -1 takes all."""
-    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(1)] = 1
     """Answers per item (with -t above 0); an item counts by its share of right ones, pass@k is shown beside."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 32
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"]), Range(1)] = 32
     """Items decoded together."""
-    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 128
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"]), Range(1)] = 128
     """Longest answer."""
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"]), Range(0)] = 0.0
     """0 takes the most likely token."""
-    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"]), Range(0)] = 50
     """Sample among the k most likely tokens; 0 is off."""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
     """Tag of the run; empty takes the latest."""
@@ -74,15 +75,10 @@ class Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    if config.source not in ("sft", "rl"):
-        raise UserError(f"-i must be sft or rl, got {config.source!r}")
     names = [n.strip() for n in config.task_name.replace("|", ",").split(",") if n.strip()]
     if names == ["all"]:
         names = list(TASKS)
     names = [task_spec(name).name for name in names] or [name for name, spec in TASKS.items() if spec.starter]
-    sizes = (config.num_samples, config.batch_size, config.max_new_tokens)
-    if config.max_problems == 0 or min(sizes) < 1 or config.temperature < 0 or config.top_k < 0:
-        raise UserError("-x, -n, -b and -m must be positive (-x -1 is all), -t and -k not negative")
     if config.num_samples > 1 and config.temperature == 0:
         raise UserError("-n asks for several answers, which at -t 0 are all the same: give a temperature, such as -t 1")
     tasks, missing = open_tasks(config, names)

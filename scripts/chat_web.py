@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import find_run
 from nanochat.common import UserError, get_base_dir, say
 from nanochat.execution import choose_level
 from nanochat.inference.sampling import SamplingParams
+from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from nanochat.serve.replica import RemoteService
 from nanochat.serve.server import ServerMetrics, Settings, create_app
@@ -32,23 +33,23 @@ PORTS_TRIED = 20
 class Config:
     """Serve a model: a page to talk to it, and the API that every OpenAI client speaks."""
 
-    num_gpus: int = 1
+    num_gpus: Annotated[int, Range(1)] = 1
     """Replicas: one for each GPU; on a CPU they share it."""
-    workers: int = 0
+    workers: Annotated[int, Range(0)] = 0
     """On a CPU: replicas in processes of their own, sharing the cores; one that dies is replaced. 0: none."""
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    source: Annotated[Literal["base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
     """Which model: base, sft or rl."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8
     """Unless a request says otherwise; 0 takes the most likely token."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
     """Unless a request says otherwise; 0 is off."""
-    max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
+    max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"]), Range(1)] = 512
     """Longest answer, unless a request says otherwise."""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
     """Tag of the run; empty takes the latest."""
     step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
     """Its step; -1 takes the last."""
-    port: Annotated[int, tyro.conf.arg(aliases=["-p"])] = -1
+    port: Annotated[int, tyro.conf.arg(aliases=["-p"]), Range(1, 65535, unset=-1)] = -1
     """Port; -1 is 8000, or the next one that is free."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets others in, who should then need a key."""
@@ -58,42 +59,26 @@ class Config:
     """File with the keys, one a line, of which requests must bring one; empty asks for none."""
     cors: list[str] = field(default_factory=list)
     """Origins of other pages that may use the API."""
-    max_rows: int = 32
+    max_rows: Annotated[int, Range(1)] = 32
     """Sequences decoded together."""
-    max_waiting: int = 64
+    max_waiting: Annotated[int, Range(1)] = 64
     """Requests that may wait; more are told to come again later."""
-    cache_mib: int = 1024
+    cache_mib: Annotated[int, Range(1)] = 1024
     """Memory for keys and values of the sequences decoded together, for each replica."""
-    prefix_mib: int = 256
+    prefix_mib: Annotated[int, Range(0)] = 256
     """Memory for known beginnings of prompts, for each replica."""
     python: bool = False
     """Let the model run Python, in the sandbox (dev/SANDBOX.md); without it there is the calculator."""
     int8: bool = False
     """Decode with weights of eight bits, on a CPU: faster for models too large for its cache."""
-    request_seconds: float = 300.0
+    request_seconds: Annotated[float, Range(0.001)] = 300.0
     """Longest time for one request."""
     log_requests: bool = False
     """Log a line for each request: time, path, status. What was said is never logged."""
 
     def __post_init__(self) -> None:
-        if self.source not in ("base", "sft", "rl"):
-            raise UserError(f"-i must be base, sft or rl, got {self.source!r}")
-        for name, least in (
-            ("num_gpus", 1),
-            ("workers", 0),
-            ("max_tokens", 1),
-            ("max_rows", 1),
-            ("max_waiting", 1),
-            ("cache_mib", 1),
-            ("prefix_mib", 0),
-            ("request_seconds", 0.001),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
         if self.workers and (self.num_gpus > 1 or self.device_type not in ("", "cpu")):
             raise UserError("--workers is for a CPU; on GPUs, --num-gpus has a replica on each")
-        if self.port != -1 and not 0 < self.port < 65536:
-            raise UserError(f"--port must be from 1 to 65535, or -1 for a free one, got {self.port}")
         try:
             SamplingParams(self.temperature, self.top_k)
         except ValueError as error:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -17,6 +17,7 @@ from nanochat.common import UserError, say
 from nanochat.gpt import GPTConfig
 from nanochat.planning.law import Law
 from nanochat.planning.planner import Pace, RunPlan, expected_pace, find_gpu, plan_run
+from nanochat.ranges import Range
 from nanochat.recipe import recipe_rules
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, align_batch, make_plan
@@ -36,13 +37,13 @@ class Config(ModelFlags):
 
     gpu: str = "here"
     """h100, a100, 4090, … (an unknown one lists them all); here measures this machine."""
-    num_gpus: int = -1
+    num_gpus: Annotated[int, Range(1, unset=-1)] = -1
     """GPUs that share each step; -1 is one, or with --gpu=here all there are."""
     fp8: bool = False
     """Matrix products in fp8."""
-    minutes: float = -1.0
+    minutes: Annotated[float, Range(above=0, unset=-1)] = -1.0
     """Plan for as many steps as fit in this time."""
-    dollars_per_gpu_hour: float = -1.0
+    dollars_per_gpu_hour: Annotated[float, Range(0, unset=-1)] = -1.0
     """Price; -1 takes the GPU's usual one."""
     json: bool = False
     """Print one line of JSON instead of the table."""
@@ -54,14 +55,6 @@ class Config(ModelFlags):
     """Tokens per optimizer step over all GPUs; -1 derives it."""
     device_batch_size: int = -1
     """Rows per micro-batch and GPU; -1 finds the largest that fits."""
-
-    def __post_init__(self) -> None:
-        if self.num_gpus < 1 and self.num_gpus != -1:
-            raise UserError(f"--num-gpus must be at least 1, or -1 for all there are, got {self.num_gpus}")
-        if self.minutes <= 0 and self.minutes != -1:
-            raise UserError(f"--minutes must be positive, or -1 for another horizon, got {self.minutes:g}")
-        if self.dollars_per_gpu_hour < 0 and self.dollars_per_gpu_hour != -1:
-            raise UserError(f"--dollars-per-gpu-hour cannot be negative, got {self.dollars_per_gpu_hour:g}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

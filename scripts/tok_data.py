@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
 
@@ -23,6 +23,7 @@ from nanochat.common import BadShard, UserError, format_count, format_seconds, g
 from nanochat.data.corpus import THE_FLAG, Corpus, Part, tell_skipped
 from nanochat.data.pretokenized import token_path, whole, write_tokens
 from nanochat.dataset import resolve_corpus
+from nanochat.ranges import Range
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import _cli
 
@@ -37,12 +38,8 @@ class Config:
     """As for base_train."""
     skip_bad_shards: bool = False
     """Go on without files of the data that are missing or damaged, and say which."""
-    workers: int = -1
+    workers: Annotated[int, Range(1, unset=-1)] = -1
     """Processes; -1: one for each core. Each works on a shard of its own."""
-
-    def __post_init__(self) -> None:
-        if self.workers == 0 or self.workers < -1:
-            raise UserError(f"--workers must be at least 1 (or -1 for one a core), got {self.workers}")
 
 
 @dataclass

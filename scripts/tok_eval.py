@@ -7,14 +7,15 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import get_base_dir
 from nanochat.data.textfiles import Document
 from nanochat.dataset import resolve_corpus
+from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.tokenizer import get_tokenizer
 from scripts import _cli
@@ -32,16 +33,12 @@ class Config:
     """As for tok_train: the validation part of this text is measured."""
     skip_bad_shards: bool = False
     """Go on without files of the data that are missing or damaged, and say which."""
-    max_chars: int = 1_000_000
+    max_chars: Annotated[int, Range(1)] = 1_000_000
     """Measure at most this many characters of each source."""
     gpt2_ranks: str = ""
     """GPT-2's ranks: vocab.bpe, the folder that holds it, or a .tiktoken file; empty looks around."""
     gpt4_ranks: str = ""
     """GPT-4's ranks: cl100k_base.tiktoken or the folder that holds it; empty looks around."""
-
-    def __post_init__(self) -> None:
-        if self.max_chars < 1:
-            raise UserError(f"--max-chars must be at least 1, got {self.max_chars}")
 
 
 def count_by_source(

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from nanochat.common import UserError, format_count, format_seconds, get_base_dir, on_terminal
+from nanochat.common import format_count, format_seconds, get_base_dir, on_terminal
 from nanochat.data.textfiles import Document
 from nanochat.dataset import resolve_corpus
+from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.tokenizer import MIN_VOCAB_SIZE, RustBPETokenizer
 from scripts import _cli
@@ -23,18 +24,12 @@ class Config:
     """starter, fineweb-edu, climbmix, or a path, glob or URL of parquet, jsonl or txt; empty: what is there."""
     skip_bad_shards: bool = False
     """Go on without files of the data that are missing or damaged, and say which."""
-    max_chars: int = 2_000_000_000
+    max_chars: Annotated[int, Range(1)] = 2_000_000_000
     """Stop reading after this many characters."""
-    doc_cap: int = 10_000
+    doc_cap: Annotated[int, Range(1)] = 10_000
     """Read at most this many characters of each document, so that no long one dominates."""
-    vocab_size: int = 32_768
+    vocab_size: Annotated[int, Range(MIN_VOCAB_SIZE)] = 32_768
     """Number of tokens, special tokens included."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_chars", 1), ("doc_cap", 1), ("vocab_size", MIN_VOCAB_SIZE)):
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} must be at least {least}, got {getattr(self, name)}")
 
 
 class Reading:

@@ -1,15 +1,20 @@
 """A person's mistakes end in one clear line and exit code 2."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from stubs import TINY
 
+from nanochat.common import UserError
+from nanochat.ranges import Range, check_ranges
 from scripts import _cli, base_eval, base_train, chat_eval, chat_sft, stages, tok_train
 
 
@@ -184,3 +189,28 @@ def test_stages_lists_every_script(capsys: pytest.CaptureFixture[str]) -> None:
     listed = capsys.readouterr().out
     scripts = {p.stem for p in Path(stages.__file__).parent.glob("[a-z]*.py")} - {"stages"}
     assert all(name in listed for name in scripts)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside", "outside"),
+    [
+        (Range(1, unset=-1), [1, 10**9, -1], [0, -2, math.nan]),
+        (Range(above=0, max=1), [1e-9, 1], [0, 1.5]),
+        (Range(0, below=1), [0, 0.999], [1, -1e-9]),
+    ],
+)
+def test_ranges(allowed: Range, inside: list[float], outside: list[float]) -> None:
+    assert all(value in allowed for value in inside)
+    assert not any(value in allowed for value in outside)
+
+
+def test_a_field_outside_its_range_is_named_with_its_limits() -> None:
+    @dataclass
+    class Sizes:
+        name: str = "any"
+        num_rows: Annotated[int, Range(2, 8, unset=-1)] = 2
+
+    check_ranges(Sizes())
+    with pytest.raises(UserError) as error:
+        check_ranges(Sizes(num_rows=9))
+    assert all(part in str(error.value) for part in ("--num-rows", "2", "8", "-1", "9"))
