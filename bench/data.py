@@ -144,7 +144,7 @@ class CountedDocuments:
 def count_epoch(corpus: CountedDocuments, flags: Flags) -> tuple[float, float]:
     """Shares of the first epoch's tokens that are (never, more than once) a target."""
     loader = PretrainLoader(corpus, corpus, sequence_len=flags.seq_len, rows_per_step=flags.batch)
-    loader._packer.memory.free_bytes = 0  # what is read again shall not be the same
+    loader.packer.memory.free_bytes = 0  # what is read again shall not be the same
     counts = np.zeros(corpus.num_tokens + 1, np.int64)
     while loader.stats()["epoch"] < 1 or first_epoch_waits(loader, corpus.num_tokens):
         targets = loader.next_batch().targets.flatten().numpy()

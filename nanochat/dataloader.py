@@ -8,35 +8,32 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from nanochat.common import UserError, get_base_dir
-from nanochat.data.batches import Batch, Prefetcher
+from nanochat.data.batches import Batch, Loader, PrefetchingLoader
 from nanochat.data.conversation_loader import ConversationLoader
 from nanochat.data.document_order import Corpus, DocumentOrder
 from nanochat.data.pretokenized import with_tokens
 from nanochat.data.row_streams import REFILL_ROWS, LanePacker, LaneState, TextEncoder, check_layout
 from nanochat.dataset import resolve_corpus
 
-__all__ = ["Batch", "ConversationLoader", "PretrainLoader", "tokenizing_distributed_data_loader_with_state_bos_bestfit"]
+__all__ = [
+    "Batch",
+    "ConversationLoader",
+    "Loader",
+    "PretrainLoader",
+    "tokenizing_distributed_data_loader_with_state_bos_bestfit",
+]
 
 MAX_LANES = 32
-NAMED_BLOCKS = 8  # in a batch's origin
 
 
-class _Step(NamedTuple):
-    """A batch, and the state of the lanes after it."""
-
-    batch: Batch
-    states: list[LaneState]
-
-
-class PretrainLoader:
+class PretrainLoader(PrefetchingLoader[list[LaneState]]):
     """Packed rows of documents for ever, epoch after epoch, each in another order.
 
     One step has `rows_per_step` rows over all processes; row j comes from lane j mod L, and rank r of W owns the
@@ -71,9 +68,17 @@ class PretrainLoader:
         order = DocumentOrder(
             self.corpus, split, num_lanes=self.num_lanes, own_lanes=len(self.lanes), seed=seed, shuffle=shuffle
         )
-        self._packer = LanePacker(
-            order, tokenizer, list(self.lanes), sequence_len=sequence_len, num_threads=num_threads
+        rounds = rows_per_step // self.num_lanes
+        packer = LanePacker(
+            order,
+            tokenizer,
+            list(self.lanes),
+            sequence_len=sequence_len,
+            num_threads=num_threads,
+            rows_per_step=rounds,
         )
+        super().__init__(packer, depth=max(3, 2 * REFILL_ROWS // rounds))  # rows are at hand while the lanes read
+        self.packer = packer
         data = fingerprint_number(f"{corpus.fingerprint} {split}")
         self._order = order
         self._layout = {
@@ -84,23 +89,6 @@ class PretrainLoader:
             "shuffle": int(shuffle),
             "data": data,
         }
-        self._states = self._packer.states()  # after the last batch handed out
-        self._prefetcher: Prefetcher[_Step] | None = None
-
-    def next_batch(self) -> Batch:
-        """This process's rows of the next step, in the order of the global batch."""
-        step = self._start().get()
-        self._states = step.states
-        return step.batch
-
-    def wait(self, seconds: float) -> bool:
-        """Wait at most so long for the next batch. True if next_batch need not; `failure` says if it will raise."""
-        return self._start().wait(seconds)
-
-    @property
-    def failure(self) -> BaseException | None:
-        """What next_batch is going to raise, as far as is known."""
-        return self._prefetcher.failure if self._prefetcher else None
 
     @property
     def skips_bad_shards(self) -> bool:
@@ -119,13 +107,6 @@ class PretrainLoader:
             self.corpus.skip(shard, reason)  # type: ignore[attr-defined]
         self._order.forget()
 
-    def _start(self) -> Prefetcher[_Step]:
-        if self._prefetcher is None:
-            rounds = self.rows_per_step // self.num_lanes
-            depth = max(3, 2 * REFILL_ROWS // rounds)  # so that rows are at hand while the lanes read
-            self._prefetcher = Prefetcher(partial(_make_step, self._packer, rounds), depth)
-        return self._prefetcher
-
     def state_dict(self) -> dict[str, np.ndarray]:
         """Where this process's lanes stand after the last batch handed out, however far the thread is ahead.
 
@@ -135,8 +116,8 @@ class PretrainLoader:
         state = {f"loader.{name}": np.array(value, np.int64) for name, value in fixed.items()}
         if self.skipped:
             state["loader.skipped"] = pack(self.skipped)
-        for lane, lane_state in zip(self.lanes, self._states, strict=True):
-            state |= lane_state.to_arrays(f"lane{lane:02d}", self._packer.dtype)
+        for lane, lane_state in zip(self.lanes, self._state, strict=True):
+            state |= lane_state.to_arrays(f"lane{lane:02d}", self.packer.dtype)
         return state
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
@@ -147,30 +128,21 @@ class PretrainLoader:
         self.skip(unpack_skipped(state))
         if "loader.parts" in state:
             self._order.cut_blocks(int(state["loader.parts"]))
-        dtype = self._packer.dtype
-        self._packer.restore([LaneState.from_arrays(state, f"lane{lane:02d}", dtype) for lane in self.lanes])
-        self._states = self._packer.states()
+        self._restore([LaneState.from_arrays(state, f"lane{lane:02d}", self.packer.dtype) for lane in self.lanes])
 
     def stats(self) -> dict[str, float]:
         """Of this process's lanes, up to the last batch handed out: documents begun, target tokens, the share of
         documents that were cropped (their tails came back), whole epochs read, rows."""
-        counts = [state.counts for state in self._states]
+        counts = [state.counts for state in self._state]
         documents, rows = sum(c.documents for c in counts), sum(c.rows for c in counts)
         return {
             "documents": documents,
             "tokens": rows * self.sequence_len,
             "rows": rows,
             "cropped_share": sum(c.cropped for c in counts) / max(documents, 1),
-            "epoch": min(state.cursor.epoch for state in self._states),
+            "epoch": min(state.cursor.epoch for state in self._state),
             **({"skipped_shards": len(self.skipped)} if self.skipped else {}),
         }
-
-    def close(self) -> None:
-        """End the thread. The state stays readable; the next batch after it starts another thread there."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
-            self._packer.restore(self._states)
 
 
 def check_sizes(sequence_len: int, rows_per_step: int, num_lanes: int, world_size: int) -> None:
@@ -202,25 +174,6 @@ def pack(skipped: dict[str, str]) -> np.ndarray:
 def fingerprint_number(fingerprint: str) -> int:
     """63 bits of a fingerprint, to be kept among arrays."""
     return int.from_bytes(hashlib.sha256(fingerprint.encode()).digest()[:8], "big") >> 1
-
-
-def _make_step(packer: LanePacker, rounds: int) -> _Step:
-    """The next step of all the packer's lanes, `rounds` rows each."""
-    rows, sources = packer.next_rows(rounds)
-    rows_tensor = torch.from_numpy(rows)  # (N, T+1)
-    lanes = [lane.index for lane in packer.lanes]
-    origin = f"{describe_sources(sources)}, {len(lanes)} lanes from {lanes[0]} to {lanes[-1]}"
-    batch = Batch(rows_tensor[:, :-1].contiguous(), rows_tensor[:, 1:].contiguous(), None, origin)  # (N, T) each
-    return _Step(batch, packer.states())
-
-
-def describe_sources(sources: set[tuple[int, int]]) -> str:
-    """`epoch 0 to 1, blocks 3 17`: where a batch's documents came from, the first few blocks of them."""
-    epochs, blocks = {epoch for epoch, _ in sources}, sorted({block for _, block in sources})
-    named = " ".join(map(str, blocks[:NAMED_BLOCKS]))
-    more = f" and {len(blocks) - NAMED_BLOCKS} more" if len(blocks) > NAMED_BLOCKS else ""
-    last = f" to {max(epochs)}" if len(epochs) > 1 else ""
-    return f"epoch {min(epochs)}{last}, blocks {named}{more}"
 
 
 def tokenizing_distributed_data_loader_with_state_bos_bestfit(

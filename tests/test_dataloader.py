@@ -126,7 +126,7 @@ def test_no_token_is_lost_or_repeated(T):
     seen = Counter()
     rows, _ = packer.next_rows(3000 // T)
     seen.update(rows[rows != BOS].tolist())
-    for state in packer.states():
+    for state in packer.state():
         for piece in state.pieces:
             seen.update(piece.ids.tolist())
     assert seen == read
@@ -395,7 +395,7 @@ def test_the_pool_of_a_lane_is_bounded():
     loader = make_loader(FakeCorpus([300] * 3), T=64, rows=2)
     take_rows(loader, 20)
     most = row_streams.POOL_ROWS[1] * 65 + row_streams.TAKE_DOCUMENTS * 41
-    assert all(len(state.pieces) < 600 and sum(p.length for p in state.pieces) < most for state in loader._states)
+    assert all(len(state.pieces) < 600 and sum(p.length for p in state.pieces) < most for state in loader._state)
 
 
 def test_very_long_texts_are_tokenised_in_pieces(monkeypatch):
@@ -470,7 +470,7 @@ def real(tmp_path_factory):
 def test_real_documents_come_back_whole(real):
     corpus, tokenizer = real
     loader = PretrainLoader(corpus, tokenizer, sequence_len=2048, rows_per_step=2)
-    assert loader._packer.dtype == np.uint16
+    assert loader.packer.dtype == np.uint16
     found = set()
     while loader.stats()["epoch"] < 3:
         for row in loader.next_batch().inputs.tolist():

@@ -1,11 +1,11 @@
-"""What all loaders share: the batch, the thread that makes batches ahead of need, seeded generators."""
+"""Batches, the interface of every loader, and the thread that makes batches ahead of need."""
 
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,16 +13,111 @@ import torch
 from nanochat.distributed.signals import raise_if_stop_requested, stop_when
 
 Item = TypeVar("Item")
+State = TypeVar("State")
 
 
 @dataclass
 class Batch:
-    """One process's rows of a global batch, on the CPU."""
+    """One rank's rows of a global batch, on the CPU."""
 
     inputs: torch.Tensor  # (N, T) int64
     targets: torch.Tensor  # (N, T) int64, -1 = no target
     weights: torch.Tensor | None = None  # (N, T) float32, per target
-    origin: str = ""  # where the rows came from, for a person to look them up
+    origin: str = ""  # which data the rows came from, for error messages
+
+
+class Loader(Protocol):
+    """The trainer's source of batches. A loader that reads no files inherits the defaults about waiting and shards."""
+
+    def next_batch(self) -> Batch:
+        """This rank's rows of the next step. Raises StopIteration at the end of the data, on all ranks after the
+        same step."""
+        ...
+
+    def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for the next batch. True if next_batch() will return or raise at once."""
+        return True
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The error next_batch() is going to raise, once wait() has returned True; the end of the data is none."""
+        return None
+
+    @property
+    def skips_bad_shards(self) -> bool:
+        """True if bad shards may be skipped."""
+        return False
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Skipped shards, and why each is bad."""
+        return {}
+
+    def skip(self, shards: dict[str, str]) -> None:
+        """Skip these shards too (name -> reason), from the next batch on. Call on all ranks after the same step."""
+        assert not shards, "this loader reads no shards"
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The position after the last batch handed out, as arrays for a checkpoint."""
+        ...
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Continue from a saved position, with any world size. Raises UserError if it is of other data or sizes."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Counters up to the last batch handed out."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead. The state stays readable, and next_batch() goes on from it."""
+
+
+class Packer(Protocol[State]):
+    """Makes one step after another, on one thread; `restore` goes back to a state it has returned."""
+
+    def state(self) -> State: ...
+    def restore(self, state: State) -> None: ...
+    def next_step(self) -> tuple[Batch, State]:
+        """The next batch and the state after it. Raises StopIteration at the end."""
+        ...
+
+
+class PrefetchingLoader(Loader, Generic[State]):
+    """A loader whose packer runs on a thread, up to `depth` steps ahead. The thread starts with the first batch."""
+
+    def __init__(self, packer: Packer[State], depth: int) -> None:
+        self._packer, self._depth = packer, depth
+        self._state = packer.state()  # after the last batch handed out
+        self._prefetcher: Prefetcher[tuple[Batch, State]] | None = None
+
+    def next_batch(self) -> Batch:
+        batch, self._state = self._prefetch().get()
+        return batch
+
+    def wait(self, timeout: float) -> bool:
+        return self._prefetch().wait(timeout)
+
+    @property
+    def failure(self) -> BaseException | None:
+        error = self._prefetcher.failure if self._prefetcher else None
+        return None if isinstance(error, StopIteration) else error
+
+    def close(self) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+            self._packer.restore(self._state)
+
+    def _prefetch(self) -> "Prefetcher[tuple[Batch, State]]":
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self._packer.next_step, self._depth)
+        return self._prefetcher
+
+    def _restore(self, state: State) -> None:
+        self.close()
+        self._packer.restore(state)
+        self._state = self._packer.state()
 
 
 def by_length(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:

@@ -3,8 +3,7 @@
 Every process packs the whole stream, which takes only the lengths, and builds the rows that are its own.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.conversation import render, truncate_turns
-from nanochat.data.batches import Batch, Prefetcher, seeded_rng
+from nanochat.data.batches import Batch, PrefetchingLoader, seeded_rng
 from nanochat.data.packing import BestFitPool, fill_row_whole
 from nanochat.data.row_streams import check_layout
 
@@ -50,10 +49,11 @@ class Waiting(NamedTuple):
     signed: np.ndarray
 
 
-class _Step(NamedTuple):
-    batch: Batch
-    cursor: StreamPlace
-    waiting: list[int]  # conversations in the pool after it, oldest first
+class StreamState(NamedTuple):
+    """Everything about the stream after a step."""
+
+    cursor: StreamPlace = StreamPlace()
+    waiting: Sequence[int] = ()  # conversations in the pool, oldest first
 
 
 class RenderedConversations:
@@ -109,25 +109,41 @@ class ConversationPacker:
         row_tokens: int,
         seed: int,
         num_epochs: int | None,
+        rows_per_step: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+        pad: int = 0,
     ) -> None:
         self.get, self.size, self.row_tokens = get, size, row_tokens
         self.seed, self.num_epochs = seed, num_epochs
-        self.restore(StreamPlace(), [])
+        self.rows_per_step, self.rank, self.world_size, self.pad = rows_per_step, rank, world_size, pad
+        self.restore(StreamState())
 
-    def restore(self, cursor: StreamPlace, waiting: list[int]) -> None:
-        """Go on from a place and the conversations in the pool there, oldest first."""
-        self.cursor = cursor
+    def state(self) -> StreamState:
+        """Where the stream stands."""
+        return StreamState(self.cursor, [waiting.number for waiting in self.pool.items()])
+
+    def restore(self, state: StreamState) -> None:
+        """Continue from a state."""
+        self.cursor = state.cursor
         self.pool: BestFitPool[Waiting] = BestFitPool()
         self._order_epoch, self._order = -1, np.empty(0, np.int64)
-        for index in waiting:
+        for index in state.waiting:
             signed, _ = self.get(index)
             assert signed is not None, f"conversation {index} was usable when the state was saved"
             self.pool.add(len(signed), Waiting(index, signed))
 
-    def next_rows(self, rows_per_step: int) -> list[list[Waiting]]:
+    def next_step(self) -> tuple[Batch, StreamState]:
+        """The rank's rows of the next step. Raises StopIteration when there is none left."""
+        rows = self.next_rows()
+        if not rows:
+            raise StopIteration
+        return build_batch(rows[self.rank :: self.world_size], self.row_tokens, self.pad), self.state()
+
+    def next_rows(self) -> list[list[Waiting]]:
         """Up to rows_per_step rows: fewer where the data ends, and then none."""
         rows: list[list[Waiting]] = []
-        while len(rows) < rows_per_step:
+        while len(rows) < self.rows_per_step:
             self._top_up()
             before = self.pool.total
             row = fill_row_whole(self.pool, self.row_tokens)
@@ -169,7 +185,7 @@ class ConversationPacker:
         return int(self._order[now.position])
 
 
-class ConversationLoader:
+class ConversationLoader(PrefetchingLoader[StreamState]):
     """Rows of whole conversations for finetuning. `dataset` has a length and gives conversations by index.
 
     Each epoch goes through the data set in its own order. Conversations are packed by best fit; one that does
@@ -199,26 +215,22 @@ class ConversationLoader:
         if sequence_len < 2 or rows_per_step < 1:
             raise UserError(f"a step needs at least one row of two tokens, got {rows_per_step} of {sequence_len}")
         assert 0 <= rank < world_size and (num_epochs is None or num_epochs > 0)
-        self.rows_per_step, self.rank, self.world_size = rows_per_step, rank, world_size
-        self.sequence_len = sequence_len
+        self.rows_per_step, self.sequence_len = rows_per_step, sequence_len
         self.seed, self.num_epochs, self.size, self.row_tokens = seed, num_epochs, len(dataset), sequence_len + 1
-        self._bos = tokenizer.encode_special("<|bos|>")
         self._get = RenderedConversations(dataset, tokenizer, self.row_tokens).get
-        self._packer = ConversationPacker(
-            self._get, self.size, row_tokens=self.row_tokens, seed=seed, num_epochs=num_epochs
+        packer = ConversationPacker(
+            self._get,
+            self.size,
+            row_tokens=self.row_tokens,
+            seed=seed,
+            num_epochs=num_epochs,
+            rows_per_step=rows_per_step,
+            rank=rank,
+            world_size=world_size,
+            pad=tokenizer.encode_special("<|bos|>"),
         )
+        super().__init__(packer, PREFETCH_STEPS)
         self._layout = {"version": 1, "conversations": self.size, "sequence_len": sequence_len, "seed": seed}
-        self._cursor, self._waiting = StreamPlace(), list[int]()  # after the last batch handed out
-        self._prefetcher: Prefetcher[_Step] | None = None
-
-    def next_batch(self) -> Batch:
-        """This process's rows of the next step. Raises StopIteration at the end of the last epoch."""
-        if self._prefetcher is None:
-            make = partial(_make_step, self._packer, self.rows_per_step, self.rank, self.world_size, self._bos)
-            self._prefetcher = Prefetcher(make, PREFETCH_STEPS)
-        step = self._prefetcher.get()
-        self._cursor, self._waiting = step.cursor, step.waiting
-        return step.batch
 
     def num_steps(self) -> int:
         """Steps in num_epochs (in one epoch, if endless), from the start.
@@ -247,22 +259,20 @@ class ConversationLoader:
     def state_dict(self) -> dict[str, np.ndarray]:
         """Where the stream stands after the last batch handed out. The same on every rank."""
         state = {f"conversations.{name}": np.array(value, np.int64) for name, value in self._layout.items()}
-        state["conversations.place"] = np.array(self._cursor, np.int64)
-        state["conversations.waiting"] = np.array(self._waiting, np.int64)
+        state["conversations.place"] = np.array(self._state.cursor, np.int64)
+        state["conversations.waiting"] = np.array(self._state.waiting, np.int64)
         return state
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Go on from a saved state, with any number of processes. Raises UserError for another run's."""
         found = {name: int(state[f"conversations.{name}"]) for name in self._layout if f"conversations.{name}" in state}
         check_layout(found, self._layout)
-        self._cursor = StreamPlace(*np.asarray(state["conversations.place"]).tolist())
-        self._waiting = np.asarray(state["conversations.waiting"]).tolist()
-        self.close()
-        self._packer.restore(self._cursor, self._waiting)
+        cursor = StreamPlace(*np.asarray(state["conversations.place"]).tolist())
+        self._restore(StreamState(cursor, np.asarray(state["conversations.waiting"]).tolist()))
 
     def stats(self) -> dict[str, float]:
         """Over all processes, up to the last batch handed out; conversations counts what was read for it."""
-        now = self._cursor
+        now = self._state.cursor
         return {
             "conversations": now.epoch * self.size + now.position,
             "truncated": now.truncated,
@@ -273,28 +283,12 @@ class ConversationLoader:
             "padded_share": 1 - now.tokens / max(now.rows * self.row_tokens, 1),
         }
 
-    def close(self) -> None:
-        """End the thread. The state stays readable; the next batch after it starts another thread there."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
-            self._packer.restore(self._cursor, self._waiting)
-
 
 def count_rows(packer: ConversationPacker) -> int:
     """How many rows are left in the packer's stream, which must end."""
-    while packer.next_rows(1000):
+    while packer.next_rows():
         pass
     return packer.cursor.rows
-
-
-def _make_step(packer: ConversationPacker, rows_per_step: int, rank: int, world_size: int, pad: int) -> _Step:
-    """The next step's rows, those of `rank` built. Raises StopIteration when there is none left."""
-    rows = packer.next_rows(rows_per_step)
-    if not rows:
-        raise StopIteration
-    batch = build_batch(rows[rank::world_size], packer.row_tokens, pad)
-    return _Step(batch, packer.cursor, [waiting.number for waiting in packer.pool.items()])
 
 
 def build_batch(rows: list[list[Waiting]], row_tokens: int, pad: int) -> Batch:

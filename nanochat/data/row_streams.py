@@ -11,8 +11,10 @@ row[1:], every token of every document is a target exactly once.
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from nanochat.common import UserError
+from nanochat.data.batches import Batch
 from nanochat.data.document_order import Cursor, DocumentOrder, Text, Tokens
 from nanochat.data.packing import BestFitPool, fill_row
 
@@ -22,6 +24,7 @@ REFILL_ROWS = 8
 POOL_DOCUMENTS = 128
 POOL_ROWS = (16, 64)
 TAKE_DOCUMENTS, TAKE_CHARS = 32, 64_000  # at a time
+MAX_LISTED_GROUPS = 8  # in a batch's origin
 REMEMBERED_BYTES = 256 * 2**20  # of documents' tokens, for the next epoch
 
 
@@ -152,22 +155,38 @@ class LanePacker:
     """Some lanes of a corpus, in step with each other, sharing the reader and the tokenizer. For one thread."""
 
     def __init__(
-        self, order: DocumentOrder, tokenizer: TextEncoder, lanes: list[int], *, sequence_len: int, num_threads: int
+        self,
+        order: DocumentOrder,
+        tokenizer: TextEncoder,
+        lanes: list[int],
+        *,
+        sequence_len: int,
+        num_threads: int = 1,
+        rows_per_step: int = 1,
     ) -> None:
-        self.order = order
+        self.order, self.rows_per_step = order, rows_per_step
         self.row_tokens = sequence_len + 1
         self.bos = tokenizer.get_bos_token_id()
         self.dtype = token_dtype(tokenizer.get_vocab_size())
         self.memory = TokenMemory(tokenizer, self.dtype, num_threads)
         self.lanes = [Lane(index, self.row_tokens) for index in lanes]
 
-    def states(self) -> list[LaneState]:
+    def state(self) -> list[LaneState]:
         """The state of each lane."""
         return [lane.state() for lane in self.lanes]
 
     def restore(self, states: list[LaneState]) -> None:
         """Go on from `states`, one for each lane."""
         self.lanes = [Lane(lane.index, self.row_tokens, state) for lane, state in zip(self.lanes, states, strict=True)]
+
+    def next_step(self) -> tuple[Batch, list[LaneState]]:
+        """The next `rows_per_step` rows of each lane as a batch, and the lanes' states after it."""
+        rows, sources = self.next_rows(self.rows_per_step)
+        rows_tensor = torch.from_numpy(rows)  # (N, T+1)
+        numbers = [lane.index for lane in self.lanes]
+        origin = f"{describe_sources(sources)}, {len(numbers)} streams from {numbers[0]} to {numbers[-1]}"
+        inputs, targets = rows_tensor[:, :-1].contiguous(), rows_tensor[:, 1:].contiguous()  # (N, T) each
+        return Batch(inputs, targets, None, origin), self.state()
 
     def next_rows(self, rows_per_lane: int) -> tuple[np.ndarray, set[tuple[int, int]]]:
         """The next rows of all lanes, (rows_per_lane * lanes, T+1) int64, lane by lane within each round.
@@ -210,6 +229,15 @@ class LanePacker:
                 taken += [(lane, text) for text in texts]
             for (lane, text), ids in zip(taken, self.memory.encode([text for _, text in taken]), strict=True):
                 lane.pool.add(len(ids) + 1, Piece(ids, text.epoch, text.block, False))
+
+
+def describe_sources(sources: set[tuple[int, int]]) -> str:
+    """`epoch 0 to 1, row groups 3 17`: where a batch's documents came from, the first few row groups of them."""
+    epochs, groups = {epoch for epoch, _ in sources}, sorted({group for _, group in sources})
+    named = " ".join(map(str, groups[:MAX_LISTED_GROUPS]))
+    more = f" and {len(groups) - MAX_LISTED_GROUPS} more" if len(groups) > MAX_LISTED_GROUPS else ""
+    last = f" to {max(epochs)}" if len(epochs) > 1 else ""
+    return f"epoch {min(epochs)}{last}, row groups {named}{more}"
 
 
 def check_layout(found: dict[str, Any], expected: dict[str, int]) -> None:
