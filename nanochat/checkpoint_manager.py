@@ -41,7 +41,7 @@ from nanochat.checkpoint.folder import (
 from nanochat.checkpoint.optimizer_shards import parse_piece
 from nanochat.checkpoint.tensor_file import read_tensors, tensor_chunks, write_file
 from nanochat.common import UserError, get_base_dir, read_json, warn
-from nanochat.distributed.collectives import Peers
+from nanochat.distributed.collectives import BackgroundGroup
 from nanochat.distributed.rank_checks import non_finite
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
@@ -106,7 +106,7 @@ def save_checkpoint(
     loader_state: dict[str, np.ndarray] | None = None,
     rng_state: dict[str, torch.Tensor] | None = None,
     keep_last: int = 0,
-    peers: Peers | None = None,
+    group: BackgroundGroup | None = None,
 ) -> Path:
     """Write step `step` of `run` and return its folder; any thread may, on tensors that nobody changes meanwhile.
 
@@ -114,44 +114,46 @@ def save_checkpoint(
     A step saved before is replaced once the new one is complete; then, with `keep_last` N > 0, steps older than
     the newest N are deleted. Raises OSError (disk full, no permission) with everything older as it was.
 
-    Of several `peers` all call it, into a folder that all see. Each writes its own share of the optimizer's and the
+    Of several ranks all call it, into a folder that all see. Each writes its own share of the optimizer's and the
     loader's state, the first one the rest, and the manifest once all shares are on the disk. What fails on one
     fails on all.
     """
     assert step >= 0 and "model_config" in meta and meta.get("tokenizer_hash", tokenizer.hash) == tokenizer.hash
-    run, peers = Path(run), peers or Peers()
-    folder, main = step_path(run, step, "new"), peers.rank == 0
+    run, group = Path(run), group or BackgroundGroup()
+    folder, main = step_path(run, step, "new"), group.rank == 0
     own: dict[str, Mapping[str, Any] | None] = {
-        share_name("optimizer", peers): optimizer_state and optimizer_state[0],
-        share_name("loader", peers): loader_state,
+        share_name("optimizer", group): optimizer_state and optimizer_state[0],
+        share_name("loader", group): loader_state,
     }
     if main:
         own |= {"model": model_state, "rng": rng_state}
 
     def write_share() -> dict[str, Any]:
         files = {
-            f"{name}.safetensors": write_file(folder / f"{name}.safetensors", tensor_chunks(group))
-            for name, group in own.items()
-            if group is not None
+            f"{name}.safetensors": write_file(folder / f"{name}.safetensors", tensor_chunks(tensors))
+            for name, tensors in own.items()
+            if tensors is not None
         }
         return {"files": files, "optimizer_steps": optimizer_state and optimizer_state[1]}
 
     with contextlib.ExitStack() as stack:
-        peers.together("opening a checkpoint", lambda: main and not stack.enter_context(new_step(run, step, keep_last)))
-        shares = peers.together("writing a checkpoint", write_share)
+        group.run_on_all(
+            "opening a checkpoint", lambda: main and not stack.enter_context(new_step(run, step, keep_last))
+        )
+        shares = group.run_on_all("writing a checkpoint", write_share)
 
         def complete() -> None:
             if main:
                 write_rest(folder, step, meta, tokenizer, shares)
                 stack.close()  # the step appears
 
-        peers.together("completing a checkpoint", complete)
+        group.run_on_all("completing a checkpoint", complete)
     return step_path(run, step)
 
 
-def share_name(stem: str, peers: Peers) -> str:
+def share_name(stem: str, group: BackgroundGroup) -> str:
     """`optimizer`, or `optimizer-00002-of-00004` where there are four processes."""
-    return stem if peers.world_size == 1 else f"{stem}-{peers.rank + 1:05d}-of-{peers.world_size:05d}"
+    return stem if group.world_size == 1 else f"{stem}-{group.rank + 1:05d}-of-{group.world_size:05d}"
 
 
 def write_rest(folder: Path, step: int, meta: dict[str, Any], tokenizer: Any, shares: list[dict[str, Any]]) -> None:

@@ -288,7 +288,11 @@ def evaluate_core(
     started, results = time.perf_counter(), []
 
     def over_ranks(values: torch.Tensor) -> torch.Tensor:
-        return runtime.all_reduce_sum(values.to(runtime.device)).cpu() if runtime.world_size > 1 else values
+        return (
+            runtime.all_reduce_sum(values.to(runtime.device), "summing CORE results").cpu()
+            if runtime.world_size > 1
+            else values
+        )
 
     for task in bundle.tasks:
         began = time.perf_counter()

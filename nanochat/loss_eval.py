@@ -46,7 +46,9 @@ def evaluate_bpb(
     if runtime is not None:
         raise_on_all_ranks(runtime, failure)
         if runtime.world_size > 1:
-            nats, count = runtime.all_reduce_sum(torch.stack([nats, count]).to(runtime.device)).cpu()
+            nats, count = runtime.all_reduce_sum(
+                torch.stack([nats, count]).to(runtime.device), "summing the validation loss"
+            ).cpu()
     elif failure:
         raise failure
     return nats.item() / (math.log(2) * count.item()) if count.item() else math.inf

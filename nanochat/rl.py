@@ -206,7 +206,7 @@ class RolloutLoader:
             len(groups),
         ]
         summed = self.runtime.all_reduce_sum(
-            torch.tensor([*own, *per_level.flatten()]).float().to(self.runtime.device)
+            torch.tensor([*own, *per_level.flatten()]).float().to(self.runtime.device), "summing the rewards"
         ).cpu()
         reward, samples, length, tokens, surprise, cut, silent, count = summed[: len(own)].tolist()
         for curriculum, (total, number) in zip(self.curricula, summed[len(own) :].view(-1, 2).tolist()):

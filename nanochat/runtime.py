@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import UserError, say, warn
-from nanochat.distributed.collectives import all_gather_texts, join, naming
+from nanochat.distributed.collectives import all_gather_texts, collective_op, init_process_group
 
 IMPORTED = time.perf_counter()
 TIMEOUT_SECONDS = 1800.0  # the longest that one process may leave the others waiting, in an evaluation for instance
@@ -64,83 +64,91 @@ class Runtime:
             keep_freed_memory()
         chosen, reason = pick_dtype(device_type, dtype or os.environ.get("NANOCHAT_DTYPE", ""))
         if world_size > 1 and not dist.is_initialized():
-            join("nccl" if device_type == "cuda" else "gloo", rank, world_size, timeout_seconds)
+            init_process_group("nccl" if device_type == "cuda" else "gloo", rank, world_size, timeout_seconds)
         seed_everything(seed)
         return cls(device, chosen, reason, seed, rank, local_rank, world_size, timeout_seconds)
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that prints and writes."""
+        """True on rank 0, which prints and writes for all."""
         return self.rank == 0
 
     @property
     def scales_loss(self) -> bool:
-        """Whether gradients pass through float16, below whose range they would vanish if not scaled up."""
+        """Whether the loss is scaled up: float16 gradients would underflow otherwise."""
         return self.dtype == torch.float16
 
     def print0(self, text: str) -> None:
-        """Print on the main process only."""
+        """Print on rank 0 only."""
         if self.is_main:
             say(text)
 
     def warn0(self, message: str) -> None:
-        """Warn on the main process only: of what all processes know."""
+        """Warn on rank 0 only, of something that all ranks know."""
         if self.is_main:
             warn(message)
 
     def error0(self, text: str) -> None:
-        """Print on the main process's standard error only: what all processes know."""
+        """Print on rank 0's standard error only, what all ranks know."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
-    def all_reduce_sum(self, value: torch.Tensor, what: str = "a sum") -> torch.Tensor:
-        """Sum a tensor over all processes (in place); the identity for one process."""
+    # Collectives. With one rank each returns its argument, or what it computes from it, without communication.
+
+    def all_reduce_sum(self, value: torch.Tensor, name: str) -> torch.Tensor:
+        """Sum a tensor over all ranks, in place. Collective: every rank must call it.
+
+        `name` identifies the call in time-out errors, here and below.
+        """
         if self.world_size > 1:
-            with naming(what):
+            with collective_op(name):
                 dist.all_reduce(value)
         return value
 
-    def all_reduce_max(self, value: float, what: str = "a common decision") -> float:
-        """The largest of all processes' values, so that they decide alike; the identity for one process."""
+    def all_reduce_max(self, value: float, name: str) -> float:
+        """Maximum of `value` over all ranks. Collective: every rank must call it."""
         if self.world_size == 1:
             return value
         shared = torch.tensor(float(value), device=self.device)
-        with naming(what):
+        with collective_op(name):
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return float(shared)
 
-    def all_gather(self, value: torch.Tensor, what: str = "a comparison") -> list[Any]:
-        """The numbers of all processes' tensors of one shape, by rank, as nested lists."""
+    def all_gather(self, value: torch.Tensor, name: str) -> list[Any]:
+        """Every rank's tensor (one shape) as nested lists, by rank. Collective: every rank must call it."""
         if self.world_size == 1:
             return [value.tolist()]
-        everyone = [torch.empty_like(value) for _ in range(self.world_size)]
-        with naming(what):
-            dist.all_gather(everyone, value)
-        return [values.tolist() for values in everyone]
+        gathered = [torch.empty_like(value) for _ in range(self.world_size)]
+        with collective_op(name):
+            dist.all_gather(gathered, value)
+        return [values.tolist() for values in gathered]
 
-    def all_gather_text(self, text: str, what: str = "an exchange") -> list[str]:
-        """The text that each process brought, by rank."""
-        return [text] if self.world_size == 1 else all_gather_texts(text, what, self.device)
+    def all_gather_text(self, text: str, name: str) -> list[str]:
+        """Every rank's text, by rank. Collective: every rank must call it."""
+        return [text] if self.world_size == 1 else all_gather_texts(text, name, self.device)
 
-    def broadcast(self, choose: Callable[[], Any], what: str) -> Any:
-        """What `choose` returned on the main process (it must fit in JSON), on all; a UserError likewise."""
+    def broadcast(self, compute: Callable[[], Any], name: str) -> Any:
+        """Call `compute` on rank 0 only and return its result (a JSON value) on all ranks; a UserError likewise.
+
+        Collective: every rank must call it.
+        """
         if self.world_size == 1:
-            return choose()
-        answer: dict[str, Any] = {}
+            return compute()
+        outcome: dict[str, Any] = {}
         if self.is_main:
             try:
-                answer = {"value": choose()}
+                outcome = {"value": compute()}
             except UserError as error:
-                answer = {"error": str(error)}
-        answer = json.loads(self.all_gather_text(json.dumps(answer), what)[0])
-        if "error" in answer:
-            raise UserError(answer["error"])
-        return answer["value"]
+                outcome = {"error": str(error)}
+        outcome = json.loads(self.all_gather_text(json.dumps(outcome), name)[0])
+        if "error" in outcome:
+            raise UserError(outcome["error"])
+        return outcome["value"]
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
+    def barrier(self, name: str) -> None:
+        """Wait for all ranks. Collective: every rank must call it."""
         if self.world_size > 1:
-            with naming("a barrier"):
+            with collective_op(name):
                 dist.barrier()
 
     def synchronize(self) -> None:

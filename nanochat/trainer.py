@@ -186,7 +186,7 @@ class Trainer:
         now = self.progress
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         finite = bool(torch.nn.utils.get_total_norm(grads).isfinite())
-        overflowed = bool(self.runtime.all_reduce_max(float(not finite)))
+        overflowed = bool(self.runtime.all_reduce_max(float(not finite), "checking for overflow"))
         if not overflowed:
             for grad in grads:
                 grad /= now.loss_scale
@@ -253,7 +253,9 @@ class Trainer:
             while wait and not wait(0.5) and not self.stop_signal:
                 pass
             failure = wait and self.loader.failure  # type: ignore[attr-defined]
-            word = int(self.runtime.all_reduce_max(DATA_ERROR if failure else self.stop_signal or 0))
+            word = int(
+                self.runtime.all_reduce_max(DATA_ERROR if failure else self.stop_signal or 0, "sharing the stop code")
+            )
             if word != DATA_ERROR:
                 break
             self._skip_or_fail(failure)
@@ -282,7 +284,10 @@ class Trainer:
     def _follow_deadline(self) -> int:
         """The number of steps of the run, moved if there is a deadline; alike on all processes."""
         if self.deadline:
-            now, plan = self.runtime.all_reduce_max(time.perf_counter() - self.started), self.schedule
+            now, plan = (
+                self.runtime.all_reduce_max(time.perf_counter() - self.started, "reading the clock"),
+                self.schedule,
+            )
             plan.num_steps = self.deadline.horizon(self.progress.step, plan.num_steps, now)
         return self.schedule.num_steps
 
@@ -297,12 +302,14 @@ class Trainer:
                 self.model.train()
                 hook.seconds = time.perf_counter() - began
         if self.deadline and any(hook.due(step, num_steps) for hook in self.hooks):
-            self.deadline.observing_seconds = self.runtime.all_reduce_max(self.closing_hooks_seconds())
+            self.deadline.observing_seconds = self.runtime.all_reduce_max(
+                self.closing_hooks_seconds(), "timing the hooks"
+            )
         return found
 
     def raise_if_stop_requested(self) -> None:
         """For long observers, now and then, on all processes: raises StopObserving once a signal has come."""
-        if self.runtime.all_reduce_max(self.stop_signal or 0):
+        if self.runtime.all_reduce_max(self.stop_signal or 0, "sharing the stop signal"):
             raise StopObserving
 
     def closing_hooks_seconds(self) -> float:
@@ -339,7 +346,7 @@ class Trainer:
     def _refuse_non_finite(self) -> None:
         """Raise NonFiniteLoss, on all processes, before weights that are spoilt take the place of good ones."""
         spoilt = non_finite(self.model)
-        if self.runtime.all_reduce_max(len(spoilt)):
+        if self.runtime.all_reduce_max(len(spoilt), "checking for non-finite weights"):
             raise NonFiniteLoss(
                 f"the weights are not finite after step {self.progress.step} "
                 f"({', '.join(spoilt[:3]) or 'on another process'}), and are not saved; "

@@ -28,7 +28,7 @@ def open_bundle(given: str, base_dir: Path, runtime: Runtime, baselines: str = "
     """The bundle that --eval-bundle means; on all processes, downloaded by one."""
     if runtime.is_main:
         bundle_folder(given, base_dir)
-    runtime.barrier()
+    runtime.barrier("writing the CORE results")
     bundle = read_bundle(bundle_folder(given, base_dir), baselines, only)
     if bundle.missing:
         runtime.warn0(

@@ -104,7 +104,7 @@ def bpb_by_source(
         per_char = len(tokenizer.encode(one.documents[0].text)) / max(1, len(one.documents[0].text))
         rows = max(1, min(tokens, round(one.chars * per_char)) // T)
         figures[number] = loader_bpb(model, make_loader, tokenizer, None, rows, 1)
-    figures = runtime.all_reduce_sum(figures.to(runtime.device)).cpu()
+    figures = runtime.all_reduce_sum(figures.to(runtime.device), "summing the losses by source").cpu()
     return [
         {"source": source, "documents": len(found[source]), "bits per byte": float(figure)}
         for source, figure in zip(sources, figures)

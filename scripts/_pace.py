@@ -38,7 +38,7 @@ def choose_depth(
         raise UserError("--depth=-1 needs a fitted scaling law (bash runs/scaling_laws.sh); give a depth")
     total = batch_for_minutes(runtime.device.type) if total_batch_size == -1 else total_batch_size
     choice = best_depth(minutes, align_batch(total, of_depth(2).sequence_len), of_depth, law, runtime)
-    return choice._replace(key=int(runtime.all_reduce_max(choice.key)))
+    return choice._replace(key=int(runtime.all_reduce_max(choice.key, "choosing the depth")))
 
 
 def best_depth(
@@ -62,7 +62,9 @@ def best_depth(
             model.flops_per_token, first.flops_per_token, last.flops_per_token, near.token_seconds, far.token_seconds
         )
         update = between(model.params, first.params, last.params, near.update_seconds, far.update_seconds)
-        step = runtime.all_reduce_max(Pace(token, update, "").step_seconds(batch_tokens // runtime.world_size))
+        step = runtime.all_reduce_max(
+            Pace(token, update, "").step_seconds(batch_tokens // runtime.world_size), "timing a step"
+        )
         return steps_in(minutes, step) * batch_tokens * model.flops_per_token
 
     return law.best(flops, candidates)
@@ -76,8 +78,8 @@ def this_machine(runtime: Runtime) -> Gpu:
     else:
         name, memory = f"{name}, {os.cpu_count()} CPUs", available_memory()
     # Other work on the machine can only lower it; processes must agree, as they measure together afterwards.
-    peak = runtime.all_reduce_max(max(measure_peak_flops(runtime) for _ in range(3)))
-    memory = -runtime.all_reduce_max(-memory)
+    peak = runtime.all_reduce_max(max(measure_peak_flops(runtime) for _ in range(3)), "measuring the peak")
+    memory = -runtime.all_reduce_max(-memory, "measuring the memory")
     return Gpu(name, memory, peak, None, 0.0, None, str(runtime.dtype).removeprefix("torch."))
 
 
@@ -154,7 +156,9 @@ def time_step(config: GPTConfig, rows: int, runtime: Runtime) -> tuple[float, fl
     trainer.step(batch)
     micro: list[float] = []
     update: list[float] = []
-    while not micro or (len(micro) < 5 and runtime.all_reduce_max(sum(micro) + sum(update)) < MEASURING_SECONDS / 8):
+    while not micro or (
+        len(micro) < 5 and runtime.all_reduce_max(sum(micro) + sum(update), "timing steps") < MEASURING_SECONDS / 8
+    ):
         started = read_clock(runtime)
         trainer.accumulate(batch)
         summed = read_clock(runtime)
@@ -162,7 +166,7 @@ def time_step(config: GPTConfig, rows: int, runtime: Runtime) -> tuple[float, fl
         micro.append(summed - started)
         update.append(read_clock(runtime) - summed)
         model.zero_grad(set_to_none=True)
-    return runtime.all_reduce_max(min(micro)), runtime.all_reduce_max(min(update))
+    return runtime.all_reduce_max(min(micro), "timing steps"), runtime.all_reduce_max(min(update), "timing steps")
 
 
 def read_clock(runtime: Runtime) -> float:

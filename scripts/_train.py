@@ -256,12 +256,15 @@ def deadline_for(config: TrainFlags, trainer: Trainer, total_batch_tokens: int) 
     """What --minutes asks for, counted from the start of the program to its end."""
     if config.minutes <= 0 or config.num_iterations > 0:
         return None
-    started = trainer.runtime.all_reduce_max(process_age())
+    started = trainer.runtime.all_reduce_max(process_age(), "reading the clock")
     # Until an evaluation has been timed: a forward pass is about a third of a training step.
     usual = config.minutes * 60 / trainer.schedule.num_steps
     share = config.evaluation_tokens(trainer.runtime) / total_batch_tokens
     trainer.hooks[0].seconds = usual * share / 3  # validation comes first in every script
-    deadline = Deadline(config.minutes * 60 - started, trainer.runtime.all_reduce_max(trainer.closing_hooks_seconds()))
+    deadline = Deadline(
+        config.minutes * 60 - started,
+        trainer.runtime.all_reduce_max(trainer.closing_hooks_seconds(), "timing the hooks"),
+    )
     deadline.go_on(trainer.progress.step, trainer.progress.wall_seconds)
     return deadline
 

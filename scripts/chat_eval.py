@@ -220,7 +220,7 @@ def run_task(
     rights = torch.zeros(total, dtype=torch.float32)
     for outcome in outcomes:
         rights[outcome.index] = outcome.num_right
-    rights = runtime.all_reduce_sum(rights.to(runtime.device)).cpu()
+    rights = runtime.all_reduce_sum(rights.to(runtime.device), "summing right answers").cpu()
     return [int(right) for right in rights.tolist()], outcomes
 
 

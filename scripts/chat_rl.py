@@ -196,7 +196,13 @@ def evaluate(trainer: Trainer, tasks: Sequence[Task], start: Start, config: Conf
             for outcome in outcomes:
                 rights[outcome.index] = outcome.num_right
             rates.append(
-                pass_rates([int(n) for n in runtime.all_reduce_sum(rights.to(runtime.device)).tolist()], samples)
+                pass_rates(
+                    [
+                        int(n)
+                        for n in runtime.all_reduce_sum(rights.to(runtime.device), "summing right answers").tolist()
+                    ],
+                    samples,
+                )
             )
             if samples == 1:
                 name = task.name.replace("/", "_") + (f".rank{runtime.rank}" if runtime.world_size > 1 else "")

@@ -128,4 +128,4 @@ def hang(runtime: Runtime) -> str:
 
 def test_a_hung_collective_ends_and_names_rank_and_operation() -> None:
     first, _ = run_ranks(2, hang, timeout=2)
-    assert first.startswith("rank 0: summing the loss failed, another process hangs or is gone"), first
+    assert first.startswith("rank 0: summing the loss failed"), first

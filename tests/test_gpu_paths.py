@@ -161,7 +161,7 @@ def test_all_processes_skip_when_one_overflows(monkeypatch: pytest.MonkeyPatch) 
     t.loss_fn = t.model.loss
     before = weights_of(t)
     t.accumulate(t.loader.next_batch())
-    monkeypatch.setattr(Runtime, "all_reduce_max", lambda self, value: 1.0)  # another process's gradients
+    monkeypatch.setattr(Runtime, "all_reduce_max", lambda self, value, name: 1.0)  # another process's gradients
     assert not t.unscale_gradients() and t.progress.loss_scale == 32768.0
     assert all(torch.equal(before[name], value) for name, value in weights_of(t).items())
 
@@ -229,7 +229,7 @@ def test_a_model_too_large_for_one_row_is_refused() -> None:
 
 def test_processes_agree_on_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
     others = iter([1.0, 1.0, 0.0])  # another process runs out of memory twice
-    monkeypatch.setattr(Runtime, "all_reduce_max", lambda self, value: max(value, next(others)))
+    monkeypatch.setattr(Runtime, "all_reduce_max", lambda self, value, name: max(value, next(others)))
     assert find_device_batch(lambda rows: None, 8, CPU) == 2
 
 

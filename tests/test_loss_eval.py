@@ -66,7 +66,7 @@ def asked_on_rank_1(runtime: Runtime) -> str:
 
 
 def test_what_one_rank_does_not_wait_for_all_leave() -> None:
-    assert run_ranks(2, asked_on_rank_1, timeout=20) == ["asked to stop"] * 2
+    assert run_ranks(2, asked_on_rank_1, timeout=20) == ["stop requested"] * 2
 
 
 def test_takes_at_most_steps_batches_and_splitting_changes_nothing() -> None:

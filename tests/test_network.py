@@ -151,8 +151,8 @@ def test_a_host_that_is_cut_off_or_dies_and_returns(hosts: TwoHosts, copied: Pat
         hosts.link(1, "down")
         run.let_go("2-22")
         run.wait_for("1-31")
-        ended = re.search(r"error: rank 1: (.+) failed, another process hangs or is gone \((.+)\)", run.said(0))
-        assert ended and ended[1].startswith(("summing", "counting", "gathering")), run.said(0)
+        ended = re.search(r"error: rank 1: (\w+) .*failed", run.said(0))
+        assert ended and ended[1] in ("summing", "counting", "gathering"), run.said(0)
         assert "resumed at step 20 " in run.said(0)
         assert run.launchers[1].poll() in (None, 75)  # it waits for the network, for a time
         hosts.link(1, "up")

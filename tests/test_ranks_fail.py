@@ -150,10 +150,10 @@ def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit
         if record["step"] == 3 or (record["step"] == 6 and heals):
             if t.saves.writing:  # the save before the fault, or the one that it hit, has its end first
                 wait([t.saves.writing[1]])
-            runtime.barrier()
+            runtime.barrier("test")
             if runtime.rank == culprit:
                 getattr(storage, fault)(record["step"] == 3)
-            runtime.barrier()
+            runtime.barrier("test")
 
     trainer.log = log
     with contextlib.redirect_stderr(io.StringIO()) as told:

@@ -221,7 +221,7 @@ def test_two_processes_draw_what_one_draws(runtime: Runtime) -> None:
         for rank in range(2):
             other = Runtime.create("cpu", "float32")
             other.rank, other.world_size = rank, 2
-            other.all_reduce_sum = lambda value: value  # type: ignore[method-assign]
+            other.all_reduce_sum = lambda value, name: value  # type: ignore[method-assign]
             loader = loader_for(model, other, groups=5)
             loader.step = step
             loader.watch = lambda step, groups, rows=rows: rows.extend(groups)  # type: ignore[misc]

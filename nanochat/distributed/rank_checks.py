@@ -1,4 +1,4 @@
-"""What goes wrong on some process of a run only: weights that drift, a loss that is not a number, data that fails."""
+"""Checks across ranks: diverged weights, non-finite losses, unreadable data. All ranks come to the same conclusion."""
 
 import json
 
@@ -11,31 +11,31 @@ from nanochat.runtime import Runtime
 
 
 class DataError(UserError):
-    """Some process cannot read what it is to train on, or to evaluate; all of them know. A trainer saves first."""
+    """Some rank cannot read its training or evaluation data; raised on all ranks. A trainer saves first."""
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite. The weights are those from before the step."""
+    """The loss became NaN or infinite; raised on all ranks. The weights are those from before the step."""
 
 
 class RanksDiverged(RuntimeError):
-    """Some processes' weights are not the others'. The message names their ranks."""
+    """Some ranks' weights differ from the majority's; raised on all ranks. The message names them."""
 
 
 def find_diverged_ranks(runtime: Runtime, model: nn.Module) -> list[int]:
-    """The ranks whose weights are not those of most; where no side has more, those that differ from the lowest rank's.
+    """The ranks whose weights differ from the majority's (from the lowest rank's where there is none).
 
-    Alike on all processes; costs one pass over the weights and a few bytes between processes.
+    Collective: every rank must call it. Costs one pass over the weights and 8 bytes per rank.
     """
     if runtime.world_size == 1:
         return []
-    sums = runtime.all_gather(checksum(model), "comparing the weights")
-    most = max(sums, key=sums.count)
-    return [rank for rank, own in enumerate(sums) if own != most]
+    checksums = runtime.all_gather(checksum(model), "comparing the weights")
+    majority = max(checksums, key=checksums.count)
+    return [rank for rank, value in enumerate(checksums) if value != majority]
 
 
 def checksum(model: nn.Module) -> torch.Tensor:
-    """A number that nearly always changes when any parameter does: of each the sum of its bits, then those by place."""
+    """A 64-bit checksum of all parameters: a polynomial (base 31) in the sums of each parameter's bits. Shape ()."""
     total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     for p in model.parameters():
         bits = p.detach().view(torch.int32 if p.element_size() == 4 else torch.int16)
@@ -44,16 +44,19 @@ def checksum(model: nn.Module) -> torch.Tensor:
 
 
 def non_finite(model: nn.Module) -> list[str]:
-    """The parameters that hold a NaN or an infinity. Costs one pass over the weights."""
+    """Names of this rank's parameters that hold a NaN or an infinity. Costs one pass over the weights."""
     return [name for name, p in model.named_parameters() if not p.isfinite().all()]
 
 
 def describe_non_finite_ranks(runtime: Runtime, own_loss: torch.Tensor | None, origin: str) -> str:
-    """Which ranks' losses are not finite, and what data they had, alike on all; `origin` tells of this process's."""
-    origins = runtime.all_gather_text(origin, "naming the data")
+    """Which ranks' losses are not finite, and their data; the same text on all ranks.
+
+    Collective: every rank must call it, with its own summed loss and `origin`, a description of its batch.
+    """
+    origins = runtime.all_gather_text(origin, "gathering the batches' origins")
     if own_loss is None or runtime.world_size == 1:
         return origin
-    finite = runtime.all_gather(own_loss.isfinite().float(), "naming the rank of a loss")
+    finite = runtime.all_gather(own_loss.isfinite().float(), "finding the rank of a non-finite loss")
     bad = [rank for rank, good in enumerate(finite) if not good]
     if not bad:  # only their sum overflows
         return f"all ranks together: {origins[0]}; ..."
@@ -62,27 +65,30 @@ def describe_non_finite_ranks(runtime: Runtime, own_loss: torch.Tensor | None, o
 
 
 def raise_on_all_ranks(runtime: Runtime, failure: BaseException | None) -> None:
-    """Raise on all processes what kept some from its data: StopRequested if that was it, else DataError. `failure` is
-    this process's."""
-    word = runtime.all_reduce_max(
-        0 if failure is None else 2 if isinstance(failure, StopRequested) else 1, "telling of failures"
-    )
-    if word == 2:
-        raise StopRequested("asked to stop") from failure
-    if word == 1:
+    """Raise on all ranks if some could not read their data: StopRequested if any was stopped, else DataError.
+
+    Collective: every rank must call it, with its own failure or None.
+    """
+    STOPPED, FAILED = 2, 1
+    code = 0 if failure is None else STOPPED if isinstance(failure, StopRequested) else FAILED
+    highest = runtime.all_reduce_max(code, "sharing data failures")
+    if highest == STOPPED:
+        raise StopRequested("stop requested") from failure
+    if highest == FAILED:
         raise DataError(gather_failures(runtime, failure, may_skip=False)[1]) from failure
 
 
 def gather_failures(
     runtime: Runtime, failure: BaseException | None, may_skip: bool
 ) -> tuple[dict[str, str], str | None]:
-    """(shards that some process could not read -> why, what else failed or None), alike on all.
+    """Gather all ranks' data failures: ({bad shard: reason}, first other failure or None), the same on all ranks.
 
-    `failure` is this process's. Without `may_skip` a bad shard is like any other failure.
+    Collective: every rank must call it, with its own failure or None. With `may_skip` False a bad shard counts as
+    any other failure.
     """
-    mine = {"error": str(failure) or type(failure).__name__} if failure else {}
+    own = {"error": str(failure) or type(failure).__name__} if failure else {}
     if may_skip and isinstance(failure, BadShard):
-        mine["shard"] = failure.shard
-    told = [json.loads(text) for text in runtime.all_gather_text(json.dumps(mine), "telling of data that failed")]
-    shards = {one["shard"]: one["error"] for one in told if "shard" in one}
-    return shards, next((one["error"] for one in told if "error" in one and "shard" not in one), None)
+        own["shard"] = failure.shard
+    failures = [json.loads(text) for text in runtime.all_gather_text(json.dumps(own), "gathering data failures")]
+    shards = {f["shard"]: f["error"] for f in failures if "shard" in f}
+    return shards, next((f["error"] for f in failures if "error" in f and "shard" not in f), None)

@@ -1,4 +1,7 @@
-"""Being asked to stop: the signals of a terminal, a person, a cluster's scheduler; and hearing of it while waiting."""
+"""Stop signals: catching them in a training loop, and noticing them in threads that wait for data.
+
+Nothing here is collective; the trainer shares the signal's number between two steps, so that all ranks stop together.
+"""
 
 import signal
 import threading
@@ -8,38 +11,38 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Where the system has them: Ctrl-C, kill, a terminal that closes, and what SLURM sends ahead of a time limit.
+# Ctrl-C, kill, a closed terminal, and what SLURM sends ahead of a time limit; those that this system has.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
-# A scheduler signals launcher and processes alike, and the launcher hands it on: that is one request, not two.
+# A scheduler signals the launcher and the ranks, and the launcher forwards its own: that counts as one request.
 SAME_REQUEST_SECONDS = 1.0
 
 
 class catch_signals:
-    """While open, the first of STOP_SIGNALS to come calls `handler` with its number instead of killing the process; a
-    second one raises KeyboardInterrupt, to leave now.
+    """While open, the first of STOP_SIGNALS calls `handler` with its number instead of killing the process; a second
+    one raises KeyboardInterrupt, to stop immediately.
 
-    Main thread only. SIGHUP stays ignored where nohup has it so; SIGINT is heard even where a shell has it ignored
-    for what it starts in the background.
+    Does nothing outside the main thread. SIGHUP stays ignored where nohup set it so; SIGINT is caught even where a
+    shell ignores it in background jobs.
     """
 
     def __init__(self, handler: Callable[[int], None]) -> None:
         self.handler = handler
-        self.asked: float | None = None  # when the first one came
+        self.requested_at: float | None = None  # when the first signal came
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            meant = getattr(signal, "SIGHUP", None)  # to be ignored, by nohup
-            heard = [s for s in STOP_SIGNALS if s != meant or signal.getsignal(s) is not signal.SIG_IGN]
-            self.before = {s: signal.signal(s, self._hear) for s in heard}
+            hangup = getattr(signal, "SIGHUP", None)
+            caught = [s for s in STOP_SIGNALS if s != hangup or signal.getsignal(s) is not signal.SIG_IGN]
+            self.before = {s: signal.signal(s, self._on_signal) for s in caught}
 
-    def _hear(self, signum: int, frame: FrameType | None) -> None:
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.asked is None:
-            self.asked = now
+        if self.requested_at is None:
+            self.requested_at = now
             self.handler(signum)
-        elif now - self.asked > SAME_REQUEST_SECONDS:
+        elif now - self.requested_at > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
 
     def __exit__(self, *exc: object) -> None:
@@ -48,24 +51,24 @@ class catch_signals:
 
 
 class StopRequested(Exception):
-    """A thread stops waiting: a Prefetcher's, whose results nobody wants any more, or one inside stop_when()."""
+    """A thread was told to stop waiting for data: a Prefetcher's that is being closed, or one inside stop_when()."""
 
 
 _this_thread = threading.local()
 
 
 @contextmanager
-def stop_when(asked: Callable[[], bool]) -> Iterator[None]:
-    """Inside, this thread's waiting for data ends with StopRequested once `asked` says so."""
-    _this_thread.asked = asked
+def stop_when(requested: Callable[[], bool]) -> Iterator[None]:
+    """Inside, raise_if_stop_requested() in this thread raises StopRequested once `requested()` is true."""
+    _this_thread.requested = requested
     try:
         yield
     finally:
-        del _this_thread.asked
+        del _this_thread.requested
 
 
 def raise_if_stop_requested() -> None:
-    """For what may wait long, now and then: raises StopRequested if this thread is stop_when, and was asked."""
-    asked = getattr(_this_thread, "asked", None)
-    if asked is not None and asked():
-        raise StopRequested("asked to stop")
+    """Raise StopRequested if this thread is inside stop_when() and its condition holds. For loops that wait."""
+    requested = getattr(_this_thread, "requested", None)
+    if requested is not None and requested():
+        raise StopRequested("stop requested")

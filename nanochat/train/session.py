@@ -79,12 +79,12 @@ def only_session(run: Path, runtime: Runtime) -> Iterator[None]:
 
 def move_aside(run: Path, runtime: Runtime) -> None:
     """Make room for a fresh run. Call it once everything that the user could have mistaken is checked."""
-    runtime.barrier()
+    runtime.barrier("checking the run's folder")
     if runtime.is_main and list_steps(run):
         aside = next(p for n in range(1, 10_000) if not (p := run.with_name(f"{run.name}.old{n}")).exists())
         run.rename(aside)
         say(f"the earlier run {run.name} was moved aside to {aside.name}; --resume would have continued it")
-    runtime.barrier()
+    runtime.barrier("moving the earlier run aside")
 
 
 def merge_saved_config(
@@ -287,7 +287,7 @@ def find_device_batch(trial: Callable[[int], None], rows: int, runtime: Runtime)
             failed = False
         except torch.OutOfMemoryError:
             failed = True
-        if not runtime.all_reduce_max(float(failed)):
+        if not runtime.all_reduce_max(float(failed), "checking that the batch fits"):
             return rows
         if rows == 1:
             raise UserError("not even one row fits in the GPU's memory: give a smaller --depth or --max-seq-len")
@@ -356,6 +356,6 @@ def measure_step(make_trainer: Callable[[GPT], Trainer], model: GPT, batch: Any,
         started = time.perf_counter()
         trial.step(batch)
         times.append(
-            trial.runtime.all_reduce_max(time.perf_counter() - started)
+            trial.runtime.all_reduce_max(time.perf_counter() - started, "timing a step")
         )  # all processes stop after as many steps
     return float(np.median(times))

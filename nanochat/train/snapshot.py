@@ -10,7 +10,7 @@ import torch
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.cpu import kernels
-from nanochat.distributed.collectives import Peers
+from nanochat.distributed.collectives import BackgroundGroup
 from nanochat.runtime import Runtime, rng_state
 from nanochat.trainer import Trainer
 
@@ -24,7 +24,7 @@ class Saver:
 
     def __init__(self, run: Path, runtime: Runtime, tokenizer: Any, meta: dict[str, Any], keep_last: int) -> None:
         self.run, self.tokenizer, self.meta, self.keep_last = run, tokenizer, meta, keep_last
-        self.peers = Peers(runtime.rank, runtime.world_size, runtime.timeout_seconds)
+        self.group = BackgroundGroup(runtime.rank, runtime.world_size, runtime.timeout_seconds)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="save")
 
     def __call__(self, trainer: Trainer) -> Future[Path]:
@@ -42,14 +42,14 @@ class Saver:
                 save_checkpoint,
                 self.run,
                 trainer.progress.step,
-                model_state=host_copy(trainer.model.state_dict()) if self.peers.rank == 0 else {},
+                model_state=host_copy(trainer.model.state_dict()) if self.group.rank == 0 else {},
                 meta=meta,
                 tokenizer=self.tokenizer,
                 optimizer_state=(host_copy(tensors), steps),
                 loader_state=trainer.loader.state_dict(),  # type: ignore[attr-defined]
                 rng_state=rng_state(trainer.runtime.device),
                 keep_last=self.keep_last,
-                peers=self.peers,
+                group=self.group,
             )
         )
 
