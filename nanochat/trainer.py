@@ -11,12 +11,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from nanochat.checkpoint.async_save import Saves
+from nanochat.checkpoint.async_save import AsyncSaver
 from nanochat.common import UserError, warn
 from nanochat.dataloader import Batch
 from nanochat.distributed.rank_checks import (
@@ -87,7 +86,7 @@ class Trainer:
     device_batch_size: int
     hooks: list[Hook] = field(default_factory=list)
     log: Callable[["Trainer", Record], None] = lambda trainer, record: None
-    save: Callable[["Trainer"], Any] | None = None
+    snapshot: Callable[["Trainer"], Callable[[], Any]] | None = None  # copies the state, returns what writes the copy
     save_every: int = -1
     deadline: Deadline | None = None  # moves the horizon, if there is one
     progress: Progress = field(default_factory=Progress)
@@ -97,10 +96,10 @@ class Trainer:
     positions: int = 0  # that this process has worked on in the step
     own_loss: torch.Tensor | None = None  # summed over this process's targets of the last batch
     compare_every: int = 100  # steps between comparisons of the processes' weights
-    saves: Saves = field(init=False)
+    saver: AsyncSaver = field(init=False)
 
     def __post_init__(self) -> None:
-        self.saves = Saves(self.runtime)
+        self.saver = AsyncSaver(self.runtime)
 
     def run(self) -> Progress:
         """Train to the horizon. Raises Interrupted after a signal, NonFiniteLoss, RanksDiverged, DataError, or
@@ -325,22 +324,22 @@ class Trainer:
         self._save(final=True)
 
     def _save(self, final: bool) -> None:
-        """Save this step, if it is not yet: in the background if `save` returns a future, but for the final one."""
+        """Save this step in the background, or, if `final`, wait until it is written. Collective."""
         step = self.progress.step
         self.progress.wall_seconds = time.perf_counter() - self.started
-        if self.save and self.saves.ready_for(step, final):
+        if self.snapshot and self.saver.ready_for(step, final):
             self._compare_weights()
             self._refuse_non_finite()
-            self.saves.begin(step, partial(self.save, self), final)
+            self.saver.start(step, self.snapshot(self), final)
 
     def _describe_non_finite(self, loss: float, batch: Batch) -> str:
         """Which step, process and data, alike on all processes."""
-        self.saves.settle(None)
+        self.saver.settle(None)
         data = describe_non_finite_ranks(self.runtime, self.own_loss, batch.origin)
         return f"loss is {loss} at step {self.progress.step} on {data}; {self._last_good()}"
 
     def _last_good(self) -> str:
-        saved = self.saves.last_step
+        saved = self.saver.last_step
         return "no checkpoint yet" if saved is None else f"last good checkpoint: step {saved}"
 
     def _refuse_non_finite(self) -> None:
@@ -361,7 +360,7 @@ class Trainer:
             raise RanksDiverged(
                 f"the weights of rank {', '.join(map(str, drifted))} are not the others' after step "
                 f"{self.progress.step}: faulty hardware, or code that treats ranks differently; the last "
-                f"good checkpoint is step {self.saves.last_step}"
+                f"good checkpoint is step {self.saver.last_step}"
             )
 
     def _request_stop(self, signum: int) -> None:

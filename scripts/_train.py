@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError, get_base_dir, read_json, say, warn, write_json
 from nanochat.data.document_order import NoText
+from nanochat.distributed.collectives import BackgroundGroup
 from nanochat.distributed.signals import StopRequested, stop_when
 from nanochat.flash_attention import prepare
 from nanochat.gpt import GPT
@@ -37,10 +39,9 @@ from nanochat.train.session import (
     move_aside,
     open_sinks,
     prepare_run,
-    restore_trainer,
     run_to_end,
 )
-from nanochat.train.snapshot import Saver
+from nanochat.train.snapshot import restore_trainer, take_snapshot
 from nanochat.trainer import Record, Trainer
 from scripts._device_batch import fit_device_batch
 
@@ -305,7 +306,10 @@ def drive(
         "plan": {"planned_steps": planned_steps, "total_batch_tokens": total_batch_tokens},
     }
     trainer.log = Watcher(metrics, script, run, command_line(script, config))
-    trainer.save = saver = Saver(run, runtime, tokenizer, meta, config.keep_last)
+    group = BackgroundGroup(runtime.rank, runtime.world_size, runtime.timeout_seconds)
+    trainer.snapshot = partial(
+        take_snapshot, run=run, tokenizer=tokenizer, meta=meta, keep_last=config.keep_last, group=group
+    )
     trainer.save_every = config.save_every
     trainer.deadline = deadline_for(config, trainer, total_batch_tokens)
     try:
@@ -315,7 +319,7 @@ def drive(
             record_so_far(script, figures | {"stopped_early": True})
         return code
     finally:
-        saver.close()
+        trainer.saver.close()
         metrics.close()
         trainer.loader.close()  # type: ignore[attr-defined]
 

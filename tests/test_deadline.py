@@ -1,6 +1,7 @@
 """A run with a deadline ends on time, whatever the machine does meanwhile."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from test_trainer import make_trainer
@@ -67,7 +68,7 @@ def test_the_trainer_follows_and_still_ends_with_its_hooks(monkeypatch: pytest.M
     seen: list[int] = []
     trainer.hooks = [trainer_module.Hook(lambda t: seen.append(t.progress.step))]
     saved: list[int] = []
-    trainer.save = lambda t: saved.append(t.progress.step)
+    trainer.snapshot = lambda t: partial(saved.append, t.progress.step)
     progress = trainer.run()
     assert progress.step == trainer.schedule.num_steps < 100
     assert seen == saved == [progress.step] and progress.wall_seconds == pytest.approx(19, abs=2)

@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nanochat import checkpoint_manager
 from nanochat.checkpoint import folder, tensor_file
 from nanochat.checkpoint_manager import list_steps, open_checkpoint
 from nanochat.dataloader import Batch
+from nanochat.distributed.collectives import BackgroundGroup
 from nanochat.distributed.rank_checks import NonFiniteLoss, RanksDiverged
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, OptimizerConfig, build_param_groups
@@ -26,7 +28,7 @@ from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.session import run_to_end
-from nanochat.train.snapshot import Saver
+from nanochat.train.snapshot import take_snapshot
 from nanochat.trainer import Trainer
 
 
@@ -137,19 +139,29 @@ def some_tokenizer(folder: Path) -> str:
     return str(own)
 
 
+def save_every_other_step(trainer: Trainer, run: Path, tokenizer: str, keep_last: int) -> None:
+    trainer.snapshot = partial(
+        take_snapshot,
+        run=run,
+        tokenizer=RustBPETokenizer.from_directory(Path(tokenizer)),
+        meta={"model_config": CONFIG.to_dict(), "plan": {}},
+        keep_last=keep_last,
+        group=BackgroundGroup(trainer.runtime.rank, trainer.runtime.world_size),
+    )
+    trainer.save_every = 2
+
+
 def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit: int, heals: bool) -> Any:
     """Save at every other step of ten; the storage breaks before the second save, and is whole before the third."""
     trainer, storage = make_trainer(runtime, 10), Storage(Path(run))
-    meta = {"model_config": CONFIG.to_dict(), "plan": {}}
-    saver = Saver(Path(run), runtime, RustBPETokenizer.from_directory(Path(tokenizer)), meta, keep_last=1)
-    trainer.save, trainer.save_every = saver, 2
+    save_every_other_step(trainer, Path(run), tokenizer, keep_last=1)
     saved: list[int | None] = []
 
     def log(t: Trainer, record: Any) -> None:
-        saved.append(t.saves.last_step)
+        saved.append(t.saver.last_step)
         if record["step"] == 3 or (record["step"] == 6 and heals):
-            if t.saves.writing:  # the save before the fault, or the one that it hit, has its end first
-                wait([t.saves.writing[1]])
+            if t.saver.writing:  # the save before the fault, or the one that it hit, has its end first
+                wait([t.saver.writing[1]])
             runtime.barrier("test")
             if runtime.rank == culprit:
                 getattr(storage, fault)(record["step"] == 3)
@@ -158,10 +170,10 @@ def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit
     trainer.log = log
     with contextlib.redirect_stderr(io.StringIO()) as told:
         code = run_to_end(trainer, Path(run), "again")
-    saver.close()
+    trainer.saver.close()
     if runtime.rank == culprit and not heals:
         getattr(storage, fault)(False)
-    return told.getvalue(), (code, trainer.progress.step, saved[-1], trainer.saves.last_step)
+    return told.getvalue(), (code, trainer.progress.step, saved[-1], trainer.saver.last_step)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits on files")
@@ -206,8 +218,6 @@ def test_a_step_that_lacks_a_share_is_skipped(missing: str, tmp_path: Path) -> N
 
 def save_twice(runtime: Runtime, folder: str, tokenizer: str) -> None:
     trainer = make_trainer(runtime, 4)
-    meta = {"model_config": CONFIG.to_dict(), "plan": {}}
-    trainer.save = Saver(Path(folder), runtime, RustBPETokenizer.from_directory(Path(tokenizer)), meta, keep_last=0)
-    trainer.save_every = 2
+    save_every_other_step(trainer, Path(folder), tokenizer, keep_last=0)
     trainer.run()
-    trainer.save.close()
+    trainer.saver.close()

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,11 +108,12 @@ def test_hooks_run_when_due_and_join_the_record() -> None:
 def test_nan_stops_before_the_update_and_names_everything() -> None:
     trainer = make_trainer(steps=5)
 
-    def save_and_poison(t: Trainer) -> None:
+    def save_and_poison(t: Trainer) -> Callable[[], None]:
         if t.progress.step == 2:
             t.model.lm_head.weight.data.fill_(math.nan)
+        return lambda: None
 
-    trainer.save, trainer.save_every = save_and_poison, 1
+    trainer.snapshot, trainer.save_every = save_and_poison, 1
     with pytest.raises(NonFiniteLoss, match=r"step 2 on batch 3; last good checkpoint: step 2"):
         trainer.run()
     assert trainer.progress.step == 2
@@ -121,7 +122,7 @@ def test_nan_stops_before_the_update_and_names_everything() -> None:
 @pytest.mark.parametrize("observer_fails", [False, True])
 def test_spoilt_weights_are_not_saved(observer_fails: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer, saved = make_trainer(steps=5), []
-    trainer.save, trainer.save_every = lambda t: saved.append(t.progress.step), 1
+    trainer.snapshot, trainer.save_every = lambda t: partial(saved.append, t.progress.step), 1
 
     def poison(t: Trainer) -> None:
         t.model.lm_head.weight.data[3, 1] = math.inf
@@ -137,7 +138,7 @@ def test_spoilt_weights_are_not_saved(observer_fails: bool, tmp_path: Path, caps
 
 def test_an_observer_told_to_leave_costs_nothing(tmp_path: Path) -> None:
     trainer, saved = make_trainer(steps=5), []
-    trainer.save = lambda t: saved.append(t.progress.step)
+    trainer.snapshot = lambda t: partial(saved.append, t.progress.step)
 
     def observe(t: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -153,7 +154,7 @@ def test_an_observer_told_to_leave_costs_nothing(tmp_path: Path) -> None:
 def test_a_signal_finishes_the_step_and_saves(signum: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(steps=50)
     saved = []
-    trainer.save = lambda t: saved.append(t.progress.step)
+    trainer.snapshot = lambda t: partial(saved.append, t.progress.step)
     trainer.log = lambda t, record: os.kill(os.getpid(), signum) if record["step"] == 3 else None
     inherited = signal.signal(signum, signal.default_int_handler)  # which nohup may have ignored
     code = run_to_end(trainer, tmp_path, "python -m scripts.base_train --resume")
@@ -176,24 +177,8 @@ def test_what_the_shell_has_ignored(signum: int, heard: bool, tmp_path: Path) ->
         signal.signal(signum, before)
 
 
-def test_a_failed_periodic_save_is_loud_and_training_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = make_trainer(steps=4)
-
-    def save(t: Trainer) -> None:
-        if t.progress.step == 2:
-            raise OSError(28, "No space left on device")
-
-    trainer.save, trainer.save_every = save, 1
-    trainer.run()
-    assert trainer.progress.step == 4 and trainer.saves.last_step == 4
-    assert "could not save step 2" in capsys.readouterr().err
-
-
-def background(trainer: Trainer, write: Callable[[int], None]) -> ThreadPoolExecutor:
-    """Give the trainer a save that writes in a thread, after every step."""
-    pool = ThreadPoolExecutor(1)
-    trainer.save, trainer.save_every = lambda t: pool.submit(write, t.progress.step), 1
-    return pool
+def save_every_step(trainer: Trainer, write: Callable[[int], None]) -> None:
+    trainer.snapshot, trainer.save_every = lambda t: partial(write, t.progress.step), 1
 
 
 def test_training_goes_on_while_a_save_is_written(capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,45 +188,49 @@ def test_training_goes_on_while_a_save_is_written(capsys: pytest.CaptureFixture[
         assert gate.wait(30)
         written.append(step)
 
-    with background(trainer, write):
-        trainer.save_every = 2
-        trainer.log = lambda t, record: (reached.append(list(written)), record["step"] == 3 and gate.set())
-        trainer.run()
-    assert reached == [[], [], []] and written == [2, 3] and trainer.saves.last_step == 3
+    save_every_step(trainer, write)
+    trainer.save_every = 2
+    trainer.log = lambda t, record: (reached.append(list(written)), record["step"] == 3 and gate.set())
+    trainer.run()
+    assert reached == [[], [], []] and written == [2, 3] and trainer.saver.last_step == 3
 
 
 def test_no_second_write_is_begun_and_training_does_not_wait_for_long(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanochat.checkpoint.async_save.PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("nanochat.checkpoint.async_save.MAX_WAIT_SECONDS", 0.01)
     trainer, written, gate = make_trainer(steps=4), [], threading.Event()
-    with background(trainer, lambda step: written.append((gate.wait(30), step)[1])):
-        trainer.log = lambda t, record: gate.set() if record["step"] == 4 else None
-        trainer.run()
-    assert written == [1, 4] and trainer.saves.last_step == 4
+    save_every_step(trainer, lambda step: written.append((gate.wait(30), step)[1]))
+    trainer.log = lambda t, record: gate.set() if record["step"] == 4 else None
+    trainer.run()
+    assert written == [1, 4] and trainer.saver.last_step == 4
     assert "step 2 is not saved: step 1 is still being written" in capsys.readouterr().err
 
 
-def test_a_write_that_fails_is_told_at_the_next_save_and_never_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_periodic_save_is_reported_and_training_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     trainer = make_trainer(steps=4)
 
     def write(step: int) -> None:
         if step in (1, 2):
             raise OSError(28, "No space left on device")
 
-    with background(trainer, write):
-        trainer.run()
+    save_every_step(trainer, write)
+    trainer.run()
+    assert trainer.progress.step == 4
     said = capsys.readouterr().err
-    assert "could not save step 1" in said and "could not save step 2" in said and trainer.saves.last_step == 4
+    assert "could not save step 1" in said and "could not save step 2" in said and trainer.saver.last_step == 4
 
 
 def test_a_failed_final_save_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(steps=2)
 
-    def save(t: Trainer) -> None:
+    def write(step: int) -> None:
         raise OSError(28, "No space left on device")
 
-    trainer.save = save
+    save_every_step(trainer, write)
+    trainer.save_every = -1
     assert run_to_end(trainer, tmp_path, "") == 1
     assert "No space left" in capsys.readouterr().err
 
@@ -290,7 +279,7 @@ def test_device_batch_must_be_positive() -> None:
 def test_a_failing_observer_costs_no_steps() -> None:
     trainer = make_trainer(steps=5)
     saved: list[int] = []
-    trainer.save = lambda t: saved.append(t.progress.step)
+    trainer.snapshot = lambda t: partial(saved.append, t.progress.step)
 
     def fail(t: Trainer) -> None:
         raise ZeroDivisionError
@@ -311,6 +300,6 @@ def test_data_that_ends_early_ends_the_run_with_a_save(capsys: pytest.CaptureFix
         return fetch()
 
     trainer.loader.next_batch = two  # type: ignore[method-assign]
-    trainer.save = lambda t: saved.append(t.progress.step)
+    trainer.snapshot = lambda t: partial(saved.append, t.progress.step)
     trainer.run()
     assert saved == [2] and "ended after step 2 of 9" in capsys.readouterr().err

@@ -21,14 +21,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from nanochat.checkpoint.async_save import SaveFailed
-from nanochat.checkpoint_manager import Checkpoint, list_steps, load_model_state, open_checkpoint
+from nanochat.checkpoint_manager import Checkpoint, list_steps, open_checkpoint
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, say, warn
 from nanochat.distributed.collectives import CollectiveFailed
 from nanochat.distributed.rank_checks import DataError, NonFiniteLoss, RanksDiverged
 from nanochat.gpt import GPT
-from nanochat.runtime import Runtime, set_rng_state
-from nanochat.train.progress import Progress
-from nanochat.train.snapshot import numeric_settings
+from nanochat.runtime import Runtime
 from nanochat.trainer import Interrupted, Record, Trainer
 
 PLAIN_LINE_SECONDS = 10.0  # how often a log file gets a line
@@ -105,34 +103,6 @@ def merge_saved_config(
             warn(f"resuming: --{name.replace('_', '-')} stays {value!r} as in the saved run, not {values[name]!r}")
         values[name] = value
     return type(given)(**values)
-
-
-def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Put a fresh trainer where the saved one stood."""
-    device = trainer.runtime.device
-    load_model_state(trainer.model, checkpoint.model_state(device), checkpoint.path)
-    names = {p: name for name, p in trainer.model.named_parameters()}
-    trainer.optimizer.load_named_state(names, checkpoint.optimizer_pieces(), checkpoint.meta["optimizer_steps"])
-    trainer.loader.load_state_dict(checkpoint.loader_state())  # type: ignore[attr-defined]
-    set_rng_state(checkpoint.rng_state(), device)
-    trainer.progress = Progress(**checkpoint.meta["progress"])
-    trainer.schedule.num_steps = checkpoint.meta["plan"]["num_steps"]  # where a deadline had moved it
-    trainer.saves.last_step = checkpoint.step
-    saved = {"world_size": 1, **checkpoint.meta["runtime"]}
-    trainer.device_batch_size = saved["device_batch_size"]
-    if saved["world_size"] == trainer.runtime.world_size:  # else the cores are shared by other numbers of processes
-        torch.set_num_threads(saved["num_threads"])
-    now = numeric_settings(trainer)
-    if saved["world_size"] != now["world_size"]:
-        trainer.runtime.print0(
-            f"saved by {saved['world_size']} processes, going on with {now['world_size']}: the same "
-            "batches and steps; sums may be rounded differently"
-        )
-    changed = [f"{key} {saved[key]} -> {now[key]}" for key in ("dtype", "device", "kernels") if saved[key] != now[key]]
-    if changed:
-        trainer.runtime.warn0(
-            f"resuming elsewhere ({', '.join(changed)}): the numbers will not match a straight run exactly"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -309,7 +279,7 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
         runtime.error0(f"\nerror: {error}")
         return 1
     except DataError as error:  # all processes know
-        saved = trainer.saves.last_step
+        saved = trainer.saver.last_step
         where = "Nothing is saved yet" if saved is None else f"Step {saved} is saved"
         runtime.error0(f"\nerror: data cannot be read: {error}. {where}; go on with:\n  {resume_command}")
         return 1
@@ -319,7 +289,7 @@ def run_to_end(trainer: Trainer, run: Path, resume_command: str) -> int:
         )
         return 1
     except SaveFailed as error:
-        saved = trainer.saves.last_step
+        saved = trainer.saver.last_step
         runtime.error0(
             f"\nerror: could not save step {trainer.progress.step}: {error}; the last good checkpoint in "
             f"{run} is {'none' if saved is None else f'step {saved}'}"

@@ -1,6 +1,6 @@
-"""Saving while training goes on: a copy in host memory, written by a thread."""
+"""The complete state of a training run: copied for a save, put back for a resume."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -8,63 +8,82 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import save_checkpoint
+from nanochat.checkpoint_manager import Checkpoint, load_model_state, save_checkpoint
 from nanochat.cpu import kernels
 from nanochat.distributed.collectives import BackgroundGroup
-from nanochat.runtime import Runtime, rng_state
+from nanochat.runtime import rng_state, set_rng_state
+from nanochat.train.progress import Progress
 from nanochat.trainer import Trainer
 
 
-class Saver:
-    """A trainer's `save`: copies everything that is needed to go on exactly from here, and returns the writing of it.
+def take_snapshot(
+    trainer: Trainer, *, run: Path, tokenizer: Any, meta: dict[str, Any], keep_last: int, group: BackgroundGroup
+) -> Callable[[], Path]:
+    """Copy everything that is needed to continue bit for bit from here; returns the function that writes the copy.
 
-    All ranks make one and call it at the same steps. It holds no more than one copy, as the trainer starts no write
-    before the last one has ended.
+    That function is collective (see save_checkpoint) and may run in another thread while training goes on. Only rank 0
+    copies the model; every rank copies its own share of the optimizer's and the loader's state.
     """
-
-    def __init__(self, run: Path, runtime: Runtime, tokenizer: Any, meta: dict[str, Any], keep_last: int) -> None:
-        self.run, self.tokenizer, self.meta, self.keep_last = run, tokenizer, meta, keep_last
-        self.group = BackgroundGroup(runtime.rank, runtime.world_size, runtime.timeout_seconds)
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="save")
-
-    def __call__(self, trainer: Trainer) -> Future[Path]:
-        """Copy now, write meanwhile. The future raises OSError as save_checkpoint does."""
-        names = {p: name for name, p in trainer.model.named_parameters()}
-        tensors, steps = trainer.optimizer.named_state(names)
-        meta = {
-            **self.meta,
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    tensors, steps = trainer.optimizer.named_state(names)
+    return partial(
+        save_checkpoint,
+        run,
+        trainer.progress.step,
+        model_state=host_copy(trainer.model.state_dict()) if group.rank == 0 else {},
+        meta={
+            **meta,
             "progress": asdict(trainer.progress),
             "runtime": numeric_settings(trainer),
-            "plan": {**self.meta["plan"], "num_steps": trainer.schedule.num_steps},
-        }
-        return self.thread.submit(
-            partial(
-                save_checkpoint,
-                self.run,
-                trainer.progress.step,
-                model_state=host_copy(trainer.model.state_dict()) if self.group.rank == 0 else {},
-                meta=meta,
-                tokenizer=self.tokenizer,
-                optimizer_state=(host_copy(tensors), steps),
-                loader_state=trainer.loader.state_dict(),  # type: ignore[attr-defined]
-                rng_state=rng_state(trainer.runtime.device),
-                keep_last=self.keep_last,
-                group=self.group,
-            )
-        )
-
-    def close(self) -> None:
-        """Wait for the thread."""
-        self.thread.shutdown()
+            "plan": {**meta["plan"], "num_steps": trainer.schedule.num_steps},
+        },
+        tokenizer=tokenizer,
+        optimizer_state=(host_copy(tensors), steps),
+        loader_state=trainer.loader.state_dict(),  # type: ignore[attr-defined]
+        rng_state=rng_state(trainer.runtime.device),
+        keep_last=keep_last,
+        group=group,
+    )
 
 
 def host_copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies in the CPU's memory, which training does not touch."""
+    """Copies in host memory, which training does not change."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
+def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Put a fresh trainer into the saved state, at any world size. Prints what keeps the numbers from matching exactly.
+
+    Every rank reads the same checkpoint and keeps its own share.
+    """
+    device = trainer.runtime.device
+    load_model_state(trainer.model, checkpoint.model_state(device), checkpoint.path)
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    trainer.optimizer.load_named_state(names, checkpoint.optimizer_pieces(), checkpoint.meta["optimizer_steps"])
+    trainer.loader.load_state_dict(checkpoint.loader_state())  # type: ignore[attr-defined]
+    set_rng_state(checkpoint.rng_state(), device)
+    trainer.progress = Progress(**checkpoint.meta["progress"])
+    trainer.schedule.num_steps = checkpoint.meta["plan"]["num_steps"]  # a deadline may have moved it
+    trainer.saver.last_step = checkpoint.step
+    saved = {"world_size": 1, **checkpoint.meta["runtime"]}
+    trainer.device_batch_size = saved["device_batch_size"]
+    if saved["world_size"] == trainer.runtime.world_size:  # else the ranks share the cores differently
+        torch.set_num_threads(saved["num_threads"])
+    current = numeric_settings(trainer)
+    if saved["world_size"] != current["world_size"]:
+        trainer.runtime.print0(
+            f"saved at world size {saved['world_size']}, resuming at {current['world_size']}: the same batches and "
+            "steps; sums may round differently"
+        )
+    keys = ("dtype", "device", "kernels")
+    if changed := [f"{key} {saved[key]} -> {current[key]}" for key in keys if saved[key] != current[key]]:
+        trainer.runtime.warn0(
+            f"resuming on another setup ({', '.join(changed)}): the numbers will not match an uninterrupted run exactly"
+        )
+
+
 def numeric_settings(trainer: Trainer) -> dict[str, Any]:
-    """What the same batch needs to give the same bits."""
+    """The settings that decide whether the same batch gives the same bits."""
     return {
         "device_batch_size": trainer.device_batch_size,
         "num_threads": torch.get_num_threads(),
