@@ -25,10 +25,12 @@ from bench._common import Flags, model_config, tensor_bytes, time_in_turn
 from bench._run import Result
 from nanochat.common import SPECIAL_TOKENS, UserError
 from nanochat.gpt import GPT
-from nanochat.inference.decoding import DecodingWeights, RunningBatch, TokenSequence
+from nanochat.inference.decoding import RunningBatch
+from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.packed_weights import matrices
+from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
-from nanochat.inference.tools import ToolUse
+from nanochat.inference.tools import ToolTable
 from nanochat.runtime import Runtime
 from nanochat.train.session import measure_peak_flops
 from scripts import _cli
@@ -88,7 +90,7 @@ class Case:
     """So many rows, decoded by the engine's batch; each is long enough never to end while it is timed."""
 
     def __init__(self, weights: DecodingWeights, rows: int, flags: DecodeFlags) -> None:
-        tools, draw = ToolUse(Ids(flags.vocab_size)), random.Random(rows)
+        tools, draw = ToolTable(Ids(flags.vocab_size)), random.Random(rows)
         self.flags, self.rows, self.weights = flags, rows, weights
         self.batch = RunningBatch(weights.current(), tools, set(), rows, flags.seq_len, packed=weights.packed)
         self.prompts = [[draw.randrange(flags.vocab_size) for _ in range(flags.prompt)] for _ in range(rows)]
@@ -96,22 +98,22 @@ class Case:
 
     def start(self) -> float:
         """Prefill every prompt; how long the first row waited for its first token."""
-        for row in list(self.batch.rows):
-            self.batch.cancel(row)
+        for sequence in list(self.batch.running):
+            self.batch.cancel(sequence)
         room = self.flags.seq_len - self.flags.prompt
-        sampling = SamplingParams(self.flags.temperature, 50)
-        for index, prompt in enumerate(self.prompts):
-            self.batch.submit([TokenSequence(prompt, room, sampling, index, 0)])
+        for seed, prompt in enumerate(self.prompts):
+            sampling = SamplingParams(self.flags.temperature, 50, seed=seed)
+            self.batch.submit(GenerationRequest(prompt, room, sampling).sequences())
         began = time.perf_counter()
         self.batch.step(1)
         waited = time.perf_counter() - began
-        while len(self.batch.rows) < self.rows:
+        while len(self.batch.running) < self.rows:
             self.batch.step(1)
         return waited
 
     def step(self) -> None:
         """One token for every row; starts anew where the context is full."""
-        if not self.batch.rows or len(self.batch.rows[0].tokens) + 1 >= self.batch.rows[0].max_tokens:
+        if not self.batch.running or self.batch.running[0].room <= 1:
             self.first_token_seconds = min(self.first_token_seconds, self.start())
         self.batch.step()
 

@@ -18,9 +18,11 @@ from bench._run import Result
 from bench.decode import Ids
 from nanochat.common import UserError
 from nanochat.gpt import GPT
-from nanochat.inference.decoding import DecodingWeights, RunningBatch, TokenSequence
+from nanochat.inference.decoding import RunningBatch
+from nanochat.inference.decoding_weights import DecodingWeights
+from nanochat.inference.request import GenerationRequest, TokenSequence
 from nanochat.inference.sampling import SamplingParams
-from nanochat.inference.tools import ToolUse
+from nanochat.inference.tools import ToolTable
 from nanochat.runtime import Runtime
 from scripts import _cli
 
@@ -53,14 +55,14 @@ class RolloutFlags(Flags):
 
 def groups_of(flags: RolloutFlags) -> list[list[TokenSequence]]:
     """Fresh rows, the same ones each time."""
-    draw, sampling = random.Random(0), SamplingParams(1.0, 50)
+    draw, sampling = random.Random(0), SamplingParams(1.0, 50, seed=0)
     groups = []
     for number in range(flags.prompts):
         prompt = [draw.randrange(flags.vocab_size - 20) for _ in range(flags.prompt)]
         lengths = [draw.randint(max(1, flags.longest // 4), flags.longest) for _ in range(flags.num_samples)]
         groups.append(
             [
-                TokenSequence(prompt, length, sampling, 0, number * flags.num_samples + sample)
+                TokenSequence(GenerationRequest(prompt, length, sampling), number * flags.num_samples + sample)
                 for sample, length in enumerate(lengths)
             ]
         )
@@ -69,7 +71,7 @@ def groups_of(flags: RolloutFlags) -> list[list[TokenSequence]]:
 
 def sample(flags: RolloutFlags, weights: DecodingWeights, together: bool) -> list[list[int]]:
     """The tokens of every answer: from one running batch, or prompt by prompt."""
-    groups, tools = groups_of(flags), ToolUse(Ids(flags.vocab_size))
+    groups, tools = groups_of(flags), ToolTable(Ids(flags.vocab_size))
     for part in [groups] if together else [[group] for group in groups]:
         rows = min(flags.rows, sum(map(len, part)))
         batch = RunningBatch(weights.current(), tools, set(), rows, flags.prompt + flags.longest, packed=weights.packed)

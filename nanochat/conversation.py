@@ -36,18 +36,13 @@ PART_TOKENS = {  # part type -> (opening token, closing token, does the assistan
 }
 
 
-class TextEncoder(Protocol):
-    """The part of a tokenizer that rendering needs."""
+class Tokenizer(Protocol):
+    """What rendering, generating and parsing need of a tokenizer; RustBPETokenizer has more."""
 
     def encode(self, text: str) -> list[int]: ...
     def encode_special(self, name: str) -> int: ...
-
-
-class TextDecoder(Protocol):
-    """The part of a tokenizer that parsing an answer needs."""
-
     def decode(self, ids: Sequence[int]) -> str: ...
-    def encode_special(self, name: str) -> int: ...
+    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -118,7 +113,7 @@ def _kind(value: Any) -> str:
 # Rendering
 
 
-def render(tokenizer: TextEncoder, conversation: Conversation, max_tokens: int | None = None) -> Rendered:
+def render(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | None = None) -> Rendered:
     """Ids and mask of a whole conversation, two lists of the same length.
 
     max_tokens cuts hard, in the middle of a turn if need be; training cuts by truncate_turns instead.
@@ -132,7 +127,7 @@ def render(tokenizer: TextEncoder, conversation: Conversation, max_tokens: int |
     return ids[:max_tokens], mask[:max_tokens]
 
 
-def render_prompt(tokenizer: TextEncoder, messages: Sequence[Message]) -> list[int]:
+def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Ids that ask the assistant for its next turn: they end in <|assistant_start|>.
 
     A trailing assistant turn is left out: it is the answer that is being asked for. Raises ValueError
@@ -158,7 +153,7 @@ def _turns(messages: Sequence[Message]) -> list[Message]:
     return [first, *messages[2:]]
 
 
-def _join(tokenizer: TextEncoder, rendered: Sequence[Rendered]) -> Rendered:
+def _join(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> Rendered:
     """bos, then the turns."""
     ids, mask = [tokenizer.encode_special("<|bos|>")], [0]
     for turn_ids, turn_mask in rendered:
@@ -167,7 +162,7 @@ def _join(tokenizer: TextEncoder, rendered: Sequence[Rendered]) -> Rendered:
     return ids, mask
 
 
-def _render_turn(tokenizer: TextEncoder, turn: Message) -> Rendered:
+def _render_turn(tokenizer: Tokenizer, turn: Message) -> Rendered:
     """One turn in its start and end tokens. The assistant produces its end token, but not its start."""
     role, content = turn["role"], turn["content"]
     spoken = int(role == "assistant")
@@ -182,7 +177,7 @@ def _render_turn(tokenizer: TextEncoder, turn: Message) -> Rendered:
     return [*ids, tokenizer.encode_special(f"<|{role}_end|>")], [*mask, spoken]
 
 
-def parse_answer(tokenizer: TextDecoder, ids: Sequence[int]) -> str | list[dict[str, str]]:
+def parse_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str | list[dict[str, str]]:
     """The assistant content that `ids` spell, ids being what came after <|assistant_start|>.
 
     A string where there are no tool parts, else a list of parts; <|assistant_end|> (or a bos) ends it.
@@ -213,7 +208,7 @@ def parse_answer(tokenizer: TextDecoder, ids: Sequence[int]) -> str | list[dict[
 # Fitting into a length, by whole turns
 
 
-def truncate_turns(tokenizer: TextEncoder, conversation: Conversation, max_tokens: int) -> Conversation | None:
+def truncate_turns(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int) -> Conversation | None:
     """For training: the earliest turns that render to at most max_tokens, ending in an assistant turn.
 
     The conversation itself where all of it fits; None where not even the first exchange does.
@@ -231,7 +226,7 @@ def truncate_turns(tokenizer: TextEncoder, conversation: Conversation, max_token
     return {**conversation, "messages": list(messages[: len(messages) - len(turns) + fitting])}
 
 
-def drop_oldest_turns(tokenizer: TextEncoder, messages: Sequence[Message], max_tokens: int) -> list[Message]:
+def drop_oldest_turns(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int) -> list[Message]:
     """For chatting: messages whose prompt (see render_prompt) takes at most max_tokens.
 
     The system message and the last user turn always stay; the oldest exchanges go first. Raises
@@ -258,3 +253,20 @@ def drop_oldest_turns(tokenizer: TextEncoder, messages: Sequence[Message], max_t
         f"the last message{' with the system message' if system else ''} takes {needed} tokens "
         f"and only {max_tokens} fit; shorten it"
     )
+
+
+def fit_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Message], max_context: int, max_tokens: int, chat_model: bool = True
+) -> tuple[list[int], list[Message]]:
+    """Prompt ids for an answer of up to max_tokens, and the messages they contain.
+
+    The answer reserves max_tokens, but at most half of the context. The oldest exchanges that do not fit into the rest
+    are dropped (drop_oldest_turns). A base model (chat_model False) continues the end of the last message. Raises
+    ValueError and UserError as drop_oldest_turns does.
+    """
+    limit = max_context - min(max_tokens, max_context // 2)
+    if chat_model:
+        kept = drop_oldest_turns(tokenizer, messages, limit)
+        return render_prompt(tokenizer, kept), kept
+    ids = tokenizer.encode(messages[-1]["content"])
+    return [tokenizer.encode_special("<|bos|>"), *ids[-(limit - 1) :]], list(messages[-1:])

@@ -1,38 +1,42 @@
-"""Inference: prompts in, tokens out. One running batch (decoding.py) under every way of generating text.
+"""Inference: prompts in, tokens out, from one running batch (inference/decoding.py).
 
-Engine      a model ready to decode: generate and generate_batch for samples of one prompt, complete and
-            generate_many for many prompts
-TextStream  tokens to text, piece by piece, never cutting a character in two; AnswerStream, the same with
-            tool calls told apart
+Engine  a model ready to generate: generate and generate_batch for samples of one prompt, stream and complete for
+        GenerationRequests
+Chat    a conversation with a model, in memory
 """
 
-import codecs
 import contextlib
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from nanochat.common import SPECIAL_TOKENS, warn
-from nanochat.conversation import PART_TOKENS
+from nanochat.common import warn
+from nanochat.conversation import Message, Tokenizer, fit_prompt, parse_answer
 from nanochat.gpt import GPT
-from nanochat.inference.decoding import DecodingWeights, RunningBatch, Token, Tokenizer, TokenSequence
+from nanochat.inference.answer_text import AnswerStream, TextStream
+from nanochat.inference.calculator import use_calculator
+from nanochat.inference.decoding import RunningBatch
+from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.request import GenerationRequest, Token, TokenSequence
 from nanochat.inference.sampling import SamplingParams
-from nanochat.inference.tools import DEFAULT_TOOLS, Tool, ToolUse
+from nanochat.inference.tools import DEFAULT_TOOLS, Tool, ToolTable
 
-__all__ = ["AnswerStream", "Engine", "KVCache", "TextStream", "TokenSequence"]
+__all__ = ["AnswerStream", "Chat", "Engine", "KVCache", "TextStream", "use_calculator"]
+
+Column = tuple[list[int], list[int]]  # a token per sample, and a mask per sample
 
 
 class Engine:
-    """A model and its tokenizer, ready to generate. Calls from several threads do not disturb each other."""
+    """A model and its tokenizer, ready to generate. Thread-safe."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, int8: bool = False, tools: Sequence[Tool] = DEFAULT_TOOLS
     ) -> None:
-        """`int8`: decode with weights of eight bits (packed_weights.py), on a CPU."""
+        """`int8`: decode with int8 weights (inference/packed_weights.py), on a CPU."""
         self.model, self.tokenizer = model, tokenizer
-        self.tools = ToolUse(tokenizer, tools)
+        self.tools = ToolTable(tokenizer, tools)
         self.end_tokens = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
         self._weights = DecodingWeights(model, int8)
 
@@ -51,41 +55,11 @@ class Engine:
         seed: int = 42,
         top_p: float | None = None,
         should_stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        """Continue one prompt `num_samples` times; yields per step (a token per sample, a mask per sample).
-
-        Mask 0: a tool forced the token. A sample ends with <|assistant_end|> or <|bos|>, which is yielded; until
-        the others are done too its column shows <|assistant_end|> with mask 0. Every sample stops after
-        `max_tokens` tokens (None: no limit) and where prompt and answer fill the model's context. `should_stop` is
-        asked before each step, and while a tool keeps the answer waiting; where it says so, all end.
-        Raises ValueError, before the first step, for an empty or overlong prompt or a value that is not allowed.
-        """
-        if not tokens:
-            raise ValueError("the prompt is empty; start it with <|bos|>")
-        if len(tokens) > self.max_context:
-            raise ValueError(f"the prompt has {len(tokens)} tokens, the model's context {self.max_context}; shorten it")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        rows = self._rows([tokens] * num_samples, max_tokens, SamplingParams(temperature, top_k, top_p), seed)
-        return self._columns(rows, should_stop)
-
-    def _columns(
-        self, rows: list[TokenSequence], should_stop: Callable[[], bool]
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        filler = self.tokenizer.encode_special("<|assistant_end|>")
-        batch = self._batch(rows, len(rows))
-        batch.submit(rows)
-        drawn: list[deque[Token]] = [deque() for _ in rows]  # a row that waits for a tool keeps the others' waiting
-        with ending(batch, rows):
-            while (not batch.idle or any(drawn)) and not should_stop():
-                for token in batch.step():
-                    drawn[token.row.index].append(token)
-                while any(drawn) and all(tokens or row.done for tokens, row in zip(drawn, rows)):
-                    got = [tokens.popleft() if tokens else None for tokens in drawn]
-                    yield (
-                        [filler if token is None else token.id for token in got],
-                        [0 if token is None else token.mask for token in got],
-                    )
+    ) -> Iterator[Column]:
+        """Continue one prompt `num_samples` times; yields as stream does. max_tokens None: up to the context's end."""
+        limit = self.max_context if max_tokens is None else max_tokens
+        sampling = SamplingParams(temperature, top_k, top_p, seed)
+        return self.stream(GenerationRequest(tokens, limit, sampling, num_samples), should_stop)
 
     def generate_batch(
         self, tokens: list[int], num_samples: int = 1, **kwargs: Any
@@ -103,126 +77,104 @@ class Engine:
                 masks[i].append(column_mask[i])
         return sequences, masks
 
-    def complete(
-        self,
-        prompts: Sequence[list[int]],
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 42,
-        top_p: float | None = None,
-        batch_size: int = 32,
-        indices: Sequence[int] | None = None,
-        logprobs: bool = False,
-    ) -> list[TokenSequence]:
-        """Continue many prompts, at most `batch_size` at a time; a finished row makes place for the next prompt.
+    def stream(self, request: GenerationRequest, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Column]:
+        """Decode a request; yields per step (a token per sample, a mask per sample). Mask 0: a tool forced the token.
 
-        Returns a TokenSequence per prompt, in order: tokens, mask, and the token it ended with. A prompt is sample i of
-        `seed`, i being its place in the list, or as `indices` has it; neighbours that are equal are prefilled once.
-        `logprobs`: sum up the log probability of what the model chose, in TokenSequence.logprob. A prompt that leaves
-        no room in the context gets an empty answer, with a warning. Raises ValueError for an empty prompt.
+        A sample ends with <|assistant_end|> or <|bos|>, which is yielded; until the others are done its column has
+        <|assistant_end|> with mask 0. `should_stop` is called before each step and while a tool delays the answer;
+        True ends all samples. Raises ValueError, before the first step, if the prompt is longer than the context.
         """
-        if not all(prompts):
-            raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} is empty; start it with <|bos|>")
+        return self._columns(request.fit(self.max_context).sequences(), should_stop)
+
+    def _columns(self, sequences: list[TokenSequence], should_stop: Callable[[], bool]) -> Iterator[Column]:
+        filler = self.tokenizer.encode_special("<|assistant_end|>")
+        drawn: dict[TokenSequence, deque[Token]] = {s: deque() for s in sequences}  # one in a tool call delays the rest
+        with self._batch(sequences, len(sequences)) as batch:
+            batch.submit(sequences)
+            while (not batch.idle or any(drawn.values())) and not should_stop():
+                for token in batch.step():
+                    drawn[token.sequence].append(token)
+                while any(drawn.values()) and all(tokens or s.done for s, tokens in drawn.items()):
+                    column = [tokens.popleft() if tokens else None for tokens in drawn.values()]
+                    yield [t.id if t else filler for t in column], [t.mask if t else 0 for t in column]
+
+    def complete(self, requests: Sequence[GenerationRequest], batch_size: int = 32) -> list[TokenSequence]:
+        """Decode many requests, at most `batch_size` sequences at a time. Returns all samples of the first request,
+        then of the second and so on.
+
+        A prompt that fills the context, or more, gets empty answers, with a warning.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        rows = self._rows(prompts, max_tokens, SamplingParams(temperature, top_k, top_p), seed, indices)
-        for row in rows if logprobs else ():
-            row.top_logprobs = 0
-        if overlong := sum(len(prompt) >= self.max_context for prompt in prompts):
-            warn(f"{overlong} of {len(prompts)} prompts leave no room in the context of {self.max_context} tokens")
-        if all(row.done for row in rows):
-            return rows
-        batch = self._batch(rows, batch_size)
-        for _, group in itertools.groupby(rows, key=lambda row: row.prompt):
-            batch.submit(list(group))
-        with ending(batch, rows):
+        if overlong := sum(len(request.prompt) >= self.max_context for request in requests):
+            warn(f"{overlong} of {len(requests)} prompts leave no room in the context of {self.max_context} tokens")
+        # A longer prompt than the context is fitted to its own length: no token may follow.
+        groups = [request.fit(max(self.max_context, len(request.prompt))).sequences() for request in requests]
+        sequences = [sequence for group in groups for sequence in group]
+        if all(sequence.done for sequence in sequences):
+            return sequences
+        with self._batch(sequences, batch_size) as batch:
+            for group in groups:
+                batch.submit(group)
             while not batch.idle:
                 batch.step()
-        return rows
+        return sequences
 
-    def generate_many(self, prompts: Sequence[list[int]], **kwargs: Any) -> list[list[int]]:
-        """What complete() answers to each prompt, as token ids without the one that ends it."""
-        return [row.tokens for row in self.complete(prompts, **kwargs)]
-
-    def _rows(
-        self,
-        prompts: Sequence[list[int]],
-        max_tokens: int | None,
-        sampling: SamplingParams,
-        seed: int,
-        indices: Sequence[int] | None = None,
-    ) -> list[TokenSequence]:
-        if max_tokens is not None and max_tokens < 0:
-            raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}")
-        limit = self.max_context if max_tokens is None else max_tokens
-        return [
-            TokenSequence(list(prompt), min(limit, self.max_context - len(prompt)), sampling, seed, index)
-            for index, prompt in zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)
-        ]
-
-    def _batch(self, rows: list[TokenSequence], batch_size: int) -> RunningBatch:
-        longest = max((len(row.prompt) + row.max_tokens for row in rows if not row.done), default=1)
-        return RunningBatch(
-            self._weights.current(),
-            self.tools,
-            self.end_tokens,
-            min(batch_size, len(rows)),
-            longest,
-            packed=self._weights.packed,
-        )
+    @contextlib.contextmanager
+    def _batch(self, sequences: list[TokenSequence], batch_size: int) -> Iterator[RunningBatch]:
+        """A batch for these sequences. No tool call outlives the block."""
+        longest = max((len(s.prompt) + s.room for s in sequences if not s.done), default=1)
+        model, size = self._weights.current(), min(batch_size, len(sequences))
+        batch = RunningBatch(model, self.tools, self.end_tokens, size, longest, packed=self._weights.packed)
+        try:
+            yield batch
+        finally:
+            batch.close()
 
 
-@contextlib.contextmanager
-def ending(batch: RunningBatch, rows: Sequence[TokenSequence]) -> Iterator[None]:
-    """Whatever ends the loop inside, no tool of the rows is left open."""
-    try:
-        yield
-    finally:
-        for row in rows:
-            if not row.done:
-                batch.cancel(row)
+class Chat:
+    """A conversation with a model. `stream` an answer, then `remember` as much of it as was shown."""
 
+    def __init__(self, engine: Engine, sampling: SamplingParams, max_tokens: int, chat_model: bool = True) -> None:
+        """`chat_model`: finetuned to answer; a base model continues the text instead."""
+        self.engine, self.sampling, self.max_tokens, self.chat_model = engine, sampling, max_tokens, chat_model
+        self.system = ""
+        self.clear()
 
-class TextStream:
-    """Tokens to text as they come. Bytes that begin a character wait for the rest of it."""
+    def clear(self, system: str | None = None) -> None:
+        """Start a new conversation; `system`: with another system message, empty for none."""
+        self.system = self.system if system is None else system
+        self.messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        self.answer: list[int] = []
+        self.turn = self.dropped = 0
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def stream(self, text: str, should_stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[str, str]]:
+        """The answer to `text` as (kind, text) pieces (AnswerStream), until `should_stop` returns True.
 
-    def feed(self, token: int) -> str:
-        """The text that `token` completes, possibly none."""
-        return self._decoder.decode(self.tokenizer.decode_bytes([token]))
+        Raises UserError, and leaves `text` out of the conversation, if it is too long for the model.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        context = self.engine.max_context
+        prompt, kept = fit_prompt(self.engine.tokenizer, messages, context, self.max_tokens, self.chat_model)
+        if self.chat_model:
+            self.messages, self.dropped = kept, len(messages) - len(kept)
+        sampling = replace(self.sampling, seed=self.sampling.seed + self.turn)
+        self.turn, self.answer = self.turn + 1, []
+        return self._pieces(GenerationRequest(prompt, self.max_tokens, sampling), should_stop)
 
-    def finish(self) -> str:
-        """What is left: U+FFFD for a character that was never completed. The stream may then start anew."""
-        return self._decoder.decode(b"", final=True)
+    def _pieces(self, request: GenerationRequest, should_stop: Callable[[], bool]) -> Iterator[tuple[str, str]]:
+        text = AnswerStream(self.engine.tokenizer)
+        for (token,), _ in self.engine.stream(request, should_stop):
+            self.answer.append(token)
+            yield from text.feed(token)
+        yield from text.finish()
 
-
-class AnswerStream:
-    """An answer's tokens to (kind, text) pieces as they come: conversation.parse_answer, streamed.
-
-    The kinds are those of an assistant's parts: text, python, python_output. Other special tokens have no text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        special = tokenizer.encode_special
-        self._special = {special(name) for name in SPECIAL_TOKENS}
-        self._kinds = {special(opening): kind for kind, (opening, _, _) in PART_TOKENS.items() if opening}
-        self._kinds |= {special(closing): "text" for _, closing, _ in PART_TOKENS.values() if closing}
-        self._kind, self._text = "text", TextStream(tokenizer)
-
-    def feed(self, token: int) -> list[tuple[str, str]]:
-        """The pieces that `token` completes: none, one, or (where a part ends inside a character) U+FFFD."""
-        if token in self._kinds:
-            pieces = self.finish()
-            self._kind = self._kinds[token]
-            return pieces
-        text = "" if token in self._special else self._text.feed(token)
-        return [(self._kind, text)] if text else []
-
-    def finish(self) -> list[tuple[str, str]]:
-        """What is left of the current part."""
-        text = self._text.finish()
-        return [(self._kind, text)] if text else []
+    def remember(self) -> None:
+        """Keep the answer as the assistant's turn; a question without any answer is removed."""
+        if not self.chat_model or not self.messages or self.messages[-1]["role"] != "user":
+            return
+        if self.answer:
+            content = parse_answer(self.engine.tokenizer, self.answer)
+            self.messages.append({"role": "assistant", "content": content})
+        else:
+            self.messages.pop()

@@ -24,7 +24,8 @@ import torch
 from nanochat.common import UserError
 from nanochat.data.batches import Batch, seeded_rng
 from nanochat.engine import Engine
-from nanochat.inference.decoding import TokenSequence
+from nanochat.inference.request import GenerationRequest, TokenSequence
+from nanochat.inference.sampling import SamplingParams
 from nanochat.runtime import Runtime
 
 RL_RNG = 7  # purpose of the generator that picks prompts (batches.seeded_rng)
@@ -164,20 +165,13 @@ class RolloutLoader:
     def _answer(self, groups: list[Group], numbers: list[int]) -> None:
         """Samples for every group, all in one running batch, and their rewards."""
         how, n = self.sampler, self.sampler.num_samples
-        rows = (
-            self.engine.complete(
-                [group.prompt for group in groups for _ in range(n)],
-                how.max_new_tokens,
-                how.temperature,
-                how.top_k,
-                seed=int(seeded_rng(RL_RNG, self.seed, self.step, 2**31).integers(2**62)),
-                batch_size=how.batch_size,
-                indices=[number * n + sample for number in numbers for sample in range(n)],
-                logprobs=True,
-            )
-            if groups
-            else []
-        )
+        seed = int(seeded_rng(RL_RNG, self.seed, self.step, 2**31).integers(2**62))
+        sampling = SamplingParams(how.temperature, how.top_k, seed=seed)
+        requests = [
+            GenerationRequest(group.prompt, how.max_new_tokens, sampling, n, top_logprobs=0, first_index=number * n)
+            for group, number in zip(groups, numbers)
+        ]
+        rows = self.engine.complete(requests, how.batch_size)
         for place, group in enumerate(groups):
             group.rows = rows[place * n : (place + 1) * n]
             group.texts = [self.tokenizer.decode(row.tokens) for row in group.rows]

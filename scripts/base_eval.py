@@ -13,7 +13,7 @@ from nanochat.data.corpus import Corpus
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_prompts import MODES
 from nanochat.gpt import GPT
-from nanochat.inference.decoding import DecodingWeights
+from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime

@@ -9,13 +9,14 @@ import tyro
 
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir
+from nanochat.engine import Chat, Engine
 from nanochat.execution import choose_level
 from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
 from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from scripts import _cli
-from scripts._chat import Chat, noted_interrupts, pipe_reader, terminal_reader
+from scripts._chat import noted_interrupts, pipe_reader, printable, terminal_reader
 
 MAKERS = {"base": "scripts.base_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
 HELP = """/clear         forget the conversation
@@ -61,15 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     with Runtime.create(config.device_type) as runtime:
         model, tokenizer, meta = load(config, runtime)
-        chat = Chat(
-            model,
-            tokenizer,
-            sampling,
-            config.max_tokens,
-            config.seed,
-            answers=config.source != "base",
-            tools=WITH_PYTHON if config.python else DEFAULT_TOOLS,
-        )
+        engine = Engine(model, tokenizer, tools=WITH_PYTHON if config.python else DEFAULT_TOOLS)
+        chat = Chat(engine, sampling, config.max_tokens, chat_model=config.source != "base")
         if config.prompt:
             return 0 if say(chat, config.prompt) else 130
         if sys.stdin.isatty() and sys.stdout.isatty():
@@ -83,7 +77,7 @@ def check(config: Config) -> SamplingParams:
     if config.source not in MAKERS:
         raise UserError(f"-i must be one of {', '.join(MAKERS)}, got {config.source!r}")
     try:
-        return SamplingParams(config.temperature, config.top_k, config.top_p)
+        return SamplingParams().override(config)
     except ValueError as error:
         raise UserError(f"{error}; see --help") from error
 
@@ -136,7 +130,7 @@ def converse(chat: Chat, read: Callable[[], str]) -> int:
 def say(chat: Chat, text: str) -> bool:
     """Print the model's answer as it comes; False if Ctrl-C stopped it."""
     interrupts: list[int] = []
-    pieces = chat.stream(text, should_stop=lambda: bool(interrupts))
+    pieces = printable(chat.stream(text, should_stop=lambda: bool(interrupts)), chat.engine.tools.tools[-1].name)
     with noted_interrupts(interrupts):
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -146,8 +140,8 @@ def say(chat: Chat, text: str) -> bool:
             print(" [stopped]", end="")
         chat.remember()
         print(flush=True)
-    if chat.forgotten:
-        print(f"(the conversation is long: its first {chat.forgotten} messages are forgotten)", file=sys.stderr)
+    if chat.dropped:
+        print(f"(the context is full: the first {chat.dropped} messages were forgotten)", file=sys.stderr)
     return not interrupts
 
 

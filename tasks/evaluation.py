@@ -15,6 +15,8 @@ from nanochat.common import UserError, atomic_write
 from nanochat.data.batches import by_length
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.inference.request import GenerationRequest
+from nanochat.inference.sampling import SamplingParams
 from nanochat.loss_head import head_logits
 from tasks.answers import Conversation, number_after_marker, parse_number, reference_text, text_of
 from tasks.common import Task
@@ -85,17 +87,12 @@ def sample_answers(
     """flags.num_samples answers to each, tool calls carried out on the way. Which ones depends on the item's number,
     not on how the items are shared out."""
     n = flags.num_samples
-    prompts = [tokenizer.render_for_completion(c) for c in conversations for _ in range(n)]
-    completions = engine.generate_many(
-        prompts,
-        max_tokens=flags.max_new_tokens,
-        temperature=flags.temperature,
-        top_k=flags.top_k,
-        batch_size=flags.batch_size,
-        seed=flags.seed,
-        indices=[item * n + s for item in items for s in range(n)],
-    )
-    texts = [tokenizer.decode(completion) for completion in completions]
+    sampling = SamplingParams().override(flags)
+    requests = [
+        GenerationRequest(tokenizer.render_for_completion(c), flags.max_new_tokens, sampling, n, first_index=item * n)
+        for c, item in zip(conversations, items)
+    ]
+    texts = [tokenizer.decode(sequence.tokens) for sequence in engine.complete(requests, flags.batch_size)]
     samples = [Sample(text, bool(task.evaluate(conversations[i // n], text))) for i, text in enumerate(texts)]
     return [samples[i * n : (i + 1) * n] for i in range(len(conversations))]
 

@@ -310,11 +310,11 @@ def test_who_leaves_frees_the_row_within_a_step(live: Live, monkeypatch: pytest.
     service = slow(live, monkeypatch, 0.3)
     with live.connect() as connection:
         connection.sendall(post(CHAT, chat(max_tokens=50, stream=stream, temperature=10, top_k=0), KEY))
-        until(lambda: service.batch.rows)
+        until(lambda: service.batch.running)
         if stream:
             assert b"data: " in connection.recv(4096)
     left = service.steps
-    until(lambda: not service.batch.rows)
+    until(lambda: not service.batch.running)
     assert service.steps - left <= 2
     live.settle()
 
@@ -344,7 +344,7 @@ def test_what_a_request_held_is_free_once_it_is_over(
     def watched(*order: Any, **more: Any) -> Any:
         ticket = submit(*order, **more)
         held.append(weakref.ref(ticket))
-        held.extend(weakref.ref(row) for row in ticket.rows)
+        held.extend(weakref.ref(row) for row in ticket.sequences)
         return ticket
 
     monkeypatch.setattr(pool, "submit", watched)
@@ -354,7 +354,7 @@ def test_what_a_request_held_is_free_once_it_is_over(
     try:
         with live.connect() as connection:
             connection.sendall(post(CHAT, chat(max_tokens=30, n=2, logprobs=True, **changes), KEY))
-            until(lambda: service.batch.rows)
+            until(lambda: service.batch.running)
             if not leaves:
                 assert status(rest(connection)) == 200
         live.settle()

@@ -15,7 +15,7 @@ from stubs import BOS, END, OUTPUT_END, PYTHON, PYTHON_END, START, TOKENIZER, Sc
 from nanochat.checkpoint_manager import run_dir, save_checkpoint
 from nanochat.common import UserError
 from nanochat.conversation import render_prompt
-from nanochat.engine import Engine
+from nanochat.engine import Chat, Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import Tool
@@ -71,8 +71,13 @@ def prompts(model: Scripted) -> list[str]:
     return [TOKENIZER.decode(step[0]) for step in model.fed if len(step[0]) > 1]
 
 
-def make_chat(model: Scripted, **kwargs: Any) -> _chat.Chat:
-    return _chat.Chat(model, TOKENIZER, SamplingParams(0.0), 50, 0, **kwargs)  # type: ignore[arg-type]
+def make_chat(model: Scripted) -> Chat:
+    return Chat(Engine(model, TOKENIZER), SamplingParams(0.0, seed=0), 50)  # type: ignore[arg-type]
+
+
+def shown(model: Scripted) -> list[str]:
+    """What the terminal prints of the model's answer to "hm", piece by piece."""
+    return [piece for piece in _chat.printable(make_chat(model).stream("hm"), "calculator") if piece]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -86,7 +91,9 @@ def test_one_answer_and_out(trained: Any, base_dir: Path, capsys: Capture) -> No
     prompt = render_prompt(tokenizer, [{"role": "user", "content": "hi"}])
     settings: dict[str, Any] = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3}
     (ids,), _ = Engine(model, tokenizer).generate_batch(prompt, max_tokens=9, **settings)
-    text = "".join(_chat.printable([("text", tokenizer.decode([i for i in ids[len(prompt) :] if i < 256]))]))
+    text = "".join(
+        _chat.printable([("text", tokenizer.decode([i for i in ids[len(prompt) :] if i < 256]))], "calculator")
+    )
     assert capsys.readouterr().out == text + "\n"
 
 
@@ -198,25 +205,24 @@ def test_tool_calls_are_legible_and_remembered() -> None:
     model.table[OUTPUT_END, :] = -20.0
     model.table[OUTPUT_END, ord("!")] = 20.0
     chat = make_chat(model)
-    assert "".join(chat.stream("hm")) == "So [calculator: 12*3 = 36]!"
+    assert "".join(_chat.printable(chat.stream("hm"), "calculator")) == "So [calculator: 12*3 = 36]!"
     chat.remember()
     parts = [("text", "So "), ("python", "12*3"), ("python_output", "36"), ("text", "!")]
     assert chat.messages[-1] == {"role": "assistant", "content": [{"type": t, "text": x} for t, x in parts]}
 
 
 def test_a_refused_tool_call_is_closed() -> None:
-    assert "".join(make_chat(answering(PYTHON, "os.x", PYTHON_END, "?")).stream("hm")) == "[calculator: os.x]?"
-    assert "".join(make_chat(answering(PYTHON, "12*3")).stream("hm")) == "[calculator: 12*3]"
+    assert "".join(shown(answering(PYTHON, "os.x", PYTHON_END, "?"))) == "[calculator: os.x]?"
+    assert "".join(shown(answering(PYTHON, "12*3"))) == "[calculator: 12*3]"
 
 
 def test_no_piece_cuts_a_character() -> None:
     text = "añ€𝄞"
-    pieces = [piece for piece in make_chat(answering(text)).stream("hm") if piece]
-    assert pieces == list(text)  # a token is a byte here, a piece is a character
+    assert shown(answering(text)) == list(text)  # a token is a byte here, a piece is a character
 
 
 def test_a_terminal_is_not_given_orders() -> None:
-    assert "".join(make_chat(answering("a\x1b[2J\tb\n\x07")).stream("hm")) == "a\ufffd[2J\tb\n\ufffd"
+    assert "".join(shown(answering("a\x1b[2J\tb\n\x07"))) == "a\ufffd[2J\tb\n\ufffd"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -268,7 +274,7 @@ def test_ctrl_c_does_not_wait_for_a_tool(monkeypatch: pytest.MonkeyPatch, capsys
     script(monkeypatch, answering("So ", PYTHON, "1", PYTHON_END, "nev"))
     assert chat_cli.main(["-p", "hi"]) == 130
     assert endless.closed.is_set()
-    assert capsys.readouterr().out == "So [calculator: 1] [stopped]\n"
+    assert capsys.readouterr().out == "So [endless: 1] [stopped]\n"
 
 
 def test_ctrl_c_with_one_answer(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -323,7 +329,7 @@ def test_typing_in_a_terminal(tmp_path: Path) -> None:
 
 def test_an_empty_answer_is_an_answer_too() -> None:
     chat = make_chat(Scripted({}))
-    assert "".join(chat.stream("hm")) == ""
+    assert list(chat.stream("hm")) == []
     chat.remember()
-    assert chat.messages[-1] == {"role": "assistant", "content": ""} and chat.said == [END]
-    assert BOS not in chat.said
+    assert chat.messages[-1] == {"role": "assistant", "content": ""} and chat.answer == [END]
+    assert BOS not in chat.answer

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_helpers import answers, sequence
 from stubs import ByteTokenizer
 
 from nanochat.common import UserError
@@ -16,11 +17,11 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import cpu_decoder, decoding
 from nanochat.inference.cpu_decoder import CpuDecoder
-from nanochat.inference.decoding import DecodingWeights, RunningBatch, TokenSequence
+from nanochat.inference.decoding import RunningBatch
+from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.packed_weights import PackedWeights, block_outputs, matrices, pack, quantize
-from nanochat.inference.sampling import SamplingParams
-from nanochat.inference.tools import ToolUse
+from nanochat.inference.tools import ToolTable
 from nanochat.optim import MuonAdamW
 from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
 from nanochat.runtime import cpu_flags
@@ -201,11 +202,11 @@ def test_the_batch_uses_it_and_says_what_plain_pytorch_says(monkeypatch: pytest.
     model = build()
     prompts = [list(range(40 + i, 45 + 2 * i)) for i in range(5)]
     engine = Engine(model, tokenizer)
-    ours = engine.generate_many(prompts, max_tokens=20, temperature=1.0, top_k=20, seed=3, batch_size=3)
+    ours = answers(engine, prompts, max_tokens=20, temperature=1.0, top_k=20, seed=3, batch_size=3)
     calls = []
     monkeypatch.setattr(CpuDecoder, "__call__", lambda *_: calls.append(1))
     monkeypatch.setattr(decoding.cpu_decoder, "supported", lambda model: False)
-    theirs = engine.generate_many(prompts, max_tokens=20, temperature=1.0, top_k=20, seed=3, batch_size=3)
+    theirs = answers(engine, prompts, max_tokens=20, temperature=1.0, top_k=20, seed=3, batch_size=3)
     assert ours == theirs and not calls and any(len(tokens) == 20 for tokens in ours)
 
 
@@ -233,8 +234,8 @@ def test_agrees_on_cpus_with_shorter_vectors(cpu: str, tmp_path: Path) -> None:
 def test_what_it_is_not_written_for_goes_through_the_model() -> None:
     model = build(n_head=8, n_kv_head=8)  # heads of 8
     assert not cpu_decoder.supported(model)
-    row = TokenSequence([1, 2, 3], 4, SamplingParams(0.0), 0, 0)
-    batch = RunningBatch(model, ToolUse(ByteTokenizer()), set(), 2, 20)
+    row = sequence([1, 2, 3], 4)
+    batch = RunningBatch(model, ToolTable(ByteTokenizer()), set(), 2, 20)
     batch.submit([row])
     while not batch.idle:
         batch.step()
@@ -346,7 +347,7 @@ def test_a_damaged_weight_shows(name: str, dtype: torch.dtype) -> None:
         model.blocks[0].get_submodule(name).weight[3] = float("nan")  # type: ignore[index, operator]
     engine = Engine(model, ByteTokenizer())
     with pytest.raises(FloatingPointError, match="damaged"):
-        engine.generate_many([[1, 2, 3]], max_tokens=4)
+        answers(engine, [[1, 2, 3]], max_tokens=4)
 
 
 @pytest.mark.parametrize("int8", [False, True])

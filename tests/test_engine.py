@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_helpers import answers, complete, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stubs import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, SPECIAL, START, TOKENIZER, Scripted, chain, stir
@@ -14,9 +15,11 @@ from stubs import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, SPECIAL, STA
 from nanochat.conversation import parse_answer
 from nanochat.engine import AnswerStream, Engine, TextStream
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.inference import decoding
-from nanochat.inference.decoding import DecodingWeights, RunningBatch, TokenSequence, ToolUse
-from nanochat.inference.sampling import SamplingParams
+from nanochat.inference import prefill
+from nanochat.inference.decoding import RunningBatch
+from nanochat.inference.decoding_weights import DecodingWeights
+from nanochat.inference.request import GenerationRequest
+from nanochat.inference.tools import ToolSession, ToolTable
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 
 SIZES = {"sequence_len": 32, "vocab_size": 265, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
@@ -81,7 +84,7 @@ def test_many_prompts_each_get_their_own_answer(models: dict[str, GPT], batch_si
     """More prompts than places, of all lengths: rows leave and join in the middle, nobody notices."""
     prompts = [[BOS, *((7 * i + j) % 250 for j in range(3 * i % 28))] for i in range(11)]
     for name, model in models.items():
-        got = Engine(model, TOKENIZER).generate_many(prompts, max_tokens=9, temperature=0.0, batch_size=batch_size)
+        got = answers(Engine(model, TOKENIZER), prompts, max_tokens=9, temperature=0.0, batch_size=batch_size)
         assert [p + a for p, a in zip(prompts, got)] == [greedy_once(model, tuple(p), 9) for p in prompts], name
 
 
@@ -89,16 +92,16 @@ def test_many_prompts_each_get_their_own_answer(models: dict[str, GPT], batch_si
 def test_prefill_in_chunks_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     prompt = [BOS, *range(20)]
     whole = engine.generate_batch(prompt, num_samples=3, max_tokens=8)
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", chunk)
     assert engine.generate_batch(prompt, num_samples=3, max_tokens=8) == whole
 
 
 def test_sampled_rows_do_not_depend_on_their_neighbours(engine: Engine) -> None:
     prompts = [[BOS, 50 + i] for i in range(9)]
     kwargs: dict[str, Any] = {"max_tokens": 12, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 5}
-    alone = engine.generate_many(prompts, batch_size=1, **kwargs)
-    assert engine.generate_many(prompts, batch_size=4, **kwargs) == alone
-    assert engine.generate_many(prompts[:3], batch_size=9, **kwargs) == alone[:3]
+    alone = answers(engine, prompts, batch_size=1, **kwargs)
+    assert answers(engine, prompts, batch_size=4, **kwargs) == alone
+    assert answers(engine, prompts[:3], batch_size=9, **kwargs) == alone[:3]
 
 
 def test_samples_differ_from_the_first_token_on(engine: Engine) -> None:
@@ -141,7 +144,7 @@ def test_generation_leaves_no_trace_in_training(models: dict[str, GPT]) -> None:
 def test_one_end_does_not_stop_the_others() -> None:
     model = Scripted({ord("a"): ord("b"), ord("b"): ord("c"), ord("x"): BOS})
     engine = Engine(model, TOKENIZER)  # type: ignore[arg-type]
-    rows = engine.complete([[ord("a")], [ord("x")], [ord("b")], [ord("c")]])
+    rows = complete(engine, [[ord("a")], [ord("x")], [ord("b")], [ord("c")]])
     assert [row.tokens for row in rows] == [[*b"bc"], [], [*b"c"], []]
     assert [row.end for row in rows] == [END, BOS, END, END]
     assert [len(step) for step in model.fed] == [1, 1, 1, 1, 2, 1]  # four prompts; then two rows, then one
@@ -166,9 +169,9 @@ def test_max_tokens(engine: Engine, max_tokens: int | None) -> None:
 def test_a_prompt_that_fills_the_context_gets_nothing(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(engine.generate([BOS] * 32)) == []
     assert engine.generate_batch([BOS] * 32, num_samples=2) == ([[BOS] * 32] * 2, [[0] * 32] * 2)
-    assert [len(a) for a in engine.generate_many([[BOS] * 32, [BOS] * 31, [BOS] * 99], temperature=0.0)] == [0, 1, 0]
+    assert [len(a) for a in answers(engine, [[BOS] * 32, [BOS] * 31, [BOS] * 99], temperature=0.0)] == [0, 1, 0]
     assert "2 of 3 prompts leave no room in the context of 32 tokens" in capsys.readouterr().err
-    assert engine.generate_many([]) == []
+    assert answers(engine, []) == []
 
 
 @pytest.mark.parametrize(
@@ -191,10 +194,10 @@ def test_wrong_arguments_are_named_before_anything_runs(
 
 
 def test_wrong_arguments_of_many(engine: Engine) -> None:
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
-        engine.complete([[BOS], []])
+    with pytest.raises(ValueError, match="empty"):
+        complete(engine, [[BOS], []])
     with pytest.raises(ValueError, match="batch_size"):
-        engine.complete([[BOS]], batch_size=0)
+        complete(engine, [[BOS]], batch_size=0)
 
 
 @pytest.mark.parametrize("top_k", [0, None, 265, 10_000])
@@ -204,6 +207,10 @@ def test_top_k_may_be_off_or_beyond_the_vocabulary(engine: Engine, top_k: int | 
 
 # ---------------------------------------------------------------------------------------------------
 # The calculator
+
+
+def tool_session() -> ToolSession:
+    return ToolSession(ToolTable(TOKENIZER))
 
 
 def test_a_result_is_forced_after_an_expression() -> None:
@@ -221,10 +228,10 @@ def test_a_result_is_forced_after_an_expression() -> None:
     [("1/2", "0.5"), ("84/7", "12"), ("'abc'.", None), ("2**", None), ("9//0", None), ("ü+1", None), ("", None)],
 )
 def test_what_the_calculator_makes_of_an_expression(expression: str, shown: str | None) -> None:
-    row, tools = TokenSequence([START], 99, SamplingParams(), 0, 0), ToolUse(TOKENIZER)
+    tools = tool_session()
     for token in [PYTHON, *TOKENIZER.encode(expression), PYTHON_END]:
-        tools.watch(row, token)
-    assert list(row.forced) == ([] if shown is None else [OUTPUT, *shown.encode(), OUTPUT_END])
+        tools.observe(token, room=99)
+    assert list(tools.forced) == ([] if shown is None else [OUTPUT, *shown.encode(), OUTPUT_END])
 
 
 @pytest.mark.parametrize(
@@ -232,17 +239,17 @@ def test_what_the_calculator_makes_of_an_expression(expression: str, shown: str 
     [[PYTHON_END], [*b"1+1", PYTHON_END], [PYTHON, *b"1+1"], [OUTPUT, *b"1", OUTPUT_END], [PYTHON, *b"1+1", PYTHON]],
 )
 def test_half_an_expression_calls_nothing(ids: list[int]) -> None:
-    row, tools = TokenSequence([START], 99, SamplingParams(), 0, 0), ToolUse(TOKENIZER)
+    tools = tool_session()
     for token in ids:
-        tools.watch(row, token)
-    assert not row.forced
+        tools.observe(token, room=99)
+    assert not tools.forced
 
 
 def test_a_second_start_begins_the_expression_anew() -> None:
-    row, tools = TokenSequence([START], 99, SamplingParams(), 0, 0), ToolUse(TOKENIZER)
+    tools = tool_session()
     for token in [PYTHON, *b"7", PYTHON, *b"1+1", PYTHON_END]:
-        tools.watch(row, token)
-    assert list(row.forced) == [OUTPUT, ord("2"), OUTPUT_END]
+        tools.observe(token, room=99)
+    assert list(tools.forced) == [OUTPUT, ord("2"), OUTPUT_END]
 
 
 def test_an_expression_it_refuses_forces_nothing() -> None:
@@ -266,7 +273,7 @@ def test_every_row_has_its_own_calculator() -> None:
     engine = Engine(Scripted(follows), TOKENIZER)  # type: ignore[arg-type]
     starts = b"ahcgbf"
     tail = [PYTHON, *b"1+2", PYTHON_END, OUTPUT, ord("3"), OUTPUT_END]
-    rows = engine.complete([[s] for s in starts], batch_size=4)
+    rows = complete(engine, [[s] for s in starts], batch_size=4)
     assert [row.tokens for row in rows] == [[*b"abcdefgh"[s - ord("a") + 1 :], *tail] for s in starts]
     assert all(row.mask[-3:] == [0, 0, 0] and 0 not in row.mask[:-3] for row in rows)
 
@@ -293,19 +300,15 @@ def make_batch(engine: Engine, max_rows: int) -> RunningBatch:
     return RunningBatch(engine.model, engine.tools, engine.end_tokens, max_rows, 32)
 
 
-def greedy_row(prompt: list[int], max_tokens: int = 10, index: int = 0) -> TokenSequence:
-    return TokenSequence(prompt, max_tokens, SamplingParams(0.0), 0, index)
-
-
 def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one piece of prompt a step, the rows already running get a token every step."""
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 4)
-    batch, first, late = make_batch(engine, 2), greedy_row([BOS, 1]), greedy_row([BOS, *range(17)])
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 4)
+    batch, first, late = make_batch(engine, 2), sequence([BOS, 1]), sequence([BOS, *range(17)])
     batch.submit([first])
-    steps = [[token.row for token in batch.step(prefill_chunks=1)]]
+    steps = [[token.sequence for token in batch.step(prefill_chunks=1)]]
     batch.submit([late])
     while not batch.idle:
-        steps.append([token.row for token in batch.step(prefill_chunks=1)])
+        steps.append([token.sequence for token in batch.step(prefill_chunks=1)])
     assert steps[:5] == [[first]] * 5 and steps[5] == [first, late]  # 18 tokens are five pieces
     for row in (first, late):
         assert row.prompt + row.tokens == naive_greedy(engine.model, row.prompt, 10)
@@ -313,20 +316,21 @@ def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine, monkeypa
 
 def test_rows_that_share_a_prompt_prefill_it_once() -> None:
     model = Scripted(chain("abc"))
-    Engine(model, TOKENIZER).complete([[*b"xa"]] * 5 + [[*b"ya"]], batch_size=2)  # type: ignore[arg-type]
+    requests = [GenerationRequest([*b"xa"], 9, num_samples=5), GenerationRequest([*b"ya"], 9)]
+    Engine(model, TOKENIZER).complete(requests, batch_size=2)  # type: ignore[arg-type]
     assert [step for step in model.fed if len(step[0]) == 2] == [[[*b"xa"]], [[*b"ya"]]]
 
 
 def test_cancelled_rows_free_their_place_wherever_they_are(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 4)
     batch = make_batch(engine, 2)
-    rows = [greedy_row([BOS, *range(40 * i, 40 * i + 9 + i)], index=i) for i in range(5)]
+    rows = [sequence([BOS, *range(40 * i, 40 * i + 9 + i)], index=i) for i in range(5)]
     for row in rows:
         batch.submit([row])
     batch.step()
-    assert batch.rows == rows[:2]
+    assert batch.running == rows[:2]
     batch.cancel(rows[0])  # running
-    assert batch.rows == [rows[1]]
+    assert batch.running == [rows[1]]
     batch.step(prefill_chunks=1)
     batch.cancel(rows[2])  # its prompt is half prefilled
     batch.cancel(rows[4])  # waiting

@@ -76,7 +76,7 @@ def test_a_flood_does_not_keep_others_out() -> None:
 
     for _ in range(20):
         service.submit(order(max_tokens=3, client="flood"), receiver("flood"))
-    until(lambda: service.batch.rows)
+    until(lambda: service.batch.running)
     service.submit(order(max_tokens=3, client="other"), receiver("other"))
     gate.set()
     until(lambda: len(ended) == 21)
@@ -93,7 +93,7 @@ def test_waiting_is_bounded_even_while_rows_run() -> None:
         gate.wait(20)
 
     service.submit(order(max_tokens=50, sampling=SamplingParams(0.0)), hold)
-    until(lambda: service.batch.rows)
+    until(lambda: service.batch.running)
     receivers = [Receiver() for _ in range(4)]
     tickets = [service.submit(order(max_tokens=2), receiver) for receiver in receivers]
     assert service.stats()["requests_waiting"] == 4 and service.load == 5

@@ -19,7 +19,7 @@ from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.distributed.rank_checks import NonFiniteLoss
 from nanochat.gpt import GPT, GPTConfig, Linear
-from nanochat.inference.sampling import SamplingParams, choose, make_rng
+from nanochat.inference.sampling import SamplingParams, draw_tokens, make_rng
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.loss_head import head_loss
 from nanochat.optim import OptimizerConfig, build_param_groups
@@ -93,7 +93,7 @@ def test_no_float64_on_an_apple_gpu() -> None:
     assert evaluate_bpb(Model(), [batch], 1, bytes_each) == pytest.approx(0.5)  # type: ignore[arg-type]
     logits = torch.tensor([[0.0, 9.0, 0.0]])
     settings = ([SamplingParams(temperature=1.0, top_p=0.9)], [make_rng(0, 0)])
-    assert choose(logits.as_subclass(OnApple), *settings) == [1]  # type: ignore[arg-type]
+    assert draw_tokens(logits.as_subclass(OnApple), *settings) == [1]  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------

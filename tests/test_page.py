@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 import uvicorn
 from test_server import TOKENIZER
 
-from nanochat.inference.decoding import Token, TokenLogprobs, TokenSequence
+from nanochat.inference.request import GenerationRequest, Token, TokenLogprobs, TokenSequence
 from nanochat.serve.server import Settings, create_app
-from nanochat.serve.service import Busy, Finished, GenerationRequest
+from nanochat.serve.service import Busy, Finished
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
@@ -40,8 +41,8 @@ class ScriptedPool:
         self.orders.append(order)
         text = TOKENIZER.decode(order.prompt).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
         said = self.script(text)
-        row = TokenSequence(list(order.prompt), 10_000, order.sampling, 0, 0)
-        ticket = SimpleNamespace(order=order, rows=[row], stop=False)
+        row = TokenSequence(replace(order, max_tokens=10_000))
+        ticket = SimpleNamespace(order=order, sequences=[row], stop=False)
 
         def cancel(index: int | None = None) -> None:
             self.cancelled += not ticket.stop and not row.done
@@ -278,7 +279,7 @@ def test_settings_are_sent(page: Any, served: Served, probabilities: bool) -> No
     until(page, "state.settings.top_k === '7'")
     ask(page, "hi")
     order = served.pool.orders[-1]
-    assert (order.sampling.temperature, order.sampling.top_k, order.seed) == (0.3, 7, 11)
+    assert (order.sampling.temperature, order.sampling.top_k, order.sampling.seed) == (0.3, 7, 11)
     assert "Be brief." in TOKENIZER.decode(order.prompt) and (order.top_logprobs == 5) == probabilities
     if probabilities:
         first = answer(page).locator(".token").first

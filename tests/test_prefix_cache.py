@@ -4,14 +4,16 @@ import random
 
 import pytest
 import torch
+from engine_helpers import sequence
 from stubs import TOKENIZER, stir
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.inference import decoding
-from nanochat.inference.decoding import RunningBatch, TokenSequence, ToolUse
+from nanochat.inference import prefill
+from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.prefix_cache import PrefixCache
 from nanochat.inference.sampling import SamplingParams
+from nanochat.inference.tools import ToolTable
 
 CHUNK = 8
 
@@ -23,21 +25,21 @@ def make_model(form=GPTConfig, vocab_size: int = 300) -> GPT:  # type: ignore[no
 
 def answers(model: GPT, prompts: list[list[int]], prefixes: PrefixCache | None) -> list[tuple[list[int], list[float]]]:
     """(tokens, their log probabilities) of each prompt, one after the other in one running batch."""
-    batch = RunningBatch(model, ToolUse(TOKENIZER), {257}, 2, 64, prefixes)
+    batch = RunningBatch(model, ToolTable(TOKENIZER), {257}, 2, 64, prefixes)
     found = []
     for number, prompt in enumerate(prompts):
-        row = TokenSequence(prompt, min(6, 64 - len(prompt)), SamplingParams(1.0), 1, number, top_logprobs=2)
+        row = sequence(prompt, min(6, 64 - len(prompt)), SamplingParams(seed=1), number, top_logprobs=2)
         batch.submit([row])
         told = []
         while not batch.idle:
-            told += [token.told.logprob for token in batch.step() if token.told]
+            told += [token.logprobs.logprob for token in batch.step() if token.logprobs]
         found.append((row.tokens, told))
     return found
 
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", CHUNK)
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", CHUNK)
 
 
 @pytest.mark.parametrize("form", [GPTConfig, GPTConfig.later])
@@ -50,7 +52,7 @@ def test_a_hit_changes_no_bit(form) -> None:  # type: ignore[no-untyped-def]
     prefixes = PrefixCache(CHUNK, 10**8)
     cached = answers(model, prompts, prefixes)
     assert cached == answers(model, prompts, None)
-    assert prefixes.hit_tokens > 100 and prefixes.asked_tokens == sum(map(len, prompts))
+    assert prefixes.hit_tokens > 100 and prefixes.prompt_tokens == sum(map(len, prompts))
     before = prefixes.hit_tokens
     assert answers(model, prompts, prefixes) == cached
     # Whole chunks, and at least one token is always computed.
@@ -94,15 +96,15 @@ def test_a_told_prompt_is_computed_whole() -> None:
     model, prompt = make_model(), [random.Random(1).randrange(256) for _ in range(21)]
     prefixes = PrefixCache(CHUNK, 10**8)
     answers(model, [prompt], prefixes)
-    batch = RunningBatch(model, ToolUse(TOKENIZER), {257}, 1, 64, prefixes)
-    row = TokenSequence(prompt, 1, SamplingParams(0.0), 0, 0, top_logprobs=3, prompt_logprobs=True)
+    batch = RunningBatch(model, ToolTable(TOKENIZER), {257}, 1, 64, prefixes)
+    row = sequence(prompt, 1, top_logprobs=3, prompt_logprobs=True)
     batch.submit([row])
     (token,) = batch.step()
     logprobs = model(torch.tensor([prompt]))[0].detach().log_softmax(-1)
-    assert [t.logprob for t in row.told] == pytest.approx(
+    assert [t.logprob for t in row.prompt_logprobs] == pytest.approx(
         [float(logprobs[i, prompt[i + 1]]) for i in range(20)], abs=1e-4
     )
     best = logprobs[4].topk(3)
-    assert [i for i, _ in row.told[4].top] == best.indices.tolist()
-    assert token.told is not None and token.told.logprob == pytest.approx(float(logprobs[-1].max()), abs=1e-4)
-    assert token.told.top[0][0] == token.id
+    assert [i for i, _ in row.prompt_logprobs[4].top] == best.indices.tolist()
+    assert token.logprobs is not None and token.logprobs.logprob == pytest.approx(float(logprobs[-1].max()), abs=1e-4)
+    assert token.logprobs.top[0][0] == token.id

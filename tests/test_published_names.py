@@ -22,7 +22,7 @@ NAMES = {
     "nanochat.execution": ["execute_code", "ExecutionResult", "PythonSession"],
     "nanochat.core_eval": ["evaluate_core"],
     "nanochat.serve.service": ["WorkerPool"],
-    "nanochat.engine": ["KVCache", "Engine.generate", "Engine.generate_batch"],
+    "nanochat.engine": ["KVCache", "use_calculator", "Engine.generate", "Engine.generate_batch"],
     "tasks.common": ["Task", "TaskMixture", "TaskSequence"],
     "tasks.smoltalk": ["SmolTalk"],
     "tasks.mmlu": ["MMLU"],

@@ -92,14 +92,14 @@ def service() -> Iterator[RemoteService]:
 def test_the_engine_says_the_same(service: RemoteService) -> None:
     engine = Engine(make_model(vocab_size=265), TOKENIZER)  # type: ignore[arg-type]
     receivers = [Receiver() for _ in range(7)]
-    tickets = [service.submit(order("x" * i, seed=i, samples=1 + i % 2), r) for i, r in enumerate(receivers)]
+    tickets = [service.submit(order("x" * i, seed=i, num_samples=1 + i % 2), r) for i, r in enumerate(receivers)]
     for i, (ticket, receiver) in enumerate(zip(tickets, receivers)):
         assert receiver.wait().end == Finished()
         prompt = [256, *b"x" * i]
         expected, _ = engine.generate_batch(prompt, 1 + i % 2, max_tokens=8, temperature=1.0, seed=i)
-        for row, whole in zip(ticket.rows, expected):
+        for row, whole in zip(ticket.sequences, expected):
             ends = [row.end] if row.end is not None else []
-            assert prompt + [t.id for t in receiver.tokens if t.row is row] == whole + ends
+            assert prompt + [t.id for t in receiver.tokens if t.sequence is row] == whole + ends
     assert service.load == 0 and service.stats()["rows_running"] == 0 and service.stats()["tokens"] > 20
 
 
@@ -107,19 +107,19 @@ def test_log_probabilities_travel(service: RemoteService) -> None:
     receiver, known = Receiver(), []
 
     def deliver(what: Any) -> None:
-        known.append(len(what[0].row.told) if isinstance(what, list) else None)
+        known.append(len(what[0].sequence.prompt_logprobs) if isinstance(what, list) else None)
         receiver(what)
 
     ticket = service.submit(order("abc", max_tokens=2, top_logprobs=2, prompt_logprobs=True), deliver)
     receiver.wait()
     assert known[0] == 3, "what is known of the prompt comes with the first token"
-    assert len(ticket.rows[0].told) == 3 and ticket.rows[0].told[0].logprob < 0
-    assert all(len(token.told.top) == 2 for token in receiver.tokens if token.told)
+    assert len(ticket.sequences[0].prompt_logprobs) == 3 and ticket.sequences[0].prompt_logprobs[0].logprob < 0
+    assert all(len(token.logprobs.top) == 2 for token in receiver.tokens if token.logprobs)
 
 
 def test_orders_can_be_cancelled_and_refused(service: RemoteService) -> None:
     receiver = Receiver()
-    ticket = service.submit(order(max_tokens=50, samples=4, sampling=SamplingParams(10.0)), receiver)
+    ticket = service.submit(order(max_tokens=50, num_samples=4, sampling=SamplingParams(10.0)), receiver)
     ticket.cancel()
     assert receiver.wait().end == Finished()
     with pytest.raises(ValueError, match="empty"):
@@ -137,7 +137,7 @@ def test_the_orders_of_a_request_take_one_place(service: RemoteService) -> None:
     receivers = [Receiver() for _ in range(10 + 7)]
     for number, receiver in enumerate(receivers):
         many = number < 10
-        service.submit(order(max_tokens=50, request="many" if many else ""), receiver, more=many and number > 0)
+        service.submit(order(max_tokens=50, group="many" if many else ""), receiver, more=many and number > 0)
     with pytest.raises(Busy):
         service.submit(order(), Receiver())
     for receiver in receivers:

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from engine_helpers import sequence
 from stubs import TOKENIZER
 
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.inference.decoding import TokenSequence
-from nanochat.inference.sampling import SamplingParams
+from nanochat.inference.request import TokenSequence
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.rl import Curriculum, Group, RolloutLoader, Sampler, as_batch
 from nanochat.runtime import Runtime
@@ -40,7 +40,7 @@ def tiny(seed: int = 0, **sizes: Any) -> GPT:
 
 
 def answered(prompt: list[int], tokens: list[int], mask: list[int], end: int | None) -> TokenSequence:
-    row = TokenSequence(prompt, 50, SamplingParams(), 0, 0)
+    row = sequence(prompt, 50)
     row.tokens, row.mask, row.end = tokens, mask, end
     return row
 

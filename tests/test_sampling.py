@@ -2,6 +2,8 @@
 
 import math
 import random
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from nanochat.cpu import kernels
 from nanochat.inference import sampling
-from nanochat.inference.sampling import SamplingParams, choose, make_rng
+from nanochat.inference.sampling import SamplingParams, draw_tokens, make_rng
 
 
 @pytest.fixture(autouse=True, params=["C", "PyTorch"])
@@ -46,7 +48,7 @@ class Fixed:
 def shares(logits: torch.Tensor, sampling: SamplingParams, n: int = 4000) -> torch.Tensor:
     """How often each token is chosen over an even grid of n draws: its probability to within 1/n."""
     grid = Grid(n)
-    tokens = choose(logits.expand(n, -1), [sampling] * n, [grid] * n)  # type: ignore[list-item]
+    tokens = draw_tokens(logits.expand(n, -1), [sampling] * n, [grid] * n)  # type: ignore[list-item]
     return torch.bincount(torch.tensor(tokens), minlength=logits.size(-1)).double() / n
 
 
@@ -62,7 +64,7 @@ def test_draws_of_many_samples_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     rngs = [make_rng(7, i) for i in range(n)]
     counts = torch.bincount(
-        torch.tensor(choose(logits.expand(n, -1), [SamplingParams()] * n, rngs)), minlength=4
+        torch.tensor(draw_tokens(logits.expand(n, -1), [SamplingParams()] * n, rngs)), minlength=4
     ).double()
     p = logits[0].double().softmax(0)
     assert ((counts - n * p).abs() < 5 * (n * p * (1 - p)).sqrt()).all()  # five standard deviations
@@ -71,8 +73,8 @@ def test_draws_of_many_samples_follow_the_distribution() -> None:
 def test_temperature_zero_takes_the_most_likely() -> None:
     logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(1))
     rngs = [make_rng(0, i) for i in range(16)]
-    assert choose(logits, [SamplingParams(0.0)] * 16, rngs) == logits.argmax(-1).tolist()
-    assert choose(logits, [SamplingParams(1.0, top_k=1)] * 16, rngs) == logits.argmax(-1).tolist()
+    assert draw_tokens(logits, [SamplingParams(0.0)] * 16, rngs) == logits.argmax(-1).tolist()
+    assert draw_tokens(logits, [SamplingParams(1.0, top_k=1)] * 16, rngs) == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_the_order_of_two_equals_decides_nothing(sampling: SamplingParams) -> No
     draws = [Fixed(i / 50) for i in range(50)]
     first = torch.tensor([[1.0 + 1e-6, 0.0, 1.0, 0.5]]).expand(50, -1)
     second = torch.tensor([[1.0, 0.0, 1.0 + 1e-6, 0.5]]).expand(50, -1)
-    assert choose(first, [sampling] * 50, draws) == choose(second, [sampling] * 50, draws)  # type: ignore[arg-type]
+    assert draw_tokens(first, [sampling] * 50, draws) == draw_tokens(second, [sampling] * 50, draws)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("top_k", [None, 0, 4, 5, 1000])
@@ -134,7 +136,7 @@ def test_extreme_draws_never_pick_what_was_ruled_out(sampling: SamplingParams, d
     allowed = {SamplingParams(top_k=2): {6, 8}, SamplingParams(top_p=0.7): {6, 8}, SamplingParams(1e-6): {6}}.get(
         sampling, {5, 6, 7, 8}
     )
-    assert choose(logits, [sampling], [Fixed(draw)])[0] in allowed  # type: ignore[list-item]
+    assert draw_tokens(logits, [sampling], [Fixed(draw)])[0] in allowed  # type: ignore[list-item]
 
 
 def test_rows_with_other_settings_do_not_disturb_each_other() -> None:
@@ -147,8 +149,8 @@ def test_rows_with_other_settings_do_not_disturb_each_other() -> None:
         SamplingParams(0.0),
     ]
     logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(2))
-    together = choose(logits, settings, [make_rng(3, i) for i in range(6)])
-    assert together == [choose(logits[i : i + 1], [settings[i]], [make_rng(3, i)])[0] for i in range(6)]
+    together = draw_tokens(logits, settings, [make_rng(3, i) for i in range(6)])
+    assert together == [draw_tokens(logits[i : i + 1], [settings[i]], [make_rng(3, i)])[0] for i in range(6)]
 
 
 def reference(logits: list[float], temperature: float, top_k: int | None, draw: float) -> tuple[int, float]:
@@ -174,7 +176,7 @@ def test_every_draw_is_that_of_plain_python(top_k: int | None, temperature: floa
         common = (2.5, -math.inf) if form == "C" else ()
         rows = [[dice.choice((dice.gauss(0, 3), *common)) for _ in range(vocab_size)] for _ in range(20)]
         draws = [dice.random() for _ in rows]
-        given = choose(torch.tensor(rows), [SamplingParams(temperature, top_k)] * 20, [Fixed(d) for d in draws])  # type: ignore[arg-type, misc]
+        given = draw_tokens(torch.tensor(rows), [SamplingParams(temperature, top_k)] * 20, [Fixed(d) for d in draws])  # type: ignore[arg-type, misc]
         for row, draw, token in zip(torch.tensor(rows).tolist(), draws, given):
             expected, margin = reference(row, temperature, top_k, draw)
             if margin > 1e-6:
@@ -190,6 +192,42 @@ def test_extreme_settings(values: dict[str, Any]) -> None:
     likeliest = logits[0].argsort(descending=True).tolist()
     expected = likeliest[:1] if values.get("temperature", 1) < 1 else likeliest[: values["top_k"]]
     assert taken == sorted(expected)
+
+
+@dataclass(frozen=True)
+class MinP(SamplingParams):
+    """Another way to sample: only tokens at least min_p times as likely as the most likely one (arXiv 2407.01082)."""
+
+    min_p: float = 0.0
+
+    def distribution(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        probs, ids = super().distribution(logits)
+        return probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0), ids
+
+
+def test_a_subclass_with_another_field_is_drawn_by_its_own_distribution() -> None:
+    """Whether or not C is in use, which knows nothing of it; beside rows that C draws, too."""
+    expected = torch.tensor([0.0, 0.625, 0.0, 0.375], dtype=torch.float64)
+    assert (shares(WORKED, MinP(min_p=0.4)) - expected).abs().max() < 1e-3
+    rows: list[SamplingParams] = [SamplingParams(), MinP(min_p=0.4), SamplingParams(top_k=1)]
+    tokens = draw_tokens(WORKED.expand(3, -1), rows, [Fixed(0.01), Fixed(0.01), Fixed(0.01)])  # type: ignore[list-item]
+    assert tokens == [0, 1, 1]
+
+
+def test_c_is_not_given_a_field_it_does_not_implement(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if top_k had been added to SamplingParams and not to sampling.c."""
+    monkeypatch.setattr(sampling, "C_FIELDS", ("temperature", "top_p", "seed"))
+    in_c: list[int] = []
+    draw_in_c = sampling._draw_in_c
+    monkeypatch.setattr(sampling, "_draw_in_c", lambda *args: in_c.append(len(args[1])) or draw_in_c(*args))
+    assert (shares(WORKED, SamplingParams(top_k=2), 10) > 0).tolist() == [False, True, False, True] and not in_c
+    shares(WORKED, SamplingParams(), 10)
+    assert in_c == ([10] if form == "C" else [])
+
+
+def test_override_takes_the_values_that_are_given() -> None:
+    given = SimpleNamespace(temperature=0.0, top_k=None, seed=7, other=1)
+    assert SamplingParams(0.5, 20, 0.9).override(given) == SamplingParams(0.0, 20, 0.9, 7)
 
 
 def test_seeds_are_unrelated() -> None:
@@ -222,4 +260,4 @@ def test_a_broken_model_is_named(temperature: float, bad: float) -> None:
     logits = torch.zeros(2, 5)
     logits[1, 2] = bad
     with pytest.raises(FloatingPointError, match="not finite"):
-        choose(logits, [SamplingParams(temperature)] * 2, [make_rng(0, 0), make_rng(0, 1)])
+        draw_tokens(logits, [SamplingParams(temperature)] * 2, [make_rng(0, 0), make_rng(0, 1)])

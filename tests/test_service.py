@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from stubs import TOKENIZER
 from test_prefix_cache import make_model
 
 from nanochat.engine import Engine
-from nanochat.inference.decoding import Token
+from nanochat.inference.request import GenerationRequest, Token
 from nanochat.inference.sampling import SamplingParams
-from nanochat.serve.service import Busy, Closed, Finished, GenerationRequest, Service, WorkerPool, row_bytes
+from nanochat.serve.service import Busy, Closed, Finished, Service, WorkerPool, row_bytes
 
 MODEL = make_model()
 
@@ -48,32 +49,31 @@ def service() -> Any:
     assert not made._thread.is_alive()
 
 
-def order(text: str = "abc", max_tokens: int = 8, **changes: Any) -> GenerationRequest:
-    return GenerationRequest(
-        [256, *text.encode()], max_tokens, **{"sampling": SamplingParams(1.0), "seed": 5, **changes}
-    )
+def order(text: str = "abc", max_tokens: int = 8, seed: int = 5, **changes: Any) -> GenerationRequest:
+    sampling = replace(changes.pop("sampling", SamplingParams()), seed=seed)
+    return GenerationRequest([256, *text.encode()], max_tokens, sampling, **changes)
 
 
 def test_the_engine_says_the_same(service: Service) -> None:
     """Alone, among others, or through Engine.generate_batch: one seed, one answer."""
     receivers = [Receiver() for _ in range(7)]
-    tickets = [service.submit(order("x" * i, seed=i, samples=1 + i % 2), r) for i, r in enumerate(receivers)]
+    tickets = [service.submit(order("x" * i, seed=i, num_samples=1 + i % 2), r) for i, r in enumerate(receivers)]
     engine = Engine(MODEL, TOKENIZER)  # type: ignore[arg-type]
     for i, (ticket, receiver) in enumerate(zip(tickets, receivers)):
         assert receiver.wait().end == Finished()
         prompt = [256, *b"x" * i]
         expected, _ = engine.generate_batch(prompt, 1 + i % 2, max_tokens=8, temperature=1.0, seed=i)
-        assert [prompt + row.tokens for row in ticket.rows] == expected
-        for row in ticket.rows:
+        assert [prompt + row.tokens for row in ticket.sequences] == expected
+        for row in ticket.sequences:
             ends = [row.end] if row.end is not None else []
-            assert [t.id for t in receiver.tokens if t.row is row] == row.tokens + ends
+            assert [t.id for t in receiver.tokens if t.sequence is row] == row.tokens + ends
     assert service.stats()["rows_running"] == 0 and service.load == 0
 
 
 def test_cancelled_rows_leave_within_a_step(service: Service) -> None:
     receivers = [Receiver() for _ in range(6)]
     tickets = [
-        service.submit(order(max_tokens=50, samples=2, sampling=SamplingParams(1.0, top_k=0)), r) for r in receivers
+        service.submit(order(max_tokens=50, num_samples=2, sampling=SamplingParams(1.0, top_k=0)), r) for r in receivers
     ]
     for ticket in tickets:
         ticket.cancel()
@@ -86,10 +86,10 @@ def test_cancelled_rows_leave_within_a_step(service: Service) -> None:
 
 def test_one_sample_of_several_can_be_cancelled(service: Service) -> None:
     receiver = Receiver()
-    ticket = service.submit(order(max_tokens=20, samples=2), receiver)
+    ticket = service.submit(order(max_tokens=20, num_samples=2), receiver)
     ticket.cancel(0)
     receiver.wait()
-    assert ticket.rows[1].done and (ticket.rows[1].end is not None or len(ticket.rows[1].tokens) == 20)
+    assert ticket.sequences[1].done and (ticket.sequences[1].end is not None or len(ticket.sequences[1].tokens) == 20)
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ def held(service: Service) -> Iterator[None]:
         first(what)
 
     service.submit(order(), hold)
-    until(lambda: service.batch.rows)  # it is in the batch, and its receiver holds the thread
+    until(lambda: service.batch.running)  # it is in the batch, and its receiver holds the thread
     yield
     gate.set()
     first.wait()
@@ -125,7 +125,7 @@ def test_the_orders_of_a_request_take_one_place_in_the_queue(service: Service) -
     with held(service):
         for number, receiver in enumerate(receivers):
             many = number < 10
-            service.submit(order(request="many" if many else ""), receiver, more=many and number > 0)
+            service.submit(order(group="many" if many else ""), receiver, more=many and number > 0)
         with pytest.raises(Busy):
             service.submit(order(), Receiver())
     for receiver in receivers:
@@ -137,8 +137,8 @@ def test_the_orders_of_a_request_take_one_place_in_the_queue(service: Service) -
     [
         ({"prompt": []}, "empty"),
         ({"prompt": [1] * 99}, "context"),
-        ({"max_tokens": -1}, "negative"),
-        ({"samples": 0}, "at least 1"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"num_samples": 0}, "num_samples"),
     ],
 )
 def test_impossible_orders(service: Service, bad: dict[str, Any], says: str) -> None:
@@ -154,7 +154,7 @@ def test_no_room_and_no_tokens(service: Service) -> None:
     told, receiver = order(max_tokens=0, top_logprobs=2, prompt_logprobs=True), Receiver()
     ticket = service.submit(told, receiver)
     receiver.wait()
-    assert len(ticket.rows[0].told) == 3  # of a, b, c
+    assert len(ticket.sequences[0].prompt_logprobs) == 3  # of a, b, c
 
 
 def test_a_receiver_that_fails_harms_nobody(service: Service, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,14 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from engine_helpers import answers, sequence
 from stubs import TOKENIZER, Scripted, chain
 
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.execution import choose_level
-from nanochat.inference.decoding import RunningBatch, TokenSequence
-from nanochat.inference.sampling import SamplingParams
-from nanochat.inference.tools import CALCULATOR, WITH_PYTHON, Python, Tool, ToolUse
+from nanochat.inference.decoding import RunningBatch
+from nanochat.inference.request import TokenSequence
+from nanochat.inference.tools import CALCULATOR, WITH_PYTHON, Python, Tool, ToolSession, ToolTable
 from tasks.code import Code
 
 START, STOP = (TOKENIZER.encode_special(f"<|python_{name}|>") for name in ("start", "end"))
@@ -68,14 +69,14 @@ def run(batch: RunningBatch, steps: int = 500) -> None:
 
 
 def row_for(prompt: str = "?", index: int = 0) -> TokenSequence:
-    return TokenSequence(TOKENIZER.encode(prompt), 60, SamplingParams(0.0), 0, index)
+    return sequence(TOKENIZER.encode(prompt), 60, index=index)
 
 
 def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
     model = Scripted({**chain("?", START, "abc", STOP), OUT_END: END, **chain("!", "xyzXYZ0123456789")}, 200)
-    batch = RunningBatch(model, ToolUse(TOKENIZER, (tool,)), {END}, 4, 200)  # type: ignore[arg-type]
+    batch = RunningBatch(model, ToolTable(TOKENIZER, (tool,)), {END}, 4, 200)  # type: ignore[arg-type]
     asking, talking = row_for(), row_for("!", 1)
     batch.submit([asking])
     batch.submit([talking])
@@ -93,7 +94,7 @@ def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
 def test_a_row_that_leaves_while_its_tool_runs_closes_it() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
-    batch = RunningBatch(calls("abc"), ToolUse(TOKENIZER, (tool,)), {END}, 2, 200)  # type: ignore[arg-type]
+    batch = RunningBatch(calls("abc"), ToolTable(TOKENIZER, (tool,)), {END}, 2, 200)  # type: ignore[arg-type]
     row = row_for()
     batch.submit([row])
     for _ in range(10):
@@ -110,7 +111,7 @@ def test_the_next_tool_gets_what_the_first_refuses_and_nothing_is_forced_if_all_
     tool, made = slow_tool(may_go)
     for text, forced in (("1+2", "3"), ("abc", "cba"), ("no", None)):
         engine = Engine(calls(text), TOKENIZER, tools=(CALCULATOR, tool))  # type: ignore[arg-type]
-        (tokens,) = engine.generate_many([[ord("?")]], max_tokens=30, temperature=0.0)
+        (tokens,) = answers(engine, [[ord("?")]], max_tokens=30, temperature=0.0)
         output = [] if forced is None else [OUT, *forced.encode(), OUT_END]
         assert tokens == [START, *text.encode(), STOP, *output], text
     assert len(made) == 2, "the calculator answered the first call alone"
@@ -137,7 +138,7 @@ def test_limits_of_a_tool() -> None:
     tool = Tool("echo", "<|python_start|>", "<|python_end|>", Echo, max_call_tokens=3, max_output_chars=5)
     for text, wanted in (("ab", "ababa"), ("abcd", None)):
         engine = Engine(calls(text), TOKENIZER, tools=(tool,))  # type: ignore[arg-type]
-        (tokens,) = engine.generate_many([[ord("?")]], max_tokens=30, temperature=0.0)
+        (tokens,) = answers(engine, [[ord("?")]], max_tokens=30, temperature=0.0)
         assert (OUT in tokens) == (wanted is not None)
         if wanted:
             assert tokens[-6:] == [*wanted.encode(), OUT_END]
@@ -153,21 +154,19 @@ def test_a_tool_that_fails_ends_no_answer() -> None:
 
     tool = Tool("broken", "<|python_start|>", "<|python_end|>", Broken, slow=True)
     engine = Engine(calls("ab"), TOKENIZER, tools=(tool,))  # type: ignore[arg-type]
-    assert engine.generate_many([[ord("?")]], max_tokens=30, temperature=0.0) == [[START, *b"ab", STOP]]
+    assert answers(engine, [[ord("?")]], max_tokens=30, temperature=0.0) == [[START, *b"ab", STOP]]
 
 
 @pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
 def test_python_remembers_within_an_answer_and_not_beyond() -> None:
-    tools = ToolUse(TOKENIZER, WITH_PYTHON)
+    def ask(session: ToolSession, text: str) -> str:
+        for token in [START, *text.encode()]:
+            session.observe(token, room=60)
+        call = session.observe(STOP, room=60)
+        return f"calculator {bytes(list(session.forced)[1:-1]).decode()}" if call is None else str(call())
 
-    def ask(row: TokenSequence, text: str) -> str:
-        tools.watch(row, START)
-        for token in text.encode():
-            tools.watch(row, token)
-        call = tools.watch(row, STOP)
-        return f"calculator {bytes(list(row.forced)[1:-1]).decode()}" if call is None else str(call())
-
-    one, two = row_for(), row_for("?", 1)
+    table = ToolTable(TOKENIZER, WITH_PYTHON)
+    one, two = ToolSession(table), ToolSession(table)
     try:
         assert ask(one, "2+3") == "calculator 5"
         assert ask(one, "secret = 6 * 7") == ""
@@ -176,8 +175,8 @@ def test_python_remembers_within_an_answer_and_not_beyond() -> None:
         assert ask(two, "print('a'); 'b'") == "a\n'b'"
         assert "Error" in ask(two, "open('/etc/passwd').read()")
     finally:
-        one.runners.close()
-        two.runners.close()
+        one.close()
+        two.close()
 
 
 @pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
@@ -206,7 +205,7 @@ def test_code_is_judged_by_its_tests() -> None:
 def test_a_call_that_has_not_begun_is_not_begun_for_a_row_that_left() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
-    batch = RunningBatch(calls("abc"), ToolUse(TOKENIZER, (tool,)), {END}, 20, 200)  # type: ignore[arg-type]
+    batch = RunningBatch(calls("abc"), ToolTable(TOKENIZER, (tool,)), {END}, 20, 200)  # type: ignore[arg-type]
     rows = [row_for(index=i) for i in range(20)]  # more than there are threads
     batch.submit(rows)
     for _ in range(10):
@@ -236,7 +235,7 @@ def test_a_generation_that_is_broken_off_leaves_no_tool_open() -> None:
 
 @pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
 def test_a_program_that_runs_for_a_row_that_left_is_ended() -> None:
-    batch = RunningBatch(calls("while 1:0"), ToolUse(TOKENIZER, WITH_PYTHON), {END}, 2, 200)  # type: ignore[arg-type]
+    batch = RunningBatch(calls("while 1:0"), ToolTable(TOKENIZER, WITH_PYTHON), {END}, 2, 200)  # type: ignore[arg-type]
     row = row_for()
     batch.submit([row])
     while not batch.calling:

@@ -34,7 +34,7 @@ class PrefixCache:
 
     def __init__(self, chunk_tokens: int, budget_bytes: int) -> None:
         self.chunk_tokens, self.budget_bytes = chunk_tokens, budget_bytes
-        self.num_bytes = self.hit_tokens = self.asked_tokens = 0
+        self.num_bytes = self.hit_tokens = self.prompt_tokens = 0
         self._root = _Chunk(None, (), [])
         self._clock = 0
         self._lock = threading.Lock()
@@ -46,7 +46,7 @@ class PrefixCache:
         """
         assert cache.length(0) == 0
         with self._lock:
-            self.asked_tokens += len(prompt)
+            self.prompt_tokens += len(prompt)
             node, start = self._root, 0
             while start + self.chunk_tokens < len(prompt):
                 child = node.children.get(tuple(prompt[start : start + self.chunk_tokens]))

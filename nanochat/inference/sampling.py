@@ -1,15 +1,18 @@
-"""Choosing the next token from logits.
+"""Drawing the next token from logits.
 
-Shapes: B rows, V vocabulary.
+SamplingParams holds the settings; a subclass or a new field changes `distribution`, the PyTorch definition. On a CPU,
+sampling.c draws for the settings it implements (C_FIELDS); all others take the PyTorch path.
 
-A draw takes one uniform number and walks the cumulative probabilities, so a row's random numbers depend
-on its seed and on how many tokens it has drawn: not on its neighbours, nor on the size of the vocabulary.
+A draw takes one uniform number and walks the cumulative probabilities, so a row's random numbers depend on its seed
+and on how many tokens it has drawn: not on its neighbours, nor on the size of the vocabulary.
+
+Shapes: B rows, V vocabulary, K candidate tokens.
 """
 
 import ctypes
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -20,14 +23,15 @@ NOT_FINITE = "the model's logits are not finite: its weights are damaged or dive
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose. Applied in this order: temperature, then top_k, then top_p among what is left.
+    """How to draw. Applied in this order: temperature, top_k, then top_p among what is left.
 
-    Raises ValueError for a value outside what is allowed.
+    Raises ValueError for a value out of range.
     """
 
-    temperature: float = 1.0  # 0 takes the most likely token; at most a million, where all tokens are as likely
+    temperature: float = 1.0  # 0 takes the most likely token; at most a million, where all tokens are equally likely
     top_k: int | None = None  # only the k most likely tokens; None or 0 is off
-    top_p: float | None = None  # only the fewest tokens that together have this probability; None or 1 is off
+    top_p: float | None = None  # only the fewest tokens whose probabilities sum to this; None or 1 is off
+    seed: int = 42
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 1e6:
@@ -37,48 +41,117 @@ class SamplingParams:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1 (off), got {self.top_p}")
 
+    def override(self, values: object) -> "SamplingParams":
+        """These settings, replaced by the attributes of `values` that have a field's name and are not None."""
+        given = {f.name: getattr(values, f.name, None) for f in fields(self)}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn: float32 knows no smaller temperature."""
+        """Whether the most likely token is taken: float32 has no smaller temperature than this."""
         return self.temperature < 1e-37 or self.top_k == 1
+
+    def distribution(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """logits (B, V) -> (probabilities (B, K) that need not sum to 1, token ids (B, K)), for temperature above 0.
+
+        Ids ascend, so that the order of two almost equal tokens never decides a draw; None stands for 0 .. V-1.
+        """
+        logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
+        ids = None
+        if self.top_k and self.top_k < logits.size(-1):
+            ids = logits.topk(self.top_k, dim=-1, sorted=False).indices.sort(dim=-1).values  # (B, K)
+            logits = logits.gather(-1, ids)
+        probs = torch.softmax(logits / self.temperature, dim=-1)
+        if self.top_p is not None and self.top_p < 1:
+            probs = keep_nucleus(probs, self.top_p)
+        return probs, ids
+
+
+def keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zero all but the fewest most likely tokens that together reach top_p (arXiv 1904.09751); at least one stays."""
+    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ranked.double().cumsum(dim=-1) - ranked  # sum over the more likely tokens
+    ranked = ranked.masked_fill(before >= top_p, 0)
+    return torch.zeros_like(probs).scatter_(-1, order, ranked)
 
 
 def make_rng(seed: int, index: int) -> random.Random:
-    """The random numbers of sample `index` of a request: unrelated for any two (seed, index), negative too."""
-    return random.Random(f"{seed}/{index}")  # a string is hashed with SHA-512, on every platform alike
+    """The random numbers of sample `index` of a seed: unrelated for any two (seed, index), negative ones included."""
+    return random.Random(f"{seed}/{index}")  # a string is hashed with SHA-512, the same on every platform
 
 
-def choose(logits: torch.Tensor, samplings: Sequence[SamplingParams], rngs: Sequence[random.Random]) -> list[int]:
-    """The next token of each row. logits (B, V) fp32; draws one number from the generator of each row that samples.
+def draw_tokens(logits: torch.Tensor, params: Sequence[SamplingParams], rngs: Sequence[random.Random]) -> list[int]:
+    """The next token of each row. logits (B, V) fp32; takes one number from the generator of each row that samples.
 
     Raises FloatingPointError if the logits are not finite.
     """
-    groups: dict[SamplingParams | None, list[int]] = {}  # None: any settings that C can draw with
-    quick = kernels.in_use(logits.device)
-    for row, sampling in enumerate(samplings):
-        groups.setdefault(None if quick and sampling.top_p in (None, 1) else sampling, []).append(row)
-    tokens = [0] * len(samplings)
-    for alike, rows in groups.items():
+    in_c = c_can_draw(params) if kernels.in_use(logits.device) else [False] * len(params)
+    groups: dict[SamplingParams | None, list[int]] = {}  # rows with the same settings; None: all rows drawn in C
+    for row, (settings, quick) in enumerate(zip(params, in_c)):
+        groups.setdefault(None if quick else replace(settings, seed=0), []).append(row)
+    tokens = [0] * len(params)
+    for settings_of_group, rows in groups.items():
         part = logits if len(groups) == 1 else logits[torch.tensor(rows, device=logits.device)]
-        some = [rngs[row] for row in rows]
-        drawn = _choose_alike(part, alike, some) if alike else _draw(part, [samplings[row] for row in rows], some)
+        part_rngs = [rngs[row] for row in rows]
+        if settings_of_group is None:
+            drawn = _draw_in_c(part, [params[row] for row in rows], part_rngs)
+        else:
+            drawn = _draw_group(part, settings_of_group, part_rngs)
         for row, token in zip(rows, drawn):
             tokens[row] = token
     return tokens
 
 
-def _draw(logits: torch.Tensor, samplings: Sequence[SamplingParams], rngs: Sequence[random.Random]) -> list[int]:
-    """choose() in C (sampling.c), for rows without top_p: one call for all, as a step takes little longer than this."""
+def _draw_group(logits: torch.Tensor, params: SamplingParams, rngs: list[random.Random]) -> list[int]:
+    """draw_tokens() in PyTorch, for rows with the same settings."""
+    if params.greedy:
+        best = logits.max(dim=-1)
+        _check_finite(best.values)
+        return best.indices.tolist()
+    if logits.device.type == "mps":
+        logits = logits.cpu()  # an Apple GPU has no float64
+    probs, ids = params.distribution(logits)
+    cumulative = probs.double().cumsum(dim=-1)
+    _check_finite(cumulative[:, -1])
+    uniform = torch.tensor([[rng.random()] for rng in rngs], dtype=torch.float64).to(logits.device)
+    # right=True steps over tokens of probability zero, and a target below the total never runs past the last.
+    target = uniform * (cumulative[:, -1:] * (1 - 1e-12))
+    picked = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
+    return (picked if ids is None else ids.gather(-1, picked)).squeeze(-1).tolist()
+
+
+def _check_finite(values: torch.Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise FloatingPointError(NOT_FINITE)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The fast path on a CPU
+
+C_FIELDS = ("temperature", "top_k", "top_p", "seed")  # fields of SamplingParams that sampling.c implements
+
+
+def c_can_draw(params: Sequence[SamplingParams]) -> list[bool]:
+    """Whether sampling.c implements each of the settings: not top_p, which needs a sort, nor any field it lacks."""
+    unknown = [f for f in fields(SamplingParams) if f.name not in C_FIELDS]
+    return [
+        type(p) is SamplingParams and p.top_p in (None, 1) and all(getattr(p, f.name) == f.default for f in unknown)
+        for p in params
+    ]
+
+
+def _draw_in_c(logits: torch.Tensor, params: Sequence[SamplingParams], rngs: Sequence[random.Random]) -> list[int]:
+    """draw_tokens() in C: one call for all rows, as PyTorch's calls would take almost as long as a decode step."""
     B, V = logits.shape
     logits = logits.contiguous()
-    uniform = [0.0 if s.greedy else rng.random() for s, rng in zip(samplings, rngs)]
+    uniform = [0.0 if p.greedy else rng.random() for p, rng in zip(params, rngs)]
     tokens = (ctypes.c_long * B)()
     library = kernels.library()
     assert library is not None and logits.dtype == torch.float32
     library.draw_rows(
         ctypes.c_void_p(logits.data_ptr()),
-        (ctypes.c_float * B)(*(s.temperature for s in samplings)),
-        (ctypes.c_long * B)(*(1 if s.greedy else min(s.top_k or V, V) for s in samplings)),
+        (ctypes.c_float * B)(*(p.temperature for p in params)),
+        (ctypes.c_long * B)(*(1 if p.greedy else min(p.top_k or V, V) for p in params)),
         (ctypes.c_double * B)(*uniform),
         tokens,
         ctypes.c_long(B),
@@ -87,50 +160,3 @@ def _draw(logits: torch.Tensor, samplings: Sequence[SamplingParams], rngs: Seque
     if min(tokens) < 0:
         raise FloatingPointError(NOT_FINITE)
     return list(tokens)
-
-
-def _choose_alike(logits: torch.Tensor, sampling: SamplingParams, rngs: list[random.Random]) -> list[int]:
-    """choose() for rows with the same settings."""
-    if sampling.greedy:
-        best = logits.max(dim=-1)
-        _check(best.values)
-        return best.indices.tolist()
-    if logits.device.type == "mps":
-        logits = logits.cpu()  # an Apple GPU has no float64
-    probs, ids = distribution(logits, sampling)
-    cumulative = probs.double().cumsum(dim=-1)
-    _check(cumulative[:, -1])
-    draws = torch.tensor([[rng.random()] for rng in rngs], dtype=torch.float64).to(logits.device)
-    # right=True steps over tokens of probability zero, and a target below the total never runs past the last.
-    target = draws * (cumulative[:, -1:] * (1 - 1e-12))
-    picked = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
-    return (picked if ids is None else ids.gather(-1, picked)).squeeze(-1).tolist()
-
-
-def distribution(logits: torch.Tensor, sampling: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What is drawn from, temperature above 0: (probabilities (B, K) that need not sum to 1, token ids (B, K)).
-
-    Ids ascend, so that the order of two almost equal tokens never decides a draw; None stands for 0 .. V-1.
-    """
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
-    ids = None
-    if sampling.top_k and sampling.top_k < logits.size(-1):
-        ids = logits.topk(sampling.top_k, dim=-1, sorted=False).indices.sort(dim=-1).values  # (B, K)
-        logits = logits.gather(-1, ids)
-    probs = torch.softmax(logits / sampling.temperature, dim=-1)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        probs = keep_nucleus(probs, sampling.top_p)
-    return probs, ids
-
-
-def keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero all but the fewest most likely tokens that together reach top_p (arXiv 1904.09751); at least one stays."""
-    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-    before = ranked.double().cumsum(dim=-1) - ranked  # what the more likely ones have together
-    ranked = ranked.masked_fill(before >= top_p, 0)
-    return torch.zeros_like(probs).scatter_(-1, order, ranked)
-
-
-def _check(values: torch.Tensor) -> None:
-    if not torch.isfinite(values).all():
-        raise FloatingPointError(NOT_FINITE)

@@ -1,29 +1,33 @@
-"""The tools a model may call while it answers, as a table, and what watches an answer for calls.
+"""The tools a model may call while it answers, and a session that follows one sequence for calls.
 
-A tool is a line in a table: its name, the tokens that a call stands between, what runs it, its limits. To add one,
-write its runner and put it into the tuple that an Engine is given; nothing else knows which tools there are.
+A Tool is a line of a table: its name, the tokens around a call, its runner, its limits. To add one, write its runner
+and put it into the tuple that an Engine is given; nothing else lists the tools.
 
-The result is forced into the answer between output tokens. What no tool of the call's tokens understands forces
-nothing, and the model goes on by itself.
+The result is forced into the answer between output tokens. If no tool with a call's tokens understands it, nothing is
+forced and the model continues by itself.
 """
 
+import functools
+import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from nanochat.common import warn
+from nanochat.conversation import Tokenizer
 from nanochat.inference.calculator import use_calculator
 
-if TYPE_CHECKING:
-    from nanochat.inference.decoding import Tokenizer, TokenSequence
-
-Call = Callable[[], str | None]  # to be run outside the decoding loop
-SHORT_RESULT = 64  # tokens that a result may always have; of longer ones a quarter of the answer's room is shown
+Call = Callable[[], str | None]  # a slow call, to be run outside the decoding loop; returns the result
+MIN_RESULT_TOKENS = 64  # a result may always have so many; a longer one a quarter of the answer's remaining tokens
+CALL_THREADS = 8  # slow calls at once; more wait, as do the sequences that make them
 
 
 class Runner(Protocol):
-    """Answers the calls of one row. One is made for each row that calls its tool, and closed when the row is done; if
-    a call is under way then, on another thread, closing ends it."""
+    """Answers one sequence's calls of a tool. Made at the first call, closed when the sequence is done; closing ends a
+    call under way on another thread."""
 
     def __call__(self, text: str) -> str | None: ...  # None: not understood
     def close(self) -> None: ...
@@ -34,16 +38,16 @@ class Tool:
     """One line of the table."""
 
     name: str
-    start: str  # the special tokens that a call stands between
+    start: str  # the special tokens around a call
     end: str
     open: Callable[[], Runner]
-    slow: bool = False  # runs outside the decoding loop, while other rows go on
+    slow: bool = False  # runs outside the decoding loop, while other sequences go on
     max_call_tokens: int = 1024  # longer calls are not run
-    max_output_chars: int = 1000  # of a longer result the beginning is shown
+    max_output_chars: int = 1000  # a longer result is cut
 
 
 class Calculator:
-    """Sums and counts of letters (calculator.py)."""
+    """Arithmetic and letter counts (calculator.py)."""
 
     def __call__(self, text: str) -> str | None:
         result = use_calculator(text)
@@ -54,9 +58,9 @@ class Calculator:
 
 
 class Python:
-    """A Python session in the sandbox, which remembers its variables for as long as the answer lasts."""
+    """A Python session in the sandbox; variables live as long as the answer."""
 
-    SHOWN = 600  # characters of what was printed before an error
+    MAX_CHARS = 600  # of the output before an error, and of the error
 
     def __init__(self) -> None:
         from nanochat.execution import PythonSession
@@ -65,14 +69,14 @@ class Python:
         self.session = PythonSession(timeout=5.0)
 
     def __call__(self, text: str) -> str:
-        if not self.session.alive:  # a call ended it, and the model was told why
+        if not self.session.alive:  # ended by an earlier call, whose result said so
             self.session = self._new(timeout=5.0)
         result = self.session.run(text)
         if result.success:
             return result.stdout.rstrip("\n")
-        last_line = (result.stderr.strip().splitlines() or [""])[-1][: self.SHOWN]
+        last_line = (result.stderr.strip().splitlines() or [""])[-1][: self.MAX_CHARS]
         gone = "" if self.session.alive else f" ({result.verdict}: variables are gone)"
-        return (result.stdout[: self.SHOWN] + last_line + gone).strip()
+        return (result.stdout[: self.MAX_CHARS] + last_line + gone).strip()
 
     def close(self) -> None:
         self.session.stop()
@@ -82,78 +86,100 @@ class Python:
 CALCULATOR = Tool("calculator", "<|python_start|>", "<|python_end|>", Calculator)
 PYTHON = Tool("python", "<|python_start|>", "<|python_end|>", Python, slow=True)
 DEFAULT_TOOLS = (CALCULATOR,)
-WITH_PYTHON = (CALCULATOR, PYTHON)  # what the calculator refuses goes to Python
+WITH_PYTHON = (CALCULATOR, PYTHON)  # Python gets the calls that the calculator refuses
 
 
-class ToolUse:
-    """Follows rows token by token; runs quick calls at once and hands slow ones out."""
+class ToolTable:
+    """The tools of an engine, by the id of the token that starts a call. Immutable; sessions share it."""
 
-    def __init__(self, tokenizer: "Tokenizer", tools: Sequence[Tool] = DEFAULT_TOOLS) -> None:
+    def __init__(self, tokenizer: Tokenizer, tools: Sequence[Tool] = DEFAULT_TOOLS) -> None:
         special = tokenizer.encode_special
-        self.tokenizer = tokenizer
-        self._of_start: dict[int, list[Tool]] = {}
+        self.tokenizer, self.tools = tokenizer, tuple(tools)
+        self.by_start: dict[int, list[Tool]] = {}
         for tool in tools:
-            self._of_start.setdefault(special(tool.start), []).append(tool)
-        self._output = special("<|output_start|>"), special("<|output_end|>")
+            self.by_start.setdefault(special(tool.start), []).append(tool)
+        self.ends = {start: {special(tool.end) for tool in same} for start, same in self.by_start.items()}
+        self.output_start, self.output_end = special("<|output_start|>"), special("<|output_end|>")
 
-    def watch(self, row: "TokenSequence", token: int) -> Call | None:
-        """Follow `row` by one token. At the end of a call, queue the result, or return the call if it is a slow one."""
-        if token in self._of_start:
-            row.calling, row.call = token, []
-            return None
-        if row.call is None:
-            return None
-        tools = self._of_start[row.calling]
-        if token not in {self.tokenizer.encode_special(tool.end) for tool in tools}:
-            row.call.append(token)
-            return None
-        ids, row.call = row.call, None
-        text = self.tokenizer.decode(ids)
-        for number, tool in enumerate(tools):
-            if len(ids) > tool.max_call_tokens:
-                continue
-            if tool.slow:
-                return lambda: self._try(row, tools[number:], len(ids), text)
-            if (result := self._ask(row, tool, text)) is not None:
-                self.answer(row, result)
-                return None
+
+class ToolSession:
+    """Tool use of one sequence: the call being written, the runners it holds open, the tokens to be forced next.
+
+    `room` is how many tokens the sequence may still have.
+    """
+
+    def __init__(self, table: ToolTable) -> None:
+        self.forced: deque[int] = deque()  # tokens that come next whatever the model predicts
+        self._table = table
+        self._start = -1  # the token that began the call
+        self._call: list[int] | None = None  # its tokens so far; None outside a call
+        self._runners: dict[str, Runner] = {}
+        self._closed = False
+        self._lock = threading.Lock()  # slow calls run on other threads
+
+    def observe(self, token: int, room: int) -> Call | None:
+        """Follow a token that the model chose. At the end of a call, force the result, or return a slow call to run."""
+        if token in self._table.by_start:
+            self._start, self._call = token, []
+        elif self._call is not None and token in self._table.ends[self._start]:
+            ids, self._call = self._call, None
+            return self._run(ids, room)
+        elif self._call is not None:
+            self._call.append(token)
         return None
 
-    def answer(self, row: "TokenSequence", result: str) -> None:
-        """Queue a result: it comes next, whatever the model says."""
-        start, end = self._output
-        room = max(SHORT_RESULT, (row.max_tokens - len(row.tokens)) // 4)  # the answer is to go on after it
-        row.forced += [start, *self.tokenizer.encode(result)[:room], end]
-
-    def _try(self, row: "TokenSequence", tools: Sequence[Tool], num_tokens: int, text: str) -> str | None:
-        results = (self._ask(row, tool, text) for tool in tools if num_tokens <= tool.max_call_tokens)
-        return next((result for result in results if result is not None), None)
-
-    @staticmethod
-    def _ask(row: "TokenSequence", tool: Tool, text: str) -> str | None:
-        runner = row.runners.of(tool)
-        result = runner(text) if runner else None
-        return None if result is None else result[: tool.max_output_chars]
-
-
-class Runners:
-    """What one row's tools hold open."""
-
-    def __init__(self) -> None:
-        self._open: dict[str, Runner] = {}
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def of(self, tool: Tool) -> Runner | None:
-        """The row's runner of a tool; None once the row is done."""
-        with self._lock:
-            if tool.name not in self._open and not self._closed:
-                self._open[tool.name] = tool.open()
-            return self._open.get(tool.name)
+    def force(self, result: str, room: int) -> None:
+        """Force a result as the next tokens, cut so that the answer can go on after it."""
+        ids = self._table.tokenizer.encode(result)[: max(MIN_RESULT_TOKENS, room // 4)]
+        self.forced += [self._table.output_start, *ids, self._table.output_end]
 
     def close(self) -> None:
+        """Close the runners; calls from now on have no result."""
         with self._lock:
-            self._closed, runners = True, list(self._open.values())
-            self._open.clear()
+            self._closed, runners = True, list(self._runners.values())
+            self._runners.clear()
         for runner in runners:
             runner.close()
+
+    def _run(self, ids: list[int], room: int) -> Call | None:
+        tools = [tool for tool in self._table.by_start[self._start] if len(ids) <= tool.max_call_tokens]
+        quick = list(itertools.takewhile(lambda tool: not tool.slow, tools))
+        text = self._table.tokenizer.decode(ids)
+        if (result := self._first_result(quick, text)) is not None:
+            self.force(result, room)
+            return None
+        rest = tools[len(quick) :]
+        return functools.partial(self._first_result, rest, text) if rest else None
+
+    def _first_result(self, tools: Sequence[Tool], text: str) -> str | None:
+        """The result of the first tool that understands the call, None if none does."""
+        for tool in tools:
+            runner = self._runner(tool)
+            if runner and (result := runner(text)) is not None:
+                return result[: tool.max_output_chars]
+        return None
+
+    def _runner(self, tool: Tool) -> Runner | None:
+        """The runner of a tool, made at its first call; None once closed."""
+        with self._lock:
+            if tool.name not in self._runners and not self._closed:
+                self._runners[tool.name] = tool.open()
+            return self._runners.get(tool.name)
+
+
+@functools.cache
+def call_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(CALL_THREADS, "nanochat-tool")
+
+
+def start_call(call: Call) -> "Future[str | None]":
+    """Run a slow call on a thread. An exception there must not end the batch: it is reported and the result is None."""
+
+    def guarded() -> str | None:
+        try:
+            return call()
+        except Exception as error:
+            warn(f"a tool failed: {error!r}")
+            return None
+
+    return call_threads().submit(guarded)

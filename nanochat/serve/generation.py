@@ -10,8 +10,8 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from nanochat.inference.decoding import Token
-from nanochat.serve.service import Busy, Closed, Finished, GenerationRequest, RequestHandle, WorkerPool
+from nanochat.inference.request import GenerationRequest, Token
+from nanochat.serve.service import Busy, Closed, Finished, RequestHandle, WorkerPool
 from nanochat.serve.text import SampleText, TextOffsets, chat_logprobs, completion_logprobs
 from nanochat.serve.types import ChatRequest, CompletionRequest
 
@@ -104,8 +104,8 @@ class Generation:
         """Hand the orders in. Raises ApiError; then none of them goes on."""
         try:
             for number, order in enumerate(orders):
-                self.texts.append([SampleText(self.tokenizer, stop, chat) for _ in range(order.samples)])
-                order = replace(order, client=self.client, request=self.name)
+                self.texts.append([SampleText(self.tokenizer, stop, chat) for _ in range(order.num_samples)])
+                order = replace(order, client=self.client, group=self.name)
                 self.tickets.append(self.pool.submit(order, self._receiver(number), more=number > 0))
         except Busy as error:
             self.cancel()
@@ -185,12 +185,12 @@ class Generation:
                 continue
             for token in what:
                 await self.turns.mine()
-                index = token.row.index
+                index = token.sequence.index
                 text = texts[index]
                 if ended[number][index] or len(text.tokens) >= ticket.order.max_tokens:
                     continue
-                if token.mask and token.row.end is not None and token.id == token.row.end:  # it says nothing
-                    if token.told is not None and not text.chat:  # but it was drawn, and harnesses count on it
+                if token.mask and token.sequence.end is not None and token.id == token.sequence.end:  # it says nothing
+                    if token.logprobs is not None and not text.chat:  # but it was drawn, and harnesses count on it
                         text.tokens.append(token)
                         yield number, index, [], [token], False
                     continue
@@ -217,7 +217,7 @@ class Generation:
             ticket.cancel()
 
     def finish_reason(self, number: int, index: int) -> str:
-        stopped = self.texts[number][index].stopped or self.tickets[number].rows[index].end is not None
+        stopped = self.texts[number][index].stopped or self.tickets[number].sequences[index].end is not None
         return "stop" if stopped else "length"
 
     def usage(self) -> dict[str, int]:
@@ -286,12 +286,16 @@ def completion_answer(head_of: Head, generation: Generation, request: Completion
     choices = []
     for number, (ticket, samples) in enumerate(zip(generation.tickets, generation.texts)):
         for index, text in enumerate(samples):
-            ids, told = [token.id for token in text.tokens], [token.told for token in text.tokens]
+            ids, told = [token.id for token in text.tokens], [token.logprobs for token in text.tokens]
             before, parts, offsets = "", [], TextOffsets()
             if request.echo:
                 before = generation.tokenizer.decode(echoed(ticket))
                 if request.logprobs is not None:
-                    parts = [completion_logprobs(generation.tokenizer, echoed(ticket), ticket.rows[0].told, offsets)]
+                    parts = [
+                        completion_logprobs(
+                            generation.tokenizer, echoed(ticket), ticket.sequences[0].prompt_logprobs, offsets
+                        )
+                    ]
                     offsets.break_off()
             logprobs = None
             if request.logprobs is not None:
@@ -318,7 +322,7 @@ def echo_parts(
 ) -> Iterator[tuple[str, Any]]:
     """The prompt as (text, log probabilities), in parts that are quickly made; once the model has read it."""
     ids = echoed(ticket)
-    text, told = tokenizer.decode(ids), ticket.rows[0].told
+    text, told = tokenizer.decode(ids), ticket.sequences[0].prompt_logprobs
     if not logprobs:
         yield text, None
         return
@@ -350,7 +354,7 @@ def completion_events(head_of: Head, generation: Generation, request: Completion
                         await generation.turns.mine()
             told = None
             if logprobs and tokens:
-                told = completion_logprobs(tokenizer, [t.id for t in tokens], [t.told for t in tokens], offsets[at])
+                told = completion_logprobs(tokenizer, [t.id for t in tokens], [t.logprobs for t in tokens], offsets[at])
             for _, text in pieces or ([("text", "")] if told else []):
                 yield chunk(at, text, None, told)
                 told = None

@@ -22,17 +22,15 @@ from dataclasses import asdict
 from typing import Any
 
 from nanochat.common import warn
-from nanochat.inference.decoding import Token, TokenLogprobs
+from nanochat.inference.request import GenerationRequest, Token, TokenLogprobs
 from nanochat.inference.sampling import SamplingParams
 from nanochat.serve.service import (
     Busy,
     Closed,
     Deliver,
     Finished,
-    GenerationRequest,
     RequestHandle,
     Service,
-    checked,
     count_requests,
 )
 
@@ -103,7 +101,7 @@ class RemoteService:
 
     def submit(self, order: GenerationRequest, deliver: Deliver, more: bool = False) -> RequestHandle:
         """As Service.submit."""
-        ticket = RequestHandle(checked(order, self.max_context), deliver, self)
+        ticket = RequestHandle(order.fit(self.max_context), deliver, self)
         with self._lock:
             if self._closing or self.error:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
@@ -111,7 +109,7 @@ class RemoteService:
                 raise Busy(len(self._tickets) * 0.2)
             number = next(self._numbers)
             self._tickets[number] = ticket
-            self.load += order.samples
+            self.load += order.num_samples
         self._out.put({"order": number, **asdict(ticket.order)})
         return ticket
 
@@ -186,22 +184,22 @@ class RemoteService:
         ticket = self._tickets.get(message.get("order", -1))
         if ticket is None:
             return
-        for row, end in zip(ticket.rows, message["ends"]):
+        for row, end in zip(ticket.sequences, message["ends"]):
             row.end = end
         if "told" in message:
-            ticket.rows[0].told = list(map(told_of_list, message["told"]))
+            ticket.sequences[0].prompt_logprobs = list(map(told_of_list, message["told"]))
         if "tokens" in message:
             self.tokens_made += len(message["tokens"])
             ticket.deliver(
                 [
-                    Token(ticket.rows[index], i, mask, told and told_of_list(told))
+                    Token(ticket.sequences[index], i, mask, told and told_of_list(told))
                     for index, i, mask, told in message["tokens"]
                 ]
             )
         else:
             with self._lock:
                 del self._tickets[message["order"]]
-                self.load -= ticket.order.samples
+                self.load -= ticket.order.num_samples
             ticket.deliver(Finished(Closed("the service was shut down") if message["closed"] else None))
 
 
@@ -250,12 +248,12 @@ def accept(
     def deliver(what: list[Token] | Finished) -> None:
         made.wait()
         ticket = tickets[number]
-        answer: Message = {"order": number, "ends": [row.end for row in ticket.rows]}
+        answer: Message = {"order": number, "ends": [row.end for row in ticket.sequences]}
         if not told_of_prompt.is_set():  # what is known of the prompt goes with what comes first
             told_of_prompt.set()
-            answer["told"] = [told_as_list(told) for told in ticket.rows[0].told]
+            answer["told"] = [told_as_list(told) for told in ticket.sequences[0].prompt_logprobs]
         if isinstance(what, list):
-            send({**answer, "tokens": [[t.row.index, t.id, t.mask, told_as_list(t.told)] for t in what]})
+            send({**answer, "tokens": [[t.sequence.index, t.id, t.mask, told_as_list(t.logprobs)] for t in what]})
             return
         closed = isinstance(what.error, Closed)
         if what.error is not None and not closed:

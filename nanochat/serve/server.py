@@ -25,7 +25,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from sse_starlette.sse import EventSourceResponse
 
 from nanochat.common import SPECIAL_TOKENS
-from nanochat.conversation import drop_oldest_turns, render_prompt
+from nanochat.conversation import fit_prompt, render_prompt
+from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
 from nanochat.serve import answers as answers
 from nanochat.serve.generation import (
@@ -40,7 +41,7 @@ from nanochat.serve.generation import (
     published_events,
 )
 from nanochat.serve.guard import Door, add_error_handlers, add_middleware
-from nanochat.serve.service import GenerationRequest, WorkerPool
+from nanochat.serve.service import WorkerPool
 from nanochat.serve.types import (
     ChatRequest,
     CompletionRequest,
@@ -118,15 +119,9 @@ class Api:
         return self.pool.services[0].max_context
 
     def sampling(self, request: GenerateRequest) -> SamplingParams:
-        settings = self.settings
-        return SamplingParams(
-            settings.temperature if request.temperature is None else request.temperature,
-            settings.top_k if request.top_k is None else request.top_k,
-            request.top_p,
-        )
-
-    def seed(self, request: GenerateRequest) -> int:
-        return uuid.uuid4().int >> 65 if request.seed is None else request.seed
+        """The server's settings, overridden by the request's fields; without a seed a random one."""
+        default = SamplingParams(self.settings.temperature, self.settings.top_k, seed=uuid.uuid4().int >> 65)
+        return default.override(request)
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, "", self.settings.model_name):
@@ -146,20 +141,15 @@ class Api:
                 f"at most {self.settings.most_tokens} tokens can be asked for",
                 param="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
             )
-        room = self.max_context - min(asked, self.max_context // 2)
         messages = [
             {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in request.messages
         ]
         try:
-            if not self.settings.answers:
-                ids = self.tokenizer.encode(messages[-1]["content"])
-                prompt = [self.tokenizer.encode_special("<|bos|>"), *ids[-(room - 1) :]]
-            else:
-                prompt = render_prompt(self.tokenizer, drop_oldest_turns(self.tokenizer, messages, room))
+            prompt, _ = fit_prompt(self.tokenizer, messages, self.max_context, asked, self.settings.answers)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
         top = (request.top_logprobs or 0) if request.logprobs else None
-        return GenerationRequest(prompt, asked, self.sampling(request), self.seed(request), request.n, top)
+        return GenerationRequest(prompt, asked, self.sampling(request), request.n, top)
 
     def completion_orders(self, request: CompletionRequest) -> list[GenerationRequest]:
         orders = []
@@ -186,7 +176,6 @@ class Api:
                     ids,
                     asked,
                     self.sampling(request),
-                    self.seed(request),
                     request.n,
                     request.logprobs,
                     prompt_logprobs=request.echo and request.logprobs is not None,

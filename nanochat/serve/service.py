@@ -15,15 +15,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from nanochat.common import UserError, warn
+from nanochat.conversation import Tokenizer
 from nanochat.gpt import GPT
-from nanochat.inference.decoding import DecodingWeights, RunningBatch, Token, Tokenizer, TokenSequence
+from nanochat.inference.decoding import RunningBatch
+from nanochat.inference.decoding_weights import DecodingWeights
+from nanochat.inference.prefill import PREFILL_CHUNK
 from nanochat.inference.prefix_cache import PrefixCache
-from nanochat.inference.sampling import SamplingParams
-from nanochat.inference.tools import DEFAULT_TOOLS, Tool, ToolUse
+from nanochat.inference.request import GenerationRequest, Token
+from nanochat.inference.tools import DEFAULT_TOOLS, Tool, ToolTable
 from nanochat.serve.fair_queue import FairQueue
 
 PREFILL_CHUNKS_A_STEP = 1  # pieces of waiting prompts between two steps of the running rows
@@ -45,32 +48,6 @@ class Closed(Exception):
 
 
 @dataclass(frozen=True)
-class GenerationRequest:
-    """A prompt to be continued `samples` times. `max_tokens` counts what comes after the prompt."""
-
-    prompt: Sequence[int]
-    max_tokens: int
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0
-    samples: int = 1
-    top_logprobs: int | None = None
-    prompt_logprobs: bool = False
-    client: str = ""  # who asks: clients that wait are served in turn
-    request: str = ""  # what it is part of; the orders of one request take one place in the queue
-
-
-def checked(order: GenerationRequest, max_context: int) -> GenerationRequest:
-    """The order with no more tokens than there is room for. Raises ValueError if it can never be carried out."""
-    if not order.prompt:
-        raise ValueError("the prompt is empty; start it with <|bos|>")
-    if len(order.prompt) > max_context:
-        raise ValueError(f"the prompt has {len(order.prompt)} tokens, the context {max_context}")
-    if order.max_tokens < 0 or order.samples < 1:
-        raise ValueError("max_tokens must not be negative, samples at least 1")
-    return replace(order, max_tokens=min(order.max_tokens, max_context - len(order.prompt)))
-
-
-@dataclass(frozen=True)
 class Finished:
     """The last that is delivered. `error` is None where all rows came to their end or were cancelled."""
 
@@ -85,18 +62,7 @@ class RequestHandle:
 
     def __init__(self, order: GenerationRequest, deliver: Deliver, service: Any) -> None:
         self.order, self.service, self._deliver = order, service, deliver
-        self.rows = [
-            TokenSequence(
-                list(order.prompt),
-                order.max_tokens,
-                order.sampling,
-                order.seed,
-                index,
-                top_logprobs=order.top_logprobs,
-                prompt_logprobs=order.prompt_logprobs,
-            )
-            for index in range(order.samples)
-        ]
+        self.sequences = order.sequences()
         self.asked = time.monotonic()
         self.first_token: float | None = None
         self.ended = False
@@ -143,13 +109,11 @@ class Service:
         if memory_bytes is not None:
             max_rows = max(1, min(max_rows, memory_bytes // row_bytes(model)))
         self.max_rows = max_rows
-        from nanochat.inference import decoding
-
-        self.prefixes = PrefixCache(decoding.PREFILL_CHUNK, prefix_bytes)
+        self.prefixes = PrefixCache(PREFILL_CHUNK, prefix_bytes)
         ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
         self.batch = RunningBatch(
             self.weights.current(),
-            ToolUse(tokenizer, tools),
+            ToolTable(tokenizer, tools),
             ends,
             max_rows,
             self.max_context,
@@ -184,14 +148,14 @@ class Service:
         """Queue an order; `more`: it belongs to others that were let in, and is not refused for want of room.
 
         Raises Busy, Closed, or ValueError for one that can never be carried out."""
-        ticket = RequestHandle(checked(order, self.max_context), deliver, self)
+        ticket = RequestHandle(order.fit(self.max_context), deliver, self)
         with self._wake:
             if self._closing or not self.alive:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
             if not more and count_requests(self._orders) >= self.max_waiting:
                 raise Busy(len(self._orders) * self.step_seconds * 20)
             self._orders.add(order.client, ticket)
-            self._rows_waiting += order.samples
+            self._rows_waiting += order.num_samples
             self._wake.notify()
         return ticket
 
@@ -216,7 +180,7 @@ class Service:
         """How it is doing now."""
         with self._wake:
             waiting = len(self._orders)
-        running = len(self.batch.rows) + len(self.batch.calling)
+        running = len(self.batch.running) + len(self.batch.calling)
         return {
             "alive": self.alive,
             "rows_running": running,
@@ -227,7 +191,7 @@ class Service:
             "cache_bytes": self.batch.cache.num_bytes,
             "prefix_bytes": self.prefixes.num_bytes,
             "prefix_hit_tokens": self.prefixes.hit_tokens,
-            "prompt_tokens": self.prefixes.asked_tokens,
+            "prompt_tokens": self.prefixes.prompt_tokens,
         }
 
     # -- the thread -----------------------------------------------------------------------------------
@@ -251,18 +215,16 @@ class Service:
             cancelled, self._cancelled = list(self._cancelled), deque()
             for ticket, index in cancelled:
                 if index is None and self._orders.remove(ticket.order.client, ticket):
-                    self._rows_waiting -= ticket.order.samples
+                    self._rows_waiting -= ticket.order.num_samples
             orders = self._admitted()
         for ticket in orders:
-            if all(row.done for row in ticket.rows) and not ticket.order.prompt_logprobs:  # nothing to be drawn
+            if all(row.done for row in ticket.sequences):  # nothing to decode
                 ticket.deliver(Finished())
                 continue
-            if ticket.order.prompt_logprobs and ticket.order.max_tokens == 0:
-                ticket.rows[0].done = False  # its prompt is to be read all the same
-            self._tickets |= {id(row): ticket for row in ticket.rows}
-            self.batch.submit(ticket.rows)
+            self._tickets |= {id(row): ticket for row in ticket.sequences}
+            self.batch.submit(ticket.sequences)
         for ticket, index in cancelled:
-            for row in ticket.rows if index is None else [ticket.rows[index]]:
+            for row in ticket.sequences if index is None else [ticket.sequences[index]]:
                 if not row.done:
                     self.batch.cancel(row)
             self._end_if_done(ticket)
@@ -271,12 +233,12 @@ class Service:
     def _admitted(self) -> list[RequestHandle]:
         """The orders that there is room for, clients in turn. What does not fit yet waits here, not in the batch,
         where it would stand before orders that come later but are due sooner."""
-        room = self.max_rows - len(self.batch.rows) - len(self.batch.calling) - sum(map(len, self.batch.waiting))
+        room = self.max_rows - len(self.batch.running) - len(self.batch.calling) - sum(map(len, self.batch.waiting))
         orders = []
         while self._orders and room > 0:
             orders.append(self._orders.take())
-            room -= orders[-1].order.samples
-            self._rows_waiting -= orders[-1].order.samples
+            room -= orders[-1].order.num_samples
+            self._rows_waiting -= orders[-1].order.num_samples
         return orders
 
     def _step(self) -> None:
@@ -289,10 +251,10 @@ class Service:
         self.tokens_made += len(new)
         self.step_seconds = 0.95 * self.step_seconds + 0.05 * (now - started)
         self.observe("step_seconds", now - started)
-        self.observe("batch_rows", len(self.batch.rows))
+        self.observe("batch_rows", len(self.batch.running))
         by_ticket: dict[int, tuple[RequestHandle, list[Token]]] = {}
         for token in new:
-            ticket = self._tickets[id(token.row)]
+            ticket = self._tickets[id(token.sequence)]
             by_ticket.setdefault(id(ticket), (ticket, []))[1].append(token)
         for ticket, tokens in by_ticket.values():
             if ticket.first_token is None:
@@ -304,8 +266,8 @@ class Service:
             self._end_if_done(ticket)
 
     def _end_if_done(self, ticket: RequestHandle) -> None:
-        if all(row.done for row in ticket.rows):
-            for row in ticket.rows:
+        if all(row.done for row in ticket.sequences):
+            for row in ticket.sequences:
                 self._tickets.pop(id(row), None)
             ticket.deliver(Finished())
 
@@ -315,16 +277,15 @@ class Service:
             self._orders.clear()
             self._rows_waiting, self.orders_lost = 0, len(left)
             self._closing = True
+        self.batch.close()
         for ticket in left:
-            for row in ticket.rows:
-                row.runners.close()
             ticket.deliver(Finished(error or Closed("the service was shut down")))
         self._tickets.clear()
 
 
 def count_requests(tickets: Iterable[RequestHandle]) -> int:
     """How many requests they belong to; an order that names none is one of its own."""
-    return len({ticket.order.request or id(ticket) for ticket in tickets})
+    return len({ticket.order.group or id(ticket) for ticket in tickets})
 
 
 def row_bytes(model: GPT) -> int:

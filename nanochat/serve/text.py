@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat.engine import AnswerStream, TextStream
-from nanochat.inference.decoding import Token, Tokenizer
+from nanochat.conversation import Tokenizer
+from nanochat.inference.answer_text import AnswerStream, TextStream
+from nanochat.inference.request import Token
 
 Piece = tuple[str, str]  # (kind, text); kinds are text, python, python_output
 
@@ -111,9 +112,9 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> It
         return {"token": raw.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(raw)}
 
     for token in tokens:
-        if token.told is not None:
-            best = [entry(i, p) for i, p in token.told.top[:top]]
-            yield {**entry(token.id, token.told.logprob), "top_logprobs": best}
+        if token.logprobs is not None:
+            best = [entry(i, p) for i, p in token.logprobs.top[:top]]
+            yield {**entry(token.id, token.logprobs.logprob), "top_logprobs": best}
 
 
 class TextOffsets:

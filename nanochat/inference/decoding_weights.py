@@ -1,0 +1,63 @@
+"""A model's weights for decoding: in the dtype they are multiplied in, packed for the C decoder, optionally in int8."""
+
+import threading
+
+import torch
+
+from nanochat.common import UserError, warn
+from nanochat.gpt import GPT
+from nanochat.inference import cpu_decoder
+from nanochat.inference.packed_weights import PackedWeights
+
+
+class DecodingWeights:
+    """Decoding copies of a model's weights, renewed when an optimizer has changed them.
+
+    Training keeps fp32 weights and casts them for every product. A decode step has so few products per weight that the
+    cast would cost more than they do, so it is done once, ahead; the numbers are the same.
+    """
+
+    def __init__(self, model: GPT, int8: bool = False) -> None:
+        """`int8`: quantize to eight bits; the model of current() then has the dequantized values."""
+        if int8 and model.device.type != "cpu":
+            raise UserError("int8 weights are for decoding on a CPU; leave int8 out")
+        self.model = model
+        self._cast_needed = int8 or any(p.dtype != _decoding_dtype(p, model.compute_dtype) for p in model.parameters())
+        with torch.inference_mode(False):  # else they could not be renewed outside of it
+            self._copy = self._cast(model.compute_dtype) if self._cast_needed else model
+            self.packed = PackedWeights(self._copy, int8) if int8 or cpu_decoder.supported(model) else None
+        if int8 and not cpu_decoder.supported(model):
+            warn("int8 saves no memory here: without a C compiler, or for this model size, the C decoder is not used")
+        self._versions = self._current_versions()
+        self._lock = threading.Lock()
+
+    def current(self) -> GPT:
+        """The model with its current weights: the original where nothing needs casting. Renews `packed` too."""
+        with self._lock:
+            if (versions := self._current_versions()) != self._versions:
+                with torch.inference_mode(False), torch.no_grad():
+                    if self._cast_needed:
+                        for copy, original in zip(self._copy.parameters(), self.model.parameters()):
+                            copy.copy_(original)
+                    if self.packed:
+                        self.packed.follow(self._copy)
+                self._versions = versions
+            return self._copy
+
+    def _current_versions(self) -> list[tuple[int, int]]:
+        """Address and write count of each parameter. Writes to `p.data` and to inference tensors are not counted: they
+        need a new DecodingWeights."""
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+
+    def _cast(self, dtype: torch.dtype) -> GPT:
+        with torch.device("meta"):
+            copy = GPT(self.model.config, dtype)
+        state = {name: p.detach().to(_decoding_dtype(p, dtype), copy=True) for name, p in self.model.named_parameters()}
+        copy.load_state_dict(state, strict=True, assign=True)
+        copy.cos, copy.sin = self.model.cos, self.model.sin
+        return copy.requires_grad_(False).eval()
+
+
+def _decoding_dtype(parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Scalars keep their dtype: they multiply in fp32."""
+    return dtype if parameter.dim() > 1 else parameter.dtype
