@@ -1,11 +1,12 @@
-"""Checkpoints that are complete or not there: written aside, checksummed, renamed last; verified when read.
+"""What a checkpoint holds, how all ranks save one, and how it is opened.
 
 <base>/{base,chatsft,chatrl}_checkpoints/TAG/000120/
     model.safetensors  optimizer.safetensors  loader.safetensors  rng.safetensors
-    meta.json  tokenizer.json  manifest.json (see checkpoint/folder.py, which also survives the crashes)
+    meta.json  tokenizer.json  manifest.json
 
-Of N processes each writes a share of the optimizer's and the loader's state: optimizer-00001-of-0000N.safetensors
-and so on. Any number of processes can go on from any of them.
+With N > 1 ranks each writes its share of the optimizer's and the loader's state: optimizer-00001-of-0000N.safetensors
+and so on. A run can be resumed at any world size from any of them. A step is complete or does not exist, and every file
+is verified when it is read: nanochat/checkpoint/.
 """
 
 import contextlib
@@ -13,34 +14,24 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nanochat.checkpoint.folder import (
+from nanochat.checkpoint.folder import completed_ns, list_steps, new_step, step_path
+from nanochat.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     VERSION,
     DamagedCheckpoint,
-    check_hash,
-    check_size,
+    Manifest,
     check_version,
     file_record,
-    fsync,
-    list_steps,
-    new_step,
-    read_manifest,
-    step_path,
-    verify_file,
-    write_manifest,
-    written_ns,
 )
-from nanochat.checkpoint.optimizer_shards import parse_piece
 from nanochat.checkpoint.tensor_file import read_tensors, tensor_chunks, write_file
-from nanochat.common import UserError, get_base_dir, read_json, warn
+from nanochat.common import UserError, fsync, get_base_dir, read_json, warn
 from nanochat.distributed.collectives import BackgroundGroup
 from nanochat.distributed.rank_checks import non_finite
 from nanochat.gpt import GPT, GPTConfig
@@ -51,7 +42,7 @@ CHECKPOINT_FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", 
 
 
 # ---------------------------------------------------------------------------------------------------
-# Where checkpoints are
+# Runs
 
 
 def run_dir(base_dir: Path, source: str, tag: str) -> Path:
@@ -66,24 +57,24 @@ def run_dir(base_dir: Path, source: str, tag: str) -> Path:
 
 
 def find_run(base_dir: Path, source: str, tag: str | None) -> Path:
-    """The run `tag` of `source`; without a tag the most recently written one. Only runs with a complete step count.
+    """The run `tag` of `source`, or None for the most recently saved one. Only runs with a complete step count.
 
-    Raises UserError that names the runs there are.
+    Raises UserError that names the existing runs.
     """
     folder = run_dir(base_dir, source, tag or "any").parent
-    written = {}  # run -> when its last complete step was written
+    saved = {}  # run -> when its last complete step was saved
     for run in sorted(folder.iterdir()) if folder.is_dir() else ():
         if run.is_dir() and (steps := list_steps(run)):
-            written[run] = max(written_ns(step_path(run, step)) for step in steps)
-    if tag is not None and folder / tag in written:
+            saved[run] = max(completed_ns(step_path(run, step)) for step in steps)
+    if tag is not None and folder / tag in saved:
         return folder / tag
-    if tag is None and written:
-        return max(written, key=lambda run: written[run])
+    if tag is None and saved:
+        return max(saved, key=lambda run: saved[run])
     stage = {"base": "base_train", "sft": "chat_sft", "rl": "chat_rl"}[source]
     none = f"there is none yet: make one with `python -m scripts.{stage}`"
-    there = f"there are: {', '.join(run.name for run in written)}" if written else none
-    wanted = f"no complete {source} checkpoint" + (f" with the model tag {tag!r}" if tag else "")
-    raise UserError(f"{wanted} in {folder}; {there}")
+    existing = f"there are: {', '.join(run.name for run in saved)}" if saved else none
+    requested = f"no complete {source} checkpoint" + (f" with the model tag {tag!r}" if tag else "")
+    raise UserError(f"{requested} in {folder}; {existing}")
 
 
 def has_run(base_dir: Path, source: str, tag: str) -> bool:
@@ -108,56 +99,59 @@ def save_checkpoint(
     keep_last: int = 0,
     group: BackgroundGroup | None = None,
 ) -> Path:
-    """Write step `step` of `run` and return its folder; any thread may, on tensors that nobody changes meanwhile.
+    """Write step `step` of `run` and return its folder. Collective: every rank of `group` must call it.
 
-    `meta` holds "model_config" and whatever the caller wants back. Tensors may be views, strided, on any device.
-    A step saved before is replaced once the new one is complete; then, with `keep_last` N > 0, steps older than
-    the newest N are deleted. Raises OSError (disk full, no permission) with everything older as it was.
+    `meta` holds "model_config" and anything else the caller wants back. Tensors may be views, strided, on any device;
+    they must not change meanwhile. A step saved before is replaced once the new one is complete; then, with
+    `keep_last` N > 0, steps older than the newest N are deleted. Raises OSError (disk full, no permission) with
+    everything older unchanged; a failure on one rank is raised on all.
 
-    Of several ranks all call it, into a folder that all see. Each writes its own share of the optimizer's and the
-    loader's state, the first one the rest, and the manifest once all shares are on the disk. What fails on one
-    fails on all.
+    `run` is one folder that all ranks see. Each rank writes its share of the optimizer's and the loader's state, rank 0
+    the rest, and the manifest once all shares are on the disk.
     """
     assert step >= 0 and "model_config" in meta and meta.get("tokenizer_hash", tokenizer.hash) == tokenizer.hash
     run, group = Path(run), group or BackgroundGroup()
-    folder, main = step_path(run, step, "new"), group.rank == 0
+    folder = step_path(run, step, "new")
     own: dict[str, Mapping[str, Any] | None] = {
-        share_name("optimizer", group): optimizer_state and optimizer_state[0],
-        share_name("loader", group): loader_state,
+        _share_name("optimizer", group): optimizer_state and optimizer_state[0],
+        _share_name("loader", group): loader_state,
     }
-    if main:
+    if group.rank == 0:
         own |= {"model": model_state, "rng": rng_state}
 
-    def write_share() -> dict[str, Any]:
-        files = {
-            f"{name}.safetensors": write_file(folder / f"{name}.safetensors", tensor_chunks(tensors))
-            for name, tensors in own.items()
-            if tensors is not None
-        }
-        return {"files": files, "optimizer_steps": optimizer_state and optimizer_state[1]}
+    with contextlib.ExitStack() as opened:
 
-    with contextlib.ExitStack() as stack:
-        group.run_on_all(
-            "opening a checkpoint", lambda: main and not stack.enter_context(new_step(run, step, keep_last))
-        )
-        shares = group.run_on_all("writing a checkpoint", write_share)
+        def open_folder() -> None:
+            if group.rank == 0:
+                opened.enter_context(new_step(run, step, keep_last))
 
         def complete() -> None:
-            if main:
-                write_rest(folder, step, meta, tokenizer, shares)
-                stack.close()  # the step appears
+            if group.rank == 0:
+                _write_rest(folder, step, meta, tokenizer, shares)
+                opened.close()  # publishes the step
 
+        group.run_on_all("opening a checkpoint", open_folder)
+        steps = optimizer_state and optimizer_state[1]
+        shares = group.run_on_all(
+            "writing a checkpoint", lambda: {"files": _write_tensors(folder, own), "optimizer_steps": steps}
+        )
         group.run_on_all("completing a checkpoint", complete)
     return step_path(run, step)
 
 
-def share_name(stem: str, group: BackgroundGroup) -> str:
-    """`optimizer`, or `optimizer-00002-of-00004` where there are four processes."""
+def _share_name(stem: str, group: BackgroundGroup) -> str:
+    """`optimizer`, or `optimizer-00002-of-00004` on rank 1 of 4."""
     return stem if group.world_size == 1 else f"{stem}-{group.rank + 1:05d}-of-{group.world_size:05d}"
 
 
-def write_rest(folder: Path, step: int, meta: dict[str, Any], tokenizer: Any, shares: list[dict[str, Any]]) -> None:
-    """What a step holds once, and last its manifest; `shares` tells of the files that are there."""
+def _write_tensors(folder: Path, states: dict[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Write each state that is not None to a file; returns the files' records for the manifest."""
+    names = {f"{name}.safetensors": tensors for name, tensors in states.items() if tensors is not None}
+    return {name: write_file(folder / name, tensor_chunks(tensors)) for name, tensors in names.items()}
+
+
+def _write_rest(folder: Path, step: int, meta: dict[str, Any], tokenizer: Any, shares: list[dict[str, Any]]) -> None:
+    """Write what a step holds once, and last its manifest. `shares` are the ranks' answers in save_checkpoint."""
     meta = {**meta, "format": FORMAT, "version": VERSION, "step": step, "tokenizer_hash": tokenizer.hash}
     if shares[0]["optimizer_steps"] is not None:
         meta["optimizer_steps"] = {name: count for s in shares for name, count in s["optimizer_steps"].items()}
@@ -167,7 +161,7 @@ def write_rest(folder: Path, step: int, meta: dict[str, Any], tokenizer: Any, sh
     tokenizer.save(folder)
     fsync(folder / "tokenizer.json")
     files["tokenizer.json"] = file_record(folder / "tokenizer.json")
-    write_manifest(folder, files)
+    Manifest(folder, files).write()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -176,49 +170,38 @@ def write_rest(folder: Path, step: int, meta: dict[str, Any], tokenizer: Any, sh
 
 @dataclass
 class Checkpoint:
-    """One complete step. The methods read their file when called and compare its hash with the manifest."""
+    """One complete step. The methods read their files when called, and verify them against the manifest."""
 
     path: Path
     step: int
     meta: dict[str, Any]
-    files: dict[str, dict[str, Any]] = field(repr=False)  # name -> {"sha256", "bytes"}
+    manifest: Manifest = field(repr=False)
 
     def model_state(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         """The model's parameters by name."""
-        return self._tensors("model.safetensors", device)
+        return self._read("model.safetensors", device)
 
-    def optimizer_pieces(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The optimizer's state as its processes named it (see MuonAdamW.named_state), one file in memory at a time."""
-        for name in self._shares("optimizer"):
-            yield from self._tensors(name).items()
+    def optimizer_state(self) -> tuple[Iterator[tuple[str, torch.Tensor]], dict[str, int]]:
+        """The optimizer's state as its ranks named it, and step counts: arguments of MuonAdamW.load_named_state.
 
-    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Tensors keyed "<state>.<parameter name>", and the step count per parameter name.
-
-        Of a tensor that was split among processes, the whole of its flat form.
+        The tensors come one file at a time, so that only one is in memory.
         """
-        parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
-        for piece, tensor in self.optimizer_pieces():
-            name, start = parse_piece(piece)
-            parts.setdefault(name, []).append((start, tensor))
-        tensors = {}
-        for name, pieces in parts.items():
-            in_order = [tensor for _, tensor in sorted(pieces, key=itemgetter(0))]
-            tensors[name] = in_order[0] if len(in_order) == 1 else torch.cat(in_order)
-        return tensors, self.meta["optimizer_steps"]
+        tensors = (item for name in self._shares("optimizer") for item in self._read(name).items())
+        return tensors, self.meta.get("optimizer_steps", {})
 
     def loader_state(self) -> dict[str, np.ndarray]:
-        """The data loader's position, of all processes."""
-        shares = [self._tensors(name) for name in self._shares("loader")]
+        """The data loader's position, of all ranks."""
+        shares = [self._read(name) for name in self._shares("loader")]
         return {name: tensor.numpy() for share in shares for name, tensor in share.items()}
 
     def rng_state(self) -> dict[str, torch.Tensor]:
         """The random generators' states."""
-        return self._tensors("rng.safetensors")
+        return self._read("rng.safetensors")
 
     def tokenizer(self) -> RustBPETokenizer:
-        """The tokenizer the model was trained with. Raises UserError if it is another one."""
-        verify_file(self.path, "tokenizer.json", self.files)
+        """The tokenizer the model was trained with. Raises UserError if the file holds another one."""
+        self.manifest.check_size("tokenizer.json")
+        self.manifest.check_hash("tokenizer.json")
         tokenizer = RustBPETokenizer.from_directory(self.path)
         if tokenizer.hash != self.meta["tokenizer_hash"]:
             raise UserError(
@@ -228,42 +211,39 @@ class Checkpoint:
         return tokenizer
 
     def _shares(self, stem: str) -> list[str]:
-        """The files of something that each process saved its share of."""
-        shares = [name for name in self.files if re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", name)]
+        """The files of a state of which each rank saved its share."""
+        shares = [name for name in self.manifest.files if re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", name)]
         return sorted(shares) or [f"{stem}.safetensors"]
 
-    def _tensors(self, name: str, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-        if name not in self.files:
+    def _read(self, name: str, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        if name not in self.manifest.files:
             raise UserError(f"{self.path} was saved without {name}; choose another step or start fresh")
-        check_size(self.path, name, self.files)
+        self.manifest.check_size(name)
         try:
-            tensors, found = read_tensors(self.path / name, device)
+            tensors, sha256 = read_tensors(self.path / name, device)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise DamagedCheckpoint(f"{self.path / name} is damaged ({error}); choose another step") from error
-        check_hash(self.path, name, self.files, found)
+        self.manifest.check_hash(name, sha256)
         return tensors
 
 
-def open_checkpoint(run: Path, step: int | None = None, verify: bool = True) -> Checkpoint:
+def open_checkpoint(run: Path, step: int | None = None, verify: bool | Collection[str] = True) -> Checkpoint:
     """Step `step` of `run`, or None for the latest good one: damaged ones are skipped with a warning.
 
-    `verify` hashes every file now; without it only sizes and meta.json are checked, the rest when it is read.
-    Raises UserError: no such run or step (naming what exists), damage (naming the file), unknown version.
+    `verify` says which files to hash now: all, none, or those named; the others are when they are read. Sizes and
+    meta.json are always checked. Raises UserError: no such run or step (naming what exists), damage (naming the file),
+    unknown version.
     """
-    return _open(Path(run), step, None if verify else ())
-
-
-def _open(run: Path, step: int | None, verify: Collection[str] | None) -> Checkpoint:
-    """open_checkpoint that hashes only the files named in `verify` (None: all)."""
+    run = Path(run)
     steps = list_steps(run)
     if step is not None and step in steps:
         return _open_step(run, step, verify)
     if step is not None or not steps:
-        there = f"it has: {', '.join(str(s) for s in steps)}" if steps else "it has no complete step"
-        what = f"step {step}" if step is not None else "a checkpoint"
+        existing = f"it has: {', '.join(map(str, steps))}" if steps else "it has no complete step"
+        requested = f"step {step}" if step is not None else "a checkpoint"
         if step is not None and step_path(run, step).is_dir():
-            raise DamagedCheckpoint(f"{step_path(run, step)} has no {MANIFEST}, so it was never completed; {there}")
-        raise UserError(f"{run} does not have {what}: {there if run.is_dir() else 'there is no such folder'}")
+            raise DamagedCheckpoint(f"{step_path(run, step)} has no {MANIFEST}, so it was never completed; {existing}")
+        raise UserError(f"{run} does not have {requested}: {existing if run.is_dir() else 'there is no such folder'}")
     damage = []
     for candidate in reversed(steps):
         try:
@@ -274,16 +254,16 @@ def _open(run: Path, step: int | None, verify: Collection[str] | None) -> Checkp
     raise DamagedCheckpoint(f"every checkpoint in {run} is damaged; the latest: {damage[0]}")
 
 
-def _open_step(run: Path, step: int, verify: Collection[str] | None) -> Checkpoint:
+def _open_step(run: Path, step: int, verify: bool | Collection[str]) -> Checkpoint:
     path = step_path(run, step)
-    files = read_manifest(path)["files"]
-    for name in files:
-        check_size(path, name, files)
-        if verify is None or name in verify or name == "meta.json":
-            verify_file(path, name, files)
+    manifest = Manifest.read(path)
+    for name in manifest.files:
+        manifest.check_size(name)
+        if name == "meta.json" or (verify if isinstance(verify, bool) else name in verify):
+            manifest.check_hash(name)
     meta = read_json(path / "meta.json")
     check_version(path / "meta.json", meta)
-    return Checkpoint(path, step, meta, files)
+    return Checkpoint(path, step, meta, manifest)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -299,13 +279,13 @@ def load_model(
     step: int | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-    """The model in eval mode, its tokenizer and its meta. No tag: the latest run; no step: its latest good one.
+    """Load (model in eval mode, tokenizer, meta): of the latest run without a tag, its latest good step without a step.
 
-    Raises UserError as open_checkpoint and load_model_state do.
+    Raises UserError as find_run, open_checkpoint and load_model_state do.
     """
     device = runtime_or_device.device if isinstance(runtime_or_device, Runtime) else torch.device(runtime_or_device)
     run = find_run(base_dir or get_base_dir(), source, model_tag)
-    checkpoint = _open(run, step, ("model.safetensors", "tokenizer.json"))
+    checkpoint = open_checkpoint(run, step, verify=("model.safetensors", "tokenizer.json"))
     model = GPT.allocate(GPTConfig.from_dict(checkpoint.meta["model_config"]), device, compute_dtype)
     model.init_rotary()  # computed, never saved
     load_model_state(model, checkpoint.model_state(), checkpoint.path)
@@ -313,8 +293,10 @@ def load_model(
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], where: Path | str) -> None:
-    """Copy `state` into every parameter of `model`. Raises UserError if one is missing, extra, of another shape, or
-    holds what is no number."""
+    """Copy `state` into every parameter of `model`. `where` names it in errors.
+
+    Raises UserError if a parameter is missing, extra, of another shape, or not finite.
+    """
     parameters = dict(model.named_parameters())
     problems = [f"{name} is missing" for name in parameters if name not in state]
     problems += [f"{name} is not in the model" for name in state if name not in parameters]
@@ -327,13 +309,13 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
             f"the weights in {where} do not fit the model: {'; '.join(problems[:3])}{more}; "
-            "was it saved with other sizes?"
+            "they were saved with another model config"
         )
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(state[name])
-    if spoilt := non_finite(model):
+    if bad := non_finite(model):
         raise UserError(
-            f"the weights in {where} are not finite ({', '.join(spoilt[:3])}): that run diverged, or the "
-            "file was made by something that did; take an earlier step, if there is one"
+            f"the weights in {where} are not finite ({', '.join(bad[:3])}): that run diverged; "
+            "use an earlier step, if there is one"
         )

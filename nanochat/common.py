@@ -7,8 +7,9 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -112,33 +113,43 @@ def kernels_enabled() -> bool:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary neighbour of `path`; on success flush it to disk and rename it over `path`.
+def atomic_path(path: Path | str, durable: bool = True) -> Iterator[Path]:
+    """Yield the path of a temporary neighbour to write (a file or a folder); on success rename it to `path`.
 
-    A reader sees the old file or the new one, never a half-written one. On any exception the
-    temporary file is removed and `path` is untouched. Text modes are UTF-8.
+    A reader sees the old file or the new one, never a half-written one. `durable` flushes it to disk first, so that
+    this also holds after a power failure. On any exception the neighbour is deleted and `path` is untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp's 0600 would hide the file from a group
+        yield temporary
+        if durable:
+            fsync(temporary)
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
         raise
 
 
-def current_umask() -> int:
-    """The process's umask; POSIX can only read it by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+@contextlib.contextmanager
+def atomic_write(path: Path | str, mode: str = "wb", durable: bool = True) -> Iterator[IO[Any]]:
+    """Open a file that replaces `path` when it is closed (see atomic_path). Text modes are UTF-8."""
+    encoding = None if "b" in mode else "utf-8"
+    with atomic_path(path, durable) as temporary, open(temporary, mode, encoding=encoding) as file:
+        yield file
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path | str, value: Any) -> None:

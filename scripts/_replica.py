@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint.folder import read_manifest, step_path
+from nanochat.checkpoint.folder import step_path
+from nanochat.checkpoint.manifest import Manifest
 from nanochat.checkpoint_manager import load_model, run_dir
 from nanochat.common import UserError, get_base_dir
 from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
@@ -47,7 +48,7 @@ class ReplicaPlan:
             compute_dtype=runtime.dtype,
         )
         path = step_path(run_dir(base_dir, self.source, self.model_tag), meta["step"])
-        weights = read_manifest(path)["files"]["model.safetensors"]["sha256"]
+        weights = Manifest.read(path).files["model.safetensors"]["sha256"]
         if self.weights not in ("", weights):
             raise UserError(f"{path} is not what this server was started with: start the server anew")
         self.step, self.weights = meta["step"], weights

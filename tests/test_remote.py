@@ -469,7 +469,7 @@ def test_a_cache_that_cannot_keep_still_gives_what_it_has(tmp_path: Path, monkey
         raise PermissionError(13, "read-only")
 
     monkeypatch.setattr("nanochat.data.range_cache.os.utime", refuse)
-    monkeypatch.setattr("nanochat.data.range_cache.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("nanochat.data.range_cache.atomic_write", refuse)
     assert cache.get("cd34", lambda: b"second", 1.0) == b"second" and cache.failed
     assert cache.get("ab12", lambda: b"again", 1.0) == b"first"
 

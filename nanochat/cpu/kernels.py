@@ -6,17 +6,15 @@ Where there is no compiler, everything still works, slower: fused.py then keeps 
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat.common import get_kernels_dir, kernels_enabled, warn
+from nanochat.common import atomic_path, get_kernels_dir, kernels_enabled, warn
 from nanochat.runtime import cpu_flags
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "decode.c", "sampling.c"))
@@ -87,13 +85,7 @@ def build_key() -> str:
 
 def build(compiler: str, path: Path) -> None:
     """Compile to `path`, atomically. OpenMP, where the compiler has it, shares PyTorch's threads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    command = [compiler, *FLAGS, "-o", temporary, *map(str, SOURCES), "-lm"]
-    try:
+    with atomic_path(path) as temporary:
+        command = [compiler, *FLAGS, "-o", str(temporary), *map(str, SOURCES), "-lm"]
         if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
             subprocess.run(command, capture_output=True, check=True)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

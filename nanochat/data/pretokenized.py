@@ -7,8 +7,6 @@ It is parquet, as the text is: compressed, and of no kind that could execute any
 """
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import BadShard, current_umask, first_line, warn
+from nanochat.common import BadShard, atomic_path, first_line, warn
 from nanochat.data.corpus import Part
 from nanochat.data.document_order import Corpus, Tokens, cut
 from nanochat.data.row_streams import token_dtype
@@ -141,35 +139,24 @@ def write_tokens(part: Part, tokenizer: Any, path: Path, between: Callable[[], N
     `between` is called after each block. One block is in memory at a time. Raises BadShard, or OSError for the disk.
     """
     dtype, tokens, digests = token_dtype(tokenizer.get_vocab_size()), 0, b""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        with pq.ParquetWriter(
-            temporary, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False
-        ) as writer:
-            for group in range(part.blocks):
-                documents = read_row_group(part.path, group, part.source)
-                pieces = [(document_hash(d.text), piece) for d in documents for piece in cut(d.text)]
-                encoded = tokenizer.encode([piece for _, piece in pieces], num_threads=1)
-                tokens += sum(map(len, encoded))
-                columns = [
-                    [hash for hash, _ in pieces],
-                    [len(piece) for _, piece in pieces],
-                    [np.array(ids, dtype).tobytes() for ids in encoded],
-                ]
-                arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types)]
-                table = pa.table(arrays, schema=SCHEMA)
-                digests += digest(table)
-                writer.write_table(table, row_group_size=max(1, len(pieces)))
-                between()
-            writer.add_key_value_metadata(labels(part, tokenizer) | {DIGESTS: digests})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~current_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer,
+    ):
+        for group in range(part.blocks):
+            documents = read_row_group(part.path, group, part.source)
+            pieces = [(document_hash(d.text), piece) for d in documents for piece in cut(d.text)]
+            encoded = tokenizer.encode([piece for _, piece in pieces], num_threads=1)
+            tokens += sum(map(len, encoded))
+            columns = [
+                [hash for hash, _ in pieces],
+                [len(piece) for _, piece in pieces],
+                [np.array(ids, dtype).tobytes() for ids in encoded],
+            ]
+            arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types)]
+            table = pa.table(arrays, schema=SCHEMA)
+            digests += digest(table)
+            writer.write_table(table, row_group_size=max(1, len(pieces)))
+            between()
+        writer.add_key_value_metadata(labels(part, tokenizer) | {DIGESTS: digests})
     return tokens

@@ -6,7 +6,6 @@ rename, carries a digest of its bytes, and is read into memory whole, so that wh
 
 import hashlib
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nanochat.common import current_umask, warn
+from nanochat.common import atomic_write, warn
 
 DIGEST_BYTES = 16
 KEPT_SHARE = 0.75  # of the budget, once something had to go: room to write before the next time
@@ -78,17 +77,8 @@ class PieceCache:
         """Keep a piece. It is worth no flush to the disk: one that a power cut damages is fetched again."""
         path = self.path(name)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(digest(data) + data)
-                os.chmod(temporary, 0o666 & ~current_umask())  # others may share the folder
-                os.replace(temporary, path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary)
-                raise
+            with atomic_write(path, durable=False) as file:
+                file.write(digest(data) + data)
             with self.lock:
                 self.written += len(data)
                 if self.counted < 0 or self.written > COUNT_SHARE * self.budget:

@@ -11,7 +11,6 @@ import hashlib
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from nanochat.common import BadShard, current_umask, read_json, write_json
+from nanochat.common import BadShard, atomic_path, read_json, write_json
 from nanochat.data.remote import RemoteFile
 from nanochat.data.textfiles import MIB, Document, Source, document_hash, file_documents, kind_of
 
@@ -99,15 +98,10 @@ def convert_into(folder: Path, paths: Sequence[Source]) -> None:
     megabytes = sum(stamp(path)[0] for path in paths) / 1e6
     if megabytes > 50:
         print(f"once: converting {len(paths)} files, {megabytes:,.0f} MB, to parquet in {folder}", flush=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-    try:
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
         tally = asdict(write_shards(temporary, paths))
         write_json(temporary / MANIFEST, {"version": CONVERSION_VERSION, "tally": tally})
-        os.chmod(temporary, 0o777 & ~current_umask())
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def write_shards(folder: Path, paths: Sequence[Source]) -> Tally:

@@ -59,7 +59,7 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     device = trainer.runtime.device
     load_model_state(trainer.model, checkpoint.model_state(device), checkpoint.path)
     names = {p: name for name, p in trainer.model.named_parameters()}
-    trainer.optimizer.load_named_state(names, checkpoint.optimizer_pieces(), checkpoint.meta["optimizer_steps"])
+    trainer.optimizer.load_named_state(names, *checkpoint.optimizer_state())
     trainer.loader.load_state_dict(checkpoint.loader_state())  # type: ignore[attr-defined]
     set_rng_state(checkpoint.rng_state(), device)
     trainer.progress = Progress(**checkpoint.meta["progress"])
