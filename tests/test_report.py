@@ -1,7 +1,8 @@
-"""Run records and the pages drawn from them."""
+"""report.json and the pages drawn from it."""
 
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -14,25 +15,15 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.report import accuracy_values, load_report, record_stage, render_report, to_json
-from nanochat.reporting.view import (
-    STAGES,
-    curves_of,
-    facts_of,
-    headline,
-    mixed_runs,
-    read_metrics,
-    smooth,
-    sparkline,
-    thin,
-    wilson_interval,
-)
+from nanochat.reporting.curves import curves_of, read_metrics, smooth, sparkline, thin
+from nanochat.reporting.view import STAGES, facts_of, headline, mixed_runs, wilson_interval
 from scripts.report import main
 
 NASTY = '<script>alert("1")</script> & <b>| `x` ``` </pre>\n| über 日本語 \\'
 
 
 def write_metrics(base: Path, steps: int = 120) -> str:
-    """A run's metrics; its last line is cut short, as a reader of a live run may find it."""
+    """A run's metrics; its last line is incomplete, as in a run in progress."""
     path = base / "base_checkpoints" / "d2" / "metrics.jsonl"
     path.parent.mkdir(parents=True)
     with open(path, "w", encoding="utf-8") as file:
@@ -45,7 +36,7 @@ def write_metrics(base: Path, steps: int = 120) -> str:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base folder where every stage of the CPU pipeline was recorded."""
+    """A base folder with the stages of a CPU run recorded."""
     base = tmp_path_factory.mktemp("base")
     table = {"Bytes per token": [{"source": "tales|x", "nanochat": 4.0625, "GPT-2": None}]}
     record_stage(base, "tokenizer", {"seconds": 20, "vocab_size": 8192, "tables": table, "command": "tok <1>"})
@@ -70,7 +61,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """Checks nesting as it reads, and keeps tags, attributes and text."""
+    """Parse HTML, check the nesting of tags, keep tags, attributes and text."""
 
     VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
 
@@ -79,7 +70,6 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: set[str] = set()
         self.attributes: list[tuple[str, str | None]] = []
-        self.ids: list[str] = []
         self.text = ""
         self.feed(text)
         self.close()
@@ -107,7 +97,7 @@ def html_of(base: Path) -> str:
     return (base / "report" / "report.html").read_text(encoding="utf-8")
 
 
-def test_record_holds_what_readers_look_for(full: Path) -> None:
+def test_report_json_keys(full: Path) -> None:
     report = json.loads((full / "report" / "report.json").read_text(encoding="utf-8"))
     assert report["total_seconds"] == pytest.approx(859.5)
     assert report["plan"] == [["layers x width", "4 x 256"]] and "plan" not in report["base_train"]
@@ -145,7 +135,7 @@ def test_drawing_twice_gives_the_same_page(full: Path) -> None:
     assert html_of(full) == before
 
 
-def test_markdown_says_the_same(full: Path) -> None:
+def test_markdown_has_the_same_numbers(full: Path) -> None:
     text = (full / "report" / "report.md").read_text(encoding="utf-8")
     for wanted in ("80.0%", "71.1% – 86.7%", "14m20s", "9,000", "4 x 256", "tales\\|x", "ARC&lt;Easy>", "▁"):
         assert wanted in text, wanted
@@ -154,7 +144,7 @@ def test_markdown_says_the_same(full: Path) -> None:
 
 
 def test_wilson_interval_against_its_definition() -> None:
-    """The interval's ends are the shares p whose own standard error puts the observed share z away."""
+    """Each end is the proportion p that lies z of its own standard errors from the observed one."""
     z = 1.959963984540054
     for passed, total in ((80, 100), (1, 10), (499, 500), (3, 7)):
         for end in wilson_interval(passed, total):
@@ -179,7 +169,7 @@ def test_second_record_replaces_unless_the_checkpoint_is_the_same(tmp_path: Path
     assert "val_bpb" not in load_report(tmp_path)["chat_sft"]
 
 
-def test_values_of_any_kind_become_json(tmp_path: Path) -> None:
+def test_numpy_torch_and_path_values_become_json(tmp_path: Path) -> None:
     values = {
         "a": np.float32(0.5),
         "b": torch.tensor(3),
@@ -196,40 +186,47 @@ def test_values_of_any_kind_become_json(tmp_path: Path) -> None:
 
 def test_page_of_a_running_stage_refreshes(tmp_path: Path) -> None:
     record_stage(tmp_path, "base_train", {"status": "running", "seconds": 5})
-    assert 'http-equiv="refresh"' in html_of(tmp_path) and "Pretraining is under way" in Page(html_of(tmp_path)).text
+    page = Page(html_of(tmp_path))
+    assert ("http-equiv", "refresh") in page.attributes and page.text.count("Pretraining") > 1
     assert "finished_at" not in load_report(tmp_path)["base_train"]
-    assert "last heard of 20" in Page(html_of(tmp_path)).text, "it may be dead"
+    updated = load_report(tmp_path)["base_train"]["updated_at"]
+    assert updated[:10] in page.text and updated[11:19] in page.text  # it may have been killed since
     record_stage(tmp_path, "base_train", {"seconds": 9})
     assert 'http-equiv="refresh"' not in html_of(tmp_path)
 
 
-def test_stages_of_different_models_are_told_apart(tmp_path: Path) -> None:
-    def told() -> list[str]:
-        notes = mixed_runs(load_report(tmp_path))
-        assert all(note in Page(html_of(tmp_path)).text for note in notes)
-        return notes
+def test_stages_of_different_models_get_a_note(tmp_path: Path) -> None:
+    def notes() -> list[str]:
+        found = mixed_runs(load_report(tmp_path))
+        assert all(note in Page(html_of(tmp_path)).text for note in found)
+        return found
+
+    def assert_one_note(*words: str) -> None:
+        (note,) = notes()
+        assert [word for word in words if re.search(rf"\b{word}\b", note)] == list(words)
 
     record_stage(tmp_path, "base_train", {"metrics": "base_checkpoints/d4/metrics.jsonl"})
     record_stage(tmp_path, "chat_sft", {"metrics": "chatsft_checkpoints/d4/metrics.jsonl"})
     record_stage(tmp_path, "chat_eval", {"model": "d4", "chatcore": 0.25})
     record_stage(tmp_path, "chat_eval_rl", {"model": "d4", "chatcore": 0.5})
-    assert not told()
+    assert not notes()
     assert [text for label, text in headline(load_report(tmp_path)) if "ChatCORE" in label] == ["0.2500", "0.5000"]
     record_stage(tmp_path, "base_eval", {"model": "d6"})
-    assert told() == ["Base model is of the run d6, Pretraining is of d4."]
+    assert_one_note("Base model", "d6", "Pretraining", "d4")
     report = load_report(tmp_path)
     report["base_eval"]["model"], report["chat_sft"]["finished_at"] = "d4", "2025-01-01T00:00:00+00:00"
-    assert mixed_runs(report) == ["Supervised finetuning is older than Pretraining: it is of an earlier model."]
+    (note,) = mixed_runs(report)
+    assert "Supervised finetuning" in note and "older" in note and "Pretraining" in note
     del report["chat_sft"]["finished_at"]  # under way
     assert not mixed_runs(report)
     record_stage(tmp_path, "base_eval", {"model": "d4"})
     talk = {"metrics": "chatsft_checkpoints/talk/metrics.jsonl", "started_from": "d4"}
     record_stage(tmp_path, "chat_sft", talk)  # a name of its own
     record_stage(tmp_path, "chat_eval", {"model": "talk"})
-    assert not told()
+    assert not notes()
     record_stage(tmp_path, "chat_sft", talk | {"started_from": "d8"})
     record_stage(tmp_path, "chat_eval", {"model": "talk"})
-    assert told() == ["Supervised finetuning started from the run d8, Pretraining is of d4."]
+    assert_one_note("Supervised finetuning", "d8", "Pretraining", "d4")
 
 
 def test_every_stage_alone_can_be_drawn(tmp_path: Path) -> None:
@@ -247,15 +244,15 @@ def test_records_from_several_threads_all_arrive(tmp_path: Path) -> None:
     assert load_report(tmp_path)["total_seconds"] == len(STAGES)
 
 
-def test_damaged_record_is_put_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_report_json_is_renamed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record_stage(tmp_path, "tokenizer", {"seconds": 1})
     path = tmp_path / "report" / "report.json"
     path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match=r"report\.json"):
         load_report(tmp_path)
     record_stage(tmp_path, "chat_sft", {"seconds": 2})
     assert load_report(tmp_path)["total_seconds"] == 2
-    assert (path.parent / "report.damaged.json").exists() and "moved to" in capsys.readouterr().err
+    assert (path.parent / "report.damaged.json").exists() and "report.damaged.json" in capsys.readouterr().err
 
 
 def test_numbers_survive_a_page_that_cannot_be_drawn(
@@ -295,7 +292,7 @@ def test_sparkline_spans_its_range() -> None:
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█" and sparkline([2.0, 2.0]) == "▁▁"
 
 
-def test_facts_read_well() -> None:
+def test_facts_are_formatted() -> None:
     facts = dict(
         facts_of(
             {
@@ -321,15 +318,15 @@ def test_facts_read_well() -> None:
 
 def test_command_line(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--base-dir", str(full)]) == 0
-    said = capsys.readouterr().out
-    assert said.splitlines()[-1] == str(full / "report" / "report.html")
-    assert "80.0%" in said and "Pretraining" in said and "ARC<Easy>" in said
-    with pytest.raises(UserError, match="run a stage first"):
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == str(full / "report" / "report.html")
+    assert "80.0%" in out and "Pretraining" in out and "ARC<Easy>" in out
+    with pytest.raises(UserError, match="NANOCHAT_BASE_DIR"):
         main(["--base-dir", str(tmp_path)])
 
 
-def test_importing_draws_in_no_plotting_library() -> None:
-    code = "import sys, nanochat.report, nanochat.reporting.html as _; sys.exit('matplotlib' in sys.modules)"
+def test_importing_the_report_does_not_import_matplotlib() -> None:
+    code = "import sys, nanochat.report, nanochat.reporting.pages as _; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
@@ -343,10 +340,10 @@ def test_the_report_follows_a_run(copied: Path, monkeypatch: pytest.MonkeyPatch)
     from scripts import _train, base_train
 
     pages: list[tuple[str, dict]] = []
-    whole = _train.record_so_far
+    record_so_far = _train.record_so_far
 
     def look(stage: str, values: dict) -> None:
-        whole(stage, values)
+        record_so_far(stage, values)
         pages.append((html_of(copied), load_report(copied)["base_train"]))
 
     monkeypatch.setattr(_train, "record_so_far", look)
@@ -354,7 +351,7 @@ def test_the_report_follows_a_run(copied: Path, monkeypatch: pytest.MonkeyPatch)
     text = f"--data={copied / 'text.jsonl'}"
     assert base_train.main([*flags, text, "--num-iterations=6", "--eval-every=2"]) == 0
     assert [values["steps"] for _, values in pages] == [2, 4] and all(v["status"] == "running" for _, v in pages)
-    assert all('http-equiv="refresh"' in page and "under way" in page for page, _ in pages)
+    assert all('http-equiv="refresh"' in page for page, _ in pages)
     assert 'http-equiv="refresh"' not in html_of(copied) and load_report(copied)["base_train"]["steps"] == 6
 
 
@@ -368,7 +365,7 @@ def test_a_report_that_cannot_be_written_stops_no_training(
 
     monkeypatch.setattr(_train, "record_stage", full)
     _train.record_so_far("base_train", {})
-    assert "training goes on" in capsys.readouterr().err
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,18 +384,20 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     page = Page(text)
     assert "+0.2500" in page.text and "b<i>" in page.text and "i" not in page.tags - {"i"} and "script" not in page.tags
     assert "seed" in page.text and "depth" not in page.text and text.count("<svg") == 3
-    assert len(page.ids) == len(set(page.ids)) and "refresh" not in text
+    referenced = set(re.findall(r'(?:href="|url\()#(\w+)', text))  # markers and clip paths of the charts
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert referenced and all(ids.count(name) == 1 for name in referenced) and "refresh" not in text
     (tmp_path / "base_checkpoints" / "a" / "plan.json").write_text(json.dumps({"num_steps": 200, "user_config": {}}))
     assert main(["--base-dir", str(tmp_path), "--compare", "a", "b<i>"]) == 0
-    assert "refresh" in (tmp_path / "report" / "compare.html").read_text()  # a is still at work
-    for wrong, says in ((["a"], "at least two"), (["a", "nobody"], "base runs there: a, b<i>")):
-        with pytest.raises(UserError, match=says):
+    assert "refresh" in (tmp_path / "report" / "compare.html").read_text()  # run a has not finished
+    for wrong, expected in ((["a"], "--compare d4 d4.old1"), (["a", "nobody"], "nobody.*a, b<i>")):
+        with pytest.raises(UserError, match=expected):
             main(["--base-dir", str(tmp_path), "--compare", *wrong])
 
 
-def test_another_models_results_stand_beside(tmp_path: Path) -> None:
+def test_published_results_of_another_model_are_marked(tmp_path: Path) -> None:
     values = accuracy_values({"copa": (60, 100), "other": (1, 2)}, {"copa": 0.5})
     references = {"GPT-2": {"copa": 0.61, "other": None}}
     record_stage(tmp_path, "base_eval", {**values, "core": 0.0123, "references": references})
     text = html_of(tmp_path)
-    assert text.count('<b style="left:61.00%">') == 1 and "GPT-2 as published" in text and "0.0123" in text
+    assert text.count('<b style="left:61.00%">') == 1 and "GPT-2" in text and "0.0123" in text

@@ -1,5 +1,5 @@
-"""The report's pages: tables and curves as HTML and Markdown, and runs side by side.
+"""The report's pages: HTML and Markdown from templates, SVG charts, and runs side by side.
 
-Called by `nanochat.report`, which keeps the report's data.
-Start with `view.py`.
+Called by `nanochat.report`, which owns report.json. Start with `view.py`, which turns report.json into plain values;
+`pages.py` puts them into the templates.
 """

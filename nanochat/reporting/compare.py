@@ -1,39 +1,38 @@
-"""Two or more runs side by side, as one page: what they were, how they ended, and their curves over each other."""
+"""Two or more runs side by side, as one page: outcomes, differing flags, and curves in shared charts."""
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from nanochat.common import UserError, atomic_write, format_count, format_seconds, read_json
-from nanochat.reporting.html import PAGE_COLOURS, esc, inline_svg, short_number, table
-from nanochat.reporting.view import CHARTS, Record, is_number, read_metrics, smooth, thin
+from markupsafe import Markup
 
-# Colours told apart on light and dark, also by people who do not see all of them (Okabe and Ito).
+from nanochat.common import UserError, atomic_write, format_count, format_seconds, read_json
+from nanochat.reporting.charts import Line, draw_chart, limits_around
+from nanochat.reporting.curves import CHARTS, Record, is_number, read_curve, read_metrics
+from nanochat.reporting.pages import render
+
+# Readable on light and dark, also for the colour-blind (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
-REFRESH_SECONDS = 15
 
 
 @dataclass
 class RunRecord:
-    """What a run left in its folder."""
+    """Flags and metrics of a run, read from its folder."""
 
     name: str
-    settings: Record  # the flags it was started with
+    flags: Record  # of the command that started it
     num_steps: int
-    lines: list[Record]  # of metrics.jsonl
+    metrics: list[Record]  # lines of metrics.jsonl
 
     @property
     def done(self) -> bool:
-        return bool(self.lines) and self.lines[-1]["step"] >= self.num_steps
+        return bool(self.metrics) and self.metrics[-1]["step"] >= self.num_steps
 
     def last(self, key: str) -> Any:
         """The latest value of a metric, or None."""
-        return next((line[key] for line in reversed(self.lines) if is_number(line.get(key))), None)
+        return next((line[key] for line in reversed(self.metrics) if is_number(line.get(key))), None)
 
 
 def read_run(base_dir: Path, name: str) -> RunRecord:
@@ -42,22 +41,20 @@ def read_run(base_dir: Path, name: str) -> RunRecord:
     path = base_dir / FOLDERS.get(kind or "base", kind) / tag
     if not (path / "metrics.jsonl").is_file() and (Path(name) / "metrics.jsonl").is_file():
         path = Path(name)
-    metrics = path / "metrics.jsonl"
-    if not metrics.is_file():
-        there = sorted(p.parent.name for p in (base_dir / FOLDERS["base"]).glob("*/metrics.jsonl"))
+    if not (path / "metrics.jsonl").is_file():
+        known = sorted(p.parent.name for p in (base_dir / FOLDERS["base"]).glob("*/metrics.jsonl"))
         raise UserError(
-            f"no run {name!r} in {path.parent}; base runs there: {', '.join(there) or 'none'}; others are "
-            "sft/TAG, or a folder"
+            f"no run {name!r} in {path.parent}; base runs there: {', '.join(known) or 'none'}; "
+            "SFT and RL runs are sft/TAG and rl/TAG, or give a folder"
         )
     plan = read_json(path / "plan.json") if (path / "plan.json").is_file() else {}
-    lines = read_metrics(metrics)
     saved = sorted(path.glob("[0-9]*/meta.json"))
     steps = read_json(saved[-1])["plan"]["num_steps"] if saved else plan.get("num_steps", 0)
-    return RunRecord(name, plan.get("user_config", {}), steps, lines)
+    return RunRecord(name, plan.get("user_config", {}), steps, read_metrics(path / "metrics.jsonl"))
 
 
 def write_comparison(base_dir: Path, names: Sequence[str]) -> Path:
-    """report/compare.html over these runs; its path. It refreshes itself while one of them is at work."""
+    """report/compare.html over these runs; returns its path. It reloads itself while one of them is running."""
     if len(names) < 2:
         raise UserError("--compare takes at least two runs, such as --compare d4 d4.old1")
     if len(names) > len(COLOURS):
@@ -71,12 +68,12 @@ def write_comparison(base_dir: Path, names: Sequence[str]) -> Path:
 
 
 def outcome_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Any]]]:
-    """(columns, rows): what came of each run, and how far it is from the first."""
+    """(columns, rows): the last metrics of each run, and its loss relative to the first run's."""
     first = runs[0].last("val_bpb")
     rows = []
     for run in runs:
         bpb = run.last("val_bpb")
-        apart = None if None in (bpb, first) or run is runs[0] else f"{bpb - first:+.4f}"
+        difference = None if None in (bpb, first) or run is runs[0] else f"{bpb - first:+.4f}"
         rows.append(
             [
                 run.name,
@@ -85,91 +82,44 @@ def outcome_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Any]]]
                 format_seconds(run.last("seconds") or 0),
                 format_count(run.last("tokens_per_second") or 0),
                 None if bpb is None else f"{bpb:.4f}",
-                apart,
+                difference,
                 None if run.last("core") is None else f"{run.last('core'):.4f}",
             ]
         )
-    return ["run", "steps", "tokens", "training time", "tokens/s", "bits per byte", "against the first", "CORE"], rows
+    return ["run", "steps", "tokens", "training time", "tokens/s", "bits per byte", "vs. the first", "CORE"], rows
 
 
-def differing_settings(runs: Sequence[RunRecord]) -> list[list[Any]]:
-    """The flags in which the runs differ: name, then each run's value."""
-    names = list(dict.fromkeys(key for run in runs for key in run.settings))
-    rows = [[key, *(run.settings.get(key) for run in runs)] for key in names if key not in ("resume", "model_tag")]
+def differing_flags(runs: Sequence[RunRecord]) -> list[list[Any]]:
+    """A row for each flag in which the runs differ: its name, then each run's value."""
+    names = list(dict.fromkeys(key for run in runs for key in run.flags))
+    rows = [[key, *(run.flags.get(key) for run in runs)] for key in names if key not in ("resume", "model_tag")]
     return [row for row in rows if len({str(value) for value in row[1:]}) > 1]
 
 
 def render_comparison(runs: Sequence[RunRecord]) -> str:
-    """The page."""
-    page = Template(resources.files("nanochat.reporting").joinpath("report.html").read_text(encoding="utf-8"))
-    colours = dict(zip((run.name for run in runs), COLOURS))
-    parts = ['<div class="top"><h1>Runs compared</h1></div>', "<h2>Outcome</h2>", legend(colours)]
-    parts.append(f'<div class="card scroll">{table(*outcome_rows(runs))}</div>')
-    differing = differing_settings(runs)
-    if differing:
-        shown = table(["flag", *(run.name for run in runs)], differing)
-        parts.append(f'<h2>What was set differently</h2><div class="card scroll">{shown}</div>')
-    charts = []
-    for key, title in CHARTS.items():
-        points = {run.name: [(x["step"], x[key]) for x in run.lines if is_number(x.get(key))] for run in runs}
-        series = {name: found for name, found in points.items() if len(found) >= 2}
-        if series:
-            drawn = draw_overlay(title, series, colours, smoothed=key == "loss")
-            charts.append(f'<figure class="card"><figcaption>{esc(title)}</figcaption>{drawn}</figure>')
-    if charts:
-        parts.append(f'<h2>Curves</h2>{legend(colours)}<div class="grid">{"".join(charts)}</div>')
-    running = not all(run.done for run in runs)
-    refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">\n' if running else ""
-    return page.substitute(title="nanochat: runs compared", refresh=refresh, body="\n".join(parts))
-
-
-def legend(colours: Mapping[str, str]) -> str:
-    """Which colour is which run."""
-    items = (
-        f'<span class="run"><span style="color:{colour}">●</span> {esc(name)}</span>'
-        for name, colour in colours.items()
+    """The HTML page."""
+    columns, outcomes = outcome_rows(runs)
+    charts = ((title, draw_metric(key, title, runs)) for key, title in CHARTS.items())
+    return render(
+        "compare.html.j2",
+        refresh=not all(run.done for run in runs),
+        colours=dict(zip((run.name for run in runs), COLOURS)),
+        outcome_columns=columns,
+        outcomes=outcomes,
+        differing=differing_flags(runs),
+        charts=[(title, svg) for title, svg in charts if svg],
     )
-    return f"<p>{''.join(items)}</p>"
 
 
-def draw_overlay(
-    title: str, series: Mapping[str, list[tuple[float, float]]], colours: Mapping[str, str], smoothed: bool
-) -> str:
-    """All runs' curves in one drawing, inline SVG."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    ink = next(drawn for drawn, shown in PAGE_COLOURS.items() if shown == "currentColor")
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10}
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        tails: list[float] = []
-        for name, points in series.items():
-            steps, values = thin(points)
-            values = smooth(values) if smoothed else values
-            tails += values[len(values) // 10 :]
-            axes.plot(
-                steps,
-                values,
-                color=colours[name],
-                linewidth=1.6,
-                marker="o" if len(values) <= 40 else None,
-                markersize=3,
-            )
-        if smoothed:  # the first plunge would squeeze what follows
-            margin = 0.05 * (max(tails) - min(tails) or 1.0)
-            axes.set_ylim(min(tails) - margin, max(tails) + margin)
-        axes.set_xlabel("step")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=ink, alpha=0.18, linewidth=0.6)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(short_number))
-        axes.yaxis.set_major_formatter(FuncFormatter(short_number))
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return inline_svg(out.getvalue(), title)
+def draw_metric(key: str, title: str, runs: Sequence[RunRecord]) -> Markup | None:
+    """One metric of all runs as an inline SVG, None if no run has it. The training loss is smoothed."""
+    lines = []
+    for run, colour in zip(runs, COLOURS):
+        if curve := read_curve(run.metrics, key, title):
+            lines.append(Line(curve.steps, curve.smooth if key == "loss" else curve.values, colour))
+    if not lines:
+        return None
+    limits = None
+    if key == "loss":  # without the steep start, which would flatten the rest
+        limits = limits_around([value for line in lines for value in line.values[len(line.values) // 10 :]])
+    return draw_chart(title, lines, limits)

@@ -1,15 +1,12 @@
-"""What a report shows, as plain values: stages, facts, skills, curves. Both the text and the page draw from here."""
+"""The contents of a report as plain values, for the pages and for the terminal: stages, facts, skills, samples."""
 
-import json
 import math
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanochat.common import format_count, format_seconds
-
-Record = dict[str, Any]
+from nanochat.reporting.curves import Record
 
 STAGES = {
     "tokenizer": "Tokenizer",
@@ -23,7 +20,7 @@ STAGES = {
 }
 """Stage keys of report.json in the order of the pipeline, with their titles."""
 
-# Which stage's model each stage looks at or goes on from.
+# The stage that trained the model which each stage evaluates or continues from.
 MODEL_OF = {
     "base_eval": "base_train",
     "chat_sft": "base_train",
@@ -32,7 +29,7 @@ MODEL_OF = {
     "chat_eval_rl": "chat_rl",
 }
 
-# Keys of a stage that are shown in a place of their own, or only steer the report.
+# Keys of a stage that are not facts: shown elsewhere on the page, or not at all.
 SPECIAL_KEYS = frozenset(
     {
         "seconds",
@@ -66,22 +63,6 @@ FACT_LABELS = {
     "mfu": "share of machine peak",
 }
 
-# Keys in metrics.jsonl that get a chart each, with its title.
-CHARTS = {
-    "loss": "Training loss",
-    "val_bpb": "Validation bits per byte",
-    "reward": "Mean reward",
-    "entropy": "Entropy of answers (nats per token, estimated)",
-    "answer_tokens": "Tokens per answer",
-    "groups_without_signal": "Share of prompts whose answers were all as good",
-    "core": "CORE",
-    "tokens_per_second": "Tokens per second",
-    "lr": "Learning rate",
-    "lr_multiplier": "Learning rate (share of its peak)",
-}
-NOISY = ("loss", "reward", "entropy", "answer_tokens", "groups_without_signal")
-MAX_POINTS = 400  # of a curve; more cannot be told apart on a screen
-
 
 @dataclass
 class Skill:
@@ -93,18 +74,8 @@ class Skill:
     high: float
     passed: int
     total: int
-    baseline: float | None = None  # what guessing gets
-    reference: tuple[str, float] | None = None  # another model's name and accuracy
-
-
-@dataclass
-class Curve:
-    """One quantity over the steps of a stage. `smooth` is an average for noisy ones."""
-
-    title: str
-    steps: list[float]
-    values: list[float]
-    smooth: list[float] = field(default_factory=list)
+    baseline: float | None = None  # accuracy of guessing
+    reference: tuple[str, float] | None = None  # (name, accuracy) of another model, as published
 
 
 def stages_of(report: Record) -> list[tuple[str, str, Record]]:
@@ -112,21 +83,21 @@ def stages_of(report: Record) -> list[tuple[str, str, Record]]:
     return [(key, title, report[key]) for key, title in STAGES.items() if isinstance(report.get(key), dict)]
 
 
-def is_running(report: Record) -> bool:
-    """True while some stage is still at work, so that the page should look again."""
-    return any(values.get("status") == "running" for _, _, values in stages_of(report))
+def running_stages(report: Record) -> list[str]:
+    """Titles of the stages that have not finished; a killed one stays among them."""
+    return [title for _, title, values in stages_of(report) if values.get("status") == "running"]
 
 
 STAGE_COLUMNS = ("stage", "run", "time", "finished (UTC)")
 
 
 def stage_times(report: Record) -> list[tuple[str, str, str, str]]:
-    """The STAGE_COLUMNS of each stage. Of one under way it is said when it was last heard of: it may be dead."""
+    """The STAGE_COLUMNS of each stage. A running one has the time of its last update: it may have been killed."""
     rows = []
     for _, title, values in stages_of(report):
         time, at = format_seconds(values.get("seconds") or 0), short_time(values.get("finished_at"))
         if values.get("status") == "running":
-            time, at = "running", f"last heard of {short_time(values.get('updated_at'))}"
+            time, at = "running", f"last update {short_time(values.get('updated_at'))}"
         rows.append((title, run_of(values), time, at))
     return rows
 
@@ -137,29 +108,30 @@ def short_time(stamp: Any) -> str:
 
 
 def run_of(values: Record) -> str:
-    """The name of the run that a stage is about; empty if it is about none, or says nothing."""
+    """The name of the run that a stage trained or evaluated; empty if unknown."""
     return str(values.get("model") or "") or (Path(values["metrics"]).parent.name if values.get("metrics") else "")
 
 
 def mixed_runs(report: Record) -> list[str]:
-    """What a reader must know where the stages are not those of one model: a sentence each."""
-    found, notes = {key: (title, values) for key, title, values in stages_of(report)}, []
+    """A sentence for each stage that belongs to another model than the stage before it."""
+    found = {key: (title, values) for key, title, values in stages_of(report)}
+    notes = []
     for key, source in MODEL_OF.items():
         if key not in found or source not in found:
             continue
         (title, own), (source_title, other) = found[key], found[source]
-        trained = "started_from" in own  # into a run that may have a name of its own
+        trained = "started_from" in own  # its own run may have another name
         name = str(own["started_from"]) if trained else run_of(own)
         if name and run_of(other) and name != run_of(other):
-            says = "started from" if trained else "is of"
-            notes.append(f"{title} {says} the run {name}, {source_title} is of {run_of(other)}.")
+            verb = "started from" if trained else "is of"
+            notes.append(f"{title} {verb} run {name}, {source_title} is of run {run_of(other)}.")
         elif own.get("finished_at") and str(own["finished_at"]) < str(other.get("finished_at") or ""):
-            notes.append(f"{title} is older than {source_title}: it is of an earlier model.")
+            notes.append(f"{title} is older than {source_title}: it belongs to an earlier model.")
     return notes
 
 
 def wilson_interval(passed: float, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval for a share (Wilson 1927), 95% by default; (0, 1) when nothing was tried."""
+    """Wilson score interval of a proportion (Wilson 1927), 95% by default; (0, 1) without trials."""
     if total < 1:
         return 0.0, 1.0
     share, spread = passed / total, z * z / total
@@ -169,19 +141,19 @@ def wilson_interval(passed: float, total: int, z: float = 1.959963984540054) -> 
 
 
 def skills_of(values: Record) -> list[Skill]:
-    """The tasks of a stage: every name that has an interval."""
+    """The tasks of a stage: every name with an entry in `intervals`."""
     skills = []
     for name, (low, high) in values.get("intervals", {}).items():
         passed, total = values.get("counts", {}).get(name, (0, 0))
         baseline = values.get("baselines", {}).get(name)
-        known = ((model, table.get(name)) for model, table in values.get("references", {}).items())
-        reference = next(((model, share) for model, share in known if share is not None), None)
+        references = ((model, table.get(name)) for model, table in values.get("references", {}).items())
+        reference = next(((model, share) for model, share in references if share is not None), None)
         skills.append(Skill(name, values.get(name) or 0.0, low, high, passed, total, baseline, reference))
     return skills
 
 
 def facts_of(values: Record) -> list[tuple[str, str]]:
-    """(label, text) of a stage's single values, known ones first."""
+    """(label, text) of a stage's single values, those in FACT_LABELS first."""
     tasks = set(values.get("intervals", {}))
     plain = {
         k: v for k, v in values.items() if k not in SPECIAL_KEYS and k not in tasks and isinstance(v, (str, int, float))
@@ -191,7 +163,7 @@ def facts_of(values: Record) -> list[tuple[str, str]]:
 
 
 def format_fact(key: str, value: Any) -> str:
-    """`0.90123` -> `0.9012`, `1234567` -> `1,234,567`; seconds as a duration, long decimals short."""
+    """`0.90123` -> `0.9012`, `1234567` -> `1,234,567`; seconds as a duration, `1e-07` for tiny values."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if key == "mfu":
@@ -208,20 +180,20 @@ def format_fact(key: str, value: Any) -> str:
 
 
 def format_cell(value: Any) -> str:
-    """A table's cell: decimals cut to what tells them apart, nothing for None."""
+    """Text of a table's cell: floats to about three digits, empty for None."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 
 def headline(report: Record) -> list[tuple[str, str]]:
-    """The handful of numbers a reader wants first, as (label, text)."""
+    """The main numbers of the pipeline, as (label, text)."""
     train, core, sft, chat, last = (
         report.get(key) or {} for key in ("base_train", "base_eval", "chat_sft", "chat_eval", "chat_eval_rl")
     )
     found = [
         ("parameters", format_count(train["num_params"]) if train.get("num_params") else ""),
-        ("tokens read", format_count(train["tokens"]) if train.get("tokens") else ""),
+        ("training tokens", format_count(train["tokens"]) if train.get("tokens") else ""),
         ("bits per byte", f"{train['val_bpb']:.3f}" if train.get("val_bpb") else ""),
         ("CORE", f"{core['core']:.4f}" if core.get("core") is not None else ""),
         ("chat bits per byte", f"{sft['val_bpb']:.3f}" if sft.get("val_bpb") else ""),
@@ -232,8 +204,8 @@ def headline(report: Record) -> list[tuple[str, str]]:
     return [(label, text) for label, text in found if text]
 
 
-def before_and_after(report: Record) -> list[tuple[str, list[Record]]]:
-    """(heading, samples) of what the model said at each stage that kept some; a sample is {"prompt", "text"}."""
+def samples_by_stage(report: Record) -> list[tuple[str, list[Record]]]:
+    """(heading, samples) of each stage that recorded some; a sample is {"prompt", "text"}."""
     headings = {
         "base_train": "While pretraining",
         "base_eval": "Before: the base model continues a text",
@@ -244,70 +216,3 @@ def before_and_after(report: Record) -> list[tuple[str, list[Record]]]:
     }
     found = [(headings.get(key, title), values.get("samples") or []) for key, title, values in stages_of(report)]
     return [(heading, samples) for heading, samples in found if samples]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Curves
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """The lines of a metrics.jsonl; a line cut short, as a live run may show, ends the reading. [] if missing."""
-    lines: list[Record] = []
-    if not path.is_file():
-        return lines
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if isinstance(value, dict) and isinstance(value.get("step"), int):
-                lines.append(value)
-    return lines
-
-
-def curves_of(values: Record, base_dir: Path) -> list[Curve]:
-    """The stage's curves that have at least two points, from its metrics file."""
-    if not values.get("metrics"):
-        return []
-    lines = read_metrics(base_dir / values["metrics"])
-    curves = []
-    accuracies = sorted({key for line in lines for key in line if key.startswith("accuracy/")})
-    first = values.get("before") or {}  # measured before the first step
-    lines = [{"step": 0, **first}, *lines] if first else lines
-    for key, title in {**{key: f"Held out: {key.removeprefix('accuracy/')}" for key in accuracies}, **CHARTS}.items():
-        points = [(line["step"], line[key]) for line in lines if key in line and is_number(line[key])]
-        if len(points) >= 2:
-            steps, numbers = thin(points)
-            curves.append(Curve(title, steps, numbers, smooth(numbers) if key in NOISY else []))
-    return curves
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def thin(points: list[tuple[float, float]], limit: int = MAX_POINTS) -> tuple[list[float], list[float]]:
-    """At most `limit` points, each the mean of a run of neighbours; the last step is kept as it is."""
-    size = -(-len(points) // limit)
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    steps = [group[-1][0] for group in groups]
-    return steps, [sum(value for _, value in group) / len(group) for group in groups]
-
-
-def smooth(values: list[float]) -> list[float]:
-    """Mean of each value and its neighbours, about a thirtieth of the curve; on both sides, so it does not lag."""
-    sums = [0.0, *accumulate(values)]
-    out = []
-    for i in range(len(values)):
-        reach = min(len(values) // 60, i)  # no less to the right at the steep start than to the left
-        end = min(i + reach + 1, len(values))
-        out.append((sums[end] - sums[i - reach]) / (end - i + reach))
-    return out
-
-
-def sparkline(values: list[float], width: int = 40) -> str:
-    """The curve in one line of text."""
-    _, short = thin(list(enumerate(values)), width)
-    low, high = min(short), max(short)
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (v - low) / (high - low or 1.0)))] for v in short)
