@@ -1,4 +1,4 @@
-"""What every module may need: the base folder, atomic files, user errors, console output.
+"""The base folder and other settings from the environment, user errors, atomic files, console output.
 
 Imports nothing from nanochat. This module and runtime.py are the only readers of environment variables.
 """
@@ -25,18 +25,18 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-"""In vocabulary order: they take the ids right after the merges."""
+"""In vocabulary order: their ids follow those of the merges."""
 
 
 class UserError(ValueError):
-    """A mistake of the person at the keyboard. Its message is one line that names the mistake and the fix.
+    """A mistake in a command, a setting or a file. Its message is one line that names the mistake and the fix.
 
     Scripts print it without a traceback and exit with code 2.
     """
 
 
 class BadShard(UserError):
-    """A file of the data that is missing or damaged. `shard` is its path or URL, as the message names it."""
+    """A data file that is missing or damaged. `shard` is its path or URL, as in the message."""
 
     def __init__(self, message: str, shard: object) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class BadShard(UserError):
 
 
 def get_base_dir() -> Path:
-    """The folder that holds everything nanochat makes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat.
+    """The folder of everything nanochat writes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat.
 
     Created if missing. Raises UserError if it cannot be created or written to.
     """
@@ -59,37 +59,28 @@ def get_base_dir() -> Path:
 
 
 def get_datasets_dir() -> Path | None:
-    """A local mirror of Hugging Face data sets in hub layout ($NANOCHAT_DATASETS_DIR), or None."""
-    path = os.environ.get("NANOCHAT_DATASETS_DIR")
-    return Path(path).expanduser().resolve() if path else None
+    """A local mirror of Hugging Face data sets in hub layout: $NANOCHAT_DATASETS_DIR, or None."""
+    return _path_from_env("NANOCHAT_DATASETS_DIR")
 
 
 def get_cache_dir(base_dir: Path) -> Path:
-    """Where pieces of data from URLs are kept: $NANOCHAT_CACHE_DIR (best on a disk of this machine), else in the base
-    folder."""
-    path = os.environ.get("NANOCHAT_CACHE_DIR")
-    return Path(path).expanduser().resolve() if path else base_dir / "stream"
+    """The cache of data fetched from URLs: $NANOCHAT_CACHE_DIR (best on a local disk), else in the base folder."""
+    return _path_from_env("NANOCHAT_CACHE_DIR") or base_dir / "stream"
+
+
+def get_kernels_dir() -> Path:
+    """The compiled CPU kernels: $NANOCHAT_KERNELS_DIR, else in the base folder."""
+    return _path_from_env("NANOCHAT_KERNELS_DIR") or get_base_dir() / "kernels"
 
 
 def get_cache_bytes() -> int:
-    """How much of it: $NANOCHAT_CACHE_GB gigabytes, 20 unless given; 0 keeps nothing. UserError for no number."""
-    return round(1e9 * _number("NANOCHAT_CACHE_GB", 20))
+    """Size limit of that cache: $NANOCHAT_CACHE_GB gigabytes, by default 20; 0 turns it off."""
+    return round(1e9 * _number_from_env("NANOCHAT_CACHE_GB", 20))
 
 
 def get_network_seconds() -> float:
-    """How long a network that has failed is waited for: $NANOCHAT_NETWORK_SECONDS, 300 unless given."""
-    return _number("NANOCHAT_NETWORK_SECONDS", 300)
-
-
-def _number(name: str, otherwise: float) -> float:
-    given = os.environ.get(name) or str(otherwise)
-    try:
-        value = float(given)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e12:
-        raise UserError(f"{name} must be a number, 0 or more, got {given!r}")
-    return value
+    """How long a failing network request is retried: $NANOCHAT_NETWORK_SECONDS, by default 300."""
+    return _number_from_env("NANOCHAT_NETWORK_SECONDS", 300)
 
 
 def debug_enabled() -> bool:
@@ -97,15 +88,26 @@ def debug_enabled() -> bool:
     return os.environ.get("NANOCHAT_DEBUG", "") not in ("", "0")
 
 
-def get_kernels_dir() -> Path:
-    """Where the CPU's kernels are kept once they are compiled: $NANOCHAT_KERNELS_DIR, else in the base folder."""
-    path = os.environ.get("NANOCHAT_KERNELS_DIR")
-    return Path(path).expanduser().resolve() if path else get_base_dir() / "kernels"
-
-
 def kernels_enabled() -> bool:
-    """NANOCHAT_KERNELS=0 keeps to plain PyTorch on the CPU, to compare with."""
+    """NANOCHAT_KERNELS=0 uses plain PyTorch on the CPU, for comparison."""
     return os.environ.get("NANOCHAT_KERNELS", "") != "0"
+
+
+def _path_from_env(name: str) -> Path | None:
+    path = os.environ.get(name)
+    return Path(path).expanduser().resolve() if path else None
+
+
+def _number_from_env(name: str, default: float) -> float:
+    """A number from 0 to 1e12. Raises UserError for anything else."""
+    text = os.environ.get(name) or str(default)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e12:
+        raise UserError(f"{name} must be a number, 0 or more, got {text!r}")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def sha256_file(path: Path | str) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """Hex SHA-256 of a file, read in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -180,26 +182,25 @@ def sha256_file(path: Path | str) -> str:
 
 
 def on_terminal() -> bool:
-    """True if standard output is a terminal that a live line can be redrawn on."""
+    """Whether standard output is a terminal, where a progress line can be redrawn."""
     return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print what a long run has to tell. A reader that has gone (`| head`) or a log on a full disk ends the
-    telling, not the run."""
+    """Print, for long runs: a closed pipe (`| head`) or a log file on a full disk ends the output, not the run."""
     try:
         print(text, end=end, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whatever is printed from here on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard all further output
 
 
 def warn(message: str) -> None:
-    """One visible line on standard error; the work goes on."""
+    """Print one warning line on standard error."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:
-    """An error of a library's or the system's, short enough to stand inside ours."""
+    """First line of a library's or the system's error, at most 120 characters, to quote inside an error of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")[:120]
 
 

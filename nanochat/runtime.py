@@ -1,7 +1,8 @@
-"""Where a run happens: device, number format, processes, seed. Made once in main(), closed once.
+"""The Runtime of a run: device, dtype, rank and world size, seed. Created once in main(), closed once.
 
-Everything that depends on the machine is decided here and handed down as a value, so no other module
-asks the environment or keeps a global dtype.
+Everything that depends on the machine is decided here and passed down as a value, so that no other module reads the
+environment or keeps a global dtype. Training code calls collectives as methods of Runtime; what happens when a
+rank fails is described in nanochat/distributed/__init__.py.
 """
 
 import ctypes
@@ -25,13 +26,13 @@ from nanochat.common import UserError, say, warn
 from nanochat.distributed.collectives import all_gather_texts, collective_op, init_process_group
 
 IMPORTED = time.perf_counter()
-TIMEOUT_SECONDS = 1800.0  # the longest that one process may leave the others waiting, in an evaluation for instance
+TIMEOUT_SECONDS = 1800.0  # of collectives: the longest that ranks wait for one that is busy (evaluating) or gone
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
 class Runtime:
-    """One process's place in the run. `rank` counts all processes, `local_rank` those on this host."""
+    """This rank's view of the run. `local_rank` counts the ranks on this host."""
 
     device: torch.device
     dtype: torch.dtype  # of activations and matrix products; weights and optimizer state stay fp32
@@ -40,23 +41,23 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    timeout_seconds: float = TIMEOUT_SECONDS  # how long processes wait for each other before they give up
+    timeout_seconds: float = TIMEOUT_SECONDS  # of collectives
 
     @classmethod
     def create(
         cls, device_type: str = "", dtype: str = "", seed: int = 42, timeout_seconds: float = TIMEOUT_SECONDS
     ) -> "Runtime":
-        """Pick device and dtype (empty = the best there is), join the process group under torchrun.
+        """Choose device and dtype (empty: the best available), seed, and join the process group under torchrun.
 
-        Raises UserError for a device that is not there or an unknown dtype.
+        Collective: every rank must call it. Raises UserError for an unavailable device or an unknown dtype.
         """
-        end_with_launcher()
+        stop_with_launcher()
         device_type = pick_device_type(device_type)
         rank, local_rank, world_size = (
             int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
         )
         if device_type == "mps" and world_size > 1:
-            raise UserError("an Apple GPU trains in one process: leave torchrun out, or give --device-type=cpu")
+            raise UserError("Apple GPUs support one rank only: run without torchrun, or use --device-type=cpu")
         device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
         if device_type == "cuda":
             torch.cuda.set_device(device)
@@ -152,7 +153,7 @@ class Runtime:
                 dist.barrier()
 
     def synchronize(self) -> None:
-        """Wait for queued device work, so that clocks read true."""
+        """Wait for queued device work, before a clock is read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
@@ -162,7 +163,7 @@ class Runtime:
         """Leave the process group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-            gc.collect()  # of what still refers to the group: its threads, left alone, can abort the exit
+            gc.collect()  # objects that still refer to the group keep its threads alive, which can abort the exit
 
     def __enter__(self) -> "Runtime":
         return self
@@ -171,34 +172,37 @@ class Runtime:
         self.close()
 
     def describe(self) -> str:
-        """One line for the head of a run's output."""
+        """Device, world size and dtype with its reason, in one line."""
         where = f"{self.device.type} ({device_name(self.device)})"
         if self.device.type == "cpu":
             where += f", {torch.get_num_threads()} threads"
-        many = f", {self.world_size} processes" if self.world_size > 1 else ""
-        return f"{where}{many}, {str(self.dtype).removeprefix('torch.')} ({self.dtype_reason})"
+        ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
+        return f"{where}{ranks}, {str(self.dtype).removeprefix('torch.')} ({self.dtype_reason})"
 
 
-def pick_device_type(wanted: str) -> str:
-    """`wanted` if this machine has it, else the best there is: cuda, mps, cpu."""
+def pick_device_type(requested: str) -> str:
+    """`requested`, or if empty the first available of cuda, mps, cpu. Raises UserError if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not wanted:
-        return next(name for name, there in available.items() if there)
-    if wanted not in available:
-        raise UserError(f"--device-type must be one of {', '.join(available)} (or empty for the best), got {wanted!r}")
-    if not available[wanted]:
-        there = ", ".join(name for name, yes in available.items() if yes)
-        raise UserError(f"--device-type={wanted}: this machine has none that PyTorch can use; available: {there}")
-    return wanted
+    usable = [name for name, found in available.items() if found]
+    if not requested:
+        return usable[0]
+    if requested not in available:
+        names = ", ".join(available)
+        raise UserError(f"--device-type must be one of {names} (or empty for the best), got {requested!r}")
+    if requested not in usable:
+        raise UserError(
+            f"--device-type={requested}: PyTorch finds none on this machine; available: {', '.join(usable)}"
+        )
+    return requested
 
 
-def pick_dtype(device_type: str, wanted: str = "") -> tuple[torch.dtype, str]:
-    """bfloat16 where the hardware multiplies it fast, float16 on GPUs fast in that alone, else float32; with the
-    reason in words."""
-    if wanted:
-        if wanted not in DTYPES:
-            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r} (NANOCHAT_DTYPE?)")
-        return DTYPES[wanted], "as asked"
+def pick_dtype(device_type: str, requested: str = "") -> tuple[torch.dtype, str]:
+    """The dtype of activations and the reason for it: bfloat16 where the hardware multiplies it fast, float16 on GPUs
+    that are fast in float16 only, else float32."""
+    if requested:
+        if requested not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r} (NANOCHAT_DTYPE?)")
+        return DTYPES[requested], "as requested"
     if device_type == "cuda":
         capability = torch.cuda.get_device_capability()
         if capability >= (8, 0):
@@ -209,12 +213,12 @@ def pick_dtype(device_type: str, wanted: str = "") -> tuple[torch.dtype, str]:
     if device_type == "cpu":
         feature = fast_bf16_cpu_feature(cpu_flags())
         return (torch.bfloat16, f"CPU has {feature}") if feature else (torch.float32, "CPU has no AMX or AVX512-BF16")
-    # PyTorch has bfloat16 there from macOS 14 on only; NANOCHAT_DTYPE=bfloat16 asks for it.
+    # On Apple GPUs bfloat16 needs macOS 14; NANOCHAT_DTYPE=bfloat16 requests it.
     return torch.float32, "works on every Apple GPU"
 
 
 def fast_bf16_cpu_feature(flags: set[str]) -> str | None:
-    """The instruction set that makes bfloat16 products faster than float32 ones, if the CPU has one."""
+    """Name of the CPU's instruction set for fast bfloat16 products, or None."""
     for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
         if flag in flags:
             return name
@@ -222,7 +226,7 @@ def fast_bf16_cpu_feature(flags: set[str]) -> str | None:
 
 
 def cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
-    """Feature flags of the first CPU; empty where the system does not list them."""
+    """Feature flags of the first CPU; empty if the system does not list them."""
     try:
         with open(path) as file:
             return next((set(line.split(":", 1)[1].split()) for line in file if line.startswith("flags")), set())
@@ -231,7 +235,7 @@ def cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """The device's product name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -242,10 +246,10 @@ def device_name(device: torch.device) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed for the next allocation; elsewhere nothing happens.
+    """Make glibc keep freed memory for the next allocation. Does nothing with other C libraries.
 
-    By default it hands every block above 32 MiB back to the system, and a training step asks for the same ones
-    again and again: each time the kernel maps and clears all their pages, up to a fifth of a step (dev/LOG.md).
+    By default it returns every block above 32 MiB to the system, and each training step allocates the same ones: the
+    kernel then maps and clears all their pages again, which takes up to a fifth of a step (dev/LOG.md).
     """
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
     try:
@@ -257,11 +261,10 @@ def keep_freed_memory() -> None:
     mallopt(M_TOP_PAD, 2**26)
 
 
-def end_with_launcher() -> None:
-    """Under torchrun on Linux, have SIGTERM sent to this process when the launcher dies.
+def stop_with_launcher() -> None:
+    """Under torchrun on Linux, have the kernel send SIGTERM to this process when the launcher dies.
 
-    Otherwise the processes of a launcher that was killed train on unseen, and keep the run's folder from whoever
-    wants to go on with it.
+    Otherwise the ranks of a killed launcher would keep training, and hold the lock on the run's folder.
     """
     PR_SET_PDEATHSIG = 1  # from prctl.h
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
@@ -269,9 +272,9 @@ def end_with_launcher() -> None:
 
 
 def process_age() -> float:
-    """Seconds since this process was started, or, where the system does not say, since this file was imported."""
+    """Seconds since this process started; on systems without /proc since this file was imported."""
     try:
-        # After the name, which is in brackets and may hold anything, fields 3, 4, ...; 22 is the start, in ticks.
+        # Fields 3, 4, ... follow the name, which is in brackets and may hold any character; 22 is the start, in ticks.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         uptime = float(Path("/proc/uptime").read_text().split()[0])
         return uptime - int(fields[22 - 3]) / os.sysconf("SC_CLK_TCK")
@@ -280,13 +283,13 @@ def process_age() -> float:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators. Code that samples should still take an explicit generator."""
+    """Seed the global random generators. Code that samples should still take an explicit one."""
     random.seed(seed)
     torch.manual_seed(seed)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """State of the global torch generators, as uint8 tensors."""
+    """State of the global torch generators, as uint8 tensors for set_rng_state."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -1,10 +1,19 @@
-"""torchrun for machines that come and go. It takes what torchrun takes.
+"""torchrun with exit codes. Takes torchrun's flags, and forwards stop signals, SLURM's SIGUSR1 too.
 
-    python -m scripts.launch --nproc_per_node=8 -m scripts.base_train -- --depth=24 --resume
+    python -m scripts.launch --nproc_per_node=8 --max-restarts=3 -m scripts.base_train -- --depth=24 --resume
 
-Whatever happened, torchrun ends with 1. This ends with the code of the process that failed first: 2 for a wrong
-command, 128 + the signal's number for a run that was told to stop, which is saved and wants to be started again. 75
-means that the machines have lost each other: the same command is to be tried again. SIGUSR1, SLURM's, is handed on too.
+When a rank dies or exits with an error, torchrun stops all ranks on all machines and starts them again, up to
+--max-restarts times; with --resume they continue from the last complete checkpoint. A machine that joins or is lost
+restarts them too, with the machines there are. How ranks notice a failure: nanochat/distributed/__init__.py. How a
+checkpoint stays complete: nanochat/checkpoint/__init__.py. Several machines: dev/MANY_MACHINES.md.
+
+Exit codes (torchrun's is 1 for any failure):
+
+    0        done
+    1        failed: an error of the run, or a collective timed out; the code of the rank that failed first
+    2        wrong command
+    75       this machine lost the others: run the same command again
+    128 + n  stopped by signal n and saved: the same command with --resume continues
 """
 
 import importlib.util
@@ -21,14 +30,14 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from nanochat.common import UserError
 from scripts import _cli
 
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+TRY_AGAIN = 75  # EX_TEMPFAIL in sysexits.h
 DEFAULTS = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if not given:
-        raise UserError("give what torchrun takes: --nproc_per_node=2 -m scripts.base_train -- --depth=4")
+        raise UserError("arguments are torchrun's: --nproc_per_node=2 -m scripts.base_train -- --depth=4")
     try:
         args = run.parse_args([*DEFAULTS, *given])
         if run.config_from_args(args)[0].nproc_per_node < 1:
@@ -37,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"there is no module {args.training_script}")
     except (ValueError, AssertionError, RuntimeError, ImportError) as error:
         raise UserError(f"{str(error) or 'a number is out of range'}; see --help") from error
-    # By default every start uses the store of the host that was first at the first one, also when another host has
-    # come to be the first meanwhile: hosts that stayed then wait at another place than hosts that returned.
+    # By default every restart uses the store of the host that had rank 0 at the first start, even if another host has
+    # rank 0 now: hosts that stayed and hosts that returned then wait at different stores.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run.run(args)
@@ -50,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + stop.sigval
     except (RendezvousError, dist.DistError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
-        print(f"launch: this host has lost the others, or they have ended ({reason})", file=sys.stderr, flush=True)
+        print(f"launch: this host lost the others, or they have exited ({reason})", file=sys.stderr, flush=True)
         return TRY_AGAIN
     return 0
 

@@ -1,4 +1,4 @@
-"""The launcher's exit code tells what happened; torchrun's is always 1."""
+"""Exit codes of scripts.launch."""
 
 import subprocess
 import sys
@@ -16,17 +16,17 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(("program", "code"), [("exit 0", 0), ("exit 2", 2), ("exit 143", 143), ("kill -KILL $$", 137)])
-def test_the_code_of_what_it_started(program: str, code: int, tmp_path: Path) -> None:
+def test_exit_code_of_the_program(program: str, code: int, tmp_path: Path) -> None:
     path = tmp_path / "program"
     path.write_text(program)
-    words = ["--no-python", "--standalone", "--nproc_per_node=1", f"--log-dir={tmp_path}", "sh", str(path)]
-    done = subprocess.run([sys.executable, "-m", "scripts.launch", *words], cwd=ROOT, capture_output=True, text=True)
+    flags = ["--no-python", "--standalone", "--nproc_per_node=1", f"--log-dir={tmp_path}", "sh", str(path)]
+    done = subprocess.run([sys.executable, "-m", "scripts.launch", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert ("launch: rank 0 failed first" in done.stderr) == (code > 0)
 
 
 @pytest.mark.parametrize("error", [RendezvousConnectionError("gone"), dist.DistNetworkError("reset\nat frame 0")])
-def test_lost_hosts_are_to_be_tried_again(
+def test_lost_hosts_exit_75(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lose(args: object) -> None:
@@ -36,7 +36,7 @@ def test_lost_hosts_are_to_be_tried_again(
     monkeypatch.setattr(torchrun, "run", lose)
     assert launch.main(["train.py"]) == 75
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"launch: this host has lost the others, or they have ended ({str(error).splitlines()[0]})"
+    assert line.startswith("launch: ") and f"({str(error).splitlines()[0]})" in line
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_lost_hosts_are_to_be_tried_again(
         "-m scripts.nosuch",
     ],
 )
-def test_a_wrong_command_gets_one_line(argv: str) -> None:
+def test_a_wrong_command_is_one_line(argv: str) -> None:
     with pytest.raises(UserError) as error:
         launch.main(argv.split())
     assert "\n" not in str(error.value) and len(str(error.value)) > 20
