@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from nanochat.checkpoint.optimizer_shards import Place, parse_piece, state_shapes
+from nanochat.checkpoint.optimizer_shards import StateSlot, parse_name, state_shapes
 from nanochat.common import UserError
 from nanochat.distributed.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
@@ -169,7 +169,7 @@ class MuonAdamW:
 
         `tensors` may come piece by piece. Raises UserError when something is missing or has another shape.
         """
-        places: dict[str, Place] = {}
+        slots: dict[str, StateSlot] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 start, stop = self._own_range(p)
@@ -177,18 +177,18 @@ class MuonAdamW:
                     self.state[p] = {"step": steps[names[p]]}
                     for key, shape in state_shapes(group["kind"], p).items():
                         whole = (start, stop) == (0, p.numel())
-                        room = torch.empty(shape if whole else stop - start, dtype=torch.float32, device=p.device)
-                        self.state[p][key] = room
-                        places[f"{key}.{names[p]}"] = Place(room.view(-1), shape, start)
-        missing = {name: place.room.numel() for name, place in places.items()}
-        for piece, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
-            name, first = parse_piece(piece)
-            if name in places:
-                missing[name] -= places[name].take(tensor, None if name == piece else first)
+                        value = torch.empty(shape if whole else stop - start, dtype=torch.float32, device=p.device)
+                        self.state[p][key] = value
+                        slots[f"{key}.{names[p]}"] = StateSlot(value.view(-1), shape, start)
+        missing = {name: slot.target.numel() for name, slot in slots.items()}
+        for saved_name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            name, first = parse_name(saved_name)
+            if name in slots:
+                missing[name] -= slots[name].copy_from(tensor, first)
         for name, count in missing.items():
             if count:
                 key, _, parameter = name.partition(".")
-                shape = places[name].shape
+                shape = slots[name].shape
                 raise UserError(f"the checkpoint's optimizer has no {key} of shape {shape} for {parameter}")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from nanochat.checkpoint.optimizer_shards import parse_piece
+from nanochat.checkpoint.optimizer_shards import parse_name
 from nanochat.checkpoint_manager import open_checkpoint, run_dir
 from nanochat.runtime import Runtime
 
@@ -138,8 +138,8 @@ def joined_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, int]]
     pieces, counts = open_checkpoint(folder, HALF).optimizer_state()
     by_name: dict[str, dict[int, torch.Tensor]] = {}
     for piece, tensor in pieces:
-        name, start = parse_piece(piece)
-        by_name.setdefault(name, {})[start] = tensor
+        name, start = parse_name(piece)
+        by_name.setdefault(name, {})[start or 0] = tensor
     joined = {name: [at[start] for start in sorted(at)] for name, at in by_name.items()}
     return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in joined.items()}, counts
 

@@ -1,4 +1,8 @@
-"""The optimizer's state by name, whole or in pieces, so that any number of processes can load what another saved."""
+"""Optimizer state in a checkpoint, by name: any world size loads what another one saved.
+
+A state tensor is saved whole as "<state>.<parameter>", or, where ranks hold ranges of its flat form, by each of them as
+"<state>.<parameter>[start:stop]".
+"""
 
 import re
 from typing import NamedTuple
@@ -6,33 +10,36 @@ from typing import NamedTuple
 import torch
 
 
-class Place(NamedTuple):
-    """Where numbers of a saved state tensor go: those from `start` on of the flat form of `shape`."""
+class StateSlot(NamedTuple):
+    """This rank's part of a state tensor, to be loaded: elements `start` onwards of the flat form of `shape`."""
 
-    room: torch.Tensor  # flat
+    target: torch.Tensor  # flat
     shape: tuple[int, ...]
     start: int
 
-    def take(self, tensor: torch.Tensor, first: int | None) -> int:
-        """Copy what belongs here out of a whole tensor (first None) or a flat piece from number `first` on."""
-        if first is None and tuple(tensor.shape) != self.shape:
+    def copy_from(self, saved: torch.Tensor, first: int | None) -> int:
+        """Copy the overlap with a saved tensor, whole (`first` None) or flat from element `first` on.
+
+        Returns the number of elements copied: 0 too if a whole tensor has another shape.
+        """
+        if first is None and tuple(saved.shape) != self.shape:
             return 0
-        flat, first = tensor.reshape(-1), first or 0
-        begin, end = max(self.start, first), min(self.start + len(self.room), first + len(flat))
+        flat, first = saved.reshape(-1), first or 0
+        begin, end = max(self.start, first), min(self.start + len(self.target), first + len(flat))
         if begin >= end:
             return 0
-        self.room[begin - self.start : end - self.start].copy_(flat[begin - first : end - first])
+        self.target[begin - self.start : end - self.start].copy_(flat[begin - first : end - first])
         return end - begin
 
 
-def parse_piece(piece: str) -> tuple[str, int]:
-    """`exp_avg.wte.weight[10:20]` -> its tensor's name and 10; a whole tensor starts at 0."""
-    match = re.fullmatch(r"(.*)\[(\d+):\d+\]", piece)
-    return (match[1], int(match[2])) if match else (piece, 0)
+def parse_name(saved_name: str) -> tuple[str, int | None]:
+    """Split `exp_avg.wte.weight[10:20]` into the tensor's name and 10; the latter is None for a whole tensor."""
+    match = re.fullmatch(r"(.*)\[(\d+):\d+\]", saved_name)
+    return (match[1], int(match[2])) if match else (saved_name, None)
 
 
 def state_shapes(kind: str, p: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    """The full-shape state of a parameter, by name."""
+    """Shapes of a parameter's state tensors, by state name."""
     if kind == "adamw":
         return {"exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
     R, C = p.shape

@@ -1,8 +1,9 @@
 """Safetensors files, streamed one tensor at a time and hashed on the way (format: github.com/huggingface/safetensors).
 
-The safetensors library turns a full disk into an exception of its own when it writes, and maps the file when it
-reads, so that a file cut short meanwhile kills the process. Here a failed write is the OSError it is, and what was
-hashed is what the caller holds. Imports nothing from nanochat.
+Not the safetensors library, for three reasons: it reports a full disk as its own exception instead of an OSError; it
+memory-maps files when reading, so that a file truncated meanwhile kills the process; and read from bytes instead, a
+file is in memory twice. Here the bytes that were hashed are the bytes that the caller holds. Imports nothing from
+nanochat.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_file(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
-    """Write `chunks` (bytes-like) through to the disk; the file's SHA-256 and size, taken on the way."""
+    """Write `chunks` (bytes-like) to a new file and flush it to disk; returns its SHA-256 and size."""
     digest, size = hashlib.sha256(), 0
     with open(path, "xb") as file:
         for chunk in chunks:
@@ -50,8 +51,8 @@ def write_file(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
 
 
 def tensor_chunks(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> Iterator[Any]:
-    """A safetensors file piece by piece: the header, then each tensor's bytes, widest dtype first (alignment)."""
-    # Arrays are copied: one that is read-only cannot become a tensor.
+    """A safetensors file in chunks: the header, then each tensor's bytes, widest dtype first (alignment)."""
+    # Arrays are copied, because a read-only one cannot become a tensor.
     named = {
         name: value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
         for name, value in tensors.items()
@@ -67,14 +68,14 @@ def tensor_chunks(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> Iterator[
     yield len(text).to_bytes(8, "little") + text
     for name in order:
         flat = named[name].to("cpu").contiguous().reshape(-1)
-        # Of an empty array the stride is 0, which a view as bytes does not take.
+        # An empty array has stride 0, which view(uint8) rejects.
         yield flat.as_strided((flat.numel(),), (1,), flat.storage_offset()).view(torch.uint8).numpy()
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of a file, each in memory of its own, and the SHA-256 of the bytes they were read from.
+    """Read a file; returns its tensors, each with its own storage, and the SHA-256 of the bytes they were read from.
 
-    Raises ValueError, KeyError or TypeError when it is not a safetensors file.
+    Raises ValueError, KeyError or TypeError if it is not a safetensors file.
     """
     digest, tensors, position = hashlib.sha256(), {}, 0
     with open(path, "rb") as file:
@@ -83,7 +84,7 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
         digest.update(length + header)
         entries = json.loads(header)
         if not isinstance(entries, dict):
-            raise ValueError("its header is no table of tensors")
+            raise ValueError("its header is not an object")
         entries.pop("__metadata__", None)
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
@@ -98,5 +99,5 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
             tensors[name] = flat.view(dtype).view(shape).to(device)
             position = end
         if file.read(1):
-            raise ValueError("it goes on after its last tensor")
+            raise ValueError("it continues after its last tensor")
     return tensors, digest.hexdigest()
