@@ -1,12 +1,13 @@
-"""Byte-pair encoding: trained with rustbpe, encoded with tiktoken, saved as text that anyone can read.
+"""Byte-pair encoding: trained with rustbpe, encoded with tiktoken, saved as readable JSON.
 
-Every text of any language encodes, because all 256 single bytes are tokens. Special tokens follow the
-merges and are written only by id: text that spells one is ordinary text.
+All 256 single bytes are tokens, so every text of any language encodes. The ids of special tokens follow those of the
+merges, and only code writes them: text that spells a special token is ordinary text.
 """
 
 import base64
 import binascii
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,8 +21,8 @@ import tiktoken
 from nanochat.common import SPECIAL_TOKENS, UserError, atomic_write, get_base_dir, read_json, warn
 from nanochat.conversation import Conversation, Rendered, render, render_prompt
 
-# GPT-4's split pattern, with digits grouped by at most two: a small vocabulary has no room for a
-# thousand three-digit tokens.
+# GPT-4's split pattern, with digits in groups of at most two: a small vocabulary has no room for a thousand
+# three-digit tokens.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -30,20 +31,20 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 FILE_NAME = "tokenizer.json"
 FORMAT, VERSION = "nanochat-tokenizer", 1
 
-# The pattern backtracks once per character of a run of white space, and the regex engine's stack ends
-# somewhere below a million: longer runs are cut before it sees them.
+# The pattern backtracks once per character of a run of white space, and the regex engine's stack overflows somewhere
+# below a million: longer runs are split before it sees them.
 MAX_WHITESPACE_RUN = 20_000
-GROUP_CHARS = 64_000  # a thread's share at a time: handing over single documents costs more than it gains
+GROUP_CHARS = 64_000  # given to a thread at a time: single documents would cost more to hand over than they gain
 LONG_WHITESPACE = re.compile(rf"\s{{{MAX_WHITESPACE_RUN}}}")
 
 
 class RustBPETokenizer:
-    """A byte-pair vocabulary. Immutable, and safe to use from several threads at once."""
+    """A byte-pair vocabulary with its special tokens. Immutable and thread-safe."""
 
     def __init__(self, pattern: str, tokens: Sequence[bytes], special_tokens: Sequence[str] = SPECIAL_TOKENS):
-        """pattern: how text is split before merging. tokens: the raw bytes of each token, in rank order.
+        """`pattern` splits text before merging; `tokens` are the raw bytes of each token, in rank order.
 
-        Raises ValueError if the parts do not make a vocabulary.
+        Raises ValueError if these are not a vocabulary.
         """
         ranks = {token: rank for rank, token in enumerate(tokens)}
         if len(ranks) != len(tokens):
@@ -63,11 +64,11 @@ class RustBPETokenizer:
 
     @classmethod
     def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> "RustBPETokenizer":
-        """Learn a vocabulary of vocab_size tokens, the special tokens included, from texts.
+        """Train a vocabulary of vocab_size tokens, special tokens included, on texts.
 
-        A corpus with too few distinct words yields a smaller vocabulary, with a warning. The result
-        depends on the texts alone, not on their order or the number of threads. Raises UserError if
-        vocab_size is too small or there is no text at all.
+        A corpus with too few distinct words gives a smaller vocabulary, with a warning. The result depends on the texts
+        alone, not on their order or the number of threads. Raises UserError if vocab_size is too small or there is no
+        text.
         """
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(
@@ -90,8 +91,8 @@ class RustBPETokenizer:
         tokenizer = cls(SPLIT_PATTERN, [bytes(token) for token, _ in by_rank])
         if tokenizer.get_vocab_size() < vocab_size:
             warn(
-                f"this corpus has pairs for a vocabulary of {tokenizer.get_vocab_size():,} only, "
-                f"{vocab_size:,} were asked for; the smaller one is used"
+                f"the corpus has too few words for {vocab_size:,} tokens; the vocabulary has "
+                f"{tokenizer.get_vocab_size():,}"
             )
         return tokenizer
 
@@ -100,7 +101,7 @@ class RustBPETokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path | str) -> "RustBPETokenizer":
-        """Read DIRECTORY/tokenizer.json. Raises UserError if it is missing, damaged or of another version."""
+        """Load DIRECTORY/tokenizer.json. Raises UserError if it is missing, damaged or of another version."""
         path = Path(directory) / FILE_NAME
         if not path.is_file():
             raise UserError(f"{path} does not exist; train a tokenizer first: python -m scripts.tok_train")
@@ -138,7 +139,7 @@ class RustBPETokenizer:
         return path
 
     def _head(self) -> dict[str, Any]:
-        """What stands in the file before the tokens."""
+        """The file's fields before the tokens."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -169,11 +170,13 @@ class RustBPETokenizer:
     ) -> list[int] | list[list[int]]:
         """Ids of a text, or of each text of a list (on num_threads threads).
 
-        prepend, append: a special token, by name or id, put around each. The text itself never yields a
-        special token. What is no Unicode text (a lone surrogate) becomes U+FFFD.
+        `prepend`, `append`: special tokens, by name or id, added to each. The text itself never encodes to a special
+        token. A lone surrogate, which is not valid Unicode, becomes U+FFFD.
         """
-        before = [] if prepend is None else [self._special(prepend)]
-        after = [] if append is None else [self._special(append)]
+        before, after = (
+            [] if token is None else [self.encode_special(token) if isinstance(token, str) else token]
+            for token in (prepend, append)
+        )
 
         def encode_all(texts: list[str]) -> list[list[int]]:
             return [[*before, *self._encode_ordinary(one), *after] for one in texts]
@@ -193,26 +196,23 @@ class RustBPETokenizer:
             return self._encoding.encode_ordinary(text)
         return [token for piece in encodable_pieces(text) for token in self._encoding.encode_ordinary(piece)]
 
-    def _special(self, token: str | int) -> int:
-        return self.encode_special(token) if isinstance(token, str) else token
-
     def encode_special(self, name: str) -> int:
-        """The id of a special token, such as <|bos|>. Raises ValueError for any other name."""
+        """The id of a special token such as <|bos|>. Raises ValueError for an unknown name."""
         if name not in self.special_ids:
-            raise ValueError(f"{name!r} is no special token; there are {' '.join(self.special_ids)}")
+            raise ValueError(f"{name!r} is not a special token; there are {' '.join(self.special_ids)}")
         return self.special_ids[name]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens by name; bytes that are no UTF-8 become U+FFFD.
+        """Text of ids, special tokens by name; invalid UTF-8 becomes U+FFFD.
 
-        Raises ValueError for an id that is not in the vocabulary.
+        Raises ValueError for an id outside the vocabulary.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Raw bytes of ids, for streaming text that may end inside a character.
+        """Raw bytes of ids, for streaming: they may end inside a character.
 
-        Raises ValueError for an id that is not in the vocabulary.
+        Raises ValueError for an id outside the vocabulary.
         """
         try:
             return self._encoding.decode_bytes(ids)
@@ -221,24 +221,16 @@ class RustBPETokenizer:
             unknown = next(token for token in ids if not 0 <= token <= last)
             raise ValueError(f"there is no token {unknown}; ids run from 0 to {last}") from error
 
-    def id_to_token(self, token: int) -> str:
-        """What one id stands for, as text."""
-        return self.decode([token])
-
     # -----------------------------------------------------------------------------------------------
-    # Facts
+    # Sizes and special ids
 
     def get_vocab_size(self) -> int:
         """Number of ids, special tokens included."""
         return len(self.token_bytes)
 
     def get_bos_token_id(self) -> int:
-        """The id that starts every document and conversation."""
+        """The id of <|bos|>, the first token of every document and conversation."""
         return self.special_ids["<|bos|>"]
-
-    def get_special_tokens(self) -> set[str]:
-        """Names of the special tokens."""
-        return set(self.special_ids)
 
     # -----------------------------------------------------------------------------------------------
     # Conversations
@@ -248,7 +240,7 @@ class RustBPETokenizer:
         return render(self, conversation, max_tokens)
 
     def render_for_completion(self, conversation: Conversation) -> list[int]:
-        """Ids of a conversation without its last answer, for the model to give one; see render_prompt."""
+        """Prompt ids for the conversation's last answer, which is left out; see conversation.render_prompt."""
         return render_prompt(self, conversation["messages"])
 
 
@@ -258,38 +250,28 @@ def get_tokenizer(directory: Path | str | None = None) -> RustBPETokenizer:
 
 
 def grouped(texts: list[str], chars: int) -> Iterator[list[str]]:
-    """Consecutive texts in groups of at least `chars` characters, the last group perhaps fewer."""
-    group: list[str] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text)
-        if size >= chars:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+    """Consecutive texts in groups of about `chars` characters, or of one longer text."""
+    ends = itertools.accumulate(map(len, texts))
+    for _, group in itertools.groupby(zip(texts, ends), key=lambda text_end: text_end[1] // chars):
+        yield [text for text, _ in group]
 
 
 def encodable_pieces(text: str) -> Iterator[str]:
-    """`text` in pieces that the regex engine can take: nearly always just itself.
+    """`text` in pieces that the regex engine can take, nearly always just one.
 
-    A lone surrogate, which is no Unicode text and has no UTF-8, becomes U+FFFD.
+    A lone surrogate, which has no UTF-8, becomes U+FFFD.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    start = 0
-    if len(text) >= MAX_WHITESPACE_RUN:
-        for run in LONG_WHITESPACE.finditer(text):
-            yield text[start : run.end()]
-            start = run.end()
-    yield text[start:]
+    cuts = (run.end() for run in LONG_WHITESPACE.finditer(text)) if len(text) >= MAX_WHITESPACE_RUN else ()
+    for start, end in itertools.pairwise([0, *cuts, len(text)]):
+        yield text[start:end]
 
 
 def _row(token: bytes) -> list[Any]:
-    """A token as it stands in the file: base64, length in bytes, and text where it is whole characters."""
+    """A token's columns in the file: base64, length in bytes, and text if it is valid UTF-8."""
     try:
         text = token.decode("utf-8")
     except UnicodeDecodeError:
@@ -303,6 +285,6 @@ def _row_line(token: bytes) -> str:
 
 
 def _content_hash(pattern: str, tokens: Sequence[bytes], special_tokens: Sequence[str]) -> str:
-    """SHA-256 (hex) of all that decides how text becomes ids."""
+    """SHA-256 (hex) of everything that determines the encoding."""
     content = [pattern, [base64.b64encode(token).decode("ascii") for token in tokens], list(special_tokens)]
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode("ascii")).hexdigest()

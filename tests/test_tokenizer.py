@@ -91,9 +91,9 @@ def test_vocabulary_is_bytes_then_merges_then_specials(tokenizer: RustBPETokeniz
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
     assert tokens_of(tokenizer)[:256] == [bytes([value]) for value in range(256)]
     assert [tokenizer.encode_special(name) for name in SPECIAL_TOKENS] == list(range(VOCAB_SIZE - 9, VOCAB_SIZE))
-    assert tokenizer.get_special_tokens() == set(SPECIAL_TOKENS)
+    assert list(tokenizer.special_ids) == list(SPECIAL_TOKENS)
     assert tokenizer.get_bos_token_id() == VOCAB_SIZE - 9
-    assert tokenizer.id_to_token(VOCAB_SIZE - 9) == "<|bos|>"
+    assert tokenizer.decode([VOCAB_SIZE - 9]) == "<|bos|>"
 
 
 def test_training_does_not_depend_on_the_order_of_documents(tokenizer: RustBPETokenizer) -> None:
@@ -105,10 +105,10 @@ def test_training_does_not_depend_on_the_order_of_documents(tokenizer: RustBPETo
 
 
 def test_training_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"--vocab-size must be at least 265 .*got 264"):
+    with pytest.raises(UserError, match=r"--vocab-size.*265.*264"):
         RustBPETokenizer.train_from_iterator(["text"], 264)
     for nothing in ([], ["", ""]):
-        with pytest.raises(UserError, match="no text"):
+        with pytest.raises(UserError, match="--data"):
             RustBPETokenizer.train_from_iterator(nothing, 300)
     assert RustBPETokenizer.train_from_iterator(["text"], 265).get_vocab_size() == 265
     assert capsys.readouterr().err == ""
@@ -152,7 +152,7 @@ def test_encode_against_tiktoken_from_the_saved_file(tokenizer: RustBPETokenizer
         assert tokenizer.encode(text) == reference.encode_ordinary(text)
 
 
-def test_lists_threads_and_brackets(tokenizer: RustBPETokenizer) -> None:
+def test_lists_threads_and_added_specials(tokenizer: RustBPETokenizer) -> None:
     texts = ["", "the cat", " ".join(corpus()) * 12, *corpus(3), "<|bos|>", " ".join(corpus(4)) * 12, "last"]
     assert sum(map(len, texts)) > 2 * GROUP_CHARS, "several groups, the last one small"
     single = [tokenizer.encode(text) for text in texts]
@@ -162,29 +162,29 @@ def test_lists_threads_and_brackets(tokenizer: RustBPETokenizer) -> None:
     assert tokenizer("the cat", prepend="<|bos|>", append=end) == [bos, *single[1], end]
     assert tokenizer.encode(texts, prepend=bos) == [[bos, *ids] for ids in single]
     assert tokenizer.encode([]) == [] and tokenizer.encode("") == []
-    with pytest.raises(ValueError, match="'the' is no special token"):
+    with pytest.raises(ValueError, match="'the'"):
         tokenizer.encode("x", prepend="the")
 
 
 @pytest.mark.parametrize("space", [" ", "\t", "\u3000", "\x1c", " \n"])
 def test_long_runs_of_white_space(tokenizer: RustBPETokenizer, space: str) -> None:
-    """A million blanks overflow the regex engine's stack, in training as in encoding."""
+    """A million blanks would overflow the regex engine's stack, in training and in encoding."""
     text = "a" + space * 1_000_000 + "b" + space * (MAX_WHITESPACE_RUN - 1) + "c"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert RustBPETokenizer.train_from_iterator([text], 266).get_vocab_size() == 266
 
 
-def test_text_that_is_no_unicode(tokenizer: RustBPETokenizer) -> None:
+def test_text_that_is_not_unicode(tokenizer: RustBPETokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
     assert RustBPETokenizer.train_from_iterator(["ab\ud83dab"], 266).get_vocab_size() == 266
 
 
 def test_token_bytes_are_those_of_the_bytes(tokenizer: RustBPETokenizer) -> None:
-    """Parts of a character are no text: going through str would count a replacement character's bytes."""
+    """A token may be part of a character: decoding it to str would count the bytes of a replacement character."""
     lengths = [len(token) for token in tokens_of(tokenizer)]
     assert tokenizer.token_bytes == lengths + [0] * len(SPECIAL_TOKENS)
     through_str = [len(tokenizer.decode([rank]).encode("utf-8")) for rank in range(len(lengths))]
-    assert through_str[256:] != lengths[256:], "this corpus must hold such a token, or the test shows nothing"
+    assert through_str[256:] != lengths[256:], "the corpus must contain such a token, or the test cannot fail"
 
 
 def test_decoding(tokenizer: RustBPETokenizer) -> None:
@@ -193,7 +193,7 @@ def test_decoding(tokenizer: RustBPETokenizer) -> None:
     assert tokenizer.decode([0xF0, ord("x")]) == "\ufffdx"
     assert tokenizer.decode([tokenizer.get_bos_token_id(), ord("x")]) == "<|bos|>x"
     for unknown in (VOCAB_SIZE, -1, 2**40):
-        with pytest.raises(ValueError, match=f"no token {unknown}; ids run from 0 to {VOCAB_SIZE - 1}"):
+        with pytest.raises(ValueError, match=rf"{unknown}\b.*\b{VOCAB_SIZE - 1}"):
             tokenizer.decode([65, unknown])
 
 
@@ -224,7 +224,7 @@ def test_the_file_is_readable(tokenizer: RustBPETokenizer, tmp_path: Path) -> No
 
 
 def test_hash_is_of_the_content_alone() -> None:
-    """Written out here, so that a change of the hash, which old checkpoints name, cannot pass unnoticed."""
+    """Written out here: old checkpoints record the hash, so it must not change."""
     tokens = [bytes([value]) for value in range(256)] + [b"ab"]
     content = json.dumps(
         [SPLIT_PATTERN, [base64.b64encode(token).decode() for token in tokens], list(SPECIAL_TOKENS)],
@@ -249,7 +249,7 @@ def test_hash_is_of_the_content_alone() -> None:
         ([bytes([value]) for value in range(256)] + [b""], "no empty one"),
     ],
 )
-def test_what_is_no_vocabulary(tokens: list[bytes], reason: str) -> None:
+def test_invalid_vocabularies_are_refused(tokens: list[bytes], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         RustBPETokenizer(SPLIT_PATTERN, tokens)
 
@@ -264,7 +264,7 @@ def test_damaged_files_are_refused(tokenizer: RustBPETokenizer, tmp_path: Path) 
         flipped = bytearray(good)
         flipped[rng.randrange(len(good))] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
-        if json_or_none(flipped) != json.loads(good):  # \u001F for \u001f is no damage
+        if json_or_none(flipped) != json.loads(good):  # \u001F instead of \u001f is the same content
             assert_refused(path)
 
 
@@ -285,19 +285,19 @@ def assert_refused(path: Path, reason: str = "") -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"hash": "0" * 64}, "do not match its recorded hash"),
-        ({"version": 2}, "version 2, this program reads version 1"),
-        ({"format": "other"}, "is not a nanochat tokenizer"),
+        ({"hash": "0" * 64}, "hash"),
+        ({"version": 2}, "version 2"),
+        ({"format": "other"}, "not a nanochat tokenizer"),
         ({"pattern": "("}, "damaged"),
         ({"pattern": 5}, "damaged"),
-        ({"pattern": "x+"}, "do not match"),
+        ({"pattern": "x+"}, "hash"),
         ({"tokens": None}, "damaged"),
         ({"tokens": [["QQ==", 1, "A"]]}, "damaged"),
         ({"tokens": [[5, 1, "A"]]}, "damaged"),
         ({"tokens": [["?", 1, "A"]]}, "damaged"),
         ({"special_tokens": ["<|bos|>"]}, "damaged"),
         ({"special_tokens": [["<|bos|>"]]}, "damaged"),
-        ({"vocab_size": 5}, "do not match"),
+        ({"vocab_size": 5}, "hash"),
     ],
 )
 def test_changed_files_are_refused(tokenizer: RustBPETokenizer, tmp_path: Path, change: dict, reason: str) -> None:
@@ -310,8 +310,8 @@ def test_a_wrong_byte_length_is_refused(tokenizer: RustBPETokenizer, tmp_path: P
     path = tokenizer.save(tmp_path)
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(', 4, " the"', ', 3, " the"'), encoding="utf-8")
-    assert_refused(path, "do not match")
+    assert_refused(path, "hash")
     path.write_text("[]", encoding="utf-8")
     assert_refused(path, "not a nanochat tokenizer")
     path.unlink()
-    assert_refused(path, "train a tokenizer first")
+    assert_refused(path, "scripts.tok_train")

@@ -1,100 +1,78 @@
-"""Beginnings of prompts that need not be computed again: system prompts, earlier turns of a chat.
+"""Keys and values of prompt prefixes seen before: system prompts, earlier turns of a chat.
 
-A prompt is prefilled in chunks of PREFILL_CHUNK tokens, always cut at the same places, and only whole chunks are kept.
-So what comes out of here is bit for bit what would be computed again. The chunks form a tree, each one below the
-chunk before it; what has not been used for longest is forgotten first, from the leaves up.
+A prompt is prefilled in chunks of PREFILL_CHUNK tokens, always cut at the same places, and only whole chunks are kept;
+so a hit has the same bits as computing the chunk again. A chunk is found by the digest of the prompt up to its end.
+The least recently used chunk is evicted first. Using a chunk uses those before it in its prompt as well, and counts as
+earlier than theirs, so no chunk is evicted before one that follows it.
 """
 
+import hashlib
+import itertools
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from nanochat.inference.kv_cache import KVCache
 
 
-@dataclass(eq=False)
-class _Chunk:
-    """One chunk's keys and values, below the chunks that stand before it."""
-
-    parent: "_Chunk | None"
-    tokens: tuple[int, ...]
-    parts: list[torch.Tensor]
-    children: dict[tuple[int, ...], "_Chunk"] = field(default_factory=dict)
-    used: int = 0
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in self.parts)
-
-
 class PrefixCache:
-    """Chunks of prompts, up to `budget_bytes` of keys and values. Safe to use from several threads."""
+    """Chunks of prompts, up to `budget_bytes` of keys and values. Thread-safe."""
 
     def __init__(self, chunk_tokens: int, budget_bytes: int) -> None:
         self.chunk_tokens, self.budget_bytes = chunk_tokens, budget_bytes
         self.num_bytes = self.hit_tokens = self.prompt_tokens = 0
-        self._root = _Chunk(None, (), [])
-        self._clock = 0
+        self._chunks: OrderedDict[bytes, list[torch.Tensor]] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
     def fill(self, cache: KVCache, prompt: Sequence[int]) -> int:
-        """Put the longest known beginning of `prompt` into row 0 of an empty cache; how many tokens that was.
+        """Copy the longest cached prefix of `prompt` into slot 0 of an empty cache; returns its length.
 
-        At least one token is left, as it is the last one's logits that the next token is drawn from.
+        At least the last token is left to compute: its logits give the next token.
         """
         assert cache.length(0) == 0
         with self._lock:
+            hits = list(itertools.takewhile(self._chunks.__contains__, self._digests(prompt[:-1])))
+            for number, digest in enumerate(hits):
+                start = number * self.chunk_tokens
+                cache.write_chunk(0, start, start + self.chunk_tokens, self._chunks[digest])
+            self._use(hits)
             self.prompt_tokens += len(prompt)
-            node, start = self._root, 0
-            while start + self.chunk_tokens < len(prompt):
-                child = node.children.get(tuple(prompt[start : start + self.chunk_tokens]))
-                if child is None:
-                    break
-                cache.write_chunk(0, start, start + self.chunk_tokens, child.parts)
-                node, start = child, start + self.chunk_tokens
-                self._touch(node)
-            self.hit_tokens += start
-            return start
+            self.hit_tokens += len(hits) * self.chunk_tokens
+            return len(hits) * self.chunk_tokens
 
     def add(self, cache: KVCache, prompt: Sequence[int], start: int) -> None:
-        """Keep the chunk of `prompt` that begins at `start`, which row 0 of `cache` has just been given whole."""
+        """Keep the chunk of `prompt` at `start`, the last tokens in slot 0 of `cache`; not if one before it is gone."""
         end = start + self.chunk_tokens
         assert start % self.chunk_tokens == 0 and cache.length(0) == end <= len(prompt)
         with self._lock:
-            node = self._root
-            for at in range(0, start, self.chunk_tokens):
-                known = node.children.get(tuple(prompt[at : at + self.chunk_tokens]))
-                if known is None:
-                    return  # a chunk before it has been forgotten meanwhile
-                node = known
-                self._touch(node)
-            tokens = tuple(prompt[start:end])
-            if tokens in node.children:
+            *before, digest = self._digests(prompt[:end])
+            if any(earlier not in self._chunks for earlier in before):
                 return
-            chunk = _Chunk(node, tokens, cache.read_chunk(0, start, end))
-            if chunk.num_bytes > self.budget_bytes:
-                return
-            node.children[tokens] = chunk
-            self._touch(chunk)
-            self.num_bytes += chunk.num_bytes
+            if digest not in self._chunks:
+                chunk = cache.read_chunk(0, start, end)
+                if size_of(chunk) > self.budget_bytes:
+                    return
+                self._chunks[digest] = chunk
+                self.num_bytes += size_of(chunk)
+            self._use([*before, digest])
             while self.num_bytes > self.budget_bytes:
-                self._forget_one()
+                self.num_bytes -= size_of(self._chunks.popitem(last=False)[1])
 
-    def _touch(self, chunk: _Chunk) -> None:
-        self._clock += 1
-        chunk.used = self._clock
+    def _digests(self, tokens: Sequence[int]) -> Iterator[bytes]:
+        """For each whole chunk, the digest of all tokens up to its end."""
+        digest = hashlib.sha256()
+        for start in range(0, len(tokens) - self.chunk_tokens + 1, self.chunk_tokens):
+            digest.update(array("q", tokens[start : start + self.chunk_tokens]))
+            yield digest.digest()
 
-    def _forget_one(self) -> None:
-        """Drop the leaf that was used longest ago. A parent is used whenever its child is."""
-        leaves, waiting = [], [self._root]
-        while waiting:
-            node = waiting.pop()
-            waiting += node.children.values()
-            if not node.children and node.parent is not None:
-                leaves.append(node)
-        oldest = min(leaves, key=lambda leaf: leaf.used)
-        assert oldest.parent is not None
-        del oldest.parent.children[oldest.tokens]
-        self.num_bytes -= oldest.num_bytes
+    def _use(self, digests: list[bytes]) -> None:
+        for digest in reversed(digests):
+            self._chunks.move_to_end(digest)
+
+
+def size_of(chunk: list[torch.Tensor]) -> int:
+    """Bytes of a chunk's tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in chunk)
