@@ -1,7 +1,7 @@
-"""What a conversation is, and the only place that turns one into token ids and a training mask.
+"""Conversations: validation, rendering to token ids and a training mask, parsing of answers, fitting into a length.
 
-A conversation is a dict with a list of messages, an optional system message first, then user and
-assistant turns alternating, the user first:
+A conversation is a dict with a list of messages: an optional system message, then user and assistant turns in
+alternation, the user first:
 
     {"messages": [{"role": "system",    "content": "Be brief."},
                   {"role": "user",      "content": "2+2?"},
@@ -9,21 +9,21 @@ assistant turns alternating, the user first:
                                                     {"type": "python_output", "text": "4"},
                                                     {"type": "text", "text": "It is 4."}]}]}
 
-User and system content is a string; an assistant's is a string or a list of such parts. Rendered, it
-reads as below; the mask is 1 on what stands between brackets, which is what the assistant must produce:
+User and system content is a string; an assistant's is a string or a list of such parts. It renders as below; the mask
+is 1 on the tokens between brackets, which the assistant must produce:
 
     <|bos|><|user_start|>Be brief.\\n\\n2+2?<|user_end|><|assistant_start|>
     [<|python_start|>2+2<|python_end|>]<|output_start|>4<|output_end|>[It is 4.<|assistant_end|>]
 
-Text is always encoded as ordinary text: only this module writes special tokens, so nobody can forge a
-turn by typing one.
+Text is always encoded as ordinary text and only this module writes special tokens, so a user cannot forge a turn by
+typing one.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any, Protocol
 
-from nanochat.common import UserError
+from nanochat.common import SPECIAL_TOKENS, UserError
 
 Message = dict[str, Any]
 Conversation = dict[str, Any]
@@ -46,13 +46,13 @@ class Tokenizer(Protocol):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Checking
+# Validation
 
 
 def validate_conversation(conversation: Any, for_training: bool = False) -> None:
-    """Raise ValueError with the reason, in one line, if this is not a conversation.
+    """Raise ValueError, with the reason in one line, if this is not a conversation.
 
-    for_training: it must also hold an assistant message, else there is nothing to learn from.
+    for_training: it must also have an assistant message.
     """
     if not isinstance(conversation, dict):
         raise ValueError(f"a conversation is an object with 'messages', not {_kind(conversation)}")
@@ -61,11 +61,11 @@ def validate_conversation(conversation: Any, for_training: bool = False) -> None
         raise ValueError(f"a conversation needs 'messages'; found {found}")
     validate_messages(conversation["messages"])
     if for_training and not any(message["role"] == "assistant" for message in conversation["messages"]):
-        raise ValueError("there is no assistant message to learn from")
+        raise ValueError("there is no assistant message to train on")
 
 
 def validate_messages(messages: Any) -> None:
-    """Raise ValueError with the reason if these are not the messages of a conversation."""
+    """Raise ValueError, with the reason in one line, if these are not the messages of a conversation."""
     if not isinstance(messages, list | tuple):
         raise ValueError(f"'messages' must be a list, not {_kind(messages)}")
     if not messages:
@@ -84,7 +84,7 @@ def validate_messages(messages: Any) -> None:
             if message["role"] != expected:
                 raise ValueError(
                     f"{where} must have role {expected!r}, not {message['role']!r}: "
-                    "after an optional system message, user and assistant take turns"
+                    "user and assistant alternate after an optional system message"
                 )
         _validate_content(message["role"], message["content"], where)
 
@@ -116,8 +116,8 @@ def _kind(value: Any) -> str:
 def render(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | None = None) -> Rendered:
     """Ids and mask of a whole conversation, two lists of the same length.
 
-    max_tokens cuts hard, in the middle of a turn if need be; training cuts by truncate_turns instead.
-    Raises ValueError if it is not a conversation.
+    max_tokens cuts anywhere, also within a turn; training uses truncate_turns instead. Raises ValueError if it is not a
+    conversation.
     """
     validate_conversation(conversation)
     turns = _turns(conversation["messages"])
@@ -128,10 +128,10 @@ def render(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | N
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids that ask the assistant for its next turn: they end in <|assistant_start|>.
+    """Prompt ids for the assistant's next turn; they end in <|assistant_start|>.
 
-    A trailing assistant turn is left out: it is the answer that is being asked for. Raises ValueError
-    if these are no messages or no user turn is left.
+    A trailing assistant turn is left out: it is the answer to be generated. Raises ValueError if these are not the
+    messages of a conversation or have no user turn.
     """
     validate_messages(messages)
     turns = _turns(messages)
@@ -144,7 +144,7 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 
 def _turns(messages: Sequence[Message]) -> list[Message]:
-    """The messages with a system message joined to the first user turn by a blank line."""
+    """The messages, a system message joined to the first user turn by a blank line."""
     if messages[0]["role"] != "system":
         return list(messages)
     if len(messages) == 1:
@@ -154,7 +154,7 @@ def _turns(messages: Sequence[Message]) -> list[Message]:
 
 
 def _join(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> Rendered:
-    """bos, then the turns."""
+    """<|bos|>, then the rendered turns."""
     ids, mask = [tokenizer.encode_special("<|bos|>")], [0]
     for turn_ids, turn_mask in rendered:
         ids += turn_ids
@@ -163,7 +163,7 @@ def _join(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> Rendered:
 
 
 def _render_turn(tokenizer: Tokenizer, turn: Message) -> Rendered:
-    """One turn in its start and end tokens. The assistant produces its end token, but not its start."""
+    """One turn with its start and end tokens. The assistant produces its end token, but not its start."""
     role, content = turn["role"], turn["content"]
     spoken = int(role == "assistant")
     ids, mask = [tokenizer.encode_special(f"<|{role}_start|>")], [0]
@@ -177,26 +177,26 @@ def _render_turn(tokenizer: Tokenizer, turn: Message) -> Rendered:
     return [*ids, tokenizer.encode_special(f"<|{role}_end|>")], [*mask, spoken]
 
 
-def parse_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str | list[dict[str, str]]:
-    """The assistant content that `ids` spell, ids being what came after <|assistant_start|>.
-
-    A string where there are no tool parts, else a list of parts; <|assistant_end|> (or a bos) ends it.
-    Never raises on what a model may produce: a part left open ends with the ids, stray special tokens
-    are dropped.
-    """
+def part_starts(tokenizer: Tokenizer) -> dict[int, str]:
+    """The type of the part after each opening or closing token, by id."""
     special = tokenizer.encode_special
-    opens = {special(tokens[0]): kind for kind, tokens in PART_TOKENS.items() if tokens[0]}
-    closes = {special(tokens[1]) for tokens in PART_TOKENS.values() if tokens[1]}
-    stray = {special(name) for name in ("<|user_start|>", "<|user_end|>", "<|assistant_start|>")}
+    opening = {special(tokens[0]): kind for kind, tokens in PART_TOKENS.items() if tokens[0]}
+    return opening | {special(tokens[1]): "text" for tokens in PART_TOKENS.values() if tokens[1]}
+
+
+def parse_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str | list[dict[str, str]]:
+    """The assistant content of `ids`, the tokens after <|assistant_start|>: a string if it is all text, else its parts.
+
+    <|assistant_end|> or <|bos|> ends it. Accepts anything a model may produce: a part left open ends with the ids,
+    other special tokens are dropped.
+    """
+    special = {name: tokenizer.encode_special(name) for name in SPECIAL_TOKENS}
+    ends, starts = (special["<|assistant_end|>"], special["<|bos|>"]), part_starts(tokenizer)
     runs: list[tuple[str, list[int]]] = [("text", [])]
-    for token in ids:
-        if token in (special("<|assistant_end|>"), special("<|bos|>")):
-            break
-        if token in opens:
-            runs.append((opens[token], []))
-        elif token in closes:
-            runs.append(("text", []))
-        elif token not in stray:
+    for token in takewhile(lambda token: token not in ends, ids):
+        if token in starts:
+            runs.append((starts[token], []))
+        elif token not in special.values():
             runs[-1][1].append(token)
     parts = [{"type": kind, "text": tokenizer.decode(run)} for kind, run in runs if run or kind != "text"]
     if all(part["type"] == "text" for part in parts):
@@ -205,13 +205,13 @@ def parse_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str | list[dict[st
 
 
 # ---------------------------------------------------------------------------------------------------
-# Fitting into a length, by whole turns
+# Fitting into a length by whole turns
 
 
 def truncate_turns(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int) -> Conversation | None:
-    """For training: the earliest turns that render to at most max_tokens, ending in an assistant turn.
+    """The first turns that render to at most max_tokens, ending with an assistant turn: for training.
 
-    The conversation itself where all of it fits; None where not even the first exchange does.
+    The same object if all of it fits, None if not even the first exchange does.
     """
     validate_conversation(conversation)
     messages = conversation["messages"]
@@ -227,10 +227,10 @@ def truncate_turns(tokenizer: Tokenizer, conversation: Conversation, max_tokens:
 
 
 def drop_oldest_turns(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int) -> list[Message]:
-    """For chatting: messages whose prompt (see render_prompt) takes at most max_tokens.
+    """The messages that render to a prompt of at most max_tokens: for chatting.
 
-    The system message and the last user turn always stay; the oldest exchanges go first. Raises
-    ValueError if the messages do not end in a user turn, UserError if even what must stay is too long.
+    The oldest exchanges are dropped first; the system message and the last user turn are kept. Raises ValueError if the
+    messages do not end with a user turn, UserError if these two alone are too long.
     """
     validate_messages(messages)
     if messages[-1]["role"] != "user":
@@ -239,7 +239,7 @@ def drop_oldest_turns(tokenizer: Tokenizer, messages: Sequence[Message], max_tok
     turns = list(messages[len(system) :])
     lengths = [len(_render_turn(tokenizer, turn)[0]) for turn in turns]
     needed = len(tokenizer.encode(system[0]["content"])) if system else 0
-    # Encoding the system message anew with each turn that may come first takes time: not where nothing can fit.
+    # The system message is encoded with each turn that may come first, which takes time: skip it if nothing can fit.
     starts = range(0, len(turns), 2) if needed <= 2 * max_tokens else ()
     for start in starts:
         if 2 + sum(lengths[start + 1 :]) > max_tokens and start + 1 < len(turns):

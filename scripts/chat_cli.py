@@ -19,10 +19,10 @@ from scripts import _cli
 from scripts._chat import noted_interrupts, pipe_reader, printable, terminal_reader
 
 MAKERS = {"base": "scripts.base_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
-HELP = """/clear         forget the conversation
-/system TEXT   give the model a standing instruction and start anew; without TEXT: none
+HELP = """/clear         start a new conversation
+/system TEXT   start a new conversation with this system message; without TEXT: with none
 /quit          leave (or Ctrl-D)
-Ctrl-C stops an answer; at the prompt, pressed twice, it leaves. Alt-Enter starts a new line."""
+Ctrl-C stops an answer; pressed twice at the prompt, it leaves. Alt-Enter starts a new line."""
 
 
 @dataclass
@@ -36,29 +36,31 @@ class Config:
     step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
     """Its step; -1 takes the last."""
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
-    """Give one answer to this and leave."""
+    """Print one answer to this and exit."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
     """0 takes the most likely token; higher is more varied."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
     """Sample among the k most likely tokens; 0 is off."""
     top_p: float = 1.0
-    """Sample among the fewest tokens that together have this probability; 1 is off."""
+    """Sample among the fewest tokens whose probabilities sum to this; 1 is off."""
     max_tokens: Annotated[int, Range(1)] = 512
-    """Longest answer."""
+    """Tokens of the longest answer."""
     seed: int = 42
-    """The same words and the same seed get the same answer."""
+    """The same conversation with the same seed gets the same answers."""
     python: bool = False
-    """Let the model run Python, in the sandbox (dev/SANDBOX.md); without it there is the calculator."""
+    """Let the model run Python in the sandbox (dev/SANDBOX.md), besides the calculator."""
     device_type: str = ""
     """cuda, mps or cpu; empty picks the best there is."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    sampling = check(config)
+    if config.source not in MAKERS:
+        raise UserError(f"-i must be one of {', '.join(MAKERS)}, got {config.source!r}")
+    sampling = SamplingParams().override(config)
     if config.python:
-        choose_level("")  # where there is no sandbox, say so now
-    for stream in (sys.stdin, sys.stdout):  # bytes that are no text must not end a chat
+        choose_level("")  # raises now if there is no sandbox
+    for stream in (sys.stdin, sys.stdout):  # invalid UTF-8 must not end a chat
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     with Runtime.create(config.device_type) as runtime:
         model, tokenizer, meta = load(config, runtime)
@@ -72,24 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return converse(chat, pipe_reader())
 
 
-def check(config: Config) -> SamplingParams:
-    """The sampling settings; raises UserError for a flag out of range."""
-    if config.source not in MAKERS:
-        raise UserError(f"-i must be one of {', '.join(MAKERS)}, got {config.source!r}")
-    try:
-        return SamplingParams().override(config)
-    except ValueError as error:
-        raise UserError(f"{error}; see --help") from error
-
-
 def load(config: Config, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
-    """(model, tokenizer, meta); raises UserError that names the command to run where there is no model yet."""
+    """(model, tokenizer, meta). Without any model, raises UserError with the command that trains one."""
     base_dir = get_base_dir()
     try:
         find_run(base_dir, config.source, None)
     except UserError as error:
-        make = f"make one: python -m {MAKERS[config.source]} (bash runs/runcpu.sh goes the whole way)"
-        raise UserError(f"there is no {config.source} model in {base_dir} yet; {make}") from error
+        fix = f"train one: python -m {MAKERS[config.source]} (bash runs/runcpu.sh runs all stages)"
+        raise UserError(f"there is no {config.source} model in {base_dir}; {fix}") from error
     step = None if config.step < 0 else config.step
     return load_model(
         config.source,
@@ -106,7 +98,7 @@ def load(config: Config, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def converse(chat: Chat, read: Callable[[], str]) -> int:
-    """Read, answer, repeat, until the input ends, /quit, or Ctrl-C twice without an answer in between."""
+    """Read and answer messages until the input ends, /quit, or Ctrl-C twice without an answer in between."""
     interrupted = False
     while True:
         try:
@@ -117,7 +109,7 @@ def converse(chat: Chat, read: Callable[[], str]) -> int:
             if interrupted:
                 return 0
             interrupted = True
-            print("(Ctrl-C again, Ctrl-D or /quit leaves)", file=sys.stderr)
+            print("(press Ctrl-C again, Ctrl-D or type /quit to leave)", file=sys.stderr)
             continue
         if line in ("/quit", "/exit", "quit", "exit"):
             return 0
@@ -128,7 +120,7 @@ def converse(chat: Chat, read: Callable[[], str]) -> int:
 
 
 def say(chat: Chat, text: str) -> bool:
-    """Print the model's answer as it comes; False if Ctrl-C stopped it."""
+    """Stream the model's answer to the terminal; False if Ctrl-C stopped it."""
     interrupts: list[int] = []
     pieces = printable(chat.stream(text, should_stop=lambda: bool(interrupts)), chat.engine.tools.tools[-1].name)
     with noted_interrupts(interrupts):
@@ -146,7 +138,7 @@ def say(chat: Chat, text: str) -> bool:
 
 
 def command(chat: Chat, line: str) -> bool:
-    """Obey a line that starts with a slash."""
+    """Run a command, a line that starts with a slash."""
     name, _, rest = line.partition(" ")
     if name == "/clear":
         chat.clear()
@@ -155,7 +147,7 @@ def command(chat: Chat, line: str) -> bool:
     elif name == "/help":
         print(HELP)
     else:
-        print(f"there is no command {name}; /help lists them", file=sys.stderr)
+        print(f"unknown command {name}; /help lists the commands", file=sys.stderr)
     return True
 
 

@@ -1,4 +1,4 @@
-"""The terminal chat: real checkpoints for loading, a scripted model for what is shown and remembered."""
+"""The terminal chat: real checkpoints for loading, a scripted model for what is printed and remembered."""
 
 import io
 import os
@@ -51,7 +51,7 @@ def base_dir(trained: tuple[Path, GPT, RustBPETokenizer], monkeypatch: pytest.Mo
 
 
 def script(monkeypatch: pytest.MonkeyPatch, model: Scripted) -> Scripted:
-    """Let the script talk to `model`."""
+    """Make the script load `model`."""
     monkeypatch.setattr(chat_cli, "load", lambda config, runtime: (model, TOKENIZER, {"step": 1}))
     return model
 
@@ -67,7 +67,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *lines: str | bytes) -> None:
 
 
 def prompts(model: Scripted) -> list[str]:
-    """What the model was asked, turn by turn."""
+    """The prompts that the model was given, turn by turn."""
     return [TOKENIZER.decode(step[0]) for step in model.fed if len(step[0]) > 1]
 
 
@@ -84,7 +84,7 @@ def shown(model: Scripted) -> list[str]:
 # Finding and loading a model
 
 
-def test_one_answer_and_out(trained: Any, base_dir: Path, capsys: Capture) -> None:
+def test_one_answer(trained: Any, base_dir: Path, capsys: Capture) -> None:
     _, model, tokenizer = trained
     flags = ["-t", "0.8", "-k", "20", "--top-p", "0.9", "--max-tokens", "9", "--seed", "3"]
     assert chat_cli.main(["-p", "hi", *flags]) == 0
@@ -114,19 +114,19 @@ def test_no_model_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: s
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["-g", "d99"], "there are: d2"),
-        (["-s", "8"], "it has: 7"),
+        (["-g", "d99"], "d2"),
+        (["-s", "8"], "7"),
         (["-i", "other"], "base, sft, rl"),
         (["-t", "-1"], "temperature"),
         (["-k", "-1"], "top_k"),
         (["--top-p", "0"], "top_p"),
         (["--max-tokens", "0"], "--max-tokens"),
-        (["-p", "x" * 100], "shorten it"),
+        (["-p", "x" * 100], "32"),
         (["--nonsense"], "nonsense"),
         (["-t", "warm"], "warm"),
     ],
 )
-def test_mistakes_get_one_line(base_dir: Path, argv: list[str], words: str) -> None:
+def test_wrong_flags_get_one_line(base_dir: Path, argv: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words) as error:
         chat_cli.main(["-p", "hi", *argv])
     assert "\n" not in str(error.value)
@@ -166,7 +166,7 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert chat_cli.main([]) == 0
     said = capsys.readouterr()
     assert said.out.count("Yes.\n") == 5 and "/clear" in said.out
-    assert said.err.startswith("there is no command /nonsense")
+    assert "/nonsense" in said.err
     asked = ["one", "two", "Be brief.\n\nthree", "Be brief.\n\nfour", "five"]
     assert prompts(model) == [f"<|bos|><|user_start|>{text}<|user_end|><|assistant_start|>" for text in asked]
 
@@ -176,7 +176,7 @@ def test_long_chats_drop_the_oldest_turns(monkeypatch: pytest.MonkeyPatch, capsy
     typed(monkeypatch, "/system S", *(f"question {i}" for i in range(12)))
     assert chat_cli.main([]) == 0
     said = capsys.readouterr()
-    assert said.out == "Yes.\n" * 12 and "forgotten" in said.err
+    assert said.out == "Yes.\n" * 12 and said.err
     assert all(len(step[0]) <= 30 for step in model.fed)  # half the context is left to the answer
     assert "S\n\nquestion 11" in prompts(model)[-1] and "question 1<" not in prompts(model)[-1]
 
@@ -186,18 +186,18 @@ def test_a_message_too_long_is_refused_and_the_chat_goes_on(monkeypatch: pytest.
     typed(monkeypatch, "one", "x" * 100, "two")
     assert chat_cli.main([]) == 0
     said = capsys.readouterr()
-    assert said.out == "Yes.\nYes.\n" and said.err.count("error: the last message") == 1
+    assert said.out == "Yes.\nYes.\n" and said.err.count("error: ") == 1
     assert "xx" not in prompts(model)[-1] and "two" in prompts(model)[-1]
 
 
-def test_bytes_that_are_no_text(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_invalid_utf8_input(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     script(monkeypatch, answering("Yes."))
     typed(monkeypatch, b"\xff\xfe caf\xe9", "ok")
     assert chat_cli.main([]) == 0 and capsys.readouterr().out == "Yes.\nYes.\n"
 
 
 # ---------------------------------------------------------------------------------------------------
-# What is shown
+# What is printed
 
 
 def test_tool_calls_are_legible_and_remembered() -> None:
@@ -221,7 +221,7 @@ def test_no_piece_cuts_a_character() -> None:
     assert shown(answering(text)) == list(text)  # a token is a byte here, a piece is a character
 
 
-def test_a_terminal_is_not_given_orders() -> None:
+def test_control_characters_are_not_printed() -> None:
     assert "".join(shown(answering("a\x1b[2J\tb\n\x07"))) == "a\ufffd[2J\tb\n\ufffd"
 
 
@@ -230,7 +230,7 @@ def test_a_terminal_is_not_given_orders() -> None:
 
 
 class Interrupted(Scripted):
-    """A model during whose n-th step somebody presses Ctrl-C."""
+    """A model that presses Ctrl-C during its n-th step."""
 
     def __init__(self, follows: dict[int, int], step: int) -> None:
         super().__init__(follows, 200)
@@ -248,19 +248,19 @@ def test_ctrl_c_stops_the_answer_not_the_program(monkeypatch: pytest.MonkeyPatch
     typed(monkeypatch, "one", "two")
     assert chat_cli.main([]) == 0
     assert capsys.readouterr().out == "Helo [stopped]\nHelo, yu!\n"
-    assert "Helo<|assistant_end|>" in prompts(model)[-1]  # what was said is remembered
+    assert "Helo<|assistant_end|>" in prompts(model)[-1]  # the part that was printed is remembered
     assert signal.getsignal(signal.SIGINT) is before
 
 
 class Endless:
-    """A tool that runs until it is closed; somebody presses Ctrl-C once it has begun."""
+    """A tool that presses Ctrl-C and runs until it is closed."""
 
     def __init__(self) -> None:
         self.closed = threading.Event()
 
     def __call__(self, text: str) -> str:
         os.kill(os.getpid(), signal.SIGINT)
-        assert self.closed.wait(60), "nobody closed it"
+        assert self.closed.wait(60), "not closed"
         return "late"
 
     def close(self) -> None:
@@ -327,7 +327,7 @@ def test_typing_in_a_terminal(tmp_path: Path) -> None:
             read()
 
 
-def test_an_empty_answer_is_an_answer_too() -> None:
+def test_an_empty_answer_is_remembered() -> None:
     chat = make_chat(Scripted({}))
     assert list(chat.stream("hm")) == []
     chat.remember()

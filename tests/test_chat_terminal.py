@@ -1,4 +1,4 @@
-"""chat_cli as a person meets it: the whole program in a terminal, with a model that answers slowly."""
+"""The whole chat_cli program in a pseudo-terminal, with a model that answers slowly."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import fcntl, sys, termios, time
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its Ctrl-C is for this program
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C goes to this program
 sys.path[:0] = [{root!r}, {tests!r}]
 from stubs import START, TOKENIZER, Scripted, chain
 from scripts import chat_cli
@@ -38,17 +38,17 @@ WHOLE = "abcdefghijklmnopqrstuvwxyz0123456789."
 
 
 class Terminal:
-    """The program, its keyboard and its screen."""
+    """The running program with its keyboard and screen."""
 
     def __init__(self, base: Path) -> None:
-        self.keyboard, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.keyboard, child_end = pty.openpty()
+        fcntl.ioctl(child_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         code = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"))
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
+            stdin=child_end,
+            stdout=child_end,
+            stderr=child_end,
             start_new_session=True,
             env={
                 **os.environ,
@@ -58,22 +58,22 @@ class Terminal:
                 "PROMPT_TOOLKIT_NO_CPR": "1",
             },
         )
-        os.close(theirs)
+        os.close(child_end)
         self.seen = ""
 
     def type(self, keys: str) -> None:
         os.write(self.keyboard, keys.encode())
 
     def expect(self, text: str, seconds: float = 90.0) -> str:
-        """Wait until the screen has said it; what was said up to there, without colours."""
+        """Wait until `text` is on the screen; returns the output before it, without colours."""
         deadline = time.monotonic() + seconds
         while text not in self.plain:
-            assert time.monotonic() < deadline, f"{text!r} never came: {self.plain!r}"
+            assert time.monotonic() < deadline, f"{text!r} did not appear: {self.plain!r}"
             if select.select([self.keyboard], [], [], 0.1)[0]:
                 try:
                     self.seen += os.read(self.keyboard, 65536).decode(errors="replace")
-                except OSError:  # the program has ended
-                    assert text in self.plain, f"it ended with {self.process.wait()}: {self.plain!r}"
+                except OSError:  # the program exited
+                    assert text in self.plain, f"exited with {self.process.wait()}: {self.plain!r}"
         before, _, self.seen = self.plain.partition(text)
         return before
 
@@ -81,8 +81,8 @@ class Terminal:
     def plain(self) -> str:
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07|\r", "", self.seen)
 
-    def ended(self) -> int:
-        """The exit code; what is written meanwhile is read."""
+    def wait(self) -> int:
+        """Wait for the exit code, reading the output meanwhile."""
         deadline = time.monotonic() + 20
         while self.process.poll() is None and time.monotonic() < deadline:
             if select.select([self.keyboard], [], [], 0.1)[0]:
@@ -98,7 +98,7 @@ def terminal(base: Path) -> Iterator[Terminal]:
     base.mkdir()
     made = Terminal(base)
     try:
-        made.expect("/help lists the commands.")
+        made.expect("/help")
         made.expect(PROMPT)
         yield made
     finally:
@@ -108,12 +108,12 @@ def terminal(base: Path) -> Iterator[Terminal]:
         os.close(made.keyboard)
 
 
-def test_an_answer_and_out(terminal: Terminal) -> None:
+def test_an_answer_and_quit(terminal: Terminal) -> None:
     terminal.type("hi\r")
     terminal.expect(WHOLE)
     terminal.expect(PROMPT)
     terminal.type("/quit\r")
-    assert terminal.ended() == 0
+    assert terminal.wait() == 0
 
 
 def test_ctrl_c_stops_the_answer_not_the_program(terminal: Terminal) -> None:
@@ -130,7 +130,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(terminal: Terminal) -> None:
     terminal.expect("Ctrl-C again")
     terminal.expect(PROMPT)
     terminal.type("\x03")
-    assert terminal.ended() == 0
+    assert terminal.wait() == 0
 
 
 def test_several_lines_and_history(terminal: Terminal, base: Path) -> None:
@@ -141,7 +141,7 @@ def test_several_lines_and_history(terminal: Terminal, base: Path) -> None:
     terminal.expect(WHOLE)
     terminal.expect(PROMPT)
     terminal.type("\x04")
-    assert terminal.ended() == 0
+    assert terminal.wait() == 0
     kept = (base / "chat_history").read_text()
     assert "+first\n+second\n" in kept and "+first!\n+second\n" in kept
 
@@ -153,7 +153,7 @@ def test_pasted_lines_are_one_message(terminal: Terminal, base: Path) -> None:
     terminal.expect(WHOLE)
     terminal.expect(PROMPT)
     terminal.type("\x04")
-    assert terminal.ended() == 0 and "+one\n+two\n+three\n" in (base / "chat_history").read_text()
+    assert terminal.wait() == 0 and "+one\n+two\n+three\n" in (base / "chat_history").read_text()
 
 
 def test_commands(terminal: Terminal) -> None:
@@ -163,7 +163,7 @@ def test_commands(terminal: Terminal) -> None:
     for line in ("/nonsense", "/system Be brief.", "/clear"):
         terminal.expect(PROMPT)
         terminal.type(f"{line}\r")
-        terminal.expect("there is no command /nonsense" if line == "/nonsense" else line)
+        terminal.expect("/help" if line == "/nonsense" else line)  # the error names /help
     terminal.expect(PROMPT)
     terminal.type("quit\r")
-    assert terminal.ended() == 0
+    assert terminal.wait() == 0

@@ -91,7 +91,7 @@ def test_template_and_mask_spelled_out() -> None:
     ]
 
 
-def test_prompt_ends_where_the_assistant_begins() -> None:
+def test_a_prompt_ends_with_the_assistant_start_token() -> None:
     asked = talk("Hi", "Hello", "Who?", system="S")
     expected = (
         "<bos><user_start>S\n\nHi<user_end><assistant_start>Hello<assistant_end>"
@@ -99,12 +99,12 @@ def test_prompt_ends_where_the_assistant_begins() -> None:
     )
     assert spell(conv.render_prompt(SPELLED, asked["messages"])) == expected
     answered = talk("Hi", "Hello", "Who?", "Me.", system="S")
-    assert spell(conv.render_prompt(SPELLED, answered["messages"])) == expected, "the answer asked for is left out"
-    with pytest.raises(ValueError, match="no user message"):
+    assert spell(conv.render_prompt(SPELLED, answered["messages"])) == expected, "a trailing answer is left out"
+    with pytest.raises(ValueError, match="user"):
         conv.render_prompt(SPELLED, [{"role": "system", "content": "S"}])
 
 
-def test_max_tokens_cuts_hard() -> None:
+def test_max_tokens_cuts_anywhere() -> None:
     whole_ids, whole_mask = conv.render(SPELLED, talk("Hi", "Hello"))
     for length in range(len(whole_ids) + 3):
         assert conv.render(SPELLED, talk("Hi", "Hello"), length) == (whole_ids[:length], whole_mask[:length])
@@ -118,7 +118,7 @@ exchanges = st.lists(st.tuples(texts, answers), min_size=1, max_size=4)
 
 @settings(deadline=None, max_examples=60, database=None)
 @given(exchanges=exchanges, system=st.one_of(st.none(), texts))
-def test_nobody_can_forge_a_turn(tokenizer: RustBPETokenizer, exchanges: list, system: str | None) -> None:
+def test_text_cannot_forge_a_turn(tokenizer: RustBPETokenizer, exchanges: list, system: str | None) -> None:
     contents = [content for exchange in exchanges for content in exchange]
     ids, mask = conv.render(tokenizer, talk(*contents, system=system))
     assert len(ids) == len(mask)
@@ -129,7 +129,7 @@ def test_nobody_can_forge_a_turn(tokenizer: RustBPETokenizer, exchanges: list, s
         tools = [p["type"] for p in answer if p["type"] != "text"] if isinstance(answer, list) else []
         names = [name for kind in tools for name in (conv.PART_TOKENS[kind][0], conv.PART_TOKENS[kind][1])]
         expected += ["<|user_start|>", "<|user_end|>", "<|assistant_start|>", *names, "<|assistant_end|>"]
-    assert special == expected, "special tokens are those of the structure, whatever people type"
+    assert special == expected, "special tokens come from the structure alone, not from the text"
     spoken = b"".join(tokenizer.decode_bytes([i]) for i, m in zip(ids, mask) if m).decode("utf-8")
     assert spoken == "".join(spoken_text(answer) + "<|assistant_end|>" for _, answer in exchanges)
 
@@ -147,7 +147,7 @@ def tokenizer() -> RustBPETokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Reading an answer back
+# Parsing an answer
 
 
 @pytest.mark.parametrize("content", ["", "Hello 😀", TOOL_ANSWER, TOOL_ANSWER[1:3], [{"type": "python", "text": ""}]])
@@ -158,7 +158,7 @@ def test_parse_answer_is_the_inverse_of_rendering(content: object) -> None:
     assert conv.parse_answer(SPELLED, ids[len(prompt) : -1]) == content, "with or without the end token"
 
 
-def test_text_parts_alone_are_a_string() -> None:
+def test_an_answer_of_text_parts_is_a_string() -> None:
     assert conv.parse_answer(SPELLED, SPELLED.encode("ab")) == "ab"
     stray = [SPELLED.encode_special("<|user_start|>"), ord("a"), SPELLED.encode_special("<|python_end|>"), ord("b")]
     assert conv.parse_answer(SPELLED, stray) == "ab"
@@ -166,14 +166,14 @@ def test_text_parts_alone_are_a_string() -> None:
 
 @settings(deadline=None, max_examples=100, database=None)
 @given(st.lists(st.one_of(st.integers(-9, -1), st.integers(97, 99)), max_size=12))
-def test_parse_answer_takes_whatever_a_model_says(ids: list[int]) -> None:
+def test_parse_answer_accepts_any_tokens(ids: list[int]) -> None:
     content = conv.parse_answer(SPELLED, ids)
     conv.validate_conversation(talk("Q", content))
     assert spell([-1]) not in str(content)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Checking
+# Validation
 
 
 @pytest.mark.parametrize(
@@ -202,18 +202,18 @@ def test_parse_answer_takes_whatever_a_model_says(ids: list[int]) -> None:
         (talk("x", [TOOL_ANSWER[0], {"type": "image", "text": ""}]), "part 2 has type 'image'; allowed: text, python"),
     ],
 )
-def test_mistakes_are_named(wrong: object, reason: str) -> None:
+def test_invalid_conversations_are_refused_with_a_reason(wrong: object, reason: str) -> None:
     with pytest.raises(ValueError) as error:
         conv.validate_conversation(wrong)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_training_needs_an_answer() -> None:
+def test_training_needs_an_assistant_message() -> None:
     conv.validate_conversation(talk("x", system="s"))
     conv.validate_conversation(talk("x", "y", "z"), for_training=True)
     for lacking in (talk("x"), talk("x", system="s"), talk(system="s")):
-        with pytest.raises(ValueError, match="no assistant message"):
+        with pytest.raises(ValueError, match="assistant"):
             conv.validate_conversation(lacking, for_training=True)
 
 
@@ -236,12 +236,12 @@ def test_truncate_turns_keeps_all_early_exchanges_that_fit(system: str | None, c
         assert got == ({**fitting[-1], "source": "kept"} if fitting else None)
 
 
-def test_a_conversation_that_fits_is_not_touched_and_a_lone_question_is_nothing() -> None:
+def test_truncate_turns_returns_the_same_object_or_none() -> None:
     whole = talk("a", "b")
     assert conv.truncate_turns(SPELLED, whole, rendered_length(whole)) is whole
     assert conv.truncate_turns(SPELLED, talk("a"), 1000) is None
     assert conv.truncate_turns(SPELLED, talk(system="s"), 1000) is None
-    assert conv.truncate_turns(SPELLED, talk("a" * 5000, "b"), 100) is None, "longer than any row: must not clog"
+    assert conv.truncate_turns(SPELLED, talk("a" * 5000, "b"), 100) is None, "an exchange longer than a row is dropped"
 
 
 @pytest.mark.parametrize("system", [None, "be so brief"])
@@ -253,7 +253,7 @@ def test_drop_oldest_turns_keeps_all_late_exchanges_that_fit(system: str | None)
     for limit in range(lengths[-1], lengths[0] + 3):
         expected = next(candidate for candidate, length in zip(candidates, lengths) if length <= limit)
         assert conv.drop_oldest_turns(SPELLED, messages, limit) == expected
-    with pytest.raises(UserError, match=f"takes {lengths[-1]} tokens and only {lengths[-1] - 1} fit"):
+    with pytest.raises(UserError, match=rf"{lengths[-1]} tokens.* {lengths[-1] - 1} "):
         conv.drop_oldest_turns(SPELLED, messages, lengths[-1] - 1)
 
 
@@ -269,12 +269,26 @@ def test_a_long_system_message_is_not_encoded_for_every_turn() -> None:
             return SPELLED.encode_special(name)
 
     messages = [{"role": "system", "content": "a" * 5000}, *talk(*["b"] * 301)["messages"]]
-    with pytest.raises(UserError, match="shorten"):
+    with pytest.raises(UserError, match="1000"):
         conv.drop_oldest_turns(Counting(), messages, 1000)  # type: ignore[arg-type]
     assert sum(length >= 5000 for length in encoded) == 1
     assert len(conv.drop_oldest_turns(Counting(), messages, 5200)) > 40  # type: ignore[arg-type]
 
 
-def test_drop_oldest_turns_wants_a_question_last() -> None:
-    with pytest.raises(ValueError, match="must have role 'user', not 'assistant'"):
+def test_drop_oldest_turns_needs_a_user_turn_last() -> None:
+    with pytest.raises(ValueError, match="'assistant'"):
         conv.drop_oldest_turns(SPELLED, talk("a", "b")["messages"], 100)
+
+
+@pytest.mark.parametrize(("max_tokens", "reserved"), [(0, 0), (10, 10), (50, 50), (1000, 50)])
+def test_fit_prompt_reserves_room_for_the_answer_up_to_half_the_context(max_tokens: int, reserved: int) -> None:
+    messages = talk(*["q", "a"] * 40, "q", system="S")["messages"]
+    ids, kept = conv.fit_prompt(SPELLED, messages, 100, max_tokens)
+    assert kept == conv.drop_oldest_turns(SPELLED, messages, 100 - reserved)
+    assert ids == conv.render_prompt(SPELLED, kept) and len(ids) <= 100 - reserved
+    text = "".join(chr(97 + i % 26) for i in range(300))
+    ids, kept = conv.fit_prompt(SPELLED, talk("x", "y", text)["messages"], 100, max_tokens, chat_model=False)
+    assert spell(ids) == "<bos>" + text[-(99 - reserved) :]
+    assert kept == talk(text)["messages"]
+    short, _ = conv.fit_prompt(SPELLED, talk("ab")["messages"], 100, max_tokens, chat_model=False)
+    assert spell(short) == "<bos>ab"

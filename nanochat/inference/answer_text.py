@@ -3,7 +3,7 @@
 import codecs
 
 from nanochat.common import SPECIAL_TOKENS
-from nanochat.conversation import PART_TOKENS, Tokenizer
+from nanochat.conversation import Tokenizer, part_starts
 
 
 class TextStream:
@@ -29,10 +29,8 @@ class AnswerStream:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        special = tokenizer.encode_special
-        self._special = {special(name) for name in SPECIAL_TOKENS}
-        self._kinds = {special(opening): kind for kind, (opening, _, _) in PART_TOKENS.items() if opening}
-        self._kinds |= {special(closing): "text" for _, closing, _ in PART_TOKENS.values() if closing}
+        self._special = {tokenizer.encode_special(name) for name in SPECIAL_TOKENS}
+        self._kinds = part_starts(tokenizer)
         self._kind, self._text = "text", TextStream(tokenizer)
 
     def feed(self, token: int) -> list[tuple[str, str]]:

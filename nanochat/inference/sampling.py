@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from nanochat.common import UserError
 from nanochat.cpu import kernels
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or diverged"
@@ -25,7 +26,7 @@ NOT_FINITE = "the model's logits are not finite: its weights are damaged or dive
 class SamplingParams:
     """How to draw. Applied in this order: temperature, top_k, then top_p among what is left.
 
-    Raises ValueError for a value out of range.
+    Raises UserError, a ValueError, for a value out of range.
     """
 
     temperature: float = 1.0  # 0 takes the most likely token; at most a million, where all tokens are equally likely
@@ -35,11 +36,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 1e6:
-            raise ValueError(f"temperature must be a number from 0 to 1,000,000, got {self.temperature}")
+            raise UserError(f"temperature must be a number from 0 to 1,000,000, got {self.temperature}")
         if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+            raise UserError(f"top_k must be 0 (off) or more, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1 (off), got {self.top_p}")
+            raise UserError(f"top_p must be above 0 and at most 1 (off), got {self.top_p}")
 
     def override(self, values: object) -> "SamplingParams":
         """These settings, replaced by the attributes of `values` that have a field's name and are not None."""
