@@ -16,9 +16,9 @@ import numpy as np
 from bench import _run
 from bench._common import Flags, starter_texts
 from bench._run import Result
-from nanochat.data.textfiles import Document
+from nanochat.data.corpus import Corpus, Document, InMemoryCorpus
 from nanochat.dataloader import PretrainLoader
-from nanochat.dataset import Corpus, starter_corpus
+from nanochat.dataset import starter_corpus
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import _cli
@@ -39,6 +39,7 @@ class DataFlags(Flags):
 def measure(flags: DataFlags, runtime: Runtime) -> Result:
     tokenizer = RustBPETokenizer.train_from_iterator(starter_texts("train", flags.chars), flags.vocab_size)
     corpus = starter_corpus()
+    documents = list(islice(corpus.iter_documents("train"), flags.again))
     loader = PretrainLoader(corpus, tokenizer, sequence_len=flags.seq_len, rows_per_step=flags.batch, num_threads=2)
     started, cpu_started = time.perf_counter(), time.process_time()
     tokens = loader.next_batch().inputs.numel()
@@ -47,7 +48,7 @@ def measure(flags: DataFlags, runtime: Runtime) -> Result:
         tokens += loader.next_batch().inputs.numel()
     loader.close()  # so that nobody reads while the clocks are read
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu_started
-    again_rate = remembered_rate(FewDocuments(corpus, flags.again), tokenizer, flags)
+    again_rate = remembered_rate(InMemoryCorpus("few", documents), tokenizer, flags)
     never, again = count_epoch(CountedDocuments(flags.documents, flags.seq_len), flags)
     values: dict[str, Any] = {
         "tokens_per_second": tokens / wall,
@@ -74,21 +75,7 @@ def measure(flags: DataFlags, runtime: Runtime) -> Result:
 # Text read before
 
 
-class FewDocuments:
-    """The first documents of a corpus, in one block."""
-
-    def __init__(self, corpus: Corpus, documents: int) -> None:
-        self.texts = list(islice(corpus.iter_documents("train"), documents))
-        self.name, self.fingerprint = f"{documents} documents of {corpus.name}", corpus.fingerprint
-
-    def num_blocks(self, split: str) -> int:
-        return 1
-
-    def read_block(self, split: str, index: int) -> list[Document]:
-        return self.texts
-
-
-def remembered_rate(corpus: FewDocuments, tokenizer: RustBPETokenizer, flags: DataFlags) -> float:
+def remembered_rate(corpus: Corpus, tokenizer: RustBPETokenizer, flags: DataFlags) -> float:
     """Tokens a second once every document has been read and its tokens are remembered."""
     loader = PretrainLoader(corpus, tokenizer, sequence_len=flags.seq_len, rows_per_step=flags.batch)
     while loader.stats()["epoch"] < 1:
@@ -105,26 +92,20 @@ def remembered_rate(corpus: FewDocuments, tokenizer: RustBPETokenizer, flags: Da
 # What an epoch shows
 
 
-class CountedDocuments:
+class CountedDocuments(InMemoryCorpus):
     """A corpus and its tokenizer in one: text i is the number i, and no token comes twice, in any epoch.
 
     Token j of the corpus (1 .. num_tokens) has id j + e * num_tokens when its document is read for the e-th time.
     Lengths are geometric with a mean of three quarters of a row: many documents fit, many do not.
     """
 
-    name = fingerprint = "counted documents"
-
     def __init__(self, num_documents: int, sequence_len: int) -> None:
+        name = "counted documents"
+        super().__init__(name, [Document(str(i), name) for i in range(num_documents)])
         lengths = np.random.default_rng(0).geometric(1 / (0.75 * sequence_len), num_documents)
         ends = np.cumsum(lengths).tolist()
         self.next_ids = [range(end - length + 1, end + 1) for end, length in zip(ends, lengths.tolist())]
         self.num_tokens: int = ends[-1]
-
-    def num_blocks(self, split: str) -> int:
-        return 1
-
-    def read_block(self, split: str, index: int) -> list[Document]:
-        return [Document(str(i), self.name) for i in range(len(self.next_ids))]
 
     def encode(self, text: list[str], *, num_threads: int) -> list[list[int]]:
         encoded = []
@@ -144,7 +125,7 @@ class CountedDocuments:
 def count_epoch(corpus: CountedDocuments, flags: Flags) -> tuple[float, float]:
     """Shares of the first epoch's tokens that are (never, more than once) a target."""
     loader = PretrainLoader(corpus, corpus, sequence_len=flags.seq_len, rows_per_step=flags.batch)
-    loader.packer.memory.free_bytes = 0  # what is read again shall not be the same
+    loader.packer.tokenizer.free_bytes = 0  # what is read again shall not be the same
     counts = np.zeros(corpus.num_tokens + 1, np.int64)
     while loader.stats()["epoch"] < 1 or first_epoch_waits(loader, corpus.num_tokens):
         targets = loader.next_batch().targets.flatten().numpy()

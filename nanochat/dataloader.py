@@ -1,11 +1,17 @@
 """Documents in, (B, T) batches out, with a state from which the next batches come out the same.
 
-Pretraining: PretrainLoader, here. Finetuning: ConversationLoader, in conversation_loader.py. The global batch
-of step k is a function of (seed, data, k) alone: of how many processes share it, each gets its rows.
+    Corpus              documents by row group                            dataset.py, which has the whole path
+    DocumentOrder       the order of documents in each stream             data/document_order.py
+    RowPacker           rows of T+1 tokens from each stream               data/row_streams.py, data/packing.py
+    PrefetchingLoader   makes batches of rows on a thread                 data/batches.py
+    PretrainLoader      all of these for one rank                         here
+    ConversationLoader  the same for finetuning: rows of conversations    data/conversation_loader.py
+
+The trainer knows a loader by the `Loader` protocol. The global batch of step k is a function of (seed, data, k) alone:
+whatever the world size, each rank gets its share of the same rows.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +23,17 @@ import torch.distributed as dist
 from nanochat.common import UserError, get_base_dir
 from nanochat.data.batches import Batch, Loader, PrefetchingLoader
 from nanochat.data.conversation_loader import ConversationLoader
-from nanochat.data.document_order import Corpus, DocumentOrder
-from nanochat.data.pretokenized import with_tokens
-from nanochat.data.row_streams import REFILL_ROWS, LanePacker, LaneState, TextEncoder, check_layout
+from nanochat.data.corpus import BadShards, Corpus
+from nanochat.data.document_order import DocumentOrder
+from nanochat.data.pretokenized import segment_reader
+from nanochat.data.row_streams import (
+    REFILL_ROWS,
+    RowPacker,
+    StreamState,
+    TextEncoder,
+    check_layout,
+    layout_arrays,
+)
 from nanochat.dataset import resolve_corpus
 
 __all__ = [
@@ -30,18 +44,19 @@ __all__ = [
     "tokenizing_distributed_data_loader_with_state_bos_bestfit",
 ]
 
-MAX_LANES = 32
+MAX_STREAMS = 32
+MIN_PREFETCH_STEPS = 3
 
 
-class PretrainLoader(PrefetchingLoader[list[LaneState]]):
-    """Packed rows of documents for ever, epoch after epoch, each in another order.
+class PretrainLoader(PrefetchingLoader[list[StreamState]]):
+    """Packed rows of documents without end, epoch after epoch, each in another order.
 
-    One step has `rows_per_step` rows over all processes; row j comes from lane j mod L, and rank r of W owns the
-    lanes l with l % W == r. L is gcd(rows_per_step, 32) unless given (it must divide rows_per_step). Rows are
-    made ahead of need on a thread that starts with the first batch; see lanes.py for what a row is. num_threads
-    tokenise; one makes well over a million tokens a second, and costs the least where training needs the cores.
+    One step has `rows_per_step` rows over all ranks; row j comes from stream j mod L, and rank r of W owns the streams
+    l with l % W == r. L is gcd(rows_per_step, 32) unless given (it must divide rows_per_step). `num_threads` tokenise;
+    one makes well over a million tokens a second, and costs the least where training needs the cores. empty_if_bad:
+    see DocumentOrder.
 
-    Raises UserError for sizes that do not go together, and while reading, whatever the corpus raises.
+    Raises UserError for sizes that do not fit together, and while reading, whatever the corpus raises.
     """
 
     def __init__(
@@ -56,83 +71,81 @@ class PretrainLoader(PrefetchingLoader[list[LaneState]]):
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
-        num_lanes: int | None = None,
+        num_streams: int | None = None,
         num_threads: int = 1,
+        empty_if_bad: bool = False,
     ) -> None:
         self.sequence_len, self.rows_per_step = sequence_len, rows_per_step
-        self.num_lanes = num_lanes or math.gcd(rows_per_step, MAX_LANES)
-        check_sizes(sequence_len, rows_per_step, self.num_lanes, world_size)
+        self.num_streams = num_streams or math.gcd(rows_per_step, MAX_STREAMS)
+        check_sizes(sequence_len, rows_per_step, self.num_streams, world_size)
         assert 0 <= rank < world_size
-        self.lanes = range(rank, self.num_lanes, world_size)
-        self.corpus = with_tokens(corpus, tokenizer)
-        order = DocumentOrder(
-            self.corpus, split, num_lanes=self.num_lanes, own_lanes=len(self.lanes), seed=seed, shuffle=shuffle
+        self.streams = range(rank, self.num_streams, world_size)
+        self.corpus = corpus
+        self._order = DocumentOrder(
+            segment_reader(corpus, tokenizer),
+            split,
+            num_streams=self.num_streams,
+            own_streams=len(self.streams),
+            seed=seed,
+            shuffle=shuffle,
+            empty_if_bad=empty_if_bad,
         )
-        rounds = rows_per_step // self.num_lanes
-        packer = LanePacker(
-            order,
+        rows_per_stream = rows_per_step // self.num_streams
+        self.packer = RowPacker(
+            self._order,
             tokenizer,
-            list(self.lanes),
+            list(self.streams),
             sequence_len=sequence_len,
             num_threads=num_threads,
-            rows_per_step=rounds,
+            rows_per_stream=rows_per_stream,
         )
-        super().__init__(packer, depth=max(3, 2 * REFILL_ROWS // rounds))  # rows are at hand while the lanes read
-        self.packer = packer
-        data = fingerprint_number(f"{corpus.fingerprint} {split}")
-        self._order = order
+        # Deep enough that rows are at hand while a refill reads.
+        super().__init__(self.packer, depth=max(MIN_PREFETCH_STEPS, 2 * REFILL_ROWS // rows_per_stream))
         self._layout = {
             "version": 1,
-            "lanes": self.num_lanes,
+            "lanes": self.num_streams,
             "sequence_len": sequence_len,
             "seed": seed,
             "shuffle": int(shuffle),
-            "data": data,
+            "data": fingerprint_number(f"{corpus.fingerprint} {split}"),
         }
 
     @property
     def skips_bad_shards(self) -> bool:
-        """Whether bad shards may be left out."""
-        return getattr(self.corpus, "skip_bad", False)
+        return self.corpus.bad_shards.may_skip
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Bad shards that are left out, and why."""
-        return getattr(self.corpus, "skipped", {})
+        return self.corpus.bad_shards.skipped
 
     def skip(self, shards: dict[str, str]) -> None:
-        """From the next batch on leave out these shards, too (name -> why). For all processes, after the same batch."""
         self.close()
-        for shard, reason in shards.items():
-            self.corpus.skip(shard, reason)  # type: ignore[attr-defined]
+        self.corpus.bad_shards.skipped |= shards | self.skipped  # the first reason stays
         self._order.forget()
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Where this process's lanes stand after the last batch handed out, however far the thread is ahead.
+        """The position of this rank's streams after the last batch handed out, however far the thread is ahead.
 
-        Keys carry the lane: the states of all ranks can be joined into one dict, and loaded by any number.
+        Keys carry the stream: the states of all ranks can be joined into one dict, and loaded with any world size.
         """
-        fixed = self._layout | {"parts": self._order.parts}
-        state = {f"loader.{name}": np.array(value, np.int64) for name, value in fixed.items()}
-        if self.skipped:
-            state["loader.skipped"] = pack(self.skipped)
-        for lane, lane_state in zip(self.lanes, self._state, strict=True):
-            state |= lane_state.to_arrays(f"lane{lane:02d}", self.packer.dtype)
+        state = layout_arrays("loader", self._layout | {"parts": self._order.slices_per_group})
+        state |= self.corpus.bad_shards.to_arrays()
+        for stream, stream_state in zip(self.streams, self._state, strict=True):
+            state |= stream_state.to_arrays(f"lane{stream:02d}", self.packer.dtype)
         return state
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Go on from a saved state, which must hold all lanes of this process. Raises UserError for another run's."""
-        check_layout(
-            {name: int(state[f"loader.{name}"]) for name in self._layout if f"loader.{name}" in state}, self._layout
-        )
-        self.skip(unpack_skipped(state))
+        """Continue from a saved state, which must hold all streams of this rank. UserError for another run's."""
+        check_layout("loader", state, self._layout)
+        self.skip(BadShards.from_arrays(state))
         if "loader.parts" in state:
-            self._order.cut_blocks(int(state["loader.parts"]))
-        self._restore([LaneState.from_arrays(state, f"lane{lane:02d}", self.packer.dtype) for lane in self.lanes])
+            self._order.set_slices(int(state["loader.parts"]))
+        dtype = self.packer.dtype
+        self._restore([StreamState.from_arrays(state, f"lane{stream:02d}", dtype) for stream in self.streams])
 
     def stats(self) -> dict[str, float]:
-        """Of this process's lanes, up to the last batch handed out: documents begun, target tokens, the share of
-        documents that were cropped (their tails came back), whole epochs read, rows."""
+        """Of this rank's streams, up to the last batch handed out: documents begun, target tokens, the share of
+        documents that were cropped (the rest came later), whole epochs read, rows."""
         counts = [state.counts for state in self._state]
         documents, rows = sum(c.documents for c in counts), sum(c.rows for c in counts)
         return {
@@ -145,34 +158,23 @@ class PretrainLoader(PrefetchingLoader[list[LaneState]]):
         }
 
 
-def check_sizes(sequence_len: int, rows_per_step: int, num_lanes: int, world_size: int) -> None:
+def check_sizes(sequence_len: int, rows_per_step: int, num_streams: int, world_size: int) -> None:
     """Raise UserError for sizes that no batch can have."""
     if sequence_len < 2:
         raise UserError(f"--max-seq-len must be at least 2, got {sequence_len}")
     if rows_per_step < 1:
         raise UserError("--total-batch-size must hold at least one row of --max-seq-len tokens")
-    if rows_per_step % num_lanes:
-        raise UserError(f"{num_lanes} lanes do not divide {rows_per_step} rows a step; use a divisor")
-    if world_size > num_lanes:
+    if rows_per_step % num_streams:
+        raise UserError(f"{num_streams} row streams do not divide {rows_per_step} rows a step; use a divisor")
+    if world_size > num_streams:
         raise UserError(
-            f"at most {num_lanes} processes can share {rows_per_step} rows a step, not {world_size}; make "
+            f"at most {num_streams} ranks can share {rows_per_step} rows a step, not {world_size}; make "
             "--total-batch-size / --max-seq-len a multiple of a larger power of two"
         )
 
 
-def unpack_skipped(state: dict[str, np.ndarray]) -> dict[str, str]:
-    """The shards that a saved state leaves out, and why."""
-    packed = state.get("loader.skipped")
-    return {} if packed is None else json.loads(bytes(np.asarray(packed, np.uint8)).decode())
-
-
-def pack(skipped: dict[str, str]) -> np.ndarray:
-    """A dict of texts as an array, (bytes,) uint8."""
-    return np.frombuffer(json.dumps(skipped).encode(), np.uint8).copy()
-
-
 def fingerprint_number(fingerprint: str) -> int:
-    """63 bits of a fingerprint, to be kept among arrays."""
+    """63 bits of a fingerprint, as an int64 for saved states."""
     return int.from_bytes(hashlib.sha256(fingerprint.encode()).digest()[:8], "big") >> 1
 
 
@@ -190,22 +192,22 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     corpus: Corpus | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
-    """The published form of PretrainLoader: (inputs, targets, state) for ever, (B, T) int64 on `device`.
+    """The published form of PretrainLoader: (inputs, targets, state) without end, (B, T) int64 on `device`.
 
-    B rows on each process. The state is the one after the batch it comes with. Without `corpus`, reads what
-    --data="" means. tokenizer_batch_size and buffer_size have no effect: see POOL_ROWS in lanes.py.
+    B rows on each rank. The state is the one after the batch it comes with. Without `corpus`, reads what --data=""
+    means. tokenizer_batch_size and buffer_size have no effect: see POOL_ROWS in data/row_streams.py.
     """
-    many = dist.is_available() and dist.is_initialized()
-    world_size = dist.get_world_size() if many else 1
+    distributed = dist.is_available() and dist.is_initialized()
+    world_size = dist.get_world_size() if distributed else 1
     loader = PretrainLoader(
         corpus or resolve_corpus("", get_base_dir()),
         tokenizer,
         sequence_len=T,
         split=split,
         rows_per_step=B * world_size,
-        rank=dist.get_rank() if many else 0,
+        rank=dist.get_rank() if distributed else 0,
         world_size=world_size,
-        num_lanes=world_size * math.gcd(B, MAX_LANES),
+        num_streams=world_size * math.gcd(B, MAX_STREAMS),
         seed=seed,
         num_threads=tokenizer_threads,
     )

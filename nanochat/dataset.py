@@ -1,33 +1,44 @@
-"""Where documents come from: the starter corpus in the package, your own files, or public shards.
+"""Where documents come from: the name after --data becomes a `Corpus`.
 
-All of them end as parquet files read one row group, here called a block, at a time. Blocks are what makes
-everything above simple: a block can be read without reading what stands before it, so any process can start
-anywhere; an epoch's order is a permutation of block numbers; a place in the data is a few integers that fit
-in a checkpoint; and memory holds a block or two, whether the corpus is ten megabytes or ten terabytes.
+How a document reaches the model, file by file:
+
+    dataset.py                --data names a source; `open_corpus` opens it, the same on all ranks
+    data/corpus.py            Corpus: two splits of row groups, each a list of documents, readable in any order
+    data/shards.py            ... of parquet files: the starter corpus, public sets, the user's own files
+    data/own_files.py           finds those and has data/to_parquet.py rewrite what cannot be read by row group
+    data/textfiles.py           parses parquet, .jsonl and .txt into documents
+    data/remote.py              reads files behind URLs: filesystems.py lists them, range_cache.py keeps byte ranges
+    data/document_order.py    shuffles: (seed, epoch, stream) -> the order of documents
+    data/pretokenized.py        has tokens instead of text where scripts/tok_data.py made them beforehand
+    data/row_streams.py       tokenises and packs (data/packing.py) into rows of T+1 tokens, in independent streams
+    data/batches.py           a thread makes batches ahead of need
+    dataloader.py             PretrainLoader: the rows of a rank's streams as (B, T) batches, with a state to resume
+
+Row groups keep all of this simple. One can be read without what precedes it, so any rank can start anywhere; an epoch
+is a permutation of indices; a position in the data is a few integers that fit in a checkpoint; and memory holds a few
+row groups, whether the corpus is ten megabytes or ten terabytes.
+
+Another source (a SQL table, say) is a subclass of Corpus in a new file, and one line in `resolve_corpus`.
 """
 
 import argparse
-import glob
-import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from nanochat.common import BadShard, UserError, debug_enabled, get_base_dir
-from nanochat.data.corpus import SPLITS, Corpus, Opening, Part, Recorded, make_part
+from nanochat.common import UserError, debug_enabled, get_base_dir, read_json, write_json
+from nanochat.data.corpus import SPLITS, BadShards, Corpus, Record
 from nanochat.data.download import DEFAULT_SET, HUB_SETS, HubSet, download_shards, hub_folder
-from nanochat.data.remote import RemoteFile, find_remote, is_url
-from nanochat.data.textfiles import MIB, Source, kind_of, open_parquet, parquet_documents, text_columns
-from nanochat.data.to_parquet import Tally, convert
+from nanochat.data.own_files import open_own_files
+from nanochat.data.shards import ShardCorpus, ShardOpener, open_shard
+from nanochat.runtime import Runtime
 
-__all__ = ["Corpus", "Part", "resolve_corpus", "starter_corpus"]
+__all__ = ["Corpus", "SavedCorpus", "open_corpus", "resolve_corpus", "save_record", "starter_corpus"]
 
-MAX_BLOCK_ROWS, MAX_BLOCK_BYTES = 8192, 64 * MIB  # a parquet with larger row groups is converted first
+RECORD = "corpus.json"  # in a run's folder: Corpus.record() of its first session
 
 
 def resolve_corpus(
@@ -36,30 +47,80 @@ def resolve_corpus(
     *,
     skip_bad: bool = False,
     skipped: dict[str, str] | None = None,
-    recorded: Recorded | None = None,
+    recorded: Record | None = None,
 ) -> Corpus:
     """The corpus that --data names.
 
-    "" is downloaded shards if there are any, else the starter corpus; "starter", "fineweb-edu" and
-    "climbmix" are those; anything else is a file, a folder (searched to its depth, hidden files left out)
-    or a glob of parquet, .jsonl and .txt files, the latter two also as .gz or .zst; or a URL of these.
+    "" is the first public set with downloaded shards, else the starter corpus; "starter", "fineweb-edu" and "climbmix"
+    are those; anything else is a file, a folder (with its subfolders, hidden files left out) or a glob of parquet,
+    .jsonl and .txt files, the latter two also as .gz or .zst; or a URL of these.
 
-    Starter and public sets are split by file, your own data by document hash (see document_hash). Raises
-    UserError for data that is missing, empty or without text, BadShard for a damaged file unless skip_bad.
-    `skipped` (shard -> why) are left out in any case. `recorded` is what an earlier session of the same run found
-    (Corpus.record): its shards keep their places, whatever has become of those that may be skipped.
+    Starter and public sets are split by file, own data by document hash (see document_hash). Raises UserError for
+    data that is missing, empty or without text, BadShard for a damaged file unless skip_bad. `skipped` (shard -> why)
+    are skipped in any case. `recorded` is Corpus.record() of an earlier session of the same run: its shards keep
+    their places, even those that are skipped.
     """
     if not data:
-        found = (name for name in HUB_SETS if any(hub_folder(name, base_dir).glob("shard_*.parquet")))
-        data = next(found, "starter")
-    opening = Opening(skip_bad, skipped or {}, recorded)
+        downloaded = (name for name in HUB_SETS if any(hub_folder(name, base_dir).glob("shard_*.parquet")))
+        data = next(downloaded, "starter")
+    opener = ShardOpener(base_dir, BadShards(skip_bad, dict(skipped or {})), recorded)
     if data == "starter":
-        corpus = starter_corpus()
-    elif data in HUB_SETS:
-        corpus = hub_corpus(HUB_SETS[data], base_dir, opening)
-    else:
-        corpus = own_corpus(data, base_dir, opening)
-    corpus.token_folder = base_dir / "tokens"
+        return starter_corpus(base_dir)
+    if data in HUB_SETS:
+        return hub_corpus(HUB_SETS[data], opener)
+    return open_own_files(data, opener, known_names=("starter", *HUB_SETS))
+
+
+class SavedCorpus(NamedTuple):
+    """What a checkpoint and its run's folder say about the corpus."""
+
+    step: int
+    fingerprint: str
+    skipped: dict[str, str]
+    record: Record | None
+
+    @classmethod
+    def load(cls, run: Path, step: int, fingerprint: str, loader_state: Mapping[str, Any]) -> "SavedCorpus":
+        """From the run's folder and the checkpoint of `step`. A record of another corpus is not used."""
+        record = read_json(run / RECORD) if (run / RECORD).exists() else None
+        record = record if record and record["fingerprint"] == fingerprint else None
+        return cls(step, fingerprint, BadShards.from_arrays(loader_state), record)
+
+
+def save_record(corpus: Corpus, run: Path) -> None:
+    """Keep in a new run's folder what later sessions need to open the same corpus."""
+    write_json(run / RECORD, corpus.record())
+
+
+def open_corpus(
+    data: str, base_dir: Path, runtime: Runtime, *, skip_bad: bool = False, saved: SavedCorpus | None = None
+) -> Corpus:
+    """resolve_corpus() for a run: the same corpus on all ranks. Collective: every rank must call it.
+
+    Rank 0 opens it first (and converts files if needed); the shards it skips are skipped by all. With `saved`, shards
+    keep their places and what was skipped stays so. Raises UserError if ranks find different data, or data other than
+    the checkpoint's.
+    """
+    skipped, recorded = (saved.skipped, saved.record) if saved else ({}, None)
+    opened: list[Corpus] = []
+
+    def open_first() -> dict[str, str]:
+        opened.append(resolve_corpus(data, base_dir, skip_bad=skip_bad, skipped=skipped, recorded=recorded))
+        return opened[0].bad_shards.skipped
+
+    skipped = runtime.broadcast(open_first, "opening the data")
+    corpus = (
+        opened[0] if opened else resolve_corpus(data, base_dir, skip_bad=skip_bad, skipped=skipped, recorded=recorded)
+    )
+    own = f"{corpus.fingerprint} {sorted(corpus.bad_shards.skipped)}"
+    for rank, other in enumerate(found := runtime.all_gather_text(own, "comparing the data")):
+        if other != found[0]:
+            raise UserError(f"--data differs between ranks: rank {rank} finds other files than rank 0")
+    if saved and saved.fingerprint != corpus.fingerprint:
+        raise UserError(
+            f"the data has changed since step {saved.step} was saved: cannot resume exactly; "
+            "give the same --data, or start a new run with --init-from"
+        )
     return corpus
 
 
@@ -68,22 +129,23 @@ def resolve_corpus(
 
 
 def starter_dir() -> Path:
-    """Where the package keeps the starter data."""
+    """The package's folder of starter data."""
     return Path(str(files("nanochat"))) / "starter"
 
 
-def starter_corpus() -> Corpus:
-    """The corpus in the package."""
+def starter_corpus(base_dir: Path | None = None) -> Corpus:
+    """The corpus in the package; with a base folder, its token files are used."""
     train, val = (starter_dir() / f"{split}.parquet" for split in SPLITS)
     for path in (train, val):
         if not path.exists():
             raise UserError(f"the starter corpus is missing ({path}); install nanochat again, or set --data")
-    return Corpus("starter", [make_part(train, "starter")], [make_part(val, "starter")])
+    shards = [open_shard(train, "starter")], [open_shard(val, "starter")]
+    return ShardCorpus("starter", *shards, token_folder=base_dir / "tokens" if base_dir else None)
 
 
-def hub_corpus(hub: HubSet, base_dir: Path, opening: Opening) -> Corpus:
+def hub_corpus(hub: HubSet, opener: ShardOpener) -> Corpus:
     """The shards of a public set that are on disk."""
-    folder = hub_folder(hub.name, base_dir)
+    folder = hub_folder(hub.name, opener.base_dir)
     shards = sorted(folder.glob("shard_*.parquet"))
     train, val = [path for path in shards if path.name != hub.val_name], folder / hub.val_name
     if not shards:
@@ -91,113 +153,7 @@ def hub_corpus(hub: HubSet, base_dir: Path, opening: Opening) -> Corpus:
     if not train or val not in shards:
         missing = "its training shards are" if not train else f"its validation shard {hub.val_name} is"
         raise UserError(f"{hub.name} is not complete: {missing} not in {folder}; finish with: {hub.command}")
-    return opening.corpus(hub.name, opening.parts(train, hub.name), opening.parts([val], hub.name))
-
-
-# ---------------------------------------------------------------------------------------------------
-# Your own data
-
-
-def own_corpus(data: str, base_dir: Path, opening: Opening) -> Corpus:
-    """A corpus over files of the user's: parquet with small row groups in place, everything else converted.
-
-    Converted shards hold one split each. Files read in place hold both, and each block is filtered.
-    """
-    paths = [path for path in find_files(data, base_dir) if str(path) not in opening.skipped]
-    remote = [path for path in paths if isinstance(path, RemoteFile) and kind_of(path) == ".parquet"]
-    if remote:
-        remote[0].remote.fetch_footers(remote)
-    small = {path for path in paths if kind_of(path) == ".parquet" and opening.attempt(has_small_blocks, path)}
-    in_place = [path for path in paths if path in small and str(path) not in opening.skipped]
-    rest = [path for path in paths if path not in small]
-    train, val, tally = convert_good(rest, base_dir, opening)
-    for path in in_place:
-        with_it = replace(tally)  # a file that is left out half way counts for nothing
-        opening.attempt(tally_in_place, path, with_it)
-        tally = tally if str(path) in opening.skipped else with_it
-    if tally.smallest >= tally.largest and not opening.recorded:
-        count = "no document" if tally.largest < 0 else "only one document"
-        raise UserError(f"--data {data}: {count} found; it takes two different ones, to train on and to validate")
-    shared = opening.parts(in_place, by_hash=True)
-    if tally.train and tally.val:
-        return opening.corpus(data, shared + opening.parts(train), shared + opening.parts(val))
-    # Small data, all on one side of the usual limit: the document with the smallest hash is for validation.
-    shared += opening.parts(train + val, by_hash=True)
-    return opening.corpus(data, shared, shared, val_limit=tally.smallest + 1)
-
-
-def convert_good(paths: Sequence[Source], base_dir: Path, opening: Opening) -> tuple[list[Path], list[Path], Tally]:
-    """convert(paths), anew without a bad one for as long as there are any, if they may be left out."""
-    while True:
-        paths = [path for path in paths if str(path) not in opening.skipped]
-        try:
-            return convert(paths, base_dir) if paths else ([], [], Tally())
-        except BadShard as error:
-            opening.leave_out(error)
-
-
-def has_small_blocks(path: Source) -> bool:
-    """True if every row group fits in memory comfortably. Checks the columns on the way."""
-    with open_parquet(path) as file:
-        text_columns(path, file)
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    return all(group.num_rows <= MAX_BLOCK_ROWS and group.total_byte_size <= MAX_BLOCK_BYTES for group in groups)
-
-
-def tally_in_place(path: Source, tally: Tally) -> None:
-    """Read on until both splits are known to have a document: soon, but in a small corpus to the end."""
-    if tally.train and tally.val:
-        return
-    for document in parquet_documents(path, ""):
-        tally.count(document.text)
-        if tally.train and tally.val:
-            return
-
-
-def find_files(data: str, base_dir: Path) -> Sequence[Source]:
-    """The usable files that a path, folder, glob or URL stands for, sorted. UserError if there are none."""
-    accepted = "parquet, .jsonl or .txt (the latter two also as .gz or .zst)"
-    if data.startswith("file://"):
-        data = data.removeprefix("file://")
-    if is_url(data):
-        remote = find_remote(data, kind_of, base_dir)
-        if not remote:
-            raise UserError(f"--data {data}: no file there is {accepted}")
-        return remote
-    try:
-        given = Path(data).expanduser()
-        matches = [given] if given.exists() else [Path(match) for match in glob.glob(str(given), recursive=True)]
-        paths = [path for match in matches for path in (walk(match) if match.is_dir() else [match])]
-    except OSError as error:
-        raise UserError(f"--data {data}: cannot look there ({error.strerror})") from error
-    usable = sorted({path for path in paths if kind_of(path)})
-    if not usable:
-        found = "the folder is empty" if not paths else f"none of {len(paths)} file(s) is {accepted}"
-        raise UserError(f"--data {data}: {found if matches else nothing_there(data)}")
-    return usable
-
-
-def nothing_there(data: str) -> str:
-    """Why a name led to nothing, with the names it may have meant."""
-    names = ("starter", *HUB_SETS)
-    if glob.has_magic(data):
-        return "no file matches"
-    close = get_close_matches(data, names, 1)
-    hint = f"did you mean {close[0]}?" if close else f"give a path, a glob or one of {', '.join(names)}"
-    return f"no such file or folder; {hint}"
-
-
-def walk(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones. Raises OSError for a folder that may not be read."""
-
-    def fail(error: OSError) -> None:
-        raise error  # os.walk would pass over it in silence
-
-    paths = []
-    for where, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(where) / name for name in names if not name.startswith(".")]
-    return paths
+    return opener.corpus(hub.name, opener.open(train, hub.name), opener.open([val], hub.name))
 
 
 # ---------------------------------------------------------------------------------------------------

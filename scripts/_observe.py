@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError
-from nanochat.data.corpus import Corpus, Lenient
-from nanochat.data.document_order import NoText
-from nanochat.data.textfiles import Document
+from nanochat.data.corpus import Corpus, Document, InMemoryCorpus, NoText
 from nanochat.dataloader import PretrainLoader
 from nanochat.distributed.rank_checks import raise_on_all_ranks
 from nanochat.engine import Engine
@@ -43,7 +41,7 @@ def corpus_bpb(
     T = model.config.sequence_len
     make_loader = partial(
         PretrainLoader,
-        Lenient(corpus),
+        corpus,
         tokenizer,
         sequence_len=T,
         rows_per_step=EVAL_ROWS,
@@ -51,26 +49,12 @@ def corpus_bpb(
         seed=0,
         rank=runtime.rank,
         world_size=runtime.world_size,
+        empty_if_bad=True,
     )
     bpb = loader_bpb(model, make_loader, tokenizer, runtime, max(1, tokens // (EVAL_ROWS * T)), device_batch_size)
     if math.isinf(bpb):
         raise NoText(f"{corpus.name}: no text is left in its {split} split to measure on")
     return bpb
-
-
-class OneSource:
-    """Some documents of one source, as a corpus of one block."""
-
-    def __init__(self, source: str, documents: list[Document]) -> None:
-        self.name = self.fingerprint = source
-        self.documents = documents
-        self.chars = sum(len(document.text) for document in documents)
-
-    def num_blocks(self, split: str) -> int:
-        return 1
-
-    def read_block(self, split: str, index: int) -> list[Document]:
-        return self.documents
 
 
 def bpb_by_source(
@@ -99,10 +83,11 @@ def bpb_by_source(
     sources, T = sorted(set.intersection(*known)), model.config.sequence_len
     figures = torch.zeros(len(sources), dtype=torch.float32)
     for number in range(runtime.rank, len(sources), runtime.world_size):
-        one = OneSource(sources[number], found[sources[number]])
+        documents = found[sources[number]]
+        one = InMemoryCorpus(sources[number], documents)
         make_loader = partial(PretrainLoader, one, tokenizer, sequence_len=T, rows_per_step=1, split=split, seed=0)
-        per_char = len(tokenizer.encode(one.documents[0].text)) / max(1, len(one.documents[0].text))
-        rows = max(1, min(tokens, round(one.chars * per_char)) // T)
+        per_char = len(tokenizer.encode(documents[0].text)) / max(1, len(documents[0].text))
+        rows = max(1, min(tokens, round(chars[sources[number]] * per_char)) // T)
         figures[number] = loader_bpb(model, make_loader, tokenizer, None, rows, 1)
     figures = runtime.all_reduce_sum(figures.to(runtime.device), "summing the losses by source").cpu()
     return [

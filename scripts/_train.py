@@ -16,7 +16,7 @@ from rich.table import Table
 
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError, get_base_dir, read_json, say, warn, write_json
-from nanochat.data.document_order import NoText
+from nanochat.data.corpus import NoText
 from nanochat.distributed.collectives import BackgroundGroup
 from nanochat.distributed.signals import StopRequested, stop_when
 from nanochat.flash_attention import prepare

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir, say
 from nanochat.core_eval import GPTScorer
-from nanochat.data.corpus import Corpus
+from nanochat.dataset import Corpus, open_corpus
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_prompts import MODES
 from nanochat.gpt import GPT
@@ -21,7 +21,6 @@ from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.session import choose_device_batch, command_line
 from scripts import _cli
 from scripts._core import open_bundle, report_values, run_core, write_details
-from scripts._corpus import open_corpus
 from scripts._observe import EVAL_ROWS, bpb_by_source, continuations, corpus_bpb
 
 PROMPTS = (
@@ -163,7 +162,7 @@ def text_to_measure_on(config: Config, meta: dict[str, Any], runtime: Runtime, b
     """What --data names, else what the model was trained on."""
     try:
         data = config.data or meta.get("user_config", {}).get("data", "")
-        corpus = open_corpus(data, config.skip_bad_shards, runtime, base_dir)
+        corpus = open_corpus(data, base_dir, runtime, skip_bad=config.skip_bad_shards)
     except UserError as error:
         if config.data:
             raise
@@ -194,7 +193,7 @@ def evaluate_hf(config: Config, wanted: list[str], bundle: Bundle | None, runtim
     model, tokenizer = load_hf_model(config.hf_path, runtime)
     runtime.print0(f"{runtime.describe()}\nHugging Face model: {config.hf_path}, context {model.max_tokens}")
     if "bpb" in wanted:
-        corpus = open_corpus(config.data, config.skip_bad_shards, runtime, base_dir)
+        corpus = open_corpus(config.data, base_dir, runtime, skip_bad=config.skip_bad_shards)
         tokens = config.split_tokens if config.split_tokens > 0 else 2**18
         for split in ("train", "val"):
             bpb = corpus_bpb(

@@ -8,9 +8,9 @@ from typing import Any
 
 from nanochat import fp8
 from nanochat.checkpoint_manager import Checkpoint, load_model_state, run_dir
-from nanochat.common import UserError, format_count, format_seconds, get_base_dir, say, write_json
-from nanochat.data.corpus import Corpus
+from nanochat.common import UserError, format_count, format_seconds, get_base_dir, say
 from nanochat.dataloader import PretrainLoader
+from nanochat.dataset import Corpus, SavedCorpus, open_corpus, save_record
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.planning.law import Law
 from nanochat.planning.planner import usual_price
@@ -23,7 +23,6 @@ from nanochat.train.session import choose_device_batch, command_line, only_sessi
 from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
 from scripts._core import core_seconds, open_bundle, watch_core
-from scripts._corpus import RECORD, open_corpus
 from scripts._device_batch import random_batch
 from scripts._model import ModelFlags, network
 from scripts._observe import continuations, corpus_bpb
@@ -119,7 +118,10 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     """The same, in the run's folder, which is ours alone."""
     checkpoint, earlier, config = open_session(run, config, runtime)
     tokenizer = checkpoint.tokenizer() if checkpoint else get_tokenizer()
-    corpus = open_corpus(config.data, config.skip_bad_shards, runtime, base_dir, run, checkpoint)
+    saved = None
+    if checkpoint:
+        saved = SavedCorpus.load(run, checkpoint.step, checkpoint.meta["corpus"], checkpoint.loader_state())
+    corpus = open_corpus(config.data, base_dir, runtime, skip_bad=config.skip_bad_shards, saved=saved)
     bundle = open_bundle(config.eval_bundle, base_dir, runtime) if config.core_metric_every > 0 else None
     model = build_model(config, checkpoint, tokenizer, runtime, base_dir)
     runtime.print0(f"{runtime.describe()}\ndata: {corpus.name}; run folder: {run}")
@@ -137,7 +139,7 @@ def train_in(run: Path, config: Config, runtime: Runtime, base_dir: Path) -> int
     trainer = build_trainer(config, plan, runtime, model, loader)
     announce(run, checkpoint, config, plan.num_steps, describe(model.config, plan), runtime)
     if runtime.is_main and not checkpoint:
-        write_json(run / RECORD, corpus.record())
+        save_record(corpus, run)
     tokens = config.evaluation_tokens(runtime)
     trainer.hooks = [
         Hook(partial(evaluate, corpus=corpus, tokenizer=tokenizer, tokens=tokens), config.eval_every),

@@ -1,61 +1,59 @@
 """Tokenise a corpus before training: `python -m scripts.tok_data --data=fineweb-edu --workers=8`.
 
-Optional: base_train finds the tokens by itself, and makes the same batches as from the text.
+Optional: base_train finds the token files by itself, and makes the same batches as from the text.
 """
 
-import multiprocessing
 import os
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
-from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
 
 from nanochat.common import BadShard, UserError, format_count, format_seconds, get_base_dir, on_terminal, say
-from nanochat.data.corpus import THE_FLAG, Corpus, Part, tell_skipped
-from nanochat.data.pretokenized import token_path, whole, write_tokens
+from nanochat.data.corpus import SPLITS
+from nanochat.data.pretokenized import is_valid, token_path
+from nanochat.data.shards import ShardCorpus
+from nanochat.data.tokenize_shards import WorkerLost, tokenize_shards
 from nanochat.dataset import resolve_corpus
-from nanochat.ranges import Range
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import _cli
 
-PLAIN_LINE_SECONDS = 10.0
+PLAIN_LINE_SECONDS = 10.0  # between lines about progress, where there is no terminal
 
 
 @dataclass
 class Config:
-    """Tokenise a corpus before training, many shards at a time. Interrupted, the same command goes on."""
+    """Tokenise a corpus before training, many shards at a time. If interrupted, the same command continues."""
 
     data: str = ""
     """As for base_train."""
     skip_bad_shards: bool = False
     """Go on without files of the data that are missing or damaged, and say which."""
-    workers: Annotated[int, Range(1, unset=-1)] = -1
+    workers: int = -1
     """Processes; -1: one for each core. Each works on a shard of its own."""
+
+    def __post_init__(self) -> None:
+        if self.workers == 0 or self.workers < -1:
+            raise UserError(f"--workers must be at least 1 (or -1 for one a core), got {self.workers}")
 
 
 @dataclass
 class Progress:
-    """What is done, and a line about it now and then."""
+    """Shards and tokens done, and a line about them now and then."""
 
     total: int
-    already: int
-    shards: int = 0
+    todo: int  # shards left
     tokens: int = 0
-    skipped: dict[str, str] = field(default_factory=dict)
+    done: int = 0  # shards, in this session
     started: float = field(default_factory=time.monotonic)
     shown: float = field(default_factory=time.monotonic)
 
-    def done(self, tokens: int) -> None:
-        self.shards += 1
+    def add(self, tokens: int) -> None:
+        self.done += 1
+        self.todo -= 1
         self.tokens += tokens
         if on_terminal():
             say("\r\x1b[K" + self.line(), end="")
@@ -63,140 +61,69 @@ class Progress:
             self.shown = time.monotonic()
             say(self.line())
 
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
     def line(self) -> str:
         """12/40 shards | 1.2G tokens | 2.1M tok/s | 3m10s left"""
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        left = self.total - self.already - self.shards - len(self.skipped)
         return (
-            f"{self.already + self.shards}/{self.total} shards | {format_count(self.tokens)} tokens | "
-            f"{format_count(self.tokens / seconds)} tok/s | "
-            f"{format_seconds(seconds / max(self.shards, 1) * left)} left"
+            f"{self.total - self.todo}/{self.total} shards | {format_count(self.tokens)} tokens | "
+            f"{format_count(self.tokens / self.seconds)} tok/s | "
+            f"{format_seconds(self.seconds / max(self.done, 1) * self.todo)} left"
         )
 
 
-def shards_of(corpus: Corpus) -> list[Part]:
-    """Each shard once, without those that are left out."""
-    parts = {str(part.path): part for split in ("train", "val") for part in corpus.parts[split]}
-    return [part for path, part in parts.items() if path not in corpus.skipped]
-
-
-def tokenise(config: Config) -> int:
-    """Tokenise what is not tokenised yet. Returns the exit code."""
-    base_dir = get_base_dir()
+def tokenize(config: Config) -> int:
+    """Tokenise the shards that have no token file yet. Returns the exit code."""
     tokenizer = get_tokenizer()
-    corpus = resolve_corpus(config.data, base_dir, skip_bad=config.skip_bad_shards)
-    assert corpus.token_folder is not None
+    corpus = resolve_corpus(config.data, get_base_dir(), skip_bad=config.skip_bad_shards)
+    if not isinstance(corpus, ShardCorpus) or corpus.token_folder is None:
+        raise UserError(f"--data {config.data}: it is not read from files, so it is tokenised while training")
     folder = corpus.token_folder / tokenizer.hash[:16]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
             for leftover in folder.glob(".*.tmp"):  # of a command that was killed
                 leftover.unlink()
-            return tokenise_in(folder, corpus, tokenizer, config)
+            tokenize_into(folder, corpus, tokenizer, config.workers)
     except Timeout:
         raise UserError(f"another process is tokenising into {folder}; wait for it") from None
+    return 0
 
 
-def tokenise_in(folder: Path, corpus: Corpus, tokenizer: RustBPETokenizer, config: Config) -> int:
-    """The same, with the folder ours alone."""
-    assert corpus.token_folder is not None
-    parts = shards_of(corpus)
-    paths = {part: token_path(corpus.token_folder, part, tokenizer) for part in parts}
-    todo = [part for part in parts if not (paths[part].exists() and whole(paths[part], part, tokenizer))]
-    workers = min(config.workers if config.workers > 0 else os.cpu_count() or 1, max(1, len(todo)))
+def tokenize_into(folder: Path, corpus: ShardCorpus, tokenizer: RustBPETokenizer, workers: int) -> None:
+    """The same, with the folder locked."""
+    bad = corpus.bad_shards
+    unique = {str(shard.path): shard for split in SPLITS for shard in corpus.shards[split] if shard.path not in bad}
+    paths = {shard: token_path(folder.parent, shard, tokenizer) for shard in unique.values()}
+    todo = {shard: path for shard, path in paths.items() if not is_valid(path, shard, tokenizer)}
+    workers = min(workers if workers > 0 else os.cpu_count() or 1, max(1, len(todo)))
     say(
-        f"tokenising {len(todo)} of {len(parts)} shards of {corpus.name} with {workers} processes; interrupted, the "
-        "same command goes on"
+        f"tokenising {len(todo)} of {len(paths)} shards of {corpus.name} with {workers} processes; if interrupted, the "
+        "same command continues"
     )
-    progress = Progress(len(parts), len(parts) - len(todo))
-    for part, result in results(todo, paths, tokenizer, workers):
+    progress = Progress(len(paths), len(todo))
+    for shard, result in tokenize_shards(todo, tokenizer, workers):
         if isinstance(result, int):
-            progress.done(result)
-        elif config.skip_bad_shards:
-            progress.skipped[str(part.path)] = result
-            tell_skipped(result, len(progress.skipped))
+            progress.add(result)
         else:
-            raise BadShard(result + THE_FLAG, part.path)
-    seconds = time.monotonic() - progress.started
+            progress.todo -= 1
+            bad.skip(BadShard(result, shard.path))
     size = sum(path.stat().st_size for path in paths.values() if path.exists())
     if on_terminal():
         say("")
     say(
-        f"{progress.already + progress.shards} shards are tokenised ({size / 1e6:,.0f} MB in {folder}): "
-        f"{format_count(progress.tokens)} tokens in {format_seconds(seconds)}, "
-        f"{format_count(progress.tokens / max(seconds, 1e-9))} a second; base_train finds them by itself"
+        f"{len(paths) - len(todo) + progress.done} shards are tokenised ({size / 1e6:,.0f} MB in {folder}): "
+        f"{format_count(progress.tokens)} tokens in {format_seconds(progress.seconds)}, "
+        f"{format_count(progress.tokens / progress.seconds)} a second; base_train finds them by itself"
     )
-    return 0
-
-
-def results(todo: list[Part], paths: dict[Part, Path], tokenizer: RustBPETokenizer, workers: int) -> Any:
-    """Yields (shard, its tokens or why it is bad) as they come. In this process, if one is enough."""
-    if workers == 1:
-        for part in todo:
-            yield part, attempt(part, tokenizer, paths[part], None)
-        return
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    pool = ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(tokenizer, stop))
-    try:
-        waiting: dict[Future[Any], Part] = {pool.submit(work, part, paths[part]): part for part in todo}
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                yield waiting.pop(future), future.result()
-    except BrokenProcessPool as error:
-        raise WorkerLost("a worker was killed (is there enough memory?); the same command goes on from here") from error
-    finally:
-        stop.set()  # so that the shards under way are given up
-        pool.shutdown(cancel_futures=True)
-
-
-class WorkerLost(RuntimeError):
-    """A worker process ended before its work did."""
-
-
-class Stopped(Exception):
-    """Nobody wants the rest."""
-
-
-def attempt(part: Part, tokenizer: RustBPETokenizer, path: Path, stop: Event | None) -> int | str:
-    """Tokenise one shard: the number of tokens, or why it is bad."""
-
-    def between() -> None:
-        if stop is not None and stop.is_set():
-            raise Stopped
-
-    try:
-        return write_tokens(part, tokenizer, path, between)
-    except BadShard as error:
-        return str(error)
-
-
-def begin_worker(tokenizer: RustBPETokenizer, stop: Event) -> None:
-    """Ctrl-C is for the parent to hear; and when that is gone, so is the worker."""
-    signal(SIGINT, SIG_IGN)
-    WORKER.update(tokenizer=tokenizer, stop=stop)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-WORKER: dict[str, Any] = {}  # what a worker process was begun with
-
-
-def work(part: Part, path: Path) -> int | str:
-    """attempt(), in a worker."""
-    return attempt(part, WORKER["tokenizer"], path, WORKER["stop"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, tokenise."""
     try:
-        return tokenise(_cli.parse(Config, argv))
+        return tokenize(_cli.parse(Config, argv))
     except WorkerLost as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

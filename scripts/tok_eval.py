@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.common import get_base_dir
-from nanochat.data.textfiles import Document
+from nanochat.data.corpus import Document
 from nanochat.dataset import resolve_corpus
 from nanochat.ranges import Range
 from nanochat.report import record_stage

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from nanochat.common import format_count, format_seconds, get_base_dir, on_terminal
-from nanochat.data.textfiles import Document
+from nanochat.data.corpus import Document
 from nanochat.dataset import resolve_corpus
 from nanochat.ranges import Range
 from nanochat.report import record_stage

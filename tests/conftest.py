@@ -68,6 +68,14 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with three shards in `data`, which is also bucket://data (corpus_helpers.Bucket)."""
+    from corpus_helpers import fill_bucket
+
+    return fill_bucket(tmp_path, monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base folder with a tokenizer and a one-step run."""

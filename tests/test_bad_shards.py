@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from corpus_helpers import Bucket, both, fails, jsonl, make_texts, write_parquet
 from ranks import run_ranks
 from stubs import TINY
-from test_dataset import both, jsonl, make_texts, write_parquet
-from test_remote import Bucket, bucket, fails  # noqa: F401 (a fixture)
 from test_user_errors import refused
 
 from nanochat.common import BadShard, UserError
-from nanochat.data.corpus import Corpus
+from nanochat.data.corpus import BadShards
 from nanochat.data.download import HUB_SETS, hub_folder
+from nanochat.data.shards import ShardCorpus
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import resolve_corpus
 from nanochat.gpt import GPT, GPTConfig
@@ -138,10 +138,10 @@ def test_shards_keep_their_places_when_the_folder_moves(data: Path, tmp_path: Pa
     moved = data.rename(data.with_name("moved"))
     skipped = {str(data / "s0.parquet"): "it was damaged"}
     again = resolve_corpus(str(moved), tmp_path / "b", skipped=skipped, recorded=record)
-    assert again.fingerprint == first.fingerprint and not again.read_block("train", 3)
+    assert again.fingerprint == first.fingerprint and not again.read("train", 3)
     part, group = first.locate("train", 100)
     assert part.path.name == "s1.parquet" and again.locate("train", 100)[1] == group
-    assert {d.text for d in again.read_block("train", 100)} <= set(SHORT[1][4 * group : 4 * group + 4])
+    assert {d.text for d in again.read("train", 100)} <= set(SHORT[1][4 * group : 4 * group + 4])
     (moved / "s1.parquet").unlink()
     with pytest.raises(BadShard, match=r"s1.parquet is gone"):
         resolve_corpus(str(moved), tmp_path / "b", skipped=skipped, recorded=record)
@@ -203,8 +203,8 @@ def test_a_run_goes_on_without_its_validation_shard(
 def test_what_is_left_of_a_split_is_measured(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of two validation shards one is damaged: the figure is finite, and not that of both."""
     whole = resolve_corpus(str(data), tmp_path / "b", skip_bad=True)
-    one, other, last = (replace(part, by_hash=False) for part in whole.parts["train"])
-    corpus = Corpus("mine", [last], [one, other], skip_bad=True)
+    one, other, last = (replace(part, by_hash=False) for part in whole.shards["train"])
+    corpus = ShardCorpus("mine", [last], [one, other], bad_shards=BadShards(may_skip=True))
     model = GPT.create(GPTConfig(sequence_len=16, vocab_size=265, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
     measure = partial(
         corpus_bpb, model, corpus, TOKENIZER, Runtime.create("cpu"), split="val", tokens=4096, device_batch_size=32
@@ -216,21 +216,21 @@ def test_what_is_left_of_a_split_is_measured(data: Path, tmp_path: Path, capsys:
 
 def train_on_rank(runtime: Runtime, given: list[str], broken_on: int) -> list[float]:
     """Train; the shard s1 cannot be read on rank `broken_on`, on all others it can."""
-    from nanochat.data import corpus
+    from nanochat.data import shards
     from scripts import _cli
 
-    real = corpus.read_row_group
+    real = shards.read_row_group
 
     def read(path: Path, group: int, source: str) -> Any:
         if path.name == "s1.parquet" and runtime.rank == broken_on:
             raise BadShard(f"{path} is damaged here", path)
         return real(path, group, source)
 
-    corpus.read_row_group = read  # type: ignore[assignment]
+    shards.read_row_group = read  # type: ignore[assignment]
     try:
         assert base_train.train(_cli.parse(base_train.Config, given), runtime) == 0
     finally:
-        corpus.read_row_group = real
+        shards.read_row_group = real
     return []
 
 
@@ -289,7 +289,7 @@ def test_a_text_file_that_ends_too_early(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_network_that_dies_while_training_costs_no_step(
-    bucket: Path,  # noqa: F811
+    bucket: Path,
     copied: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -323,4 +323,4 @@ def test_trouble_of_this_machine_is_no_bad_shard(number: int, tmp_path: Path, mo
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", refuse)
     with pytest.raises(OSError, match="not the file's fault"):
-        corpus.read_block("train", 0)
+        corpus.read("train", 0)

@@ -501,7 +501,7 @@ def test_bits_per_byte_are_of_the_text_that_the_model_was_trained_on(
     assert base_eval.main([*flags, f"--data={other}"]) == 0
     assert "not what the model was trained on" in capsys.readouterr().out
 
-    def gone(*args: Any) -> None:
+    def gone(*args: Any, **kwargs: Any) -> None:
         raise UserError("no such file")
 
     monkeypatch.setattr(base_eval, "open_corpus", gone)

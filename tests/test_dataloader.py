@@ -16,9 +16,9 @@ from nanochat.checkpoint.tensor_file import read_tensors, tensor_chunks, write_f
 from nanochat.common import UserError
 from nanochat.data import document_order, row_streams
 from nanochat.data.batches import Prefetcher, seeded_rng
-from nanochat.data.document_order import Cursor, DocumentOrder, cut
-from nanochat.data.row_streams import LanePacker
-from nanochat.data.textfiles import Document
+from nanochat.data.corpus import Corpus, Document
+from nanochat.data.document_order import Cursor, DocumentOrder, SegmentReader, split_text
+from nanochat.data.row_streams import RowPacker
 from nanochat.dataloader import PretrainLoader, tokenizing_distributed_data_loader_with_state_bos_bestfit
 from nanochat.dataset import resolve_corpus
 from nanochat.tokenizer import RustBPETokenizer
@@ -26,31 +26,29 @@ from nanochat.tokenizer import RustBPETokenizer
 BOS = 99_999
 
 
-class FakeCorpus:
-    """Blocks of documents. A document "17:5" is the 5 tokens 1700 to 1704, so that each token is known by sight."""
+class FakeCorpus(Corpus):
+    """Row groups of documents. Document "17:5" is the 5 tokens 1700 to 1704, so that each token tells its document."""
 
-    name = "fake"
-
-    def __init__(self, block_sizes, longest=40, seed=0):
+    def __init__(self, sizes, longest=40, seed=0):
+        super().__init__("fake", f"{sizes} {longest} {seed}")
         rng, number = np.random.default_rng(seed), 0
-        self.blocks = []
-        for size in block_sizes:
+        self.row_groups = []
+        for size in sizes:
             lengths = rng.integers(1, longest + 1, size)
-            self.blocks.append([f"{number + i}:{length}" for i, length in enumerate(lengths)])
+            self.row_groups.append([f"{number + i}:{length}" for i, length in enumerate(lengths)])
             number += size
-        self.fingerprint = f"{block_sizes} {longest} {seed}"
         self.reads = Counter()
 
-    def num_blocks(self, split):
-        return len(self.blocks)
+    def num_row_groups(self, split):
+        return len(self.row_groups)
 
-    def read_block(self, split, index):
+    def read(self, split, index):
         self.reads[index] += 1
-        return [Document(text, "fake") for text in self.blocks[index]]
+        return [Document(text, "fake") for text in self.row_groups[index]]
 
     @property
     def texts(self):
-        return [text for block in self.blocks for text in block]
+        return [text for group in self.row_groups for text in group]
 
 
 class FakeTokenizer:
@@ -112,7 +110,7 @@ def test_rows_hold_documents_as_they_are():
 def test_no_token_is_lost_or_repeated(T):
     """In rows or still waiting: exactly the tokens of the documents read, as often as they were read."""
     corpus = FakeCorpus([7, 0, 12, 3, 9])
-    order = DocumentOrder(corpus, "train", num_lanes=2, own_lanes=2, seed=0)
+    order = DocumentOrder(SegmentReader(corpus), "train", num_streams=2, own_streams=2, seed=0)
     read, take = Counter(), order.take
 
     def spy(*args):
@@ -122,12 +120,12 @@ def test_no_token_is_lost_or_repeated(T):
         return texts, cursor
 
     order.take = spy
-    packer = LanePacker(order, FakeTokenizer(), [0, 1], sequence_len=T, num_threads=1)
+    packer = RowPacker(order, FakeTokenizer(), [0, 1], sequence_len=T, num_threads=1)
     seen = Counter()
     rows, _ = packer.next_rows(3000 // T)
     seen.update(rows[rows != BOS].tolist())
     for state in packer.state():
-        for piece in state.pieces:
+        for piece in state.segments:
             seen.update(piece.ids.tolist())
     assert seen == read
     assert set(read) == {token for text in corpus.texts for token in tokens_of(text)}
@@ -145,7 +143,7 @@ def test_every_token_is_a_target():
 def test_the_share_of_cropped_documents():
     """Documents of 10 tokens with bos in rows of 15: one whole, one cropped; its tail of 6 joins a whole one, ..."""
     corpus = FakeCorpus([0])
-    corpus.blocks = [[f"{i}:9" for i in range(50)]]
+    corpus.row_groups = [[f"{i}:9" for i in range(50)]]
     loader = make_loader(corpus, T=14, rows=1)
     rows = take_rows(loader, 8).reshape(8, 15)
     stats = loader.stats()
@@ -167,14 +165,16 @@ def test_the_share_of_cropped_documents():
 # Order
 
 
-def read_epochs(corpus, num_lanes, epochs, **settings):
-    """The documents of each epoch, by reading each lane until it is past them."""
-    order = DocumentOrder(corpus, "train", num_lanes=num_lanes, own_lanes=num_lanes, **{"seed": 0, **settings})
+def read_epochs(corpus, num_streams, epochs, **settings):
+    """The documents of each epoch, by reading each stream until it is past them."""
+    order = DocumentOrder(
+        SegmentReader(corpus), "train", num_streams=num_streams, own_streams=num_streams, **{"seed": 0, **settings}
+    )
     found = [[] for _ in range(epochs)]
-    for lane in range(num_lanes):
+    for stream in range(num_streams):
         cursor = Cursor()
         while cursor.epoch < epochs:
-            texts, cursor = order.take(lane, cursor, 4, 10**6)
+            texts, cursor = order.take(stream, cursor, 4, 10**6)
             assert len({text.epoch for text in texts}) == 1
             if texts[0].epoch < epochs:
                 found[texts[0].epoch] += [text.text for text in texts]
@@ -182,25 +182,25 @@ def read_epochs(corpus, num_lanes, epochs, **settings):
 
 
 @pytest.mark.parametrize("sizes", [[7, 0, 12, 3, 9], [1], [2, 0], [3] * 40, [50]])
-@pytest.mark.parametrize("num_lanes", [1, 4])
-def test_every_epoch_is_the_whole_corpus_in_another_order(sizes, num_lanes):
+@pytest.mark.parametrize("num_streams", [1, 4])
+def test_every_epoch_is_the_whole_corpus_in_another_order(sizes, num_streams):
     """Not the tail of the first epoch again, and not one pass only."""
     corpus = FakeCorpus(sizes)
-    epochs = read_epochs(corpus, num_lanes, 3)
+    epochs = read_epochs(corpus, num_streams, 3)
     assert all(sorted(epoch) == sorted(corpus.texts) for epoch in epochs)
     if sum(sizes) > 20:
         assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-def test_without_shuffling_one_lane_reads_in_file_order():
+def test_without_shuffling_one_stream_reads_in_file_order():
     corpus = FakeCorpus([7, 0, 12, 3, 9])
     assert read_epochs(corpus, 1, 2, shuffle=False) == [corpus.texts, corpus.texts]
 
 
-def test_a_block_is_shared_by_many_lanes():
+def test_a_row_group_is_shared_by_many_streams():
     corpus = FakeCorpus([400])
-    order = DocumentOrder(corpus, "train", num_lanes=8, own_lanes=8, seed=0)
-    firsts = [order.take(lane, Cursor(), 50, 10**6)[0] for lane in range(8)]
+    order = DocumentOrder(SegmentReader(corpus), "train", num_streams=8, own_streams=8, seed=0)
+    firsts = [order.take(stream, Cursor(), 50, 10**6)[0] for stream in range(8)]
     assert all(len(texts) >= 40 for texts in firsts)
     assert len({text.text for texts in firsts for text in texts}) == sum(map(len, firsts))
 
@@ -227,7 +227,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(rows):
         merged = np.zeros_like(alone)
         for rank in range(world_size):
             loader = make_loader(rows=rows, rank=rank, world_size=world_size)
-            mine = [j for j in range(rows) if j % loader.num_lanes % world_size == rank]
+            mine = [j for j in range(rows) if j % loader.num_streams % world_size == rank]
             merged[:, mine] = take_rows(loader, 12)
         np.testing.assert_array_equal(merged, alone)
 
@@ -315,7 +315,7 @@ def test_a_new_process_goes_on_from_a_file_and_exits_cleanly(tmp_path):
 @pytest.mark.parametrize("change", [{"seed": 1}, {"T": 17}, {"rows": 2}, {"corpus": FakeCorpus([8])}, {"split": "val"}])
 def test_another_runs_state_is_refused_by_name(change):
     state = make_loader().state_dict()
-    with pytest.raises(UserError, match=r"its (seed|sequence len|lanes|data) was"):
+    with pytest.raises(UserError, match=r"its (seed|sequence len|.*streams|data.*) was"):
         make_loader(**change).load_state_dict(state)
 
 
@@ -334,7 +334,7 @@ def test_timing_does_not_matter():
 
 
 @pytest.mark.parametrize("sizes", [[1], [0, 1, 0], [2], [5, 1], [0] * 30 + [3]])
-def test_fewer_documents_than_lanes(sizes):
+def test_fewer_documents_than_streams(sizes):
     corpus = FakeCorpus(sizes)
     rows = take_rows(make_loader(corpus, T=12, rows=32), 12)
     assert (rows[:, :, 0] == BOS).all()
@@ -343,7 +343,7 @@ def test_fewer_documents_than_lanes(sizes):
 
 def test_one_document_longer_than_many_rows():
     corpus = FakeCorpus([0])
-    corpus.blocks = [["0:95"]]
+    corpus.row_groups = [["0:95"]]
     rows = take_rows(make_loader(corpus, T=8, rows=1), 40).reshape(40, 9)
     assert set(rows.ravel().tolist()) == {BOS, *range(95)}
     assert (rows == 0).sum() <= 40 / 12 + 3, "read ahead by no more than an epoch"
@@ -352,7 +352,7 @@ def test_one_document_longer_than_many_rows():
 @pytest.mark.parametrize("sizes", [[], [0], [0] * 50])
 def test_no_text_is_an_error_not_an_endless_search(sizes):
     corpus = FakeCorpus(sizes)
-    corpus.blocks = [["", ""] for _ in sizes]
+    corpus.row_groups = [["", ""] for _ in sizes]
     with pytest.raises(UserError, match="no text in its train split"):
         make_loader(corpus).next_batch()
 
@@ -361,52 +361,52 @@ def test_sizes_that_do_not_go_together():
     for settings, words in (
         ({"T": 1}, "at least 2"),
         ({"rows": 0}, "at least one row"),
-        ({"rows": 8, "num_lanes": 3}, "divide"),
-        ({"rows": 9, "world_size": 2}, "at most 1 processes"),
+        ({"rows": 8, "num_streams": 3}, "divide"),
+        ({"rows": 9, "world_size": 2}, "at most 1 ranks"),
     ):
         with pytest.raises(UserError, match=words):
             make_loader(**settings)
-    assert make_loader(rows=24).num_lanes == 8
-    assert make_loader(rows=64, num_lanes=16).num_lanes == 16
+    assert make_loader(rows=24).num_streams == 8
+    assert make_loader(rows=64, num_streams=16).num_streams == 16
 
 
-def test_blocks_are_let_go():
-    """Row groups held for ever made memory grow. Each block is read once an epoch and kept only while needed."""
+def test_row_groups_are_released():
+    """Row groups held for ever made memory grow. Each is read once an epoch and kept only while needed."""
     corpus = FakeCorpus([3] * 200)
-    order = DocumentOrder(corpus, "train", num_lanes=2, own_lanes=2, seed=0)
+    order = DocumentOrder(SegmentReader(corpus), "train", num_streams=2, own_streams=2, seed=0)
     cursors = [Cursor(), Cursor()]
     while cursors[0].epoch == 0:
-        for lane in range(2):
-            _, cursors[lane] = order.take(lane, cursors[lane], 1, 10**6)
-            assert len(order._kept) <= 2
+        for stream in range(2):
+            _, cursors[stream] = order.take(stream, cursors[stream], 1, 10**6)
+            assert len(order._cache) <= 2
     assert max(corpus.reads.values()) <= 2  # the next epoch has begun
 
 
 def test_kept_text_is_bounded(monkeypatch):
     monkeypatch.setattr(document_order, "CACHE_BYTES", 2000)
-    order = DocumentOrder(FakeCorpus([10] * 20), "train", num_lanes=8, own_lanes=8, seed=0)
-    for lane in range(8):
-        order.take(lane, Cursor(), 100, 10**6)
-        assert order._kept_bytes <= 2000
-        assert order._kept_bytes == sum(size for size, _ in order._kept.values())
+    order = DocumentOrder(SegmentReader(FakeCorpus([10] * 20)), "train", num_streams=8, own_streams=8, seed=0)
+    for stream in range(8):
+        order.take(stream, Cursor(), 100, 10**6)
+        assert order._cached_bytes <= 2000
+        assert order._cached_bytes == sum(size for size, _ in order._cache.values())
 
 
-def test_the_pool_of_a_lane_is_bounded():
+def test_the_pool_of_a_stream_is_bounded():
     loader = make_loader(FakeCorpus([300] * 3), T=64, rows=2)
     take_rows(loader, 20)
     most = row_streams.POOL_ROWS[1] * 65 + row_streams.TAKE_DOCUMENTS * 41
-    assert all(len(state.pieces) < 600 and sum(p.length for p in state.pieces) < most for state in loader._state)
+    assert all(len(state.segments) < 600 and sum(p.length for p in state.segments) < most for state in loader._state)
 
 
 def test_very_long_texts_are_tokenised_in_pieces(monkeypatch):
-    monkeypatch.setattr(document_order, "LONGEST_TEXT", 20)
+    monkeypatch.setattr(document_order, "MAX_SEGMENT_CHARS", 20)
     text = "Der Wind weht über das Land.\nEin Satz folgt, und " + "x" * 50 + " Ende"
-    pieces = cut(text)
+    pieces = split_text(text)
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= 20 for piece in pieces)
     assert pieces[0] == "Der Wind weht über "
-    assert cut("") == []
-    assert cut("short") == ["short"]
+    assert split_text("") == []
+    assert split_text("short") == ["short"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -415,7 +415,7 @@ def test_very_long_texts_are_tokenised_in_pieces(monkeypatch):
 
 def test_an_error_while_reading_reaches_the_caller():
     class Broken(FakeCorpus):
-        def read_block(self, split, index):
+        def read(self, split, index):
             raise UserError("shard 7 is damaged")
 
     loader = make_loader(Broken([3] * 9))

@@ -3,51 +3,24 @@
 import errno
 import gzip
 import hashlib
-import json
 import random
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from corpus_helpers import WORDS, both, jsonl, make_texts, texts_of, write_parquet
 
 from nanochat import dataset
 from nanochat.common import UserError
-from nanochat.data import corpus as corpus_module
-from nanochat.data import textfiles, to_parquet
-from nanochat.dataset import Corpus, resolve_corpus
-
-WORDS = ["river", "мир", "山", "कथा", "ocean", "straße", "ñandú", "سلام", "night", "🙂", "wind"]
-
-
-def make_texts(count: int, seed: int = 0, words: int = 20) -> list[str]:
-    rng = random.Random(seed)
-    return [f"{seed}.{i} " + " ".join(rng.choices(WORDS, k=words)) for i in range(count)]
-
-
-def jsonl(texts: Iterable[str], **extra: str) -> bytes:
-    return "".join(json.dumps({"text": t, **extra}, ensure_ascii=False) + "\n" for t in texts).encode()
-
-
-def write_parquet(path: Path, texts: list[str], row_group_size: int = 1024, **columns: list[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"text": texts, **columns}), path, row_group_size=row_group_size)
-    return path
-
-
-def texts_of(corpus: Corpus, split: str) -> list[str]:
-    return [document.text for document in corpus.iter_documents(split)]
-
-
-def both(corpus: Corpus) -> list[str]:
-    return texts_of(corpus, "train") + texts_of(corpus, "val")
+from nanochat.data import own_files, shards, textfiles, to_parquet
+from nanochat.dataset import resolve_corpus
 
 
 def error_of(data: object, base: Path) -> str:
@@ -95,7 +68,7 @@ def test_every_kind_of_file_in_one_folder(own: Path, base: Path) -> None:
     assert sorted(both(corpus)) == sorted(text for part in parts for text in part)
     sources = {document.source for split in ("train", "val") for document in corpus.iter_documents(split)}
     assert {"plain", "zip", "z", "tale0", "small", "elsewhere"} <= sources and "named" not in sources
-    backwards = [corpus.read_block("train", i) for i in reversed(range(corpus.num_blocks("train")))]
+    backwards = [corpus.read("train", i) for i in reversed(range(corpus.num_row_groups("train")))]
     assert [d.text for block in backwards[::-1] for d in block] == texts_of(corpus, "train")
     assert all(len(block) <= 1024 for block in backwards)
 
@@ -133,7 +106,7 @@ def test_small_data_validates_on_its_smallest_hash(kind: str, own: Path, base: P
 
 
 def test_documents_all_on_the_validation_side_leave_one_there(own: Path, base: Path) -> None:
-    chosen = [t for t in make_texts(2000, words=2) if textfiles.document_hash(t) < to_parquet.VAL_LIMIT][:3]
+    chosen = [t for t in make_texts(2000, words=2) if textfiles.document_hash(t) < textfiles.VAL_LIMIT][:3]
     (own / "a.jsonl").write_bytes(jsonl(chosen))
     corpus = resolve_corpus(str(own / "a.jsonl"), base)
     assert len(texts_of(corpus, "val")) == 1 and len(texts_of(corpus, "train")) == 2
@@ -158,11 +131,11 @@ def test_parquet_string_types(own: Path, base: Path) -> None:
 def test_parquet_with_huge_row_groups_is_converted(own: Path, base: Path, monkeypatch) -> None:
     texts = make_texts(3000)
     write_parquet(own / "big.parquet", texts, row_group_size=10**6)
-    assert resolve_corpus(str(own), base).num_blocks("train") == 1  # within the limits: read in place
+    assert resolve_corpus(str(own), base).num_row_groups("train") == 1  # within the limits: read in place
     assert not (base / "converted").exists()
-    monkeypatch.setattr(dataset, "MAX_BLOCK_ROWS", 2999)
+    monkeypatch.setattr(own_files, "MAX_GROUP_ROWS", 2999)
     corpus = resolve_corpus(str(own), base)
-    assert sorted(both(corpus)) == sorted(texts) and corpus.num_blocks("train") == 3
+    assert sorted(both(corpus)) == sorted(texts) and corpus.num_row_groups("train") == 3
     assert {d.source for d in corpus.iter_documents("train")} == {"big"}
 
 
@@ -233,15 +206,15 @@ def test_conversion_is_done_once_and_again_when_a_file_changes(own: Path, base: 
 
 def test_conversion_is_deterministic_and_mixes(own: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(to_parquet, "SHUFFLE_DOCUMENTS", 100)
-    monkeypatch.setattr(to_parquet, "BLOCK_DOCUMENTS", 64)
-    monkeypatch.setattr(to_parquet, "SHARD_BLOCKS", 3)
+    monkeypatch.setattr(to_parquet, "GROUP_DOCUMENTS", 64)
+    monkeypatch.setattr(to_parquet, "SHARD_ROW_GROUPS", 3)
     texts = make_texts(1000)
     (own / "a.jsonl").write_bytes(jsonl(texts))
     one, two = (resolve_corpus(str(own), tmp_path / name) for name in ("x", "y"))
     assert texts_of(one, "train") == texts_of(two, "train") and one.fingerprint == two.fingerprint
     order = texts_of(one, "train")
     assert order != [t for t in texts if t in set(order)] and sorted(both(one)) == sorted(texts)
-    assert len(one.parts["train"]) > 1 and one.num_blocks("train") >= 15
+    assert len(one.shards["train"]) > 1 and one.num_row_groups("train") >= 15
 
 
 def test_a_killed_conversion_leaves_nothing_behind_and_starts_over(own: Path, base: Path, monkeypatch) -> None:
@@ -276,14 +249,14 @@ def test_a_full_disk_is_told_as_such(own: Path, base: Path, monkeypatch) -> None
 def test_validation_blocks_of_mixed_files_are_remembered_within_limits(own: Path, base: Path, monkeypatch) -> None:
     write_parquet(own / "a.parquet", make_texts(3000), 100)
     for limit, again in ((2**20, 0), (1, 29), (-1, 30)):
-        monkeypatch.setattr(corpus_module, "KEPT_SIZE", limit)
+        monkeypatch.setattr(shards, "VAL_CACHE_CHARS", limit)
         reads: list[int] = []
 
         def spy(path: Path, index: int, source: str, reads: list[int] = reads) -> list[textfiles.Document]:
             reads.append(index)
             return textfiles.read_row_group(path, index, source)
 
-        monkeypatch.setattr(corpus_module, "read_row_group", spy)
+        monkeypatch.setattr(shards, "read_row_group", spy)
         corpus = resolve_corpus(str(own), base)
         first = texts_of(corpus, "val")
         assert len(reads) == 30 and texts_of(corpus, "val") == first
@@ -312,8 +285,8 @@ def test_processes_convert_once(own: Path, base: Path) -> None:
 
 
 def test_memory_is_bounded_while_converting_and_reading(own: Path, base: Path, monkeypatch) -> None:
-    monkeypatch.setattr(to_parquet, "SHUFFLE_BYTES", 2**20)
-    monkeypatch.setattr(to_parquet, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(to_parquet, "SHUFFLE_CHARS", 2**20)
+    monkeypatch.setattr(to_parquet, "GROUP_CHARS", 2**20)
     rng = random.Random(0)
     with gzip.open(own / "a.jsonl.gz", "wb", compresslevel=1) as file:
         for _ in range(700):
@@ -321,10 +294,10 @@ def test_memory_is_bounded_while_converting_and_reading(own: Path, base: Path, m
     tracemalloc.start()
     try:
         corpus = resolve_corpus(str(own), base)
-        assert corpus.num_blocks("train") > 18
+        assert corpus.num_row_groups("train") > 18
         held = 0
-        for i in range(corpus.num_blocks("train")):
-            corpus.read_block("train", i)
+        for i in range(corpus.num_row_groups("train")):
+            corpus.read("train", i)
             held = max(held, pa.total_allocated_bytes())  # between reads Arrow holds nothing
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -382,7 +355,7 @@ def test_starter_is_the_default_where_nothing_is_downloaded(starter: list[str], 
         corpus = resolve_corpus(data, base)
         assert corpus.name == "starter"
         assert texts_of(corpus, "train") == starter[:25] and texts_of(corpus, "val") == starter[25:]
-        assert next(corpus.iter_documents("val")).source == "news" and corpus.num_blocks("train") == 3
+        assert next(corpus.iter_documents("val")).source == "news" and corpus.num_row_groups("train") == 3
     put_shards(base, "climbmix", 0, 6542)
     assert resolve_corpus("", base).name == "climbmix" and resolve_corpus("starter", base).name == "starter"
 

@@ -181,7 +181,7 @@ def test_shards_and_the_validation_shard_arrive(hub: FakeHub, tmp_path: Path, mo
     assert len(hub.gets) == 4  # what is there is not asked for again
     monkeypatch.setitem(dataset.HUB_SETS, "tiny", TINY)
     corpus = resolve_corpus("tiny", tmp_path)
-    assert len(list(corpus.iter_documents("train"))) == 1200 and corpus.num_blocks("val") == 4
+    assert len(list(corpus.iter_documents("train"))) == 1200 and corpus.num_row_groups("val") == 4
 
 
 def test_workers_download_at_the_same_time(hub: FakeHub, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 
 from nanochat.common import BadShard, UserError
-from nanochat.data.textfiles import Document
+from nanochat.data.corpus import Document
 from nanochat.distributed.rank_checks import DataError
 from nanochat.distributed.signals import StopRequested, raise_if_stop_requested, stop_when
 from nanochat.gpt import GPT, GPTConfig

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpus_helpers import TEXTS, TOKENIZER, Bucket, both, damage, fails, jsonl, rows_of, write_parquet
 from fsspec import AbstractFileSystem
 from stubs import TINY
-from test_dataset import both, jsonl, make_texts, write_parquet
 from test_user_errors import refused
 
 from nanochat.checkpoint_manager import list_steps
@@ -26,98 +25,11 @@ from nanochat.common import BadShard, UserError
 from nanochat.data import remote, textfiles
 from nanochat.data.batches import Prefetcher
 from nanochat.data.filesystems import list_files
-from nanochat.data.range_cache import PieceCache
+from nanochat.data.range_cache import RangeCache
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import resolve_corpus
 from nanochat.distributed.signals import StopRequested
-from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_train, tok_train
-
-TEXTS = make_texts(1200)
-TOKENIZER = RustBPETokenizer.train_from_iterator(TEXTS[:50], 300)
-
-
-class Bucket(AbstractFileSystem):
-    """A folder on disk as if it were far away: counts reads, and fails, waits or says no as it is told to."""
-
-    protocol = "bucket"
-    root_marker = ""  # paths in it have no leading slash
-    folder = Path()
-    reads: ClassVar[Counter[str]] = Counter()
-    fail: ClassVar[Any] = staticmethod(lambda path, start, end: None)
-    cachable = False
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:  # type: ignore[override]
-        inside = path.removeprefix("bucket://").strip("/")
-        return inside if inside.startswith(str(cls.folder).lstrip("/")) else f"{cls.folder}/{inside}".lstrip("/")
-
-    def _local(self, path: str) -> str:
-        return "/" + self._strip_protocol(path)
-
-    def unstrip_protocol(self, name: str) -> str:
-        return "bucket://" + name.removeprefix(str(self.folder).lstrip("/")).lstrip("/")
-
-    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
-        type(self).fail(path, None, None)
-        stat = os.stat(self._local(path))
-        kind = "directory" if os.path.isdir(self._local(path)) else "file"
-        return {"name": self._strip_protocol(path), "size": stat.st_size, "type": kind, "ETag": str(stat.st_mtime_ns)}
-
-    def ls(self, path: str, detail: bool = False, **kwargs: Any) -> list[Any]:
-        if self.info(path)["type"] == "file":
-            return [self.info(path)]
-        found = [self.info(f"{self._strip_protocol(path)}/{name}") for name in os.listdir(self._local(path))]
-        return found if detail else [one["name"] for one in found]
-
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-        assert start is not None and end is not None, "whole files are not read"
-        type(self).fail(path, start, end)
-        Bucket.reads[Path(path).name] += 1
-        with open(self._local(path), "rb") as file:
-            file.seek(start)
-            return file.read(end - start)
-
-
-fsspec.register_implementation("bucket", Bucket, clobber=True)
-
-
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with three shards, as bucket://data."""
-    folder = tmp_path / "far"
-    for i in range(3):
-        extra = {"url": [f"http://{i}/{n}" for n in range(400)]}
-        write_parquet(folder / "data" / f"s{i}.parquet", TEXTS[i::3], 40, **extra)
-    (folder / "data" / ".hidden.parquet").write_bytes(b"no")
-    (folder / "data" / "readme.md").write_bytes(b"no")
-    monkeypatch.setattr(Bucket, "folder", folder)
-    monkeypatch.setattr(Bucket, "reads", Counter())
-    monkeypatch.setattr(Bucket, "fail", staticmethod(lambda path, start, end: None))
-    monkeypatch.setattr(remote, "FIRST_DELAY_SECONDS", 0.01)
-    monkeypatch.setattr(remote, "MAX_DELAY_SECONDS", 0.05)
-    return folder
-
-
-def fails(times: int, error: Exception, name: str = "") -> Any:
-    """For Bucket.fail: the first reads whose path holds `name` raise `error`."""
-    left, lock = [times], threading.Lock()
-
-    def fail(path: str, start: int | None, end: int | None) -> None:
-        with lock:
-            if start is not None and name in path and left[0] > 0:
-                left[0] -= 1
-                raise error
-
-    return staticmethod(fail)
-
-
-def rows_of(corpus: Any, steps: int, rank: int = 0, world_size: int = 1, tokenizer: Any = TOKENIZER) -> np.ndarray:
-    loader = PretrainLoader(corpus, tokenizer, sequence_len=32, rows_per_step=8, rank=rank, world_size=world_size)
-    batches = [loader.next_batch().inputs.numpy() for _ in range(steps)]
-    loader.close()
-    return np.stack(batches)
-
 
 # ---------------------------------------------------------------------------------------------------
 # The same as from disk
@@ -154,7 +66,7 @@ def test_every_kind_of_url(bucket: Path, base: Path) -> None:
 
 def test_text_files_are_converted_to_the_same_shards(bucket: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(remote, "CHUNK_BYTES", 10_000)  # several to a file
-    monkeypatch.setattr("nanochat.dataset.MAX_BLOCK_ROWS", 350)
+    monkeypatch.setattr("nanochat.data.own_files.MAX_GROUP_ROWS", 350)
     write_parquet(bucket / "mixed" / "big.parquet", TEXTS[:400], 400)
     (bucket / "mixed" / "a.jsonl").write_bytes(jsonl(TEXTS[400:900]))
     (bucket / "mixed" / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS[900:])))
@@ -199,7 +111,7 @@ def test_what_was_fetched_is_not_fetched_again(bucket: Path, tmp_path: Path) -> 
 
 
 def test_blocks_are_fetched_ahead(bucket: Path, tmp_path: Path) -> None:
-    """With a slow network the pieces of several lanes are on their way at once."""
+    """With a slow network the row groups of several streams are fetched at once."""
     corpus = resolve_corpus("bucket://data", tmp_path / "base")
     at_once, most = [0], [0]
     lock = threading.Lock()
@@ -221,12 +133,6 @@ def test_blocks_are_fetched_ahead(bucket: Path, tmp_path: Path) -> None:
 # The cache
 
 
-def damage(path: Path, at: int | None = None) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2 if at is None else at] ^= 1
-    path.write_bytes(data)
-
-
 def test_damaged_pieces_are_fetched_again(bucket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base"
     first = both(resolve_corpus("bucket://data", base))
@@ -241,8 +147,8 @@ def test_damaged_pieces_are_fetched_again(bucket: Path, tmp_path: Path, capsys: 
 
 
 def test_the_cache_stays_within_its_budget(tmp_path: Path) -> None:
-    cache = PieceCache(tmp_path, 100_000)
-    others = PieceCache(tmp_path, 100_000)
+    cache = RangeCache(tmp_path, 100_000)
+    others = RangeCache(tmp_path, 100_000)
     for i in range(60):
         (cache if i % 2 else others).get(f"{i:04d}", lambda i=i: bytes([i]) * 5000, 1)  # type: ignore[misc]
         used = sum(path.stat().st_size for path in tmp_path.rglob("00/*"))
@@ -266,14 +172,14 @@ def test_a_cache_that_cannot_be_written_costs_the_keeping_only(
 ) -> None:
     monkeypatch.setenv("NANOCHAT_CACHE_DIR", "/proc/self/nothing")
     assert sorted(both(resolve_corpus("bucket://data", tmp_path / "base"))) == sorted(TEXTS)
-    assert capsys.readouterr().err.count("going on without keeping it") == 2  # footers and pieces
+    assert capsys.readouterr().err.count("/nothing/") == 2  # footers and ranges
 
 
 def test_processes_share_the_cache(tmp_path: Path) -> None:
     """Each piece is fetched by one of them, and each reads all of them right, while they delete each other's."""
     code = (
-        "import sys; from pathlib import Path; from nanochat.data.range_cache import PieceCache\n"
-        "cache = PieceCache(Path(sys.argv[1]), int(sys.argv[2])); fetched = 0\n"
+        "import sys; from pathlib import Path; from nanochat.data.range_cache import RangeCache\n"
+        "cache = RangeCache(Path(sys.argv[1]), int(sys.argv[2])); fetched = 0\n"
         "def fetch(i):\n"
         "    global fetched; fetched += 1; return i.to_bytes(2, 'big') * 1000\n"
         "for turn in range(3):\n"
@@ -412,7 +318,7 @@ def test_waiting_for_a_network_can_be_given_up(bucket: Path, tmp_path: Path) -> 
     assert time.monotonic() - began < 5
     Bucket.fail = staticmethod(lambda path, start, end: None)
     np.testing.assert_array_equal(rows_of(corpus, 5), rows_of(resolve_corpus("bucket://data", tmp_path / "b"), 5))
-    prefetcher = Prefetcher(lambda: corpus.parts["train"][0].path.remote.wait(remote.Future()), 1)
+    prefetcher = Prefetcher(lambda: corpus.shards["train"][0].path.remote.wait(remote.Future()), 1)
     time.sleep(0.1)
     prefetcher.close()
     with pytest.raises(StopRequested):
@@ -449,20 +355,20 @@ def test_a_signal_is_heard_where_an_evaluation_waits_for_the_network(
 
 def test_spans_are_where_parquet_has_the_text(bucket: Path) -> None:
     path = bucket / "data" / "s0.parquet"
-    spans = textfiles.spans_of_text(path.read_bytes()[-20_000:])
+    spans = textfiles.text_ranges(path.read_bytes()[-20_000:])
     assert len(spans) == 10 and all(0 < start < end < path.stat().st_size for start, end in spans)
-    assert textfiles.spans_of_text(b"no parquet at all") == []
+    assert textfiles.text_ranges(b"no parquet at all") == []
 
 
 def test_what_lies_about_in_the_cache_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("not a folder of pieces")
-    cache = PieceCache(tmp_path, 100_000)
+    cache = RangeCache(tmp_path, 100_000)
     assert cache.get("ab12", lambda: b"first", 1.0) == b"first"  # the first one kept is when the folder is counted
     assert cache.get("ab12", lambda: b"again", 1.0) == b"first" and not cache.failed
 
 
 def test_a_cache_that_cannot_keep_still_gives_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = PieceCache(tmp_path, 100_000)
+    cache = RangeCache(tmp_path, 100_000)
     cache.get("ab12", lambda: b"first", 1.0)
 
     def refuse(*args: object, **kwargs: object) -> None:

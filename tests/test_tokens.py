@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_dataset import jsonl, make_texts, write_parquet
-from test_remote import TEXTS, TOKENIZER, damage, rows_of
+from corpus_helpers import TEXTS, TOKENIZER, damage, jsonl, make_texts, rows_of, write_parquet
 
 from nanochat.common import UserError
 from nanochat.data import document_order, pretokenized
-from nanochat.data.corpus import Corpus
+from nanochat.data.shards import ShardCorpus
 from nanochat.dataset import resolve_corpus
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import tok_data
@@ -41,8 +40,10 @@ class NoText:
         raise AssertionError("tokenised on the fly")
 
 
-def opened(data: Path, base: Path) -> Corpus:
-    return resolve_corpus(str(data), base)
+def opened(data: Path, base: Path) -> ShardCorpus:
+    corpus = resolve_corpus(str(data), base)
+    assert isinstance(corpus, ShardCorpus)
+    return corpus
 
 
 def token_files(base: Path) -> list[Path]:
@@ -51,7 +52,7 @@ def token_files(base: Path) -> list[Path]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_same_batches_as_on_the_fly(world_size: int, data: Path, base: Path, monkeypatch) -> None:
-    monkeypatch.setattr(document_order, "LONGEST_TEXT", 100)  # documents in several pieces
+    monkeypatch.setattr(document_order, "MAX_SEGMENT_CHARS", 100)  # documents in several pieces
     fly = [rows_of(opened(data, base), 120, rank, world_size) for rank in range(world_size)]
     assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
     for rank in range(world_size):
@@ -64,22 +65,22 @@ def test_the_same_validation_and_small_data(data: Path, base: Path) -> None:
     write_parquet(data / "few" / "few.parquet", make_texts(9), 4)
     for folder in (data, data / "few"):
 
-        def blocks(tokenizer: object, folder: Path = folder) -> list[list[list[int]]]:
-            corpus = pretokenized.with_tokens(opened(folder, base), tokenizer)
+        def segments(tokenizer: object, folder: Path = folder) -> list[list[list[int]]]:
+            corpus = opened(folder, base)
+            reader = pretokenized.segment_reader(corpus, tokenizer)
             return [
                 [
-                    item.ids.tolist() if isinstance(item, document_order.Tokens) else TOKENIZER.encode(item.text)
-                    for item in corpus.read_block(split, i)
+                    segment.ids.tolist() if isinstance(segment, document_order.Tokens) else TOKENIZER.encode(segment)
+                    for segment in reader.read(split, i)
                 ]
                 for split in ("train", "val")
-                for i in range(corpus.num_blocks(split))
+                for i in range(corpus.num_row_groups(split))
             ]
 
-        before = blocks(TOKENIZER)
+        before = segments(TOKENIZER)
         assert tok_data.main([f"--data={folder}", "--workers=1"]) == 0
-        corpus = pretokenized.with_tokens(opened(folder, base), TOKENIZER)
-        assert isinstance(corpus.read_block("val", 0), list) and isinstance(corpus, pretokenized.TokenisedCorpus)
-        assert blocks(NoText()) == before
+        assert isinstance(pretokenized.segment_reader(opened(folder, base), TOKENIZER), pretokenized.TokenReader)
+        assert segments(NoText()) == before
 
 
 def test_of_another_tokenizer_or_another_text_they_are_not_used(data: Path, base: Path) -> None:
@@ -107,7 +108,7 @@ def test_of_another_tokenizer_or_another_text_they_are_not_used(data: Path, base
 def test_damaged_files_are_not_used_silently(how: str, data: Path, base: Path, capsys) -> None:
     expected = rows_of(opened(data, base), 60)
     assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
-    parts = opened(data, base).parts["train"]
+    parts = opened(data, base).shards["train"]
     mine, other = (pretokenized.token_path(base / "tokens", part, TOKENIZER) for part in parts[:2])
     if how == "a bit":
         damage(mine, 300)
@@ -126,14 +127,14 @@ def test_no_bit_that_flips_changes_a_token(data: Path, base: Path, monkeypatch: 
     assert tok_data.main([f"--data={data}", "--workers=1"]) == 0
     monkeypatch.setattr(pretokenized, "warn", lambda message: None)
     corpus = opened(data, base)
-    path = pretokenized.token_path(base / "tokens", corpus.parts["train"][0], TOKENIZER)
+    path = pretokenized.token_path(base / "tokens", corpus.shards["train"][0], TOKENIZER)
     whole = path.read_bytes()
-    expected = [TOKENIZER.encode(d.text) for d in corpus.read_block("train", 2)]
+    expected = [TOKENIZER.encode(d.text) for d in corpus.read("train", 2)]
     used = 0
     for at in range(0, len(whole), max(1, len(whole) // 150)):
         path.write_bytes(whole)
         damage(path, at)
-        found = pretokenized.with_tokens(corpus, TOKENIZER).read_block("train", 2)
+        found = pretokenized.segment_reader(corpus, TOKENIZER).read("train", 2)
         used += isinstance(found[0], document_order.Tokens)
         assert not isinstance(found[0], document_order.Tokens) or [t.ids.tolist() for t in found] == expected, at
     assert used > 50  # damage to other blocks leaves this one alone

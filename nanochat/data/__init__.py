@@ -1,5 +1,4 @@
-"""Where documents come from and how they become rows of tokens.
+"""How documents become rows of tokens. nanochat/dataset.py lists the modules in the order of the data.
 
 Called by `nanochat.dataset` (opens a corpus) and `nanochat.dataloader` (makes batches of it).
-Start with `corpus.py`, then `document_order.py` (shuffling) and `row_streams.py` (documents to rows).
 """

@@ -1,6 +1,6 @@
-"""Conversations in, (B, T) batches out: rows of whole conversations, padded, the assistant's words the targets.
+"""Conversations in, (B, T) batches out: rows of whole conversations, padded, with the assistant's turns as targets.
 
-Every process packs the whole stream, which takes only the lengths, and builds the rows that are its own.
+Every rank packs the whole stream, for which it needs only the lengths, and builds the rows that are its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,15 +13,17 @@ from nanochat.common import UserError
 from nanochat.conversation import render, truncate_turns
 from nanochat.data.batches import Batch, PrefetchingLoader, seeded_rng
 from nanochat.data.packing import BestFitPool, fill_row_whole
-from nanochat.data.row_streams import check_layout
+from nanochat.data.row_streams import check_layout, layout_arrays
 
 POOL_CONVERSATIONS = 256  # to choose the best fit from
 CACHE_TOKENS = 32 * 2**20  # rendered conversations kept in memory, 4 bytes each
-EXACT_CONVERSATIONS = 200_000  # num_steps() looks at all of a data set up to this size, else at a sample
+CACHE_ENTRY_TOKENS = 64  # overhead of an entry of the cache
+EXACT_CONVERSATIONS = 200_000  # num_steps() packs all of a data set up to this size, of a larger one a sample
 SAMPLE_CONVERSATIONS = 20_000
 SAMPLE_MARGIN = 0.98  # of the estimate: several times its standard error, so that the data outlasts the steps
 PREFETCH_STEPS = 4
-ORDER_OF_CONVERSATIONS, SAMPLE = 3, 4  # purposes of random numbers
+COUNT_ROWS = 1000  # per step when rows are only counted
+ORDER_OF_CONVERSATIONS, SAMPLE = 3, 4  # purposes of random numbers (batches.seeded_rng)
 
 
 class Dataset(Protocol):
@@ -31,55 +33,55 @@ class Dataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class StreamPlace(NamedTuple):
-    """A place in the stream: the next conversation is the `position`-th of `epoch`; what came of those before it."""
+class ConversationCursor(NamedTuple):
+    """A position: the next conversation is the `position`-th of `epoch`; and counters of what came before it."""
 
     epoch: int = 0
     position: int = 0
-    truncated: int = 0  # too long for a row: the last turns left out
+    truncated: int = 0  # too long for a row: the last turns are left out
     skipped: int = 0  # not even the first exchange fits, or the assistant says nothing
-    rows: int = 0  # made, of all processes
+    rows: int = 0  # over all ranks
     tokens: int = 0  # in them, without padding
 
 
-class Waiting(NamedTuple):
-    """A conversation in the pool."""
-
-    number: int
-    signed: np.ndarray
-
-
-class StreamState(NamedTuple):
+class ConversationState(NamedTuple):
     """Everything about the stream after a step."""
 
-    cursor: StreamPlace = StreamPlace()
-    waiting: Sequence[int] = ()  # conversations in the pool, oldest first
+    cursor: ConversationCursor = ConversationCursor()
+    pool: Sequence[int] = ()  # conversations in the pool, oldest first
+
+
+class Rendered(NamedTuple):
+    """A conversation in the pool. ids: int32, `id` where it is a target and `~id` elsewhere."""
+
+    number: int
+    ids: np.ndarray
 
 
 class RenderedConversations:
-    """The conversations of a data set as token ids that fit a row, rendered when first asked for.
+    """The conversations of a data set as token ids that fit a row, rendered when first needed.
 
-    One int32 array holds ids and mask: `id` where the assistant must produce the token, `~id` elsewhere. Only
-    the first CACHE_TOKENS are kept, the rest is rendered again in every epoch.
+    One int32 array holds ids and mask: `id` where the assistant must produce the token, `~id` elsewhere. The first
+    CACHE_TOKENS are kept, the others rendered again in every epoch.
     """
 
     def __init__(self, dataset: Dataset, tokenizer: Any, row_tokens: int) -> None:
         self.dataset, self.tokenizer, self.row_tokens = dataset, tokenizer, row_tokens
-        self._kept: dict[int, tuple[np.ndarray | None, bool]] = {}
-        self._kept_tokens = 0
+        self._cache: dict[int, tuple[np.ndarray | None, bool]] = {}
+        self._cached_tokens = 0
 
     def get(self, index: int) -> tuple[np.ndarray | None, bool]:
-        """(signed ids or None if there is nothing to learn from in a row's length, was it truncated)."""
-        if index in self._kept:
-            return self._kept[index]
+        """(ids, or None if a row's length holds no target, whether the conversation was truncated)."""
+        if index in self._cache:
+            return self._cache[index]
         try:
             result = self._render(index)
         except ValueError as error:
             raise UserError(f"conversation {index + 1} of {len(self.dataset)}: {error}") from error
-        size = 64 if result[0] is None else 64 + len(result[0])
-        if self._kept_tokens + size <= CACHE_TOKENS:
-            self._kept[index] = result
-            self._kept_tokens += size
+        size = CACHE_ENTRY_TOKENS + (0 if result[0] is None else len(result[0]))
+        if self._cached_tokens + size <= CACHE_TOKENS:
+            self._cache[index] = result
+            self._cached_tokens += size
         return result
 
     def _render(self, index: int) -> tuple[np.ndarray | None, bool]:
@@ -99,7 +101,7 @@ class RenderedConversations:
 
 
 class ConversationPacker:
-    """Packs conversations number 0 .. size - 1, in each epoch's order, into rows. For one thread."""
+    """Packs conversations 0 .. size - 1, in each epoch's order, into rows; builds those of one rank. For one thread."""
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class ConversationPacker:
         row_tokens: int,
         seed: int,
         num_epochs: int | None,
-        rows_per_step: int = 1000,
+        rows_per_step: int = COUNT_ROWS,
         rank: int = 0,
         world_size: int = 1,
         pad: int = 0,
@@ -117,62 +119,67 @@ class ConversationPacker:
         self.get, self.size, self.row_tokens = get, size, row_tokens
         self.seed, self.num_epochs = seed, num_epochs
         self.rows_per_step, self.rank, self.world_size, self.pad = rows_per_step, rank, world_size, pad
-        self.restore(StreamState())
+        self.restore(ConversationState())
 
-    def state(self) -> StreamState:
-        """Where the stream stands."""
-        return StreamState(self.cursor, [waiting.number for waiting in self.pool.items()])
+    def state(self) -> ConversationState:
+        """The position and the pool."""
+        return ConversationState(self.cursor, [rendered.number for rendered in self.pool.items()])
 
-    def restore(self, state: StreamState) -> None:
+    def restore(self, state: ConversationState) -> None:
         """Continue from a state."""
         self.cursor = state.cursor
-        self.pool: BestFitPool[Waiting] = BestFitPool()
+        self.pool: BestFitPool[Rendered] = BestFitPool()
         self._order_epoch, self._order = -1, np.empty(0, np.int64)
-        for index in state.waiting:
-            signed, _ = self.get(index)
-            assert signed is not None, f"conversation {index} was usable when the state was saved"
-            self.pool.add(len(signed), Waiting(index, signed))
+        for index in state.pool:
+            ids, _ = self.get(index)
+            assert ids is not None, f"conversation {index} was usable when the state was saved"
+            self.pool.add(len(ids), Rendered(index, ids))
 
-    def next_step(self) -> tuple[Batch, StreamState]:
+    def next_step(self) -> tuple[Batch, ConversationState]:
         """The rank's rows of the next step. Raises StopIteration when there is none left."""
         rows = self.next_rows()
         if not rows:
             raise StopIteration
         return build_batch(rows[self.rank :: self.world_size], self.row_tokens, self.pad), self.state()
 
-    def next_rows(self) -> list[list[Waiting]]:
-        """Up to rows_per_step rows: fewer where the data ends, and then none."""
-        rows: list[list[Waiting]] = []
+    def next_rows(self) -> list[list[Rendered]]:
+        """The rows of the next step: rows_per_step, fewer at the end of the data, then none."""
+        rows: list[list[Rendered]] = []
         while len(rows) < self.rows_per_step:
-            self._top_up()
+            self._refill()
             before = self.pool.total
             row = fill_row_whole(self.pool, self.row_tokens)
             if not row:
                 break
             rows.append(row)
-            self.cursor = self.cursor._replace(
-                rows=self.cursor.rows + 1, tokens=self.cursor.tokens + before - self.pool.total
-            )
+            now = self.cursor
+            self.cursor = now._replace(rows=now.rows + 1, tokens=now.tokens + before - self.pool.total)
         return rows
 
-    def _top_up(self) -> None:
-        """Fill the pool with the next conversations, those that nothing can be learnt from left out."""
+    def count_rows(self) -> int:
+        """Rows in the whole stream, which must end."""
+        while self.next_rows():
+            pass
+        return self.cursor.rows
+
+    def _refill(self) -> None:
+        """Fill the pool with the next conversations that have a target."""
         while len(self.pool) < POOL_CONVERSATIONS and (index := self._next_index()) is not None:
-            signed, truncated = self.get(index)
-            if signed is None:
+            ids, truncated = self.get(index)
+            if ids is None:
                 self.cursor = self.cursor._replace(skipped=self.cursor.skipped + 1)
                 continue
             self.cursor = self.cursor._replace(truncated=self.cursor.truncated + truncated)
-            self.pool.add(len(signed), Waiting(index, signed))
+            self.pool.add(len(ids), Rendered(index, ids))
 
     def _next_index(self) -> int | None:
-        """The next conversation of the stream, None at its end. UserError if the first epoch held no usable one."""
+        """The next conversation of the stream, None at its end. UserError if the first epoch had no usable one."""
         now = self.cursor
         if now.position == self.size:
             if now.epoch == 0 and now.skipped == self.size:
                 raise UserError(
                     f"none of {self.size} conversations has an answer that fits {self.row_tokens} tokens; "
-                    "check the data or raise --max-seq-len"
+                    "raise --max-seq-len, or shorten the conversations"
                 )
             now = now._replace(epoch=now.epoch + 1, position=0)
         self.cursor = now
@@ -185,17 +192,17 @@ class ConversationPacker:
         return int(self._order[now.position])
 
 
-class ConversationLoader(PrefetchingLoader[StreamState]):
+class ConversationLoader(PrefetchingLoader[ConversationState]):
     """Rows of whole conversations for finetuning. `dataset` has a length and gives conversations by index.
 
-    Each epoch goes through the data set in its own order. Conversations are packed by best fit; one that does
-    not fit a row of sequence_len + 1 tokens is truncated by whole turns, and left out where even its first
-    exchange does not fit or the assistant says nothing; stats() counts both. One step has rows_per_step rows over
-    all processes, of which rank r of W gets rows r, r + W, ...; only the last has fewer, and then perhaps none
-    for some process, whose batch is (0, T): all processes end after the same step.
+    Each epoch goes through the data set in its own order. Conversations are packed by best fit; one that does not fit
+    a row of sequence_len + 1 tokens is truncated by whole turns, and skipped where even its first exchange does not fit
+    or the assistant says nothing; stats() counts both. One step has rows_per_step rows over all ranks, of which rank r
+    of W gets rows r, r + W, ...; only the last step has fewer, and then perhaps none for some ranks, whose batch is
+    (0, T): all ranks end after the same step.
 
-    num_epochs None goes on for ever. Raises UserError for an invalid conversation, naming it, or where none can
-    be used.
+    num_epochs None goes on without end. Raises UserError for an invalid conversation, naming it, or where none is
+    usable.
     """
 
     def __init__(
@@ -240,38 +247,29 @@ class ConversationLoader(PrefetchingLoader[StreamState]):
         """
         epochs = self.num_epochs or 1
         if self.size <= EXACT_CONVERSATIONS:
-            rows = count_rows(
-                ConversationPacker(self._get, self.size, row_tokens=self.row_tokens, seed=self.seed, num_epochs=epochs)
-            )
-            return -(-rows // self.rows_per_step)
+            return -(-self._count_rows(self._get, self.size, epochs) // self.rows_per_step)
         chosen = seeded_rng(SAMPLE, self.seed).choice(self.size, SAMPLE_CONVERSATIONS, replace=False).tolist()
-        rows = count_rows(
-            ConversationPacker(
-                lambda i: self._get(chosen[i]),
-                SAMPLE_CONVERSATIONS,
-                row_tokens=self.row_tokens,
-                seed=self.seed,
-                num_epochs=1,
-            )
-        )
+        rows = self._count_rows(lambda i: self._get(chosen[i]), SAMPLE_CONVERSATIONS, 1)
         return max(1, int(SAMPLE_MARGIN * rows * self.size / SAMPLE_CONVERSATIONS * epochs / self.rows_per_step))
 
+    def _count_rows(self, get: Callable[[int], tuple[np.ndarray | None, bool]], size: int, epochs: int) -> int:
+        packer = ConversationPacker(get, size, row_tokens=self.row_tokens, seed=self.seed, num_epochs=epochs)
+        return packer.count_rows()
+
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Where the stream stands after the last batch handed out. The same on every rank."""
-        state = {f"conversations.{name}": np.array(value, np.int64) for name, value in self._layout.items()}
-        state["conversations.place"] = np.array(self._state.cursor, np.int64)
-        state["conversations.waiting"] = np.array(self._state.waiting, np.int64)
-        return state
+        """The position of the stream after the last batch handed out. The same on every rank."""
+        return layout_arrays("conversations", self._layout) | {
+            "conversations.place": np.array(self._state.cursor, np.int64),
+            "conversations.waiting": np.array(self._state.pool, np.int64),
+        }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Go on from a saved state, with any number of processes. Raises UserError for another run's."""
-        found = {name: int(state[f"conversations.{name}"]) for name in self._layout if f"conversations.{name}" in state}
-        check_layout(found, self._layout)
-        cursor = StreamPlace(*np.asarray(state["conversations.place"]).tolist())
-        self._restore(StreamState(cursor, np.asarray(state["conversations.waiting"]).tolist()))
+        check_layout("conversations", state, self._layout)
+        cursor = ConversationCursor(*np.asarray(state["conversations.place"]).tolist())
+        self._restore(ConversationState(cursor, np.asarray(state["conversations.waiting"]).tolist()))
 
     def stats(self) -> dict[str, float]:
-        """Over all processes, up to the last batch handed out; conversations counts what was read for it."""
+        """Over all ranks, up to the last batch handed out; conversations counts what was read for it."""
         now = self._state.cursor
         return {
             "conversations": now.epoch * self.size + now.position,
@@ -284,22 +282,15 @@ class ConversationLoader(PrefetchingLoader[StreamState]):
         }
 
 
-def count_rows(packer: ConversationPacker) -> int:
-    """How many rows are left in the packer's stream, which must end."""
-    while packer.next_rows():
-        pass
-    return packer.cursor.rows
-
-
-def build_batch(rows: list[list[Waiting]], row_tokens: int, pad: int) -> Batch:
-    """(N, T) inputs and targets; padding is `pad` and no target. Every row has a target."""
+def build_batch(rows: list[list[Rendered]], row_tokens: int, pad: int) -> Batch:
+    """(N, T) inputs and targets; padding is `pad` with target -1. Every row has a target."""
     signed = np.full((len(rows), row_tokens), ~pad, np.int32)
     for line, row in zip(signed, rows):
-        joined = np.concatenate([waiting.signed for waiting in row])
+        joined = np.concatenate([rendered.ids for rendered in row])
         line[: len(joined)] = joined
     inputs, targets = signed[:, :-1].astype(np.int64), signed[:, 1:].astype(np.int64)  # (N, T) each
     np.invert(inputs, out=inputs, where=inputs < 0)
     targets[targets < 0] = -1
     assert (targets >= 0).any(axis=1).all(), "a row without a target"
-    origin = f"conversations {' '.join(str(waiting.number) for row in rows for waiting in row)}"
+    origin = f"conversations {' '.join(str(rendered.number) for row in rows for rendered in row)}"
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), None, origin)

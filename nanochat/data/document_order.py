@@ -1,45 +1,33 @@
-"""Which documents a lane reads, and in which order: a pure function of (seed, epoch, lane).
+"""Deterministic shuffling: maps (seed, epoch, stream) to the sequence of documents that stream reads.
 
-A corpus is blocks of documents. Blocks are cut in parts where there are few, so that every lane gets some; a
-part of a block is a unit. Each epoch has its own permutation of the units, dealt out to the lanes in turn. So a
-place in the data is three integers: epoch, unit, document.
+The unit of shuffling is a row group; a corpus with few row groups has each cut into slices, so that every stream gets
+some. Each epoch permutes all slices and deals them to the streams round-robin, so a position in the data is three
+integers: (epoch, slice, document). Resuming needs nothing else.
 """
 
 import sys
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from nanochat.common import BadShard, UserError
+from nanochat.common import BadShard, warn
 from nanochat.data.batches import seeded_rng
+from nanochat.data.corpus import Corpus, NoText
 
-UNITS_PER_LANE = 8  # at least, in an epoch
-CACHE_BYTES = 256 * 2**20  # of text, in blocks kept for the next visit
-AHEAD_UNITS = 3  # of each lane, that are asked for before they are needed
-FEW_BLOCKS = 4  # a corpus of no more is looked at before its blocks are cut in parts
-KEPT_UNITS = 2**18  # of permutations, beside the last four
-LONGEST_TEXT = 2**20  # characters; a longer document is tokenised piece by piece
-ORDER_OF_UNITS, ORDER_IN_BLOCK = 1, 2  # purposes of random numbers
-
-
-class NoText(UserError):
-    """There is no document in a split, or none is left without the shards that are bad."""
-
-
-class Corpus(Protocol):
-    """The part of corpus.Corpus that reading needs."""
-
-    name: str
-    fingerprint: str
-
-    def num_blocks(self, split: str) -> int: ...
-    def read_block(self, split: str, index: int) -> list: ...
+MIN_SLICES_PER_STREAM = 8  # in an epoch
+CACHE_BYTES = 256 * 2**20  # of text or tokens, in row groups kept for the next visit
+PREFETCH_SLICES = 3  # of each stream
+FEW_ROW_GROUPS = 4  # a corpus with no more is read before its row groups are cut into slices
+PERMUTATION_CACHE = 2**18  # slices, of epochs beside the last four
+MAX_SEGMENT_CHARS = 2**20  # a longer document is tokenised in several segments
+ORDER_OF_SLICES, ORDER_IN_ROW_GROUP = 1, 2  # purposes of random numbers (batches.seeded_rng)
 
 
 class Tokens:
-    """A text that was tokenised before. len() is its characters, as of the text, and getsizeof the memory it takes."""
+    """A segment tokenised beforehand. len() is its characters, as of the text; getsizeof the memory it takes."""
 
     __slots__ = ("characters", "ids")
 
@@ -53,158 +41,193 @@ class Tokens:
         return 200 + self.ids.nbytes
 
 
-class Text(NamedTuple):
-    """A document to be tokenised, or its tokens, and where it came from."""
+class SegmentReader:
+    """Reads the row groups of a corpus as segments: documents, the very long ones split."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+
+    def read(self, split: str, index: int) -> list[str | Tokens]:
+        """The segments of a row group, in order."""
+        return [segment for document in self.corpus.read(split, index) for segment in split_text(document.text)]
+
+    def prefetch(self, split: str, indices: Iterable[int]) -> None:
+        """Start fetching row groups that read() will be asked for soon."""
+        self.corpus.prefetch(split, indices)
+
+
+class PlacedSegment(NamedTuple):
+    """A segment to be trained on, as text or tokens, and where in the data it comes from."""
 
     text: str | Tokens
     epoch: int
-    block: int
-    number: int  # in the block
+    row_group: int
+    number: int  # in the row group
 
 
 class Cursor(NamedTuple):
-    """A lane's place: the next document it reads is `document` of its `unit`-th unit in `epoch`."""
+    """A stream's position: it reads next segment `document` of its `slice_number`-th slice in `epoch`."""
 
     epoch: int = 0
-    unit: int = 0
+    slice_number: int = 0
     document: int = 0
 
 
 class DocumentOrder:
-    """Reads one split of a corpus for any number of lanes, one thread at a time; keeps the last blocks.
+    """Reads one split of a corpus for any number of streams, on one thread; caches row groups.
 
-    own_lanes: how many lanes will read through this object; it bounds what is kept.
+    own_streams: how many of the streams are read through this object; bounds the cache. empty_if_bad: where bad shards
+    may be skipped, read them as empty (for evaluation, which has no say in what is skipped).
     """
 
     def __init__(
-        self, corpus: Corpus, split: str, *, num_lanes: int, own_lanes: int, seed: int, shuffle: bool = True
+        self,
+        reader: SegmentReader,
+        split: str,
+        *,
+        num_streams: int,
+        own_streams: int,
+        seed: int,
+        shuffle: bool = True,
+        empty_if_bad: bool = False,
     ) -> None:
-        self.corpus, self.split, self.num_lanes = corpus, split, num_lanes
+        self.reader, self.corpus, self.split, self.num_streams = reader, reader.corpus, split, num_streams
         self.seed, self.shuffle = seed, shuffle
-        self.num_blocks = corpus.num_blocks(split)
-        if self.num_blocks == 0:
+        self.empty_if_bad = empty_if_bad and self.corpus.bad_shards.may_skip
+        self._warned: set[str] = set()  # bad shards read as empty
+        self.num_row_groups = self.corpus.num_row_groups(split)
+        if self.num_row_groups == 0:
             raise self._no_text()
-        self.parts = -(-UNITS_PER_LANE * num_lanes // self.num_blocks)
-        # A block in one part is visited once an epoch: keep only the one each lane is at.
-        self._keep_blocks = own_lanes if self.parts == 1 else self.num_blocks
-        self._kept: OrderedDict[int, tuple[int, list[str | Tokens]]] = OrderedDict()  # block -> (bytes, texts)
-        self._kept_bytes = 0
-        self._prefetch = getattr(corpus, "prefetch", None)
-        self._sizes = np.full(self.num_blocks, -1)  # documents in each block, -1 = not read yet
-        if self.num_blocks <= FEW_BLOCKS:  # then perhaps few documents, too: no more parts than there are
-            most = max(self._size(block) for block in range(self.num_blocks))
-            self.parts = max(1, min(self.parts, most))
-        self._documents_of = lru_cache(maxsize=own_lanes)(self._share_out)  # a unit is taken from many times
-        self.cut_blocks(self.parts)
+        slices = -(-MIN_SLICES_PER_STREAM * num_streams // self.num_row_groups)
+        # Without slices a row group is visited once an epoch: keep only the one each stream is at.
+        self._max_cached = own_streams if slices == 1 else self.num_row_groups
+        self._cache: OrderedDict[int, tuple[int, list[str | Tokens]]] = OrderedDict()  # row group -> (bytes, segments)
+        self._cached_bytes = 0
+        self._sizes = np.full(self.num_row_groups, -1)  # segments in each row group, -1 = not read yet
+        if self.num_row_groups <= FEW_ROW_GROUPS:  # perhaps few documents, too: no more slices than there are
+            slices = max(1, min(slices, max(self._size(group) for group in range(self.num_row_groups))))
+        self._indices_of = lru_cache(maxsize=own_streams)(self._slice_indices)  # a slice is taken from many times
+        self.set_slices(slices)
 
-    def cut_blocks(self, parts: int) -> None:
-        """Cut each block in so many units, as a saved state says. Otherwise the first reading decides it, which may
-        have met a shard that is left out now."""
-        self.parts, self.num_units = parts, self.num_blocks * parts
-        self._permutation = lru_cache(maxsize=4 + KEPT_UNITS // self.num_units)(self._make_permutation)
-        self._documents_of.cache_clear()
+    def set_slices(self, per_row_group: int) -> None:
+        """Cut each row group into so many slices, as a saved state says: the number found at the first start may have
+        depended on a shard that is skipped now."""
+        self.slices_per_group, self.num_slices = per_row_group, self.num_row_groups * per_row_group
+        self._permutation = lru_cache(maxsize=4 + PERMUTATION_CACHE // self.num_slices)(self._make_permutation)
+        self._indices_of.cache_clear()
 
-    def take(self, lane: int, cursor: Cursor, max_documents: int, max_chars: int) -> tuple[list[Text], Cursor]:
-        """The lane's next documents and the cursor after them: at least one, never across the end of an epoch.
+    def take(
+        self, stream: int, cursor: Cursor, max_documents: int, max_chars: int
+    ) -> tuple[list[PlacedSegment], Cursor]:
+        """The stream's next segments and the cursor after them: at least one, never across the end of an epoch.
 
         Stops once there are max_documents, or max_chars characters. Raises NoText if the split has none.
         """
-        taken: list[Text] = []
+        taken: list[PlacedSegment] = []
         chars = 0
-        epoch, unit, document = cursor
+        epoch, number, document = cursor
         while True:
-            position = (lane - epoch) % self.num_lanes + unit * self.num_lanes
-            if position >= self.num_units:
+            position = self._position(stream, epoch, number)
+            if position >= self.num_slices:
                 if taken:
-                    return taken, Cursor(epoch, unit, document)
-                epoch, unit, document = epoch + 1, 0, 0
+                    return taken, Cursor(epoch, number, document)
+                epoch, number, document = epoch + 1, 0, 0
                 if not self._sizes.any():
                     raise self._no_text()
                 continue
-            block, part = divmod(int(self._permutation(epoch)[position]), self.parts)
-            chosen = self._documents_of(epoch, block, part)
-            for index in chosen[document:]:
-                text = self._read(block)[index]
-                taken.append(Text(text, epoch, block, int(index)))
+            group, part = divmod(int(self._permutation(epoch)[position]), self.slices_per_group)
+            for index in self._indices_of(epoch, group, part)[document:]:
+                text = self._read(group)[index]
+                taken.append(PlacedSegment(text, epoch, group, int(index)))
                 chars += len(text)
                 document += 1
                 if len(taken) == max_documents or chars >= max_chars:
-                    return taken, Cursor(epoch, unit, document)
-            unit, document = unit + 1, 0
+                    return taken, Cursor(epoch, number, document)
+            number, document = number + 1, 0
+
+    def prefetch(self, stream: int, cursor: Cursor) -> None:
+        """Have the corpus fetch the row groups the stream will want next."""
+        epoch, number, _ = cursor
+        groups: list[int] = []
+        for _ in range(PREFETCH_SLICES):
+            if self._position(stream, epoch, number) >= self.num_slices:
+                epoch, number = epoch + 1, 0
+            position = self._position(stream, epoch, number)
+            if position < self.num_slices:
+                groups.append(int(self._permutation(epoch)[position]) // self.slices_per_group)
+            number += 1
+        self.reader.prefetch(self.split, [group for group in dict.fromkeys(groups) if group not in self._cache])
 
     def forget(self) -> None:
-        """Read anew what is asked for again: the corpus leaves out more than before."""
-        self._kept.clear()
-        self._kept_bytes = 0
+        """Drop the cache, after the corpus has begun to skip more shards."""
+        self._cache.clear()
+        self._cached_bytes = 0
         self._sizes[:] = np.where(self._sizes == 0, 0, -1)
-        self._documents_of.cache_clear()
+        self._indices_of.cache_clear()
+
+    def _position(self, stream: int, epoch: int, number: int) -> int:
+        """Where in the epoch's permutation a stream's `number`-th slice stands; num_slices or more if it has ended."""
+        return (stream - epoch) % self.num_streams + number * self.num_streams
 
     def _make_permutation(self, epoch: int) -> np.ndarray:
-        """Units of an epoch in the order in which they are dealt out, (num_units,) int64."""
+        """An epoch's slices in the order in which they are dealt to the streams, (num_slices,) int64."""
         if not self.shuffle:
-            return np.arange(self.num_units)
-        return seeded_rng(ORDER_OF_UNITS, self.seed, epoch).permutation(self.num_units)
+            return np.arange(self.num_slices)
+        return seeded_rng(ORDER_OF_SLICES, self.seed, epoch).permutation(self.num_slices)
 
-    def _share_out(self, epoch: int, block: int, part: int) -> np.ndarray:
-        """Indices in the block of a unit's documents; the parts of a block share its documents out anew each epoch."""
-        size = int(self._sizes[block])
+    def _slice_indices(self, epoch: int, group: int, part: int) -> np.ndarray:
+        """Indices in the row group of a slice's segments. Each epoch deals a row group to its slices anew."""
+        size = int(self._sizes[group])
         if size < 0:
-            size = len(self._read(block))
+            size = len(self._read(group))
         if not self.shuffle:
-            return np.arange(part * size // self.parts, (part + 1) * size // self.parts)
+            return np.arange(part * size // self.slices_per_group, (part + 1) * size // self.slices_per_group)
         if part >= size:
-            return np.arange(0)  # a pass over many of these should be quick
-        return seeded_rng(ORDER_IN_BLOCK, self.seed, epoch, block).permutation(size)[part :: self.parts]
+            return np.arange(0)  # fast, as there may be very many
+        order = seeded_rng(ORDER_IN_ROW_GROUP, self.seed, epoch, group).permutation(size)
+        return order[part :: self.slices_per_group]
 
-    def look_ahead(self, lane: int, cursor: Cursor) -> None:
-        """Tell a corpus that has to fetch its blocks which ones the lane will want next."""
-        if self._prefetch is None:
-            return
-        epoch, unit, _ = cursor
-        blocks: list[int] = []
-        for _ in range(AHEAD_UNITS):
-            position = (lane - epoch) % self.num_lanes + unit * self.num_lanes
-            if position >= self.num_units:
-                epoch, unit, position = epoch + 1, 0, (lane - epoch - 1) % self.num_lanes
-            if position < self.num_units:
-                blocks.append(int(self._permutation(epoch)[position]) // self.parts)
-            unit += 1
-        self._prefetch(self.split, [block for block in dict.fromkeys(blocks) if block not in self._kept])
-
-    def _size(self, block: int) -> int:
-        """Documents in a block; none in one that cannot be read and may be skipped, of which take() will tell."""
+    def _size(self, group: int) -> int:
+        """Segments in a row group; 0 for one in a bad shard that may be skipped, which take() will raise for."""
         try:
-            return len(self._read(block))
+            return len(self._read(group))
         except BadShard:
-            if not getattr(self.corpus, "skip_bad", False):
+            if not self.corpus.bad_shards.may_skip:
                 raise
             return 0
 
-    def _read(self, block: int) -> list[str | Tokens]:
-        """The texts of a block, from memory if it was read lately."""
-        if block in self._kept:
-            self._kept.move_to_end(block)
-            return self._kept[block][1]
-        found = self.corpus.read_block(self.split, block)
-        texts = [piece for item in found for piece in ([item] if isinstance(item, Tokens) else cut(item.text))]
-        size = sum(map(sys.getsizeof, texts))
-        self._sizes[block] = len(texts)
-        self._kept[block] = size, texts
-        self._kept_bytes += size
-        while len(self._kept) > 1 and (self._kept_bytes > CACHE_BYTES or len(self._kept) > self._keep_blocks):
-            self._kept_bytes -= self._kept.popitem(last=False)[1][0]
-        return texts
+    def _read(self, group: int) -> list[str | Tokens]:
+        """The segments of a row group, from the cache if it was read lately."""
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group][1]
+        try:
+            segments = self.reader.read(self.split, group)
+        except BadShard as error:
+            if not self.empty_if_bad:
+                raise
+            if error.shard not in self._warned:
+                warn(f"not measured on: {error}")
+            self._warned.add(error.shard)
+            segments = []
+        size = sum(map(sys.getsizeof, segments))
+        self._sizes[group] = len(segments)
+        self._cache[group] = size, segments
+        self._cached_bytes += size
+        while len(self._cache) > 1 and (self._cached_bytes > CACHE_BYTES or len(self._cache) > self._max_cached):
+            self._cached_bytes -= self._cache.popitem(last=False)[1][0]
+        return segments
 
     def _no_text(self) -> NoText:
         return NoText(f"{self.corpus.name}: there is no text in its {self.split} split; check --data")
 
 
-def cut(text: str) -> list[str]:
-    """A text as pieces of bounded size, nearly always itself; cut after white space if possible. None if empty."""
-    pieces, start = [], 0
-    while len(text) - start > LONGEST_TEXT:
-        window = start + LONGEST_TEXT // 2, start + LONGEST_TEXT
+def split_text(text: str) -> list[str]:
+    """A text as segments of bounded size, nearly always one; split after white space if possible. None if empty."""
+    segments, start = [], 0
+    while len(text) - start > MAX_SEGMENT_CHARS:
+        window = start + MAX_SEGMENT_CHARS // 2, start + MAX_SEGMENT_CHARS
         end = max(text.rfind("\n", *window), text.rfind(" ", *window)) + 1 or window[1]
-        pieces.append(text[start:end])
+        segments.append(text[start:end])
         start = end
-    return [*pieces, text[start:]] if text else pieces
+    return [*segments, text[start:]] if text else segments

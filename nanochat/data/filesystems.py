@@ -1,4 +1,4 @@
-"""What fsspec's file systems have in common, and what they do not: opening one, listing files, what an error means."""
+"""Differences between fsspec's file systems: open one, list its files, classify its errors."""
 
 import re
 from collections.abc import Callable
@@ -14,11 +14,10 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "h
 
 
 def open_filesystem(data: str) -> tuple[Any, str]:
-    """(an fsspec file system, the path in it). UserError that names the package which is missing."""
-    if "::" in data:  # of zip://inner::https://host/archive.zip fsspec gives zip://inner as the file's address
+    """(an fsspec file system, the path in it). UserError names a package that is missing."""
+    if "::" in data:  # for zip://inner::https://host/archive.zip fsspec gives zip://inner as the file's address
         raise UserError(
-            f"--data {data}: what lies inside another file (::) cannot be read; unpack it, and give the "
-            "address of its files"
+            f"--data {data}: files inside another file (::) cannot be read; unpack it and give its files' address"
         )
     protocol = data.split("://")[0]
     try:
@@ -29,19 +28,19 @@ def open_filesystem(data: str) -> tuple[Any, str]:
         raise UserError(f"--data {data}: {protocol}:// needs a package that is not installed: {fix}") from error
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"--data {data}: {brief(error)}; give a path, or a URL such as s3://bucket/folder") from error
-    fs.invalidate_cache()  # what was listed earlier in this process
+    fs.invalidate_cache()  # of listings made earlier in this process
     return fs, path
 
 
 def list_files(fs: Any, path: str, usable: Callable[[PurePosixPath], Any]) -> dict[str, dict[str, Any]]:
-    """Path and facts of the usable files. FileNotFoundError if nothing is there."""
+    """Path -> info of the usable files. FileNotFoundError if the path does not exist."""
     web = "http" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-    fixed = None  # what a pattern says of itself, before its first wildcard
+    fixed = None  # of a pattern, the folder before its first wildcard
     if any(c in path for c in "*[") and not (web and fs.exists(path)):
         matches = fs.glob(path, detail=True)
         fixed = re.split(r"[*\[]", path)[0].rpartition("/")[0]
     elif web and not usable(PurePosixPath(urlsplit(path).path)):
-        matches = {path: {"type": "directory"}}  # to a web server a folder is a page with links
+        matches = {path: {"type": "directory"}}  # on a web server a folder is a page with links
     else:
         matches = {path: fs.info(path)}
     found: dict[str, dict[str, Any]] = {}
@@ -50,20 +49,20 @@ def list_files(fs: Any, path: str, usable: Callable[[PurePosixPath], Any]) -> di
             below = {match: info}
         else:
             below = linked_files(fs, match) if web else fs.find(match, detail=True)
-        for name, facts in below.items():
+        for name, details in below.items():
             plain = PurePosixPath(urlsplit(name).path if web else name)
             below_given = name.removeprefix(match if fixed is None else fixed).split("/")
             if usable(plain) and not any(part.startswith(".") for part in below_given):
-                found[name] = facts
-    if web:  # a page with links tells no sizes
-        found = {name: fs.info(name) if facts.get("size") is None else facts for name, facts in found.items()}
+                found[name] = details
+    if web:  # a page with links has no sizes
+        found = {name: fs.info(name) if info.get("size") is None else info for name, info in found.items()}
     return found
 
 
 def linked_files(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
-    """fs.find() for the web, which takes a page that it cannot fetch, as when the server is down, for an empty one.
+    """fs.find() for the web, where find() takes a page that cannot be fetched (the server is down) for an empty folder.
 
-    Of folders only those below are entered: a listing links to its parent, too, and to itself in another order."""
+    Only folders below are entered: a listing also links to its parent, and to itself in another sort order."""
     found: dict[str, dict[str, Any]] = {}
     here = folder.rstrip("/") + "/"
     for info in fs.ls(folder, detail=True):
@@ -75,62 +74,45 @@ def linked_files(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+VERSION_KEYS = (
+    "ETag etag md5Hash generation version_id Content-MD5 LastModified last_modified Last-Modified mtime updated created"
+)
+NETWORK_LIBRARIES = "aiohttp botocore aiobotocore gcsfs google requests urllib3 httpx huggingface_hub azure"
+
+
 def version_of(info: dict[str, Any]) -> str:
-    """What a file system says of which version of a file this is."""
-    names = (
-        "ETag",
-        "etag",
-        "md5Hash",
-        "generation",
-        "version_id",
-        "Content-MD5",
-        "LastModified",
-        "last_modified",
-        "Last-Modified",
-        "mtime",
-        "updated",
-        "created",
-    )
-    return next((f"{name} {info[name]}" for name in names if info.get(name)), "")
+    """Identifies a file's version, from what its file system says; empty if it says nothing."""
+    return next((f"{key} {info[key]}" for key in VERSION_KEYS.split() if info.get(key)), "")
 
 
 # ---------------------------------------------------------------------------------------------------
-# What went wrong
+# Errors
 
 
-def trouble(error: Exception) -> str | None:
-    """ "missing", "shorter" (than the part that was asked for), "denied", or "network" for what another attempt may
-    heal; None for a mistake in the program."""
-    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):  # what fsspec makes of any
-        return trouble(error.__cause__)
-    answer = getattr(error.__cause__ or error, "response", None)  # botocore's, whose errors s3fs translates in part
-    said = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
-    status = getattr(error, "status", None) or getattr(error, "code", None) or said
-    name = type(error).__name__
-    gone = (404, 410, "404", "NoSuchBucket", "NoSuchKey")
-    if isinstance(error, FileNotFoundError | IsADirectoryError) or status in gone:
+def classify(error: Exception) -> str | None:
+    """ "missing", "shorter" (than the requested range), "denied", or "network" if another attempt may help; None for a
+    bug."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):  # fsspec's for any error
+        return classify(error.__cause__)
+    response = getattr(error.__cause__ or error, "response", None)  # botocore's, whose errors s3fs translates in part
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    status = str(getattr(error, "status", None) or getattr(error, "code", None) or code)
+    if isinstance(error, FileNotFoundError | IsADirectoryError) or status in (
+        "404",
+        "410",
+        "NoSuchBucket",
+        "NoSuchKey",
+    ):
         return "missing"
-    if status in (416, "416", "InvalidRange"):
+    if status in ("416", "InvalidRange"):
         return "shorter"
-    if isinstance(error, PermissionError) or status in (401, 403, "403") or "Credentials" in name:
+    if isinstance(error, PermissionError) or status in ("401", "403") or "Credentials" in type(error).__name__:
         return "denied"
-    library = type(error).__module__.split(".")[0]
-    from_network = library in (
-        "aiohttp",
-        "botocore",
-        "aiobotocore",
-        "gcsfs",
-        "google",
-        "requests",
-        "urllib3",
-        "httpx",
-        "huggingface_hub",
-        "azure",
-    )
+    from_network = type(error).__module__.split(".")[0] in NETWORK_LIBRARIES.split()
     return "network" if from_network or isinstance(error, OSError | TimeoutError | EOFError) else None
 
 
 def brief(error: Exception) -> str:
-    """The error's first line, or that of its cause where fsspec put only the address in it."""
-    words = str(error.__cause__ or error).strip().splitlines()
-    return (words[0].rstrip(". ") if words and words[0] else type(error).__name__)[:120]
+    """The first line of the error, or of its cause where fsspec's own has only the address; at most 120 characters."""
+    lines = str(error.__cause__ or error).strip().splitlines()
+    return (lines[0].rstrip(". ") if lines and lines[0] else type(error).__name__)[:120]

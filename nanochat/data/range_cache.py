@@ -1,7 +1,7 @@
-"""Pieces of remote files, kept on a disk of this machine within a budget, shared by all processes that use the folder.
+"""Byte ranges of remote files, kept on disk within a size limit, shared by all processes that use the folder.
 
-A piece never changes: its name says of which version of which file it is, and from where to where. It appears by a
-rename, carries a digest of its bytes, and is read into memory whole, so that whoever deletes it takes it from nobody.
+A range never changes: its name holds the version of the file, start and end. It appears in one rename, carries a digest
+of its bytes, and is read into memory whole, so that deleting it disturbs no reader.
 """
 
 import hashlib
@@ -17,38 +17,40 @@ from filelock import FileLock, Timeout
 from nanochat.common import atomic_write, warn
 
 DIGEST_BYTES = 16
-KEPT_SHARE = 0.75  # of the budget, once something had to go: room to write before the next time
-COUNT_SHARE = 0.01  # of the budget: after writing so much, a process counts again what all have written
-STRIPES = 1024  # locks, so that two processes seldom wait for each other over different pieces
-ABANDONED_SECONDS = 3600.0  # after which a temporary file belongs to nobody
+EVICTED_SHARE = 0.75  # of the limit that is left after an eviction: room to write before the next one
+COUNT_SHARE = 0.01  # of the limit: after writing so much, a process measures the folder again
+LOCKS = 1024  # so that two processes seldom wait for each other over different ranges
+ABANDONED_SECONDS = 3600.0  # age at which a temporary file is a dead process's
 
 
-class PieceCache:
-    """The pieces in `folder`, at most `budget_bytes` of them; 0 keeps none. Any thread may use it.
+class RangeCache:
+    """Byte ranges in `folder`, at most `max_bytes` of them; 0 keeps none. Thread-safe.
 
-    A disk that is full or fails is told once and costs the keeping, not the reading.
+    A disk that is full or fails costs a warning and the caching, not the reading.
     """
 
-    def __init__(self, folder: Path, budget_bytes: int) -> None:
-        self.folder, self.budget = folder, budget_bytes
-        self.counted = self.written = -1  # bytes in the folder when last counted, and written here since
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self.counted = self.written = -1  # bytes in the folder when last measured, and written here since
         self.failed = False
         self.lock = threading.Lock()
 
-    def get(self, name: str, fetch: Callable[[], bytes], patience: float) -> bytes:
-        """The piece `name`, from the disk or else from `fetch`, which one process at a time calls; kept for later."""
-        data = self.load(name) if self.budget > 0 else None
+    def get(self, name: str, fetch: Callable[[], bytes], lock_timeout: float) -> bytes:
+        """The range `name`, from disk or else from fetch(), which one process at a time calls."""
+        if self.max_bytes <= 0:
+            return fetch()
+        data = self.load(name)
         if data is not None:
             return data
-        if self.budget <= 0 or self.failed:
+        if self.failed:
             return fetch()
-        with ExitStack() as held:
-            stripe = int(hashlib.blake2b(name.encode(), digest_size=4).hexdigest(), 16) % STRIPES
+        with ExitStack() as stack:
+            number = int(hashlib.blake2b(name.encode(), digest_size=4).hexdigest(), 16) % LOCKS
             try:
                 (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(self.folder / ".locks" / f"{stripe:04d}", timeout=patience))
+                stack.enter_context(FileLock(self.folder / ".locks" / f"{number:04d}", timeout=lock_timeout))
             except Timeout:
-                pass  # whoever holds it has no luck with the network either
+                pass  # the network fails for the process that holds it, too
             except OSError as error:
                 self._fail(error)
                 return fetch()
@@ -59,13 +61,13 @@ class PieceCache:
         return data
 
     def load(self, name: str) -> bytes | None:
-        """The piece, or None if it is not there. A damaged one is deleted."""
+        """The range, or None if it is not there. A damaged one is deleted."""
         path = self.path(name)
         try:
             content = path.read_bytes()
             if content[:DIGEST_BYTES] == digest(content[DIGEST_BYTES:]):
-                with suppress(OSError):  # a folder that is only read
-                    os.utime(path)  # used last: goes last
+                with suppress(OSError):  # a read-only folder
+                    os.utime(path)  # the least recently used is evicted first
                 return content[DIGEST_BYTES:]
             warn(f"{path} is damaged: fetching it again")
             path.unlink()
@@ -74,39 +76,38 @@ class PieceCache:
         return None
 
     def store(self, name: str, data: bytes) -> None:
-        """Keep a piece. It is worth no flush to the disk: one that a power cut damages is fetched again."""
-        path = self.path(name)
+        """Keep a range. Not flushed to the disk: one that a power failure damages is fetched again."""
         try:
-            with atomic_write(path, durable=False) as file:
+            with atomic_write(self.path(name), durable=False) as file:
                 file.write(digest(data) + data)
             with self.lock:
                 self.written += len(data)
-                if self.counted < 0 or self.written > COUNT_SHARE * self.budget:
+                if self.counted < 0 or self.written > COUNT_SHARE * self.max_bytes:
                     self.counted, self.written = self._evict(), 0
         except OSError as error:
             self._fail(error)
 
     def path(self, name: str) -> Path:
-        """Where a piece lies."""
+        """The file of a range."""
         return self.folder / name[:2] / name
 
     def _evict(self) -> int:
-        """Delete the pieces used longest ago if there is too much; bytes that are left."""
+        """Delete the least recently used ranges if there is too much; the bytes that are left."""
         found = []  # (last used, bytes, path)
         for folder in os.scandir(self.folder):
             if folder.name.startswith(".") or not folder.is_dir():
                 continue
             for entry in os.scandir(folder.path):
-                with suppress(OSError):  # another process deletes, too
+                with suppress(OSError):  # another process may have deleted it
                     stat = entry.stat()
                     if not entry.name.startswith("."):
                         found.append((stat.st_mtime, stat.st_size, entry.path))
                     elif time.time() - stat.st_mtime > ABANDONED_SECONDS:
                         os.unlink(entry.path)
         total = sum(size for _, size, _ in found)
-        if total > self.budget * (1 - COUNT_SHARE):
+        if total > self.max_bytes * (1 - COUNT_SHARE):
             for _, size, path in sorted(found):
-                if total <= KEPT_SHARE * self.budget:
+                if total <= EVICTED_SHARE * self.max_bytes:
                     break
                 with suppress(OSError):
                     os.unlink(path)
@@ -115,10 +116,10 @@ class PieceCache:
 
     def _fail(self, error: OSError) -> None:
         if not self.failed:
-            warn(f"{self.folder} cannot keep what is fetched ({error.strerror or error}): going on without keeping it")
+            warn(f"cannot cache fetched data in {self.folder} ({error.strerror or error}): continuing without a cache")
         self.failed = True
 
 
 def digest(data: bytes) -> bytes:
-    """What stands before a piece's bytes on the disk."""
+    """Stored before a range's bytes."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()

@@ -1,8 +1,8 @@
-"""Files behind URLs, read in pieces through fsspec: s3://, gs://, https://, hf://, memory:// and what else it knows.
+"""Files behind URLs, read through fsspec: s3://, gs://, https://, hf://, memory:// and whatever else it knows.
 
-Training reads row groups in an order that jumps all over the corpus, so what is fetched is a row group, not a file,
-and its order being known, it is fetched ahead of need. Nothing here knows parquet: a reader says where a file is to be
-cut. What fails for want of a network is tried again for as long as `patience_seconds` says.
+Training reads row groups in a random but known order, so it fetches byte ranges, not files, and ahead of need. Nothing
+here knows parquet: the caller says which ranges of a file belong together. Network errors are retried for as long as
+`patience_seconds` says.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import itertools
 import threading
 import time
 import weakref
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -24,30 +25,36 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from nanochat.common import BadShard, UserError, get_cache_bytes, get_cache_dir, get_network_seconds, warn
-from nanochat.data.filesystems import brief, list_files, open_filesystem, trouble, version_of
-from nanochat.data.range_cache import PieceCache
+from nanochat.data.filesystems import brief, classify, list_files, open_filesystem, version_of
+from nanochat.data.range_cache import RangeCache
 from nanochat.distributed.signals import raise_if_stop_requested
 
 Result = TypeVar("Result")
 
-CHUNK_BYTES = 8 * 2**20  # where a reader does not say where to cut
-TAIL_BYTES = 64 * 2**10  # read first of a parquet file's end; larger footers take a second read
+CHUNK_BYTES = 8 * 2**20  # of what is outside the ranges that a reader names
+TAIL_BYTES = 64 * 2**10  # first read from a parquet file's end; a larger footer takes a second read
+BUFFER_BYTES = 2**20  # of an open file
 THREADS = 16  # that fetch
-MOST_PENDING = 256  # pieces asked for in advance and not taken yet
-FIRST_PATIENCE_SECONDS = 10.0  # until the other side has answered once: an address may be wrong
+MAX_PENDING = 256  # ranges prefetched and not read yet
+FOOTER_CACHE_BYTES = 2**40  # no limit: footers are small, and read at every start
+UNREACHED_PATIENCE_SECONDS = 10.0  # until the server has answered once: the address may be wrong
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 10.0
-TELL_SECONDS = 10.0  # between two words about a network that fails
-URGENT, AHEAD = 0, 1
+WARN_SECONDS = 10.0  # between two warnings about a failing network
+POLL_SECONDS = 0.2  # between checks for a stop request
+URGENT, AHEAD = 0, 1  # priorities; smaller first
+
+Range = tuple[int, int]  # start and end in bytes
+RangesOf = Callable[[bytes], list[Range]]  # a file's footer -> its ranges to be fetched whole
 
 
 def is_url(data: str) -> bool:
-    """True for what names a file system, such as s3://bucket/folder."""
+    """True for an address in a file system, such as s3://bucket/folder."""
     return "://" in data
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as it was listed. `version` changes when it is written again (an etag, else a time)."""
+    """A file as it was listed. `version` changes when it is rewritten (an etag, else a time)."""
 
     url: str
     size: int
@@ -58,61 +65,58 @@ class RemoteFile:
     def __str__(self) -> str:
         return self.url
 
-    def __reduce__(self) -> tuple[Any, ...]:  # to a process of our own, which reads through a Remote of its own
-        return _reopened, (self.url, self.size, self.version, self.path, str(self.remote.base_dir))
+    def __reduce__(self) -> tuple[Any, ...]:  # into a worker process, which reads through a Remote of its own
+        return _reopen, (self.url, self.size, self.version, self.path, str(self.remote.base_dir))
 
     def __lt__(self, other: "RemoteFile") -> bool:
-        return self._place.split("/") < other._place.split("/")  # as paths compare
+        return self._path.split("/") < other._path.split("/")  # as paths compare
 
     @property
     def name(self) -> str:
         """The last part of its path."""
-        return PurePosixPath(self._place).name
+        return PurePosixPath(self._path).name
 
     @property
-    def _place(self) -> str:
-        """The path as it is on a disk: on the web it is quoted, and elsewhere # and ? are letters like any other."""
+    def _path(self) -> str:
+        """The path as it would be on disk. Only web addresses are quoted; elsewhere # and ? are ordinary characters."""
         return unquote(urlsplit(self.url).path) if self.url.startswith("http") else self.path
 
     @property
     def key(self) -> str:
-        """32 hex digits, of this version of this file only."""
+        """32 hex digits that identify this version of this file."""
         text = f"{self.url}\0{self.size}\0{self.version}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def footer(self) -> bytes:
-        """The end of a parquet file, from its footer on; of any other file some bytes of its end."""
+        """The end of a parquet file, from its footer on; of any other file the last bytes."""
         return self.remote.footer(self)
 
-    def open(self, cut: "Cut | None" = None) -> io.RawIOBase:
-        """The file, fetched piece by piece as it is read; with `cut`, pieces begin and end where it says."""
-        return PiecesFile(self, self.remote.spans(self, cut) if cut else [])
+    def open(self, ranges_of: RangesOf | None = None) -> io.BufferedReader:
+        """The file, fetched as it is read; each of `ranges_of` its footer is fetched whole."""
+        return io.BufferedReader(
+            RangeReader(self, self.remote.ranges(self, ranges_of) if ranges_of else []), BUFFER_BYTES
+        )
 
-    def prefetch(self, cut: "Cut", index: int) -> None:
-        """Begin to fetch span `index` of `cut`, which open(cut) will want."""
-        start, end = self.remote.spans(self, cut)[index]
+    def prefetch(self, ranges_of: RangesOf, index: int) -> None:
+        """Start fetching range `index` of `ranges_of`, which open(ranges_of) will read."""
+        start, end = self.remote.ranges(self, ranges_of)[index]
         if end > start:
             self.remote.prefetch(self, start, end, keep=True)
 
 
-Span = tuple[int, int]  # start and end in bytes
-Cut = Callable[[bytes], list[Span]]  # the spans of a file to be fetched whole, from its footer
+class RangeReader(io.RawIOBase):
+    """Reads a RemoteFile. Given ranges come whole and are kept on disk; the rest in chunks, one ahead of the reader."""
 
-
-class PiecesFile(io.RawIOBase):
-    """A RemoteFile to read and seek in. Spans come whole, and are kept on disk; the rest in chunks, with one ahead."""
-
-    def __init__(self, file: RemoteFile, spans: Sequence[Span]) -> None:
-        self.file, self.place = file, 0
-        borders = sorted({0, file.size, *(border for span in spans for border in span)})
-        whole = set(spans)
-        self.pieces: list[tuple[int, int, bool]] = []
+    def __init__(self, file: RemoteFile, whole: Sequence[Range]) -> None:
+        self.file, self.position = file, 0
+        borders = sorted({0, file.size, *(border for pair in whole for border in pair)})
+        given = set(whole)
+        self.ranges: list[tuple[int, int, bool]] = []  # start, end, whole
         for start, end in itertools.pairwise(borders):
-            if (start, end) in whole:
-                self.pieces.append((start, end, True))
-            else:
-                self.pieces += [(at, min(at + CHUNK_BYTES, end), False) for at in range(start, end, CHUNK_BYTES)]
-        self.held: tuple[int, bytes] = (-1, b"")  # the last piece read
+            step = end - start if (start, end) in given else CHUNK_BYTES
+            self.ranges += [(at, min(at + step, end), (start, end) in given) for at in range(start, end, step)]
+        self.starts = [start for start, _, _ in self.ranges]
+        self.held: tuple[int, bytes] = (-1, b"")  # the last range read
 
     def readable(self) -> bool:
         return True
@@ -121,78 +125,71 @@ class PiecesFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self.place
+        return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.place = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.file.size}[whence])
-        return self.place
-
-    def read(self, size: int | None = -1) -> bytes:
-        """As many bytes as asked for, fewer at the end of the file only."""
-        end = self.file.size if size is None or size < 0 else min(self.place + size, self.file.size)
-        parts = []
-        while self.place < end:
-            start, data = self._piece_at(self.place)
-            parts.append(data[self.place - start : end - start])
-            self.place += len(parts[-1])
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.file.size}[whence]
+        self.position = max(0, origin + offset)
+        return self.position
 
     def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
+        """Up to the end of the range at the position; 0 at the end of the file."""
+        if self.position >= self.file.size:
+            return 0
+        number = bisect_right(self.starts, self.position) - 1
+        if self.held[0] != number:
+            self.held = number, self._read_range(number)
+        start = self.position - self.starts[number]
+        data = self.held[1][start : start + len(buffer)]
         buffer[: len(data)] = data
+        self.position += len(data)
         return len(data)
 
-    def _piece_at(self, place: int) -> tuple[int, bytes]:
-        remote = self.file.remote
-        low, high = 0, len(self.pieces)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.pieces[middle][0] <= place else (low, middle)
-        if self.held[0] != low:
-            start, end, keep = self.pieces[low]
-            if not keep and low + 1 < len(self.pieces) and not self.pieces[low + 1][2] and self.held[0] == low - 1:
-                remote.prefetch(self.file, *self.pieces[low + 1])  # it is being read from one end to the other
-            self.held = low, remote.read(self.file, start, end, keep)
-        return self.pieces[low][0], self.held[1]
+    def _read_range(self, number: int) -> bytes:
+        start, end, whole = self.ranges[number]
+        ahead = self.ranges[number + 1 : number + 2]
+        if self.held[0] == number - 1 and not whole and ahead and not ahead[0][2]:  # it is being read sequentially
+            self.file.remote.prefetch(self.file, *ahead[0][:2])
+        return self.file.remote.read(self.file, start, end, keep=whole)
 
 
 class Remote:
-    """Fetches pieces of the files of one file system, on threads of its own. Any thread may use it.
+    """Fetches byte ranges of the files of one file system, on threads of its own. Thread-safe.
 
-    Raises BadShard for a file that is gone, has changed or is denied to us, UserError when the network has failed for
-    `patience_seconds` on end.
+    Raises BadShard for a file that is gone, has changed or is not readable, UserError when the network has failed for
+    `patience_seconds` without a break.
     """
 
     def __init__(self, fs: Any, base_dir: Path) -> None:
         self.fs, self.base_dir = fs, base_dir
         self.patience_seconds = get_network_seconds()
         self.folder = get_cache_dir(base_dir)
-        self.cache = PieceCache(self.folder / "pieces", get_cache_bytes())
-        self.footers = PieceCache(self.folder / "footers", 2**40)  # small, and wanted at every start: never deleted
+        self.cache = RangeCache(self.folder / "pieces", get_cache_bytes())
+        self.footers = RangeCache(self.folder / "footers", FOOTER_CACHE_BYTES)
         self.pending: OrderedDict[tuple[RemoteFile, int, int], Future[bytes]] = OrderedDict()
         self.lock = threading.Lock()
-        self.good_at: float | None = None  # when the other side last answered
-        self.granted = False  # something was read
-        self.told_at = 0.0
-        self.known: OrderedDict[RemoteFile, tuple[bytes, list[Span]]] = OrderedDict()  # footers of the last files
+        self.answered_at: float | None = None  # when the server last answered
+        self.authorized = False  # something was read
+        self.warned_at = 0.0
+        self.known: OrderedDict[RemoteFile, tuple[bytes, list[Range]]] = OrderedDict()  # footers of the latest files
         self.work: PriorityQueue[Any] = PriorityQueue()
         self.number = itertools.count()
         self.threads = 0
 
     def read(self, file: RemoteFile, start: int, end: int, keep: bool = False) -> bytes:
-        """Bytes start to end of a file. `keep`: on the disk, for the next time."""
+        """Bytes start to end of a file. `keep` them in the cache on disk."""
         with self.lock:
             future = self.pending.pop((file, start, end), None)
-        return self.wait(future or self._submit(URGENT, partial(self._piece, file, start, end, keep)))
+        return self.wait(future or self._submit(URGENT, partial(self._cached, file, start, end, keep)))
 
     def prefetch(self, file: RemoteFile, start: int, end: int, keep: bool = False) -> None:
-        """Begin to fetch what read() will be asked for, unless that is under way."""
+        """Start fetching what read() will be asked for, unless that is under way."""
         key = (file, start, end)
         with self.lock:
             if key in self.pending:
                 return
-            self.pending[key] = self._submit(AHEAD, partial(self._piece, file, start, end, keep))
-            if len(self.pending) > MOST_PENDING:
+            self.pending[key] = self._submit(AHEAD, partial(self._cached, file, start, end, keep))
+            if len(self.pending) > MAX_PENDING:
                 self.pending.popitem(last=False)[1].cancel()
 
     def footer(self, file: RemoteFile) -> bytes:
@@ -203,79 +200,84 @@ class Remote:
         return self.wait(self._submit(URGENT, partial(self._footer, file)))
 
     def fetch_footers(self, files: Sequence[RemoteFile]) -> None:
-        """Have the footers of all files on this machine, many at a time. A bad file is for its reader to tell."""
+        """Fetch the footers of all files in parallel. Errors about a file are raised when it is opened."""
         for future in [self._submit(AHEAD, partial(self._footer, file)) for file in files]:
             with suppress(BadShard):
                 self.wait(future)
 
-    def spans(self, file: RemoteFile, cut: Cut) -> list[Span]:
-        """Where `cut` cuts the file; remembered for the files used last."""
+    def ranges(self, file: RemoteFile, ranges_of: RangesOf) -> list[Range]:
+        """ranges_of(the file's footer), cached for the files used last."""
         with self.lock:
             if file in self.known:
                 self.known.move_to_end(file)
                 return self.known[file][1]
         footer = self.footer(file)
         with self.lock:
-            self.known[file] = footer, cut(footer)
-            if len(self.known) > MOST_PENDING:
+            self.known[file] = footer, ranges_of(footer)
+            if len(self.known) > MAX_PENDING:
                 self.known.popitem(last=False)
             return self.known[file][1]
 
     def wait(self, future: "Future[Result]") -> Result:
-        """A future's result; a signal, or being asked to end, is heard meanwhile."""
+        """The future's result. Raises StopRequested if this thread is asked to stop meanwhile."""
         while True:
             try:
-                return future.result(timeout=0.2)
+                return future.result(timeout=POLL_SECONDS)
             except FutureTimeout:
                 if future.done():
                     raise
                 raise_if_stop_requested()
 
-    def insist(self, action: Callable[[], Result], what: str) -> Result:
-        """What `action` returns, again and again while the network fails."""
+    def retry(self, action: Callable[[], Result], url: str) -> Result:
+        """action(), repeated while the network fails. Raises as the class says; `url` is for the message."""
         began, delay = time.monotonic(), FIRST_DELAY_SECONDS
         while True:
             try:
                 result = action()
-                self.good_at = time.monotonic()
+                self.answered_at = time.monotonic()
                 return result
             except (BadShard, UserError):
                 raise
             except Exception as error:
-                kind = trouble(error)
-                if kind is None:
-                    raise
-                if kind in ("missing", "shorter"):
-                    is_what = "is not there (any more)" if kind == "missing" else "is shorter than when it was listed"
-                    raise BadShard(f"{what} {is_what}", what) from error
-                now, reached = time.monotonic(), self.good_at is not None
-                if kind == "denied" and not self.granted:  # later it may be credentials that are about to be renewed
-                    raise UserError(
-                        f"{what}: access denied ({brief(error)}); check the address and the credentials"
-                    ) from error
-                patience = self.patience_seconds if reached else min(FIRST_PATIENCE_SECONDS, self.patience_seconds)
-                if now - max(began, self.good_at or 0) > patience:
-                    raise UserError(
-                        f"{what}: no answer for {patience:g} seconds ({brief(error)}); check the network "
-                        "and the address, and start again"
-                    ) from error
-                if now - self.told_at > TELL_SECONDS:
-                    self.told_at = now
-                    warn(f"{what}: {brief(error)}; trying again for {patience:g} seconds")
+                self._raise_unless_temporary(error, began, url)
             time.sleep(delay)
-            delay = min(2 * delay, MAX_DELAY_SECONDS, patience / 10 + 0.01)
+            delay = min(2 * delay, MAX_DELAY_SECONDS, self._patience() / 10 + 0.01)
 
-    def _piece(self, file: RemoteFile, start: int, end: int, keep: bool) -> bytes:
+    def _patience(self) -> float:
+        """Seconds to wait for a failing network."""
+        reached = self.answered_at is not None
+        return self.patience_seconds if reached else min(UNREACHED_PATIENCE_SECONDS, self.patience_seconds)
+
+    def _raise_unless_temporary(self, error: Exception, began: float, url: str) -> None:
+        """Return if another attempt may help. Errors without a break count from the last answer to any thread."""
+        kind, now, patience = classify(error), time.monotonic(), self._patience()
+        if kind is None:
+            raise error
+        if kind in ("missing", "shorter"):
+            problem = "is not there (any more)" if kind == "missing" else "is shorter than when it was listed"
+            raise BadShard(f"{url} {problem}", url) from error
+        if kind == "denied" and not self.authorized:  # later it may be credentials that are about to be renewed
+            raise UserError(f"{url}: access denied ({brief(error)}); check the address and the credentials") from error
+        if now - max(began, self.answered_at or 0) > patience:
+            raise UserError(
+                f"{url}: no answer for {patience:g} seconds ({brief(error)}); check the network and the address, and "
+                "start again"
+            ) from error
+        if now - self.warned_at > WARN_SECONDS:
+            self.warned_at = now
+            warn(f"{url}: {brief(error)}; trying again for {patience:g} seconds")
+
+    def _cached(self, file: RemoteFile, start: int, end: int, keep: bool) -> bytes:
         fetch = partial(self._fetch, file, start, end)
-        if not (keep and file.version):  # without a version it could be an old one
+        if not (keep and file.version):  # without a version the cached bytes could be old
             return fetch()
         return self.cache.get(f"{file.key}-{start}-{end}", fetch, self.patience_seconds)
 
     def _fetch(self, file: RemoteFile, start: int, end: int) -> bytes:
-        def action() -> bytes:
+        def fetch() -> bytes:
             data = self.fs.cat_file(file.path, start=start, end=end)
             if len(data) == end - start:
-                self.granted = True
+                self.authorized = True
                 return data
             if len(data) == file.size:
                 raise UserError(f"{file}: its server sends whole files only; download it and give its path")
@@ -284,7 +286,7 @@ class Remote:
                 raise BadShard(f"{file} has changed: {now:,} bytes, {file.size:,} when it was listed", file)
             raise OSError(f"received {len(data):,} of {end - start:,} bytes")
 
-        return self.insist(action, str(file))
+        return self.retry(fetch, str(file))
 
     def _footer(self, file: RemoteFile) -> bytes:
         def fetch() -> bytes:
@@ -298,18 +300,18 @@ class Remote:
             return b""
         return self.footers.get(file.key, fetch, self.patience_seconds) if file.version else fetch()
 
-    def _submit(self, urgency: int, action: Callable[[], Result]) -> "Future[Result]":
+    def _submit(self, priority: int, action: Callable[[], Result]) -> "Future[Result]":
         future: Future[Result] = Future()
-        self.work.put((urgency, next(self.number), future, action))
+        self.work.put((priority, next(self.number), future, action))
         if self.threads == 0:
             self.threads = THREADS
-            for _ in range(THREADS):  # daemons: a program that ends does not wait for a network that is gone
-                threading.Thread(target=_serve, args=(self.work,), name="nanochat-fetch", daemon=True).start()
-            weakref.finalize(self, _dismiss, self.work)
+            for _ in range(THREADS):  # daemons, unlike an executor's: the program's exit does not wait for a network
+                threading.Thread(target=_work, args=(self.work,), name="nanochat-fetch", daemon=True).start()
+            weakref.finalize(self, _end_threads, self.work)
         return future
 
 
-def _serve(work: "PriorityQueue[Any]") -> None:
+def _work(work: "PriorityQueue[Any]") -> None:
     while True:
         _, _, future, action = work.get()
         if future is None:
@@ -319,10 +321,10 @@ def _serve(work: "PriorityQueue[Any]") -> None:
                 future.set_result(action())
             except BaseException as error:
                 future.set_exception(error)
-        del future, action  # which would keep their owner from being forgotten
+        del future, action  # they would keep their Remote alive
 
 
-def _dismiss(work: "PriorityQueue[Any]") -> None:
+def _end_threads(work: "PriorityQueue[Any]") -> None:
     for number in range(THREADS):
         work.put((-1, number, None, None))
 
@@ -332,17 +334,17 @@ def _dismiss(work: "PriorityQueue[Any]") -> None:
 
 
 def find_remote(data: str, usable: Callable[[PurePosixPath], Any], base_dir: Path) -> list[RemoteFile]:
-    """The usable files that a URL of a file, a folder or a glob stands for, in the order of their paths; hidden ones
-    left out. UserError if there are none, or it cannot be looked at."""
+    """The usable files that a URL of a file, a folder or a glob stands for, sorted by path, without hidden ones.
+    Raises UserError if it does not exist or cannot be listed."""
     fs, path = open_filesystem(data)
     remote = Remote(fs, base_dir)
     try:
-        found = remote.insist(partial(list_files, fs, path, usable), data)
+        found = remote.retry(partial(list_files, fs, path, usable), data)
     except BadShard as error:
         raise UserError(f"--data {data}: there is no such file, folder or bucket") from error
     except UserError:
         raise
-    except ValueError as error:  # a pattern that is none
+    except ValueError as error:  # an invalid pattern
         raise UserError(f"--data {data}: {brief(error)}") from error
     files = [
         RemoteFile(fs.unstrip_protocol(name), info["size"], version_of(info), name, remote)
@@ -354,7 +356,7 @@ def find_remote(data: str, usable: Callable[[PurePosixPath], Any], base_dir: Pat
     return sorted(files)
 
 
-def _reopened(url: str, size: int, version: str, path: str, base_dir: str) -> RemoteFile:
+def _reopen(url: str, size: int, version: str, path: str, base_dir: str) -> RemoteFile:
     root = "/".join(url.split("/")[:3])
     return RemoteFile(url, size, version, path, _remote_of(root, base_dir))
 

@@ -1,7 +1,7 @@
-"""Reading documents out of files: parquet, .jsonl and .txt, plain or compressed, always as a stream.
+"""Parse files into documents: parquet, .jsonl and .txt, plain or compressed, as a stream.
 
-Every reader yields one Document after another and holds no more than one piece of the file. What is wrong
-with a person's file is told by its name and the line or row, with what to do about it.
+Every reader yields one Document after another and holds a bounded part of the file. Errors name the file, the line or
+row, and the fix.
 """
 
 import errno
@@ -12,39 +12,33 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
 from nanochat.common import BadShard, UserError, first_line, warn
+from nanochat.data.corpus import Document
 from nanochat.data.remote import RemoteFile
 
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
 
-Source = Path | RemoteFile  # a file here, or behind a URL: both have a name, and say in full where they are
+Source = Path | RemoteFile  # a file on disk or behind a URL; both have a name, and str() gives the full address
 
 KIB, MIB = 1024, 1024 * 1024
-LONG_TEXT_BYTES = 16 * KIB  # a .txt longer than this is cut ...
-PIECE_BYTES = 8 * KIB  # ... into pieces of about this
-LARGEST_PIECE = 64 * MIB  # that is fetched in one
+TEXT_BYTES = 8 * KIB  # of a document cut from a .txt, about
+MAX_TEXT_BYTES = 16 * KIB  # a longer .txt is cut into several documents
+MAX_RANGE_BYTES = 64 * MIB  # of a row group that is fetched from a URL at once
 MAX_LINE_BYTES = 256 * MIB  # of a .jsonl: without a limit one line could fill the memory
-
-
-class Document(NamedTuple):
-    """A piece of text that stands on its own, and where it comes from (for figures by source)."""
-
-    text: str
-    source: str
+VAL_LIMIT = 2**64 // 100  # own data: a document whose hash is below it is for validation, one in a hundred
 
 
 def document_hash(text: str) -> int:
     """64 bits of BLAKE2b over the text's UTF-8 bytes.
 
-    The split of own data asks only this number: a document's side does not depend on its file, on its
-    neighbours or on a seed. Adding files never moves a document from training to validation, and two copies
-    of one text always land on the same side, so that none straddles the split.
+    Own data is split by this number alone, so a document's split depends on no file, neighbour or seed. Adding files
+    never moves a document from training to validation, and two copies of one text are in the same split.
     """
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
@@ -81,48 +75,48 @@ def file_documents(path: Source) -> Iterator[Document]:
 
 
 def open_parquet(path: Source) -> pq.ParquetFile:
-    """Open by the footer alone; UserError names a file that is damaged, cut short or unreadable.
+    """Open by the footer alone; BadShard names a file that is damaged, cut short or unreadable.
 
-    Pages are read through a small buffer: without one Arrow holds whole column chunks.
+    Pages are read through a small buffer; without one Arrow holds whole column chunks.
     """
     try:
-        if isinstance(path, RemoteFile):  # its end was fetched by itself; Arrow would read a good deal before it, too
+        if isinstance(path, RemoteFile):  # its footer was fetched already; Arrow would fetch more
             meta = parse_footer(path.footer())
-            return pq.ParquetFile(path.open(spans_of_text), metadata=meta, buffer_size=MIB, pre_buffer=False)
+            return pq.ParquetFile(path.open(text_ranges), metadata=meta, buffer_size=MIB, pre_buffer=False)
         return pq.ParquetFile(path, buffer_size=MIB, pre_buffer=False)
     except (PermissionError, FileNotFoundError) as error:
         raise BadShard(f"cannot read {path}: {first_line(error)}", path) from error
     except UnicodeEncodeError as error:
         raise BadShard(f"{str(path)!r} has a name that is not UTF-8; rename it", path) from error
     except (pa.ArrowException, OSError) as error:
-        if is_own_trouble(error):
+        if is_machine_error(error):
             raise
         reason = f"is not a complete parquet file ({first_line(error)})"
         raise BadShard(f"{path} {reason}; copy or download it again", path) from error
 
 
 def parse_footer(footer: bytes) -> pq.FileMetaData:
-    """What a parquet file's end says. Arrow's errors for one that is damaged."""
+    """A parquet file's metadata from its last bytes. Raises Arrow's errors if they are damaged."""
     return pq.read_metadata(io.BytesIO(b"PAR1" + footer))
 
 
-def spans_of_text(footer: bytes) -> list[tuple[int, int]]:
-    """Of each row group, where its text and sources stand in the file, in bytes; nowhere, if that is too much at once.
+def text_ranges(footer: bytes) -> list[tuple[int, int]]:
+    """The byte range of each row group's text and sources; (0, 0) for one above MAX_RANGE_BYTES.
 
-    `footer` is the file's end. An empty list for a file that cannot be used, which its reader will say.
+    `footer` is the file's last bytes. Empty for a damaged file, for which open_parquet raises.
     """
     try:
         meta = parse_footer(footer)
     except (pa.ArrowException, OSError):
         return []
-    spans = []
+    ranges = []
     for group in map(meta.row_group, range(meta.num_row_groups)):
         columns = [group.column(i) for i in range(group.num_columns)]
         wanted = [column for column in columns if column.path_in_schema in ("text", "source")]
         starts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in wanted]
         end = max((start + c.total_compressed_size for start, c in zip(starts, wanted)), default=0)
-        spans.append((min(starts), end) if starts and end - min(starts) <= LARGEST_PIECE else (0, 0))
-    return spans
+        ranges.append((min(starts), end) if starts and end - min(starts) <= MAX_RANGE_BYTES else (0, 0))
+    return ranges
 
 
 def text_columns(path: Source, file: pq.ParquetFile) -> list[str]:
@@ -158,7 +152,7 @@ def read_row_group(path: Source, index: int, source: str) -> list[Document]:
 
 
 def parquet_documents(path: Source, source: str) -> Iterator[Document]:
-    """All documents of a parquet file, as a stream even within a huge row group."""
+    """All documents of a parquet file, streamed even within a huge row group."""
     with open_parquet(path) as file:
         rows_before = 0
         try:
@@ -172,7 +166,7 @@ def parquet_documents(path: Source, source: str) -> Iterator[Document]:
 
 
 def table_documents(table: pa.Table | pa.RecordBatch, source: str) -> list[Document]:
-    """The rows as documents; null and blank texts are left out, a missing source becomes `source`."""
+    """The rows as documents; null and blank texts are dropped, a missing source becomes `source`."""
     texts = table.column("text").to_pylist()
     if "source" not in table.schema.names:
         return [Document(text, source) for text in texts if text and not text.isspace()]
@@ -180,23 +174,23 @@ def table_documents(table: pa.Table | pa.RecordBatch, source: str) -> list[Docum
     return [Document(text, given or source) for text, given in rows if text and not text.isspace()]
 
 
-OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EIO, errno.EDQUOT}  # of this machine
+MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EIO, errno.EDQUOT}
 
 
-def is_own_trouble(error: BaseException) -> bool:
-    """Whether an error is this machine's rather than a file's: it must not let a good file be left out."""
-    return isinstance(error, MemoryError) or getattr(error, "errno", None) in OWN_TROUBLE
+def is_machine_error(error: BaseException) -> bool:
+    """True if an error is this machine's rather than a file's: a good file must not be skipped for it."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS
 
 
 def damaged(path: Source, error: Exception) -> Exception:
-    """For a file whose footer could be read and whose pages cannot."""
-    if is_own_trouble(error):
+    """The error to raise for a file whose footer could be read but not its pages."""
+    if is_machine_error(error):
         return error
     return BadShard(f"{path} is damaged ({first_line(error)}); copy or download it again", path)
 
 
 def not_utf8(path: Source, table: pa.Table | pa.RecordBatch, rows_before: int) -> UserError:
-    """Arrow does not check strings as it reads them; find the row, counted from 1, that cannot be decoded."""
+    """The error that names the row, counted from 1, that is not UTF-8: Arrow does not check strings as it reads."""
     for name in table.schema.names:
         for row, value in enumerate(table.column(name), rows_before + 1):
             try:
@@ -212,7 +206,7 @@ def not_utf8(path: Source, table: pa.Table | pa.RecordBatch, rows_before: int) -
 
 
 def read_chunks(path: Source) -> Iterator[bytes]:
-    """The decompressed bytes of a text file in pieces; UserError names one that is damaged or unreadable."""
+    """The decompressed bytes of a text file in chunks; BadShard names one that is damaged or unreadable."""
     kind = kind_of(path) or ""
     try:
         if kind.endswith(".zst"):
@@ -230,15 +224,15 @@ def read_chunks(path: Source) -> Iterator[bytes]:
 
 def open_bytes(path: Source) -> BinaryIO:
     """The file's bytes, to be read from the beginning."""
-    return path.open() if isinstance(path, RemoteFile) else open(path, "rb")  # type: ignore[return-value]
+    return path.open() if isinstance(path, RemoteFile) else open(path, "rb")
 
 
 def read_zstd(path: Source) -> Iterator[bytes]:
-    """Decompress frame after frame. The library's own stream reader takes a cut-off frame for the end."""
+    """Decompress frame after frame. The library's own stream reader takes a truncated frame for the end."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     with open_bytes(path) as file:
         frame = None
-        while data := file.read(4 * KIB):  # small, because a few bytes can unfold into very many
+        while data := file.read(4 * KIB):  # small, as a few bytes can decompress to very many
             while data:
                 frame = frame or decompressor.decompressobj()
                 yield frame.decompress(data)
@@ -249,7 +243,7 @@ def read_zstd(path: Source) -> Iterator[bytes]:
 
 
 def decode(path: Source, line: int, raw: bytes) -> str:
-    """Bytes that begin on line `line` (from 1) as text; UserError names the line that is not UTF-8."""
+    """Decode bytes that begin on line `line` (from 1); BadShard names the line that is not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -260,24 +254,24 @@ def decode(path: Source, line: int, raw: bytes) -> str:
 
 def read_lines(path: Source) -> Iterator[bytes]:
     """Lines of bytes without their line feeds."""
-    pieces: list[bytes] = []  # of the line that has not ended yet
-    held = 0
+    unfinished: list[bytes] = []  # chunks of the line that has not ended yet
+    size = 0
     for chunk in read_chunks(path):
         *ended, rest = chunk.split(b"\n")
         for line in ended:
-            yield b"".join([*pieces, line]) if pieces else line
-            pieces, held = [], 0
-        pieces.append(rest)
-        held += len(rest)
-        if held > MAX_LINE_BYTES:
+            yield b"".join([*unfinished, line])
+            unfinished, size = [], 0
+        unfinished.append(rest)
+        size += len(rest)
+        if size > MAX_LINE_BYTES:
             limit = f"a line is longer than {MAX_LINE_BYTES // MIB} MiB"
             raise UserError(f"{path}: {limit}; JSON Lines has one document a line")
-    if held:
-        yield b"".join(pieces)
+    if size:
+        yield b"".join(unfinished)
 
 
 def jsonl_documents(path: Source, source: str) -> Iterator[Document]:
-    """One JSON object a line, with a string under "text" and perhaps one under "source". Blank lines pass."""
+    """One JSON object per line, with a string under "text" and perhaps one under "source". Blank lines are ignored."""
     for number, raw in enumerate(read_lines(path), 1):
         line = decode(path, number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
         if not line or line.isspace():
@@ -295,7 +289,7 @@ def jsonl_documents(path: Source, source: str) -> Iterator[Document]:
 
 
 def text_field(path: Source, number: int, row: Any) -> str:
-    """The "text" of a parsed line; null counts as blank, as it does in parquet."""
+    """The "text" of a parsed line; null counts as blank, as in parquet."""
     where = f"{path}, line {number}"
     if not isinstance(row, dict):
         raise UserError(f'{where}: expected an object like {{"text": "..."}}, found a {type(row).__name__}')
@@ -309,7 +303,7 @@ def text_field(path: Source, number: int, row: Any) -> str:
 
 
 def encodable(path: Source, line: int, text: str) -> str:
-    """`text`, unless it holds half of a surrogate pair: JSON can spell one, UTF-8 cannot."""
+    """`text`; raises UserError if it holds half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -319,33 +313,33 @@ def encodable(path: Source, line: int, text: str) -> str:
 
 
 def txt_documents(path: Source, source: str) -> Iterator[Document]:
-    """A text file is one document; a long one is cut at paragraph borders into several, as it is read."""
+    """A text file as one document; a long one is cut at paragraph borders into several, as it is read."""
     buffer, line = b"", 1
     for chunk in read_chunks(path):
         buffer = (buffer + chunk).replace(b"\r\n", b"\n")
-        while len(buffer) > LONG_TEXT_BYTES:
+        while len(buffer) > MAX_TEXT_BYTES:
             at = cut_position(buffer)
-            yield from txt_piece(path, line, buffer[:at], source)
+            yield from txt_document(path, line, buffer[:at], source)
             line += buffer.count(b"\n", 0, at)
             buffer = buffer[at:]
-    yield from txt_piece(path, line, buffer, source)
+    yield from txt_document(path, line, buffer, source)
 
 
 def cut_position(buffer: bytes) -> int:
-    """Where to end a piece: after the last blank line in reach, else line, else space, else any character."""
-    low, high = PIECE_BYTES // 2, PIECE_BYTES * 3 // 2
+    """Where to end a document: after the last blank line within reach, else line, else space, else any character."""
+    low, high = TEXT_BYTES // 2, TEXT_BYTES * 3 // 2
     for border in (b"\n\n", b"\n", b" "):
         at = buffer.rfind(border, low, high)
         if at >= 0:
             return at + len(border)
-    at = PIECE_BYTES
-    while buffer[at] & 0xC0 == 0x80 and at > PIECE_BYTES - 4:  # not inside a UTF-8 character
+    at = TEXT_BYTES
+    while buffer[at] & 0xC0 == 0x80 and at > TEXT_BYTES - 4:  # not inside a UTF-8 character
         at -= 1
     return at
 
 
-def txt_piece(path: Source, line: int, raw: bytes, source: str) -> Iterator[Document]:
-    """One piece as a document, unless it is blank."""
+def txt_document(path: Source, line: int, raw: bytes, source: str) -> Iterator[Document]:
+    """The bytes as a document, unless they are blank."""
     text = decode(path, line, raw).removeprefix("\ufeff" if line == 1 else "").strip("\n")
     if text and not text.isspace():
         yield Document(text, source)

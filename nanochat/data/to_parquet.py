@@ -1,10 +1,10 @@
-"""Turning any mixture of text files into parquet shards with small row groups.
+"""Convert any mixture of text files to parquet shards with small row groups.
 
-Training wants to jump: to shuffle, to give each lane of the loader documents of its own, to go on where a run
-was stopped. A parquet file can be entered at any row group; a compressed .jsonl only at its beginning, and a
-row group of a million rows only by decoding all of it. So such files are rewritten once, as a stream, mixed a
-little on the way, and the result is kept in the base folder under a key made from the files' names, sizes
-and times. Memory is bounded by the shuffle buffer and two row groups, whatever the size of the corpus.
+Training needs random access: to shuffle, to give each row stream its own documents, to resume. A parquet file can be
+entered at any row group; a compressed .jsonl only at its beginning, and a row group of a million rows only by decoding
+all of it. So such files are rewritten once, as a stream, mixed a little on the way, and the result is kept in the base
+folder under a key made from the files' names, sizes and times. Memory is bounded by the shuffle buffer and two row
+groups, whatever the size of the corpus.
 """
 
 import hashlib
@@ -22,20 +22,21 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from nanochat.common import BadShard, atomic_path, read_json, write_json
+from nanochat.data.corpus import Document
 from nanochat.data.remote import RemoteFile
-from nanochat.data.textfiles import MIB, Document, Source, document_hash, file_documents, kind_of
+from nanochat.data.textfiles import MIB, VAL_LIMIT, Source, document_hash, file_documents, kind_of
 
-BLOCK_DOCUMENTS, BLOCK_BYTES = 1024, 16 * MIB  # a row group is full at either
-SHARD_BLOCKS = 64
-SHUFFLE_DOCUMENTS, SHUFFLE_BYTES = 16384, 64 * MIB
-VAL_LIMIT = 2**64 // 100  # a document whose hash is below it is for validation: one in a hundred
+GROUP_DOCUMENTS, GROUP_CHARS = 1024, 16 * MIB  # a row group is full at either
+SHARD_ROW_GROUPS = 64
+SHUFFLE_DOCUMENTS, SHUFFLE_CHARS = 16384, 64 * MIB
+FEW_MEGABYTES = 50  # converted without a message
 MANIFEST = "manifest.json"
 CONVERSION_VERSION = 2  # part of the key: raise it when the same files would give other shards
 
 
 @dataclass
 class Tally:
-    """What a pass over documents has seen: how many on each side, and the extreme hashes."""
+    """Documents counted per split, and the extreme hashes."""
 
     train: int = 0
     val: int = 0
@@ -43,7 +44,7 @@ class Tally:
     largest: int = -1
 
     def count(self, text: str) -> bool:
-        """Add one document; True if it is for validation."""
+        """Count one document; True if it is for validation."""
         hash = document_hash(text)
         self.smallest, self.largest = min(self.smallest, hash), max(self.largest, hash)
         is_val = hash < VAL_LIMIT
@@ -53,11 +54,11 @@ class Tally:
 
 
 def convert(paths: Sequence[Source], base_dir: Path) -> tuple[list[Path], list[Path], Tally]:
-    """Shards (train, val) that hold the documents of `paths`, made now unless they were made before.
+    """Shards (train, val) with the documents of `paths`, made now unless they were made before.
 
-    One process converts, under a lock, and others wait for it. The shards are written aside and appear
-    under $BASE/converted/KEY in one rename: a folder by that name is complete. Files of the same names,
-    sizes and times are not read again. Raises UserError for a file that cannot be read to its end.
+    One process converts, under a lock, and others wait for it. The shards appear under $BASE/converted/KEY in one
+    rename: a folder by that name is complete. Files of the same names, sizes and times are not read again. Raises
+    BadShard for a file that cannot be read to its end.
     """
     key = conversion_key(paths)
     folder = base_dir / "converted" / key
@@ -71,7 +72,7 @@ def convert(paths: Sequence[Source], base_dir: Path) -> tuple[list[Path], list[P
 
 
 def conversion_key(paths: Sequence[Source]) -> str:
-    """16 hex digits that change when a file is added, removed, renamed or written again."""
+    """16 hex digits that change when a file is added, removed, renamed or rewritten."""
     digest = hashlib.blake2b(str(CONVERSION_VERSION).encode(), digest_size=8)
     for path in paths:
         place = path.url.encode() if isinstance(path, RemoteFile) else os.fsencode(path.resolve())
@@ -81,7 +82,7 @@ def conversion_key(paths: Sequence[Source]) -> str:
 
 
 def stamp(path: Source) -> tuple[int, str]:
-    """(bytes, version) of a file, which change when it is written again. BadShard if it cannot be looked at."""
+    """(bytes, version) of a file, which change when it is rewritten. BadShard if it cannot be read."""
     if isinstance(path, RemoteFile):
         return path.size, path.version
     try:
@@ -96,8 +97,8 @@ def convert_into(folder: Path, paths: Sequence[Source]) -> None:
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a conversion that was killed
         shutil.rmtree(leftover)
     megabytes = sum(stamp(path)[0] for path in paths) / 1e6
-    if megabytes > 50:
-        print(f"once: converting {len(paths)} files, {megabytes:,.0f} MB, to parquet in {folder}", flush=True)
+    if megabytes > FEW_MEGABYTES:
+        print(f"converting {len(paths)} files ({megabytes:,.0f} MB) to parquet in {folder}, once", flush=True)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         tally = asdict(write_shards(temporary, paths))
@@ -105,7 +106,7 @@ def convert_into(folder: Path, paths: Sequence[Source]) -> None:
 
 
 def write_shards(folder: Path, paths: Sequence[Source]) -> Tally:
-    """Stream all documents, mixed, into train and validation shards; what was seen."""
+    """Stream all documents, shuffled, into train and validation shards; returns their counts."""
     tally = Tally()
     train, val = ShardWriter(folder, "train"), ShardWriter(folder, "val")
     documents = (document for path in paths for document in file_documents(path))
@@ -116,31 +117,31 @@ def write_shards(folder: Path, paths: Sequence[Source]) -> Tally:
 
 
 def split_lone_text(paths: Sequence[Source], documents: Iterator[Document]) -> Iterator[Document]:
-    """The documents; but the only one of a single short text file becomes its paragraphs, or else its lines."""
+    """The documents; but a lone document of a lone text file is split into its paragraphs, or else its lines."""
     first = list(islice(documents, 2))
     if len(first) != 1 or len(paths) != 1 or not (kind_of(paths[0]) or "").startswith(".txt"):
         yield from chain(first, documents)
         return
     (whole,) = first
-    pieces = next((p for border in ("\n\n", "\n") if len(p := whole.text.split(border)) > 1), [whole.text])
-    for piece in pieces:
-        if piece.strip():
-            yield Document(piece.strip("\n"), whole.source)
+    texts = next((t for border in ("\n\n", "\n") if len(t := whole.text.split(border)) > 1), [whole.text])
+    for text in texts:
+        if text.strip():
+            yield Document(text.strip("\n"), whole.source)
 
 
 def shuffled(documents: Iterable[Document], seed: int = 0) -> Iterator[Document]:
-    """Mix a stream through a bounded buffer: an arrival pushes out one that waits, picked by a seeded die."""
+    """Shuffle a stream through a bounded buffer: each arrival pushes out a random document of it."""
     rng = random.Random(seed)
     buffer: list[Document] = []
-    held = 0
+    chars = 0
     for document in documents:
         buffer.append(document)
-        held += len(document.text)
-        while len(buffer) > SHUFFLE_DOCUMENTS or (held > SHUFFLE_BYTES and len(buffer) > 1):
+        chars += len(document.text)
+        while len(buffer) > SHUFFLE_DOCUMENTS or (chars > SHUFFLE_CHARS and len(buffer) > 1):
             i = rng.randrange(len(buffer))
             buffer[i], buffer[-1] = buffer[-1], buffer[i]
             out = buffer.pop()
-            held -= len(out.text)
+            chars -= len(out.text)
             yield out
     rng.shuffle(buffer)
     yield from buffer
@@ -149,14 +150,14 @@ def shuffled(documents: Iterable[Document], seed: int = 0) -> Iterator[Document]
 class ShardWriter:
     """Writes documents to PREFIX_00000.parquet, PREFIX_00001.parquet, … in small row groups.
 
-    A context manager: leaving it finishes the last shard; leaving it with an error gives the shard up.
+    A context manager: leaving it finishes the last shard; leaving it with an error abandons the shard.
     """
 
     schema = pa.schema([("text", pa.string()), ("source", pa.string())])
 
     def __init__(self, folder: Path, prefix: str) -> None:
         self.folder, self.prefix = folder, prefix
-        self.shards = self.blocks = self.held = 0
+        self.shards = self.row_groups = self.chars = 0
         self.rows: list[Document] = []
         self.digest = hashlib.blake2b(digest_size=16)
         self.writer: pq.ParquetWriter | None = None
@@ -168,7 +169,7 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self.writer is not None:
-            with suppress(pa.ArrowException, OSError):  # a full disk refuses the footer too: the first error counts
+            with suppress(pa.ArrowException, OSError):  # a full disk refuses the footer too; the first error counts
                 self.writer.close()
 
     @property
@@ -177,10 +178,10 @@ class ShardWriter:
         return self.folder / f"{self.prefix}_{self.shards:05d}.parquet"
 
     def add(self, document: Document) -> None:
-        """Take one document; writes when a row group is full."""
+        """Add one document; writes when a row group is full."""
         self.rows.append(document)
-        self.held += len(document.text)
-        if len(self.rows) >= BLOCK_DOCUMENTS or self.held >= BLOCK_BYTES:
+        self.chars += len(document.text)
+        if len(self.rows) >= GROUP_DOCUMENTS or self.chars >= GROUP_CHARS:
             self.flush()
 
     def flush(self) -> None:
@@ -194,8 +195,8 @@ class ShardWriter:
         for text in texts:
             self.digest.update(hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest())
         self.writer.write_table(pa.table([texts, sources], schema=self.schema))
-        self.rows, self.held, self.blocks = [], 0, self.blocks + 1
-        if self.blocks % SHARD_BLOCKS == 0:
+        self.rows, self.chars, self.row_groups = [], 0, self.row_groups + 1
+        if self.row_groups % SHARD_ROW_GROUPS == 0:
             self.close()
 
     def close(self) -> None:
