@@ -22,7 +22,8 @@ from bench._common import Flags, model_config, sample_in_turn, tensor_bytes
 from bench._run import Result
 from nanochat.common import UserError
 from nanochat.gpt import GPT
-from nanochat.planning.planner import Gpu, memory_by_kind
+from nanochat.planning.hardware import Gpu
+from nanochat.planning.memory import memory_by_kind
 from nanochat.runtime import Runtime
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.trainer import Trainer
@@ -136,7 +137,7 @@ def measure_rank(flags: Flags, runtime: Runtime) -> dict[str, float]:
         "gradients": tensor_bytes(gradients),
         "optimizer": tensor_bytes(t for state in optimizer.state.values() for t in state.values()),
     }
-    kinds = memory_by_kind(config, machine(runtime), runtime.world_size, own, "cpu")
+    kinds = memory_by_kind(config, machine(runtime), runtime.world_size, own)
     kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     def update() -> None:
@@ -159,7 +160,7 @@ def measure_rank(flags: Flags, runtime: Runtime) -> dict[str, float]:
 
 def machine(runtime: Runtime) -> Gpu:
     """This machine for the planner, of which only the number format matters here."""
-    return Gpu("this machine", 0.0, 1.0, None, 0.0, None, str(runtime.dtype).removeprefix("torch."))
+    return Gpu("this machine", 0.0, 1.0, None, 0.0, None, str(runtime.dtype).removeprefix("torch."), "cpu")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

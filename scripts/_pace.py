@@ -11,8 +11,9 @@ import torch
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import OptimizerConfig
+from nanochat.planning.hardware import Gpu, Pace
 from nanochat.planning.law import Choice, Law, candidates_by_depth
-from nanochat.planning.planner import Gpu, Pace, memory_by_kind
+from nanochat.planning.memory import memory_by_kind
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, align_batch, estimate
 from nanochat.train.schedules import ScheduleConfig
@@ -80,7 +81,7 @@ def this_machine(runtime: Runtime) -> Gpu:
     # Other work on the machine can only lower it; processes must agree, as they measure together afterwards.
     peak = runtime.all_reduce_max(max(measure_peak_flops(runtime) for _ in range(3)), "measuring the peak")
     memory = -runtime.all_reduce_max(-memory, "measuring the memory")
-    return Gpu(name, memory, peak, None, 0.0, None, str(runtime.dtype).removeprefix("torch."))
+    return Gpu(name, memory, peak, None, 0.0, None, str(runtime.dtype).removeprefix("torch."), runtime.device.type)
 
 
 def available_memory(path: str = "/proc/meminfo") -> float:
@@ -100,7 +101,7 @@ def measure_pace(config: GPTConfig, gpu: Gpu, runtime: Runtime) -> Pace:
         trial_cost, trial_params = estimate(trial)
         tokens = rows * trial.sequence_len
         seconds = 2 * (tokens * trial_cost + update_flops(trial)) / usual  # once to warm up, at least once to measure
-        memory = sum(memory_by_kind(trial, gpu, 1, rows, runtime.device.type).values())
+        memory = sum(memory_by_kind(trial, gpu, 1, rows).values())
         if seconds > MEASURING_SECONDS or memory > gpu.memory_bytes / 2:
             continue
         micro, update = time_step(trial, rows, runtime)

@@ -12,8 +12,8 @@ from nanochat.common import UserError, format_count, format_seconds, get_base_di
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, SavedCorpus, open_corpus, save_record
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.planning.hardware import usual_price
 from nanochat.planning.law import Law
-from nanochat.planning.planner import usual_price
 from nanochat.recipe import get_recipe, recipe_rules
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime, process_age

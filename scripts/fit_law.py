@@ -1,7 +1,7 @@
-"""What a study's runs say: `python -m scripts.fit_law --runs='law_*'` after `bash runs/scaling_laws.sh`.
+"""Fit a scaling law to a study: `python -m scripts.fit_law --runs='law_*'` after `bash runs/scaling_laws.sh`.
 
-Reads the finished runs of that name, writes runs.csv, law.json and plots, and prints the fitted exponents and the
-best number of tokens per parameter, with errors.
+Reads the finished runs whose tags match, writes runs.csv, law.json, fit.json and plots, and prints the fitted
+exponents and the best number of tokens per parameter, with errors.
 """
 
 import csv
@@ -15,7 +15,8 @@ from nanochat.checkpoint.folder import list_steps
 from nanochat.checkpoint_manager import open_checkpoint, run_dir
 from nanochat.common import UserError, atomic_write, format_count, get_base_dir, say, warn, write_json
 from nanochat.gpt import GPTConfig
-from nanochat.planning.isoflop import Optimum, Run, best_sizes
+from nanochat.planning.fit import fit_law
+from nanochat.planning.isoflop import Run, Study, best_sizes
 from nanochat.planning.law import Law
 from nanochat.planning.study_plots import plot_isoflops, plot_series
 from nanochat.scaling import estimate, scaling_params
@@ -25,14 +26,14 @@ from scripts._train import print_table
 
 @dataclass
 class Config:
-    """Fit a scaling law to finished runs, and draw it."""
+    """Fit a scaling law to finished runs and plot it."""
 
     runs: str = "law_*"
-    """Tags of the base runs, with * for any letters."""
+    """Tags of the base runs; * matches any characters."""
     out: str = ""
     """Folder for runs.csv, law.json and the plots; empty: study/ in the base folder."""
     fit: bool = True
-    """Fit a law; --no-fit draws the series alone."""
+    """Fit a law; --no-fit only plots loss over compute."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,24 +44,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--out={config.out} is a file; name a folder")
     runs, corpus = read_runs(base_dir, config.runs)
     if config.fit and len({run.budget for run in runs if run.budget}) < 2:
-        raise UserError("a law needs runs of at least two budgets, from --target-flops; --no-fit draws a series")
+        raise UserError(
+            "a law needs runs of at least two budgets (--target-flops); --no-fit plots the runs without one"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "runs.csv", runs)
     if config.fit:
-        law = Law.fit([(r.params, r.tokens, r.bpb) for r in runs], corpus)
+        law = fit_law([(r.params, r.tokens, r.bpb) for r in runs], corpus)
         law.save(folder / "law.json")
-        optima, size_exponent, length_exponent = best_sizes(runs, law)
-        print_table(f"scaling law of {len(runs)} runs", list(law_rows(law, optima, size_exponent, length_exponent)))
-        write_json(
-            folder / "fit.json",
-            {
-                "optima": [asdict(o) for o in optima],
-                "params_exponent": size_exponent,
-                "tokens_exponent": length_exponent,
-                "errors": law.errors,
-            },
-        )
-        plot_isoflops(runs, law, optima, size_exponent, folder / "scaling_laws.svg")
+        study = best_sizes(runs, law)
+        print_table(f"scaling law of {len(runs)} runs", list(law_rows(law, study)))
+        optima = [asdict(optimum) for optimum in study.optima]
+        write_json(folder / "fit.json", {**study._asdict(), "optima": optima, "errors": law.errors})
+        plot_isoflops(runs, study, folder / "scaling_laws.svg")
     else:
         print_table(f"{len(runs)} runs", [series_row(run) for run in sorted(runs, key=lambda run: run.flops)])
         plot_series(runs, Law.load(), folder / "miniseries.svg")
@@ -68,60 +64,58 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
-    """(the finished base runs whose tags match, the corpus they share)."""
+    """(finished base runs whose tags match `pattern`, the corpus they share)."""
     folder = run_dir(base_dir, "base", "x").parent
     tags = sorted(p.name for p in folder.iterdir() if list_steps(p)) if folder.is_dir() else []
-    found, corpora = [], set()
+    runs, corpora = [], set()
     for tag in fnmatch.filter(tags, pattern):
         if re.search(r"\.old\d+$", tag) and ".old" not in pattern:
-            continue  # moved aside by a later run of the same name
-        meta = open_checkpoint(folder / tag, verify=False).meta  # which is verified; the weights are not looked at
+            continue  # renamed by a later run with the same tag
+        meta = open_checkpoint(folder / tag, verify=False).meta  # verified; the weights are not read
         progress, plan, user = meta["progress"], meta["plan"], meta["user_config"]
         if progress["step"] < plan["num_steps"] or progress["val_bpb"] is None:
-            warn(f"{tag} is not finished (step {progress['step']} of {plan['num_steps']}): left out")
+            warn(f"{tag} is not finished (step {progress['step']} of {plan['num_steps']}): skipped")
             continue
         config = GPTConfig.from_dict(meta["model_config"])
         flops_per_token, counts = estimate(config)
         tokens = progress["step"] * plan["total_batch_tokens"]
         corpora.add(user["data"] or "the public shards")
-        found.append(
+        runs.append(
             Run(
-                tag,
-                config.n_layer,
-                scaling_params(counts),
-                tokens,
-                tokens * flops_per_token,
-                max(user["target_flops"], 0.0),
-                progress["val_bpb"],
-                progress["wall_seconds"],
+                tag=tag,
+                depth=config.n_layer,
+                params=scaling_params(counts),
+                tokens=tokens,
+                flops=tokens * flops_per_token,
+                budget=max(user["target_flops"], 0.0),
+                bpb=progress["val_bpb"],
+                seconds=progress["wall_seconds"],
             )
         )
-    if not found:
-        raise UserError(f"no finished base run matches --runs={pattern!r}; there are: {', '.join(tags) or 'none'}")
+    if not runs:
+        raise UserError(f"no finished base run matches --runs={pattern!r}; existing: {', '.join(tags) or 'none'}")
     if len(corpora) > 1:
-        raise UserError(f"--runs={pattern!r} were trained on different texts: {', '.join(sorted(corpora))}")
-    return found, corpora.pop()
+        raise UserError(f"--runs={pattern!r} were trained on different data: {', '.join(sorted(corpora))}")
+    return runs, corpora.pop()
 
 
 def write_csv(path: Path, runs: Sequence[Run]) -> None:
-    """One line a run."""
+    """Write one line per run."""
     with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, list(asdict(runs[0])), lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(run) for run in runs)
 
 
-def law_rows(
-    law: Law, optima: Sequence[Optimum], size_exponent: tuple[float, float], length_exponent: tuple[float, float]
-) -> Iterator[tuple[str, str]]:
+def law_rows(law: Law, study: Study) -> Iterator[tuple[str, str]]:
     """(name, value) rows for the table."""
     error = law.errors
     yield "bits per byte", "E + A / N^alpha + B / D^beta"
     for name in ("E", "A", "alpha", "B", "beta"):
         yield f"  {name}", f"{getattr(law, name):.4g} ± {error[name]:.2g}"
-    yield "best N grows as", f"C^({size_exponent[0]:.3f} ± {size_exponent[1]:.3f})"
-    yield "best D grows as", f"C^({length_exponent[0]:.3f} ± {length_exponent[1]:.3f})"
-    for o in optima:
+    yield "best N grows as", f"C^({study.params_exponent[0]:.3f} ± {study.params_exponent[1]:.3f})"
+    yield "best D grows as", f"C^({study.tokens_exponent[0]:.3f} ± {study.tokens_exponent[1]:.3f})"
+    for o in study.optima:
         by_curve = f"; parabola: N {format_count(o.parabola[0])}, {o.parabola[1]:.4f}" if o.parabola else ""
         ratio = f"{o.ratio:.2g} ± {o.ratio * o.ratio_error:.1g} tokens per parameter"
         size = f"N {format_count(o.params)} ± {o.params_error:.0%}"

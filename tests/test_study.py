@@ -1,4 +1,4 @@
-"""Scaling studies: the best sizes of known laws, and the script that reads finished runs."""
+"""Scaling studies: best sizes under known laws, and scripts/fit_law.py on finished runs."""
 
 import csv
 import json
@@ -10,9 +10,12 @@ import pytest
 from stubs import TINY
 
 from nanochat.common import UserError
+from nanochat.planning.fit import fit_law
+from nanochat.planning.hardware import Pace
 from nanochat.planning.isoflop import Run, best_sizes, lowest_point, parabola
 from nanochat.planning.law import Law
-from scripts import _pace, fit_law
+from scripts import _pace
+from scripts.fit_law import main
 
 TRUE = {"E": 0.7, "A": 60.0, "alpha": 0.35, "B": 180.0, "beta": 0.35}
 
@@ -41,8 +44,8 @@ def runs_of_a_known_law(noise: float) -> list[Run]:
 def test_the_best_size_of_a_known_law() -> None:
     """With equal exponents, N and D both grow as C^0.5, and N* follows from setting the derivative to zero."""
     runs = runs_of_a_known_law(noise=0.0)
-    optima, of_size, of_length = best_sizes(runs, Law.fit([(r.params, r.tokens, r.bpb) for r in runs]))
-    assert of_size[0] == pytest.approx(0.5, abs=0.02) and of_length[0] == pytest.approx(0.5, abs=0.02)
+    optima, params_exponent, tokens_exponent = best_sizes(runs, fit_law([(r.params, r.tokens, r.bpb) for r in runs]))
+    assert params_exponent[0] == pytest.approx(0.5, abs=0.02) and tokens_exponent[0] == pytest.approx(0.5, abs=0.02)
     for optimum in optima:
         # d/dN of A N^-a + B (6N/C)^a = 0
         n = (TRUE["A"] / TRUE["B"]) ** (1 / 0.7) * (optimum.flops / 6) ** 0.5
@@ -51,13 +54,13 @@ def test_the_best_size_of_a_known_law() -> None:
         assert optimum.parabola is not None and optimum.parabola[0] == pytest.approx(n, rel=0.5)
 
 
-def test_errors_cover_the_noise() -> None:
+def test_standard_errors_cover_the_noise() -> None:
     runs = runs_of_a_known_law(noise=0.003)
-    _, of_size, _ = best_sizes(runs, Law.fit([(r.params, r.tokens, r.bpb) for r in runs]))
-    assert 0 < of_size[1] < 0.2 and abs(of_size[0] - 0.5) < 4 * of_size[1]
+    _, params_exponent, _ = best_sizes(runs, fit_law([(r.params, r.tokens, r.bpb) for r in runs]))
+    assert 0 < params_exponent[1] < 0.2 and abs(params_exponent[0] - 0.5) < 4 * params_exponent[1]
 
 
-def test_a_parabola_needs_a_bottom_inside() -> None:
+def test_a_parabola_without_a_minimum_inside() -> None:
     falling = [Run("x", 1, n, 1, 1.0, 1.0, bpb, 1.0) for n, bpb in ((10, 3.0), (100, 2.0), (1000, 1.5))]
     assert lowest_point(parabola(falling), falling) is None
     assert parabola(falling[:2]) is None
@@ -74,24 +77,23 @@ def test_fit_law_reads_finished_runs(copied: Path, capsys: pytest.CaptureFixture
                 [*flags, text, f"--depth={depth}", f"--target-flops={budget}", f"--model-tag=law_{depth}_{budget:.0e}"]
             )
     out = copied / "out"
-    fit_law.main(["--runs=law_*", f"--out={out}"])
+    main(["--runs=law_*", f"--out={out}"])
     assert {p.name for p in out.iterdir()} == {"runs.csv", "law.json", "fit.json", "scaling_laws.svg"}
     rows = list(csv.DictReader((out / "runs.csv").read_text().splitlines()))
     assert len(rows) == 9 and all(float(r["flops"]) > 0 and float(r["bpb"]) > 0 for r in rows)
     law = Law.load(out / "law.json")
     assert law is not None and len(law.points) == 9 and json.loads((out / "fit.json").read_text())["errors"]
-    fit_law.main(["--runs=law_1_*", "--no-fit", f"--out={out}"])
+    main(["--runs=law_1_*", "--no-fit", f"--out={out}"])
     assert (out / "miniseries.svg").read_text().startswith("<?xml")
     capsys.readouterr()
     with pytest.raises(UserError, match="--no-fit"):
-        fit_law.main(["--runs=tiny"])
-    with pytest.raises(UserError, match=r"there are: .*law_1_6e"):
-        fit_law.main(["--runs=nothing"])
+        main(["--runs=tiny"])
+    with pytest.raises(UserError, match=r"law_1_6e"):
+        main(["--runs=nothing"])
 
 
 def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More time, a deeper model; a machine that is ten times slower is like a tenth of the time."""
-    from nanochat.planning.planner import Pace
+    """More time gives a deeper model; a machine ten times slower gives that of a tenth of the time."""
     from nanochat.runtime import Runtime
     from scripts._model import ModelFlags, network
 

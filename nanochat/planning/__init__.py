@@ -1,5 +1,5 @@
-"""Plans before a run: memory, time and cost, and the scaling law that forecasts losses.
+"""Planning a pretraining run: memory, time, cost, and the scaling law that forecasts its loss.
 
-Called by `scripts/plan.py`, `scripts/fit_law.py` and the training scripts.
-Start with `planner.py`; `law.py` fits and reads `law.json`.
+Called by `scripts/plan.py`, `scripts/fit_law.py` and the training scripts. Start with `planner.py`, which combines
+`hardware.py`, `memory.py` and `law.py`. A scaling study fits `law.json` with `fit.py` and `isoflop.py`.
 """

@@ -1,4 +1,4 @@
-"""The pictures of a scaling study. matplotlib is imported when something is drawn."""
+"""Plots of a scaling study, as SVG files. matplotlib is imported when a plot is drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import format_count
-from nanochat.planning.isoflop import Optimum, Run
+from nanochat.planning.isoflop import Run, Study
 from nanochat.planning.law import Law
+from nanochat.reporting.charts import new_figure
 
 
-def plot_isoflops(
-    runs: Sequence[Run], law: Law, optima: Sequence[Optimum], size_exponent: tuple[float, float], path: Path
-) -> None:
-    """Left: loss over size, a curve for each budget. Right: the best size over compute, with errors."""
-    figure, (left, right) = _figure(2)
-    colors = _colors(len(optima))
+def plot_isoflops(runs: Sequence[Run], study: Study, path: Path) -> None:
+    """Left: loss over model size, one curve per budget. Right: the best size over compute, with errors."""
+    from matplotlib import colormaps
+
+    optima = study.optima
+    figure, (left, right) = new_figure(11.2, 4.2, columns=2)
+    colors = [colormaps["viridis"](x) for x in np.linspace(0.1, 0.85, len(optima))]
     for optimum, color in zip(optima, colors):
         of_budget = sorted((r for r in runs if r.budget == optimum.flops), key=lambda r: r.params)
         n = np.array([r.params for r in of_budget], float)
@@ -38,11 +40,10 @@ def plot_isoflops(
     size = np.array([o.params for o in optima])
     error = np.array([o.params_error for o in optima])
     bars = [size * (1 - np.exp(-error)), size * (np.exp(error) - 1)]
-    label = f"N ∝ C^({size_exponent[0]:.2f} ± {size_exponent[1]:.2f})"
+    label = "N ∝ C^({:.2f} ± {:.2f})".format(*study.params_exponent)
     right.errorbar(flops, size, yerr=bars, fmt="*", ms=11, color="tab:blue", capsize=4, label=label)
-    by_curve = [(o.flops, o.parabola[0]) for o in optima if o.parabola]
-    if by_curve:
-        right.plot(*zip(*by_curve), "x", color="tab:orange", ms=9, label="lowest points of the parabolas")
+    if minima := [(o.flops, o.parabola[0]) for o in optima if o.parabola]:
+        right.plot(*zip(*minima), "x", color="tab:orange", ms=9, label="minima of the parabolas")
     for o in optima:
         right.annotate(
             f"{o.ratio:.2g} tokens/param", (o.flops, o.params), textcoords="offset points", xytext=(8, -12), fontsize=8
@@ -55,8 +56,8 @@ def plot_isoflops(
 
 
 def plot_series(runs: Sequence[Run], law: Law | None, path: Path) -> None:
-    """Loss over compute, one point a depth, and what the law foretold."""
-    figure, (axes,) = _figure(1)
+    """Loss over compute, one point per depth, with the law's forecasts."""
+    figure, (axes,) = new_figure(6.0, 4.2)
     runs = sorted(runs, key=lambda run: run.flops)
     axes.plot([r.flops for r in runs], [r.bpb for r in runs], "o-", color="tab:blue", label="measured")
     if law:
@@ -87,7 +88,7 @@ def plot_series(runs: Sequence[Run], law: Law | None, path: Path) -> None:
 
 
 def short_ticks(axes: Any) -> None:
-    """Logarithmic axes of less than a decade: few ticks, in short numbers."""
+    """Label logarithmic axes at 1, 2 and 5 of each decade, in short numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for axis in (axes.xaxis, axes.yaxis):
@@ -102,24 +103,9 @@ def short_power(value: float) -> str:
     return f"{value:.0e}".replace("e+", "e") if value >= 1e9 else format_count(value)
 
 
-def _figure(columns: int) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * columns + 0.8, 4.2), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for one in axes:
-        one.grid(alpha=0.25)
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _colors(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](x) for x in np.linspace(0.1, 0.85, max(count, 1))]
-
-
 def _save(figure: Any, path: Path) -> None:
-    """On white, so that it reads in a dark page too."""
+    """Write the figure with a grid, on white so that it is readable on a dark page too."""
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
