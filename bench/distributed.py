@@ -1,8 +1,7 @@
-"""The optimizer on 1, 2 and 4 processes of one core each, against one process: `python -m bench.distributed`.
+"""Optimizer time and memory at world sizes 1, 2 and 4, with one thread per rank: `python -m bench.distributed`.
 
-Each number of processes has its own row: seconds of an update, what a process holds, and how much of it is state.
-"Training step" is a whole step of the trainer on a fixed global batch: on 2 processes of one core each it should take
-little longer than on one process with 2 cores.
+One row per world size: seconds of an update, seconds of a whole training step on a fixed global batch, and bytes of
+optimizer state per rank. Two ranks of one thread should take little longer per step than one rank of two threads.
 """
 
 import json
@@ -35,28 +34,30 @@ from scripts._train import TrainFlags, make_optimizer
 @dataclass
 class DistributedFlags(Flags):
     processes: str = "1,2,4"
-    """Numbers of processes to compare, each process with one thread; the first row is one process with as many
-    threads as the machine has cores."""
+    """World sizes to compare, with one thread per rank; the first row is one rank with as many threads as the machine
+    has cores."""
     rounds_of_all: int = 2
-    """How often all of them are run, in turn; medians are shown."""
+    """Repetitions of all cases, interleaved; medians are shown."""
 
 
 def measure(flags: DistributedFlags, runtime: Runtime) -> Result:
-    """Start every number of processes in turn, and put what they found side by side."""
+    """Run every case in turn, and tabulate the results."""
     if runtime.world_size > 1 or runtime.device.type != "cpu":
-        raise UserError("bench.distributed starts its own processes, on a CPU: leave torchrun out, --device-type=cpu")
+        raise UserError(
+            "bench.distributed starts its own ranks, on a CPU: run it without torchrun, with --device-type=cpu"
+        )
     try:
         counts = [int(count) for count in flags.processes.split(",")]
     except ValueError:
-        raise UserError(f"--processes must be numbers with commas between, got {flags.processes!r}") from None
+        raise UserError(f"--processes must be comma-separated numbers, got {flags.processes!r}") from None
     if flags.batch < max(counts):
-        raise UserError(f"--batch {flags.batch} leaves some of {max(counts)} processes without a row")
+        raise UserError(f"--batch {flags.batch} leaves some of {max(counts)} ranks without a row")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cases = [(1, cores), *((count, 1) for count in counts)]
     found: dict[tuple[int, int], list[dict[str, Any]]] = {case: [] for case in cases}
     for _ in range(flags.rounds_of_all):
         for case in found:
-            found[case].append(start_processes(flags, *case))
+            found[case].append(run_ranks(flags, *case))
     results = {case: {key: median(r[key] for r in rounds) for key in rounds[0]} for case, rounds in found.items()}
     whole = results[cases[0]]
     values: dict[str, Any] = {"cores": cores, "processes": {}}
@@ -77,11 +78,11 @@ def measure(flags: DistributedFlags, runtime: Runtime) -> Result:
             )
         )
     columns = ("n x threads", "update ms", "step ms", "speed", "state MiB", "share", "held/planned")
-    return Result("the optimizer, shared out", columns, rows, values)
+    return Result("sharded optimizer", columns, rows, values)
 
 
-def start_processes(flags: DistributedFlags, count: int, threads: int) -> dict[str, Any]:
-    """Run `one_rank` in `count` processes; the largest of what they found."""
+def run_ranks(flags: DistributedFlags, count: int, threads: int) -> dict[str, Any]:
+    """Run `one_rank` on `count` ranks; returns the maximum of each of their results."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -104,17 +105,17 @@ def start_processes(flags: DistributedFlags, count: int, threads: int) -> dict[s
         )
         for rank in range(count)
     ]
-    said = [process.communicate() for process in ranks]
-    for process, (_, error) in zip(ranks, said):
+    outputs = [process.communicate() for process in ranks]
+    for process, (_, error) in zip(ranks, outputs):
         if process.returncode:
             last = (error.strip() or "no message").splitlines()[-1]
-            raise UserError(f"bench.distributed with {count} processes: {last}")
-    found = [json.loads(out.splitlines()[-1]) for out, _ in said]
+            raise UserError(f"bench.distributed with {count} ranks: {last}")
+    found = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     return {key: max(r[key] for r in found) for key in found[0]}
 
 
 def one_rank(flags_json: str) -> None:
-    """Time updates and whole steps on one of the processes, and print what was found as JSON."""
+    """Measure on one rank, and print the result as JSON."""
     flags = DistributedFlags(**json.loads(flags_json))
     with Runtime.create("cpu", flags.dtype) as runtime:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -122,7 +123,7 @@ def one_rank(flags_json: str) -> None:
 
 
 def measure_rank(flags: Flags, runtime: Runtime) -> dict[str, float]:
-    """What one process of the run measures, and what the planner foretells of it."""
+    """Time updates and whole steps; measure this rank's memory and compare it with the planner's prediction."""
     config = model_config(flags)
     model = GPT.create(config, runtime.device, runtime.dtype)
     optimizer = make_optimizer(model, TrainFlags().optimizer_config(flags.recipe), runtime, 1e-3, 0.1)
@@ -145,7 +146,7 @@ def measure_rank(flags: Flags, runtime: Runtime) -> dict[str, float]:
             p.grad = grad
         optimizer.step()
 
-    # A fixed number of rounds: processes that counted their own seconds would wait for each other for ever.
+    # A fixed number of rounds: ranks that each timed their own would do different numbers of collectives and hang.
     rounds = max(3, round(flags.seconds * 4))
     times = sample_in_turn({"update": update, "step": lambda: trainer.step(batch)}, 0.0, runtime, least=rounds)
     return {
@@ -159,7 +160,7 @@ def measure_rank(flags: Flags, runtime: Runtime) -> dict[str, float]:
 
 
 def machine(runtime: Runtime) -> Gpu:
-    """This machine for the planner, of which only the number format matters here."""
+    """This machine as the planner sees it; only the dtype matters here."""
     return Gpu("this machine", 0.0, 1.0, None, 0.0, None, str(runtime.dtype).removeprefix("torch."), "cpu")
 
 

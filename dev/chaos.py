@@ -1,17 +1,16 @@
-"""Break a training run again and again, as machines break, and see that it ends as if nothing had happened.
+"""Fault injection: break training runs at random, and check that they end as an undisturbed one does.
 
     python -m dev.chaos --minutes=15 --seed=1 --log=chaos.log
 
-`scripts.launch` trains a tiny model in two processes, first undisturbed, then with a fault every few seconds
-(dev/chaos_faults.py): processes and launchers are killed, frozen, run out of disk, and find their checkpoints damaged.
-Every third run is on two hosts (dev/two_hosts.py), which meet as `scripts.launch --nnodes=1:2`; they are cut apart, or
-one of them dies.
+`scripts.launch` trains a tiny model on two ranks, first undisturbed, then with a fault every few seconds
+(dev/chaos_faults.py): ranks and launchers are killed or frozen, the disk fills up, checkpoints are damaged. Every third
+run is on two hosts (dev/two_hosts.py) under `scripts.launch --nnodes=1:2`; the network is cut, or one of them dies.
 
-It asserts that each run reaches its last step; that its average loss and its weights are then the undisturbed run's
-within TOLERANCE, or, taken together, HOSTS_TOLERANCE where a host was alone for a time; that each restart goes on from
-the last completed, undamaged save or a later one; and that no process outlives its launcher (dev/chaos_run.py). Some
-faults mount things, in a mount namespace of their own. What this machine does not permit is left out, which the summary
-says. Exit code 0 if all that holds, 1 if not.
+It checks that each run reaches its last step; that its average loss and weights then match the undisturbed run's within
+TOLERANCE, or HOSTS_TOLERANCE over all weights where a host was alone for a time; that each restart continues from the
+last complete, undamaged save or a later one; and that no rank outlives its launcher (dev/chaos_run.py). Some faults
+mount file systems, in a mount namespace of their own. Faults that this machine does not permit are left out, and the
+summary says why. Exit code 0 if all checks hold, else 1.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dev.chaos_faults import LASTING, NEED_HOSTS, NEED_MOUNTS, ON_ONE_HOST, ON_TWO_HOSTS
+from dev.chaos_faults import NEED_HOSTS, NEED_MOUNTS, NO_RESTART, ON_ONE_HOST, ON_TWO_HOSTS
 from dev.chaos_run import HOSTS_TOLERANCE, TOLERANCE, Run, RunOnTwoHosts
 from dev.two_hosts import NoHosts, TwoHosts
 
@@ -37,13 +36,13 @@ DISK_MEGABYTES = 24
 
 
 def disturb(run: Run, faults: dict[str, Callable[[Any], None]], until: float) -> None:
-    """One run, broken by `faults` until it ends; after the time `until`, left in peace."""
-    weights = [2 if kind in LASTING else 1 for kind in faults]
+    """Start a run and inject faults until it ends; none after the time `until`."""
+    weights = [2 if kind in NO_RESTART else 1 for kind in faults]
     run.begin()
     for starts in range(1, 1001):
         run.launch()
         while run.alive():
-            if run.rng.random() > 0.1 and not run.await_steps():  # now and then while it is starting
+            if run.rng.random() > 0.1 and not run.await_steps():  # one in ten faults comes during the start
                 break
             time.sleep(run.rng.uniform(0, 1.0))
             if time.monotonic() > until:
@@ -53,13 +52,13 @@ def disturb(run: Run, faults: dict[str, Callable[[Any], None]], until: float) ->
                 inject(run, kind, faults[kind])
         run.check_expected()
         if run.wait() == 0:
-            run.kill_all()  # a host that has not come back
+            run.kill_all()  # a second host that has not rejoined
             return run.compare(starts)
-    run.problem("1000 starts and no end")
+    run.problem("not finished after 1000 starts")
 
 
 def inject(run: Run, kind: str, fault: Callable[[Any], None]) -> None:
-    """One fault, a new launcher if it took that, and what it cost."""
+    """Inject one fault, start a new launcher if that one ended, and record the time and the steps it cost."""
     tally, before, began = run.tally, run.last_step(), time.monotonic()
     tally.faults[kind] += 1
     run.say(f"{kind} (fault {tally.faults.total()}) at step {before}")
@@ -77,7 +76,7 @@ def inject(run: Run, kind: str, fault: Callable[[Any], None]) -> None:
 
 
 def own_mounts(disk: Path) -> str:
-    """Put a small disk at `disk`, in a mount namespace that ends with us; else why not."""
+    """Mount a small disk at `disk`, in a mount namespace of this process. Returns "" or the reason why not."""
     CLONE_NEWNS = 0x20000
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
         return f"mounting is not permitted ({os.strerror(ctypes.get_errno())})"
@@ -90,19 +89,21 @@ def own_mounts(disk: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dev.chaos", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=15, help="of faults; what runs then is brought to its end")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice and the moments of the faults")
-    parser.add_argument("--log", type=Path, default=Path("chaos.log"), help="where to write down what happens")
+    parser.add_argument(
+        "--minutes", type=float, default=15, help="of faults; the run under way then is finished without"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the kinds and the times of the faults")
+    parser.add_argument("--log", type=Path, default=Path("chaos.log"), help="log file")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through what cleans up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cleanup below runs
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         disk = Path(name) / "disk"
         disk.mkdir()
-        left_out: dict[str, str] = {}  # kind -> why
-        if why := own_mounts(disk):
-            left_out |= dict.fromkeys(NEED_MOUNTS, why)
+        left_out: dict[str, str] = {}  # kind -> reason
+        if reason := own_mounts(disk):
+            left_out |= dict.fromkeys(NEED_MOUNTS, reason)
         alone, hosts = Run(disk, Path(name) / "output.log", args.log, args.seed), None
-        broken = [(alone, ON_ONE_HOST), (alone, ON_ONE_HOST)]  # in turns
+        broken = [(alone, ON_ONE_HOST), (alone, ON_ONE_HOST)]  # taken in turn
         try:
             alone.prepare()
             alone.undisturbed()
@@ -129,7 +130,7 @@ def main() -> int:
     tally = alone.tally
     alone.say(
         f"summary\n{tally.table(ON_ONE_HOST | ON_TWO_HOSTS, left_out)}\n"
-        f"{tally.faults.total()} faults in {seconds / 60:.1f} minutes, {tally.runs} runs ended, largest relative "
+        f"{tally.faults.total()} faults in {seconds / 60:.1f} minutes, {tally.runs} runs finished, largest relative "
         f"difference {tally.largest_difference:.1e} (allowed {TOLERANCE:g}), on two hosts "
         f"{tally.largest_on_two_hosts:.1e} (allowed {HOSTS_TOLERANCE:g}), "
         f"{len(tally.problems)} problems"

@@ -1,6 +1,6 @@
-"""What dev/chaos.py does to a run: each fault is a function of the run that suffers it.
+"""The faults that dev/chaos.py injects. Each is a function of the run.
 
-One that ends processes says so by `run.expect`: what is saved by then, the next start has to go on from.
+A fault that ends ranks calls `run.expect`: the next start must continue from what is saved by then.
 """
 
 import os
@@ -15,15 +15,15 @@ from typing import Any
 
 from dev.chaos_run import Run, RunOnTwoHosts, kill
 
-ORPHAN_SECONDS = 30.0  # for processes without a launcher to end
+ORPHAN_SECONDS = 30.0  # for ranks to exit after their launcher
 
 
 # ---------------------------------------------------------------------------------------------------
-# Processes
+# Ranks and launchers
 
 
 def worker(run: Run) -> None:
-    """One of the two is killed."""
+    """Kill one rank."""
     if found := run.workers():
         with suppress(ProcessLookupError):
             os.kill(run.rng.choice(found), signal.SIGKILL)
@@ -31,13 +31,13 @@ def worker(run: Run) -> None:
 
 
 def power(run: Run) -> None:
-    """Everything is killed at once."""
+    """Kill everything at once, as a power failure would."""
     run.kill_all()
     run.expect("power")
 
 
 def launcher(run: Run) -> None:
-    """The launcher alone is killed; what it has started has to end soon."""
+    """Kill the launcher alone; its ranks must exit soon."""
     assert run.process is not None
     orphans = run.workers()
     run.process.kill()
@@ -47,20 +47,20 @@ def launcher(run: Run) -> None:
     while (left := [pid for pid in orphans if is_running(pid)]) and time.monotonic() < end:
         time.sleep(0.05)
     for pid in left:
-        run.problem(f"launcher: process {pid} still ran {ORPHAN_SECONDS:g} s after it")
+        run.problem(f"launcher: process {pid} still runs {ORPHAN_SECONDS:g} s after it was killed")
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process exists and is not a zombie."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
 
 
 def frozen(run: Run) -> None:
-    """A process stands still for a moment."""
+    """Stop a rank for a moment."""
     if found := run.workers():
         pid = run.rng.choice(found)
         with suppress(ProcessLookupError):
@@ -74,7 +74,7 @@ def frozen(run: Run) -> None:
 
 
 def full(run: Run) -> None:
-    """The disk is full for a moment."""
+    """Fill the disk for a moment."""
     ballast = run.disk / "ballast"
     with open(ballast, "wb", buffering=0) as file, suppress(OSError):
         for size in (2**20, 2**12):
@@ -86,7 +86,7 @@ def full(run: Run) -> None:
 
 
 def readonly(run: Run) -> None:
-    """The run's folder may not be written for a moment."""
+    """Mount the run's folder read-only for a moment."""
     subprocess.run(["mount", "--bind", run.folder, run.folder], check=True)
     remount = ["mount", "-o", "remount,bind,ro", run.folder]
     while subprocess.run(remount, stderr=subprocess.DEVNULL).returncode:  # busy while a file is being written
@@ -96,39 +96,39 @@ def readonly(run: Run) -> None:
 
 
 def truncate(run: Run) -> None:
-    """Everything is killed at once, and a file of the latest checkpoint is cut short."""
-    damage(run, "truncate", cut_short)
+    """Kill everything at once, and truncate a file of the latest checkpoint."""
+    damage(run, "truncate", truncate_file)
 
 
 def bitflip(run: Run) -> None:
-    """The same, and a bit of one is another."""
+    """Kill everything at once, and flip a bit in a file of the latest checkpoint."""
     damage(run, "bitflip", flip_bit)
 
 
-def damage(run: Run, kind: str, spoil: Callable[[Path, random.Random], int]) -> None:
-    """Kill all and spoil one file of the latest step, if there is an earlier one to go on from."""
+def damage(run: Run, kind: str, change: Callable[[Path, random.Random], int]) -> None:
+    """Kill everything and `change` one file of the latest step, if there is an earlier one to continue from."""
     run.kill_all()
     run.check_expected()
-    run.expected = []  # what was there to go on from is damaged now
+    run.expected = []  # the step they refer to may be the damaged one
     steps = run.intact()
     if len(steps) > 1:
         folder = run.folder / f"{steps[-1]:06d}"
         path = run.rng.choice([p for p in sorted(folder.iterdir()) if p.stat().st_size])
-        at = spoil(path, run.rng)
+        at = change(path, run.rng)
         run.damaged[steps[-1]] = (folder / "manifest.json").stat().st_mtime_ns
         run.say(f"  {folder.name}/{path.name}: {kind} at byte {at}")
     run.expect(kind)
 
 
-def cut_short(path: Path, rng: random.Random) -> int:
-    """Leave only the bytes before the one that is returned."""
+def truncate_file(path: Path, rng: random.Random) -> int:
+    """Truncate to a random size, which is returned."""
     at = rng.randrange(path.stat().st_size)
     os.truncate(path, at)
     return at
 
 
 def flip_bit(path: Path, rng: random.Random) -> int:
-    """Change one bit; returns where its byte is."""
+    """Flip one bit; returns its byte offset."""
     content = bytearray(path.read_bytes())
     at = rng.randrange(len(content))
     content[at] ^= 1 << rng.randrange(8)
@@ -141,7 +141,7 @@ def flip_bit(path: Path, rng: random.Random) -> int:
 
 
 def cut(run: RunOnTwoHosts) -> None:
-    """The cable between the hosts is pulled for a moment."""
+    """Cut the network between the hosts for a moment."""
     run.expect("cut")
     run.hosts.link(1, "down")
     time.sleep(run.rng.uniform(0.5, 20))
@@ -149,9 +149,9 @@ def cut(run: RunOnTwoHosts) -> None:
 
 
 def node(run: RunOnTwoHosts) -> None:
-    """A host dies unheard and is started anew."""
+    """Kill a host while the network is cut, so that nothing reports it, and start it again."""
     run.expect("node")
-    run.hosts.link(1, "down")  # nobody hears of it
+    run.hosts.link(1, "down")
     if run.second:
         kill([run.second])
     time.sleep(run.rng.uniform(0, 15))
@@ -172,4 +172,4 @@ ON_ONE_HOST: dict[str, Callable[[Any], None]] = {
 ON_TWO_HOSTS: dict[str, Callable[[Any], None]] = {"worker": worker, "power": power, "cut": cut, "node": node}
 NEED_MOUNTS = ("full", "readonly")
 NEED_HOSTS = ("cut", "node")
-LASTING = ("frozen", "full", "readonly")  # no process starts anew, so there is time for more of them
+NO_RESTART = ("frozen", "full", "readonly")  # take less time, so they are chosen twice as often

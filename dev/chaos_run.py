@@ -1,7 +1,7 @@
-"""The run that dev/chaos.py breaks: how it is started, looked at and killed, and how its end is judged.
+"""The run that dev/chaos.py breaks: starting, watching and killing it, and comparing its end with an undisturbed run's.
 
-It is one folder of checkpoints, which one launcher after another goes on with; on two hosts (dev/two_hosts.py) two
-launchers at a time, which meet.
+A run is one folder of checkpoints, which successive launchers continue; on two hosts (dev/two_hosts.py) two launchers
+at a time.
 """
 
 import json
@@ -26,10 +26,10 @@ from nanochat.checkpoint_manager import open_checkpoint, run_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVE_EVERY = 300, 5
-# How far average loss and weights may be from the undisturbed run's, relatively, and how far where a host was alone for
-# a time, so that sums were taken in another order.
+# Allowed relative difference of average loss and weights from the undisturbed run's; the second where a host was alone
+# for a time, so that sums were taken in another order.
 TOLERANCE, HOSTS_TOLERANCE = 1e-6, 1e-4
-PATIENCE_SECONDS = 120.0  # for a run to take another step, on a busy machine
+STEP_TIMEOUT_SECONDS = 120.0  # for the next step, on a busy machine
 FLAGS = [
     "--depth=1",
     "--n-embd=16",
@@ -53,7 +53,7 @@ FLAGS = [
 
 @dataclass
 class Expectation:
-    """After `position` in the output, the next start goes on from `step` or later."""
+    """The first start after `position` in the output must continue from `step` or later."""
 
     kind: str
     position: int
@@ -62,19 +62,19 @@ class Expectation:
 
 @dataclass
 class Tally:
-    """What came of the faults, by kind."""
+    """Counts and costs of the faults, by kind, and the problems found."""
 
     faults: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # until the next step
-    redone: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # steps that were done twice
+    redone: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # steps that were repeated
     problems: list[str] = field(default_factory=list)
     runs: int = 0
     largest_difference: float = 0.0
     largest_on_two_hosts: float = 0.0
 
     def table(self, kinds: Iterable[str], left_out: dict[str, str]) -> str:
-        """A line for each kind; `left_out` says why some were never tried."""
-        lines = [f"{'fault':<10} {'times':>5} {'until the next step':>28} {'steps done twice':>20}"]
+        """A line for each kind; `left_out` maps a kind that was never injected to the reason."""
+        lines = [f"{'fault':<10} {'times':>5} {'until the next step':>28} {'steps repeated':>20}"]
         for kind in kinds:
             if kind in left_out:
                 lines.append(f"{kind:<10} left out: {left_out[kind]}")
@@ -86,17 +86,17 @@ class Tally:
 
 
 class Run:
-    """Two processes of one launcher, which keep what they write on `disk`. Writes down in `log` what happens."""
+    """A run of two ranks under one launcher, with its base folder on `disk`. Logs to `log`."""
 
     tolerance = TOLERANCE
 
     def __init__(self, disk: Path, output: Path, log: Path, seed: int) -> None:
         self.disk, self.base, self.output = disk, disk / "base", output
         self.folder = run_dir(self.base, "base", "chaos")
-        self.log_file = open(log, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (open to the end)
+        self.log_file = open(log, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (open until exit)
         self.rng = random.Random(seed)
         self.tally = Tally()
-        self.damaged: dict[int, int] = {}  # step -> when its manifest was written
+        self.damaged: dict[int, int] = {}  # step -> mtime of its manifest, in nanoseconds
         self.expected: list[Expectation] = []
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -113,7 +113,7 @@ class Run:
     # Starting and killing
 
     def prepare(self) -> None:
-        """A tokenizer and text."""
+        """Make the text and train a tokenizer."""
         self.base.mkdir(parents=True)
         rows = "".join(json.dumps({"text": f"line {i} of {i * i} lines of text"}) + "\n" for i in range(400))
         (self.base / "text.jsonl").write_text(rows)
@@ -127,7 +127,7 @@ class Run:
         subprocess.run(tokenizer, cwd=ROOT, env=self.environment(), check=True, stdout=subprocess.DEVNULL)
 
     def begin(self) -> None:
-        """Forget what was trained before; nothing is launched yet."""
+        """Delete the previous run."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.damaged, self.expected = {}, []
 
@@ -166,11 +166,11 @@ class Run:
         return {**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(self.base), "NANOCHAT_DTYPE": "float32"}
 
     def launchers(self) -> "list[subprocess.Popen[bytes]]":
-        """Those that run."""
+        """The launchers that are running."""
         return [launcher for launcher in (self.process,) if launcher and launcher.poll() is None]
 
     def workers(self) -> list[int]:
-        """The training processes below the launchers."""
+        """Process ids of the ranks."""
         return [pid for launcher in self.launchers() for pid in workers_of(launcher)]
 
     def alive(self) -> bool:
@@ -181,15 +181,15 @@ class Run:
         kill(self.launchers())
 
     def wait(self) -> int:
-        """The exit code of the launcher, once it has ended."""
+        """Wait for the launcher; returns its exit code."""
         assert self.process is not None
         return self.process.wait()
 
     # -----------------------------------------------------------------------------------------------
-    # Looking
+    # Watching
 
     def last_step(self) -> int:
-        """The last line of metrics.jsonl that is whole; 0 if there is none."""
+        """The step of the last complete line of metrics.jsonl; 0 if there is none."""
         with suppress(OSError):
             for line in reversed((self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
                 with suppress(ValueError, KeyError):
@@ -197,7 +197,7 @@ class Run:
         return 0
 
     def intact(self) -> list[int]:
-        """Completed steps that were not damaged since."""
+        """Complete steps that no fault has damaged."""
         steps = []
         for manifest in self.folder.glob("[0-9]*/manifest.json"):
             with suppress(OSError):
@@ -207,75 +207,76 @@ class Run:
         return sorted(steps)
 
     def await_steps(self, count: int = 2) -> bool:
-        """Wait until the run has taken steps anew; False if it ended, or if the time for that is up."""
+        """Wait until the run has taken `count` steps. False if it ended or took too long."""
         began, seen, changes = time.monotonic(), self.last_step(), 0
-        while changes < count and self.alive() and time.monotonic() < began + PATIENCE_SECONDS:
+        while changes < count and self.alive() and time.monotonic() < began + STEP_TIMEOUT_SECONDS:
             time.sleep(0.02)
             now = self.last_step()
             changes, seen = changes + (now != seen), now
         if changes < count and self.alive():
-            self.problem(f"no step in {PATIENCE_SECONDS:g} s after step {seen}")
+            self.problem(f"no step in {STEP_TIMEOUT_SECONDS:g} s after step {seen}")
             self.kill_all()
         return changes >= count
 
     def await_end(self) -> None:
-        """With no more faults, the run has to reach its end."""
+        """Wait for the last step, and for the launcher to exit."""
         while self.alive() and self.last_step() < STEPS:
             self.await_steps()
         self.wait()
 
     # -----------------------------------------------------------------------------------------------
-    # Judging
+    # Checking
 
     def expect(self, kind: str) -> None:
-        """From here on, no step that is saved may be lost."""
+        """Require that the next start continues from the latest complete step, or a later one."""
         self.expected.append(Expectation(kind, self.output.stat().st_size, max(self.intact(), default=0)))
 
     def check_expected(self) -> None:
-        """Compare where each start went on with what was there to go on from."""
-        said = self.output.read_bytes()
-        waiting = []
-        for wanted in self.expected:
-            found = re.search(rb"resumed at step (\d+)|(starting from the beginning)", said[wanted.position :])
+        """Check each expectation whose start has printed where it resumed; keep the others."""
+        output, pending = self.output.read_bytes(), []
+        for expected in self.expected:
+            found = re.search(rb"resumed at step (\d+)|(starting from the beginning)", output[expected.position :])
             if not found:
-                waiting.append(wanted)
-            elif (step := int(found[1] or 0)) < wanted.step:
-                self.problem(f"{wanted.kind}: step {wanted.step} was saved, the run went on from {step}")
-        self.expected = waiting
+                pending.append(expected)
+            elif (step := int(found[1] or 0)) < expected.step:
+                self.problem(f"{expected.kind}: step {expected.step} was saved, the run resumed from {step}")
+        self.expected = pending
 
     def undisturbed(self) -> None:
-        """The run to compare with."""
+        """Train the run to compare with."""
         self.begin()
         began = time.monotonic()
         self.launch()
         if self.wait():
             sys.exit(f"the undisturbed run failed:\n{self.output.read_text()[-3000:]}")
-        wanted = open_checkpoint(self.folder, STEPS)
-        self.wanted_weights, self.wanted_loss = wanted.model_state(), wanted.meta["progress"]["smooth_loss"]
+        end = open_checkpoint(self.folder, STEPS)
+        self.expected_weights, self.expected_loss = end.model_state(), end.meta["progress"]["smooth_loss"]
         self.say(f"undisturbed: {STEPS} steps in {time.monotonic() - began:.0f} s")
 
     def compare(self, starts: int) -> None:
-        """With the undisturbed run."""
+        """Compare the finished run with the undisturbed one."""
         self.tally.runs += 1
         found = open_checkpoint(self.folder, STEPS)
         loss, weights = found.meta["progress"]["smooth_loss"], found.model_state()
-        off = [*self.differences(weights), abs(loss - self.wanted_loss) / self.wanted_loss]
-        self.note_difference(max(off))
-        said = f"run {self.tally.runs} ended at step {STEPS}: loss {loss:.6f}, undisturbed {self.wanted_loss:.6f}, "
-        self.say(f"{said}largest relative difference {max(off):.1e}; the launcher was started {starts} times by itself")
-        if max(off) > self.tolerance:
-            self.problem(f"run {self.tally.runs} is {max(off):.1e} off the undisturbed one")
+        difference = max(*self.differences(weights), abs(loss - self.expected_loss) / self.expected_loss)
+        self.note_difference(difference)
+        self.say(
+            f"run {self.tally.runs} ended at step {STEPS}: loss {loss:.6f}, undisturbed {self.expected_loss:.6f}, "
+            f"largest relative difference {difference:.1e}; launchers started: {starts}"
+        )
+        if difference > self.tolerance:
+            self.problem(f"run {self.tally.runs} differs by {difference:.1e} from the undisturbed one")
 
     def differences(self, weights: dict[str, Any]) -> list[float]:
-        """Each tensor's, relative to its norm."""
-        return [float((weights[n] - w).norm() / w.norm().clamp(min=1e-9)) for n, w in self.wanted_weights.items()]
+        """The relative difference of each tensor."""
+        return [float((weights[n] - w).norm() / w.norm().clamp(min=1e-9)) for n, w in self.expected_weights.items()]
 
-    def note_difference(self, off: float) -> None:
-        self.tally.largest_difference = max(self.tally.largest_difference, off)
+    def note_difference(self, difference: float) -> None:
+        self.tally.largest_difference = max(self.tally.largest_difference, difference)
 
 
 class RunOnTwoHosts(Run):
-    """The same on two hosts, one process each. Shares the tally, the log and the dice with `other`."""
+    """The same on two hosts, one rank each. Shares the tally, the log and the random generator with `other`."""
 
     tolerance = HOSTS_TOLERANCE
 
@@ -285,13 +286,13 @@ class RunOnTwoHosts(Run):
         self.second: subprocess.Popen[bytes] | None = None
 
     def launch(self) -> None:
-        self.kill_all()  # of the hosts' launchers the one that is left
+        self.kill_all()  # one launcher may still be running
         self.process, self.second = self.start(0), self.start(1)
 
     def start(self, host: int) -> "subprocess.Popen[bytes]":
         address = TwoHosts.addresses
         quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
-        # Steps slow enough for a host to return before the other has done them all.
+        # Slow steps, so that a host can return before the other has finished the run.
         flags = ["--timeout=3", "--total-batch-size=512", "--device-batch-size=1"]
         command = self.command(
             "--nnodes=1:2",
@@ -313,20 +314,20 @@ class RunOnTwoHosts(Run):
 
     def await_steps(self, count: int = 2) -> bool:
         if self.second and self.second.poll() is not None and self.alive():
-            self.second = self.start(1)  # as whoever looks after that host would
+            self.second = self.start(1)  # as a supervisor would
         return super().await_steps(count)
 
     def differences(self, weights: dict[str, Any]) -> list[float]:
-        """All taken together: a scalar whose gradient is rounding alone goes its own way with any other sum."""
-        off = math.hypot(*(float((weights[n] - w).norm()) for n, w in self.wanted_weights.items()))
-        return [off / math.hypot(*(float(w.norm()) for w in self.wanted_weights.values()))]
+        """Over all tensors together: a scalar whose gradient is rounding error alone differs with the order of sums."""
+        off = math.hypot(*(float((weights[n] - w).norm()) for n, w in self.expected_weights.items()))
+        return [off / math.hypot(*(float(w.norm()) for w in self.expected_weights.values()))]
 
-    def note_difference(self, off: float) -> None:
-        self.tally.largest_on_two_hosts = max(self.tally.largest_on_two_hosts, off)
+    def note_difference(self, difference: float) -> None:
+        self.tally.largest_on_two_hosts = max(self.tally.largest_on_two_hosts, difference)
 
 
 def workers_of(launcher: "subprocess.Popen[bytes]") -> list[int]:
-    """The training processes that it has started."""
+    """Process ids of the ranks below a launcher."""
     found = []
     with suppress(OSError):
         for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
@@ -336,10 +337,10 @@ def workers_of(launcher: "subprocess.Popen[bytes]") -> list[int]:
 
 
 def kill(launchers: "Iterable[subprocess.Popen[bytes]]") -> None:
-    """Kill launchers that run and all their workers, unheard."""
+    """Kill launchers and all their ranks, so that none can save or report."""
     running = [launcher for launcher in launchers if launcher.poll() is None]
     for launcher in running:
-        launcher.send_signal(signal.SIGSTOP)  # it shall not start others meanwhile
+        launcher.send_signal(signal.SIGSTOP)  # so that it starts no others meanwhile
     for pid in [pid for launcher in running for pid in workers_of(launcher)]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

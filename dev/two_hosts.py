@@ -1,6 +1,6 @@
-"""Two hosts on one machine, to cut the network between them: network namespaces joined by a veth pair, without root.
+"""Two hosts on one machine whose network can be cut: network namespaces joined by a veth pair, without root.
 
-Each host is held by a process that ends when this one does, however that comes about, and its namespace with it.
+A process holds each namespace. It reads from a pipe of this process, so it exits with it in any case.
 """
 
 import os
@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from typing import Any
 
 INTERFACE = "veth0"  # its name on either host
-# Seconds between attempts double for as long as a cable is cut; a second at most, where the kernel has it (6.15), lets
-# the hosts find each other soon after. Without it a return takes up to as long as the cut did.
-IMPATIENT = "echo 1000 2> /dev/null > /proc/sys/net/ipv4/tcp_rto_max_ms || true"
+# TCP doubles the time between retries as long as the network is cut, so a return takes up to as long as the cut did.
+# Kernels from 6.15 on can limit it, here to a second.
+LIMIT_RETRIES = "echo 1000 2> /dev/null > /proc/sys/net/ipv4/tcp_rto_max_ms || true"
 HOLD = "ip link set lo up && echo up && read -r _"  # until its standard input is closed
 
 
 class NoHosts(RuntimeError):
-    """This machine does not let us make network namespaces; the message says why."""
+    """This machine does not permit network namespaces; the message says why."""
 
 
 class TwoHosts:
-    """Hosts 0 and 1, at `addresses`. Use as a context manager. Raises NoHosts where the system forbids it.
+    """Hosts 0 and 1, at `addresses`. A context manager. Raises NoHosts if the system does not permit it.
 
-    The lower address is host 1's: torchrun gives rank 0 to the host whose address comes first in the alphabet, so
-    it is the host that gets cut off that writes the checkpoints, and rank 0 has to move.
+    Host 1 has the lower address: torchrun gives rank 0 to the host whose address sorts first, so rank 0 is on the host
+    that is cut off, and has to move.
     """
 
     addresses = ("10.77.0.2", "10.77.0.1")
@@ -43,7 +43,7 @@ class TwoHosts:
             for host, address in enumerate(self.addresses):
                 self._ip(host, "addr", "add", f"{address}/24", "dev", INTERFACE)
                 self.link(host, "up")
-                subprocess.run(self.command(host, ["sh", "-c", IMPATIENT]), capture_output=True)
+                subprocess.run(self.command(host, ["sh", "-c", LIMIT_RETRIES]), capture_output=True)
         except BaseException:
             self.close()
             raise
@@ -67,21 +67,21 @@ class TwoHosts:
             raise NoHosts(f"ip {' '.join(words)}: {done.stderr.strip()}")
 
     def command(self, host: int, command: Sequence[str]) -> list[str]:
-        """The same command, as one that runs on that host; its process is the command's own."""
+        """Wrap a command to run on that host, under the same process id."""
         target = f"--target={self.holders[host].pid}"
         return ["nsenter", target, "--user", "--net", "--preserve-credentials", *command]
 
     def popen(self, host: int, command: Sequence[str], **arguments: Any) -> "subprocess.Popen[bytes]":
-        """Start a command on that host, gloo bound to the network between the two."""
+        """Start a command on that host, with gloo bound to the network between the two."""
         environment = {**(arguments.pop("env", None) or os.environ), "GLOO_SOCKET_IFNAME": INTERFACE}
         return subprocess.Popen(self.command(host, command), env=environment, **arguments)
 
     def link(self, host: int, state: str) -> None:
-        """Set that host's end of the cable "down" or "up". What is under way gets no answer, and no refusal either."""
+        """Set that host's network interface "down" or "up". While it is down, packets get no answer and no error."""
         self._ip(host, "link", "set", INTERFACE, state)
 
     def close(self) -> None:
-        """End the holders; the namespaces go with the last process in them."""
+        """Kill the holders; a namespace disappears with its last process."""
         for holder in self.holders:
             holder.kill()
             holder.communicate()

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A series of models from one dial: every depth trained for the same number of tokens per parameter.
+# A series of models that differ in depth only, all trained on the same number of tokens per parameter.
 #
 #   bash runs/miniseries.sh           # on two CPU cores, on the starter corpus: under an hour
 #   bash runs/miniseries.sh h100      # on 8xH100, on the public shards
 #
-# Stop it whenever you like; the same command goes on where it stopped. Runs that are done are not repeated.
+# It can be stopped at any time; the same command continues where it stopped. Finished runs are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate 2>/dev/null || { echo "error: no .venv here; run bash runs/runcpu.sh --smoke first" >&2; exit 2; }

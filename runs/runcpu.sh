@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # From raw text to a chat on this machine, with no internet after the installation.
 #
-#   bash runs/runcpu.sh                # about 15 minutes of work, whatever the machine
-#   bash runs/runcpu.sh --minutes=60   # a better model; after a first run, in another or an emptied folder
-#   bash runs/runcpu.sh --smoke        # every stage at toy size, to see that all of it runs
+#   bash runs/runcpu.sh                # about 15 minutes on any machine
+#   bash runs/runcpu.sh --minutes=60   # a better model; after a first run only in a new or emptied base folder
+#   bash runs/runcpu.sh --smoke        # every stage at toy size, to check that all of it runs
 #
-# Stages that are already done are skipped; one that was interrupted goes on where it stopped.
-# NANOCHAT_BASE_DIR moves everything that is made. Delete that folder to start over.
+# Finished stages are skipped; an interrupted one continues where it stopped.
+# Everything is written to NANOCHAT_BASE_DIR. Delete that folder to start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

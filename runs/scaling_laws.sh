@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# How large a model, for how many tokens? Train a grid of compute budgets and depths, and fit a law to the losses.
+# The best model size and number of tokens for a compute budget: train a grid of budgets and depths, fit a law.
 #
 #   bash runs/scaling_laws.sh           # on two CPU cores, on the starter corpus: under an hour
 #   bash runs/scaling_laws.sh h100      # on 8xH100, on the public shards (python -m nanochat.dataset -n 200 first)
 #
-# Stop it whenever you like; the same command goes on where it stopped. Runs that are done are not repeated.
+# It can be stopped at any time; the same command continues where it stopped. Finished runs are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate 2>/dev/null || { echo "error: no .venv here; run bash runs/runcpu.sh --smoke first" >&2; exit 2; }

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Pretraining on several machines under SLURM: one torchrun on each, and nothing else that SLURM must know.
+# Pretraining on several machines under SLURM: one launcher on each.
 #
 #   sbatch --nodes=4 --gpus-per-node=8 runs/slurm.sh --depth=24 --save-every=250
 #
-# Two minutes before its time is up this script is told, and hands it on: the step is finished and saved, and the job
-# puts itself back into the queue, to go on from there (--resume). A node that fails does the same. The base folder must
-# be on a disk that all nodes share. (Not SIGTERM: srun takes that for an order to kill.)
+# Two minutes before the time limit SLURM sends this script SIGUSR1, which it forwards: the run finishes its step and
+# saves, and the job requeues itself and continues from there (--resume). SLURM requeues it too when a node fails. The
+# base folder must be on a disk that all nodes share. (Not SIGTERM, on which srun kills the step.)
 #SBATCH --job-name=nanochat
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:USR1@120
@@ -16,16 +16,16 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-HEAD="${NODES%%$'\n'*}" # the first line; `| head -n 1` would at times end scontrol by SIGPIPE, and with it the job
-GPUS="${SLURM_GPUS_ON_NODE:-8}" CODE=0 TOLD=
+HEAD="${NODES%%$'\n'*}" # the first line; `| head -n 1` can kill scontrol with SIGPIPE, and the job with it
+GPUS="${SLURM_GPUS_ON_NODE:-8}" CODE=0 SIGNALLED=
 
-trap 'TOLD=1; kill -USR1 "$STEP"' USR1
+trap 'SIGNALLED=1; kill -USR1 "$STEP"' USR1
 srun .venv/bin/python -m scripts.launch --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$GPUS" --max-restarts=3 \
   --shutdown-timeout=100 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$HEAD:${PORT:-29500}" \
   -m scripts.base_train -- --resume "$@" & STEP=$!
 wait "$STEP" || CODE=$?
-if [ -n "$TOLD" ]; then
-  wait "$STEP" || true # the signal ended the first wait, not the step
+if [ -n "$SIGNALLED" ]; then
+  wait "$STEP" || true # the signal ended the first wait, not the job step
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$CODE"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The full chain on one node of 8xH100: a d24 model in about two hours, then its finetuning and its chat.
+# All stages on one node of 8xH100: a d24 model in about two hours, then finetuning and evaluation.
 #
 #   bash runs/speedrun.sh
 #   WANDB_RUN=speedrun bash runs/speedrun.sh        # with curves on wandb (pip install -e '.[wandb]')
@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 RUN="${WANDB_RUN:-dummy}" GPUS="${GPUS:-8}"
 
-# Enough text for the tokenizer first; the rest arrives while it trains.
+# First enough text for the tokenizer; the rest is downloaded while the tokenizer trains.
 python -m nanochat.dataset --set climbmix -n 8
 python -m nanochat.dataset --set climbmix -n 370 & DOWNLOAD=$!
 python -m scripts.tok_train --data=climbmix --max-chars=2000000000

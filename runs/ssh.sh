@@ -2,11 +2,11 @@
 # Pretraining on several machines that ssh reaches without a password, this repository at the same path on each.
 #
 #   HOSTS="node1 node2" GPUS=8 bash runs/ssh.sh --depth=24 --save-every=250 --timeout=300
-#   DRY_RUN=1 HOSTS="node1 node2" bash runs/ssh.sh --depth=24          # only show what would be started
+#   DRY_RUN=1 HOSTS="node1 node2" bash runs/ssh.sh --depth=24          # only print the commands
 #
-# The first host is where they meet. The base folder must be on a disk that all share. When a host is lost the others
-# go on from the last save; it is tried again until it returns, and joins them. Ctrl-C ends ssh, and with its terminal
-# the launcher on each host gets SIGHUP: the step is finished and saved, the same command goes on from it.
+# The first host runs the rendezvous. The base folder must be on a disk that all share. When a host is lost the others
+# continue from the last save; it is retried until it returns, and joins them. Ctrl-C ends ssh, and the launcher on each
+# host gets SIGHUP with its terminal: the run finishes its step and saves, and the same command continues it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,20 +17,20 @@ LINE=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" ${NANOCHAT_BASE_DIR:+NANOCHAT_
   -m scripts.base_train -- --resume "$@")
 REMOTE="cd $(printf %q "$PWD") && exec $(printf '%q ' "${LINE[@]}")"
 
-keep() { # one host's part, again for as long as the host (255) or its way to the others (75) is what fails
+keep() { # run the launcher on one host, again while ssh (255) or the network between the hosts (75) fails
   local code try
   for ((try = 0; try < ${TRIES:-100}; try++)); do
     code=0
     ssh -tt "$1" "$REMOTE" < /dev/null & trap "kill $! 2> /dev/null; wait $!; exit 143" TERM
     wait $! || code=$?
     [ "$code" = 75 ] || [ "$code" = 255 ] || break
-    [ -z "${FIRST:-}" ] || kill -0 "$FIRST" 2> /dev/null || break # the run has ended meanwhile
+    [ -z "${FIRST:-}" ] || kill -0 "$FIRST" 2> /dev/null || break # the first host's launcher has exited: the run has ended
     sleep "${PAUSE:-30}" & wait $!
   done
   exit "$code"
 }
 
-trap 'kill $(jobs -p) 2> /dev/null' INT TERM # a script's background jobs do not hear Ctrl-C
+trap 'kill $(jobs -p) 2> /dev/null' INT TERM # a script's background jobs do not get Ctrl-C
 for host in "${NODES[@]}"; do
   if [ -n "${DRY_RUN:-}" ]; then
     echo "ssh -tt $host $REMOTE"
@@ -42,4 +42,4 @@ done
 CODE=0
 [ -n "${DRY_RUN:-}" ] || wait "$FIRST" || CODE=$?
 wait
-exit "$CODE" # of the host where they meet
+exit "$CODE" # of the first host
