@@ -1,13 +1,14 @@
-"""Decoding: tokens a second by how many rows go together, and how near that is to what memory can give:
+"""Decoding: tokens per second by batch size, against the limits of memory bandwidth and arithmetic:
 `python -m bench.decode`.
 
-A step must read every matrix once, and each row's keys and values. The share of the bandwidth limit is the time that
-takes at the speed at which this machine's cores read memory, over the time of a step of the model alone. A model that
-fits in the CPU's cache is read faster than that, and its share says little. `--int8` counts by the bytes of int8.
+A step must read every matrix once, and each sequence's keys and values. The share of the bandwidth limit is the time
+this takes at the speed at which this machine reads memory, over the time of a step of the model alone. A model that
+fits in the CPU's cache is read faster, and its share says little. `--int8` counts the bytes of int8.
 
-It must also multiply each row by every matrix, and by its keys and values. The share of the arithmetic limit is the
-time that takes at the speed of PyTorch's large matrix products (the CPU's own ceiling is higher), over the same time.
-One row waits for memory, many for arithmetic: where the second share nears 1, more rows give no more tokens a second.
+A step must also multiply each sequence's activations by every matrix, and by its keys and values. The share of the
+arithmetic limit is the time this takes at the speed of PyTorch's large matrix products (the CPU's own peak is higher),
+over the same time. One sequence is bound by memory, many by arithmetic: where the second share nears 1, a larger batch
+gives no more tokens per second.
 """
 
 import random
@@ -16,14 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from bench import _run
 from bench._common import Flags, model_config, tensor_bytes, time_in_turn
 from bench._run import Result
-from nanochat.common import SPECIAL_TOKENS, UserError
+from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
@@ -31,73 +32,52 @@ from nanochat.inference.packed_weights import matrices
 from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import ToolTable
+from nanochat.ranges import Range
 from nanochat.runtime import Runtime
+from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer
 from nanochat.train.session import measure_peak_flops
 from scripts import _cli
 
-READ_BYTES = 2**28  # far more than any cache holds
-BURST = 16  # steps timed together, as they follow each other in use: what fits in a cache is found there
+READ_BYTES = 2**28  # larger than any cache
+BURST = 16  # consecutive steps timed together: as in use, later ones find in the cache what fits there
 
 
 @dataclass
 class DecodeFlags(Flags):
-    """Sizes of what is measured, and for how long. --batch is not used: --rows says how many go together."""
+    """Sizes of what is measured, and for how long. --rows is the batch size; --batch is not used."""
 
     rows: tuple[int, ...] = (1, 8, 32)
-    """How many sequences are decoded together, each in turn."""
-    prompt: int = 100
+    """Sequences decoded together; each number is measured in turn."""
+    prompt: Annotated[int, Range(1)] = 100
     """Tokens in each prompt."""
-    temperature: float = 0.8
-    """Of the draws; with top_k 50."""
+    temperature: Annotated[float, Range(0, 1e6)] = 0.8
+    """Sampling temperature, with top_k 50."""
     int8: bool = False
-    """Weights in eight bits, on a CPU."""
+    """Decode with int8 weights, on a CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.rows or min(self.rows) < 1:
-            raise UserError("--rows needs numbers from 1 up")
-        if not 1 <= self.prompt < self.seq_len:
-            raise UserError(f"--prompt must be from 1 to below --seq-len {self.seq_len}, got {self.prompt}")
-        if self.prompt + max(self.rows) + 2 > self.seq_len:  # rows grow while the others are prefilled
+            raise UserError(f"--rows needs numbers of at least 1, got {self.rows}")
+        needed = self.prompt + max(self.rows) + 2  # sequences grow while the others are prefilled
+        if needed > self.seq_len:
             raise UserError(
-                f"--prompt {self.prompt} and {max(self.rows)} --rows leave no room to decode in; "
-                f"give --seq-len at least {self.prompt + max(self.rows) + 2}"
+                f"--prompt {self.prompt} and {max(self.rows)} --rows need --seq-len {needed}, got {self.seq_len}"
             )
-        if not 0 <= self.temperature <= 1e6:
-            raise UserError(f"--temperature must be from 0 to 1,000,000, got {self.temperature}")
-
-
-class Ids:
-    """As much of a tokenizer as a batch needs: the vocabulary ends in the special tokens."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.first_special = vocab_size - len(SPECIAL_TOKENS)
-
-    def encode_special(self, name: str) -> int:
-        return self.first_special + list(SPECIAL_TOKENS).index(name)
-
-    def encode(self, text: str) -> list[int]:
-        return []
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return ""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b""
 
 
 class Case:
-    """So many rows, decoded by the engine's batch; each is long enough never to end while it is timed."""
+    """A running batch of `rows` sequences that do not end while they are timed."""
 
     def __init__(self, weights: DecodingWeights, rows: int, flags: DecodeFlags) -> None:
-        tools, draw = ToolTable(Ids(flags.vocab_size)), random.Random(rows)
+        rng = random.Random(rows)
         self.flags, self.rows, self.weights = flags, rows, weights
-        self.batch = RunningBatch(weights.current(), tools, set(), rows, flags.seq_len, packed=weights.packed)
-        self.prompts = [[draw.randrange(flags.vocab_size) for _ in range(flags.prompt)] for _ in range(rows)]
+        self.batch = RunningBatch(weights.current(), no_tools(), set(), rows, flags.seq_len, packed=weights.packed)
+        self.prompts = [[rng.randrange(flags.vocab_size) for _ in range(flags.prompt)] for _ in range(rows)]
         self.first_token_seconds = self.start()
 
     def start(self) -> float:
-        """Prefill every prompt; how long the first row waited for its first token."""
+        """Prefill every prompt; returns the seconds to the first token of the first."""
         for sequence in list(self.batch.running):
             self.batch.cancel(sequence)
         room = self.flags.seq_len - self.flags.prompt
@@ -112,25 +92,25 @@ class Case:
         return waited
 
     def step(self) -> None:
-        """One token for every row; starts anew where the context is full."""
+        """Decode one token of every sequence; start again when the context is full."""
         if not self.batch.running or self.batch.running[0].room <= 1:
             self.first_token_seconds = min(self.first_token_seconds, self.start())
         self.batch.step()
 
     def model_alone(self) -> None:
-        """The same step without drawing and bookkeeping; the rows' cache does not move on."""
+        """The same step without sampling and bookkeeping; the cache is rewound."""
         lengths = [self.batch.cache.length(row) for row in range(self.rows)]
         with torch.inference_mode():
             self.batch.next_logits()
         self.batch.cache.rewind(lengths)
 
     def slots_seen(self) -> int:
-        """Keys that all rows together look at in a step, over all layers."""
+        """Keys that all sequences attend to in a step, summed over layers."""
         cache = self.batch.cache
         return sum(min(ring.size(1), cache.length(row) + 1) for ring in cache.k for row in range(self.rows))
 
     def bytes_read(self) -> int:
-        """What a step cannot do without: each matrix, and the keys and values that each row sees."""
+        """Bytes that a step must read: each matrix, and the keys and values in each sequence's windows."""
         model, packed = self.weights.current(), self.weights.packed
         size = sum(
             tensor_bytes(packed.of(m)) if packed else m.weight.numel() * m.weight.element_size()
@@ -140,10 +120,15 @@ class Case:
         return size + 2 * keys[0, 0].numel() * keys.element_size() * self.slots_seen()
 
     def flops(self) -> int:
-        """A multiplication and an addition for each weight and row, and twice for each query and key."""
+        """A multiply and an add per weight and sequence, and twice that per query and key channel."""
         model = self.weights.current()
         weights = sum(m.weight.numel() for m in matrices(model))
         return 2 * weights * self.rows + 4 * model.config.n_embd * self.slots_seen()
+
+
+def no_tools() -> ToolTable:
+    """For a batch without tools. The ids of its vocabulary, single bytes, are not used."""
+    return ToolTable(RustBPETokenizer(SPLIT_PATTERN, [bytes([value]) for value in range(256)]), ())
 
 
 def burst(step: Callable[[], None]) -> None:

@@ -1,28 +1,28 @@
-"""SamplingParams for reinforcement learning: all answers of a step in one running batch, against one prompt at a time:
+"""Rollouts for reinforcement learning: all answers of a step in one running batch, against one prompt at a time:
 `python -m bench.rollout`.
 
-Both sides give the same answers to the same prompts, of the same lengths: an answer ends where a random number says so,
-as answers do, so that places in the batch are freed at different times. One prompt at a time is how the published
-system samples: a prompt's answers together, then the next prompt.
+Both sides give the same answers to the same prompts. The lengths of answers are random, so that batch slots are freed
+at different times. One prompt at a time is how the published system samples: a prompt's answers together, then the next
+prompt.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from bench import _run
 from bench._common import Flags, model_config, time_in_turn
 from bench._run import Result
-from bench.decode import Ids
+from bench.decode import no_tools
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.request import GenerationRequest, TokenSequence
 from nanochat.inference.sampling import SamplingParams
-from nanochat.inference.tools import ToolTable
+from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from scripts import _cli
 
@@ -31,35 +31,32 @@ from scripts import _cli
 class RolloutFlags(Flags):
     """Sizes of what is measured, and for how long. --batch is not used."""
 
-    prompts: int = 16
+    prompts: Annotated[int, Range(1)] = 16
     """Prompts in a step."""
-    num_samples: int = 1
+    num_samples: Annotated[int, Range(1)] = 1
     """Answers to each prompt."""
-    prompt: int = 40
+    prompt: Annotated[int, Range(1)] = 40
     """Tokens in each prompt."""
-    longest: int = 64
+    longest: Annotated[int, Range(1)] = 64
     """Tokens in the longest answer; the shortest has a quarter of that."""
-    rows: int = 32
-    """How many answers are decoded together."""
+    rows: Annotated[int, Range(1)] = 32
+    """Answers decoded together."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("prompts", "num_samples", "prompt", "longest", "rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.vocab_size <= 20:
             raise UserError(f"--vocab-size must be above 20, got {self.vocab_size}")
         if self.prompt + self.longest > self.seq_len:
-            raise UserError(f"--prompt and --longest together must fit --seq-len {self.seq_len}")
+            raise UserError(f"--prompt and --longest need --seq-len {self.prompt + self.longest}, got {self.seq_len}")
 
 
 def groups_of(flags: RolloutFlags) -> list[list[TokenSequence]]:
-    """Fresh rows, the same ones each time."""
-    draw, sampling = random.Random(0), SamplingParams(1.0, 50, seed=0)
+    """New sequences by prompt, the same on each call."""
+    rng, sampling = random.Random(0), SamplingParams(1.0, 50, seed=0)
     groups = []
     for number in range(flags.prompts):
-        prompt = [draw.randrange(flags.vocab_size - 20) for _ in range(flags.prompt)]
-        lengths = [draw.randint(max(1, flags.longest // 4), flags.longest) for _ in range(flags.num_samples)]
+        prompt = [rng.randrange(flags.vocab_size - 20) for _ in range(flags.prompt)]
+        lengths = [rng.randint(max(1, flags.longest // 4), flags.longest) for _ in range(flags.num_samples)]
         groups.append(
             [
                 TokenSequence(GenerationRequest(prompt, length, sampling), number * flags.num_samples + sample)
@@ -70,8 +67,8 @@ def groups_of(flags: RolloutFlags) -> list[list[TokenSequence]]:
 
 
 def sample(flags: RolloutFlags, weights: DecodingWeights, together: bool) -> list[list[int]]:
-    """The tokens of every answer: from one running batch, or prompt by prompt."""
-    groups, tools = groups_of(flags), ToolTable(Ids(flags.vocab_size))
+    """The tokens of every answer, from one running batch or prompt by prompt."""
+    groups, tools = groups_of(flags), no_tools()
     for part in [groups] if together else [[group] for group in groups]:
         rows = min(flags.rows, sum(map(len, part)))
         batch = RunningBatch(weights.current(), tools, set(), rows, flags.prompt + flags.longest, packed=weights.packed)
@@ -79,7 +76,7 @@ def sample(flags: RolloutFlags, weights: DecodingWeights, together: bool) -> lis
             batch.submit(group)
         while not batch.idle:
             batch.step()
-    return [row.tokens for group in groups for row in group]
+    return [sequence.tokens for group in groups for sequence in group]
 
 
 def measure(flags: RolloutFlags, runtime: Runtime) -> Result:
