@@ -3,7 +3,6 @@
 import contextlib
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -45,18 +44,6 @@ def terminal_reader(history: Path) -> Callable[[], str]:
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     session: PromptSession[str] = PromptSession(history=FileHistory(str(history)), key_bindings=keys)
     return lambda: session.prompt("\n> ")
-
-
-def pipe_reader() -> Callable[[], str]:
-    """A reader of one message per line from standard input."""
-
-    def read() -> str:
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line
-
-    return read
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
 from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from scripts import _cli
-from scripts._chat import noted_interrupts, pipe_reader, printable, terminal_reader
+from scripts._chat import noted_interrupts, printable, terminal_reader
 
 MAKERS = {"base": "scripts.base_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
 HELP = """/clear         start a new conversation
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdin.isatty() and sys.stdout.isatty():
             print(f"{config.source} model, step {meta['step']}, on {runtime.describe()}\n/help lists the commands.")
             return converse(chat, terminal_reader(get_base_dir() / "chat_history"))
-        return converse(chat, pipe_reader())
+        return converse(chat, input)
 
 
 def load(config: Config, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:

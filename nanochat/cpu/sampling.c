@@ -1,4 +1,5 @@
-/* Draws the next token of each row from logits, as sampling.py says, for rows without top_p (which needs a sort). */
+/* Draws the next token of each row from logits: temperature and top_k of SamplingParams (inference/sampling.py) without
+   top_p, which needs a sort. It gets only settings whose fields are listed in C_FIELDS there. */
 
 #include "kernels.h"
 
@@ -11,8 +12,8 @@ static long count_from(const float *p, long n, float edge) {
     return count;
 }
 
-/* A number that k of p (n) reach, or a few more if several equal it; p from 0 to 1, k < n. Positive floats are ordered as
-   their bits are, so it is found by halving these: at most 30 counts, and no branch that depends on one number. */
+/* A threshold that k elements of p (n) reach, or a few more if several equal it; p in [0, 1], k < n. Positive floats
+   sort like their bits, so a bisection over the bits finds it: at most 30 counts, and no branch on a single element. */
 static float edge_of_largest(const float *p, long n, long k) {
     union { uint32_t bits; float number; } low = {0}, high = {.number = 1}, middle;
     for (high.bits++; high.bits - low.bits > 1;) { /* k or more reach low, fewer reach high */
@@ -25,7 +26,8 @@ static float edge_of_largest(const float *p, long n, long k) {
     return low.number;
 }
 
-/* Keeps the k largest of p (n), k < n, in their order, with their numbers; of equals at the edge the first. p, ids (k) */
+/* Moves the k largest of p (n), k < n, to its front, in their order, and their indices to ids (k). Of elements equal to
+   the threshold the first are kept. */
 static void keep_largest(float *p, int *ids, long n, long k, float *maxima) {
     const long blocks = (n + BLOCK - 1) / BLOCK;
     for (long block = 0; block < blocks; block++) {
@@ -50,7 +52,7 @@ static void keep_largest(float *p, int *ids, long n, long k, float *maxima) {
         if (p[i] > edge || (p[i] == edge && equal-- > 0)) p[kept] = p[i], ids[kept++] = ids[i];
 }
 
-/* The number of the p (n) at share `uniform` of their sum. */
+/* Inverse CDF: the index at which the running sum of p (n) passes the fraction `uniform` of the total. */
 static long at_share(const float *p, long n, double uniform, double *block_sums) {
     double total = 0;
     for (long block = 0; block < n; block += BLOCK) {
@@ -65,7 +67,7 @@ static long at_share(const float *p, long n, double uniform, double *block_sums)
     while (block + BLOCK < n && block_sums[block / BLOCK] <= target) target -= block_sums[block / BLOCK], block += BLOCK;
     for (long i = block; i < n; i++) {
         if (p[i] == 0) continue;
-        last = i; /* should rounding leave something of the target, the last possible one */
+        last = i; /* if rounding leaves the target unreached, the last possible index */
         if (p[i] > target) break;
         target -= p[i];
     }
@@ -74,7 +76,7 @@ static long at_share(const float *p, long n, double uniform, double *block_sums)
 
 typedef struct { double *block_sums; float *p, *maxima; int *ids; } Work; /* blocks, V, blocks, V */
 
-/* The next token of a row; -1 if its logits x (V) are not finite. */
+/* The next token for logits x (V); -1 if these are not finite. */
 static long draw_row(const float *x, long V, float temperature, long k, double uniform, Work w) {
     float most = -INFINITY;
     int bad = 0;
@@ -98,7 +100,7 @@ static long draw_row(const float *x, long V, float temperature, long k, double u
     return w.ids[at_share(w.p, k, uniform, w.block_sums)];
 }
 
-/* logits (B, V) -> tokens (B); top_k from 1, which takes the likeliest token, to V, which keeps all. */
+/* logits (B, V) -> tokens (B); top_k from 1 (the most likely token) to V (all); uniform (B) in [0, 1). */
 void draw_rows(const float *logits, const float *temperatures, const long *top_k, const double *uniform, long *tokens,
                long B, long V) {
     const long blocks = (V + BLOCK - 1) / BLOCK;

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from nanochat.common import warn
 from nanochat.conversation import Tokenizer
+from nanochat.execution import PythonSession
 from nanochat.inference.calculator import use_calculator
 
 Call = Callable[[], str | None]  # a slow call, to be run outside the decoding loop; returns the result
@@ -63,14 +64,11 @@ class Python:
     MAX_CHARS = 600  # of the output before an error, and of the error
 
     def __init__(self) -> None:
-        from nanochat.execution import PythonSession
-
-        self._new = PythonSession
         self.session = PythonSession(timeout=5.0)
 
     def __call__(self, text: str) -> str:
         if not self.session.alive:  # ended by an earlier call, whose result said so
-            self.session = self._new(timeout=5.0)
+            self.session = PythonSession(timeout=5.0)
         result = self.session.run(text)
         if result.success:
             return result.stdout.rstrip("\n")
