@@ -1,10 +1,19 @@
-"""Short ways to make requests and sequences in tests."""
+"""A small model, and short ways to make requests and sequences."""
 
 from typing import Any
 
+from stubs import stir
+
 from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.request import GenerationRequest, TokenSequence
 from nanochat.inference.sampling import SamplingParams
+
+
+def make_model(form: Any = GPTConfig, vocab_size: int = 300) -> GPT:
+    """A small model with a context of 64 tokens, short and full windows, and no weight of zero."""
+    config = form(sequence_len=64, vocab_size=vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
+    return stir(GPT.create(config, seed=3))
 
 
 def sequence(

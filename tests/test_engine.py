@@ -1,4 +1,4 @@
-"""Generating: against greedy decoding without a cache, and a scripted model for everything that is not numbers."""
+"""The engine: numbers against greedy decoding without a cache, everything else with a scripted model."""
 
 import functools
 import threading
@@ -31,7 +31,7 @@ CONFIGS = {
 
 
 def make_model(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
-    """A model in which every feature matters, and that does not end its answers by itself."""
+    """A model in which every feature affects the logits, and that never predicts an end token."""
     return stir(GPT.create(config, compute_dtype=dtype).eval(), 0.2)
 
 
@@ -80,8 +80,8 @@ def test_greedy_is_greedy_without_a_cache(models: dict[str, GPT], name: str, len
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 50])
-def test_many_prompts_each_get_their_own_answer(models: dict[str, GPT], batch_size: int) -> None:
-    """More prompts than places, of all lengths: rows leave and join in the middle, nobody notices."""
+def test_many_prompts_in_few_batch_slots(models: dict[str, GPT], batch_size: int) -> None:
+    """More prompts than batch slots, of all lengths: sequences join and leave without affecting each other."""
     prompts = [[BOS, *((7 * i + j) % 250 for j in range(3 * i % 28))] for i in range(11)]
     for name, model in models.items():
         got = answers(Engine(model, TOKENIZER), prompts, max_tokens=9, temperature=0.0, batch_size=batch_size)
@@ -96,7 +96,7 @@ def test_prefill_in_chunks_changes_nothing(engine: Engine, monkeypatch: pytest.M
     assert engine.generate_batch(prompt, num_samples=3, max_tokens=8) == whole
 
 
-def test_sampled_rows_do_not_depend_on_their_neighbours(engine: Engine) -> None:
+def test_a_sample_does_not_depend_on_its_batch(engine: Engine) -> None:
     prompts = [[BOS, 50 + i] for i in range(9)]
     kwargs: dict[str, Any] = {"max_tokens": 12, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 5}
     alone = answers(engine, prompts, batch_size=1, **kwargs)
@@ -129,7 +129,7 @@ def test_seeds(engine: Engine) -> None:
     assert len({tuple(sample(seed=s)[0]) for s in (-2, -1, 0, 1, 2)}) == 5
 
 
-def test_generation_leaves_no_trace_in_training(models: dict[str, GPT]) -> None:
+def test_generation_does_not_affect_training(models: dict[str, GPT]) -> None:
     model = make_model(CONFIGS["later"]).train()
     Engine(model, TOKENIZER).generate_batch([BOS, 65], max_tokens=4)
     ids = torch.arange(12).view(1, 12)
@@ -138,10 +138,10 @@ def test_generation_leaves_no_trace_in_training(models: dict[str, GPT]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Where it ends, and what is refused
+# Ends, limits and errors
 
 
-def test_one_end_does_not_stop_the_others() -> None:
+def test_sequences_end_independently() -> None:
     model = Scripted({ord("a"): ord("b"), ord("b"): ord("c"), ord("x"): BOS})
     engine = Engine(model, TOKENIZER)  # type: ignore[arg-type]
     rows = complete(engine, [[ord("a")], [ord("x")], [ord("b")], [ord("c")]])
@@ -150,9 +150,9 @@ def test_one_end_does_not_stop_the_others() -> None:
     assert [len(step) for step in model.fed] == [1, 1, 1, 1, 2, 1]  # four prompts; then two rows, then one
 
 
-def test_finished_samples_show_the_end_until_all_are_done() -> None:
+def test_finished_samples_repeat_the_end_token_until_all_are_done() -> None:
     model = Scripted({})
-    model.table[START, [END, ord("a")]] = 20.0  # the first token is a coin toss
+    model.table[START, [END, ord("a")]] = 20.0  # the first token is either of two
     columns = list(Engine(model, TOKENIZER).generate([START], num_samples=8))  # type: ignore[arg-type]
     assert len(columns) == 2
     for (first, second), (first_mask, second_mask) in zip(zip(*(c for c, _ in columns)), zip(*(m for _, m in columns))):
@@ -166,19 +166,22 @@ def test_max_tokens(engine: Engine, max_tokens: int | None) -> None:
     assert steps == (29 if max_tokens is None else max_tokens)
 
 
-def test_a_prompt_that_fills_the_context_gets_nothing(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_that_fills_the_context_gets_an_empty_answer(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert list(engine.generate([BOS] * 32)) == []
     assert engine.generate_batch([BOS] * 32, num_samples=2) == ([[BOS] * 32] * 2, [[0] * 32] * 2)
     assert [len(a) for a in answers(engine, [[BOS] * 32, [BOS] * 31, [BOS] * 99], temperature=0.0)] == [0, 1, 0]
-    assert "2 of 3 prompts leave no room in the context of 32 tokens" in capsys.readouterr().err
+    warning = capsys.readouterr().err
+    assert "2 of 3" in warning and "32" in warning
     assert answers(engine, []) == []
 
 
 @pytest.mark.parametrize(
     ("tokens", "kwargs", "words"),
     [
-        ([], {}, "prompt is empty"),
-        ([BOS] * 33, {}, "33 tokens"),
+        ([], {}, "empty"),
+        ([BOS] * 33, {}, "33"),
         ([BOS], {"num_samples": 0}, "num_samples"),
         ([BOS], {"max_tokens": -1}, "max_tokens"),
         ([BOS], {"temperature": -1.0}, "temperature"),
@@ -186,14 +189,14 @@ def test_a_prompt_that_fills_the_context_gets_nothing(engine: Engine, capsys: py
         ([BOS], {"top_p": 2.0}, "top_p"),
     ],
 )
-def test_wrong_arguments_are_named_before_anything_runs(
+def test_wrong_arguments_raise_before_iteration(
     engine: Engine, tokens: list[int], kwargs: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
         engine.generate(tokens, **kwargs)  # not even iterated
 
 
-def test_wrong_arguments_of_many(engine: Engine) -> None:
+def test_wrong_arguments_of_complete(engine: Engine) -> None:
     with pytest.raises(ValueError, match="empty"):
         complete(engine, [[BOS], []])
     with pytest.raises(ValueError, match="batch_size"):
@@ -227,7 +230,7 @@ def test_a_result_is_forced_after_an_expression() -> None:
     ("expression", "shown"),
     [("1/2", "0.5"), ("84/7", "12"), ("'abc'.", None), ("2**", None), ("9//0", None), ("ü+1", None), ("", None)],
 )
-def test_what_the_calculator_makes_of_an_expression(expression: str, shown: str | None) -> None:
+def test_the_result_of_an_expression_is_forced(expression: str, shown: str | None) -> None:
     tools = tool_session()
     for token in [PYTHON, *TOKENIZER.encode(expression), PYTHON_END]:
         tools.observe(token, room=99)
@@ -238,21 +241,21 @@ def test_what_the_calculator_makes_of_an_expression(expression: str, shown: str 
     "ids",
     [[PYTHON_END], [*b"1+1", PYTHON_END], [PYTHON, *b"1+1"], [OUTPUT, *b"1", OUTPUT_END], [PYTHON, *b"1+1", PYTHON]],
 )
-def test_half_an_expression_calls_nothing(ids: list[int]) -> None:
+def test_an_incomplete_call_is_not_run(ids: list[int]) -> None:
     tools = tool_session()
     for token in ids:
         tools.observe(token, room=99)
     assert not tools.forced
 
 
-def test_a_second_start_begins_the_expression_anew() -> None:
+def test_a_second_start_token_restarts_the_call() -> None:
     tools = tool_session()
     for token in [PYTHON, *b"7", PYTHON, *b"1+1", PYTHON_END]:
         tools.observe(token, room=99)
     assert list(tools.forced) == [OUTPUT, ord("2"), OUTPUT_END]
 
 
-def test_an_expression_it_refuses_forces_nothing() -> None:
+def test_a_refused_expression_forces_nothing() -> None:
     engine = scripted(PYTHON, "os.x", PYTHON_END, "?")
     (tokens,), (mask,) = engine.generate_batch([START])
     assert tokens == [START, PYTHON, *b"os.x", PYTHON_END, ord("?")] and mask == [0] + [1] * 7
@@ -267,8 +270,8 @@ def test_forced_tokens_count_towards_the_limit(limit: int) -> None:
     assert small.generate_batch([START])[0] == [[START, *answer[:limit]]]
 
 
-def test_every_row_has_its_own_calculator() -> None:
-    """Rows at different places of different expressions, side by side."""
+def test_every_sequence_has_its_own_tool_session() -> None:
+    """Sequences at different positions of the same call, in one batch."""
     follows = chain(*b"abcdefgh") | chain(PYTHON, "1+2", PYTHON_END) | {ord("h"): PYTHON, OUTPUT_END: END}
     engine = Engine(Scripted(follows), TOKENIZER)  # type: ignore[arg-type]
     starts = b"ahcgbf"
@@ -278,8 +281,8 @@ def test_every_row_has_its_own_calculator() -> None:
     assert all(row.mask[-3:] == [0, 0, 0] and 0 not in row.mask[:-3] for row in rows)
 
 
-def test_threads_do_not_disturb_each_other(engine: Engine) -> None:
-    """Several generations at once, tool calls included, none of them on the main thread."""
+def test_generation_from_several_threads(engine: Engine) -> None:
+    """Concurrent generations with tool calls, none on the main thread."""
     tool = scripted(PYTHON, "12*3", PYTHON_END)
 
     def work(i: int) -> Any:
@@ -300,8 +303,8 @@ def make_batch(engine: Engine, max_rows: int) -> RunningBatch:
     return RunningBatch(engine.model, engine.tools, engine.end_tokens, max_rows, 32)
 
 
-def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one piece of prompt a step, the rows already running get a token every step."""
+def test_a_long_prompt_does_not_delay_running_sequences(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one prefill chunk per step, running sequences get a token every step."""
     monkeypatch.setattr(prefill, "PREFILL_CHUNK", 4)
     batch, first, late = make_batch(engine, 2), sequence([BOS, 1]), sequence([BOS, *range(17)])
     batch.submit([first])
@@ -309,19 +312,19 @@ def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine, monkeypa
     batch.submit([late])
     while not batch.idle:
         steps.append([token.sequence for token in batch.step(prefill_chunks=1)])
-    assert steps[:5] == [[first]] * 5 and steps[5] == [first, late]  # 18 tokens are five pieces
+    assert steps[:5] == [[first]] * 5 and steps[5] == [first, late]  # 18 tokens are five chunks
     for row in (first, late):
         assert row.prompt + row.tokens == naive_greedy(engine.model, row.prompt, 10)
 
 
-def test_rows_that_share_a_prompt_prefill_it_once() -> None:
+def test_samples_of_a_request_prefill_its_prompt_once() -> None:
     model = Scripted(chain("abc"))
     requests = [GenerationRequest([*b"xa"], 9, num_samples=5), GenerationRequest([*b"ya"], 9)]
     Engine(model, TOKENIZER).complete(requests, batch_size=2)  # type: ignore[arg-type]
     assert [step for step in model.fed if len(step[0]) == 2] == [[[*b"xa"]], [[*b"ya"]]]
 
 
-def test_cancelled_rows_free_their_place_wherever_they_are(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelling_running_prefilling_and_waiting_sequences(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "PREFILL_CHUNK", 4)
     batch = make_batch(engine, 2)
     rows = [sequence([BOS, *range(40 * i, 40 * i + 9 + i)], index=i) for i in range(5)]
@@ -345,7 +348,7 @@ def test_cancelled_rows_free_their_place_wherever_they_are(engine: Engine, monke
 # Weights
 
 
-def test_decoding_weights_are_the_same_numbers() -> None:
+def test_decoding_weights_give_the_same_logits() -> None:
     model = make_model(CONFIGS["later"], torch.bfloat16)
     copy = DecodingWeights(model).current()
     assert {p.dtype for p in copy.parameters() if p.dim() > 1} == {torch.bfloat16}
@@ -375,14 +378,14 @@ def test_decoding_weights_follow_the_optimizer() -> None:
 
 @given(st.text(max_size=40))
 @settings(max_examples=50, deadline=None)
-def test_streamed_text_never_cuts_a_character(text: str) -> None:
+def test_streaming_never_splits_a_character(text: str) -> None:
     stream = TextStream(TOKENIZER)
     pieces = [stream.feed(token) for token in text.encode(errors="ignore")]
     assert "".join(pieces) == text.encode(errors="ignore").decode() and stream.finish() == ""
     assert all(len(piece) <= 1 for piece in pieces)  # a byte completes at most one character
 
 
-def test_a_character_never_completed_is_shown_as_such() -> None:
+def test_an_incomplete_character_becomes_a_replacement_character() -> None:
     stream = TextStream(TOKENIZER)
     assert [stream.feed(byte) for byte in "€".encode()[:2]] == ["", ""]
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}" and stream.feed(65) == "A"
@@ -393,7 +396,7 @@ TOKENS = st.one_of(st.integers(0, 255), st.sampled_from(sorted(set(SPECIAL.value
 
 @given(st.lists(TOKENS, max_size=30))
 @settings(max_examples=100, deadline=None)
-def test_a_streamed_answer_is_the_parsed_answer(ids: list[int]) -> None:
+def test_streaming_an_answer_equals_parsing_it(ids: list[int]) -> None:
     stream, parts = AnswerStream(TOKENIZER), {"text": "", "python": "", "python_output": ""}
     for kind, text in [piece for token in ids for piece in stream.feed(token)] + stream.finish():
         parts[kind] += text

@@ -1,11 +1,11 @@
-"""Known beginnings of prompts: the same numbers to the last bit, and a bounded memory."""
+"""The prefix cache: hits do not change a bit of the results, and its memory is bounded."""
 
 import random
 
 import pytest
 import torch
-from engine_helpers import sequence
-from stubs import TOKENIZER, stir
+from engine_helpers import make_model, sequence
+from stubs import TOKENIZER
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import prefill
@@ -18,22 +18,17 @@ from nanochat.inference.tools import ToolTable
 CHUNK = 8
 
 
-def make_model(form=GPTConfig, vocab_size: int = 300) -> GPT:  # type: ignore[no-untyped-def]
-    config = form(sequence_len=64, vocab_size=vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
-    return stir(GPT.create(config, seed=3))
-
-
 def answers(model: GPT, prompts: list[list[int]], prefixes: PrefixCache | None) -> list[tuple[list[int], list[float]]]:
-    """(tokens, their log probabilities) of each prompt, one after the other in one running batch."""
+    """(tokens, their log probabilities) for each prompt, one after the other in one running batch."""
     batch = RunningBatch(model, ToolTable(TOKENIZER), {257}, 2, 64, prefixes)
     found = []
     for number, prompt in enumerate(prompts):
         row = sequence(prompt, min(6, 64 - len(prompt)), SamplingParams(seed=1), number, top_logprobs=2)
         batch.submit([row])
-        told = []
+        logprobs = []
         while not batch.idle:
-            told += [token.logprobs.logprob for token in batch.step() if token.logprobs]
-        found.append((row.tokens, told))
+            logprobs += [token.logprobs.logprob for token in batch.step() if token.logprobs]
+        found.append((row.tokens, logprobs))
     return found
 
 
@@ -43,7 +38,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("form", [GPTConfig, GPTConfig.later])
-def test_a_hit_changes_no_bit(form) -> None:  # type: ignore[no-untyped-def]
+def test_a_hit_does_not_change_a_bit(form) -> None:  # type: ignore[no-untyped-def]
     """Windows shorter and longer than a chunk; prompts shared in part, whole, to the token, and not at all."""
     model, rng = make_model(form), random.Random(0)
     system = [rng.randrange(256) for _ in range(29)]
@@ -59,7 +54,7 @@ def test_a_hit_changes_no_bit(form) -> None:  # type: ignore[no-untyped-def]
     assert prefixes.hit_tokens - before == sum((len(p) - 1) // CHUNK * CHUNK for p in prompts)
 
 
-def test_memory_is_bounded_and_the_longest_unused_goes_first() -> None:
+def test_memory_is_bounded_and_the_least_recently_used_chunk_is_evicted() -> None:
     model, cache_of = make_model(), {}
     prefixes = PrefixCache(CHUNK, 0)
     prompts = {name: [i] * 40 for i, name in enumerate("abc")}
@@ -77,12 +72,12 @@ def test_memory_is_bounded_and_the_longest_unused_goes_first() -> None:
     def known(name: str) -> int:
         return prefixes.fill(KVCache(model.config, 1, 64), prompts[name])
 
-    assert known("a") == CHUNK  # used now, so b is the older one
+    assert known("a") == CHUNK  # a is used now, so b is evicted first
     prefixes.add(cache_of["c"], prompts["c"], 0)
     assert (known("a"), known("b"), known("c")) == (CHUNK, 0, CHUNK) and prefixes.num_bytes == 2 * size
 
 
-def test_a_chunk_whose_parent_is_gone_is_not_kept() -> None:
+def test_a_chunk_without_the_chunks_before_it_is_not_kept() -> None:
     model, prompt = make_model(), list(range(2 * CHUNK))
     cache, prefixes = KVCache(model.config, 1, 64), PrefixCache(CHUNK, 10**8)
     model.hidden(torch.tensor([prompt[:CHUNK]]), cache)
@@ -91,8 +86,8 @@ def test_a_chunk_whose_parent_is_gone_is_not_kept() -> None:
     assert prefixes.num_bytes == 0
 
 
-def test_a_told_prompt_is_computed_whole() -> None:
-    """Log probabilities of a prompt's tokens, against one plain forward pass."""
+def test_prompt_logprobs_bypass_the_cache() -> None:
+    """Log probabilities of the prompt's tokens against one plain forward pass."""
     model, prompt = make_model(), [random.Random(1).randrange(256) for _ in range(21)]
     prefixes = PrefixCache(CHUNK, 10**8)
     answers(model, [prompt], prefixes)

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from engine_helpers import make_model
 from live import Live, until
 from stubs import TOKENIZER
-from test_prefix_cache import make_model
 from test_server import TOKENIZER as REAL_TOKENIZER
 from test_server import chat, events
 from test_service import Receiver, order
@@ -40,7 +40,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 from stubs import TOKENIZER
-from test_prefix_cache import make_model
+from engine_helpers import make_model
 from nanochat.serve.replica import serve_replica
 from nanochat.serve.service import Service
 

@@ -1,4 +1,4 @@
-"""Choosing tokens: against float64 softmax and worked examples, in C and in plain PyTorch."""
+"""Drawing tokens: against a float64 softmax and worked examples, in C and in PyTorch."""
 
 import math
 import random
@@ -16,7 +16,7 @@ from nanochat.inference.sampling import SamplingParams, draw_tokens, make_rng
 
 @pytest.fixture(autouse=True, params=["C", "PyTorch"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Every test runs in both forms."""
+    """Every test runs on both paths."""
     if request.param == "PyTorch":
         monkeypatch.setattr(sampling.kernels, "in_use", lambda device: False)
     elif kernels.library() is None:
@@ -28,7 +28,7 @@ WORKED = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()  # ranks: token 1, 3, 0, 2
 
 
 class Grid:
-    """Instead of a generator: hands out the midpoints of n equal steps, so that shares are exact."""
+    """A generator of the midpoints of n equal intervals, so that shares are exact."""
 
     def __init__(self, n: int) -> None:
         self.values = iter((i + 0.5) / n for i in range(n))
@@ -46,7 +46,7 @@ class Fixed:
 
 
 def shares(logits: torch.Tensor, sampling: SamplingParams, n: int = 4000) -> torch.Tensor:
-    """How often each token is chosen over an even grid of n draws: its probability to within 1/n."""
+    """The share of each token over an even grid of n draws: its probability to within 1/n."""
     grid = Grid(n)
     tokens = draw_tokens(logits.expand(n, -1), [sampling] * n, [grid] * n)  # type: ignore[list-item]
     return torch.bincount(torch.tensor(tokens), minlength=logits.size(-1)).double() / n
@@ -96,21 +96,21 @@ def test_top_p_worked_example(top_p: float, kept: list[int]) -> None:
     assert (shares(WORKED, SamplingParams(top_p=top_p)) - expected).abs().max() < 1e-3
 
 
-def test_top_p_is_taken_of_what_top_k_leaves() -> None:
+def test_top_p_applies_after_top_k() -> None:
     # top_k=2 leaves .5 and .3, that is .625 and .375 of what is left: .6 is reached by the first alone.
     assert shares(WORKED, SamplingParams(top_k=2, top_p=0.6)).tolist() == [0, 1, 0, 0]
     assert shares(WORKED, SamplingParams(top_p=0.6))[3] > 0
 
 
-def test_temperature_comes_before_top_p() -> None:
+def test_temperature_applies_before_top_p() -> None:
     # At temperature 0.5 the probabilities are squared: .25 of .365 is .68.
     assert shares(WORKED, SamplingParams(0.5, top_p=0.65)).tolist() == [0, 1, 0, 0]
     assert shares(WORKED, SamplingParams(1.0, top_p=0.65))[3] > 0
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.99)])
-def test_the_order_of_two_equals_decides_nothing(sampling: SamplingParams) -> None:
-    """Another batch size may change a logit's last bits: that must not change what is drawn."""
+def test_the_order_of_nearly_equal_tokens_does_not_matter(sampling: SamplingParams) -> None:
+    """Another batch size may change the last bits of a logit; the drawn token must not depend on them."""
     draws = [Fixed(i / 50) for i in range(50)]
     first = torch.tensor([[1.0 + 1e-6, 0.0, 1.0, 0.5]]).expand(50, -1)
     second = torch.tensor([[1.0, 0.0, 1.0 + 1e-6, 0.5]]).expand(50, -1)
@@ -122,7 +122,7 @@ def test_top_k_off_or_beyond_the_vocabulary(top_k: int | None) -> None:
     assert (shares(WORKED, SamplingParams(top_k=top_k)) - WORKED.exp()[0].double()).abs().max() < 1e-3
 
 
-def test_top_k_keeps_exactly_k_even_among_equals() -> None:
+def test_top_k_keeps_exactly_k_of_equal_tokens() -> None:
     assert (shares(torch.zeros(1, 100), SamplingParams(top_k=7)) > 0).sum() == 7
 
 
@@ -131,7 +131,7 @@ def test_top_k_keeps_exactly_k_even_among_equals() -> None:
     [SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.7), SamplingParams(1e-6), SamplingParams(1e6)],
 )
 @pytest.mark.parametrize("draw", [0.0, 0.5, math.nextafter(1, 0)])
-def test_extreme_draws_never_pick_what_was_ruled_out(sampling: SamplingParams, draw: float) -> None:
+def test_extreme_random_numbers_never_pick_an_excluded_token(sampling: SamplingParams, draw: float) -> None:
     logits = torch.cat([torch.full((1, 5), -torch.inf), WORKED, torch.full((1, 3000), -torch.inf)], dim=1)
     allowed = {SamplingParams(top_k=2): {6, 8}, SamplingParams(top_p=0.7): {6, 8}, SamplingParams(1e-6): {6}}.get(
         sampling, {5, 6, 7, 8}
@@ -139,7 +139,7 @@ def test_extreme_draws_never_pick_what_was_ruled_out(sampling: SamplingParams, d
     assert draw_tokens(logits, [sampling], [Fixed(draw)])[0] in allowed  # type: ignore[list-item]
 
 
-def test_rows_with_other_settings_do_not_disturb_each_other() -> None:
+def test_rows_with_different_settings_are_independent() -> None:
     settings = [
         SamplingParams(0.0),
         SamplingParams(),
@@ -154,7 +154,7 @@ def test_rows_with_other_settings_do_not_disturb_each_other() -> None:
 
 
 def reference(logits: list[float], temperature: float, top_k: int | None, draw: float) -> tuple[int, float]:
-    """In plain Python: the token, and by how much of the whole the draw misses a neighbour of it."""
+    """The draw in plain Python: the token, and its distance from a neighbouring token as a share of the total."""
     most = max(logits)
     weights = [math.exp((x - most) / temperature) for x in logits]
     kept = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or len(logits)]
@@ -169,10 +169,10 @@ def reference(logits: list[float], temperature: float, top_k: int | None, draw: 
 
 @pytest.mark.parametrize("top_k", [None, 1, 2, 5, 50, 129])
 @pytest.mark.parametrize("temperature", [0.05, 0.8, 3.0])
-def test_every_draw_is_that_of_plain_python(top_k: int | None, temperature: float, form: str) -> None:
+def test_every_draw_equals_plain_python(top_k: int | None, temperature: float, form: str) -> None:
     dice, compared = random.Random(4), 0
     for vocab_size in (5, 64, 65, 200, 1000):
-        # Many equals at the edge, of which the first ones stay; PyTorch's topk leaves open which.
+        # Many equal logits at the threshold, of which C keeps the first; PyTorch's topk does not say which.
         common = (2.5, -math.inf) if form == "C" else ()
         rows = [[dice.choice((dice.gauss(0, 3), *common)) for _ in range(vocab_size)] for _ in range(20)]
         draws = [dice.random() for _ in rows]
@@ -196,7 +196,7 @@ def test_extreme_settings(values: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class MinP(SamplingParams):
-    """Another way to sample: only tokens at least min_p times as likely as the most likely one (arXiv 2407.01082)."""
+    """A new field: keep tokens at least min_p times as likely as the most likely one (arXiv 2407.01082)."""
 
     min_p: float = 0.0
 
@@ -205,8 +205,8 @@ class MinP(SamplingParams):
         return probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0), ids
 
 
-def test_a_subclass_with_another_field_is_drawn_by_its_own_distribution() -> None:
-    """Whether or not C is in use, which knows nothing of it; beside rows that C draws, too."""
+def test_a_subclass_draws_from_its_own_distribution() -> None:
+    """With and without C, alone and beside rows that C draws."""
     expected = torch.tensor([0.0, 0.625, 0.0, 0.375], dtype=torch.float64)
     assert (shares(WORKED, MinP(min_p=0.4)) - expected).abs().max() < 1e-3
     rows: list[SamplingParams] = [SamplingParams(), MinP(min_p=0.4), SamplingParams(top_k=1)]
@@ -214,8 +214,8 @@ def test_a_subclass_with_another_field_is_drawn_by_its_own_distribution() -> Non
     assert tokens == [0, 1, 1]
 
 
-def test_c_is_not_given_a_field_it_does_not_implement(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if top_k had been added to SamplingParams and not to sampling.c."""
+def test_settings_c_does_not_implement_take_the_pytorch_path(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if top_k were a new field that sampling.c lacks."""
     monkeypatch.setattr(sampling, "C_FIELDS", ("temperature", "top_p", "seed"))
     in_c: list[int] = []
     draw_in_c = sampling._draw_in_c
@@ -225,7 +225,7 @@ def test_c_is_not_given_a_field_it_does_not_implement(form: str, monkeypatch: py
     assert in_c == ([10] if form == "C" else [])
 
 
-def test_override_takes_the_values_that_are_given() -> None:
+def test_override() -> None:
     given = SimpleNamespace(temperature=0.0, top_k=None, seed=7, other=1)
     assert SamplingParams(0.5, 20, 0.9).override(given) == SamplingParams(0.0, 20, 0.9, 7)
 
@@ -249,14 +249,14 @@ def test_seeds_are_unrelated() -> None:
         {"top_p": math.nan},
     ],
 )
-def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
+def test_values_out_of_range(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         SamplingParams(**values)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_broken_model_is_named(temperature: float, bad: float) -> None:
+def test_logits_that_are_not_finite(temperature: float, bad: float) -> None:
     logits = torch.zeros(2, 5)
     logits[1, 2] = bad
     with pytest.raises(FloatingPointError, match="not finite"):

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from engine_helpers import make_model
 from fastapi.testclient import TestClient
 from live import until
 from stubs import SPECIAL
-from test_prefix_cache import make_model
 
 from nanochat.engine import Engine
 from nanochat.serve import generation

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from engine_helpers import make_model
 from live import until
 from stubs import TOKENIZER
-from test_prefix_cache import make_model
 
 from nanochat.engine import Engine
 from nanochat.inference.request import GenerationRequest, Token

@@ -1,4 +1,4 @@
-"""The tool table: quick tools at once, slow ones beside the batch; Python in the sandbox; a tool of one's own."""
+"""Tools: quick ones run within a step, slow ones beside the batch, Python in the sandbox."""
 
 import threading
 import time
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from engine_helpers import answers, sequence
+from live import until
 from stubs import TOKENIZER, Scripted, chain
 
 from nanochat.common import UserError
@@ -31,7 +32,7 @@ def sandboxed() -> bool:
 
 
 class Slow:
-    """Turns text round, when it is allowed to."""
+    """Reverses text, once `may_go` is set."""
 
     def __init__(self, may_go: threading.Event) -> None:
         self.may_go, self.closed, self.calls = may_go, 0, 0
@@ -56,7 +57,7 @@ def slow_tool(may_go: threading.Event) -> tuple[Tool, list[Slow]]:
 
 
 def calls(text: str) -> Scripted:
-    """A model that, asked with "?", calls a tool with `text` and ends after what comes out."""
+    """A model that, given "?", calls a tool with `text` and ends after the result."""
     return Scripted({**chain("?", START, text, STOP), OUT_END: END}, sequence_len=200)
 
 
@@ -65,47 +66,47 @@ def run(batch: RunningBatch, steps: int = 500) -> None:
         if batch.idle:
             return
         batch.step()
-    raise AssertionError("the batch does not come to an end")
+    raise AssertionError(f"not idle after {steps} steps")
 
 
-def row_for(prompt: str = "?", index: int = 0) -> TokenSequence:
+def asking(prompt: str = "?", index: int = 0) -> TokenSequence:
     return sequence(TOKENIZER.encode(prompt), 60, index=index)
 
 
-def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
+def test_a_slow_tool_does_not_delay_other_sequences() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
     model = Scripted({**chain("?", START, "abc", STOP), OUT_END: END, **chain("!", "xyzXYZ0123456789")}, 200)
     batch = RunningBatch(model, ToolTable(TOKENIZER, (tool,)), {END}, 4, 200)  # type: ignore[arg-type]
-    asking, talking = row_for(), row_for("!", 1)
-    batch.submit([asking])
+    caller, talking = asking(), asking("!", 1)
+    batch.submit([caller])
     batch.submit([talking])
     for _ in range(40):
         batch.step()
     assert talking.done and TOKENIZER.decode(talking.tokens) == "xyzXYZ0123456789"
-    assert not asking.done and not batch.idle and asking.tokens == [START, *b"abc", STOP]
+    assert not caller.done and not batch.idle and caller.tokens == [START, *b"abc", STOP]
     may_go.set()
     run(batch)
-    assert asking.tokens == [START, *b"abc", STOP, OUT, *b"cba", OUT_END] and asking.end == END
-    assert asking.mask == [1] * 5 + [0] * 5
+    assert caller.tokens == [START, *b"abc", STOP, OUT, *b"cba", OUT_END] and caller.end == END
+    assert caller.mask == [1] * 5 + [0] * 5
     assert [(runner.calls, runner.closed) for runner in made] == [(1, 1)]
 
 
-def test_a_row_that_leaves_while_its_tool_runs_closes_it() -> None:
+def test_cancelling_during_a_call_closes_the_tool() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
     batch = RunningBatch(calls("abc"), ToolTable(TOKENIZER, (tool,)), {END}, 2, 200)  # type: ignore[arg-type]
-    row = row_for()
+    row = asking()
     batch.submit([row])
     for _ in range(10):
         batch.step()
     batch.cancel(row)
-    assert batch.idle and made[0].closed == 1, "closing ends a call that is under way"
+    assert batch.idle and made[0].closed == 1, "closing ends the running call"
     may_go.set()
     assert made[0].closed == 1 and OUT not in row.tokens
 
 
-def test_the_next_tool_gets_what_the_first_refuses_and_nothing_is_forced_if_all_do() -> None:
+def test_the_next_tool_gets_a_refused_call_and_nothing_is_forced_if_all_refuse() -> None:
     may_go = threading.Event()
     may_go.set()
     tool, made = slow_tool(may_go)
@@ -114,7 +115,7 @@ def test_the_next_tool_gets_what_the_first_refuses_and_nothing_is_forced_if_all_
         (tokens,) = answers(engine, [[ord("?")]], max_tokens=30, temperature=0.0)
         output = [] if forced is None else [OUT, *forced.encode(), OUT_END]
         assert tokens == [START, *text.encode(), STOP, *output], text
-    assert len(made) == 2, "the calculator answered the first call alone"
+    assert len(made) == 2, "the calculator answered the first call"
 
 
 def test_columns_of_samples_wait_for_a_slow_tool() -> None:
@@ -144,7 +145,7 @@ def test_limits_of_a_tool() -> None:
             assert tokens[-6:] == [*wanted.encode(), OUT_END]
 
 
-def test_a_tool_that_fails_ends_no_answer() -> None:
+def test_a_failing_tool_does_not_end_the_answer() -> None:
     class Broken:
         def __call__(self, text: str) -> str:
             raise RuntimeError("broken")
@@ -158,7 +159,7 @@ def test_a_tool_that_fails_ends_no_answer() -> None:
 
 
 @pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
-def test_python_remembers_within_an_answer_and_not_beyond() -> None:
+def test_python_variables_live_for_one_answer() -> None:
     def ask(session: ToolSession, text: str) -> str:
         for token in [START, *text.encode()]:
             session.observe(token, room=60)
@@ -180,7 +181,7 @@ def test_python_remembers_within_an_answer_and_not_beyond() -> None:
 
 
 @pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
-def test_code_is_judged_by_its_tests() -> None:
+def test_code_is_graded_by_its_tests() -> None:
     task: Any = Code(40)
     for index in range(0, 40, 4):
         conversation = task[index]
@@ -202,11 +203,11 @@ def test_code_is_judged_by_its_tests() -> None:
     assert not set().union(*numbers[:200]) & set().union(*numbers[200:])
 
 
-def test_a_call_that_has_not_begun_is_not_begun_for_a_row_that_left() -> None:
+def test_a_queued_call_of_a_cancelled_sequence_does_not_run() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
     batch = RunningBatch(calls("abc"), ToolTable(TOKENIZER, (tool,)), {END}, 20, 200)  # type: ignore[arg-type]
-    rows = [row_for(index=i) for i in range(20)]  # more than there are threads
+    rows = [asking(index=i) for i in range(20)]  # more than there are threads
     batch.submit(rows)
     for _ in range(10):
         batch.step()
@@ -214,13 +215,13 @@ def test_a_call_that_has_not_begun_is_not_begun_for_a_row_that_left() -> None:
     for row in rows:
         batch.cancel(row)
     may_go.set()
-    after = row_for(index=20)
+    after = asking(index=20)
     batch.submit([after])
     run(batch)
     assert after.end == END and sum(runner.calls for runner in made) < 20
 
 
-def test_a_generation_that_is_broken_off_leaves_no_tool_open() -> None:
+def test_closing_the_generator_closes_its_tools() -> None:
     may_go = threading.Event()
     may_go.set()
     tool, made = slow_tool(may_go)
@@ -234,26 +235,23 @@ def test_a_generation_that_is_broken_off_leaves_no_tool_open() -> None:
 
 
 @pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
-def test_a_program_that_runs_for_a_row_that_left_is_ended() -> None:
+def test_cancelling_ends_a_running_program() -> None:
     batch = RunningBatch(calls("while 1:0"), ToolTable(TOKENIZER, WITH_PYTHON), {END}, 2, 200)  # type: ignore[arg-type]
-    row = row_for()
+    row = asking()
     batch.submit([row])
     while not batch.calling:
         batch.step()
-    future = batch.calling[row]
-    deadline = time.monotonic() + 5
-    while not future.running() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.5)
+    future, runners = batch.calling[row], batch._tools_of[row]._runners
+    until(lambda: "python" in runners and runners["python"].session._lock.locked())  # its run() has begun
     began = time.monotonic()
     batch.cancel(row)
     assert batch.idle
     future.exception(timeout=4)
-    assert time.monotonic() - began < 3, "it would have run for five seconds"
+    assert time.monotonic() - began < 3, "without cancel it would run for five seconds"
 
 
 @pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
-def test_python_goes_on_after_a_timeout_and_shows_errors_after_long_output() -> None:
+def test_python_after_a_timeout_and_errors_after_long_output() -> None:
     python = Python()
     try:
         python.session.limits = replace(python.session.limits, timeout=0.5)
