@@ -77,11 +77,6 @@ def find_run(base_dir: Path, source: str, tag: str | None) -> Path:
     raise UserError(f"{requested} in {folder}; {existing}")
 
 
-def has_run(base_dir: Path, source: str, tag: str) -> bool:
-    """Whether the run has a complete step."""
-    return bool(list_steps(run_dir(base_dir, source, tag)))
-
-
 # ---------------------------------------------------------------------------------------------------
 # Writing
 

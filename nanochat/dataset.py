@@ -113,7 +113,7 @@ def open_corpus(
         opened[0] if opened else resolve_corpus(data, base_dir, skip_bad=skip_bad, skipped=skipped, recorded=recorded)
     )
     own = f"{corpus.fingerprint} {sorted(corpus.bad_shards.skipped)}"
-    for rank, other in enumerate(found := runtime.all_gather_text(own, "comparing the data")):
+    for rank, other in enumerate(found := runtime.all_gather(own, "comparing the data")):
         if other != found[0]:
             raise UserError(f"--data differs between ranks: rank {rank} finds other files than rank 0")
     if saved and saved.fingerprint != corpus.fingerprint:

@@ -7,7 +7,6 @@ rank fails is described in nanochat/distributed/__init__.py.
 
 import ctypes
 import gc
-import json
 import os
 import platform
 import random
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import UserError, say, warn
-from nanochat.distributed.collectives import all_gather_texts, collective_op, init_process_group
+from nanochat.distributed.collectives import all_gather_json, collective_op, init_process_group
 
 IMPORTED = time.perf_counter()
 TIMEOUT_SECONDS = 1800.0  # of collectives: the longest that ranks wait for one that is busy (evaluating) or gone
@@ -66,7 +65,8 @@ class Runtime:
         chosen, reason = pick_dtype(device_type, dtype or os.environ.get("NANOCHAT_DTYPE", ""))
         if world_size > 1 and not dist.is_initialized():
             init_process_group("nccl" if device_type == "cuda" else "gloo", rank, world_size, timeout_seconds)
-        seed_everything(seed)
+        random.seed(seed)
+        torch.manual_seed(seed)
         return cls(device, chosen, reason, seed, rank, local_rank, world_size, timeout_seconds)
 
     @property
@@ -115,18 +115,9 @@ class Runtime:
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return float(shared)
 
-    def all_gather(self, value: torch.Tensor, name: str) -> list[Any]:
-        """Every rank's tensor (one shape) as nested lists, by rank. Collective: every rank must call it."""
-        if self.world_size == 1:
-            return [value.tolist()]
-        gathered = [torch.empty_like(value) for _ in range(self.world_size)]
-        with collective_op(name):
-            dist.all_gather(gathered, value)
-        return [values.tolist() for values in gathered]
-
-    def all_gather_text(self, text: str, name: str) -> list[str]:
-        """Every rank's text, by rank. Collective: every rank must call it."""
-        return [text] if self.world_size == 1 else all_gather_texts(text, name, self.device)
+    def all_gather(self, value: Any, name: str) -> list[Any]:
+        """Every rank's value (JSON), by rank. Collective: every rank must call it."""
+        return [value] if self.world_size == 1 else all_gather_json(value, name, self.device)
 
     def broadcast(self, compute: Callable[[], Any], name: str) -> Any:
         """Call `compute` on rank 0 only and return its result (a JSON value) on all ranks; a UserError likewise.
@@ -141,7 +132,7 @@ class Runtime:
                 outcome = {"value": compute()}
             except UserError as error:
                 outcome = {"error": str(error)}
-        outcome = json.loads(self.all_gather_text(json.dumps(outcome), name)[0])
+        outcome = self.all_gather(outcome, name)[0]
         if "error" in outcome:
             raise UserError(outcome["error"])
         return outcome["value"]
@@ -211,38 +202,33 @@ def pick_dtype(device_type: str, requested: str = "") -> tuple[torch.dtype, str]
             return torch.float16, "this GPU has no bfloat16; the loss is scaled"
         return torch.float32, "this GPU has no tensor cores"
     if device_type == "cpu":
-        feature = fast_bf16_cpu_feature(cpu_flags())
-        return (torch.bfloat16, f"CPU has {feature}") if feature else (torch.float32, "CPU has no AMX or AVX512-BF16")
+        for flag, feature in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
+            if flag in cpu_flags():
+                return torch.bfloat16, f"CPU has {feature}"
+        return torch.float32, "CPU has no AMX or AVX512-BF16"
     # On Apple GPUs bfloat16 needs macOS 14; NANOCHAT_DTYPE=bfloat16 requests it.
     return torch.float32, "works on every Apple GPU"
 
 
-def fast_bf16_cpu_feature(flags: set[str]) -> str | None:
-    """Name of the CPU's instruction set for fast bfloat16 products, or None."""
-    for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
-        if flag in flags:
-            return name
-    return None
-
-
-def cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
+def cpu_flags() -> set[str]:
     """Feature flags of the first CPU; empty if the system does not list them."""
-    try:
-        with open(path) as file:
-            return next((set(line.split(":", 1)[1].split()) for line in file if line.startswith("flags")), set())
-    except OSError:
-        return set()
+    return set(_cpuinfo("flags").split())
 
 
 def device_name(device: torch.device) -> str:
     """The device's product name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str:
+    """The first CPU's entry `key` in /proc/cpuinfo, or ""."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        return next((value.strip() for name, _, value in pairs if name.strip() == key), "")
+    except OSError:
+        return ""
 
 
 def keep_freed_memory() -> None:
@@ -280,12 +266,6 @@ def process_age() -> float:
         return uptime - int(fields[22 - 3]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return time.perf_counter() - IMPORTED
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global random generators. Code that samples should still take an explicit one."""
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """How a model is looked at, during training and after it: bits per byte on held-out rows, and what it makes of
 fixed prompts."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
@@ -77,9 +76,7 @@ def bpb_by_source(
         failure = error
     raise_on_all_ranks(runtime, failure)
     # One process may have left out a bad shard, and all of a source with it.
-    known = [
-        set(json.loads(names)) for names in runtime.all_gather_text(json.dumps(list(found)), "comparing the sources")
-    ]
+    known = [set(names) for names in runtime.all_gather(list(found), "comparing the sources")]
     sources, T = sorted(set.intersection(*known)), model.config.sequence_len
     figures = torch.zeros(len(sources), dtype=torch.float32)
     for number in range(runtime.rank, len(sources), runtime.world_size):

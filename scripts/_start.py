@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint_manager import Checkpoint, find_run, has_run, load_model, open_checkpoint, run_dir
+from nanochat.checkpoint.folder import list_steps
+from nanochat.checkpoint_manager import Checkpoint, find_run, load_model, open_checkpoint, run_dir
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
@@ -47,7 +48,7 @@ def starting_model(source: str, run: Path, tag: str, step: int, runtime: Runtime
 
     `step` -1 takes its last checkpoint.
     """
-    known = tag or (run.name if has_run(base_dir, source, run.name) else None)
+    known = tag or (run.name if list_steps(run_dir(base_dir, source, run.name)) else None)
     name = find_run(base_dir, source, known).name
     model, tokenizer, meta = load_model(
         source, runtime, base_dir=base_dir, model_tag=name, step=None if step < 0 else step, compute_dtype=runtime.dtype

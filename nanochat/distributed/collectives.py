@@ -130,12 +130,12 @@ def start_all_gather(share: torch.Tensor, flat: torch.Tensor, name: str) -> Pend
 
 
 # ---------------------------------------------------------------------------------------------------
-# Texts
+# Small values
 
 
-def all_gather_texts(text: str, name: str, device: torch.device | str = "cpu", group: Any = None) -> list[str]:
-    """Every rank's text, by rank. Sent as bytes, never unpickled. Collective: every rank of `group` must call it."""
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+def all_gather_json(value: Any, name: str, device: torch.device | str = "cpu", group: Any = None) -> list[Any]:
+    """Every rank's value, by rank: as JSON, nothing is unpickled. Collective: every rank of `group` must call it."""
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
     with collective_op(name):
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
         dist.all_gather(sizes, torch.tensor([len(data)], device=device), group=group)
@@ -143,7 +143,7 @@ def all_gather_texts(text: str, name: str, device: torch.device | str = "cpu", g
         padded[: len(data)] = data
         texts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(texts, padded, group=group)
-    return [bytes(t[: int(size)].tolist()).decode() for t, size in zip(texts, sizes)]
+    return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(texts, sizes)]
 
 
 class BackgroundGroup:
@@ -154,7 +154,7 @@ class BackgroundGroup:
 
     def __init__(self, rank: int = 0, world_size: int = 1, timeout_seconds: float = 1800.0) -> None:
         self.rank, self.world_size = rank, world_size
-        # gloo, whatever trains: texts are in host memory, and must not wait for a GPU.
+        # gloo, whatever trains: its tensors are in host memory, and need not wait for a GPU.
         self.group = world_size > 1 and dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
     def run_on_all(self, name: str, action: Callable[[], Any]) -> list[Any]:
@@ -171,7 +171,7 @@ class BackgroundGroup:
         except BaseException as error:
             outcome, failure = {"error": str(error) or type(error).__name__}, error
         try:
-            outcomes = [json.loads(text) for text in all_gather_texts(json.dumps(outcome), name, group=self.group)]
+            outcomes = all_gather_json(outcome, name, group=self.group)
         except CollectiveFailed as error:
             raise failure or OSError(str(error)) from error
         if failure:

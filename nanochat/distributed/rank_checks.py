@@ -1,7 +1,5 @@
 """Checks across ranks: diverged weights, non-finite losses, unreadable data. All ranks come to the same conclusion."""
 
-import json
-
 import torch
 from torch import nn
 
@@ -25,11 +23,11 @@ class RanksDiverged(RuntimeError):
 def find_diverged_ranks(runtime: Runtime, model: nn.Module) -> list[int]:
     """The ranks whose weights differ from the majority's (from the lowest rank's where there is none).
 
-    Collective: every rank must call it. Costs one pass over the weights and 8 bytes per rank.
+    Collective: every rank must call it. Costs one pass over the weights and a few bytes per rank.
     """
     if runtime.world_size == 1:
         return []
-    checksums = runtime.all_gather(checksum(model), "comparing the weights")
+    checksums = runtime.all_gather(int(checksum(model)), "comparing the weights")
     majority = max(checksums, key=checksums.count)
     return [rank for rank, value in enumerate(checksums) if value != majority]
 
@@ -53,10 +51,10 @@ def describe_non_finite_ranks(runtime: Runtime, own_loss: torch.Tensor | None, o
 
     Collective: every rank must call it, with its own summed loss and `origin`, a description of its batch.
     """
-    origins = runtime.all_gather_text(origin, "gathering the batches' origins")
+    origins = runtime.all_gather(origin, "gathering the batches' origins")
     if own_loss is None or runtime.world_size == 1:
         return origin
-    finite = runtime.all_gather(own_loss.isfinite().float(), "finding the rank of a non-finite loss")
+    finite = runtime.all_gather(bool(own_loss.isfinite()), "finding the rank of a non-finite loss")
     bad = [rank for rank, good in enumerate(finite) if not good]
     if not bad:  # only their sum overflows
         return f"all ranks together: {origins[0]}; ..."
@@ -89,6 +87,6 @@ def gather_failures(
     own = {"error": str(failure) or type(failure).__name__} if failure else {}
     if may_skip and isinstance(failure, BadShard):
         own["shard"] = failure.shard
-    failures = [json.loads(text) for text in runtime.all_gather_text(json.dumps(own), "gathering data failures")]
+    failures = runtime.all_gather(own, "gathering data failures")
     shards = {f["shard"]: f["error"] for f in failures if "shard" in f}
     return shards, next((f["error"] for f in failures if "error" in f and "shard" not in f), None)
