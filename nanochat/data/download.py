@@ -1,9 +1,10 @@
-"""The public data sets on the Hugging Face hub, and fetching their shards.
+"""Download the shards of public data sets from the Hugging Face hub.
 
-A shard is worth hundreds of megabytes and a network fails in many ways, so each is downloaded under a lock
-(several processes may ask at once), to a hidden neighbour that a later attempt or run continues, compared
-with the size and SHA-256 that the hub states, opened, and only then renamed. What stands under a shard's
-name is whole. The hub library's own download does not take up a dead process's work, nor compare hashes.
+A shard is about a hundred megabytes and a network fails in many ways, so each is downloaded under a lock (several
+processes may want it), to a hidden partial file that a later attempt or run continues, compared with the size and
+SHA-256 that the hub states, opened, and only then renamed: a file under a shard's name is complete. hf_hub_download
+does not do that: its partial files are named at random, so a killed process's bytes are lost, and it does not compare
+hashes.
 """
 
 import hashlib
@@ -12,9 +13,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,18 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from nanochat.common import UserError, sha256_file, warn
+from nanochat.common import UserError, first_line, sha256_file, warn
 from nanochat.data.textfiles import open_parquet
 
 MAX_DELAY_SECONDS = 60.0
-STALL_SECONDS = 30.0  # without a byte, and the connection counts as dead
+STALL_SECONDS = 30.0  # without a byte, after which a connection counts as dead
+LOCK_POLL_SECONDS = 0.2
+UNREACHED_ATTEMPTS = 3  # until the hub has answered once
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """A public set: parquet shards with a column `text`, of which the last is for validation."""
+    """A public data set: parquet shards with a column `text`, the last one for validation."""
 
     name: str
     repo_id: str
@@ -48,7 +49,7 @@ class HubSet:
 
     @property
     def command(self) -> str:
-        """What to type to have some of it."""
+        """The command that downloads some of it."""
         return "python -m nanochat.dataset -n 8" + ("" if self.name == DEFAULT_SET else f" --set {self.name}")
 
 
@@ -63,62 +64,53 @@ HUB_SETS = {
 
 
 def hub_folder(name: str, base_dir: Path) -> Path:
-    """Where shards of a public set are kept."""
+    """The folder of a public set's shards."""
     return base_dir / "base_data" / name
 
 
-class TryAgain(Exception):
-    """What arrived is not what was asked for; another attempt may do better."""
+class BadDownload(Exception):
+    """The file that arrived is not the one requested; another attempt may help."""
 
 
 class Stopped(Exception):
-    """Another worker has failed, or the person has interrupted."""
+    """Another worker has failed, or the user has interrupted."""
 
 
 @dataclass
 class Downloader:
-    """Fetches files of one set into a folder. `attempts` in a row without progress are one too many."""
+    """Fetches files of one set into a folder. Gives up after `attempts` in a row without progress."""
 
     hub: HubSet
     folder: Path
-    endpoint: str | None = None  # None: the library's, https://huggingface.co unless HF_ENDPOINT says otherwise
+    endpoint: str | None = None  # None: HF_ENDPOINT, else https://huggingface.co
     attempts: int = 6
     delay_seconds: float = 1.0  # doubled after each failure
     stop: threading.Event = field(default_factory=threading.Event)
-    reached: bool = False  # the hub has answered once; until then patience is short
+    reached: bool = False  # the hub has answered once
 
     def fetch(self, name: str) -> None:
-        """Have the file `name` whole in the folder. UserError if that cannot be had; it stops other workers too."""
-        target = self.folder / name
+        """Make sure the complete file `name` is in the folder. A UserError stops the other workers too."""
+        target, locks = self.folder / name, self.folder / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
         try:
-            with self.lock(name):
-                if not self.is_whole(target):
+            self.pause(0)
+            # Another thread or process may be downloading it: then there is nothing left to do.
+            with FileLock(locks / f"{name}.lock").acquire(None, LOCK_POLL_SECONDS, cancel_check=self.stop.is_set):
+                if not self.is_complete(target):
                     self.download(target)
+        except Timeout as error:  # cancelled
+            raise Stopped from error
         except BaseException:
             self.stop.set()
             raise
 
-    @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Wait while someone else, in this process or another, works on the file: their work will be ours."""
-        lock = FileLock(self.folder / ".locks" / f"{name}.lock")
-        (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
-        while not lock.is_locked:
-            self.pause(0)
-            with suppress(Timeout):
-                lock.acquire(timeout=1)
-        try:
-            yield
-        finally:
-            lock.release()
-
     def pause(self, seconds: float) -> None:
-        """Sleep, but leave at once when all are told to stop."""
+        """Sleep; raises Stopped at once when the workers are to stop."""
         if self.stop.wait(seconds):
             raise Stopped
 
-    def is_whole(self, target: Path) -> bool:
-        """True if the shard is there. One that does not open (a disk may lie) is removed."""
+    def is_complete(self, target: Path) -> bool:
+        """True if the shard is there. One that does not open (a disk may lie) is deleted."""
         if not target.exists():
             return False
         try:
@@ -130,10 +122,10 @@ class Downloader:
             return False
 
     def download(self, target: Path) -> None:
-        """Attempt until done; wait longer after each failure, and begin anew with patience when bytes came."""
+        """Attempt until done, with growing delays; the count of failures restarts whenever bytes arrived."""
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-        failures, most = 0, 0
+        failures, max_bytes = 0, 0
         began = time.monotonic()
         while True:
             try:
@@ -142,10 +134,10 @@ class Downloader:
                 return
             except OfflineModeIsEnabled as error:
                 raise UserError("HF_HUB_OFFLINE is set: unset it to download, or use --data starter") from error
-            except (HTTPError, TryAgain) as error:
-                had, most = most, max(most, self.partial_bytes(target))
-                failures = 1 if most > had else failures + 1
-                limit = self.attempts if self.reached else min(3, self.attempts)
+            except (HTTPError, BadDownload) as error:
+                before, max_bytes = max_bytes, max(max_bytes, self.partial_bytes(target))
+                failures = 1 if max_bytes > before else failures + 1
+                limit = self.attempts if self.reached else min(UNREACHED_ATTEMPTS, self.attempts)
                 if failures >= limit or not is_temporary(error):
                     raise UserError(self.explain(target.name, error)) from error
                 delay = min(MAX_DELAY_SECONDS, self.delay_seconds * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)
@@ -153,18 +145,18 @@ class Downloader:
             self.pause(delay)
 
     def partial_bytes(self, target: Path) -> int:
-        """How much of the file has arrived."""
+        """Bytes of the file that have arrived."""
         return max((part.stat().st_size for part in target.parent.glob(f".{target.name}.*.part")), default=0)
 
     def attempt(self, target: Path) -> int:
-        """One try: ask what the file is, fetch what is missing, check it, put it in place. Its size in bytes."""
+        """Ask for the file's size and hash, fetch what is missing, check it, rename it. Returns its size in bytes."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         url = hf_hub_url(self.hub.repo_id, target.name, repo_type="dataset", endpoint=self.endpoint)
         remote = get_hf_file_metadata(url, timeout=STALL_SECONDS, endpoint=self.endpoint)
         self.reached = True
         etag = remote.etag or ""
-        # The part is named after the content: what was begun of an older version is not continued.
+        # The partial file is named after the content: one of an older version is not continued.
         part = target.with_name(f".{target.name}.{hashlib.sha256(etag.encode()).hexdigest()[:12]}.part")
         for other in target.parent.glob(f".{target.name}.*.part"):
             if other != part:
@@ -177,7 +169,7 @@ class Downloader:
         return size
 
     def append_body(self, url: str, part: Path) -> None:
-        """Continue `part` where it ends, or begin it if the server does not do ranges."""
+        """Continue the partial file where it ends, or start it over if the server does not support ranges."""
         from huggingface_hub import get_session
         from huggingface_hub.utils import build_hf_headers
 
@@ -187,12 +179,12 @@ class Downloader:
             headers["Range"] = f"bytes={have}-"
         request: dict[str, Any] = {"headers": headers, "timeout": STALL_SECONDS, "follow_redirects": True}
         with get_session().stream("GET", url, **request) as response:
-            if response.status_code == 416:  # there is nothing after `have`: the part is too long
+            if response.status_code == 416:  # nothing follows `have`: the partial file is too long
                 part.unlink()
-                raise TryAgain("the part on disk does not fit the file")
+                raise BadDownload("the partial file on disk does not fit")
             response.raise_for_status()
-            goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            with open(part, "ab" if response.status_code == 206 and goes_on else "wb") as file:
+            continues = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            with open(part, "ab" if response.status_code == 206 and continues else "wb") as file:
                 for chunk in response.iter_raw():
                     file.write(chunk)
                     self.pause(0)
@@ -200,25 +192,25 @@ class Downloader:
                 os.fsync(file.fileno())
 
     def check(self, part: Path, size: int | None, etag: str) -> None:
-        """Compare with what the hub states. A part that is too short is kept to go on from, a wrong one not."""
+        """Compare with what the hub states. A partial file that is too short is kept, a wrong one deleted."""
         have = part.stat().st_size
         if size is not None and have < size:
-            raise TryAgain(f"the connection ended after {have:,} of {size:,} bytes")
+            raise BadDownload(f"the connection ended after {have:,} of {size:,} bytes")
         try:
             if size is not None and have > size:
-                raise TryAgain(f"received {have:,} bytes instead of {size:,}")
+                raise BadDownload(f"received {have:,} bytes instead of {size:,}")
             if re.fullmatch("[0-9a-f]{64}", etag) and sha256_file(part) != etag:  # large files: etag is their hash
-                raise TryAgain("its SHA-256 is not the one the hub states")
+                raise BadDownload("its SHA-256 is not the one the hub states")
             try:
                 open_parquet(part).close()
             except UserError as error:
-                raise TryAgain("what arrived is not a parquet file") from error
-        except TryAgain:
+                raise BadDownload("what arrived is not a parquet file") from error
+        except BadDownload:
             part.unlink()
             raise
 
     def explain(self, name: str, error: Exception) -> str:
-        """One line for the person: what failed, and what to do."""
+        """One line for the user: what failed, and the fix."""
         from huggingface_hub import constants
 
         host = urlsplit(self.endpoint or constants.ENDPOINT).netloc or self.endpoint
@@ -227,45 +219,44 @@ class Downloader:
             return f"{host} does not give out {self.hub.repo_id} ({status}); log in with: hf auth login"
         if status == 404:
             return f"{host} has no file {name} in {self.hub.repo_id} (404); is the endpoint right?"
-        if status or isinstance(error, TryAgain):
-            return f"{host} failed to deliver {name} ({brief(error)}); run the command again later, it continues"
+        if status or isinstance(error, BadDownload):
+            return f"{host} failed to deliver {name} ({brief(error)}); run the command again later; it continues"
         return f"cannot reach {host} ({brief(error)}); check the network, or work offline with --data starter"
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status an error reports, or None if no answer came."""
+    """The HTTP status of an error, or None if there was no response."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def is_temporary(error: Exception) -> bool:
-    """True if time may heal it: no answer, a broken one, too many requests, the server's own failure."""
+    """True if another attempt may help: no response, a broken one, too many requests, an error of the server."""
     status = status_of(error)
     return status is None or status in (408, 425, 429) or status >= 500
 
 
 def brief(error: Exception) -> str:
-    """The error's first line, without addresses."""
+    """The status, or the error's first line, at most 120 characters."""
     status = status_of(error)
-    words = f"HTTP {status}" if status else str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-    return words[:120]
+    return f"HTTP {status}" if status else first_line(error)
 
 
 def download_shards(hub: HubSet, num_files: int, base_dir: Path, workers: int = 4, **settings: Any) -> list[Path]:
-    """Have the first `num_files` training shards and the validation shard on disk; their paths.
+    """Download the first `num_files` training shards and the validation shard; returns their paths.
 
-    The validation shard comes first, alone: without it the set is of no use, and a hub out of reach is told
-    once. `settings` go to Downloader. Raises UserError.
+    The validation shard comes first, alone: without it the set is of no use, and an unreachable hub is reported once.
+    `settings` go to Downloader. Raises UserError.
     """
-    loader = Downloader(hub, hub_folder(hub.name, base_dir), **settings)
+    downloader = Downloader(hub, hub_folder(hub.name, base_dir), **settings)
     names = [hub.val_name] + [hub.shard_name(i) for i in range(num_files)]
-    loader.fetch(names[0])
+    downloader.fetch(names[0])
     pool = ThreadPoolExecutor(workers)
     try:
-        futures = [pool.submit(loader.fetch, name) for name in names[1:]]
+        futures = [pool.submit(downloader.fetch, name) for name in names[1:]]
         errors = [error for future in as_completed(futures) if (error := future.exception())]
     finally:
-        loader.stop.set()
+        downloader.stop.set()
         pool.shutdown(cancel_futures=True)
-    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # the cause, not the consequences
+    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # the cause first
         raise error
-    return [loader.folder / name for name in names]
+    return [downloader.folder / name for name in names]

@@ -36,6 +36,7 @@ TAIL_BYTES = 64 * 2**10  # first read from a parquet file's end; a larger footer
 BUFFER_BYTES = 2**20  # of an open file
 THREADS = 16  # that fetch
 MAX_PENDING = 256  # ranges prefetched and not read yet
+MAX_FOOTERS = 256  # kept in memory
 FOOTER_CACHE_BYTES = 2**40  # no limit: footers are small, and read at every start
 UNREACHED_PATIENCE_SECONDS = 10.0  # until the server has answered once: the address may be wrong
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 10.0
@@ -171,7 +172,9 @@ class Remote:
         self.answered_at: float | None = None  # when the server last answered
         self.authorized = False  # something was read
         self.warned_at = 0.0
-        self.known: OrderedDict[RemoteFile, tuple[bytes, list[Range]]] = OrderedDict()  # footers of the latest files
+        # See RemoteFile.footer, and the ranges of a file as computed from it; of the latest files.
+        self.footer = lru_cache(MAX_FOOTERS)(lambda file: self.wait(self._submit(URGENT, partial(self._footer, file))))
+        self.ranges = lru_cache(MAX_FOOTERS)(lambda file, ranges_of: ranges_of(self.footer(file)))
         self.work: PriorityQueue[Any] = PriorityQueue()
         self.number = itertools.count()
         self.threads = 0
@@ -192,31 +195,11 @@ class Remote:
             if len(self.pending) > MAX_PENDING:
                 self.pending.popitem(last=False)[1].cancel()
 
-    def footer(self, file: RemoteFile) -> bytes:
-        """See RemoteFile.footer."""
-        with self.lock:
-            if file in self.known:
-                return self.known[file][0]
-        return self.wait(self._submit(URGENT, partial(self._footer, file)))
-
     def fetch_footers(self, files: Sequence[RemoteFile]) -> None:
         """Fetch the footers of all files in parallel. Errors about a file are raised when it is opened."""
         for future in [self._submit(AHEAD, partial(self._footer, file)) for file in files]:
             with suppress(BadShard):
                 self.wait(future)
-
-    def ranges(self, file: RemoteFile, ranges_of: RangesOf) -> list[Range]:
-        """ranges_of(the file's footer), cached for the files used last."""
-        with self.lock:
-            if file in self.known:
-                self.known.move_to_end(file)
-                return self.known[file][1]
-        footer = self.footer(file)
-        with self.lock:
-            self.known[file] = footer, ranges_of(footer)
-            if len(self.known) > MAX_PENDING:
-                self.known.popitem(last=False)
-            return self.known[file][1]
 
     def wait(self, future: "Future[Result]") -> Result:
         """The future's result. Raises StopRequested if this thread is asked to stop meanwhile."""
