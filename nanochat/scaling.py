@@ -1,7 +1,7 @@
-"""From one dial to every number: depth -> sizes, horizon, batch, learning rates.
+"""From --depth to every number of a run: sizes, horizon, batch size, learning rates, weight decay.
 
-Sources: compute-optimal ratio and reference rates as published with the February 2026 system; batch size grows
-with the horizon as in arXiv 2505.13738; rates with the square root of the batch.
+Sources: the compute-optimal ratio and the reference learning rates are those published with the February 2026
+system; batch size grows with the horizon as in arXiv 2505.13738, learning rates with the square root of the batch.
 """
 
 import math
@@ -12,17 +12,18 @@ import torch
 
 from nanochat.common import UserError, format_count
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.ranges import Range
 
-REFERENCE_BATCH_TOKENS = 2**19  # the batch at which the reference learning rates were tuned
+REFERENCE_BATCH_TOKENS = 2**19  # the batch size at which the reference learning rates were tuned
 REFERENCE_DEPTH = 12
-REFERENCE_RATIO = 10.5  # tokens per parameter of the runs in which they were
+REFERENCE_RATIO = 10.5  # tokens per scaling parameter of those runs
 MAX_DEPTH = 128
-USUAL_SHARE_OF_PEAK = 0.4  # of the measured matrix peak that training reaches, before it has been timed
+USUAL_SHARE_OF_PEAK = 0.4  # of the measured peak of matrix products; an estimate until training has been timed
 
 
 @dataclass
 class Sizes:
-    """What depth implies, unless told otherwise."""
+    """Fields of GPTConfig that depth implies."""
 
     n_layer: int
     n_embd: int
@@ -34,14 +35,17 @@ def derive_sizes(
     depth: int, aspect_ratio: int = 64, head_dim: int = 128, n_embd: int = -1, n_head: int = -1, n_kv_head: int = -1
 ) -> Sizes:
     """Width = depth * aspect_ratio, rounded up to a multiple of head_dim; explicit sizes override (-1 = derive)."""
-    for name, value in (("--depth", depth), ("--aspect-ratio", aspect_ratio), ("--head-dim", head_dim)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
-    if depth > MAX_DEPTH:
-        raise UserError(f"--depth must be between 1 and {MAX_DEPTH}, got {depth}")
-    for name, value in (("--n-embd", n_embd), ("--n-head", n_head), ("--n-kv-head", n_kv_head)):
-        if value < 1 and value != -1:
-            raise UserError(f"{name} must be at least 1, or -1 to derive it, got {value}")
+    given, derivable = Range(1), Range(1, unset=-1)
+    for name, value, allowed in (
+        ("--depth", depth, Range(1, MAX_DEPTH)),
+        ("--aspect-ratio", aspect_ratio, given),
+        ("--head-dim", head_dim, given),
+        ("--n-embd", n_embd, derivable),
+        ("--n-head", n_head, derivable),
+        ("--n-kv-head", n_kv_head, derivable),
+    ):
+        if value not in allowed:
+            raise UserError(f"{name} must be {allowed}, got {value}")
     if n_embd == -1:
         n_embd = n_head * head_dim if n_head > 0 else math.ceil(depth * aspect_ratio / head_dim) * head_dim
     if n_head == -1:
@@ -54,20 +58,20 @@ def derive_sizes(
 
 
 def estimate(config: GPTConfig) -> tuple[int, dict[str, int]]:
-    """(training FLOPs per token, parameter counts) of that config, by counting on tensors without memory."""
+    """(training FLOPs per token, parameter counts by kind), from a model on the meta device."""
     with torch.device("meta"):
         model = GPT(config)
     return model.estimate_flops(), model.num_scaling_params()
 
 
 def scaling_params(counts: dict[str, int]) -> int:
-    """The parameter count that scaling laws fit best: transformer matrices and head."""
+    """The parameter count used in scaling laws: transformer matrices and head."""
     return counts["transformer_matrices"] + counts["lm_head"]
 
 
 @dataclass
 class Plan:
-    """Every number of a pretraining run. `tokens` = num_steps * total_batch_tokens."""
+    """The derived numbers of a pretraining run. `tokens` = num_steps * total_batch_tokens."""
 
     num_steps: int
     total_batch_tokens: int
@@ -75,8 +79,8 @@ class Plan:
     params: dict[str, int]
     lr_scale: float
     weight_decay: float
-    horizon: str  # what fixed num_steps
-    decay_bounded: bool = False
+    horizon: str  # the flag that fixed num_steps
+    decay_bounded: bool = False  # by bounded_weight_decay
 
     @property
     def tokens(self) -> int:
@@ -94,50 +98,44 @@ def optimal_batch_tokens(tokens: float, reference_tokens: float) -> int:
 
 
 def align_batch(total_batch_tokens: int, sequence_len: int) -> int:
-    """The nearest positive multiple of one row."""
+    """The multiple of sequence_len nearest to total_batch_tokens; at least one row."""
     return max(1, round(total_batch_tokens / sequence_len)) * sequence_len
 
 
 def scaled_weight_decay(weight_decay: float, depth: int) -> float:
-    """weight_decay * (12 / depth)^2, as published: deeper models train longer and want less."""
+    """weight_decay * (12 / depth)^2, as published: deeper models train longer and need less."""
     return weight_decay * (REFERENCE_DEPTH / depth) ** 2
 
 
 def horizon_weight_decay(weight_decay: float, batch: float, tokens: float, reference_tokens: float) -> float:
-    """weight_decay * sqrt(batch / 2^19) * reference tokens / tokens: the weights forget at the run's own pace
-    (arXiv 2405.13698)."""
+    """weight_decay * sqrt(batch / 2^19) * reference_tokens / tokens: the averaging time of the weights is a constant
+    share of the run (arXiv 2405.13698)."""
     return weight_decay * batch_lr_scale(batch) * reference_tokens / tokens
 
 
-def bounded_weight_decay(weight_decay: float, lr: float, most: float) -> float:
-    """At most what takes the share `most` of a weight in a step at rate `lr` (twice that of c_fc's, whose rate Muon
-    doubles for its shape); in a run of a few steps the horizon asks for more, and past a whole weight a step grows what
-    it is to shrink."""
-    return min(weight_decay, most / lr) if lr > 0 else weight_decay
+def bounded_weight_decay(weight_decay: float, lr: float, max_shrink: float) -> float:
+    """The decay, limited so that one step at rate `lr` shrinks a weight by at most the fraction `max_shrink`.
+
+    c_fc shrinks twice as fast, as Muon doubles its rate for its shape. Runs of few steps need the limit: beyond a
+    fraction of 1 per step, decay would make weights grow.
+    """
+    return min(weight_decay, max_shrink / lr) if lr > 0 else weight_decay
 
 
 def batch_lr_scale(batch_tokens: float, exponent: float = 0.5) -> float:
-    """What the reference rates are multiplied by at this batch: a power, usually the root, of its share of 2^19."""
+    """Factor on the reference learning rates: (batch_tokens / 2^19)^exponent."""
     return (batch_tokens / REFERENCE_BATCH_TOKENS) ** exponent
 
 
 def horizon_lr_scale(tokens: float, reference_tokens: float, exponent: float) -> float:
-    """What the rates are multiplied by for so many tokens: shorter runs want higher ones, by a power of the horizon
+    """Factor on the learning rates: (reference_tokens / tokens)^exponent, as shorter runs need higher rates
     (arXiv 2409.19913). At least 1: runs longer than the reference keep its rates."""
     return max(1.0, reference_tokens / tokens) ** exponent
 
 
 def reference_params(config: GPTConfig) -> int:
     """Scaling parameters of the reference depth at this vocabulary and context."""
-    sizes = derive_sizes(REFERENCE_DEPTH)
-    reference = GPTConfig(
-        sequence_len=config.sequence_len,
-        vocab_size=config.vocab_size,
-        n_layer=REFERENCE_DEPTH,
-        n_embd=sizes.n_embd,
-        n_head=sizes.n_head,
-        n_kv_head=sizes.n_kv_head,
-    )
+    reference = GPTConfig(config.sequence_len, config.vocab_size, **vars(derive_sizes(REFERENCE_DEPTH)))
     return scaling_params(estimate(reference)[1])
 
 
@@ -156,39 +154,42 @@ def make_plan(
     horizon_exponent: float = 0.0,
     lr_scale: float = 1.0,
 ) -> Plan:
-    """Resolve the horizon (--num-iterations, then --target-flops, then --target-param-data-ratio) and the batch."""
-    if num_iterations == 0 or num_iterations < -1:
-        raise UserError(f"--num-iterations must be positive, or -1 to derive it, got {num_iterations}")
+    """Resolve the horizon (--num-iterations, then --target-flops, then --target-param-data-ratio) and the batch.
+
+    -1 derives a value. The arguments from `decay_by_horizon` on, weight_decay and matrix_lr come from the recipe
+    (recipe.recipe_rules).
+    """
+    for name, value in (("--num-iterations", num_iterations), ("--total-batch-size", total_batch_size)):
+        if value not in Range(1, unset=-1):
+            raise UserError(f"{name} must be {Range(1, unset=-1)}, got {value}")
     flops_per_token, params = estimate(config)
-    ratio_tokens = max(target_param_data_ratio, 0.1) * scaling_params(params)
-    if target_flops > 0:
-        ratio_tokens = target_flops / flops_per_token
     reference = reference_params(config)
-    reference_tokens = max(target_param_data_ratio, 0.1) * reference
+    tokens_per_param = max(target_param_data_ratio, 0.1)
+    reference_tokens = tokens_per_param * reference
+    tokens = target_flops / flops_per_token if target_flops > 0 else tokens_per_param * scaling_params(params)
     if total_batch_size == -1:
-        total_batch_size = optimal_batch_tokens(ratio_tokens, reference_tokens)
-    elif total_batch_size < 1:
-        raise UserError(f"--total-batch-size must be positive, in tokens, or -1 to derive it, got {total_batch_size}")
+        total_batch_size = optimal_batch_tokens(tokens, reference_tokens)
     batch = align_batch(total_batch_size, config.sequence_len)
+    steps = max(1, round(tokens / batch))
     if num_iterations > 0:
         steps, horizon = num_iterations, "--num-iterations"
     elif target_flops > 0:
-        steps, horizon = max(1, round(ratio_tokens / batch)), "--target-flops"
+        horizon = "--target-flops"
     elif target_param_data_ratio > 0:
-        steps, horizon = max(1, round(ratio_tokens / batch)), "--target-param-data-ratio"
+        horizon = "--target-param-data-ratio"
     else:
         raise UserError("no horizon: give --num-iterations, --target-flops, --target-param-data-ratio or --minutes")
     lr_scale *= batch_lr_scale(batch, batch_exponent)
     lr_scale *= horizon_lr_scale(steps * batch, REFERENCE_RATIO * reference, horizon_exponent)
-    decay = wanted = scaled_weight_decay(weight_decay, config.n_layer)
+    decay = unbounded = scaled_weight_decay(weight_decay, config.n_layer)
     if decay_by_horizon:
-        wanted = horizon_weight_decay(weight_decay, batch, steps * batch, reference_tokens)
-        decay = bounded_weight_decay(wanted, matrix_lr * lr_scale, most_decay)
-    return Plan(steps, batch, flops_per_token, params, lr_scale, decay, horizon, decay_bounded=decay < wanted)
+        unbounded = horizon_weight_decay(weight_decay, batch, steps * batch, reference_tokens)
+        decay = bounded_weight_decay(unbounded, matrix_lr * lr_scale, most_decay)
+    return Plan(steps, batch, flops_per_token, params, lr_scale, decay, horizon, decay_bounded=decay < unbounded)
 
 
 def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:
-    """The plan as (name, value) rows, to print before training starts and to keep in the report."""
+    """The plan as (name, value) rows, printed before training and kept in the report."""
     counts = plan.params
     rows: list[tuple[str, Any]] = [
         ("layers x width", f"{config.n_layer} x {config.n_embd}"),
@@ -201,7 +202,7 @@ def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:
         ("steps", f"{plan.num_steps:,} (from {plan.horizon})"),
         ("tokens", f"{plan.tokens:,} ({plan.tokens_per_param:.2f} per parameter)"),
         ("training FLOPs", f"{plan.tokens * plan.flops_per_token:.3e}"),
-        ("rates x", f"{plan.lr_scale:.4f}"),
-        ("matrix weight decay", f"{plan.weight_decay:.4g}{' (bounded: a short run)' if plan.decay_bounded else ''}"),
+        ("learning rate scale", f"{plan.lr_scale:.4f}"),
+        ("matrix weight decay", f"{plan.weight_decay:.4g}{' (bounded: short run)' if plan.decay_bounded else ''}"),
     ]
     return [(name, str(value)) for name, value in rows]

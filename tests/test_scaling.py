@@ -1,4 +1,4 @@
-"""Depth to sizes, and the horizon's precedence, against published numbers."""
+"""Sizes from depth, and the plan of a run, against published numbers."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def test_precedence_of_horizons() -> None:
     assert plan(D24, num_iterations=7, target_flops=1e12, **flags).num_steps == 7
     assert plan(D24, target_flops=estimate(D24)[0] * 2**19 * 5, **flags).num_steps == 5
     assert plan(D24, **flags).horizon == "--target-param-data-ratio"
-    with pytest.raises(UserError, match="horizon"):
+    with pytest.raises(UserError, match="--target-param-data-ratio"):
         plan(D24, target_param_data_ratio=-1, **flags)
     with pytest.raises(UserError, match="num-iterations"):
         plan(D24, num_iterations=0)
@@ -58,7 +58,7 @@ def test_reference_depth_trains_at_the_reference_batch() -> None:
     assert plan(config).tokens == pytest.approx(10.5 * scaling_params(estimate(config)[1]), rel=0.001)
 
 
-def test_decay_follows_the_horizon_until_a_step_would_take_a_tenth_of_a_weight() -> None:
+def test_horizon_weight_decay_is_bounded() -> None:
     config = GPTConfig(n_layer=2, n_embd=256, n_head=2, n_kv_head=2)
     reference = 10.5 * scaling_params(estimate(GPTConfig())[1])
     flags = {"total_batch_size": 2**19, "decay_by_horizon": True, "weight_decay": 0.28, "matrix_lr": 0.02}
@@ -69,8 +69,8 @@ def test_decay_follows_the_horizon_until_a_step_would_take_a_tenth_of_a_weight()
     assert hot.weight_decay * 0.02 * hot.lr_scale == pytest.approx(0.1)
     assert plan(config, num_iterations=20, most_decay=0.05, **flags).weight_decay == short.weight_decay / 2
     assert not plan(config, num_iterations=20, **{**flags, "matrix_lr": 0.0}).decay_bounded
-    tell = dict(describe(config, short))["matrix weight decay"]
-    assert "bounded" in tell and "bounded" not in dict(describe(config, long))["matrix weight decay"]
+    shown = [dict(describe(config, made))["matrix weight decay"] for made in (short, long)]
+    assert "bounded" in shown[0] and "bounded" not in shown[1]
 
 
 def test_short_runs_get_higher_rates() -> None:
