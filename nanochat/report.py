@@ -18,7 +18,7 @@ $BASE/report/report.json holds
     tables        {title: [{column: value, ...}, ...]}, e.g. bytes per token by source
 """
 
-import math
+import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -60,11 +60,11 @@ def record_stage(base_dir: Path, stage: str, values: Mapping[str, Any]) -> None:
     assert stage in STAGES, f"unknown stage {stage!r}; known: {', '.join(STAGES)}"
     folder = report_dir(base_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    new = to_json(values)
+    new = to_json(dict(values))
     time_key = "updated_at" if new.get("status") == "running" else "finished_at"
     new[time_key] = datetime.now(UTC).isoformat(timespec="seconds")
     with FileLock(folder / ".lock"):
-        report = _read_or_set_aside(folder / "report.json")
+        report = _load_or_set_aside(base_dir)
         if "plan" in new:
             report["plan"] = new.pop("plan")
         report["machine"] = describe_machine()
@@ -72,7 +72,7 @@ def record_stage(base_dir: Path, stage: str, values: Mapping[str, Any]) -> None:
         report["total_seconds"] = sum(v.get("seconds") or 0.0 for _, _, v in stages_of(report))
         write_json(folder / "report.json", report)
         try:
-            _draw(Path(base_dir), report)
+            _draw(base_dir, report)
         except Exception as error:  # report.json is written; the pages can be drawn later
             warn(
                 f"could not draw the report ({error}); its numbers are saved in {folder / 'report.json'}. "
@@ -87,7 +87,7 @@ def load_report(base_dir: Path) -> Record:
         raise UserError(f"no report in {path.parent}: run a stage first, or set NANOCHAT_BASE_DIR to its base folder")
     report = read_json(path)
     if not isinstance(report, dict):
-        raise UserError(f"{path} does not hold a report; delete it and run a stage again")
+        raise UserError(f"{path} is not a report: a JSON object is expected")
     return report
 
 
@@ -95,7 +95,7 @@ def render_report(base_dir: Path) -> Path:
     """Draw report.md and report.html from report.json; returns the path of report.html. Raises as load_report."""
     report = load_report(base_dir)
     with FileLock(report_dir(base_dir) / ".lock"):
-        return _draw(Path(base_dir), report)
+        return _draw(base_dir, report)
 
 
 def _draw(base_dir: Path, report: Record) -> Path:
@@ -106,21 +106,18 @@ def _draw(base_dir: Path, report: Record) -> Path:
     return folder / "report.html"
 
 
-def _read_or_set_aside(path: Path) -> Record:
+def _load_or_set_aside(base_dir: Path) -> Record:
     """The report so far. A damaged file is renamed: it must not make a finished stage fail."""
+    path = report_dir(base_dir) / "report.json"
     if not path.exists():
         return {}
     try:
-        report = read_json(path)
-        if isinstance(report, dict):
-            return report
-        reason = "it does not hold a report"
+        return load_report(base_dir)
     except UserError as error:
-        reason = str(error)
-    damaged = path.with_suffix(".damaged.json")
-    os.replace(path, damaged)
-    warn(f"{reason}; moved to {damaged.name}, starting a new report")
-    return {}
+        damaged = path.with_suffix(".damaged.json")
+        os.replace(path, damaged)
+        warn(f"{error}; moved to {damaged.name}, starting a new report")
+        return {}
 
 
 def _merge(old: Record, new: Record) -> Record:
@@ -133,12 +130,5 @@ def _merge(old: Record, new: Record) -> Record:
 
 def to_json(value: Any) -> Any:
     """The value in JSON types: paths as strings, arrays and tensors as numbers or lists, NaN and infinity as null."""
-    if isinstance(value, Mapping):
-        return {str(k): to_json(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(v) for v in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return to_json(value.tolist()) if hasattr(value, "tolist") else str(value)
+    text = json.dumps(value, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other))
+    return json.loads(text, parse_constant=lambda name: None)

@@ -105,8 +105,8 @@ def horizon(config: Config, num_steps: int = -1) -> dict[str, Any]:
 
 def plan_on_preset(config: Config, model_config: GPTConfig) -> RunPlan:
     """Plan for a GPU known by name, with the speed expected from published runs."""
-    gpu = find_gpu(config.gpu)
-    pace = expected_pace(model_config, gpu, config.fp8)
+    gpu = find_gpu(config.gpu, config.fp8)
+    pace = expected_pace(model_config, gpu)
     return plan_with_pace(config, model_config, gpu, pace, max(1, config.num_gpus))
 
 
@@ -137,6 +137,8 @@ def plan_with_pace(
     config: Config, model_config: GPTConfig, gpu: Gpu, pace: Pace, num_gpus: int, max_rows: int | None = None
 ) -> RunPlan:
     """Plan for a machine whose speed is known."""
+    if config.dollars_per_gpu_hour >= 0:
+        gpu = replace(gpu, dollars_per_hour=config.dollars_per_gpu_hour)
     return plan_run(
         model_config,
         fix_steps(config, model_config, gpu, pace, num_gpus),
@@ -145,8 +147,6 @@ def plan_with_pace(
         num_gpus=num_gpus,
         max_rows=max_rows,
         device_batch_size=config.device_batch_size,
-        dollars_per_gpu_hour=config.dollars_per_gpu_hour,
-        fp8=config.fp8,
         law=Law.load(),
     )
 

@@ -1,6 +1,6 @@
 """Accelerators and how fast they train: data sheets, prices, and seconds per token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanochat.common import UserError
@@ -21,10 +21,16 @@ class Gpu:
     dollars_per_hour: float | None  # None: unknown
     dtype: str = "bfloat16"
     device_type: str = "cuda"
+    fp8: bool = False  # compute matrix products in fp8
 
     @property
     def element_bytes(self) -> int:
         return 4 if self.dtype == "float32" else 2
+
+    @property
+    def product_peak(self) -> float:
+        """Peak FLOP/s in the format of the matrix products."""
+        return self.peak_fp8 if self.fp8 and self.peak_fp8 else self.peak_flops
 
 
 def _preset(name: str, gib: float, peak: float, fp8: float | None, tb_s: float, dollars: float, **more: Any) -> Gpu:
@@ -49,11 +55,15 @@ GPUS = {
 }
 
 
-def find_gpu(name: str) -> Gpu:
-    """The preset of that name, in any case."""
+def find_gpu(name: str, fp8: bool = False) -> Gpu:
+    """The preset of that name, in any case. Raises UserError if there is none, or fp8 is requested and it has none."""
     if name.lower() not in GPUS:
         raise UserError(f"--gpu={name} is unknown: give here (this machine) or one of {', '.join(GPUS)}")
-    return GPUS[name.lower()]
+    gpu = GPUS[name.lower()]
+    if fp8 and gpu.peak_fp8 is None:
+        able = ", ".join(other.name for other in GPUS.values() if other.peak_fp8)
+        raise UserError(f"--fp8: {gpu.name} has no fp8 units; drop the flag, or use one of {able}")
+    return replace(gpu, fp8=fp8)
 
 
 def usual_price(runtime: Runtime) -> float | None:
@@ -87,18 +97,13 @@ FP8_PRODUCT_SHARE = 0.365  # of the dense fp8 peak; attention, head and the cast
 BYTES_PER_CHANNEL = 150  # per layer and token, forward and backward
 
 
-def expected_pace(config: GPTConfig, gpu: Gpu, fp8: bool = False) -> Pace:
-    """The rule above. Raises UserError if fp8 is requested on a GPU without it."""
-    if fp8 and gpu.peak_fp8 is None:
-        able = ", ".join(other.name for other in GPUS.values() if other.peak_fp8)
-        raise UserError(f"--fp8: {gpu.name} has no fp8 units; drop the flag, or use one of {able}")
-    share, kind, peak = PRODUCT_SHARE, gpu.dtype, gpu.peak_flops
-    if fp8 and gpu.peak_fp8:
-        share, kind, peak = FP8_PRODUCT_SHARE, "fp8", gpu.peak_fp8
+def expected_pace(config: GPTConfig, gpu: Gpu) -> Pace:
+    """The pace by the rule above."""
+    share, kind = (FP8_PRODUCT_SHARE, "fp8") if gpu.fp8 else (PRODUCT_SHARE, gpu.dtype)
     memory_bound = BYTES_PER_CHANNEL * config.n_layer * config.n_embd / gpu.bandwidth
     source = (
         f"matrix products at {share:.1%} of the dense {kind} peak, and {BYTES_PER_CHANNEL} bytes of memory traffic "
         "per channel, layer and token: fitted to published runs on 8xH100"
     )
     source += "" if gpu.name == "h100" else f"; extrapolated to {gpu.name} from its data sheet, not measured"
-    return Pace(estimate(config)[0] / (share * peak) + memory_bound, 0.0, source)
+    return Pace(estimate(config)[0] / (share * gpu.product_peak) + memory_bound, 0.0, source)

@@ -32,8 +32,6 @@ class RunPlan:
     device_batch_size: int  # rows
     grad_accum_steps: int
     memory: dict[str, int]  # bytes per GPU, by kind
-    dollars_per_gpu_hour: float | None
-    fp8: bool = False
     forecast: Forecast | None = None
     wall_seconds: float | None = None  # of the whole program, where --minutes fixed it
     assumptions: list[str] = field(default_factory=list)
@@ -48,7 +46,7 @@ class RunPlan:
 
     @property
     def dollars(self) -> float | None:
-        hourly = self.dollars_per_gpu_hour
+        hourly = self.gpu.dollars_per_hour
         return None if hourly is None else self.seconds / 3600 * self.num_gpus * hourly
 
     @property
@@ -56,14 +54,9 @@ class RunPlan:
         return self.plan.tokens * self.plan.flops_per_token
 
     @property
-    def peak_flops(self) -> float:
-        """Peak of one GPU in the format of the matrix products."""
-        return self.gpu.peak_fp8 if self.fp8 and self.gpu.peak_fp8 else self.gpu.peak_flops
-
-    @property
     def utilisation(self) -> float:
         """Model FLOPs utilisation: share of the peak of all GPUs."""
-        return self.flops / self.seconds / self.num_gpus / self.peak_flops
+        return self.flops / self.seconds / self.num_gpus / self.gpu.product_peak
 
     @property
     def memory_bytes(self) -> int:
@@ -90,8 +83,8 @@ class RunPlan:
             "gpu": self.gpu.name,
             "num_gpus": self.num_gpus,
             "dtype": self.gpu.dtype,
-            "fp8": self.fp8,
-            "peak_flops": self.peak_flops,
+            "fp8": self.gpu.fp8,
+            "peak_flops": self.gpu.product_peak,
             "utilisation": self.utilisation,
             "device_batch_size": self.device_batch_size,
             "grad_accum_steps": self.grad_accum_steps,
@@ -112,7 +105,7 @@ class RunPlan:
         """(name, value) rows to print."""
         kinds = [(f"  {kind.replace('_', ' ')}", gigabytes(size)) for kind, size in self.memory.items()]
         verdict = "" if self.fits else ": DOES NOT FIT"
-        hourly = self.dollars_per_gpu_hour
+        hourly = self.gpu.dollars_per_hour
         cost = "unknown" if hourly is None else f"${self.dollars:,.2f} at ${hourly:.2f} per GPU hour"
         return [
             *describe(self.config, self.plan),
@@ -122,7 +115,10 @@ class RunPlan:
             ("rows per micro-batch", str(self.device_batch_size)),
             ("micro-batches per step", str(self.grad_accum_steps)),
             ("tokens per second", format_count(self.plan.tokens / self.seconds)),
-            ("share of peak", f"{self.utilisation:.1%} of {self.num_gpus} x {self.peak_flops / 1e12:.3g} TFLOP/s"),
+            (
+                "share of peak",
+                f"{self.utilisation:.1%} of {self.num_gpus} x {self.gpu.product_peak / 1e12:.3g} TFLOP/s",
+            ),
             ("training time", f"{long_time(self.seconds)} ({self.step_seconds:.3g} s a step)"),
             *([("total time", long_time(self.wall_seconds))] if self.wall_seconds else []),
             ("cost", cost),
@@ -154,11 +150,9 @@ def plan_run(
     num_gpus: int = 1,
     device_batch_size: int = -1,
     max_rows: int | None = None,
-    dollars_per_gpu_hour: float = -1.0,
-    fp8: bool = False,
     law: Law | None = None,
 ) -> RunPlan:
-    """Plan the steps of `plan` on a machine. -1: the largest device batch that fits, the GPU's usual price."""
+    """Plan the steps of `plan` on a machine. A device batch of -1 is the largest that fits."""
     if device_batch_size == 0 or device_batch_size < -1:
         raise UserError(f"--device-batch-size must be positive, or -1 to choose it, got {device_batch_size}")
     step_rows = rows_per_step(config, plan, num_gpus)
@@ -177,15 +171,13 @@ def plan_run(
         rows,
         math.ceil(step_rows / rows),
         memory_by_kind(config, gpu, num_gpus, rows),
-        dollars_per_gpu_hour if dollars_per_gpu_hour >= 0 else gpu.dollars_per_hour,
-        fp8,
         forecast if forecast and forecast.extrapolation <= MAX_EXTRAPOLATION else None,
     )
-    run.assumptions = list(assumptions(run, price_given=dollars_per_gpu_hour >= 0))
+    run.assumptions = list(assumptions(run))
     return run
 
 
-def assumptions(run: RunPlan, price_given: bool) -> Iterator[str]:
+def assumptions(run: RunPlan) -> Iterator[str]:
     """The assumptions behind the plan's figures, one sentence each."""
     yield f"time: {run.pace.source}"
     yield "time: training steps only; compilation, evaluation, samples and checkpoints come on top"
@@ -203,10 +195,7 @@ def assumptions(run: RunPlan, price_given: bool) -> Iterator[str]:
         )
     if run.gpu.dtype == "float16":
         yield f"dtype: {run.gpu.name} has no fast bfloat16; the figures are for NANOCHAT_DTYPE=float16"
-    if run.dollars_per_gpu_hour is None:
-        yield "cost: unknown for this machine; set it with --dollars-per-gpu-hour"
-    elif not price_given:
-        yield "cost: a typical cloud price, which drifts; set yours with --dollars-per-gpu-hour"
+    yield "cost: GPUs known by name have typical cloud prices, which drift; set yours with --dollars-per-gpu-hour"
     if run.forecast is None:
         yield f"loss: no forecast: no fitted law, or a run beyond {MAX_EXTRAPOLATION:g} times the largest one fitted"
     else:
