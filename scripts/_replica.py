@@ -1,9 +1,9 @@
-"""Building the service behind chat_web, in its own process or in one that is started for it."""
+"""How chat_web builds its replicas: in its own process, or as `python -m scripts._replica PLAN FD` in a child."""
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,16 +12,17 @@ from nanochat.checkpoint.folder import step_path
 from nanochat.checkpoint.manifest import Manifest
 from nanochat.checkpoint_manager import load_model, run_dir
 from nanochat.common import UserError, get_base_dir
+from nanochat.gpt import GPT
 from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
 from nanochat.runtime import Runtime
-from nanochat.serve.replica import serve_replica
-from nanochat.serve.service import MIB, Service
+from nanochat.serve.replica import RemoteService, serve_replica
+from nanochat.serve.service import MIB, Observe, Service, WorkerPool
 from scripts import _cli
 
 
 @dataclass
 class ReplicaPlan:
-    """Which model, and how much of it at once. Travels to a child process as JSON."""
+    """The model and the sizes of its Service. Passed to a child process as JSON."""
 
     source: str
     model_tag: str
@@ -32,12 +33,12 @@ class ReplicaPlan:
     prefix_mib: int
     int8: bool
     python: bool
-    threads: int = 0  # that a replica in a process of its own may use
-    weights: str = ""  # their file's hash, once they were loaded
+    threads: int = 0  # of a replica in a process of its own
+    weights: str = ""  # SHA-256 of their file, once loaded
 
     def load(self, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
-        """(model, tokenizer, meta). What is loaded later, on other GPUs and in other processes, is the same: its step
-        is kept, and UserError raised if the run has been replaced by another."""
+        """(model, tokenizer, meta). Later calls, for other GPUs and processes, load the same step. Raises UserError if
+        its weights have been replaced since."""
         base_dir = get_base_dir()
         model, tokenizer, meta = load_model(
             self.source,
@@ -50,12 +51,11 @@ class ReplicaPlan:
         path = step_path(run_dir(base_dir, self.source, self.model_tag), meta["step"])
         weights = Manifest.read(path).files["model.safetensors"]["sha256"]
         if self.weights not in ("", weights):
-            raise UserError(f"{path} is not what this server was started with: start the server anew")
+            raise UserError(f"{path} has changed since this server was started; restart the server")
         self.step, self.weights = meta["step"], weights
         return model, tokenizer, meta
 
-    def service(self, model: Any, tokenizer: Any, observe: Callable[[str, float], None]) -> Service:
-        tools = WITH_PYTHON if self.python else DEFAULT_TOOLS
+    def service(self, model: Any, tokenizer: Any, observe: Observe) -> Service:
         return Service(
             model,
             tokenizer,
@@ -64,22 +64,43 @@ class ReplicaPlan:
             memory_bytes=self.cache_mib * MIB,
             prefix_bytes=self.prefix_mib * MIB,
             int8=self.int8,
-            tools=tools,
+            tools=WITH_PYTHON if self.python else DEFAULT_TOOLS,
             observe=observe,
         )
 
     def command(self) -> list[str]:
-        """What starts a replica; the number of its socket is to follow."""
+        """Starts a replica in a child process; RemoteService appends the file descriptor of its socket."""
         return [sys.executable, "-m", "scripts._replica", json.dumps(asdict(self))]
 
 
+def local_pool(
+    plan: ReplicaPlan, size: int, model: GPT, tokenizer: Any, runtime: Runtime, observe: Observe
+) -> WorkerPool:
+    """Replicas in this process, one per GPU. `model` is on the first."""
+
+    def make(index: int) -> Service:
+        own = model
+        if runtime.device.type == "cuda" and index > 0:
+            own, _, _ = plan.load(replace(runtime, device=torch.device("cuda", index)))
+        return plan.service(own, tokenizer, observe)
+
+    return WorkerPool(make, size)
+
+
+def remote_pool(plan: ReplicaPlan, size: int, max_context: int, observe: Observe) -> WorkerPool:
+    """Replicas in processes of their own, which share the CPU's threads."""
+    plan.threads = max(1, torch.get_num_threads() // size)
+    max_requests = plan.max_rows + plan.max_waiting
+    return WorkerPool(lambda index: RemoteService(plan.command(), max_context, max_requests, observe), size)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    text, number = sys.argv[1:] if argv is None else argv
-    plan = ReplicaPlan(**json.loads(text))
+    plan_json, fd = sys.argv[1:] if argv is None else argv
+    plan = ReplicaPlan(**json.loads(plan_json))
     torch.set_num_threads(plan.threads)
     with Runtime.create("cpu") as runtime:
         model, tokenizer, _ = plan.load(runtime)
-        serve_replica(lambda observe: plan.service(model, tokenizer, observe), int(number))
+        serve_replica(lambda observe: plan.service(model, tokenizer, observe), int(fd))
     return 0
 
 

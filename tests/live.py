@@ -1,4 +1,4 @@
-"""A server on a real socket, in a thread: the application, the connections and the shutdown that people get."""
+"""A server on a real socket, in a thread: application, connections and shutdown as in production."""
 
 import json
 import socket
@@ -13,10 +13,10 @@ from nanochat.serve.uvicorn_server import Server
 
 
 class Live:
-    """`with Live(app) as live:` serves it at live.url until the end, or until live.stop()."""
+    """`with Live(app) as live:` serves the application at live.url."""
 
     def __init__(self, app: Any, send_bytes: int | None = None, **server: Any) -> None:
-        """`send_bytes`: of answers that the system takes off the server's hands while nobody reads them."""
+        """`send_bytes`: the send buffer of connections, which the system fills while the client does not read."""
         self.app, self.api = app, app.state.api
         self.listening = socket.create_server(("127.0.0.1", 0))
         if send_bytes:
@@ -46,7 +46,7 @@ class Live:
         return made
 
     def send(self, request: bytes) -> bytes:
-        """What comes back when these bytes are sent, until the server closes or is silent."""
+        """Send these bytes; what comes back until the server closes or is silent."""
         with self.connect() as connection:
             connection.settimeout(60)
             connection.sendall(request)
@@ -56,17 +56,17 @@ class Live:
         return httpx.get(f"{self.url}/stats", timeout=90).json()
 
     def settle(self) -> None:
-        """Wait until nothing runs and nothing waits."""
+        """Wait until no request is running or waiting."""
         until(
             lambda: (
                 self.api.pool.stats()["rows_running"] == self.api.pool.stats()["requests_waiting"] == 0
-                and self.api.door.under_way == 0
+                and self.api.admission.active == 0
             )
         )
 
 
 def rest(connection: socket.socket) -> bytes:
-    """All that comes until the other side closes or is silent."""
+    """The bytes that come until the other side closes or is silent."""
     found = b""
     try:
         while piece := connection.recv(65536):
@@ -77,7 +77,7 @@ def rest(connection: socket.socket) -> bytes:
 
 
 def post(path: str, body: Any, *headers: str) -> bytes:
-    """A request's bytes; the connection ends with it."""
+    """A request's bytes; the server closes the connection after it."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     head = [
         f"POST {path} HTTP/1.1",
@@ -93,8 +93,8 @@ def post(path: str, body: Any, *headers: str) -> bytes:
 
 
 def until(holds: Callable[[], Any], seconds: float = 90.0) -> None:
-    """Wait for it to hold."""
+    """Wait for a condition."""
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "it never came to hold"
+        assert time.monotonic() < deadline, f"still not true after {seconds:g} s"
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Stand-ins: a tokenizer with a token per byte, a model that says what it is told to, one whose every weight counts."""
+"""Stand-ins: a tokenizer with a token per byte, a model with scripted answers, noise for the weights of a real one."""
 
 import itertools
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ TOKENIZER = ByteTokenizer()
 
 
 class Scripted:
-    """A stand-in for GPT: after each token comes the one `follows` names; unnamed ones are followed by the end."""
+    """A stand-in for GPT: `follows` maps each token to the next; the end token follows all others."""
 
     device, compute_dtype = torch.device("cpu"), torch.float32
 
@@ -75,14 +75,14 @@ class Scripted:
 
 
 def chain(*parts: str | int) -> dict[int, int]:
-    """What follows what, for a script in which no token appears twice."""
+    """`follows` for Scripted: each token of the parts to the next. No token may appear twice."""
     ids = [i for part in parts for i in (part.encode() if isinstance(part, str) else [part])]
     assert len(set(ids)) == len(ids)
     return dict(itertools.pairwise(ids))
 
 
 def stir(model: GPT, amount: float = 0.1, seed: int = 0) -> GPT:
-    """Move all weights away from where they start: what is zero there hides features, and gradients behind it."""
+    """Add noise to all weights: those initialised to zero would hide features, and the gradients behind them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

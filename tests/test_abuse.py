@@ -15,17 +15,18 @@ import httpx
 import pytest
 from live import Live, post, rest, until
 from pydantic import ValidationError
-from test_server import app_of, chat
+from serve_helpers import CHAT, app_of, chat, slow
 
 from nanochat.serve import generation, guard, uvicorn_server
-from nanochat.serve.server import Settings
-from nanochat.serve.types import ChatRequest, CompletionRequest, DetokenizeRequest
+from nanochat.serve.api import Settings
+from nanochat.serve.routes_chat import ChatRequest
+from nanochat.serve.routes_completions import CompletionRequest
+from nanochat.serve.routes_info import DetokenizeRequest
 
 SETTINGS = Settings(
-    api_keys=["right"], max_tokens=8, most_tokens=60, request_seconds=90, drain_seconds=60, body_bytes=100_000
+    api_keys=["right"], max_tokens=8, max_tokens_limit=60, request_seconds=90, drain_seconds=60, body_bytes=100_000
 )
 KEY = "Authorization: Bearer right"
-CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +50,6 @@ def status(answer: bytes) -> int:
 
 def error_of(answer: bytes) -> Any:
     return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
-
-
-def slow(live: Live, monkeypatch: pytest.MonkeyPatch, seconds: float) -> Any:
-    """Every step takes so long."""
-    service = live.api.pool.services[0]
-    step = service.batch.step
-
-    def wait(**settings: Any) -> Any:
-        time.sleep(seconds)
-        return step(**settings)
-
-    monkeypatch.setattr(service.batch, "step", wait)
-    return service
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -217,8 +205,8 @@ def test_a_body_without_end_is_not_read_for_ever(live: Live) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uvicorn_server, "REQUEST_SECONDS", 0.3)
-    monkeypatch.setattr(uvicorn_server, "STUCK_SECONDS", 0.3)
-    monkeypatch.setattr(uvicorn_server, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(uvicorn_server, "UNREAD_SECONDS", 0.3)
+    monkeypatch.setattr(uvicorn_server, "CHECK_SECONDS", 0.05)
 
 
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{KEY}\r\nContent-Length: 9\r\n"
@@ -263,8 +251,8 @@ def test_who_does_not_read_is_dropped(impatient: None) -> None:
     """Its connection is; what was not sent is not kept, and its place is free again."""
     with Live(app_of(SETTINGS), send_bytes=4096) as live, live.connect(receive_bytes=4096) as connection:
         connection.sendall(post(CHAT, chat(**BIG), KEY))
-        until(lambda: live.api.door.under_way == 1)
-        until(lambda: live.api.door.under_way == 0)
+        until(lambda: live.api.admission.active == 1)
+        until(lambda: live.api.admission.active == 0)
         live.settle()
         assert b"[DONE]" not in rest(connection)
 
@@ -289,7 +277,7 @@ def test_a_million_faults_are_told_as_one(kind: Any, body: dict[str, Any]) -> No
 
 def test_what_is_not_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of a reader who falls too far behind are freed; who reads the rest is told why."""
-    monkeypatch.setattr(generation, "MOST_UNREAD", 100)
+    monkeypatch.setattr(generation, "MAX_UNREAD_TOKENS", 100)
     monkeypatch.setattr(generation, "UNREAD_SECONDS", 0.1)
     with Live(app_of(SETTINGS), send_bytes=4096) as live, live.connect(receive_bytes=4096) as connection:
         slow(live, monkeypatch, 0.02)
@@ -342,10 +330,10 @@ def test_what_a_request_held_is_free_once_it_is_over(
     submit = pool.submit
 
     def watched(*order: Any, **more: Any) -> Any:
-        ticket = submit(*order, **more)
-        held.append(weakref.ref(ticket))
-        held.extend(weakref.ref(row) for row in ticket.sequences)
-        return ticket
+        handle = submit(*order, **more)
+        held.append(weakref.ref(handle))
+        held.extend(weakref.ref(row) for row in handle.sequences)
+        return handle
 
     monkeypatch.setattr(pool, "submit", watched)
     service = slow(live, monkeypatch, 0.01)
@@ -383,7 +371,7 @@ def test_what_is_said_is_not_logged(caplog: pytest.LogCaptureFixture, capsys: py
         for body in bodies:
             for path in (CHAT, "/v1/completions", "/chat/completions", "/tokenize"):
                 live.send(post(path, body))
-        service = live.api.pool.services[0]
+        service = live.api.pool.replicas[0]
         service.batch.step = lambda **settings: 1 / 0
         assert status(live.send(post(CHAT, bodies[0]))) in (200, 500)
     said = capsys.readouterr()

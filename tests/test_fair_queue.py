@@ -4,11 +4,12 @@ import threading
 from collections import Counter
 from typing import Any
 
+from engine_helpers import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from live import until
+from serve_helpers import Receiver, make_request
 from stubs import TOKENIZER
-from test_service import MODEL, Receiver, order
 
 from nanochat.inference.sampling import SamplingParams
 from nanochat.serve.fair_queue import FairQueue
@@ -62,7 +63,7 @@ def test_nothing_is_lost_nor_overtaken(text: str) -> None:
 
 def test_a_flood_does_not_keep_others_out() -> None:
     """Twenty requests of one client wait when another's comes: it is next but one."""
-    service = Service(MODEL, TOKENIZER, max_rows=1)  # type: ignore[arg-type]
+    service = Service(make_model(), TOKENIZER, max_rows=1)  # type: ignore[arg-type]
     ended: list[str] = []
     gate = threading.Event()
 
@@ -75,9 +76,9 @@ def test_a_flood_does_not_keep_others_out() -> None:
         return receive
 
     for _ in range(20):
-        service.submit(order(max_tokens=3, client="flood"), receiver("flood"))
+        service.submit(make_request(max_tokens=3, client="flood"), receiver("flood"))
     until(lambda: service.batch.running)
-    service.submit(order(max_tokens=3, client="other"), receiver("other"))
+    service.submit(make_request(max_tokens=3, client="other"), receiver("other"))
     gate.set()
     until(lambda: len(ended) == 21)
     assert ended.index("other") <= 2
@@ -86,18 +87,18 @@ def test_a_flood_does_not_keep_others_out() -> None:
 
 def test_waiting_is_bounded_even_while_rows_run() -> None:
     """What the batch has no room for counts as waiting, step after step; what is cancelled there is gone."""
-    service = Service(MODEL, TOKENIZER, max_rows=1, max_waiting=4)  # type: ignore[arg-type]
+    service = Service(make_model(), TOKENIZER, max_rows=1, max_waiting=4)  # type: ignore[arg-type]
     gate = threading.Event()
 
     def hold(what: Any) -> None:
         gate.wait(20)
 
-    service.submit(order(max_tokens=50, sampling=SamplingParams(0.0)), hold)
+    service.submit(make_request(max_tokens=50, sampling=SamplingParams(0.0)), hold)
     until(lambda: service.batch.running)
     receivers = [Receiver() for _ in range(4)]
-    tickets = [service.submit(order(max_tokens=2), receiver) for receiver in receivers]
+    handles = [service.submit(make_request(max_tokens=2), receiver) for receiver in receivers]
     assert service.stats()["requests_waiting"] == 4 and service.load == 5
-    tickets[1].cancel()
+    handles[1].cancel()
     gate.set()
     for receiver in receivers:
         assert receiver.wait().end == Finished()

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from live import Live
-from test_server import MODEL, TOKENIZER, app_of
+from serve_helpers import MODEL, TOKENIZER, app_of
 
 from nanochat.engine import Engine
-from nanochat.serve.server import Settings
+from nanochat.serve.api import Settings
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("no lm_eval: pip install 'lm-eval[api]'", allow_module_level=True)
@@ -26,7 +26,7 @@ CONTEXT = MODEL.config.sequence_len
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    with Live(app_of(Settings(max_tokens=8, most_tokens=60))) as made:
+    with Live(app_of(Settings(max_tokens=8, max_tokens_limit=60))) as made:
         yield made
 
 

@@ -16,16 +16,14 @@ from typing import Any
 import httpx
 import pytest
 from live import Live, until
-from test_abuse import slow
-from test_server import app_of, chat
+from serve_helpers import CHAT, app_of, chat, slow
 
-from nanochat.serve.server import Settings
+from nanochat.serve.api import Settings
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/bin:/opt/homebrew/bin")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx: apt-get install nginx-light")
 CONF = Path(__file__).parent.parent / "runs" / "nginx.conf"
-SETTINGS = Settings(max_tokens=60, most_tokens=60, drain_seconds=60)
-CHAT = "/v1/chat/completions"
+SETTINGS = Settings(max_tokens=60, max_tokens_limit=60, drain_seconds=60)
 
 
 def free_port() -> int:
@@ -73,7 +71,7 @@ def reachable(port: int) -> bool:
 
 
 def served(live: Live) -> int:
-    return live.api.pool.services[0].tokens_made
+    return live.api.pool.replicas[0].tokens_made
 
 
 def test_tokens_come_one_by_one(door: str, servers: list[Live], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +125,8 @@ def test_a_server_that_is_leaving_finishes_and_the_other_takes_over(
 
     thread = threading.Thread(target=stream)
     thread.start()
-    until(lambda: any(live.api.door.under_way for live in servers))
-    (busy,) = [live for live in servers if live.api.door.under_way]
+    until(lambda: any(live.api.admission.active for live in servers))
+    (busy,) = [live for live in servers if live.api.admission.active]
     busy.server.handle_exit(signal.SIGTERM, None)
     answers = [httpx.post(door + CHAT, json=chat(max_tokens=3), timeout=90) for _ in range(10)]
     assert [answer.status_code for answer in answers] == [200] * 10

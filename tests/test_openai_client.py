@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 from live import Live
-from test_server import MODEL, TOKENIZER, app_of
+from serve_helpers import MODEL, TOKENIZER, app_of
 
 from nanochat.engine import Engine
-from nanochat.serve.server import Settings
+from nanochat.serve.api import Settings
 
 openai = pytest.importorskip("openai")
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
-SETTINGS = Settings(api_keys=["key"], max_tokens=8, most_tokens=60, request_seconds=90, drain_seconds=2)
+SETTINGS = Settings(api_keys=["key"], max_tokens=8, max_tokens_limit=60, request_seconds=90, drain_seconds=2)
 
 
 @pytest.fixture(scope="module")

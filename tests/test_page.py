@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import uvicorn
-from test_server import TOKENIZER
+from serve_helpers import TOKENIZER
 
 from nanochat.inference.request import GenerationRequest, Token, TokenLogprobs, TokenSequence
-from nanochat.serve.server import Settings, create_app
-from nanochat.serve.service import Busy, Finished
+from nanochat.serve.api import Settings
+from nanochat.serve.handle import Busy, Finished
+from nanochat.serve.server import create_app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
@@ -28,44 +29,44 @@ class ScriptedPool:
     """Answers with `script(last user text)`, a token per byte, `pause` seconds apart."""
 
     def __init__(self) -> None:
-        self.services = [SimpleNamespace(max_context=4096)]
+        self.replicas = [SimpleNamespace(max_context=4096)]
         self.alive, self.failing, self.replaced = True, False, 0
         self.script: Any = lambda text: f"You said: {text}"
         self.pause, self.fail = 0.0, None
-        self.orders: list[GenerationRequest] = []
+        self.requests: list[GenerationRequest] = []
         self.cancelled = 0
 
-    def submit(self, order: GenerationRequest, deliver: Any, more: bool = False) -> Any:
+    def submit(self, request: GenerationRequest, deliver: Any, admitted: bool = False) -> Any:
         if self.fail:
             raise self.fail
-        self.orders.append(order)
-        text = TOKENIZER.decode(order.prompt).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
+        self.requests.append(request)
+        text = TOKENIZER.decode(request.prompt).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
         said = self.script(text)
-        row = TokenSequence(replace(order, max_tokens=10_000))
-        ticket = SimpleNamespace(order=order, sequences=[row], stop=False)
+        sequence = TokenSequence(replace(request, max_tokens=10_000))
+        handle = SimpleNamespace(request=request, sequences=[sequence], stop=False)
 
         def cancel(index: int | None = None) -> None:
-            self.cancelled += not ticket.stop and not row.done
-            ticket.stop = True
+            self.cancelled += not handle.stop and not sequence.done
+            handle.stop = True
 
-        ticket.cancel = cancel
+        handle.cancel = cancel
 
         def work() -> None:
             for token in said if isinstance(said, list) else said.encode():
-                if ticket.stop:
+                if handle.stop:
                     break
-                told = TokenLogprobs(-0.1, [(token, -0.1), (97, -3.0)]) if order.top_logprobs is not None else None
-                row.tokens.append(token)
-                deliver([Token(row, token, 1, told)])
+                told = TokenLogprobs(-0.1, [(token, -0.1), (97, -3.0)]) if request.top_logprobs is not None else None
+                sequence.tokens.append(token)
+                deliver([Token(sequence, token, 1, told)])
                 time.sleep(self.pause)
-            row.done = True
+            sequence.done = True
             deliver(Finished())
 
         threading.Thread(target=work, daemon=True).start()
-        return ticket
+        return handle
 
     def stats(self) -> dict[str, Any]:
-        return {"rows_running": 0, "requests_waiting": 0, "prefix_bytes": 0, "prefix_hit_tokens": 0}
+        return dict.fromkeys(("rows_running", "requests_waiting", "prefix_bytes", "prefix_hit_tokens", "replaced"), 0)
 
     def close(self, drain_seconds: float = 0) -> None:
         """Nothing to close."""
@@ -185,7 +186,7 @@ def test_stop_regenerate_edit(page: Any, served: Served) -> None:
         if served.pool.cancelled:
             break
         time.sleep(0.02)
-    assert served.pool.cancelled == 1  # the row was freed
+    assert served.pool.cancelled == 1
     assert 3 < len(answer(page).locator(".body").inner_text()) < 400
     served.pool.pause, served.pool.script = 0.0, lambda text: f"again {text}"
     answer(page).get_by_text("Regenerate").click()
@@ -278,9 +279,9 @@ def test_settings_are_sent(page: Any, served: Served, probabilities: bool) -> No
     page.get_by_text("Done").click()
     until(page, "state.settings.top_k === '7'")
     ask(page, "hi")
-    order = served.pool.orders[-1]
-    assert (order.sampling.temperature, order.sampling.top_k, order.sampling.seed) == (0.3, 7, 11)
-    assert "Be brief." in TOKENIZER.decode(order.prompt) and (order.top_logprobs == 5) == probabilities
+    request = served.pool.requests[-1]
+    assert (request.sampling.temperature, request.sampling.top_k, request.sampling.seed) == (0.3, 7, 11)
+    assert "Be brief." in TOKENIZER.decode(request.prompt) and (request.top_logprobs == 5) == probabilities
     if probabilities:
         first = answer(page).locator(".token").first
         assert first.inner_text() == "Y"

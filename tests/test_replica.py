@@ -17,10 +17,9 @@ import pytest
 import torch
 from engine_helpers import make_model
 from live import Live, until
+from serve_helpers import TOKENIZER as REAL_TOKENIZER
+from serve_helpers import Receiver, chat, events, make_request
 from stubs import TOKENIZER
-from test_server import TOKENIZER as REAL_TOKENIZER
-from test_server import chat, events
-from test_service import Receiver, order
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
@@ -28,9 +27,12 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.inference.sampling import SamplingParams
 from nanochat.runtime import Runtime
+from nanochat.serve.api import Settings
+from nanochat.serve.handle import Busy, Closed, Finished
+from nanochat.serve.metrics import ServerMetrics
 from nanochat.serve.replica import RemoteService
-from nanochat.serve.server import ServerMetrics, Settings, create_app
-from nanochat.serve.service import Busy, Closed, Finished, WorkerPool
+from nanochat.serve.server import create_app
+from nanochat.serve.service import WorkerPool
 from scripts._replica import ReplicaPlan
 
 TESTS = Path(__file__).parent
@@ -65,9 +67,9 @@ def remote(pause: float = 0.0, observe: Any = lambda name, value: None) -> Remot
 HALF_A_LINE = """
 import socket, sys, time
 pool = socket.socket(fileno=int(sys.argv[-1]))
-pool.sendall(b'{"stats": {"rows_running": 0}}\\n')
+pool.sendall(b'{"stats": {"rows_running": 0}, "observed": []}\\n')
 pool.recv(1)
-pool.sendall(b'{"order": 1, "tokens": [[0, 5')
+pool.sendall(b'{"id": 0, "tokens": [[0, 5')
 """
 
 
@@ -75,7 +77,7 @@ def test_a_child_that_is_cut_off_in_the_middle_of_a_line_is_gone() -> None:
     service = RemoteService([sys.executable, "-c", HALF_A_LINE], 64, 8, lambda name, value: None)
     until(service.ready.is_set)
     receiver = Receiver()
-    service.submit(order(), receiver)
+    service.submit(make_request(), receiver)
     end = receiver.wait().end
     assert end is not None and isinstance(end.error, RuntimeError) and not service.alive
     service.close()
@@ -92,12 +94,12 @@ def service() -> Iterator[RemoteService]:
 def test_the_engine_says_the_same(service: RemoteService) -> None:
     engine = Engine(make_model(vocab_size=265), TOKENIZER)  # type: ignore[arg-type]
     receivers = [Receiver() for _ in range(7)]
-    tickets = [service.submit(order("x" * i, seed=i, num_samples=1 + i % 2), r) for i, r in enumerate(receivers)]
-    for i, (ticket, receiver) in enumerate(zip(tickets, receivers)):
+    handles = [service.submit(make_request("x" * i, seed=i, num_samples=1 + i % 2), r) for i, r in enumerate(receivers)]
+    for i, (handle, receiver) in enumerate(zip(handles, receivers)):
         assert receiver.wait().end == Finished()
         prompt = [256, *b"x" * i]
         expected, _ = engine.generate_batch(prompt, 1 + i % 2, max_tokens=8, temperature=1.0, seed=i)
-        for row, whole in zip(ticket.sequences, expected):
+        for row, whole in zip(handle.sequences, expected):
             ends = [row.end] if row.end is not None else []
             assert prompt + [t.id for t in receiver.tokens if t.sequence is row] == whole + ends
     assert service.load == 0 and service.stats()["rows_running"] == 0 and service.stats()["tokens"] > 20
@@ -110,25 +112,25 @@ def test_log_probabilities_travel(service: RemoteService) -> None:
         known.append(len(what[0].sequence.prompt_logprobs) if isinstance(what, list) else None)
         receiver(what)
 
-    ticket = service.submit(order("abc", max_tokens=2, top_logprobs=2, prompt_logprobs=True), deliver)
+    handle = service.submit(make_request("abc", max_tokens=2, top_logprobs=2, prompt_logprobs=True), deliver)
     receiver.wait()
     assert known[0] == 3, "what is known of the prompt comes with the first token"
-    assert len(ticket.sequences[0].prompt_logprobs) == 3 and ticket.sequences[0].prompt_logprobs[0].logprob < 0
+    assert len(handle.sequences[0].prompt_logprobs) == 3 and handle.sequences[0].prompt_logprobs[0].logprob < 0
     assert all(len(token.logprobs.top) == 2 for token in receiver.tokens if token.logprobs)
 
 
 def test_orders_can_be_cancelled_and_refused(service: RemoteService) -> None:
     receiver = Receiver()
-    ticket = service.submit(order(max_tokens=50, num_samples=4, sampling=SamplingParams(10.0)), receiver)
-    ticket.cancel()
+    handle = service.submit(make_request(max_tokens=50, num_samples=4, sampling=SamplingParams(10.0)), receiver)
+    handle.cancel()
     assert receiver.wait().end == Finished()
     with pytest.raises(ValueError, match="empty"):
-        service.submit(replace(order(), prompt=[]), Receiver())
+        service.submit(replace(make_request(), prompt=[]), Receiver())
     receivers = [Receiver() for _ in range(8)]
     for one in receivers:
-        service.submit(order(max_tokens=50), one)
+        service.submit(make_request(max_tokens=50), one)
     with pytest.raises(Busy):
-        service.submit(order(), Receiver())
+        service.submit(make_request(), Receiver())
     for one in receivers:
         one.wait()
 
@@ -136,10 +138,10 @@ def test_orders_can_be_cancelled_and_refused(service: RemoteService) -> None:
 def test_the_orders_of_a_request_take_one_place(service: RemoteService) -> None:
     receivers = [Receiver() for _ in range(10 + 7)]
     for number, receiver in enumerate(receivers):
-        many = number < 10
-        service.submit(order(max_tokens=50, group="many" if many else ""), receiver, more=many and number > 0)
+        group = "many" if number < 10 else ""
+        service.submit(make_request(max_tokens=50, group=group), receiver, admitted=0 < number < 10)
     with pytest.raises(Busy):
-        service.submit(order(), Receiver())
+        service.submit(make_request(), Receiver())
     for receiver in receivers:
         receiver.wait()
     assert service.load == 0
@@ -148,18 +150,18 @@ def test_the_orders_of_a_request_take_one_place(service: RemoteService) -> None:
 def test_idle_replicas_that_die_say_nothing_of_the_others() -> None:
     pool = WorkerPool(lambda index: remote(), 2)
     for _ in range(4):
-        victim = pool.services[0]
+        victim = pool.replicas[0]
         until(victim.ready.is_set)
         victim.process.kill()
         until(lambda victim=victim: not victim.alive)  # type: ignore[misc]
         pool._replace_dead()
     assert pool.replaced == 4 and not pool.failing
     receiver = Receiver()
-    pool.submit(order(), receiver)
+    pool.submit(make_request(), receiver)
     receiver.wait()
-    chosen = next(service for service in pool.services if service.tokens_made)
+    chosen = next(service for service in pool.replicas if service.tokens_made)
     assert chosen.tokens_made == len(receiver.tokens)
-    pool._died_at_once = 99  # whatever was before
+    pool._crashes = 99  # whatever was before
     assert not pool.failing
     chosen.process.kill()
     until(lambda: not chosen.alive)
@@ -173,7 +175,7 @@ def test_times_are_told() -> None:
     seen: dict[str, int] = {}
     made = remote(observe=lambda name, value: seen.__setitem__(name, seen.get(name, 0) + 1))
     receiver = Receiver()
-    made.submit(order(), receiver)
+    made.submit(make_request(), receiver)
     receiver.wait()
     made.close(5)
     assert seen["first_token_seconds"] == 1 and seen["step_seconds"] > 1
@@ -182,23 +184,23 @@ def test_times_are_told() -> None:
 def test_closing_lets_what_is_under_way_finish_or_not() -> None:
     for drain, ends_well in ((10.0, True), (0.0, False)):
         made, receiver = remote(0.02), Receiver()
-        made.submit(order(max_tokens=30, sampling=SamplingParams(10.0, top_k=0), seed=3), receiver)
+        made.submit(make_request(max_tokens=30, sampling=SamplingParams(10.0, top_k=0), seed=3), receiver)
         until(lambda receiver=receiver: receiver.tokens)  # type: ignore[misc]
         made.close(drain)
         end = receiver.wait().end
         assert end is not None and (end.error is None) == ends_well, end
         assert ends_well or isinstance(end.error, Closed)
         with pytest.raises(Closed):
-            made.submit(order(), Receiver())
+            made.submit(make_request(), Receiver())
 
 
 @pytest.fixture
 def live() -> Iterator[Live]:
     metrics = ServerMetrics()
     pool = WorkerPool(lambda index: remote(0.03, metrics.observe), 2)
-    settings = Settings(max_tokens=20, most_tokens=60, drain_seconds=60)
+    settings = Settings(max_tokens=20, max_tokens_limit=60, drain_seconds=60)
     with Live(create_app(pool, REAL_TOKENIZER, settings, metrics)) as it:
-        until(lambda: all(service.ready.is_set() for service in pool.services))
+        until(lambda: all(service.ready.is_set() for service in pool.replicas))
         yield it
 
 
@@ -213,15 +215,15 @@ def test_a_killed_replica_costs_only_what_was_already_sent(live: Live, capsys: p
 
     thread = threading.Thread(target=stream)
     thread.start()
-    until(lambda: any(s.load for s in pool.services))
-    (victim,) = [s for s in pool.services if s.load]
+    until(lambda: any(s.load for s in pool.replicas))
+    (victim,) = [s for s in pool.replicas if s.load]
     until(lambda: victim.stats()["tokens"] > 3)
     os.kill(victim.process.pid, signal.SIGKILL)
     thread.join()
     assert "data: " in found["stream"].text and "[DONE]" not in found["stream"].text
     assert events(found["stream"])[-1]["error"]["type"] == "server_error"
     assert httpx.get(f"{live.url}/health", timeout=90).status_code == 200
-    for service in pool.services:
+    for service in pool.replicas:
         if service.alive:
             os.kill(service.process.pid, signal.SIGSTOP)  # it takes the next order and does nothing
             frozen = service
@@ -263,5 +265,5 @@ def test_a_replica_made_later_has_the_same_weights_or_none(copied: Path) -> None
     assert child.load(runtime)[2]["step"] == 1, "a step that was saved meanwhile is not announced"
     shutil.rmtree(run)
     save_checkpoint(run, 1, model_state=GPT.create(model.config, seed=9).state_dict(), meta=meta, tokenizer=tokenizer)
-    with pytest.raises(UserError, match="start the server anew"):
+    with pytest.raises(UserError, match="restart"):
         child.load(runtime)

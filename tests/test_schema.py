@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from live import Live
-from test_server import app_of
+from serve_helpers import app_of
 
-from nanochat.serve.server import Settings
+from nanochat.serve.api import Settings
 
 with warnings.catch_warnings():  # other people's
     warnings.simplefilter("ignore")
@@ -37,7 +37,7 @@ OPERATIONS += [
 
 @pytest.fixture(scope="module")
 def described() -> Iterator[Any]:
-    with Live(app_of(Settings(max_tokens=4, most_tokens=60))) as live:
+    with Live(app_of(Settings(max_tokens=4, max_tokens_limit=60))) as live:
         yield schemathesis.openapi.from_url(f"{live.url}/openapi.json")
 
 

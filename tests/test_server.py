@@ -4,56 +4,29 @@ import asyncio
 import itertools
 import json
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from engine_helpers import make_model
 from fastapi.testclient import TestClient
 from live import until
+from serve_helpers import MODEL, SETTINGS, TOKENIZER, app_of, chat, events
 from stubs import SPECIAL
 
 from nanochat.engine import Engine
-from nanochat.serve import generation
-from nanochat.serve.server import ServerMetrics, Settings, create_app, json_pieces
+from nanochat.serve import api, routes_completions
+from nanochat.serve.answers import json_pieces
+from nanochat.serve.api import LoopBudget, Settings
+from nanochat.serve.routes_completions import TextOffsets
+from nanochat.serve.server import create_app
 from nanochat.serve.service import Service, WorkerPool
-from nanochat.serve.text import TextOffsets, completion_logprobs
-from nanochat.tokenizer import RustBPETokenizer
-
-MODEL = make_model(vocab_size=265)
-TOKENIZER = RustBPETokenizer(".+?|\n", [bytes([i]) for i in range(256)])
-assert TOKENIZER.encode_special("<|bos|>") == SPECIAL["<|bos|>"]
-SETTINGS = Settings(max_tokens=8, most_tokens=60, request_seconds=20, drain_seconds=2)
-
-
-def app_of(settings: Settings = SETTINGS, **service: Any) -> Any:
-    metrics = ServerMetrics()
-    pool = WorkerPool(lambda index: Service(MODEL, TOKENIZER, observe=metrics.observe, **service))
-    return create_app(pool, TOKENIZER, settings, metrics)
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
     with TestClient(app_of()) as made:
         yield made
-
-
-def chat(**changes: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": "hi"}], "seed": 7, "temperature": 1.0, **changes}
-
-
-def events(response: Any) -> list[Any]:
-    """The data of a stream's events; the form is checked to the byte."""
-    assert response.headers["content-type"].startswith("text/event-stream")
-    body = response.content.decode()
-    assert body.endswith("\n\n")
-    found = []
-    for block in body[:-2].split("\n\n"):
-        assert block.startswith("data: ") and "\n" not in block, block
-        found.append(json.loads(block[6:]) if block != "data: [DONE]" else "[DONE]")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -161,11 +134,10 @@ def test_echoed_prompts_with_log_probabilities(client: TestClient) -> None:
 
 def test_offsets_count_characters_that_are_of_several_tokens_once() -> None:
     ids = [*"é日x".encode()]  # a token a byte
-    places = TextOffsets()
-    places.take(b"before\xc3")  # a text that ends within a character
-    places.break_off()
-    found = [completion_logprobs(TOKENIZER, part, [None] * len(part), places) for part in (ids[:4], ids[4:])]
-    assert found[0]["text_offset"] + found[1]["text_offset"] == [7, 7, 8, 8, 8, 9]
+    offsets = TextOffsets(TOKENIZER)
+    offsets.of(b"before\xc3")  # a text that ends within a character
+    offsets.end_character()
+    assert offsets.of(ids[:4]) + offsets.of(ids[4:]) == [7, 7, 8, 8, 8, 9]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +153,7 @@ def test_offsets_count_characters_that_are_of_several_tokens_once() -> None:
 def test_streamed_completions_are_the_whole_ones(
     client: TestClient, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "ECHO_TOKENS", 3)
+    monkeypatch.setattr(routes_completions, "ECHO_TOKENS", 3)
     request = {"prompt": "héllo", "max_tokens": 12, "echo": True, "logprobs": 2, "seed": 3, **changes}
     whole = client.post("/v1/completions", json=request).json()
     stream = events(client.post("/v1/completions", json={**request, "stream": True}))
@@ -381,7 +353,8 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_row() -> None:
         assert client.post("/v1/chat/completions", json=chat()).status_code == 504
         stream = events(client.post("/v1/chat/completions", json=chat(stream=True)))
         assert stream[-1]["error"]["code"] == "timeout"  # an error is an event, and nothing comes after it
-        settle(app)
+        pool = app.state.api.pool
+        until(lambda: pool.stats()["rows_running"] == pool.stats()["requests_waiting"] == 0)
 
 
 def test_health_says_when_new_replicas_do_not_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -434,7 +407,7 @@ def test_a_dead_replica_costs_only_what_was_already_sent(good_steps: int, capsys
     """A request of which nothing was sent is given to the new replica; the others end with an error."""
     app = app_of()
     with TestClient(app) as client:
-        service = app.state.api.pool.services[0]
+        service = app.state.api.pool.replicas[0]
         step, left = service.batch.step, [good_steps]
 
         def explode(**settings: Any) -> Any:
@@ -462,16 +435,6 @@ def test_shutting_down_waits_for_what_is_under_way() -> None:
     assert not app.state.api.pool.alive
 
 
-def settle(app: Any) -> None:
-    """Wait until no row runs."""
-    for _ in range(200):
-        stats = app.state.api.pool.stats()
-        if stats["rows_running"] == stats["requests_waiting"] == 0:
-            return
-        time.sleep(0.02)
-    raise AssertionError(stats)
-
-
 @pytest.mark.parametrize("levels", [0, 1, 3, 9])
 def test_json_in_pieces_is_json(levels):
     value = {"a": [], "b": {}, "c": [1, -2.5e-9, None, True, '\u00fc\n"\U0001f600'], "d": {"e": [[{"x": [1]}]]}}
@@ -486,29 +449,29 @@ def test_json_in_pieces_takes_iterators_for_lists_and_holds_one_element_at_a_tim
     assert "".join(pieces) == ', 1, 2], "none": []}'
 
 
-def test_answers_take_turns_and_let_others_in_between(monkeypatch):
-    """Forty answers have something to say at once, a millisecond of work each: a question that takes five rounds of
-    the loop is answered after five turns, not after forty milliseconds a round."""
+def test_answers_share_the_loop_with_others(monkeypatch):
+    """Forty answers, each with a millisecond of work: a task that takes five iterations of the event loop is done after
+    five slices of the budget, not after forty milliseconds per iteration."""
     now = [0.0]
-    monkeypatch.setattr(generation.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(api.time, "monotonic", lambda: now[0])
 
-    async def ask_and_answer():
-        turns, order = generation.Turns(), []
+    async def measure():
+        budget, order = LoopBudget(), []
 
         async def answer(number):
-            await turns.mine()
+            await budget.wait()
             now[0] += 0.001
             order.append(number)
 
-        async def question():
+        async def other():
             for _ in range(5):
                 await asyncio.sleep(0)
             return now[0]
 
-        asked = asyncio.create_task(question())
+        done = asyncio.create_task(other())
         await asyncio.gather(*(answer(number) for number in range(40)))
-        return order, await asked
+        return order, await done
 
-    order, answered = asyncio.run(ask_and_answer())
+    order, seconds = asyncio.run(measure())
     assert order == list(range(40))
-    assert answered <= 5 * (generation.TURN_SECONDS + 0.001) + 1e-9
+    assert seconds <= 5 * (api.SLICE_SECONDS + 0.001) + 1e-9

@@ -3,42 +3,22 @@
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from engine_helpers import make_model
 from live import until
+from serve_helpers import Receiver, make_request
 from stubs import TOKENIZER
 
 from nanochat.engine import Engine
-from nanochat.inference.request import GenerationRequest, Token
+from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
-from nanochat.serve.service import Busy, Closed, Finished, Service, WorkerPool, row_bytes
+from nanochat.serve.handle import Busy, Closed, Finished
+from nanochat.serve.service import Service, WorkerPool, slot_bytes
 
 MODEL = make_model()
-
-
-class Receiver:
-    """Collects what is delivered."""
-
-    def __init__(self) -> None:
-        self.tokens: list[Token] = []
-        self.end: Finished | None = None
-        self.done = threading.Event()
-
-    def __call__(self, what: list[Token] | Finished) -> None:
-        assert self.end is None, "something came after the end"
-        if isinstance(what, Finished):
-            self.end = what
-            self.done.set()
-        else:
-            self.tokens += what
-
-    def wait(self) -> "Receiver":
-        assert self.done.wait(20), "no end was delivered"
-        return self
 
 
 @pytest.fixture
@@ -49,22 +29,17 @@ def service() -> Any:
     assert not made._thread.is_alive()
 
 
-def order(text: str = "abc", max_tokens: int = 8, seed: int = 5, **changes: Any) -> GenerationRequest:
-    sampling = replace(changes.pop("sampling", SamplingParams()), seed=seed)
-    return GenerationRequest([256, *text.encode()], max_tokens, sampling, **changes)
-
-
 def test_the_engine_says_the_same(service: Service) -> None:
     """Alone, among others, or through Engine.generate_batch: one seed, one answer."""
     receivers = [Receiver() for _ in range(7)]
-    tickets = [service.submit(order("x" * i, seed=i, num_samples=1 + i % 2), r) for i, r in enumerate(receivers)]
+    handles = [service.submit(make_request("x" * i, seed=i, num_samples=1 + i % 2), r) for i, r in enumerate(receivers)]
     engine = Engine(MODEL, TOKENIZER)  # type: ignore[arg-type]
-    for i, (ticket, receiver) in enumerate(zip(tickets, receivers)):
+    for i, (handle, receiver) in enumerate(zip(handles, receivers)):
         assert receiver.wait().end == Finished()
         prompt = [256, *b"x" * i]
         expected, _ = engine.generate_batch(prompt, 1 + i % 2, max_tokens=8, temperature=1.0, seed=i)
-        assert [prompt + row.tokens for row in ticket.sequences] == expected
-        for row in ticket.sequences:
+        assert [prompt + row.tokens for row in handle.sequences] == expected
+        for row in handle.sequences:
             ends = [row.end] if row.end is not None else []
             assert [t.id for t in receiver.tokens if t.sequence is row] == row.tokens + ends
     assert service.stats()["rows_running"] == 0 and service.load == 0
@@ -72,24 +47,25 @@ def test_the_engine_says_the_same(service: Service) -> None:
 
 def test_cancelled_rows_leave_within_a_step(service: Service) -> None:
     receivers = [Receiver() for _ in range(6)]
-    tickets = [
-        service.submit(order(max_tokens=50, num_samples=2, sampling=SamplingParams(1.0, top_k=0)), r) for r in receivers
+    handles = [
+        service.submit(make_request(max_tokens=50, num_samples=2, sampling=SamplingParams(1.0, top_k=0)), r)
+        for r in receivers
     ]
-    for ticket in tickets:
-        ticket.cancel()
-        ticket.cancel()  # twice is once
+    for handle in handles:
+        handle.cancel()
+        handle.cancel()  # twice is once
     for receiver in receivers:
         assert receiver.wait().end == Finished()
     assert service.stats()["rows_running"] == service.stats()["requests_waiting"] == 0
-    assert service.submit(order(), receiver := Receiver()) and receiver.wait().tokens
+    assert service.submit(make_request(), receiver := Receiver()) and receiver.wait().tokens
 
 
 def test_one_sample_of_several_can_be_cancelled(service: Service) -> None:
     receiver = Receiver()
-    ticket = service.submit(order(max_tokens=20, num_samples=2), receiver)
-    ticket.cancel(0)
+    handle = service.submit(make_request(max_tokens=20, num_samples=2), receiver)
+    handle.cancel(0)
     receiver.wait()
-    assert ticket.sequences[1].done and (ticket.sequences[1].end is not None or len(ticket.sequences[1].tokens) == 20)
+    assert handle.sequences[1].done and (handle.sequences[1].end is not None or len(handle.sequences[1].tokens) == 20)
 
 
 @contextlib.contextmanager
@@ -101,7 +77,7 @@ def held(service: Service) -> Iterator[None]:
         gate.wait(20)
         first(what)
 
-    service.submit(order(), hold)
+    service.submit(make_request(), hold)
     until(lambda: service.batch.running)  # it is in the batch, and its receiver holds the thread
     yield
     gate.set()
@@ -112,9 +88,9 @@ def test_a_full_queue_says_when_to_come_again(service: Service) -> None:
     others = [Receiver() for _ in range(8)]
     with held(service):
         for receiver in others:
-            service.submit(order(), receiver)
+            service.submit(make_request(), receiver)
         with pytest.raises(Busy) as busy:
-            service.submit(order(), Receiver())
+            service.submit(make_request(), Receiver())
         assert busy.value.retry_after >= 1
     for receiver in others:
         receiver.wait()
@@ -124,10 +100,10 @@ def test_the_orders_of_a_request_take_one_place_in_the_queue(service: Service) -
     receivers = [Receiver() for _ in range(10 + 7)]
     with held(service):
         for number, receiver in enumerate(receivers):
-            many = number < 10
-            service.submit(order(group="many" if many else ""), receiver, more=many and number > 0)
+            group = "many" if number < 10 else ""
+            service.submit(make_request(group=group), receiver, admitted=0 < number < 10)
         with pytest.raises(Busy):
-            service.submit(order(), Receiver())
+            service.submit(make_request(), Receiver())
     for receiver in receivers:
         receiver.wait()
 
@@ -147,41 +123,41 @@ def test_impossible_orders(service: Service, bad: dict[str, Any], says: str) -> 
 
 
 def test_no_room_and_no_tokens(service: Service) -> None:
-    for asked in (order(max_tokens=0), order("x" * 63, max_tokens=5)):
+    for asked in (make_request(max_tokens=0), make_request("x" * 63, max_tokens=5)):
         receiver = Receiver()
         service.submit(asked, receiver)
         assert receiver.wait().end == Finished() and not receiver.tokens
-    told, receiver = order(max_tokens=0, top_logprobs=2, prompt_logprobs=True), Receiver()
-    ticket = service.submit(told, receiver)
+    told, receiver = make_request(max_tokens=0, top_logprobs=2, prompt_logprobs=True), Receiver()
+    handle = service.submit(told, receiver)
     receiver.wait()
-    assert len(ticket.sequences[0].prompt_logprobs) == 3  # of a, b, c
+    assert len(handle.sequences[0].prompt_logprobs) == 3  # of a, b, c
 
 
 def test_a_receiver_that_fails_harms_nobody(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(what: Any) -> None:
         raise RuntimeError("no")
 
-    service.submit(order(), fail)
+    service.submit(make_request(), fail)
     receiver = Receiver()
-    service.submit(order(), receiver)
+    service.submit(make_request(), receiver)
     assert receiver.wait().end == Finished() and service.alive
-    assert "receiver failed" in capsys.readouterr().err
+    assert "RuntimeError('no')" in capsys.readouterr().err
 
 
 def test_closing_lets_what_is_under_way_finish() -> None:
     service, receiver = Service(MODEL, TOKENIZER), Receiver()  # type: ignore[arg-type]
-    service.submit(order(max_tokens=30, sampling=SamplingParams(0.0)), receiver)
+    service.submit(make_request(max_tokens=30, sampling=SamplingParams(0.0)), receiver)
     service.close(drain_seconds=20)
     assert receiver.wait().end == Finished()
     with pytest.raises(Closed):
-        service.submit(order(), Receiver())
+        service.submit(make_request(), Receiver())
 
 
 def test_closing_at_once_ends_what_is_under_way() -> None:
     service = Service(MODEL, TOKENIZER, max_rows=1)  # type: ignore[arg-type]
     receivers = [Receiver() for _ in range(20)]
     for receiver in receivers:
-        service.submit(order(max_tokens=60, sampling=SamplingParams(0.0)), receiver)
+        service.submit(make_request(max_tokens=60, sampling=SamplingParams(0.0)), receiver)
     service.close()
     for receiver in receivers:
         receiver.wait()
@@ -190,21 +166,21 @@ def test_closing_at_once_ends_what_is_under_way() -> None:
 
 def test_a_dead_replica_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     pool = WorkerPool(lambda index: Service(MODEL, TOKENIZER), 2)  # type: ignore[arg-type]
-    broken = pool.services[0]
+    broken = pool.replicas[0]
 
     def explode(**settings: Any) -> None:
         raise MemoryError("boom")
 
     broken.batch.step = explode  # type: ignore[method-assign]
     receiver = Receiver()
-    broken.submit(order(), receiver)
+    broken.submit(make_request(), receiver)
     assert isinstance(receiver.wait().end.error, MemoryError)  # type: ignore[union-attr]
     assert not broken.alive and pool.alive
     for _ in range(4):
         receiver = Receiver()
-        pool.submit(order(), receiver)
+        pool.submit(make_request(), receiver)
         assert receiver.wait().end == Finished()
-    assert pool.replaced == 1 and pool.services[0] is not broken and pool.stats()["replaced"] == 1
+    assert pool.replaced == 1 and pool.replicas[0] is not broken and pool.stats()["replaced"] == 1
     assert "boom" in capsys.readouterr().err
     pool.close()
     assert not pool.alive
@@ -216,15 +192,15 @@ def test_the_least_loaded_is_next() -> None:
     for _ in range(6):
         gate = threading.Event()
         gates.append(gate)
-        pool.submit(order(max_tokens=2), lambda what, gate=gate: gate.wait(20))  # type: ignore[misc]
-    assert sorted(s.load for s in pool.services) == [2, 2, 2]
+        pool.submit(make_request(max_tokens=2), lambda what, gate=gate: gate.wait(20))  # type: ignore[misc]
+    assert sorted(s.load for s in pool.replicas) == [2, 2, 2]
     for gate in gates:
         gate.set()
     pool.close(20)
 
 
 def test_memory_bounds_the_rows() -> None:
-    size = row_bytes(MODEL)
+    size = slot_bytes(MODEL)
     service = Service(MODEL, TOKENIZER, max_rows=32, memory_bytes=3 * size + 1)  # type: ignore[arg-type]
     assert service.max_rows == 3 and service.batch.cache.num_bytes == 3 * size
     service.close()

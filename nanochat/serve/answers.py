@@ -1,137 +1,82 @@
-"""What the routes answer, as /openapi.json declares it. Answers are made as plain dicts; tests hold them to this."""
+"""A Generation as an HTTP response: whole as JSON, or streamed as server-sent events."""
 
-from typing import Any, Literal
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any
 
-from pydantic import BaseModel
+from fastapi.responses import Response
+from sse_starlette.sse import EventSourceResponse
 
+from nanochat.serve.errors import ApiError
+from nanochat.serve.generation import Generation
 
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    """Every error, whatever its cause."""
-
-    error: ErrorDetail
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class TokenLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChosenLogprob(TokenLogprob):
-    top_logprobs: list[TokenLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[ChosenLogprob]
-
-
-class Tool(BaseModel):
-    """A piece of a calculator call: what was asked, what it gave."""
-
-    kind: Literal["python", "python_output"]
-    text: str
-
-
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-    tools: list[Tool] = []
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class Answer(BaseModel):
-    id: str
-    created: int
-    model: str
-    usage: Usage
-
-
-class ChatAnswer(Answer):
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]
-
-
-class CompletionLogprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class CompletionAnswer(Answer):
-    object: Literal["text_completion"]
-    choices: list[CompletionChoice]
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    max_context: int
-    answers: bool
-
-
-class Models(BaseModel):
-    object: Literal["list"]
-    data: list[Model]
-
-
-class Tokens(BaseModel):
-    tokens: list[int]
-    count: int
-
-
-class Text(BaseModel):
-    text: str
-    prompt: str  # the same, as evaluation harnesses read it
-
-
-class TokenizerInfo(BaseModel):
-    bos_token: str
-    eos_token: str
-    vocab_size: int
-
-
-class Health(BaseModel):
-    status: Literal["ok", "unavailable"]
-
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorAnswer, "description": "What was wrong, and where"},
-    "5XX": {"model": ErrorAnswer, "description": "Not the client's fault"},
-}
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 EVENTS: dict[str, Any] = {"text/event-stream": {"schema": EVENT}}
+ANSWER_LEVELS = 5  # an answer's choices[i].logprobs.content[j] is one piece of JSON
+PING_SECONDS = 15
+
+json_text = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def whole_or_streamed(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """Responses of a route that streams if it is asked to."""
+def whole_or_streamed(model: Any) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that answers with `model`, or streams where the request says so."""
     return {200: {"model": model, "content": EVENTS, "description": "The answer; with stream: true, its events"}}
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    """Unix time in seconds."""
+    return int(time.time())
+
+
+async def whole(generation: Generation, make_answer: Callable[[], Mapping[str, Any]]) -> Response:
+    """Generate everything, then answer as JSON. Raises ApiError."""
+
+    def encode() -> bytes:
+        return b"".join(piece.encode() for piece in json_pieces(make_answer(), ANSWER_LEVELS))
+
+    await generation.run()
+    return Response(await generation.api.run_in_thread(encode), media_type="application/json")
+
+
+def stream(generation: Generation, events: AsyncIterator[Any], done: bool = True) -> Response:
+    """Server-sent events; with `done`, [DONE] at the end. An error is the last event instead."""
+
+    async def lines() -> AsyncIterator[dict[str, str]]:
+        try:
+            async for event in events:
+                yield {"data": json_text(event)}
+            if done:
+                yield {"data": "[DONE]"}
+        except ApiError as error:
+            yield {"data": json_text(error.body)}
+        finally:
+            generation.close()
+
+    return EventSourceResponse(lines(), ping=PING_SECONDS, sep="\n", headers={"X-Accel-Buffering": "no"})
+
+
+def json_pieces(value: Any, levels: int) -> Iterator[str]:
+    """JSON of a value, with iterators as lists, in pieces; values `levels` deep are one piece each.
+
+    With log probabilities an answer has megabytes: encoding it in one call would block all other threads meanwhile.
+    """
+    if levels and isinstance(value, dict):
+        yield "{"
+        for number, (key, item) in enumerate(value.items()):
+            yield f"{', ' if number else ''}{json_text(key)}: "
+            yield from json_pieces(item, levels - 1)
+        yield "}"
+    elif levels and isinstance(value, list | Iterator):
+        yield "["
+        for number, item in enumerate(value):
+            yield ", " if number else ""
+            yield from json_pieces(item, levels - 1)
+        yield "]"
+    else:
+        yield json_text(value)

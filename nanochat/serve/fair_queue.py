@@ -1,21 +1,20 @@
-"""Whose turn it is: clients that wait are served in turn, each one's own requests in the order they came.
+"""A queue that serves clients in turn, and each client's own items in the order they came.
 
-So a client with a thousand requests delays another one's by one request, not by a thousand.
+A client with a thousand waiting requests so delays another client's by one request, not by a thousand.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-T = TypeVar("T")  # hashable, and each waits once
+T = TypeVar("T")  # hashable; an item is in the queue at most once
 
 
 class FairQueue(Generic[T]):
-    """Not for several threads at once. Everything but counting and going through it takes the same time however many
-    wait: one request may be of hundreds of orders."""
+    """Not thread-safe. `add`, `take` and `remove` take constant time: one HTTP request may be of hundreds of items."""
 
     def __init__(self) -> None:
-        self._of: OrderedDict[str, OrderedDict[T, None]] = OrderedDict()  # by client; whose turn is next stands first
+        self._of: OrderedDict[str, OrderedDict[T, None]] = OrderedDict()  # by client, in the order of their turns
 
     def __len__(self) -> int:
         return sum(map(len, self._of.values()))
@@ -28,7 +27,7 @@ class FairQueue(Generic[T]):
         self._of.setdefault(client, OrderedDict())[item] = None
 
     def take(self) -> T:
-        """The next one, of the client whose turn it is; that client then stands behind the others."""
+        """Remove and return an item of the client whose turn it is; its next turn comes after the other clients'."""
         client, items = self._of.popitem(last=False)
         item, _ = items.popitem(last=False)
         if items:
@@ -36,7 +35,7 @@ class FairQueue(Generic[T]):
         return item
 
     def remove(self, client: str, item: T) -> bool:
-        """Take `item` out, if it still waits; whether it did."""
+        """Remove `item`; returns whether it was in the queue."""
         items = self._of.get(client)
         if items is None or item not in items:
             return False

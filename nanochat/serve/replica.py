@@ -1,11 +1,12 @@
-"""A replica in a process of its own, so that it can die alone: a Service at the other end of a socket.
+"""A replica in a process of its own, so that a crash ends only that process.
 
-    RemoteService   in the server: looks like a Service, so a WorkerPool takes it
-    serve_replica   in the child: a real Service that does what it is told
+    RemoteService  in the server: a Replica that forwards requests over a socket
+    serve_replica  in the child: a Service that carries them out
 
-They speak JSON, a message a line. To the child: an order with a number, or that number to be cancelled, or a question
-for figures, or to close. From it: tokens and ends by number, figures. A child that dies is an end of the socket: what
-it had under way ends with an error, and the pool makes another one.
+Both send JSON, one message a line. To the child: {"submit": id, ...GenerationRequest}, {"cancel": id, "index"},
+{"stats"}, {"close": drain_seconds}. From the child: {"id", "tokens"}, {"id", "finished"}, {"stats"}; every message
+carries "observed". The end of the socket means that the other side has exited: unfinished requests then end with an
+error, and the pool starts another replica.
 """
 
 import contextlib
@@ -17,24 +18,17 @@ import socket
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from nanochat.common import warn
 from nanochat.inference.request import GenerationRequest, Token, TokenLogprobs
 from nanochat.inference.sampling import SamplingParams
-from nanochat.serve.service import (
-    Busy,
-    Closed,
-    Deliver,
-    Finished,
-    RequestHandle,
-    Service,
-    count_requests,
-)
+from nanochat.serve.handle import Closed, Finished, Replica, RequestHandle
+from nanochat.serve.service import Observe, Service
 
-STATS = (
+STATS = (  # the keys of Service.stats() besides "alive"
     "rows_running",
     "max_rows",
     "requests_waiting",
@@ -45,92 +39,72 @@ STATS = (
     "prefix_hit_tokens",
     "prompt_tokens",
 )
-STATS_SECONDS = 2.0  # to wait for a replica's figures, which it may have its reasons not to give
+STATS_TIMEOUT_SECONDS = 2.0  # a busy replica may not answer in time
+REQUEST_SECONDS = 0.2  # assumed per request, for Retry-After
 
-Message = dict[str, Any]
-Observe = Callable[[str, float], None]
-
-
-def told_as_list(told: TokenLogprobs | None) -> list[Any] | None:
-    return None if told is None else [told.logprob, told.top]
-
-
-def told_of_list(found: list[Any]) -> TokenLogprobs:
-    return TokenLogprobs(found[0], [(i, logprob) for i, logprob in found[1]])
+WireMessage = dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------
 # In the server
 
 
-class RemoteService:
-    """A Service in a child process. It takes orders at once; they wait until the child has loaded its model."""
+class RemoteService(Replica):
+    """A Service in a child process. It takes requests at once; they wait until the child has loaded its model."""
 
     def __init__(
         self, command: Sequence[str], max_context: int, max_requests: int, observe: Observe = lambda name, value: None
     ) -> None:
-        """`command` starts the child, which is given its socket's number as the last argument."""
-        self.max_context, self.max_requests, self.observe = max_context, max_requests, observe
-        self.error: Exception | None = None
-        self.tokens_made = self.orders_lost = 0
-        self._closing = False
-        self._lock = threading.Lock()
-        self._numbers = itertools.count()
-        self._tickets: dict[int, RequestHandle] = {}
-        self.load = 0  # rows running and waiting
-        self._stats: Message = dict.fromkeys(STATS, 0)  # until the child tells
-        self._told = threading.Event()  # figures came
-        self.ready = threading.Event()  # the child has its model
+        """`command` starts the child; the file descriptor of its socket is appended as the last argument."""
+        super().__init__(max_context, max_requests)
+        self.observe = observe
+        self._ids = itertools.count()
+        self._handles: dict[int, RequestHandle] = {}
+        self._stats: WireMessage = dict.fromkeys(STATS, 0)
+        self._stats_arrived = threading.Event()
+        self.ready = threading.Event()  # the child has loaded its model
         self._socket, other = socket.socketpair()
         self.process = subprocess.Popen(
             [*command, str(other.fileno())], pass_fds=[other.fileno()], start_new_session=True
         )
         other.close()
-        self._out: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[WireMessage | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=work, name="nanochat-replica", daemon=True) for work in (self._write, self._read)
         ]
         for thread in self._threads:
             thread.start()
 
-    # -- what a Service offers ------------------------------------------------------------------------
+    # -- from any thread ------------------------------------------------------------------------------
 
-    @property
-    def alive(self) -> bool:
-        return self.error is None
+    def _waiting(self) -> Iterable[RequestHandle]:
+        return self._handles.values()
 
-    def submit(self, order: GenerationRequest, deliver: Deliver, more: bool = False) -> RequestHandle:
-        """As Service.submit."""
-        ticket = RequestHandle(order.fit(self.max_context), deliver, self)
-        with self._lock:
-            if self._closing or self.error:
-                raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
-            if not more and count_requests(self._tickets.values()) >= self.max_requests:
-                raise Busy(len(self._tickets) * 0.2)
-            number = next(self._numbers)
-            self._tickets[number] = ticket
-            self.load += order.num_samples
-        self._out.put({"order": number, **asdict(ticket.order)})
-        return ticket
+    def _expected_wait(self) -> float:
+        return len(self._handles) * REQUEST_SECONDS
 
-    def _cancel(self, ticket: RequestHandle, index: int | None) -> None:
-        number = next((n for n, other in list(self._tickets.items()) if other is ticket), None)
-        if number is not None:
-            self._out.put({"cancel": number, "index": index})
+    def _enqueue(self, handle: RequestHandle) -> None:
+        id = next(self._ids)
+        self._handles[id] = handle
+        self._outbox.put({"submit": id, **asdict(handle.request)})
+
+    def cancel(self, handle: RequestHandle, index: int | None) -> None:
+        id = next((id for id, other in list(self._handles.items()) if other is handle), None)
+        if id is not None:
+            self._outbox.put({"cancel": id, "index": index})
 
     def stats(self) -> dict[str, Any]:
-        """The replica's figures, or its last ones if it does not answer."""
+        """As Replica.stats; the last known figures if the child does not answer in time."""
         if self.alive and self.ready.is_set():
-            self._told.clear()
-            self._out.put({"stats": True})
-            self._told.wait(STATS_SECONDS)
+            self._stats_arrived.clear()
+            self._outbox.put({"stats": True})
+            self._stats_arrived.wait(STATS_TIMEOUT_SECONDS)
         return {**self._stats, "alive": self.alive}
 
     def close(self, drain_seconds: float = 0.0) -> None:
-        """As Service.close."""
-        with self._lock:
+        with self._changed:
             self._closing = True
-        self._out.put({"close": drain_seconds})
+        self._outbox.put({"close": drain_seconds})
         try:
             self.process.wait(drain_seconds + 5.0)
         except subprocess.TimeoutExpired:
@@ -141,127 +115,133 @@ class RemoteService:
     # -- the threads ----------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        while (message := self._out.get()) is not None:
-            with contextlib.suppress(OSError):  # the reader notices that the child is gone
+        while (message := self._outbox.get()) is not None:
+            with contextlib.suppress(OSError):  # the child has exited: _read notices
                 self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _read(self) -> None:
         try:
-            # A child that was killed may leave half a line, which is no JSON.
+            # A killed child may leave an incomplete line, which is not JSON.
             with self._socket.makefile("rb") as lines, contextlib.suppress(OSError, ValueError):
                 for line in lines:
-                    self._take(json.loads(line))
+                    self._handle(json.loads(line))
         finally:
-            self._end()
+            self._finish_all()
 
-    def _end(self) -> None:
-        """The child is gone: so are its requests."""
-        try:
-            code = self.process.wait(5)
-        except subprocess.TimeoutExpired:  # it lives, but cannot be heard any more
-            self.process.kill()
-            code = self.process.wait()
-        self.error = (
-            Closed("the service was shut down") if self._closing else RuntimeError(f"its process ended with {code}")
-        )
-        with self._lock:
-            left, self._tickets, self.load = list(self._tickets.values()), {}, 0
-            self.orders_lost = len(left)
-        for ticket in left:
-            ticket.deliver(Finished(self.error))
-        self._told.set()
-        self.ready.set()
-        self._out.put(None)
-        self._socket.close()
-
-    def _take(self, message: Message) -> None:
-        for name, value in message.get("observed", ()):
+    def _handle(self, message: WireMessage) -> None:
+        for name, value in message["observed"]:
             self.observe(name, value)
         if "stats" in message:
             self._stats = message["stats"]
-            self._told.set()
+            self._stats_arrived.set()
             self.ready.set()
-        ticket = self._tickets.get(message.get("order", -1))
-        if ticket is None:
+        handle = self._handles.get(message.get("id", -1))
+        if handle is None:
             return
-        for row, end in zip(ticket.sequences, message["ends"]):
-            row.end = end
-        if "told" in message:
-            ticket.sequences[0].prompt_logprobs = list(map(told_of_list, message["told"]))
-        if "tokens" in message:
-            self.tokens_made += len(message["tokens"])
-            ticket.deliver(
-                [
-                    Token(ticket.sequences[index], i, mask, told and told_of_list(told))
-                    for index, i, mask, told in message["tokens"]
-                ]
-            )
-        else:
-            with self._lock:
-                del self._tickets[message["order"]]
-                self.load -= ticket.order.num_samples
-            ticket.deliver(Finished(Closed("the service was shut down") if message["closed"] else None))
+        if "finished" in message:
+            with self._changed:
+                del self._handles[message["id"]]
+            handle.deliver(Finished(Closed("the service was shut down") if message["finished"] == "closed" else None))
+            return
+        if "prompt_logprobs" in message:
+            handle.sequences[0].prompt_logprobs = [TokenLogprobs(*found) for found in message["prompt_logprobs"]]
+        tokens = []
+        for index, id, mask, is_end, logprobs in message["tokens"]:
+            sequence = handle.sequences[index]
+            sequence.end = id if is_end else None
+            tokens.append(Token(sequence, id, mask, logprobs and TokenLogprobs(*logprobs)))
+        self.tokens_made += len(tokens)
+        handle.deliver(tokens)
+
+    def _finish_all(self) -> None:
+        """End all requests, since the child has exited."""
+        try:
+            code = self.process.wait(5)
+        except subprocess.TimeoutExpired:  # it is running, but its socket is closed
+            self.process.kill()
+            code = self.process.wait()
+        with self._changed:
+            died = RuntimeError(f"its process ended with {code}")
+            self.error = Closed("the service was shut down") if self._closing else died
+            unfinished, self._handles = list(self._handles.values()), {}
+            self.requests_lost = len(unfinished)
+        for handle in unfinished:
+            handle.deliver(Finished(self.error))
+        self._stats_arrived.set()
+        self.ready.set()
+        self._outbox.put(None)
+        self._socket.close()
 
 
 # ---------------------------------------------------------------------------------------------------
 # In the child
 
 
-def serve_replica(make: Callable[[Observe], Service], number: int) -> None:
-    """Do what comes through socket `number` until it ends. `make` builds the service, given whom to tell of times."""
-    with socket.socket(fileno=number) as connection:
+def serve_replica(make: Callable[[Observe], Service], fd: int) -> None:
+    """Serve the socket `fd` until the server closes it or says so. `make(observe)` loads the service."""
+    with socket.socket(fileno=fd) as connection:
         lock = threading.Lock()
         observed: deque[tuple[str, float]] = deque()
 
-        def send(message: Message) -> None:
-            with lock, contextlib.suppress(OSError):  # the server is gone: the reading below ends
+        def send(message: WireMessage) -> None:
+            with lock, contextlib.suppress(OSError):  # the server has exited: the loop below ends
                 message["observed"] = [observed.popleft() for _ in range(len(observed))]
                 connection.sendall(json.dumps(message).encode() + b"\n")
 
         service = make(lambda name, value: observed.append((name, value)))
         send({"stats": service.stats()})
-        tickets: dict[int, RequestHandle] = {}
-        drain = 0.0
+        handles: dict[int, RequestHandle] = {}
+        drain_seconds = 0.0
         with connection.makefile("rb") as lines:
             for line in lines:
                 message = json.loads(line)
-                if "order" in message:
-                    accept(service, message, tickets, send)
+                if "submit" in message:
+                    submit(service, message, handles, send)
                 elif "cancel" in message:
-                    if ticket := tickets.get(message["cancel"]):
-                        ticket.cancel(message["index"])
+                    if handle := handles.get(message["cancel"]):
+                        handle.cancel(message["index"])
                 elif "stats" in message:
                     send({"stats": service.stats()})
                 else:
-                    drain = message["close"]
+                    drain_seconds = message["close"]
                     break
-        service.close(drain)
+        service.close(drain_seconds)
 
 
-def accept(
-    service: Service, message: Message, tickets: dict[int, RequestHandle], send: Callable[[Message], None]
+def submit(
+    service: Service, message: WireMessage, handles: dict[int, RequestHandle], send: Callable[[WireMessage], None]
 ) -> None:
-    """Hand an order to the service, and what comes of it back."""
-    number = message.pop("order")
-    made, told_of_prompt = threading.Event(), threading.Event()
+    """Submit a request to the service, and send its tokens back. If the service fails, exits the process."""
+    id = message.pop("submit")
+    request = GenerationRequest(**{**message, "sampling": SamplingParams(**message["sampling"])})
+    submitted = threading.Event()  # `deliver` may be called before service.submit has returned
+    prompt_logprobs_due = request.prompt_logprobs  # with the first tokens
 
-    def deliver(what: list[Token] | Finished) -> None:
-        made.wait()
-        ticket = tickets[number]
-        answer: Message = {"order": number, "ends": [row.end for row in ticket.sequences]}
-        if not told_of_prompt.is_set():  # what is known of the prompt goes with what comes first
-            told_of_prompt.set()
-            answer["told"] = [told_as_list(told) for told in ticket.sequences[0].prompt_logprobs]
-        if isinstance(what, list):
-            send({**answer, "tokens": [[t.sequence.index, t.id, t.mask, told_as_list(t.logprobs)] for t in what]})
+    def deliver(message: list[Token] | Finished) -> None:
+        nonlocal prompt_logprobs_due
+        submitted.wait()
+        if isinstance(message, Finished):
+            closed = isinstance(message.error, Closed)
+            if message.error is not None and not closed:
+                warn(f"a replica failed: {message.error!r}")
+                os._exit(1)  # the server notices and starts another one
+            del handles[id]
+            send({"id": id, "finished": "closed" if closed else "done"})
             return
-        closed = isinstance(what.error, Closed)
-        if what.error is not None and not closed:
-            warn(f"a replica failed: {what.error!r}")
-            os._exit(1)  # the server sees that and makes another one
-        del tickets[number]
-        send({**answer, "closed": closed})
+        answer: WireMessage = {"id": id, "tokens": [token_to_wire(token) for token in message]}
+        if prompt_logprobs_due:
+            answer["prompt_logprobs"] = list(map(logprobs_to_wire, handles[id].sequences[0].prompt_logprobs))
+            prompt_logprobs_due = False
+        send(answer)
 
-    order = GenerationRequest(**{**message, "sampling": SamplingParams(**message["sampling"])})
-    tickets[number] = service.submit(order, deliver, more=True)
-    made.set()
+    handles[id] = service.submit(request, deliver, admitted=True)
+    submitted.set()
+
+
+def token_to_wire(token: Token) -> list[Any]:
+    is_end = bool(token.mask) and token.id == token.sequence.end
+    return [token.sequence.index, token.id, token.mask, is_end, token.logprobs and logprobs_to_wire(token.logprobs)]
+
+
+def logprobs_to_wire(logprobs: TokenLogprobs) -> list[Any]:
+    return [logprobs.logprob, logprobs.top]

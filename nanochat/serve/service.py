@@ -1,21 +1,14 @@
-"""The engine as a service: one thread turns the running batch, requests from any thread join it and leave it.
+"""The engine as a service: one thread runs the running batch; requests join and leave it from any thread.
 
-    GenerationRequest      what is asked for: a prompt, how many samples, how to draw them
-    RequestHandle     an order under way; cancel() frees its rows within a step
-    Service    one replica: a model, its running batch, its queue, its thread
-    WorkerPool several replicas, the least loaded is given the next order; one that died is replaced
-
-What comes of an order is handed to its `deliver` on the service's thread, in order: lists of tokens as they are
-drawn, then exactly one End.
+Service     a replica in this process: a model, its running batch, its queue, its thread
+WorkerPool  several replicas; each request goes to the least loaded, a dead replica is replaced
 """
 
 import contextlib
 import itertools
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanochat.common import UserError, warn
@@ -25,68 +18,21 @@ from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.prefill import PREFILL_CHUNK
 from nanochat.inference.prefix_cache import PrefixCache
-from nanochat.inference.request import GenerationRequest, Token
+from nanochat.inference.request import GenerationRequest, Token, TokenSequence
 from nanochat.inference.tools import DEFAULT_TOOLS, Tool, ToolTable
 from nanochat.serve.fair_queue import FairQueue
+from nanochat.serve.handle import Closed, Deliver, Finished, Replica, RequestHandle
 
-PREFILL_CHUNKS_A_STEP = 1  # pieces of waiting prompts between two steps of the running rows
-MOST_DEATHS = 3  # of replicas in a row, with orders and without a token: what is wrong, new ones do not mend
-MOST_RETRY_SECONDS = 60.0  # whoever waits for hours before trying again has gone
+PREFILL_CHUNKS_PER_STEP = 1
+MAX_CRASHES = 3  # after this many consecutive crashes without a token, report unhealthy: a new replica does not help
+STEPS_PER_REQUEST = 20  # assumed for Retry-After
 MIB = 2**20
 
-
-class Busy(Exception):
-    """The queue is full; try again after so many seconds."""
-
-    def __init__(self, seconds: float) -> None:
-        self.retry_after = min(max(1.0, seconds), MOST_RETRY_SECONDS)
-        super().__init__(f"too many requests are waiting; try again in {self.retry_after:.0f} s")
+Observe = Callable[[str, float], None]
 
 
-class Closed(Exception):
-    """The service takes no more orders: it is being shut down, or it died."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The last that is delivered. `error` is None where all rows came to their end or were cancelled."""
-
-    error: Exception | None = None
-
-
-Deliver = Callable[[list[Token] | Finished], None]
-
-
-class RequestHandle:
-    """An order under way."""
-
-    def __init__(self, order: GenerationRequest, deliver: Deliver, service: Any) -> None:
-        self.order, self.service, self._deliver = order, service, deliver
-        self.sequences = order.sequences()
-        self.asked = time.monotonic()
-        self.first_token: float | None = None
-        self.ended = False
-
-    def cancel(self, index: int | None = None) -> None:
-        """Stop sample `index`, or all of them. Finished is delivered once none is left."""
-        self.service._cancel(self, index)
-
-    def deliver(self, what: list[Token] | Finished) -> None:
-        """On the service's thread. A receiver that fails must not stop the others."""
-        if self.ended:
-            return
-        self.ended = isinstance(what, Finished)
-        try:
-            self._deliver(what)
-        except Exception as error:
-            warn(f"a request's receiver failed: {error!r}")
-            self.ended = True
-        if self.ended:
-            self._deliver = lambda what: None  # it knows this ticket: in a circle, both would outlive the request
-
-
-class Service:
-    """One replica. Its memory is reserved when it is made: `max_rows` rows of the model's whole context."""
+class Service(Replica):
+    """A replica in this process. It allocates its memory at the start: `max_rows` slots of the model's context."""
 
     def __init__(
         self,
@@ -99,38 +45,31 @@ class Service:
         prefix_bytes: int = 256 * MIB,
         int8: bool = False,
         tools: Sequence[Tool] = DEFAULT_TOOLS,
-        observe: Callable[[str, float], None] = lambda name, value: None,
+        observe: Observe = lambda name, value: None,
     ) -> None:
-        """`memory_bytes` bounds the rows' keys and values: as many rows as fit, at most `max_rows`. `observe` is told
-        "step_seconds", "batch_rows", "first_token_seconds", "between_tokens_seconds", as they happen."""
-        self.tokenizer, self.max_waiting, self.observe = tokenizer, max_waiting, observe
-        self.weights = DecodingWeights(model, int8)
-        self.max_context = model.config.sequence_len
+        """`memory_bytes` limits keys and values: as many slots as fit, at least 1, at most `max_rows`. `observe` gets
+        "step_seconds", "batch_rows", "first_token_seconds", "between_tokens_seconds", on the service's thread."""
+        super().__init__(model.config.sequence_len, max_waiting)
         if memory_bytes is not None:
-            max_rows = max(1, min(max_rows, memory_bytes // row_bytes(model)))
-        self.max_rows = max_rows
+            max_rows = max(1, min(max_rows, memory_bytes // slot_bytes(model)))
+        self.max_rows, self.observe = max_rows, observe
         self.prefixes = PrefixCache(PREFILL_CHUNK, prefix_bytes)
-        ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
+        weights = DecodingWeights(model, int8)
         self.batch = RunningBatch(
-            self.weights.current(),
+            weights.current(),
             ToolTable(tokenizer, tools),
-            ends,
+            {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")},
             max_rows,
             self.max_context,
             self.prefixes,
-            self.weights.packed,
+            weights.packed,
         )
-        self._orders: FairQueue[RequestHandle] = FairQueue()  # not yet given to the batch: it has no room
-        self._rows_waiting = 0  # of these; counted as they come and go, as a request may be of hundreds
-        self._cancelled: deque[tuple[RequestHandle, int | None]] = deque()
-        self._tickets: dict[int, RequestHandle] = {}  # by id of a row in the batch
-        self._wake = threading.Condition()
-        self._closing = False
-        self.error: Exception | None = None
-        self.tokens_made = self.steps = 0
-        self.orders_lost = 0  # when it died
+        self._queue: FairQueue[RequestHandle] = FairQueue()  # the batch has no slots for these yet
+        self._cancelled: list[tuple[RequestHandle, int | None]] = []
+        self._handles: dict[TokenSequence, RequestHandle] = {}  # of the sequences in the batch
+        self.steps = 0
         self.step_seconds = 0.05  # smoothed, for Retry-After
-        self._thread = threading.Thread(target=self._work, name="nanochat-service", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="nanochat-service", daemon=True)
         self._thread.start()
 
     # -- from any thread ------------------------------------------------------------------------------
@@ -139,51 +78,38 @@ class Service:
     def alive(self) -> bool:
         return self._thread.is_alive() and self.error is None
 
-    @property
-    def load(self) -> int:
-        """Rows running and waiting."""
-        return self._rows_waiting + len(self._tickets)
+    def _waiting(self) -> FairQueue[RequestHandle]:
+        return self._queue
 
-    def submit(self, order: GenerationRequest, deliver: Deliver, more: bool = False) -> RequestHandle:
-        """Queue an order; `more`: it belongs to others that were let in, and is not refused for want of room.
+    def _expected_wait(self) -> float:
+        return len(self._queue) * self.step_seconds * STEPS_PER_REQUEST
 
-        Raises Busy, Closed, or ValueError for one that can never be carried out."""
-        ticket = RequestHandle(order.fit(self.max_context), deliver, self)
-        with self._wake:
-            if self._closing or not self.alive:
-                raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
-            if not more and count_requests(self._orders) >= self.max_waiting:
-                raise Busy(len(self._orders) * self.step_seconds * 20)
-            self._orders.add(order.client, ticket)
-            self._rows_waiting += order.num_samples
-            self._wake.notify()
-        return ticket
+    def _enqueue(self, handle: RequestHandle) -> None:
+        self._queue.add(handle.request.client, handle)
+        self._changed.notify()
 
-    def _cancel(self, ticket: RequestHandle, index: int | None) -> None:
-        with self._wake:
-            self._cancelled.append((ticket, index))
-            self._wake.notify()
+    def cancel(self, handle: RequestHandle, index: int | None) -> None:
+        with self._changed:
+            self._cancelled.append((handle, index))
+            self._changed.notify()
 
     def close(self, drain_seconds: float = 0.0) -> None:
-        """Take no more orders; let those under way finish for up to so long, then end them with Closed."""
-        with self._wake:
+        with self._changed:
             self._closing = True
-            self._wake.notify()
+            self._changed.notify()
         self._thread.join(drain_seconds if drain_seconds > 0 else 0.01)
         if self._thread.is_alive():
-            self.error = Closed("the service was shut down")
-            with self._wake:
-                self._wake.notify()
+            with self._changed:
+                self.error = Closed("the service was shut down")
+                self._changed.notify()
             self._thread.join(30)
 
     def stats(self) -> dict[str, Any]:
-        """How it is doing now."""
-        with self._wake:
-            waiting = len(self._orders)
-        running = len(self.batch.running) + len(self.batch.calling)
+        with self._changed:
+            waiting = len(self._queue)
         return {
             "alive": self.alive,
-            "rows_running": running,
+            "rows_running": len(self.batch.running) + len(self.batch.calling),
             "max_rows": self.max_rows,
             "requests_waiting": waiting + len(self.batch.waiting),
             "tokens": self.tokens_made,
@@ -196,165 +122,151 @@ class Service:
 
     # -- the thread -----------------------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            while self._next_orders():
-                self._step()
-        except Exception as error:  # the batch is in an unknown state: end it all, the pool makes a new one
+            while self._update_batch():
+                if not self.batch.idle:
+                    self._step()
+        except Exception as error:  # the batch is in an unknown state: end all requests, the pool makes a new replica
             self.error = self.error or error
         finally:
-            self._end_all(self.error or (Closed("the service was shut down") if self._closing else None))
+            self._finish_all(self.error or Closed("the service was shut down"))
 
-    def _next_orders(self) -> bool:
-        """Wait for work and take it in. False once there is none and there will be none."""
-        with self._wake:
-            while not self._orders and not self._cancelled and self.batch.idle and not self._closing and not self.error:
-                self._wake.wait()
+    def _update_batch(self) -> bool:
+        """Wait for work; cancel and submit sequences. False if the thread is to end."""
+        with self._changed:
+            while not (self._queue or self._cancelled or self._closing or self.error) and self.batch.idle:
+                self._changed.wait()
             if self.error:
                 return False
-            cancelled, self._cancelled = list(self._cancelled), deque()
-            for ticket, index in cancelled:
-                if index is None and self._orders.remove(ticket.order.client, ticket):
-                    self._rows_waiting -= ticket.order.num_samples
-            orders = self._admitted()
-        for ticket in orders:
-            if all(row.done for row in ticket.sequences):  # nothing to decode
-                ticket.deliver(Finished())
-                continue
-            self._tickets |= {id(row): ticket for row in ticket.sequences}
-            self.batch.submit(ticket.sequences)
-        for ticket, index in cancelled:
-            for row in ticket.sequences if index is None else [ticket.sequences[index]]:
-                if not row.done:
-                    self.batch.cancel(row)
-            self._end_if_done(ticket)
-        return not (self.batch.idle and self._closing and not self._orders)
+            cancelled, self._cancelled = self._cancelled, []
+            for handle, index in cancelled:
+                if index is None:
+                    self._queue.remove(handle.request.client, handle)
+            admitted = self._take_from_queue()
+        for handle in admitted:
+            self._handles |= dict.fromkeys(handle.sequences, handle)
+            self.batch.submit(handle.sequences)
+        for handle, index in cancelled:
+            for sequence in handle.sequences if index is None else [handle.sequences[index]]:
+                if not sequence.done:
+                    self.batch.cancel(sequence)
+        for handle in [*admitted, *(handle for handle, _ in cancelled)]:
+            self._finish_if_done(handle)
+        return not (self.batch.idle and self._closing and not self._queue)
 
-    def _admitted(self) -> list[RequestHandle]:
-        """The orders that there is room for, clients in turn. What does not fit yet waits here, not in the batch,
-        where it would stand before orders that come later but are due sooner."""
-        room = self.max_rows - len(self.batch.running) - len(self.batch.calling) - sum(map(len, self.batch.waiting))
-        orders = []
-        while self._orders and room > 0:
-            orders.append(self._orders.take())
-            room -= orders[-1].order.num_samples
-            self._rows_waiting -= orders[-1].order.num_samples
-        return orders
+    def _take_from_queue(self) -> list[RequestHandle]:
+        """Requests for the free slots, clients in turn. The rest wait here and not in the batch, where they would be
+        ahead of later requests of clients whose turn is earlier."""
+        batch, admitted = self.batch, []
+        slots = self.max_rows - len(batch.running) - len(batch.calling) - sum(map(len, batch.waiting))
+        while self._queue and slots > 0:
+            admitted.append(self._queue.take())
+            slots -= admitted[-1].request.num_samples
+        return admitted
 
     def _step(self) -> None:
-        if self.batch.idle:
-            return
         started = time.monotonic()
-        new = self.batch.step(prefill_chunks=PREFILL_CHUNKS_A_STEP)
+        tokens = self.batch.step(prefill_chunks=PREFILL_CHUNKS_PER_STEP)
         now = time.monotonic()
         self.steps += 1
-        self.tokens_made += len(new)
+        self.tokens_made += len(tokens)
         self.step_seconds = 0.95 * self.step_seconds + 0.05 * (now - started)
         self.observe("step_seconds", now - started)
         self.observe("batch_rows", len(self.batch.running))
-        by_ticket: dict[int, tuple[RequestHandle, list[Token]]] = {}
-        for token in new:
-            ticket = self._tickets[id(token.sequence)]
-            by_ticket.setdefault(id(ticket), (ticket, []))[1].append(token)
-        for ticket, tokens in by_ticket.values():
-            if ticket.first_token is None:
-                ticket.first_token = now
-                self.observe("first_token_seconds", now - ticket.asked)
+        by_handle: dict[RequestHandle, list[Token]] = {}
+        for token in tokens:
+            by_handle.setdefault(self._handles[token.sequence], []).append(token)
+        for handle, own in by_handle.items():
+            if handle.first_token is None:
+                handle.first_token = now
+                self.observe("first_token_seconds", now - handle.submitted)
             else:
                 self.observe("between_tokens_seconds", now - started)
-            ticket.deliver(tokens)
-            self._end_if_done(ticket)
+            handle.deliver(own)
+            self._finish_if_done(handle)
 
-    def _end_if_done(self, ticket: RequestHandle) -> None:
-        if all(row.done for row in ticket.sequences):
-            for row in ticket.sequences:
-                self._tickets.pop(id(row), None)
-            ticket.deliver(Finished())
+    def _finish_if_done(self, handle: RequestHandle) -> None:
+        if all(sequence.done for sequence in handle.sequences):
+            for sequence in handle.sequences:
+                self._handles.pop(sequence, None)
+            handle.deliver(Finished())
 
-    def _end_all(self, error: Exception | None) -> None:
-        with self._wake:
-            left = [*self._orders, *self._tickets.values()]
-            self._orders.clear()
-            self._rows_waiting, self.orders_lost = 0, len(left)
+    def _finish_all(self, error: Exception) -> None:
+        with self._changed:
+            unfinished = {*self._queue, *self._handles.values()}
+            self._queue.clear()
+            self._handles.clear()
+            self.requests_lost = len(unfinished)
             self._closing = True
         self.batch.close()
-        for ticket in left:
-            ticket.deliver(Finished(error or Closed("the service was shut down")))
-        self._tickets.clear()
+        for handle in unfinished:
+            handle.deliver(Finished(error))
 
 
-def count_requests(tickets: Iterable[RequestHandle]) -> int:
-    """How many requests they belong to; an order that names none is one of its own."""
-    return len({ticket.order.group or id(ticket) for ticket in tickets})
-
-
-def row_bytes(model: GPT) -> int:
-    """Memory of the keys and values of one row of the whole context."""
+def slot_bytes(model: GPT) -> int:
+    """Memory of the keys and values of one batch slot, for the model's whole context."""
     config = model.config
-    slots = sum(min(config.sequence_len, left + 1) for left, _ in config.window_sizes())
-    return 2 * slots * config.n_kv_head * config.head_dim * model.compute_dtype.itemsize
+    positions = sum(min(config.sequence_len, left + 1) for left, _ in config.window_sizes())
+    return 2 * positions * config.n_kv_head * config.head_dim * model.compute_dtype.itemsize
 
 
 class WorkerPool:
-    """Replicas behind one door. `make` builds a Service, or what looks like one; it is called again when one died."""
+    """Replicas that share the requests. `make(index)` starts a replica; called again for one that died."""
 
-    def __init__(self, make: Callable[[int], Any], size: int = 1) -> None:
+    def __init__(self, make: Callable[[int], Replica], size: int = 1) -> None:
         if size < 1:
             raise UserError(f"--num-gpus must be at least 1, got {size}")
         self._make = make
         self._lock = threading.Lock()
-        self._turn = itertools.count()
+        self._first = itertools.cycle(range(size))  # of equally loaded replicas
         self.replaced = 0
-        self._died_at_once = 0  # replicas in a row that died with orders, and none ever had a token for any
-        self.services = [make(index) for index in range(size)]
+        self._crashes = 0  # consecutive ones with requests, in which no replica ever had a token
+        self.replicas = [make(index) for index in range(size)]
 
-    def submit(self, order: GenerationRequest, deliver: Deliver, more: bool = False) -> RequestHandle:
-        """Give an order to the least loaded replica. Raises what Service.submit raises."""
-        with self._lock:
-            self._replace_dead()
-            turn = next(self._turn)
-            count = len(self.services)
-            order_of = sorted(range(count), key=lambda i: (self.services[i].load, (i - turn) % count))
-        chosen = self.services[order_of[0]]
-        try:
-            return chosen.submit(order, deliver, more)
-        except Closed:
-            if chosen.error is None or isinstance(chosen.error, Closed):
-                raise
-        return self.submit(order, deliver, more)  # it died at this very moment
+    def submit(self, request: GenerationRequest, deliver: Deliver, admitted: bool = False) -> RequestHandle:
+        """Submit to the least loaded replica; arguments and exceptions as Replica.submit."""
+        while True:
+            with self._lock:
+                self._replace_dead()
+                first = next(self._first)
+                chosen = min(self.replicas[first:] + self.replicas[:first], key=lambda replica: replica.load)
+            try:
+                return chosen.submit(request, deliver, admitted)
+            except Closed:
+                if chosen.error is None or isinstance(chosen.error, Closed):
+                    raise  # else it died since the check above
 
     def _replace_dead(self) -> None:
-        for index, service in enumerate(self.services):
-            if not service.alive and not isinstance(service.error, Closed) and service.error is not None:
-                warn(f"replica {index} died ({service.error!r}): a new one takes its place")
-                if any(each.tokens_made for each in self.services):
-                    self._died_at_once = 0
-                elif service.orders_lost:
-                    self._died_at_once += 1
-                self.services[index] = self._make(index)
+        for index, replica in enumerate(self.replicas):
+            if not replica.alive and replica.error is not None and not isinstance(replica.error, Closed):
+                warn(f"replica {index} died ({replica.error!r}) and is replaced")
+                if any(each.tokens_made for each in self.replicas):
+                    self._crashes = 0
+                elif replica.requests_lost:
+                    self._crashes += 1
+                self.replicas[index] = self._make(index)
                 self.replaced += 1
 
     @property
     def alive(self) -> bool:
-        """Whether an order could be taken now, if need be by a replica made anew."""
-        return any(service.alive or service.error is not None for service in self.services)
+        """Whether a request could be taken now, by a new replica if need be."""
+        return any(replica.alive or replica.error is not None for replica in self.replicas)
 
     @property
     def failing(self) -> bool:
-        """Whether new replicas do not help: one after the other died at its first request. Over once one answers."""
-        return self._died_at_once >= MOST_DEATHS and not any(service.tokens_made for service in self.services)
+        """Whether MAX_CRASHES replicas in a row died at their first request; until one has a token."""
+        return self._crashes >= MAX_CRASHES and not any(replica.tokens_made for replica in self.replicas)
 
     def stats(self) -> dict[str, Any]:
-        parts = [service.stats() for service in self.services]
-        return {
-            "replicas": parts,
-            "replaced": self.replaced,
-            **{key: sum(part[key] for part in parts) for key in parts[0] if key != "alive"},
-        }
+        """Figures of all replicas, and their sums."""
+        parts = [replica.stats() for replica in self.replicas]
+        sums = {key: sum(part[key] for part in parts) for key in parts[0] if key != "alive"}
+        return {"replicas": parts, "replaced": self.replaced, **sums}
 
     def close(self, drain_seconds: float = 0.0) -> None:
-        """Close all replicas, side by side."""
-        threads = [threading.Thread(target=s.close, args=(drain_seconds,)) for s in self.services]
+        """Close all replicas at the same time."""
+        threads = [threading.Thread(target=replica.close, args=(drain_seconds,)) for replica in self.replicas]
         for thread in threads:
             thread.start()
         for thread in threads:

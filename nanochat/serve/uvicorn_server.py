@@ -1,11 +1,13 @@
-"""The HTTP server under the application: uvicorn, made for strangers and for being stopped.
+"""The HTTP server under the application: uvicorn, hardened against slow clients, with a two-step shutdown.
 
-A connection that makes no progress is dropped: one that does not get its request across, one that does not read its
-answer. On SIGTERM or Ctrl-C no new answers are begun, those under way are finished, and then the process ends.
+A connection without progress is dropped: a request that does not arrive in time, an answer that is not read. On SIGTERM
+or Ctrl-C no new answers are begun and active ones are finished before the process exits.
 """
 
 import asyncio
+import gc
 import logging
+import sys
 import time
 from types import FrameType
 from typing import Any
@@ -15,44 +17,45 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 REQUEST_SECONDS = 30.0  # for a whole request to arrive, from the connection's or the request's first byte
-STUCK_SECONDS = 30.0  # that a client may leave its answer unread
-LOOK_SECONDS = 1.0  # how often a connection is looked at
+UNREAD_SECONDS = 30.0  # that a client may leave its answer unread
+CHECK_SECONDS = 1.0  # between two checks of a connection
+FLUSH_SECONDS = 0.2  # for the last errors to be sent, before connections are closed
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, watched."""
+    """uvicorn's connection, with time limits."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._asked_since: float | None = time.monotonic()
+        self._arriving_since: float | None = time.monotonic()  # None: no request is arriving
         self._read_since = time.monotonic()
-        self._unread = 0
-        self._look()
+        self._unread_bytes = 0
+        self._check()
 
-    def _look(self) -> None:
-        """Drop the connection if it is stuck, else look again later."""
+    def _check(self) -> None:
+        """Drop the connection if it is stuck, else schedule the next check."""
         now = time.monotonic()
         if self.cycle is not None and self.cycle.response_complete:  # has the next request begun?
-            self._asked_since = (self._asked_since or now) if self.conn.trailing_data[0] else None
+            self._arriving_since = (self._arriving_since or now) if self.conn.trailing_data[0] else None
         elif self.cycle is not None and not self.cycle.more_body:
-            self._asked_since = None
-        unread = self.transport.get_write_buffer_size()
-        if unread == 0 or unread < self._unread:
+            self._arriving_since = None
+        unread_bytes = self.transport.get_write_buffer_size()
+        if unread_bytes == 0 or unread_bytes < self._unread_bytes:
             self._read_since = now
-        self._unread = unread
-        waited = now - self._asked_since if self._asked_since is not None else 0.0
-        if waited > REQUEST_SECONDS or now - self._read_since > STUCK_SECONDS:
+        self._unread_bytes = unread_bytes
+        arriving = now - self._arriving_since if self._arriving_since is not None else 0.0
+        if arriving > REQUEST_SECONDS or now - self._read_since > UNREAD_SECONDS:
             self.transport.abort()  # close() would wait for the client to read
-        elif self in self.connections or unread:
-            self.loop.call_later(LOOK_SECONDS, self._look)
+        elif self in self.connections or unread_bytes:
+            self.loop.call_later(CHECK_SECONDS, self._check)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with a shutdown in two steps: while answers are finished it still says 503 to new requests, so
-    that whoever divides the load sees it leave. A second signal ends what is under way."""
+    """uvicorn's server. While active answers are finished it still answers new requests with 503, so that a load
+    balancer sees it leave. A second signal ends the active answers."""
 
     def __init__(self, app: FastAPI, *, log_requests: bool = False, **config: Any) -> None:
-        logging.getLogger("sse_starlette").setLevel(logging.INFO)  # its debug lines hold what is said
+        logging.getLogger("sse_starlette").setLevel(logging.INFO)  # its debug lines contain the answers
         super().__init__(
             uvicorn.Config(
                 app,
@@ -70,16 +73,24 @@ class Server(uvicorn.Server):
         self.drain_until: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        patience = self.api.settings.drain_seconds if self.drain_until is None else 0.0
-        self.api.door.closing = True
-        self.drain_until = time.monotonic() + patience
+        drain_seconds = self.api.settings.drain_seconds if self.drain_until is None else 0.0
+        self.api.admission.closing = True
+        self.drain_until = time.monotonic() + drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second."""
         if self.drain_until is not None:
-            if time.monotonic() > self.drain_until:  # the rest is told that it will not be finished
+            if time.monotonic() > self.drain_until:  # the remaining answers end with an error
                 await asyncio.to_thread(self.api.pool.close, 0.0)
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(FLUSH_SECONDS)
                 self.should_exit = True
-            self.should_exit = self.should_exit or self.api.door.under_way == 0
+            self.should_exit = self.should_exit or self.api.admission.active == 0
         return await super().on_tick(counter)
+
+
+def limit_pauses() -> None:
+    """Keep one thread from delaying the others' tokens: all share one interpreter."""
+    gc.collect()
+    gc.freeze()  # loaded objects are not scanned again: a full collection would stop all threads for 0.2 s
+    gc.set_threshold(2_000, 10, 50)  # a collection of 20,000 objects takes some ten milliseconds
+    sys.setswitchinterval(0.001)  # seconds

@@ -1,0 +1,92 @@
+"""Errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}, whatever their cause."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from typing_extensions import TypedDict
+
+
+class ErrorDetail(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(TypedDict):
+    """Every error, whatever its cause."""
+
+    error: ErrorDetail
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "What was wrong, and where"},
+    "5XX": {"model": ErrorAnswer, "description": "Not the client's fault"},
+}
+
+
+class ApiError(Exception):
+    """An error to be sent to the client. `kind` is OpenAI's error type; `param` the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.body: ErrorAnswer = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def describe_validation_error(error: RequestValidationError, content_type: str) -> ApiError:
+    """The first field at fault, by its dotted path, and the reason."""
+    first = error.errors()[0]
+    path, kind = [str(part) for part in first.get("loc", ()) if part != "body"], first.get("type")
+    param, message = ".".join(path) or None, first["msg"].removeprefix("Value error, ")
+    if kind == "json_invalid":
+        param, message = None, f"the body is not JSON: {first.get('ctx', {}).get('error')} at character {path[-1]}"
+    elif param is None and kind == "missing":
+        message = "the body is empty; it must be a JSON object"
+    elif param is None and kind == "model_attributes_type":
+        message = "the body must be a JSON object" + (
+            "" if "json" in content_type else " with Content-Type: application/json"
+        )
+    return ApiError(400, f"{param}: {message}" if param else message, param=param)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
+        return describe_validation_error(error, request.headers.get("content-type", "")).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message = "the body cannot be read as JSON in UTF-8" if error.status_code == 400 else str(error.detail)
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    @app.exception_handler(RecursionError)
+    async def recursion_error(request: Request, error: RecursionError) -> Response:
+        return ApiError(400, "the JSON is nested too deeply").response()
+
+    @app.exception_handler(UnicodeDecodeError)
+    async def unicode_error(request: Request, error: UnicodeDecodeError) -> Response:
+        return ApiError(400, "the body is not UTF-8").response()
+
+    @app.exception_handler(Exception)
+    async def internal_error(request: Request, error: Exception) -> Response:  # uvicorn logs the traceback
+        return ApiError(500, "the server failed on this request", "server_error").response()

@@ -1,0 +1,252 @@
+"""Chat: POST /v1/chat/completions as OpenAI has it, and POST /chat/completions, the form published first."""
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal, NotRequired
+
+from fastapi import APIRouter, Request
+from pydantic import AfterValidator, Field
+from sse_starlette.sse import EventSourceResponse
+from typing_extensions import TypedDict
+
+from nanochat.conversation import Tokenizer, fit_prompt
+from nanochat.inference.request import GenerationRequest, Token
+from nanochat.serve import answers
+from nanochat.serve.api import Api, ApiDependency
+from nanochat.serve.errors import ApiError
+from nanochat.serve.generation import Generation, Usage
+from nanochat.serve.request_models import (
+    MAX_CHARS,
+    Body,
+    Flag,
+    GenerationBody,
+    MaxTokens,
+    Message,
+    Messages,
+    Temperature,
+    TopK,
+    to_conversation,
+)
+from nanochat.serve.sample import FinishReason, Piece
+
+router = APIRouter()
+
+# ---------------------------------------------------------------------------------------------------
+# Requests
+
+
+def check_length(messages: list[Message]) -> list[Message]:
+    if sum(len(message.text) for message in messages) > MAX_CHARS:
+        raise ValueError(f"the messages have more than {MAX_CHARS} characters together")
+    return messages
+
+
+ChatMessages = Annotated[Messages, AfterValidator(check_length)]
+
+
+class ChatRequest(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: ChatMessages
+    max_tokens: MaxTokens = None
+    max_completion_tokens: MaxTokens = None
+    logprobs: Flag = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class PublishedChatRequest(Body):
+    """POST /chat/completions, the published form."""
+
+    messages: ChatMessages
+    temperature: Temperature = None
+    max_tokens: MaxTokens = None
+    top_k: TopK = None
+
+    def to_chat(self) -> ChatRequest:
+        return ChatRequest.model_validate({**self.model_dump(), "stream": True})
+
+
+def generation_request(api: Api, body: ChatRequest) -> GenerationRequest:
+    """The conversation as a prompt; its oldest turns are dropped if it is too long. Raises ApiError."""
+    max_tokens = body.max_completion_tokens or body.max_tokens or api.settings.max_tokens
+    api.check_max_tokens(max_tokens, "max_completion_tokens" if body.max_completion_tokens else "max_tokens")
+    try:
+        messages = to_conversation(body.messages)
+        prompt, _ = fit_prompt(api.tokenizer, messages, api.max_context, max_tokens, api.settings.chat_model)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages") from error
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return GenerationRequest(prompt, max_tokens, api.sampling(body), body.n, top_logprobs)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Answers
+
+
+class TokenLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: Iterable[ChosenLogprob]
+
+
+class Tool(TypedDict):
+    """A piece of a tool call: the call, or its result."""
+
+    kind: Literal["python", "python_output"]
+    text: str
+
+
+class AssistantMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+    tools: NotRequired[list[Tool]]
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatAnswer(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(TypedDict, total=False):
+    """A tool call is not part of the answer's text: it has a field of its own, which our page shows."""
+
+    role: Literal["assistant"]
+    content: str
+    tool: Tool
+
+
+class ChunkChoice(TypedDict):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(TypedDict):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+def logprob_entries(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> Iterator[ChosenLogprob]:
+    """Log probabilities of the tokens that the model chose. An iterator, since a whole answer's would be hundreds of
+    thousands of objects for the garbage collector."""
+
+    def entry(token: int, logprob: float) -> TokenLogprob:
+        raw = tokenizer.decode_bytes([token])
+        return {"token": raw.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(raw)}
+
+    for token in tokens:
+        if token.logprobs is not None:
+            top_logprobs = [entry(i, logprob) for i, logprob in token.logprobs.top[:top]]
+            yield {**entry(token.id, token.logprobs.logprob), "top_logprobs": top_logprobs}
+
+
+def chat_answer(generation: Generation, body: ChatRequest) -> ChatAnswer:
+    """The whole answer; its log probabilities are iterators (answers.json_pieces)."""
+    choices: list[ChatChoice] = []
+    for sample in generation.samples[0]:
+        message: AssistantMessage = {"role": "assistant", "content": sample.text, "refusal": None}
+        if tools := [tool(piece) for piece in sample.pieces if piece[0] != "text"]:
+            message["tools"] = tools
+        entries = logprob_entries(generation.api.tokenizer, sample.tokens, body.top_logprobs or 0)
+        logprobs: ChatLogprobs | None = {"content": entries} if body.logprobs else None
+        reason = sample.finish_reason or "length"
+        choices.append({"index": sample.choice, "message": message, "logprobs": logprobs, "finish_reason": reason})
+    return {
+        "id": answers.new_id("chatcmpl"),
+        "object": "chat.completion",
+        "created": answers.now(),
+        "model": generation.api.settings.model_name,
+        "choices": choices,
+        "usage": generation.usage(),
+    }
+
+
+async def chat_events(generation: Generation, body: ChatRequest) -> AsyncIterator[ChatChunk]:
+    """The chunks of a streamed answer."""
+    base: ChatChunk = {
+        "id": answers.new_id("chatcmpl"),
+        "object": "chat.completion.chunk",
+        "created": answers.now(),
+        "model": generation.api.settings.model_name,
+        "choices": [],
+    }
+
+    def chunk(index: int, delta: Delta, logprobs: ChatLogprobs | None, reason: FinishReason | None = None) -> ChatChunk:
+        choice: ChunkChoice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        made: ChatChunk = {**base, "choices": [choice]}
+        if body.include_usage:
+            made["usage"] = None
+        return made
+
+    for index in range(body.n):
+        yield chunk(index, {"role": "assistant", "content": ""}, None)
+    async for update in generation.updates():
+        logprobs, index = None, update.sample.choice
+        if body.logprobs:
+            entries = logprob_entries(generation.api.tokenizer, update.tokens, body.top_logprobs or 0)
+            logprobs = ChatLogprobs(content=list(entries))
+        for piece in update.pieces or ([("text", "")] if logprobs and logprobs["content"] else []):
+            yield chunk(index, {"content": piece[1]} if piece[0] == "text" else {"tool": tool(piece)}, logprobs)
+            logprobs = None
+        if update.sample.finish_reason:
+            yield chunk(index, {}, None, update.sample.finish_reason)
+    if body.include_usage:
+        yield {**base, "usage": generation.usage()}
+
+
+async def published_events(generation: Generation) -> AsyncIterator[dict[str, Any]]:
+    """The published form: {"token": text} for each piece, then {"done": true}."""
+    async for update in generation.updates():
+        for _, text in update.pieces:
+            yield {"token": text, "gpu": 0}
+    yield {"done": True}
+
+
+def tool(piece: Piece) -> Tool:
+    kind, text = piece
+    return {"kind": "python" if kind == "python" else "python_output", "text": text}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Routes
+
+
+@router.post("/v1/chat/completions", responses=answers.whole_or_streamed(ChatAnswer))
+async def chat(body: ChatRequest, http: Request, api: ApiDependency) -> Any:
+    api.check_model(body.model)
+    request = await api.run_in_thread(lambda: generation_request(api, body))
+    generation = Generation(api, http, [request], body.stop, api.settings.chat_model)
+    if body.stream:
+        return answers.stream(generation, chat_events(generation, body))
+    return await answers.whole(generation, lambda: chat_answer(generation, body))
+
+
+@router.post("/chat/completions", response_class=EventSourceResponse)
+async def published_chat(body: PublishedChatRequest, http: Request, api: ApiDependency) -> Any:
+    request = await api.run_in_thread(lambda: generation_request(api, body.to_chat()))
+    generation = Generation(api, http, [request], (), api.settings.chat_model)
+    return answers.stream(generation, published_events(generation), done=False)
