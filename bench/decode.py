@@ -35,7 +35,7 @@ from nanochat.inference.tools import ToolTable
 from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer
-from nanochat.train.session import measure_peak_flops
+from nanochat.train.timing import measure_peak_flops
 from scripts import _cli
 
 READ_BYTES = 2**28  # larger than any cache

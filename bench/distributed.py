@@ -24,11 +24,12 @@ from nanochat.gpt import GPT
 from nanochat.planning.hardware import Gpu
 from nanochat.planning.memory import memory_by_kind
 from nanochat.runtime import Runtime
+from nanochat.train.build import make_optimizer
+from nanochat.train.config import TrainConfig
+from nanochat.train.device_batch import random_batch
 from nanochat.train.schedules import ScheduleConfig
-from nanochat.trainer import Trainer
+from nanochat.train.step import TrainStep
 from scripts import _cli
-from scripts._device_batch import random_batch
-from scripts._train import TrainFlags, make_optimizer
 
 
 @dataclass
@@ -126,12 +127,12 @@ def measure_rank(flags: Flags, runtime: Runtime) -> dict[str, float]:
     """Time updates and whole steps; measure this rank's memory and compare it with the planner's prediction."""
     config = model_config(flags)
     model = GPT.create(config, runtime.device, runtime.dtype)
-    optimizer = make_optimizer(model, TrainFlags().optimizer_config(flags.recipe), runtime, 1e-3, 0.1)
+    optimizer = make_optimizer(model, TrainConfig().optimizer_config(flags.recipe), runtime, 1e-3, 0.1)
     own = -(-flags.batch // runtime.world_size)
-    trainer = Trainer(model, optimizer, None, runtime, ScheduleConfig(1000), own, loss_fn=model.loss)  # type: ignore[arg-type]
+    step = TrainStep(model, optimizer, runtime, ScheduleConfig(1000), own, model.loss)
     batch = random_batch(flags.batch, flags.seq_len, config.vocab_size, runtime)
-    trainer.step(batch)
-    trainer.accumulate(batch)
+    step(batch)
+    step.accumulate(batch)
     gradients = [p.grad for p in model.parameters()]
     memory = {
         "weights": tensor_bytes(model.parameters()),
@@ -148,7 +149,7 @@ def measure_rank(flags: Flags, runtime: Runtime) -> dict[str, float]:
 
     # A fixed number of rounds: ranks that each timed their own would do different numbers of collectives and hang.
     rounds = max(3, round(flags.seconds * 4))
-    times = sample_in_turn({"update": update, "step": lambda: trainer.step(batch)}, 0.0, runtime, least=rounds)
+    times = sample_in_turn({"update": update, "step": lambda: step(batch)}, 0.0, runtime, least=rounds)
     return {
         "update_seconds": median(times["update"]),
         "step_seconds": median(times["step"]),

@@ -15,8 +15,9 @@ from bench._run import Result
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import Runtime
+from nanochat.train.build import make_optimizer
+from nanochat.train.config import TrainConfig
 from scripts import _cli
-from scripts._train import TrainFlags, make_optimizer
 
 
 class OrthogonalisationProducts:
@@ -46,7 +47,7 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
     model = GPT.create(model_config(flags), runtime.device, runtime.dtype)
     for p in model.parameters():
         p.grad = torch.randn_like(p).mul_(1e-3)
-    groups = make_optimizer(model, TrainFlags().optimizer_config(flags.recipe), runtime, 1e-3, 0.1).param_groups
+    groups = make_optimizer(model, TrainConfig().optimizer_config(flags.recipe), runtime, 1e-3, 0.1).param_groups
     muon = [group for group in groups if group["kind"] == "muon"]
     adamw = [group for group in groups if group["kind"] == "adamw"]
     products = OrthogonalisationProducts(muon, runtime.device)

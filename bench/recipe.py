@@ -18,16 +18,16 @@ from bench._run import Result
 from nanochat.common import UserError, say
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import starter_corpus
+from nanochat.evals.bits_per_byte import corpus_bpb
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, make_plan
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.device_batch import random_batch
+from nanochat.train.step import TrainStep
 from nanochat.trainer import Trainer
 from scripts import _cli
-from scripts._device_batch import random_batch
-from scripts._model import network
-from scripts._observe import corpus_bpb
-from scripts.base_train import Config, build_trainer, plan_arguments
+from scripts.base_train import Config, build_step, plan_arguments
 
 
 @dataclass
@@ -55,8 +55,8 @@ class RecipeFlags(Flags):
             raise UserError("--trials, --steps, --seeds, --total-batch and --eval-tokens must not be empty or zero")
 
 
-def new_trainer(flags: RecipeFlags, trial: str, steps: int, seed: int, runtime: Runtime) -> Trainer:
-    """The trainer that base_train would make for this recipe; its loader is still to come."""
+def new_step(flags: RecipeFlags, trial: str, steps: int, seed: int, runtime: Runtime) -> TrainStep:
+    """The optimizer step that base_train would make for this recipe."""
     config = Config(
         depth=flags.depth,
         head_dim=flags.head_dim,
@@ -67,10 +67,10 @@ def new_trainer(flags: RecipeFlags, trial: str, steps: int, seed: int, runtime: 
         num_iterations=steps,
         total_batch_size=flags.total_batch,
     )
-    model_config = network(config, flags.vocab_size)(flags.depth)
+    model_config = config.network(flags.vocab_size)(flags.depth)
     model = GPT.create(model_config, runtime.device, runtime.dtype, seed)
     plan = make_plan(model_config, **plan_arguments(config), num_iterations=steps)
-    return build_trainer(config, plan, runtime, model, None)
+    return build_step(config, plan, model, runtime)
 
 
 def measure(flags: RecipeFlags, runtime: Runtime) -> Result:
@@ -107,10 +107,9 @@ def step_seconds(flags: RecipeFlags, runtime: Runtime) -> dict[str, float]:
     """Median seconds of a step of each trial, timed in turn."""
     actions: dict[str, Callable[[], Any]] = {}
     for trial in dict.fromkeys(flags.trials):
-        trainer = new_trainer(flags, trial, flags.steps, 1, runtime)
-        trainer.loss_fn = trainer.loss_fn or trainer.model.loss
+        step = new_step(flags, trial, flags.steps, 1, runtime)
         batch = random_batch(flags.total_batch // flags.seq_len, flags.seq_len, flags.vocab_size, runtime)
-        actions[trial] = partial(trainer.step, batch)
+        actions[trial] = partial(step, batch)
     return time_in_turn(actions, flags.seconds, runtime)
 
 
@@ -118,7 +117,6 @@ def train(
     flags: RecipeFlags, trial: str, steps: int, seed: int, tokenizer: RustBPETokenizer, runtime: Runtime
 ) -> float:
     """Validation bits per byte at the end of one run."""
-    trainer = new_trainer(flags, trial, steps, seed, runtime)
     loader = PretrainLoader(
         starter_corpus(),
         tokenizer,
@@ -126,7 +124,7 @@ def train(
         seed=seed,
         rows_per_step=flags.total_batch // flags.seq_len,
     )
-    trainer.loader = loader
+    trainer = Trainer(new_step(flags, trial, steps, seed, runtime), loader)
     try:
         trainer.run()
         return corpus_bpb(
@@ -136,7 +134,7 @@ def train(
             runtime,
             split="val",
             tokens=flags.eval_tokens,
-            device_batch_size=trainer.device_batch_size,
+            device_batch_size=trainer.step.device_batch_size,
         )
     finally:
         loader.close()

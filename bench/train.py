@@ -29,19 +29,20 @@ from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import make_plan
+from nanochat.train.build import compiled_loss, make_optimizer
+from nanochat.train.config import TrainConfig
+from nanochat.train.device_batch import random_batch
 from nanochat.train.schedules import ScheduleConfig
-from nanochat.train.session import measure_peak_flops
-from nanochat.trainer import Trainer
+from nanochat.train.step import TrainStep
+from nanochat.train.timing import measure_peak_flops
 from scripts import _cli
-from scripts._device_batch import random_batch
-from scripts._train import TrainFlags, compiled_loss, make_optimizer
 
 LONG_RUN = 10_000  # steps in the plan; only the first few are taken
 
 
 @dataclass
-class TimedTrainer(Trainer):
-    """A trainer that notes how long the forward and backward passes of each step took."""
+class TimedStep(TrainStep):
+    """An optimizer step that records how long its forward and backward passes took."""
 
     gradient_seconds: list[float] = field(default_factory=list)
 
@@ -52,37 +53,30 @@ class TimedTrainer(Trainer):
         return result
 
 
-def make_trainer(flags: Flags, runtime: Runtime) -> TimedTrainer:
-    """A fresh model, its optimizer and the loop around them; a step's batch is one micro-batch."""
+def make_step(flags: Flags, runtime: Runtime) -> TimedStep:
+    """The optimizer step of a fresh model; its batch is one micro-batch."""
     config = model_config(flags)
-    rates = TrainFlags().optimizer_config(flags.recipe)
+    rates = TrainConfig().optimizer_config(flags.recipe)
     plan = make_plan(config, num_iterations=LONG_RUN, total_batch_size=flags.tokens, weight_decay=rates.weight_decay)
     model = GPT.create(config, runtime.device, runtime.dtype)
     optimizer = make_optimizer(model, rates, runtime, plan.lr_scale, plan.weight_decay)
-    return TimedTrainer(
-        model,
-        optimizer,
-        None,  # type: ignore[arg-type]
-        runtime,
-        ScheduleConfig(LONG_RUN),
-        flags.batch,
-        loss_fn=compiled_loss(model, "auto", runtime),
-    )
+    loss_fn = compiled_loss(model, "auto", runtime)
+    return TimedStep(model, optimizer, runtime, ScheduleConfig(LONG_RUN), flags.batch, loss_fn)
 
 
 def measure(flags: Flags, runtime: Runtime) -> Result:
     program = peak_memory(runtime)
-    trainer = make_trainer(flags, runtime)
+    train_step = make_step(flags, runtime)
     batch = random_batch(flags.batch, flags.seq_len, flags.vocab_size, runtime)
-    step = partial(trainer.step, batch)
+    step = partial(train_step, batch)
     step()
     first = peak_memory(runtime)
     around = peak_during(step, runtime)
     age = process_age()
     peak = max(first, peak_memory(runtime))  # asked now: the products' own memory will come on top
-    state = state_bytes(trainer)
+    state = state_bytes(train_step)
 
-    shapes = linear_shapes(trainer.model)
+    shapes = linear_shapes(train_step.model)
     products = LinearProducts(shapes, flags.tokens, runtime)
     peaks: list[float] = []
     actions: dict[str, Callable[[], Any]] = {
@@ -92,9 +86,9 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
     }
     samples = sample_in_turn(actions, flags.seconds, runtime, least=5)
     seconds, matmul = median(samples["step"]), median(samples["products"])
-    gradient = trainer.gradient_seconds[-len(samples["step"]) :]  # of the same steps
+    gradient = train_step.gradient_seconds[-len(samples["step"]) :]  # of the same steps
     update = [whole - part for whole, part in zip(samples["step"], gradient)]
-    flops = trainer.model.estimate_flops() * flags.tokens / seconds
+    flops = train_step.model.estimate_flops() * flags.tokens / seconds
     values: dict[str, Any] = {
         "tokens_per_second": flags.tokens / seconds,
         "step_seconds": seconds,
@@ -111,15 +105,15 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
         "state_bytes": state,
         "peak_step_bytes_above_state": around and around[1] - state,
         "steps_timed": len(gradient),
-        "num_params": trainer.model.num_scaling_params()["total"],
+        "num_params": train_step.model.num_scaling_params()["total"],
     }
     return Result(f"bench.train on {runtime.describe()}", ["", ""], describe(values), values)
 
 
-def state_bytes(trainer: Trainer) -> int:
+def state_bytes(step: TrainStep) -> int:
     """Memory of weights, their gradients and what the optimizer remembers of them."""
-    weights = tensor_bytes(trainer.model.parameters())
-    return 2 * weights + tensor_bytes(t for state in trainer.optimizer.state.values() for t in state.values())
+    weights = tensor_bytes(step.model.parameters())
+    return 2 * weights + tensor_bytes(t for state in step.optimizer.state.values() for t in state.values())
 
 
 def describe(values: dict[str, Any]) -> list[Sequence[str]]:

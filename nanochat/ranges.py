@@ -40,10 +40,14 @@ class Range:
         return limits if self.unset is None else f"{limits} (or {self.unset})"
 
 
-def check_ranges(config: Any) -> None:
-    """Raise UserError for the first field of a dataclass that lies outside its declared range."""
+def check_ranges(config: Any, flags: bool = True) -> None:
+    """Raise UserError for the first field of a dataclass that lies outside its declared range.
+
+    `flags`: the fields are flags of the command line, and are named as such.
+    """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         for allowed in getattr(hint, "__metadata__", ()):
             if isinstance(allowed, Range) and value is not None and value not in allowed:
-                raise UserError(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
+                shown = f"--{name.replace('_', '-')}" if flags else name
+                raise UserError(f"{shown} must be {allowed}, got {value}")

@@ -14,18 +14,20 @@ and the step, whatever the number of processes.
 Shapes: N rows, T tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
 
 from nanochat.common import UserError
-from nanochat.data.batches import Batch, seeded_rng
+from nanochat.data.batches import Batch, Loader, seeded_rng
 from nanochat.engine import Engine
 from nanochat.inference.request import GenerationRequest, TokenSequence
 from nanochat.inference.sampling import SamplingParams
+from nanochat.ranges import Range, check_ranges
 from nanochat.runtime import Runtime
 
 RL_RNG = 7  # purpose of the generator that picks prompts (batches.seeded_rng)
@@ -95,27 +97,19 @@ class Group:
 
 @dataclass
 class Sampler:
-    """How answers are drawn in training."""
+    """How answers are sampled in training."""
 
-    num_samples: int = 16
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 50
-    batch_size: int = 32  # rows decoded together; does not change the answers
+    num_samples: Annotated[int, Range(2)] = 16  # they are compared with each other
+    max_new_tokens: Annotated[int, Range(1)] = 256
+    temperature: Annotated[float, Range(above=0, below=math.inf)] = 1.0
+    top_k: Annotated[int, Range(0)] = 50
+    batch_size: Annotated[int, Range(1)] = 32  # rows decoded together; does not change the answers
 
     def __post_init__(self) -> None:
-        if self.num_samples < 2:
-            raise UserError(f"--num-samples must be at least 2, as answers are compared, got {self.num_samples}")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.top_k < 0:
-            raise UserError(f"--top-k must be 0 (off) or more, got {self.top_k}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature must be above 0 in training, got {self.temperature}")
+        check_ranges(self)
 
 
-class RolloutLoader:
+class RolloutLoader(Loader):
     """Samples this process's share of each global batch from the model as it is now."""
 
     def __init__(
@@ -130,16 +124,11 @@ class RolloutLoader:
         watch: Callable[[int, list[Group]], None] = lambda step, groups: None,
     ) -> None:
         """`watch(step, groups)` is shown this process's samples of each step."""
-        if groups_per_step < 1:
-            raise UserError(f"--examples-per-step must be at least 1, got {groups_per_step}")
+        assert groups_per_step > 0
         self.engine, self.tokenizer, self.curricula, self.sampler = engine, tokenizer, list(curricula), sampler
         self.groups_per_step, self.runtime, self.seed, self.watch = groups_per_step, runtime, seed, watch
         self.step = 0
         self.figures: dict[str, float] = {}  # of the last batch, over all processes
-
-    @property
-    def sequence_len(self) -> int:
-        return self.engine.max_context
 
     def next_batch(self) -> Batch:
         """Prompts of this step, answers to them, and the batch that trains on those."""
@@ -239,9 +228,6 @@ class RolloutLoader:
     def stats(self) -> dict[str, float]:
         """Figures of the last batch, for the report."""
         return dict(self.figures)
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def as_batch(groups: Sequence[Group], origin: str) -> Batch:

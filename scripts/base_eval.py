@@ -10,18 +10,20 @@ from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir, say
 from nanochat.core_eval import GPTScorer
 from nanochat.dataset import Corpus, open_corpus
+from nanochat.evals.bits_per_byte import EVAL_ROWS, bpb_by_source, corpus_bpb
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_prompts import MODES
+from nanochat.evals.core_run import open_bundle, report_values, run_core, write_details
+from nanochat.evals.samples import continuations
 from nanochat.gpt import GPT
 from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.session import choose_device_batch, command_line
+from nanochat.train.device_batch import choose_device_batch
+from nanochat.train.run import command_line
 from scripts import _cli
-from scripts._core import open_bundle, report_values, run_core, write_details
-from scripts._observe import EVAL_ROWS, bpb_by_source, continuations, corpus_bpb
 
 PROMPTS = (
     "The capital of France is",
@@ -52,7 +54,7 @@ class Config:
     """Go on without files of the data that are missing or damaged, and say which."""
     split_tokens: int = -1
     """Tokens per split for bpb; -1 is 2^18 on a CPU and 40 * 2^19 elsewhere."""
-    device_batch_size: int = -1
+    device_batch_size: Annotated[int, Range(1, unset=-1)] = -1
     """Rows per forward pass; -1 chooses."""
     max_per_task: Annotated[int, Range(1, unset=-1)] = -1
     """Items per CORE task; -1 takes all."""
@@ -142,7 +144,7 @@ def evaluate(config: Config, wanted: list[str], runtime: Runtime) -> int:
             tokenizer,
             bundle,
             runtime,
-            most=config.max_per_task,
+            max_per_task=config.max_per_task,
             mode=config.core_mode,
             baselines=config.baselines,
         )
@@ -212,7 +214,7 @@ def evaluate_hf(config: Config, wanted: list[str], bundle: Bundle | None, runtim
             tokenizer,
             bundle,
             runtime,
-            most=config.max_per_task,
+            max_per_task=config.max_per_task,
             mode=config.core_mode,
             baselines=config.baselines,
         )

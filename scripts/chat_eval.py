@@ -19,7 +19,7 @@ from nanochat.ranges import Range
 from nanochat.report import accuracy_values, load_report, record_stage
 from nanochat.reporting.view import wilson_interval
 from nanochat.runtime import Runtime
-from nanochat.train.session import command_line
+from nanochat.train.run import command_line
 from scripts import _cli
 from tasks.common import Task
 from tasks.evaluation import (

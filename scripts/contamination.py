@@ -12,8 +12,8 @@ from nanochat.dataset import Corpus, resolve_corpus
 from nanochat.evals.contamination import NGRAM, Index
 from nanochat.evals.core_bundle import read_bundle
 from nanochat.report import record_stage
+from nanochat.reporting.console import print_table
 from scripts import _cli
-from scripts._train import print_table
 from tasks.registry import TASKS, make_task
 
 LINE_SECONDS = 10.0

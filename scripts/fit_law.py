@@ -19,9 +19,9 @@ from nanochat.planning.fit import fit_law
 from nanochat.planning.isoflop import Run, Study, best_sizes
 from nanochat.planning.law import Law
 from nanochat.planning.study_plots import plot_isoflops, plot_series
+from nanochat.reporting.console import print_table
 from nanochat.scaling import estimate, scaling_params
 from scripts import _cli
-from scripts._train import print_table
 
 
 @dataclass

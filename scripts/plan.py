@@ -20,14 +20,15 @@ from nanochat.planning.law import Law
 from nanochat.planning.planner import RunPlan, plan_run
 from nanochat.ranges import Range
 from nanochat.recipe import recipe_rules
+from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, align_batch, make_plan
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train.session import choose_device_batch
+from nanochat.train.device_batch import choose_device_batch
+from nanochat.train.pace import choose_depth, measure_pace, this_machine
+from nanochat.train.timing import batch_for_minutes, steps_in
 from scripts import _cli
-from scripts._model import ModelFlags, network
-from scripts._pace import choose_depth, measure_pace, this_machine
-from scripts._train import batch_for_minutes, print_table, steps_in
+from scripts._flags import ModelFlags
 
 DEFAULT_VOCAB_SIZE = 32768
 
@@ -54,7 +55,7 @@ class Config(ModelFlags):
     """Horizon in optimizer steps."""
     total_batch_size: int = -1
     """Tokens per optimizer step over all GPUs; -1: derived."""
-    device_batch_size: int = -1
+    device_batch_size: Annotated[int, Range(1, unset=-1)] = -1
     """Rows per micro-batch and GPU; -1: the largest that fits."""
 
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.vocab_size == -1:
         config = replace(config, vocab_size=default_vocab_size(here))
     any_depth = here and config.depth == -1 and config.minutes > 0  # to be chosen once the machine is measured
-    model_config = network(config, config.vocab_size)(2 if any_depth else config.depth)
+    model_config = config.network(config.vocab_size)(2 if any_depth else config.depth)
     make_plan(model_config, **horizon(config, num_steps=1))  # refuse wrong flags before measuring
     run = plan_here(config, model_config) if here else plan_on_preset(config, model_config)
     if config.minutes > 0 and config.num_iterations == -1:
@@ -123,7 +124,7 @@ def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
             say(f"measuring this machine: {runtime.describe()}")
         gpu = this_machine(runtime)
         if config.depth == -1:
-            of_depth = network(config, config.vocab_size)
+            of_depth = config.network(config.vocab_size)
             choice = choose_depth(config.minutes, config.total_batch_size, of_depth, runtime)
             config, model_config = replace(config, depth=choice.key), of_depth(choice.key)
         pace = measure_pace(model_config, gpu, runtime)

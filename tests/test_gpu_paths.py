@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from nanochat.train.session import find_device_batch
 from stubs import stir
 from test_trainer import CONFIG, CPU, Batches, make_trainer
 
@@ -26,7 +27,6 @@ from nanochat.optim import OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime, pick_dtype
 from nanochat.train import progress
 from nanochat.train.progress import Progress
-from nanochat.train.session import find_device_batch
 from nanochat.trainer import Trainer
 from scripts import _device_batch
 

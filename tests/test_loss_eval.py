@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from ranks import run_ranks
+from scripts._observe import bpb_by_source
 
 from nanochat.common import BadShard, UserError
 from nanochat.data.corpus import Document
@@ -15,7 +16,6 @@ from nanochat.distributed.signals import StopRequested, raise_if_stop_requested,
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
-from scripts._observe import bpb_by_source
 
 MODEL = GPT.create(GPTConfig(sequence_len=8, vocab_size=10, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from nanochat.train.session import run_to_end
 from ranks import run_ranks
 from test_trainer import CONFIG, Batches
 
@@ -27,7 +28,6 @@ from nanochat.optim import DistMuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.schedules import ScheduleConfig
-from nanochat.train.session import run_to_end
 from nanochat.train.snapshot import take_snapshot
 from nanochat.trainer import Trainer
 

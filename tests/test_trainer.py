@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nanochat.train.session import cut_metrics, merge_saved_config, run_to_end
 from stubs import stir
 
 from nanochat.common import UserError
@@ -20,7 +21,6 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
 from nanochat.train.schedules import ScheduleConfig
-from nanochat.train.session import cut_metrics, merge_saved_config, run_to_end
 from nanochat.trainer import Hook, Interrupted, Trainer
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "test", seed=0)
@@ -255,6 +255,7 @@ def test_metrics_past_the_step_and_a_broken_last_line_are_cut(tmp_path: Path) ->
 
 def test_a_resumed_run_keeps_what_could_change_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     from scripts._train import OPERATIONAL
+
     from scripts.base_train import Config
 
     given = Config(depth=4, matrix_lr=0.5, eval_every=7, resume=True)

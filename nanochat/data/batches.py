@@ -71,6 +71,7 @@ class Loader(Protocol):
 
     def close(self) -> None:
         """Stop reading ahead. The state stays readable, and next_batch() goes on from it."""
+        return
 
 
 class Packer(Protocol[State]):

@@ -1,37 +1,39 @@
-"""Ending on time: a horizon that follows the clock."""
+"""Finishing on time: the number of steps follows the clock."""
 
 from collections import deque
 from dataclasses import dataclass, field
 
-SETTLING_STEPS = 5  # of a session, before their pace says anything
-CHECKS = 100  # looks at the clock over the run
+SETTLING_STEPS = 5  # of a session, before its pace is measured
+CHECKS = 100  # over the run
 
 
 @dataclass
 class Deadline:
-    """Moves a run's last step so that all of it, what follows the last step included, takes `seconds`.
+    """Moves a run's last step so that the whole run, final evaluation and save included, takes `seconds`.
 
-    A pace measured before a run is right for that moment, and other work on the machine comes and goes. So the steps
-    that are left are counted again every hundredth of the run, from how long the latest half of them took, with all
-    evaluations and saves between. The schedules are functions of the share of the run that is done and follow.
+    A pace measured before the run holds for that moment only: other work on the machine comes and goes. So every
+    hundredth of the run the remaining steps are planned again, from the pace of the latest half of all steps,
+    evaluations and saves between them included. The schedules depend on the share of the run that is done, and follow.
     """
 
     seconds: float  # from the run's start
-    observing_seconds: float  # expected of what watches the last step: evaluations, samples
-    closing_seconds: float = 5.0  # and of the save and the report after it
+    hooks_seconds: float  # expected of the hooks after the last step: evaluations, samples
+    closing_seconds: float = 5.0  # expected of the save and the report after them
     _times: deque[tuple[int, float]] = field(default_factory=deque)  # (step, seconds since the run's start)
     _next_check: int = 0
 
-    def go_on(self, step: int, seconds: float) -> None:
-        """Of a resumed run: its first `step` steps took `seconds`. Else a session's first few steps would move the
-        horizon, and with it the rates in the middle of the run."""
+    def resume(self, step: int, seconds: float) -> None:
+        """Count the `step` steps of earlier sessions, which took `seconds`.
+
+        Otherwise a session's first few, slow steps would move the horizon, and the rates in the middle of the run.
+        """
         if step:
             self._times.append((step // 2, seconds / 2))
 
     def horizon(self, step: int, num_steps: int, now: float) -> int:
-        """The number of steps to plan for, now that `step` of `num_steps` are done, `now` seconds after the start.
+        """The number of steps to plan for, at least `step`: `step` of `num_steps` are done after `now` seconds.
 
-        At least `step`. Several processes must give the same `now`, and then decide alike.
+        All ranks must pass the same `now` to get the same answer.
         """
         self._times.append((step, now))
         if len(self._times) <= SETTLING_STEPS or step < self._next_check or step >= num_steps:
@@ -40,7 +42,7 @@ class Deadline:
             self._times.popleft()
         first_step, first_time = self._times[0]
         pace = (now - first_time) / (step - first_step)
-        left = self.seconds - self.observing_seconds - self.closing_seconds - now
+        left = self.seconds - self.hooks_seconds - self.closing_seconds - now
         horizon = step + max(0, round(left / pace))
         self._next_check = step + max(1, horizon // CHECKS)
         return horizon

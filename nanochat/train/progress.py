@@ -1,4 +1,4 @@
-"""Where a run stands: what its checkpoints keep of the loop itself."""
+"""The state of the training loop itself, as checkpoints keep it."""
 
 import math
 from dataclasses import dataclass
@@ -10,31 +10,34 @@ GOOD_STEPS_TO_DOUBLE = 2000
 
 @dataclass
 class Progress:
-    """Where the run stands; saved with every checkpoint."""
+    """Counters and averages of a run; saved with every checkpoint."""
 
     step: int = 0  # finished optimizer steps
-    tokens: int = 0  # target positions seen, over all processes
-    seconds: float = 0.0  # spent in training steps, over all sessions of the run
+    tokens: int = 0  # targets seen, over all ranks
+    seconds: float = 0.0  # in training steps, over all sessions of the run
     wall_seconds: float = 0.0  # the same with evaluations, samples and saves
     smooth_loss: float = 0.0  # exponential average, not yet bias-corrected
     val_bpb: float | None = None
     best_val_bpb: float | None = None
-    loss_scale: float = FIRST_LOSS_SCALE  # of gradients in float16
+    loss_scale: float = FIRST_LOSS_SCALE  # of float16 gradients
     good_steps: int = 0  # without overflow, since the scale last changed
 
     def add_step(self, loss: float, tokens: int, seconds: float) -> None:
-        """One more step is finished, with this mean loss over so many targets."""
+        """Count one finished step with this mean loss over `tokens` targets."""
         self.step += 1
         self.tokens += tokens
         self.seconds += seconds
         self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * loss
 
     def debiased_loss(self, beta: float = 0.9) -> float:
-        """The average without the pull of its zero start."""
+        """The average loss without the bias of its start at zero; NaN before the first step."""
         return self.smooth_loss / (1 - beta**self.step) if self.step else math.nan
 
-    def move_loss_scale(self, overflowed: bool) -> None:
-        """Half of it after gradients that overflowed, twice as much after enough steps without."""
+    def val_bpb_text(self) -> str:
+        return "val bpb not measured" if self.val_bpb is None else f"val bpb {self.val_bpb:.4f}"
+
+    def adjust_loss_scale(self, overflowed: bool) -> None:
+        """Halve the scale after an overflow, double it after GOOD_STEPS_TO_DOUBLE steps without one."""
         self.good_steps = 0 if overflowed else self.good_steps + 1
         if overflowed:
             self.loss_scale /= 2

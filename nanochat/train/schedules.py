@@ -1,44 +1,54 @@
-"""Learning rate, momentum and weight decay as pure functions of how far the run is.
+"""Learning rate, momentum and weight decay as pure functions of the run's progress.
 
-`step` counts finished optimizer steps, 0 .. num_steps - 1 at the time of the update.
+`step` counts finished optimizer steps: 0 .. num_steps - 1 at the time of the update.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 from nanochat.common import UserError
+from nanochat.ranges import Range, check_ranges
 
 
 @dataclass
 class ScheduleConfig:
-    """How rates move over the run."""
+    """How learning rate, momentum and weight decay change over the run."""
 
     num_steps: int
-    warmup_steps: int = 0
-    warmdown_ratio: float = 0.5
-    final_lr_frac: float = 0.0
+    warmup_steps: Annotated[int, Range(0)] = 0
+    warmdown_ratio: Annotated[float, Range(0, 1)] = 0.5
+    final_lr_frac: Annotated[float, Range(0)] = 0.0
     momentum_warmup_steps: int = 300
-    momentum_peak: float = 0.95
+    momentum_peak: Annotated[float, Range(0, below=1)] = 0.95
     momentum_warmdown: bool = False
     decay_shape: str = "linear"
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise UserError(f"the warm-up cannot be negative, got {self.warmup_steps} steps")
-        if not 0 <= self.warmdown_ratio <= 1:
-            raise UserError(f"--warmdown-ratio is a share of the run, from 0 to 1, got {self.warmdown_ratio:g}")
+        check_ranges(self, flags=False)
         if self.decay_shape not in ("linear", "cosine"):
             raise UserError(f"decay_shape must be linear or cosine, got {self.decay_shape!r}")
-        if not 0 <= self.momentum_peak < 1:
-            raise UserError(f"momentum_peak must be from 0 to below 1, got {self.momentum_peak:g}")
-        if self.final_lr_frac < 0:
-            raise UserError(f"--final-lr-frac cannot be negative, got {self.final_lr_frac:g}")
+
+    def apply(self, param_groups: list[dict[str, Any]], step: int) -> float:
+        """Set the rates of MuonAdamW's groups for the update after `step` steps; returns the rates' multiplier."""
+        multiplier = lr_multiplier(step, self.num_steps, self.warmup_steps, self.warmdown_ratio, self.final_lr_frac)
+        momentum_warmdown = self.warmdown_ratio if self.momentum_warmdown else 0.0
+        momentum = muon_momentum(
+            step, self.num_steps, self.momentum_warmup_steps, self.momentum_peak, momentum_warmdown
+        )
+        decay = decay_multiplier(step, self.num_steps, self.decay_shape)
+        for group in param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+            if group["kind"] == "muon":
+                group["momentum"] = momentum
+                group["weight_decay"] = group["initial_weight_decay"] * decay
+        return multiplier
 
 
 def lr_multiplier(
     step: int, num_steps: int, warmup_steps: int = 0, warmdown_ratio: float = 0.5, final_frac: float = 0.0
 ) -> float:
-    """Trapezoid: linear up over `warmup_steps`, 1, then linear down to `final_frac` over the last
+    """A trapezoid: linear up over `warmup_steps`, 1, then linear down to `final_frac` over the last
     `warmdown_ratio` of the run. Never negative, also past the horizon."""
     warmdown_steps = round(warmdown_ratio * num_steps)
     if step < warmup_steps:
@@ -55,16 +65,16 @@ def muon_momentum(
 ) -> float:
     """0.85 -> `peak` over `warmup_steps` (at most a third of the run), then down to 0.90 over the warmdown."""
     warmup_steps = max(1, min(warmup_steps, num_steps // 3))
-    up = 0.85 + (peak - 0.85) * min(step / warmup_steps, 1.0)
+    momentum = 0.85 + (peak - 0.85) * min(step / warmup_steps, 1.0)
     warmdown_steps = round(warmdown_ratio * num_steps)
     left = max(num_steps - step, 0)
     if warmdown_steps == 0 or left >= warmdown_steps:
-        return up
-    return 0.90 + (up - 0.90) * left / warmdown_steps
+        return momentum
+    return 0.90 + (momentum - 0.90) * left / warmdown_steps
 
 
 def decay_multiplier(step: int, num_steps: int, shape: str = "linear") -> float:
-    """Weight decay over the run, from 1 to 0: "linear", or "cosine"."""
+    """From 1 at the start of the run to 0 at its end; `shape` is "linear" or "cosine"."""
     progress = min(max(step / max(num_steps, 1), 0.0), 1.0)
     if shape == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))

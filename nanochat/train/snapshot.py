@@ -25,7 +25,7 @@ def take_snapshot(
     copies the model; every rank copies its own share of the optimizer's and the loader's state.
     """
     names = {p: name for name, p in trainer.model.named_parameters()}
-    tensors, steps = trainer.optimizer.named_state(names)
+    tensors, steps = trainer.step.optimizer.named_state(names)
     return partial(
         save_checkpoint,
         run,
@@ -39,7 +39,7 @@ def take_snapshot(
         },
         tokenizer=tokenizer,
         optimizer_state=(host_copy(tensors), steps),
-        loader_state=trainer.loader.state_dict(),  # type: ignore[attr-defined]
+        loader_state=trainer.loader.state_dict(),
         rng_state=rng_state(trainer.runtime.device),
         keep_last=keep_last,
         group=group,
@@ -59,14 +59,14 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     device = trainer.runtime.device
     load_model_state(trainer.model, checkpoint.model_state(device), checkpoint.path)
     names = {p: name for name, p in trainer.model.named_parameters()}
-    trainer.optimizer.load_named_state(names, *checkpoint.optimizer_state())
-    trainer.loader.load_state_dict(checkpoint.loader_state())  # type: ignore[attr-defined]
+    trainer.step.optimizer.load_named_state(names, *checkpoint.optimizer_state())
+    trainer.loader.load_state_dict(checkpoint.loader_state())
     set_rng_state(checkpoint.rng_state(), device)
-    trainer.progress = Progress(**checkpoint.meta["progress"])
+    trainer.step.progress = Progress(**checkpoint.meta["progress"])
     trainer.schedule.num_steps = checkpoint.meta["plan"]["num_steps"]  # a deadline may have moved it
     trainer.saver.last_step = checkpoint.step
     saved = {"world_size": 1, **checkpoint.meta["runtime"]}
-    trainer.device_batch_size = saved["device_batch_size"]
+    trainer.step.device_batch_size = saved["device_batch_size"]
     if saved["world_size"] == trainer.runtime.world_size:  # else the ranks share the cores differently
         torch.set_num_threads(saved["num_threads"])
     current = numeric_settings(trainer)
@@ -85,7 +85,7 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
 def numeric_settings(trainer: Trainer) -> dict[str, Any]:
     """The settings that decide whether the same batch gives the same bits."""
     return {
-        "device_batch_size": trainer.device_batch_size,
+        "device_batch_size": trainer.step.device_batch_size,
         "num_threads": torch.get_num_threads(),
         "dtype": str(trainer.model.compute_dtype).removeprefix("torch."),
         "device": trainer.runtime.device.type,

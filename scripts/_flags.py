@@ -1,11 +1,13 @@
-"""The flags that say which network, shared by whoever builds one or plans one."""
+"""The flags of a model's shape and horizon, for the scripts that build or plan one."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Annotated
 
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
+from nanochat.ranges import Range
 from nanochat.recipe import get_recipe
 from nanochat.scaling import derive_sizes
 
@@ -26,7 +28,7 @@ class ModelFlags:
     """Query heads."""
     n_kv_head: int = -1
     """Key/value heads, a divisor of the query heads."""
-    max_seq_len: int = -1
+    max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
     """Context length in tokens; -1 is 2048."""
     window_pattern: str = "SSSL"
     """Per layer, tiled: S short window, L full context; the last layer is always L."""
@@ -38,24 +40,24 @@ class ModelFlags:
     target_param_data_ratio: float = 10.5
     """Horizon in tokens per scaling parameter."""
 
+    def network(self, vocab_size: int) -> Callable[[int], GPTConfig]:
+        """The model's config as a function of its depth."""
+        context = USUAL_CONTEXT if self.max_seq_len == -1 else self.max_seq_len
+        make_config = partial(
+            get_recipe(self.recipe).model,
+            sequence_len=context,
+            vocab_size=vocab_size,
+            window_pattern=self.window_pattern,
+        )
 
-def network(flags: ModelFlags, vocab_size: int) -> Callable[[int], GPTConfig]:
-    """What the flags make of a depth."""
-    context = USUAL_CONTEXT if flags.max_seq_len == -1 else flags.max_seq_len
-    if context < 2:
-        raise UserError(f"--max-seq-len must be at least 2, got {context}")
-    form = partial(
-        get_recipe(flags.recipe).model, sequence_len=context, vocab_size=vocab_size, window_pattern=flags.window_pattern
-    )
+        def config_of_depth(depth: int) -> GPTConfig:
+            sizes = derive_sizes(depth, self.aspect_ratio, self.head_dim, self.n_embd, self.n_head, self.n_kv_head)
+            config = make_config(**asdict(sizes))
+            if config.window_pattern != self.window_pattern and self.window_pattern != ModelFlags.window_pattern:
+                raise UserError(
+                    f"--recipe={self.recipe} fixes the windows as {config.window_pattern}: give yours as "
+                    f"--recipe={self.recipe},window_pattern={self.window_pattern}"
+                )
+            return config
 
-    def of_depth(depth: int) -> GPTConfig:
-        sizes = derive_sizes(depth, flags.aspect_ratio, flags.head_dim, flags.n_embd, flags.n_head, flags.n_kv_head)
-        made = form(**asdict(sizes))
-        if made.window_pattern != flags.window_pattern and flags.window_pattern != ModelFlags.window_pattern:
-            raise UserError(
-                f"--recipe={flags.recipe} fixes the windows as {made.window_pattern}: give yours as "
-                f"--recipe={flags.recipe},window_pattern={flags.window_pattern}"
-            )
-        return made
-
-    return of_depth
+        return config_of_depth

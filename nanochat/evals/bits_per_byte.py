@@ -1,9 +1,8 @@
-"""How a model is looked at, during training and after it: bits per byte on held-out rows, and what it makes of
-fixed prompts."""
+"""Bits per byte of a model on a corpus, on each of its sources, and on any loader's batches."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
@@ -15,14 +14,13 @@ from nanochat.common import UserError
 from nanochat.data.corpus import Corpus, Document, InMemoryCorpus, NoText
 from nanochat.dataloader import PretrainLoader
 from nanochat.distributed.rank_checks import raise_on_all_ranks
-from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 
-MOST_DOCUMENTS = 100_000  # that are looked through for sources
-EVAL_ROWS = 32  # per evaluation step over all processes: fixed, so that the figure does not depend on them
+MAX_DOCUMENTS = 100_000  # searched for sources
+EVAL_ROWS = 32  # per evaluation step over all ranks: fixed, so that the result does not depend on the world size
 
 
 def corpus_bpb(
@@ -35,8 +33,10 @@ def corpus_bpb(
     tokens: int,
     device_batch_size: int,
 ) -> float:
-    """Bits per byte over the same rows of a split every time, about `tokens` of them in all. Raises NoText, on all
-    processes, if none of them finds any."""
+    """Bits per byte over about `tokens` tokens of a split, the same rows every time.
+
+    Collective: every rank must call it. Raises NoText on all ranks if none finds any text.
+    """
     T = model.config.sequence_len
     make_loader = partial(
         PretrainLoader,
@@ -59,23 +59,23 @@ def corpus_bpb(
 def bpb_by_source(
     model: GPT, corpus: Corpus, tokenizer: RustBPETokenizer, runtime: Runtime, *, split: str, tokens: int
 ) -> list[dict[str, Any]]:
-    """Bits per byte of each source of a split, and of how many documents: about `tokens` of each at most.
+    """Bits per byte of each source of a split, over at most about `tokens` tokens, and the number of documents.
 
-    The sources are shared out over the processes; the figures do not depend on how many there are. Raises DataError,
-    on all processes, if one cannot read the split.
+    Collective: every rank must call it. Each takes some of the sources; the results do not depend on the world size.
+    Raises DataError on all ranks if one cannot read the split.
     """
     found: dict[str, list[Document]] = {}
     chars: Counter[str] = Counter()
     failure = None
     try:
-        for document in islice(corpus.iter_documents(split), MOST_DOCUMENTS):
-            if chars[document.source] < 6 * tokens:  # more characters than so many tokens have
+        for document in islice(corpus.iter_documents(split), MAX_DOCUMENTS):
+            if chars[document.source] < 6 * tokens:  # more characters than that many tokens have
                 found.setdefault(document.source, []).append(document)
                 chars[document.source] += len(document.text)
     except (UserError, OSError) as error:
         failure = error
     raise_on_all_ranks(runtime, failure)
-    # One process may have left out a bad shard, and all of a source with it.
+    # One rank may have skipped a bad shard, and with it all of a source.
     known = [set(names) for names in runtime.all_gather(list(found), "comparing the sources")]
     sources, T = sorted(set.intersection(*known)), model.config.sequence_len
     figures = torch.zeros(len(sources), dtype=torch.float32)
@@ -101,10 +101,10 @@ def loader_bpb(
     steps: int,
     device_batch_size: int,
 ) -> float:
-    """Bits per byte over a new loader's first `steps` batches, or as many as it has; inf if it has none."""
+    """Bits per byte over the first `steps` batches of a new loader, or all it has; inf if it has none."""
 
     def micro_batches() -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-        # The loader is made in here, as it may read already, and what fails here all processes are told.
+        # The loader is made in here: it may read at once, and evaluate_bpb shares a failure in here with all ranks.
         with suppress(StopIteration, NoText), closing(make_loader()) as loader:
             for _ in range(steps):
                 batch = loader.next_batch()
@@ -114,21 +114,3 @@ def loader_bpb(
 
     with closing(micro_batches()) as batches:
         return evaluate_bpb(model, batches, 10**9, torch.tensor(tokenizer.token_bytes), runtime)
-
-
-def continuations(
-    model: GPT,
-    tokenizer: RustBPETokenizer,
-    prompts: Iterable[tuple[str, list[int]]],
-    max_tokens: int,
-    temperature: float = 0.0,
-) -> list[dict[str, str]]:
-    """What the model adds to each (name, token ids); a prompt longer than the context is left out."""
-    engine, found = Engine(model, tokenizer), []
-    for number, (name, tokens) in enumerate(prompts):
-        if len(tokens) < engine.max_context:
-            results, _ = engine.generate_batch(
-                tokens, num_samples=1, max_tokens=max_tokens, temperature=temperature, seed=42 + number
-            )
-            found.append({"prompt": name, "text": tokenizer.decode(results[0][len(tokens) :])})
-    return found

@@ -1,6 +1,5 @@
-"""The CORE evaluation as scripts run it: which bundle, what is printed, what goes into the report."""
+"""Running the CORE evaluation: opening the bundle, printing results, writing them for the report."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from nanochat.common import atomic_write, say, write_json
 from nanochat.core_eval import (
     CoreResult,
-    GPTScorer,
     Scorer,
     TaskResult,
     bootstrap_error,
@@ -17,18 +15,15 @@ from nanochat.core_eval import (
 )
 from nanochat.evals.core_bundle import Bundle, read_bundle
 from nanochat.evals.core_download import bundle_folder
-from nanochat.fp8 import without_fp8
 from nanochat.report import accuracy_values
 from nanochat.runtime import Runtime
-from nanochat.tokenizer import RustBPETokenizer
-from nanochat.trainer import Record, StopObserving, Trainer
 
 
 def open_bundle(given: str, base_dir: Path, runtime: Runtime, baselines: str = "v1", only: str = "") -> Bundle:
-    """The bundle that --eval-bundle means; on all processes, downloaded by one."""
+    """The bundle of --eval-bundle, downloaded by the main rank if need be. Collective."""
     if runtime.is_main:
         bundle_folder(given, base_dir)
-    runtime.barrier("writing the CORE results")
+    runtime.barrier("downloading the CORE bundle")
     bundle = read_bundle(bundle_folder(given, base_dir), baselines, only)
     if bundle.missing:
         runtime.warn0(
@@ -44,12 +39,12 @@ def run_core(
     bundle: Bundle,
     runtime: Runtime,
     *,
-    most: int,
+    max_per_task: int,
     mode: str = "reference",
     baselines: str = "v1",
-    between: Callable[[], None] = lambda: None,
+    after_task: Callable[[], None] = lambda: None,
 ) -> CoreResult:
-    """Evaluate, with a line for each task. `between` is called after each, on all processes; it may raise."""
+    """Evaluate, printing a line for each task. `after_task` is called after each, on all ranks; it may raise."""
 
     def progress(result: TaskResult, seconds: float) -> None:
         if runtime.is_main:
@@ -58,41 +53,13 @@ def run_core(
                 f"  {result.label:<34}{result.accuracy:7.4f} ± {bootstrap_error(result.right):.4f}   "
                 f"centred {result.centered:7.4f}   ({len(result.right)} items, {seconds:.1f} s{cropped})"
             )
-        between()
+        after_task()
 
     result = evaluate_core(
-        scorer, tokenizer, bundle, runtime, max_per_task=most, mode=mode, baselines=baselines, progress=progress
+        scorer, tokenizer, bundle, runtime, max_per_task=max_per_task, mode=mode, baselines=baselines, progress=progress
     )
     runtime.print0(core_line(result))
     return result
-
-
-def watch_core(trainer: Trainer, tokenizer: RustBPETokenizer, bundle: Bundle, most: int) -> Record:
-    """CORE of a model in training, in the published form; nothing if the run is asked to stop meanwhile."""
-    try:
-        with without_fp8(trainer.model):
-            result = run_core(
-                GPTScorer(trainer.model),
-                tokenizer,
-                bundle,
-                trainer.runtime,
-                most=most,
-                between=trainer.raise_if_stop_requested,
-            )
-    except StopObserving:
-        trainer.runtime.print0("asked to stop: the CORE evaluation is left unfinished")
-        return {}
-    return {"core": result.core, "core_low": result.low, "core_high": result.high}
-
-
-def core_seconds(trainer: Trainer, core: Callable[..., Record], bundle: Bundle, most: int) -> float:
-    """How long `core` will take with `most` items of each task (-1: all), by asking a few of them."""
-    few = 2
-    items = sum(min(len(t.items), most if most > 0 else len(t.items)) for t in bundle.tasks)
-    trainer.runtime.print0(f"timing CORE on {few} items of each task")
-    began = time.perf_counter()
-    core(trainer, most=few)
-    return (time.perf_counter() - began) * items / (few * len(bundle.tasks))
 
 
 def core_line(result: CoreResult) -> str:
@@ -106,11 +73,11 @@ def core_line(result: CoreResult) -> str:
 
 
 def report_values(result: CoreResult) -> dict[str, Any]:
-    """What the report keeps: each task's accuracy beside chance, and the metric."""
+    """The report's values: each task's accuracy beside chance, and the metric."""
     by_task = {t.label: (sum(t.right), len(t.right)) for t in result.tasks}
     values = accuracy_values(by_task, {t.label: t.baseline for t in result.tasks})
     published = published_gpt2()["accuracy"]
-    columns = [
+    rows = [
         {
             "task": t.label,
             "accuracy": t.accuracy,
@@ -130,12 +97,12 @@ def report_values(result: CoreResult) -> dict[str, Any]:
         "core_mode": result.mode,
         "core_baselines": result.baselines,
         "core_missing": result.missing,
-        "tables": {"CORE": columns},
+        "tables": {"CORE": rows},
     }
 
 
 def write_details(folder: Path, result: CoreResult, model: str) -> Path:
-    """core.json with everything, and core.csv in the published table's form; the folder."""
+    """Write core.json with everything and core.csv in the published table's format; returns the folder."""
     write_json(
         folder / "core.json",
         {"model": model, **result.to_dict(), "examples": {t.label: t.examples for t in result.tasks}},

@@ -1,0 +1,33 @@
+"""A model's optimizer and its (compiled) loss."""
+
+import shutil
+
+import torch
+
+from nanochat.common import warn
+from nanochat.flash_attention import prepare
+from nanochat.gpt import GPT
+from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
+from nanochat.runtime import Runtime
+from nanochat.train.step import LossFunction
+
+
+def make_optimizer(
+    model: GPT, config: OptimizerConfig, runtime: Runtime, lr_scale: float, weight_decay: float
+) -> MuonAdamW:
+    """MuonAdamW for this model; the distributed form when there are several ranks."""
+    # Orthogonalising in bf16 pays only where bf16 products are fast.
+    ns_dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
+    groups = build_param_groups(model, config, lr_scale=lr_scale, weight_decay=weight_decay, ns_dtype=ns_dtype)
+    return (DistMuonAdamW if runtime.world_size > 1 else MuonAdamW)(groups)
+
+
+def compiled_loss(model: GPT, mode: str, runtime: Runtime) -> LossFunction:
+    """model.loss, compiled if `mode` is "on", or "auto" on a CUDA device with a C compiler at hand."""
+    if mode == "off" or (mode == "auto" and runtime.device.type != "cuda"):
+        return model.loss
+    if mode == "auto" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        warn("no C compiler found, which torch.compile needs: training without it, slower (install gcc or clang)")
+        return model.loss
+    prepare(model.config.sequence_len, (left for left, _ in model.window_sizes), runtime.device)
+    return torch.compile(model.loss, dynamic=False)

@@ -1,0 +1,122 @@
+"""The flags of every training stage, and which of them a resumed run may change."""
+
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+from nanochat.common import warn
+from nanochat.optim import OptimizerConfig
+from nanochat.ranges import Range
+from nanochat.recipe import get_recipe
+from nanochat.runtime import TIMEOUT_SECONDS, Runtime
+
+
+class OnResume(Enum):
+    """Where a resumed run takes a flag from. Flags without this stay as in the saved run: they change the numbers."""
+
+    NEW = "from the command line, given or not"
+    IF_GIVEN = "from the command line if given there, else from the saved run"
+
+
+@dataclass
+class TrainConfig:
+    run: Annotated[str, OnResume.NEW] = "dummy"
+    """Name of the wandb run; "dummy" logs to the run's folder only."""
+    tensorboard: Annotated[bool, OnResume.NEW] = False
+    """Also log to tensorboard, in the run's folder."""
+    device_type: Annotated[str, OnResume.NEW] = ""
+    """cuda, mps or cpu; empty picks the best there is."""
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 42
+    """Seeds weights and data order."""
+    model_tag: str = ""
+    """Name of the run's folder; empty derives it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """on, off, or auto: torch.compile on CUDA only, where it pays back."""
+    minutes: Annotated[float, Range(above=0, unset=-1)] = -1.0
+    """Be done after this long, from the program's start to its end: the number of steps follows the clock."""
+    num_iterations: Annotated[int, Range(1, unset=-1)] = -1
+    """Optimizer steps; -1 derives them."""
+    device_batch_size: Annotated[int, Range(1, unset=-1)] = -1
+    """Rows per micro-batch and rank; -1 chooses. Does not change the result."""
+    total_batch_size: Annotated[int, Range(1, unset=-1)] = -1
+    """Tokens per optimizer step over all ranks; -1 derives it."""
+    embedding_lr: Annotated[float, Range(0, unset=-1)] = -1.0
+    """Rate of the token embedding at width 768 and 2^19 tokens a step; -1 takes the recipe's, here and below."""
+    unembedding_lr: Annotated[float, Range(0, unset=-1)] = -1.0
+    """Rate of the output head."""
+    matrix_lr: Annotated[float, Range(0, unset=-1)] = -1.0
+    """Rate of the matrices inside the blocks (Muon)."""
+    scalar_lr: Annotated[float, Range(0, unset=-1)] = -1.0
+    """Rate of the per-layer scalars."""
+    weight_decay: Annotated[float, Range(0, unset=-1)] = -1.0
+    """Cautious decay of the matrices at depth 12; scaled to the run as the recipe says."""
+    adam_beta1: Annotated[float, Range(0, below=1, unset=-1)] = -1.0
+    """AdamW's first moment decay."""
+    adam_beta2: Annotated[float, Range(0, below=1, unset=-1)] = -1.0
+    """AdamW's second moment decay."""
+    eval_every: Annotated[int, OnResume.NEW] = 250
+    """Steps between evaluations on validation data; -1 only at the end."""
+    eval_tokens: Annotated[int, OnResume.NEW] = -1
+    """Tokens per evaluation; -1 is 2^17 on a CPU and 20 * 2^19 elsewhere."""
+    sample_every: Annotated[int, OnResume.NEW] = 2000
+    """Steps between samples; -1 only at the end."""
+    save_every: Annotated[int, OnResume.NEW] = -1
+    """Steps between checkpoints; -1 only at the end (and on Ctrl-C, SIGTERM or SIGUSR1)."""
+    keep_last: Annotated[int, OnResume.IF_GIVEN] = 2
+    """Checkpoints kept; 0 keeps all."""
+    resume: Annotated[bool, OnResume.NEW] = False
+    """Resume from the run's latest good checkpoint, exactly."""
+    resume_from_step: Annotated[int, OnResume.NEW] = -1
+    """Resume from this step's checkpoint."""
+    timeout: Annotated[float, Range(above=0), OnResume.NEW] = TIMEOUT_SECONDS
+    """Seconds that ranks wait for one that hangs or is gone before the run ends with exit code 1."""
+
+    @property
+    def ends_on_time(self) -> bool:
+        """True if the clock, not a number of steps, ends the run."""
+        return self.minutes > 0 and self.num_iterations <= 0
+
+    def optimizer_config(self, recipe: str) -> OptimizerConfig:
+        """The recipe's rates, overridden by those of the command line."""
+        names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "adam_beta1", "adam_beta2")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) >= 0}
+        if "adam_beta2" in given:
+            given |= {"head_beta2": self.adam_beta2, "embed_beta2": self.adam_beta2}
+        return get_recipe(recipe).optimizer(**given)
+
+    def evaluation_tokens(self, runtime: Runtime) -> int:
+        return self.eval_tokens if self.eval_tokens > 0 else (2**17 if runtime.device.type == "cpu" else 20 * 2**19)
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def resume_rules(config: TrainConfig) -> dict[str, OnResume]:
+    """The flags that a resumed run may change, by name."""
+    hints = get_type_hints(type(config), include_extras=True)
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: mark for name, found in marks.items() for mark in found if isinstance(mark, OnResume)}
+
+
+def merge_saved_config(given: Config, saved: dict[str, Any]) -> Config:
+    """The saved run's flags, with those that may change taken from `given`.
+
+    A value on the command line that differs and may not change is ignored with a warning.
+    """
+    values, defaults, rules = asdict(given), type(given)(), resume_rules(given)
+    for name, value in saved.items():
+        rule = rules.get(name)
+        if name not in values or rule is OnResume.NEW:
+            continue
+        if values[name] not in (value, -1, getattr(defaults, name)):  # -1 asks to derive it
+            if rule is OnResume.IF_GIVEN:
+                continue
+            warn(f"resuming: --{name.replace('_', '-')} stays {value!r} as in the saved run, not {values[name]!r}")
+        values[name] = value
+    return type(given)(**values)
+
+
+def may_resume(given: TrainConfig, saved: dict[str, Any]) -> bool:
+    """Whether the given flags ask for the saved run's numbers, as far as they ask for any."""
+    rules = resume_rules(given)
+    return all(saved.get(k) == v for k, v in asdict(given).items() if rules.get(k) is not OnResume.NEW and v != -1)

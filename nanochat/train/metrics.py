@@ -1,0 +1,120 @@
+"""The record of a run: metrics.jsonl, the console line, wandb and tensorboard."""
+
+import contextlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, say, warn
+from nanochat.runtime import Runtime
+from nanochat.trainer import Record, Trainer
+
+PLAIN_LINE_SECONDS = 10.0  # between lines in a log file
+
+Sink = Callable[[int, Record], None]  # called with (step, record)
+
+
+class Metrics:
+    """A trainer's `log`: appends every step's record to metrics.jsonl and shows the run on the console. Main rank only.
+
+    A full disk costs the line, not the run.
+    """
+
+    def __init__(
+        self, path: Path, runtime: Runtime, *, flops_per_token: float, peak_flops: float, sinks: Sequence[Sink] = ()
+    ) -> None:
+        self.runtime, self.flops_per_token, self.peak_flops = runtime, flops_per_token, peak_flops
+        self.sinks = sinks
+        self.live = on_terminal()
+        self.last_line = 0.0
+        self.rate = 0.0  # smoothed tokens per second
+        self.file = None
+        self.write_failed = False
+        if runtime.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the whole run)
+
+    def __call__(self, trainer: Trainer, record: Record) -> None:
+        if self.file is None:
+            return
+        try:
+            self.file.write(json.dumps({k: v for k, v in record.items() if v is not None}) + "\n")
+        except OSError as error:
+            if not self.write_failed:
+                warn(f"metrics.jsonl cannot be written ({error}); training continues, its lines are lost")
+            self.write_failed = True
+        for sink in self.sinks:
+            sink(record["step"], record)
+        rate = record["tokens_per_second"]
+        self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
+        important = trainer.finished or "val_bpb" in record
+        now = time.monotonic()
+        if self.live:
+            say("\r\x1b[K" + self.line(trainer, record), end="\n" if important else "")
+        elif important or now - self.last_line > PLAIN_LINE_SECONDS:
+            self.last_line = now
+            say(self.line(trainer, record))
+
+    def line(self, trainer: Trainer, record: Record) -> str:
+        """step 120/400 | loss 3.21 | bpb 1.43 | 5.2k tok/s | 41% of peak | 1m10s left"""
+        now, total = trainer.progress, trainer.schedule.num_steps
+        left = (time.perf_counter() - trainer.started) / max(now.step, 1) * (total - now.step)
+        bpb = f" | bpb {now.val_bpb:.4f}" if now.val_bpb is not None else ""
+        reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
+        share = self.rate * self.flops_per_token / self.peak_flops / self.runtime.world_size if self.peak_flops else 0
+        peak = f" | {share:.0%} of peak" if share else ""
+        return (
+            f"step {now.step}/{total} | loss {now.debiased_loss():.4f}{bpb}{reward} | "
+            f"{format_count(self.rate)} tok/s{peak} | {format_seconds(left)} left"
+        )
+
+    def close(self) -> None:
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # a full disk may refuse the last line again
+                self.file.close()
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines past `step`, which a resumed run will write again, and a last line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    with atomic_write(path, "w") as file:
+        file.writelines(line + "\n" for line in kept)
+
+
+def check_sinks(run_name: str, use_tensorboard: bool) -> None:
+    """Raise UserError, before anything is begun, where the optional extra is not installed."""
+    if run_name != "dummy" and importlib.util.find_spec("wandb") is None:
+        raise UserError("--run needs wandb: pip install 'nanochat[wandb]', or leave --run=dummy")
+    if use_tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs tensorboard: pip install 'nanochat[tensorboard]', or leave it out")
+
+
+def open_sinks(run_name: str, folder: Path, use_tensorboard: bool, config: dict[str, Any], is_main: bool) -> list[Sink]:
+    """wandb (run_name other than "dummy") and tensorboard; see check_sinks."""
+    sinks: list[Sink] = []
+    if run_name != "dummy" and is_main:
+        import wandb
+
+        session = wandb.init(project="nanochat", name=run_name, config=config)
+        sinks.append(lambda step, record: session.log(record, step=step))
+    if use_tensorboard and is_main:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def to_tensorboard(step: int, record: Record) -> None:
+            for name, value in record.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, step)
+
+        sinks.append(to_tensorboard)
+    return sinks

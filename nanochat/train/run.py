@@ -1,0 +1,268 @@
+"""One training run: its folder, the checkpoint it resumes from, and the way from a trainer to an exit code.
+
+    with open_run("base_train", folder, config, runtime) as run:   # locks the folder, finds the checkpoint
+        ... build the model, plan and trainer from run.config and run.checkpoint
+        run.begin(num_steps, plan)                                  # from here on an earlier run is moved aside
+        code = run.train(trainer, ...)                              # restore, log, train, save
+
+The folder holds STEP/ checkpoints, metrics.jsonl (one object a line, every step) and plan.json (the numbers fixed
+before the first step).
+"""
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic
+
+from filelock import FileLock, Timeout
+
+from nanochat.checkpoint.async_save import SaveFailed
+from nanochat.checkpoint_manager import Checkpoint, list_steps, open_checkpoint
+from nanochat.common import UserError, get_base_dir, read_json, say, warn, write_json
+from nanochat.distributed.collectives import BackgroundGroup, CollectiveFailed
+from nanochat.distributed.rank_checks import DataError, NonFiniteLoss, RanksDiverged
+from nanochat.report import record_stage
+from nanochat.reporting.console import print_table
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.config import Config, TrainConfig, may_resume, merge_saved_config
+from nanochat.train.device_batch import fit_device_batch
+from nanochat.train.metrics import Metrics, check_sinks, cut_metrics, open_sinks
+from nanochat.train.snapshot import restore_trainer, take_snapshot
+from nanochat.train.timing import deadline_for, measure_peak_flops
+from nanochat.trainer import Interrupted, Record, Trainer
+
+
+@dataclass
+class Run(Generic[Config]):
+    """A run that has its folder to itself. `config` holds the command line's flags, or, resuming, the saved run's."""
+
+    script: str
+    folder: Path
+    config: Config
+    runtime: Runtime
+    checkpoint: Checkpoint | None = None  # to resume from
+    planned_steps: int | None = None  # of an earlier session: rates and decay follow from it, so it stays
+
+    def begin(self, num_steps: int, plan: list[tuple[str, str]]) -> None:
+        """Take the folder, now that every flag has been checked; print and keep the plan."""
+        check_sinks(self.config.run, self.config.tensorboard)
+        if not self.checkpoint:
+            move_aside(self.folder, self.runtime)
+        if self.runtime.is_main:
+            write_json(self.folder / "plan.json", {"num_steps": num_steps, "user_config": asdict(self.config)})
+            print_table("plan", plan)
+
+    def train(
+        self,
+        trainer: Trainer,
+        tokenizer: RustBPETokenizer,
+        *,
+        sequence_len: int,
+        total_batch_tokens: int,
+        meta: dict[str, Any],
+    ) -> int:
+        """From a fresh trainer to the end of the run: restore, log, train, save. Returns the exit code.
+
+        `meta` is kept with every checkpoint, beside the model's config, the flags and the plan.
+        """
+        config, runtime, planned_steps = self.config, self.runtime, trainer.schedule.num_steps
+        if self.checkpoint:
+            restore_trainer(trainer, self.checkpoint)
+            runtime.print0(f"resumed at step {self.checkpoint.step} of {trainer.schedule.num_steps}")
+        else:
+            fit_device_batch(trainer.step, config.device_batch_size, sequence_len)
+        meta = {
+            **meta,
+            "model_config": trainer.model.config.to_dict(),
+            "user_config": asdict(config),
+            "plan": {"planned_steps": planned_steps, "total_batch_tokens": total_batch_tokens},
+        }
+        trainer.snapshot = partial(
+            take_snapshot,
+            run=self.folder,
+            tokenizer=tokenizer,
+            meta=meta,
+            keep_last=config.keep_last,
+            group=BackgroundGroup(runtime.rank, runtime.world_size, runtime.timeout_seconds),
+        )
+        trainer.save_every = config.save_every
+        trainer.deadline = deadline_for(config, trainer, total_batch_tokens)
+        metrics = self._open_metrics(trainer)
+        trainer.log = partial(self._log, metrics=metrics)
+        try:
+            code = run_to_end(trainer, self.folder, self.command(resume=True))
+            if code and runtime.is_main and trainer.progress.step:
+                record_so_far(self.script, self.figures(trainer) | {"stopped_early": True})
+            return code
+        finally:
+            trainer.saver.close()
+            metrics.close()
+            trainer.loader.close()
+
+    def figures(self, trainer: Trainer) -> dict[str, Any]:
+        """The report's values of any training stage."""
+        now = trainer.progress
+        return {
+            "seconds": now.wall_seconds,
+            "train_seconds": now.seconds,
+            "val_bpb": now.val_bpb,
+            "best_val_bpb": now.best_val_bpb,
+            "loss": now.debiased_loss(),
+            "steps": now.step,
+            "num_params": trainer.model.num_scaling_params()["total"],
+            "loader": trainer.loader.stats(),
+            "metrics": os.path.relpath(self.folder / "metrics.jsonl", get_base_dir()),
+            "command": self.command(),
+        }
+
+    def command(self, **extra: Any) -> str:
+        """The command that starts this run, or with resume=True resumes it."""
+        return command_line(self.script, self.config, **extra)
+
+    def _open_metrics(self, trainer: Trainer) -> Metrics:
+        path, runtime, config = self.folder / "metrics.jsonl", self.runtime, self.config
+        if runtime.is_main:
+            cut_metrics(path, self.checkpoint.step if self.checkpoint else -1)
+        return Metrics(
+            path,
+            runtime,
+            flops_per_token=trainer.model.estimate_flops(),
+            peak_flops=measure_peak_flops(runtime),
+            sinks=open_sinks(config.run, self.folder, config.tensorboard, asdict(config), runtime.is_main),
+        )
+
+    def _log(self, trainer: Trainer, record: Record, metrics: Metrics) -> None:
+        """Write the metrics, and update the report at each evaluation: report.html follows the run."""
+        metrics(trainer, record)
+        if "val_bpb" in record and trainer.runtime.is_main and not trainer.finished:
+            rate = {"tokens": trainer.progress.tokens, "tokens_per_second": metrics.rate}
+            record_so_far(self.script, self.figures(trainer) | rate | {"status": "running"})
+
+
+@contextlib.contextmanager
+def open_run(script: str, folder: Path, config: Config, runtime: Runtime) -> Iterator[Run[Config]]:
+    """Lock the run's folder and find what to resume. UserError if another process trains there, or nothing fits."""
+    with lock_folder(folder, runtime):
+        checkpoint = choose_checkpoint(folder, config, runtime)
+        planned_steps = None
+        if saved := saved_plan(checkpoint, config, folder):
+            planned_steps, flags = saved
+            config = merge_saved_config(config, flags)
+        yield Run(script, folder, config, runtime, checkpoint, planned_steps)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
+    """Keep other processes from training in the same folder. UserError if one already does."""
+    if not runtime.is_main:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)  # beside the folder, which may be moved
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process is training in {folder}; wait for it, or give another --model-tag") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def choose_checkpoint(folder: Path, config: TrainConfig, runtime: Runtime) -> Checkpoint | None:
+    """The checkpoint to resume from, or None for a fresh run; also where nothing was saved yet. Collective.
+
+    The main rank verifies and chooses for all: on a shared disk, or while a save ends, others might see another one.
+    """
+    if not config.resume and config.resume_from_step < 0:
+        return None
+
+    def choose() -> int | None:
+        if config.resume_from_step < 0 and not list_steps(folder):
+            return None
+        return open_checkpoint(folder, None if config.resume_from_step < 0 else config.resume_from_step).step
+
+    chosen = runtime.broadcast(choose, "choosing a checkpoint")
+    if chosen is None:
+        runtime.print0(f"nothing saved in {folder} yet: starting from the beginning")
+        return None
+    return open_checkpoint(folder, chosen, verify=False)
+
+
+def saved_plan(checkpoint: Checkpoint | None, config: TrainConfig, folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """(steps planned before the first one, flags) of the run to resume; None for a fresh run.
+
+    A run killed before its first save has only plan.json; it counts if the flags ask for the same run.
+    """
+    if checkpoint:
+        plan = checkpoint.meta["plan"]
+        return plan.get("planned_steps", plan["num_steps"]), checkpoint.meta["user_config"]
+    if config.resume and (folder / "plan.json").exists():
+        plan = read_json(folder / "plan.json")
+        if may_resume(config, plan["user_config"]):
+            return plan["num_steps"], plan["user_config"]
+    return None
+
+
+def move_aside(folder: Path, runtime: Runtime) -> None:
+    """Rename the folder of an earlier run. Collective."""
+    runtime.barrier("checking the run's folder")
+    if runtime.is_main and list_steps(folder):
+        aside = next(p for n in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old{n}")).exists())
+        folder.rename(aside)
+        say(f"the earlier run {folder.name} was moved aside to {aside.name}; --resume would have continued it")
+    runtime.barrier("moving the earlier run aside")
+
+
+def run_to_end(trainer: Trainer, folder: Path, resume_command: str) -> int:
+    """Train; turn the known failures into one line and an exit code. 0 if the last step was reached."""
+    runtime, resume = trainer.runtime, f"resume with:\n  {resume_command}"
+    try:
+        trainer.run()
+        return 0
+    except Interrupted as stop:
+        runtime.print0(f"\n{stop}: stopped after step {trainer.progress.step}, which is saved; {resume}")
+        return 128 + stop.signum
+    except CollectiveFailed as error:  # known to this rank only
+        print(f"\nerror: {error}; {resume}", file=sys.stderr, flush=True)
+    except (NonFiniteLoss, RanksDiverged) as error:  # these and the following are raised on all ranks
+        runtime.error0(f"\nerror: {error}")
+    except DataError as error:
+        saved = trainer.saver.last_step
+        where = "nothing is saved yet" if saved is None else f"step {saved} is saved"
+        runtime.error0(f"\nerror: data cannot be read: {error}; {where}; {resume}")
+    except SaveFailed as error:
+        saved = trainer.saver.last_step
+        runtime.error0(
+            f"\nerror: could not save step {trainer.progress.step}: {error}; the last good checkpoint in "
+            f"{folder} is {'none' if saved is None else f'step {saved}'}"
+        )
+    return 1
+
+
+def command_line(script: str, config: Any, **extra: Any) -> str:
+    """The command that starts `script` with every non-default field of `config`, and `extra`."""
+    defaults = asdict(type(config)())
+    flags = {k: v for k, v in {**asdict(config), **extra}.items() if extra.get(k) is not None or v != defaults.get(k)}
+    words = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag}={value}")
+    return shlex.join(["python", "-m", f"scripts.{script}", *words])
+
+
+def record_so_far(stage: str, values: dict[str, Any]) -> None:
+    """Put an unfinished stage into the report. A report that cannot be written stops no training."""
+    try:
+        record_stage(get_base_dir(), stage, values)
+    except (OSError, UserError) as error:
+        warn(f"the report could not be written ({error}); training continues")

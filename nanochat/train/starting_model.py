@@ -1,0 +1,79 @@
+"""The earlier model that a training stage starts from, and the folder the stage's own run is in."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat.checkpoint.folder import list_steps
+from nanochat.checkpoint_manager import Checkpoint, find_run, load_model, open_checkpoint, run_dir
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.config import TrainConfig
+
+
+def open_source(init_from: str, base_dir: Path) -> Checkpoint:
+    """The checkpoint that base_train's --init-from names: a run's tag, its folder, or the folder of one step."""
+    path = Path(init_from)
+    if path.is_dir() and path.name.isdigit() and (path / "manifest.json").exists():
+        return open_checkpoint(path.parent, int(path.name))
+    return open_checkpoint(path if path.is_dir() else run_dir(base_dir, "base", init_from))
+
+
+def check_source(source: Checkpoint, tokenizer: RustBPETokenizer, max_seq_len: int) -> None:
+    """Raise UserError if a pretraining run cannot start from `source`: another tokenizer, another context."""
+    if source.tokenizer().hash != tokenizer.hash:
+        raise UserError(f"--init-from: {source.path} was trained with another tokenizer")
+    context = source.meta["model_config"]["sequence_len"]
+    if max_seq_len not in (-1, context):
+        raise UserError(f"--init-from: that model's context is {context}, not {max_seq_len}; leave --max-seq-len out")
+
+
+@dataclass
+class StartingModel:
+    """What a finetuning run inherits."""
+
+    model: GPT
+    tokenizer: RustBPETokenizer
+    tag: str  # of the run it starts from
+    step: int
+    recipe: str  # of pretraining
+    total_batch_tokens: int
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its place in the meta of checkpoints."""
+        return {"tag": self.tag, "step": self.step, "recipe": self.recipe}
+
+
+def finetuning_dir(stage: str, source: str, config: TrainConfig, source_tag: str, base_dir: Path) -> Path:
+    """The run's folder: named by --model-tag, else (resuming) the latest of its stage, else named like its source."""
+    tag = config.model_tag
+    if not tag and not source_tag and (config.resume or config.resume_from_step >= 0):
+        with contextlib.suppress(UserError):  # nothing to resume yet
+            tag = find_run(base_dir, stage, None).name
+    return run_dir(base_dir, stage, tag or find_run(base_dir, source, source_tag or None).name)
+
+
+def load_starting_model(source: str, run: Path, tag: str, step: int, runtime: Runtime, base_dir: Path) -> StartingModel:
+    """The model of stage `source` to finetune: the run `tag`, else the one named like `run`, else the latest.
+
+    `step` -1 takes its last checkpoint.
+    """
+    known = tag or (run.name if list_steps(run_dir(base_dir, source, run.name)) else None)
+    name = find_run(base_dir, source, known).name
+    model, tokenizer, meta = load_model(
+        source, runtime, base_dir=base_dir, model_tag=name, step=None if step < 0 else step, compute_dtype=runtime.dtype
+    )
+    recipe = meta["base"]["recipe"] if "base" in meta else meta["user_config"].get("recipe", "published")
+    return StartingModel(model, tokenizer, name, meta["step"], recipe, meta["plan"]["total_batch_tokens"])
+
+
+def resumed_model(checkpoint: Checkpoint, runtime: Runtime) -> StartingModel:
+    """A saved run's own model, its weights still to be restored: the run it started from may be gone by now."""
+    meta, base = checkpoint.meta, checkpoint.meta["base"]
+    model = GPT.create(GPTConfig.from_dict(meta["model_config"]), runtime.device, runtime.dtype)
+    total = meta["plan"]["total_batch_tokens"]
+    return StartingModel(model, checkpoint.tokenizer(), base["tag"], base["step"], base["recipe"], total)

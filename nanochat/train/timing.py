@@ -1,0 +1,83 @@
+"""How long steps take, and how many of them fit in --minutes."""
+
+import copy
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from nanochat.data.batches import Batch
+from nanochat.gpt import GPT
+from nanochat.runtime import Runtime, process_age
+from nanochat.scaling import REFERENCE_BATCH_TOKENS
+from nanochat.train.config import TrainConfig
+from nanochat.train.deadline import Deadline
+from nanochat.train.device_batch import fit_device_batch
+from nanochat.train.step import TrainStep
+from nanochat.trainer import Trainer
+
+
+def measure_peak_flops(runtime: Runtime, seconds: float = 0.3) -> float:
+    """FLOP/s of large matrix products on this machine, now: the reference for "share of peak"."""
+    size = 1024 if runtime.device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=runtime.device, dtype=runtime.dtype)
+    a @ a
+    runtime.synchronize()
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        a @ a
+        runtime.synchronize()
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - started)
+
+
+def measure_step(step: TrainStep, batch: Batch, budget: float) -> float:
+    """Seconds of one whole optimizer step: the median of at least two, taken within about `budget` seconds."""
+    step(batch)  # warm-up: allocation, compilation
+    times: list[float] = []
+    while len(times) < 2 or (sum(times) < budget and len(times) < 20):
+        started = time.perf_counter()
+        step(batch)
+        # The slowest rank's time, so that all ranks stop after the same number of steps.
+        times.append(step.runtime.all_reduce_max(time.perf_counter() - started, "timing a step"))
+    return float(median(times))
+
+
+def batch_for_minutes(device_type: str) -> int:
+    """Tokens per step where time, not the data, sets the horizon: many small steps on a slow machine."""
+    return 2**13 if device_type == "cpu" else REFERENCE_BATCH_TOKENS
+
+
+def steps_in(minutes: float, step_seconds: float) -> int:
+    """How many steps to plan for; the remaining time is for the start, evaluations and the end."""
+    return max(1, round(minutes * 60 * 0.93 / step_seconds))
+
+
+def steps_for_minutes(
+    config: TrainConfig, make_step: Callable[[GPT], TrainStep], model: GPT, batch: Batch, runtime: Runtime
+) -> int:
+    """How many optimizer steps fit in --minutes, by timing real ones on a copy of the model.
+
+    A first estimate, which the run's Deadline corrects.
+    """
+    step = make_step(copy.deepcopy(model))
+    fit_device_batch(step, config.device_batch_size, batch.inputs.size(1))
+    seconds = measure_step(step, batch, budget=min(10.0, config.minutes * 60 * 0.04))
+    steps = steps_in(config.minutes, seconds)
+    runtime.print0(f"measured {seconds:.3f} s a step: about {steps} steps fit in {config.minutes:g} minutes")
+    return steps
+
+
+def deadline_for(config: TrainConfig, trainer: Trainer, total_batch_tokens: int) -> Deadline | None:
+    """The deadline of --minutes, counted from the start of the program to its end; None without one."""
+    if not config.ends_on_time:
+        return None
+    age = trainer.runtime.all_reduce_max(process_age(), "reading the clock")
+    step_seconds = config.minutes * 60 / trainer.schedule.num_steps
+    for hook in trainer.hooks:
+        if hook.seconds is None:  # a forward pass takes about a third of a training step
+            hook.seconds = step_seconds * hook.tokens / total_batch_tokens / 3
+    deadline = Deadline(config.minutes * 60 - age, trainer.final_hooks_seconds())
+    deadline.resume(trainer.progress.step, trainer.progress.wall_seconds)
+    return deadline
