@@ -16,8 +16,8 @@ FLOORS = (
     "distributed runtime conversation",
     "tokenizer data dataset dataloader cpu sandbox execution reporting report",
     "gpt gpt_config flash_attention loss_head fp8",
-    "optim optimizer checkpoint checkpoint_manager inference evals core_eval loss_eval scaling",
-    "engine planning train recipe trainer",
+    "optim optimizer checkpoint checkpoint_manager inference scaling",
+    "engine evals core_eval loss_eval planning train recipe trainer",
     "rl serve",
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}

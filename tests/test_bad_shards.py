@@ -24,11 +24,11 @@ from nanochat.data.download import HUB_SETS, hub_folder
 from nanochat.data.shards import ShardCorpus
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import resolve_corpus
+from nanochat.evals.bits_per_byte import corpus_bpb
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_eval, base_train, tok_train
-from scripts._observe import corpus_bpb
 
 TOKENIZER = RustBPETokenizer.train_from_iterator(make_texts(20), 265)
 SHORT = [make_texts(240, seed, words=4) for seed in range(3)]

@@ -156,12 +156,12 @@ def test_orthogonalisation_products(runtime: Runtime) -> None:
 
 def test_state_is_counted_once(toy: Flags, runtime: Runtime) -> None:
     toy.recipe = "published"
-    trainer = train.make_trainer(toy, runtime)
-    trainer.step(train.random_batch(toy.batch, toy.seq_len, toy.vocab_size, runtime))
-    numbers = trainer.model.num_scaling_params()["total"]
-    second = sum(max(p.shape) - p.numel() for p in trainer.model.transformer["h"].parameters())
-    assert train.state_bytes(trainer) == 4 * (4 * numbers + second)  # one number a row instead of one a weight
-    assert len(trainer.gradient_seconds) == 1
+    step = train.make_step(toy, runtime)
+    step(train.random_batch(toy.batch, toy.seq_len, toy.vocab_size, runtime))
+    numbers = step.model.num_scaling_params()["total"]
+    second = sum(max(p.shape) - p.numel() for p in step.model.transformer["h"].parameters())
+    assert train.state_bytes(step) == 4 * (4 * numbers + second)  # one number a row instead of one a weight
+    assert len(step.gradient_seconds) == 1
 
 
 def test_lost_tokens_are_noticed(toy: Flags, monkeypatch: pytest.MonkeyPatch) -> None:

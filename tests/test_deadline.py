@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from test_trainer import make_trainer
+from toy_training import make_trainer
 
 from nanochat import trainer as trainer_module
 from nanochat.train.deadline import Deadline
@@ -23,35 +23,35 @@ def drive(deadline: Deadline, guess: int, cost: Callable[[float], float]) -> tup
 
 @pytest.mark.parametrize("guess", [100, 400, 3000])  # four times too few, right, far too many
 def test_a_wrong_guess_is_corrected(guess: int) -> None:
-    steps, seconds = drive(Deadline(300, observing_seconds=8, closing_seconds=2), guess, lambda now: 0.7)
+    steps, seconds = drive(Deadline(300, hooks_seconds=8, closing_seconds=2), guess, lambda now: 0.7)
     assert seconds == pytest.approx(290, abs=1.5) and steps == pytest.approx(290 / 0.7, abs=2)
 
 
 @pytest.mark.parametrize("slower", [0.5, 2.0])
 def test_a_machine_that_changes_its_pace(slower: float) -> None:
     _, seconds = drive(
-        Deadline(300, observing_seconds=0, closing_seconds=10), 400, lambda now: 0.7 * (slower if now > 150 else 1)
+        Deadline(300, hooks_seconds=0, closing_seconds=10), 400, lambda now: 0.7 * (slower if now > 150 else 1)
     )
     assert seconds == pytest.approx(290, rel=0.01)
 
 
 def test_stops_at_once_when_it_is_late() -> None:
-    deadline = Deadline(10, observing_seconds=0, closing_seconds=5)
+    deadline = Deadline(10, hooks_seconds=0, closing_seconds=5)
     steps, _ = drive(deadline, 1000, lambda now: 3.0)
     assert steps == 6  # before which a pace says nothing
 
 
 def test_what_evaluations_take_is_kept_for_the_last_one() -> None:
-    deadline = Deadline(300, observing_seconds=0, closing_seconds=0)
-    deadline.observing_seconds = 60
+    deadline = Deadline(300, hooks_seconds=0, closing_seconds=0)
+    deadline.hooks_seconds = 60
     _, seconds = drive(deadline, 400, lambda now: 0.7)
     assert seconds == pytest.approx(240, abs=1.5)
 
 
 def test_a_resumed_session_does_not_move_the_horizon_by_its_first_steps() -> None:
     """Its first steps are slow; and of the earlier session's 60 s, evaluations took a part that no step shows."""
-    deadline = Deadline(100, observing_seconds=0, closing_seconds=0)
-    deadline.go_on(600, 60.0)
+    deadline = Deadline(100, hooks_seconds=0, closing_seconds=0)
+    deadline.resume(600, 60.0)
     now, horizons = 60.0, [1000]
     for step in range(601, 621):
         now += 0.2
@@ -64,7 +64,7 @@ def test_the_trainer_follows_and_still_ends_with_its_hooks(monkeypatch: pytest.M
     clock = iter(x / 10 for x in range(10**6))  # each look at the clock a tenth of a second later
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(clock))
     trainer = make_trainer(steps=10_000)
-    trainer.deadline = Deadline(20, observing_seconds=0, closing_seconds=1)
+    trainer.deadline = Deadline(20, hooks_seconds=0, closing_seconds=1)
     seen: list[int] = []
     trainer.hooks = [trainer_module.Hook(lambda t: seen.append(t.progress.step))]
     saved: list[int] = []

@@ -13,7 +13,7 @@ from nanochat import flash_attention
 from nanochat.flash_attention import attend_at_positions, choose_backend, flash_attn, flash_attn_func
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
-from scripts._train import compiled_loss
+from nanochat.train.build import compiled_loss
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = -1) -> torch.Tensor:

@@ -7,37 +7,20 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from toy_training import MarkovBatches
 
-from nanochat.data.batches import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
 from nanochat.train.schedules import ScheduleConfig
+from nanochat.train.step import TrainStep
 from nanochat.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "goldens" / "loss_curves.json"
 SIZES = {"sequence_len": 64, "vocab_size": 96, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
 STEPS = 24
-
-
-class Markov:
-    """Text with something to learn: each token mostly follows from the one before it."""
-
-    def __init__(self) -> None:
-        self.rng = np.random.default_rng(0)
-        self.next = self.rng.permutation(96)
-
-    def next_batch(self) -> Batch:
-        rows = np.empty((8, 65), np.int64)
-        rows[:, 0] = self.rng.integers(96, size=8)
-        for t in range(1, 65):
-            noise = self.rng.random(8) < 0.2
-            rows[:, t] = np.where(noise, self.rng.integers(96, size=8), self.next[rows[:, t - 1]])
-        tokens = torch.from_numpy(rows)
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, "markov")
 
 
 def curve(form: str) -> list[float]:
@@ -50,7 +33,8 @@ def curve(form: str) -> list[float]:
     model = GPT.create(config, seed=5)
     groups = build_param_groups(model, rates, lr_scale=0.3, weight_decay=0.1, ns_dtype=torch.float32)
     runtime = Runtime(torch.device("cpu"), torch.float32, "test", seed=0)
-    trainer = Trainer(model, MuonAdamW(groups), Markov(), runtime, ScheduleConfig(STEPS, warmup_steps=2), 8)  # type: ignore[arg-type]
+    step = TrainStep(model, MuonAdamW(groups), runtime, ScheduleConfig(STEPS, warmup_steps=2), 8, model.loss)
+    trainer = Trainer(step, MarkovBatches())
     losses: list[float] = []
     trainer.log = lambda t, record: losses.append(record["loss"])
     trainer.run()

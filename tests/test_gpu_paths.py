@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from nanochat.train.session import find_device_batch
 from stubs import stir
-from test_trainer import CONFIG, CPU, Batches, make_trainer
+from toy_training import CONFIG, CPU, RandomBatches, make_trainer
 
 from nanochat import fp8, runtime
 from nanochat.common import UserError
@@ -25,10 +24,10 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.loss_head import head_loss
 from nanochat.optim import OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime, pick_dtype
-from nanochat.train import progress
+from nanochat.train import device_batch, progress
+from nanochat.train.device_batch import find_device_batch
 from nanochat.train.progress import Progress
 from nanochat.trainer import Trainer
-from scripts import _device_batch
 
 GPU = Runtime(torch.device("cuda"), torch.bfloat16, "test", seed=0)
 HALF = replace(CPU, dtype=torch.float16)
@@ -128,13 +127,12 @@ def overflow(t: Trainer) -> None:
 
 def test_overflow_skips_the_step_and_halves_the_scale() -> None:
     t = make_trainer(runtime=HALF)
-    t.loss_fn = t.model.loss
     t.progress.good_steps = 7
-    before, state = weights_of(t), t.optimizer.named_state({p: n for n, p in t.model.named_parameters()})
+    before, state = weights_of(t), t.step.optimizer.named_state({p: n for n, p in t.model.named_parameters()})
     overflow(t)
     record = t.step(t.loader.next_batch())
     assert all(torch.equal(before[name], value) for name, value in weights_of(t).items())
-    assert t.optimizer.named_state({p: n for n, p in t.model.named_parameters()}) == state
+    assert t.step.optimizer.named_state({p: n for n, p in t.model.named_parameters()}) == state
     assert (t.progress.loss_scale, t.progress.good_steps, t.progress.step) == (32768.0, 0, 1)
     assert record["loss_scale"] == 32768.0 and math.isfinite(record["loss"])
     assert all(p.grad is None for p in t.model.parameters())
@@ -158,11 +156,10 @@ def test_the_scale_doubles_after_enough_good_steps(monkeypatch: pytest.MonkeyPat
 
 def test_all_processes_skip_when_one_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
     t = make_trainer(runtime=HALF)
-    t.loss_fn = t.model.loss
     before = weights_of(t)
-    t.accumulate(t.loader.next_batch())
+    t.step.accumulate(t.loader.next_batch())
     monkeypatch.setattr(Runtime, "all_reduce_max", lambda self, value, name: 1.0)  # another process's gradients
-    assert not t.unscale_gradients() and t.progress.loss_scale == 32768.0
+    assert not t.step.unscale_gradients() and t.progress.loss_scale == 32768.0
     assert all(torch.equal(before[name], value) for name, value in weights_of(t).items())
 
 
@@ -175,14 +172,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_float16_too() -> None:
 
 def test_float16_gradients_are_those_of_float32() -> None:
     grads = []
-    batch = Batches(rows=4).next_batch()
+    batch = RandomBatches(rows=4).next_batch()
     for dtype in (torch.float32, torch.float16):
         t = make_trainer(device_batch_size=2)
-        t.model.compute_dtype, t.runtime = dtype, replace(CPU, dtype=dtype)
-        t.loss_fn = t.model.loss
+        t.model.compute_dtype, t.step.runtime = dtype, replace(CPU, dtype=dtype)
         stir(t.model, 0.05)
-        t.accumulate(batch)
-        assert dtype == torch.float32 or t.unscale_gradients()
+        t.step.accumulate(batch)
+        assert dtype == torch.float32 or t.step.unscale_gradients()
         grads.append({name: p.grad for name, p in t.model.named_parameters()})
     for name, value in grads[0].items():
         assert (grads[1][name] - value).norm() < 0.03 * value.norm(), name
@@ -235,19 +231,18 @@ def test_processes_agree_on_the_smallest(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_search_runs_on_gpus_only_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     t = make_trainer(device_batch_size=8)
-    t.loss_fn = t.model.loss
-    monkeypatch.setattr(_device_batch, "find_device_batch", lambda *args: 3)
-    _device_batch.fit_device_batch(t, -1, 16)
-    assert t.device_batch_size == 8
-    t.runtime = GPU
-    _device_batch.fit_device_batch(t, 8, 16)
-    assert t.device_batch_size == 8  # as the user said
-    _device_batch.fit_device_batch(t, -1, 16)
-    assert t.device_batch_size == 3
-    t.runtime, before, random = CPU, weights_of(t), torch.get_rng_state()
+    monkeypatch.setattr(device_batch, "find_device_batch", lambda *args: 3)
+    device_batch.fit_device_batch(t.step, -1, 16)
+    assert t.step.device_batch_size == 8
+    t.step.runtime = GPU
+    device_batch.fit_device_batch(t.step, 8, 16)
+    assert t.step.device_batch_size == 8  # as the user said
+    device_batch.fit_device_batch(t.step, -1, 16)
+    assert t.step.device_batch_size == 3
+    t.step.runtime, before, random = CPU, weights_of(t), torch.get_rng_state()
     seen: list[tuple[int, ...]] = []
-    t.loss_fn = lambda inputs, *rest: seen.append(tuple(inputs.shape)) or t.model.loss(inputs, *rest)
-    _device_batch.try_micro_batches(t, 5, T=16)
+    t.step.loss_fn = lambda inputs, *rest: seen.append(tuple(inputs.shape)) or t.model.loss(inputs, *rest)
+    device_batch.try_micro_batches(t.step, 5, T=16)
     assert seen == [(5, 16), (5, 16)] and torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(before[n], v) for n, v in weights_of(t).items())
     assert all(p.grad is None for p in t.model.parameters()) and t.loader.served == 0  # type: ignore[attr-defined]
@@ -362,9 +357,9 @@ def test_a_batch_is_pinned_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
     t = make_trainer()
     tokens = torch.zeros(2, 16, dtype=torch.long)
-    assert len(list(t.micro_batches(Batch(tokens, tokens, None, "")))) == 1
-    t.runtime = replace(CPU, device=torch.device("meta"))  # stands for any device that is not CUDA
-    assert len(list(t.micro_batches(Batch(tokens, tokens, None, "")))) == 1
+    assert len(list(t.step.micro_batches(Batch(tokens, tokens, None, "")))) == 1
+    t.step.runtime = replace(CPU, device=torch.device("meta"))  # stands for any device that is not CUDA
+    assert len(list(t.step.micro_batches(Batch(tokens, tokens, None, "")))) == 1
 
 
 def test_a_machine_without_glibc_trains_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

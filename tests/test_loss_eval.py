@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from ranks import run_ranks
-from scripts._observe import bpb_by_source
 
 from nanochat.common import BadShard, UserError
 from nanochat.data.corpus import Document
 from nanochat.distributed.rank_checks import DataError
 from nanochat.distributed.signals import StopRequested, raise_if_stop_requested, stop_when
+from nanochat.evals.bits_per_byte import bpb_by_source
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime

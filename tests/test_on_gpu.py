@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from test_flash_attention import random_qkv, reference
-from test_golden_curve import SIZES, Markov
+from test_golden_curve import SIZES
 from test_gpt import FORMS, randomized, tokens
+from toy_training import MarkovBatches
 
 from nanochat import fp8
 from nanochat.common import sha256_file
@@ -22,10 +23,11 @@ from nanochat.flash_attention import BACKENDS, flash_attn_func
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
+from nanochat.train.build import compiled_loss
+from nanochat.train.device_batch import fit_device_batch
 from nanochat.train.schedules import ScheduleConfig
+from nanochat.train.step import TrainStep
 from nanochat.trainer import Trainer
-from scripts._device_batch import fit_device_batch
-from scripts._train import compiled_loss
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -132,15 +134,8 @@ def curve(runtime: Runtime, steps: int = 24, compiled: str = "off", recipe: str 
     if recipe:
         fp8.convert(model, recipe, runtime)
     groups = build_param_groups(model, OptimizerConfig(), lr_scale=0.3, weight_decay=0.1, ns_dtype=torch.float32)
-    trainer = Trainer(
-        model,
-        MuonAdamW(groups),
-        Markov(),
-        runtime,
-        ScheduleConfig(steps, warmup_steps=2),
-        8,  # type: ignore[arg-type]
-        loss_fn=compiled_loss(model, compiled, runtime),
-    )
+    schedule, loss_fn = ScheduleConfig(steps, warmup_steps=2), compiled_loss(model, compiled, runtime)
+    trainer = Trainer(TrainStep(model, MuonAdamW(groups), runtime, schedule, 8, loss_fn), MarkovBatches())
     losses: list[float] = []
     trainer.log = lambda t, record: losses.append(record["loss"])
     trainer.run()
@@ -206,13 +201,13 @@ def test_rows_are_halved_until_they_really_fit() -> None:
     config = replace(CONFIG, n_embd=512, n_layer=6, vocab_size=8192)
     model = GPT.create(config, GPU, torch.bfloat16)
     groups = build_param_groups(model, OptimizerConfig(), ns_dtype=torch.bfloat16)
-    trainer = Trainer(model, MuonAdamW(groups), None, runtime, ScheduleConfig(4), 4096, loss_fn=model.loss)  # type: ignore[arg-type]
+    step = TrainStep(model, MuonAdamW(groups), runtime, ScheduleConfig(4), 4096, model.loss)
     total = torch.cuda.get_device_properties(GPU).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(4 * 2**30 / total)
     try:
-        fit_device_batch(trainer, -1, 256)
-        assert 1 <= trainer.device_batch_size < 4096
+        fit_device_batch(step, -1, 256)
+        assert 1 <= step.device_batch_size < 4096
         held = torch.cuda.memory_allocated()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -20,7 +20,8 @@ from nanochat.planning.law import Candidate, Law, candidates_by_depth
 from nanochat.planning.memory import activation_bytes, choose_rows, memory_by_kind
 from nanochat.runtime import Runtime
 from nanochat.scaling import derive_sizes, estimate, scaling_params
-from scripts import _pace, plan
+from nanochat.train import pace as measured
+from scripts import plan
 
 H100 = ["--gpu=h100", "--num-gpus=8"]
 HERE = ["--depth=2", "--n-embd=32", "--n-head=2", "--max-seq-len=32", "--vocab-size=300", "--num-iterations=3"]
@@ -183,7 +184,7 @@ def test_fp16_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_this_machine_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pace, "MEASURING_SECONDS", 1.0)
+    monkeypatch.setattr(measured, "MEASURING_SECONDS", 1.0)
     made = planned([*HERE, "--total-batch-size=1024"], capsys)
     assert made["steps"] == 3 and made["seconds"] > 0 and made["dollars"] is None
     assert any("with all layers" in sentence for sentence in made["assumptions"])
@@ -192,7 +193,7 @@ def test_this_machine_is_measured(capsys: pytest.CaptureFixture[str], monkeypatc
 
 def test_a_model_too_slow_to_measure_is_scaled_up(monkeypatch: pytest.MonkeyPatch) -> None:
     config = GPTConfig(sequence_len=1024, n_layer=8)
-    tried = list(_pace.trials(config, 4))
+    tried = list(measured.trials(config, 4))
     assert [(c.n_layer, c.sequence_len, rows) for c, rows in tried] == [
         (8, 1024, 4),
         (8, 1024, 1),
@@ -202,23 +203,23 @@ def test_a_model_too_slow_to_measure_is_scaled_up(monkeypatch: pytest.MonkeyPatc
         (2, 256, 1),
         (1, 256, 1),
     ]
-    monkeypatch.setattr(_pace, "time_step", lambda trial, rows, runtime: (float(rows), 1.0))
-    slow = _pace.Gpu("abacus", 1e12, 1e9, None, 0.0, None, "float32")
-    pace = _pace.measure_pace(
+    monkeypatch.setattr(measured, "time_step", lambda trial, rows, runtime: (float(rows), 1.0))
+    slow = measured.Gpu("abacus", 1e12, 1e9, None, 0.0, None, "float32")
+    pace = measured.measure_pace(
         GPTConfig(sequence_len=64, vocab_size=64, n_layer=4, n_embd=64, n_head=2, n_kv_head=2),
         slow,
         Runtime.create("cpu"),
     )
     assert pace.token_seconds == pytest.approx(1 / 64)  # all of it could be measured: 4096 // 64 rows in 64 s
     slow.peak_flops = 1e3
-    pace = _pace.measure_pace(config, slow, Runtime.create("cpu"))
-    assert "too large" in pace.source and pace.token_seconds == pytest.approx(estimate(config)[0] / 400)
+    pace = measured.measure_pace(config, slow, Runtime.create("cpu"))
+    assert "40%" in pace.source and pace.token_seconds == pytest.approx(estimate(config)[0] / 400)
 
 
 def test_available_memory(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2048 kB\n")
-    assert _pace.available_memory(str(tmp_path / "meminfo")) == 2**21
-    assert _pace.available_memory(str(tmp_path / "none")) > 2**20
+    assert measured.available_memory(str(tmp_path / "meminfo")) == 2**21
+    assert measured.available_memory(str(tmp_path / "none")) > 2**20
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -285,20 +286,21 @@ def held_by_rank(runtime: Runtime, dtype: str) -> tuple[dict[str, int], dict[str
     from torch.autograd.profiler import profile  # torch.profiler.profile imports the compiler
 
     from bench._common import tensor_bytes
+    from nanochat.train.build import make_optimizer
+    from nanochat.train.config import TrainConfig
+    from nanochat.train.device_batch import random_batch
     from nanochat.train.schedules import ScheduleConfig
-    from nanochat.trainer import Trainer
-    from scripts._device_batch import random_batch
-    from scripts._train import TrainFlags, make_optimizer
+    from nanochat.train.step import TrainStep
 
     config = GPTConfig.later(vocab_size=512, **{**SHAPES[0], "n_layer": 4})
     runtime.dtype, rows = getattr(torch, dtype), 2
     model = GPT.create(config, compute_dtype=runtime.dtype)
-    optimizer = make_optimizer(model, TrainFlags().optimizer_config("default"), runtime, 1e-3, 0.1)
-    trainer = Trainer(model, optimizer, None, runtime, ScheduleConfig(9), rows, loss_fn=model.loss)  # type: ignore[arg-type]
+    optimizer = make_optimizer(model, TrainConfig().optimizer_config("default"), runtime, 1e-3, 0.1)
+    step = TrainStep(model, optimizer, runtime, ScheduleConfig(9), rows, model.loss)
     batch = random_batch(2 * rows * runtime.world_size, config.sequence_len, config.vocab_size, runtime)
-    trainer.step(batch)
+    step(batch)
     with profile(profile_memory=True, use_kineto=True) as profiler:
-        trainer.accumulate(batch)  # two micro-batches, the second one beside the gradients of the first
+        step.accumulate(batch)  # two micro-batches, the second one beside the gradients of the first
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     allocated, peak = 0, 0
     for event in sorted(events, key=lambda event: event.start_ns()):

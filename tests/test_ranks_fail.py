@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from nanochat.train.session import run_to_end
 from ranks import run_ranks
-from test_trainer import CONFIG, Batches
+from toy_training import CONFIG, RandomBatches
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint import folder, tensor_file
@@ -27,12 +26,14 @@ from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.run import run_to_end
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.snapshot import take_snapshot
+from nanochat.train.step import TrainStep
 from nanochat.trainer import Trainer
 
 
-class Rows(Batches):
+class Rows(RandomBatches):
     """A rank's rows of the global batches, and a state that a checkpoint can hold."""
 
     def __init__(self, runtime: Runtime) -> None:
@@ -50,7 +51,8 @@ class Rows(Batches):
 def make_trainer(runtime: Runtime, steps: int) -> Trainer:
     model = GPT.create(CONFIG, seed=1)
     groups = build_param_groups(model, OptimizerConfig(), lr_scale=0.2, ns_dtype=torch.float32)
-    return Trainer(model, DistMuonAdamW(groups), Rows(runtime), runtime, ScheduleConfig(steps), 6)
+    step = TrainStep(model, DistMuonAdamW(groups), runtime, ScheduleConfig(steps), 6, model.loss)
+    return Trainer(step, Rows(runtime))
 
 
 def drift(runtime: Runtime) -> str:
@@ -82,7 +84,7 @@ def poison(runtime: Runtime) -> str:
         summed, count = loss(*args)
         return summed * (math.nan if runtime.rank == 1 and trainer.progress.step == 2 else 1), count
 
-    trainer.loss_fn = loss_fn
+    trainer.step.loss_fn = loss_fn
     try:
         trainer.run()
     except NonFiniteLoss as error:

@@ -337,16 +337,17 @@ def test_importing_the_report_does_not_import_matplotlib() -> None:
 def test_the_report_follows_a_run(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stubs import TINY
 
-    from scripts import _train, base_train
+    from nanochat.train import run as training_run
+    from scripts import base_train
 
     pages: list[tuple[str, dict]] = []
-    record_so_far = _train.record_so_far
+    record_so_far = training_run.record_so_far
 
     def look(stage: str, values: dict) -> None:
         record_so_far(stage, values)
         pages.append((html_of(copied), load_report(copied)["base_train"]))
 
-    monkeypatch.setattr(_train, "record_so_far", look)
+    monkeypatch.setattr(training_run, "record_so_far", look)
     flags = [f for f in TINY if not f.startswith("--num-iterations")]
     text = f"--data={copied / 'text.jsonl'}"
     assert base_train.main([*flags, text, "--num-iterations=6", "--eval-every=2"]) == 0
@@ -358,13 +359,13 @@ def test_the_report_follows_a_run(copied: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_report_that_cannot_be_written_stops_no_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from scripts import _train
+    from nanochat.train import run as training_run
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_train, "record_stage", full)
-    _train.record_so_far("base_train", {})
+    monkeypatch.setattr(training_run, "record_stage", full)
+    training_run.record_so_far("base_train", {})
     assert "No space left" in capsys.readouterr().err
 
 

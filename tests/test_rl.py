@@ -2,22 +2,22 @@
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from engine_helpers import sequence
+from rl_helpers import Bandit, ChatBytes, loader_for, tiny
 from stubs import TOKENIZER
 
 from nanochat.common import UserError
-from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.inference.request import TokenSequence
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.rl import Curriculum, Group, RolloutLoader, Sampler, as_batch
 from nanochat.runtime import Runtime
 from nanochat.train.schedules import ScheduleConfig
-from nanochat.trainer import Trainer
+from nanochat.train.step import TrainStep
 from scripts import chat_rl
 from tasks.answers import keyed_random
 from tasks.formats import Format
@@ -27,62 +27,16 @@ from tasks.wordproblems import LEVELS, WordProblems, draw
 END = TOKENIZER.encode_special("<|assistant_end|>")
 
 
-def tiny(seed: int = 0, **sizes: Any) -> GPT:
-    config = GPTConfig(
-        **{"sequence_len": 64, "vocab_size": 265, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32, **sizes}
-    )
-    model = GPT.create(config, seed=seed)
-    with torch.no_grad():  # no matrix is zero, so that every gradient shows
-        for number, p in enumerate(model.parameters()):
-            if p.dim() > 1:
-                p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
-    return model
-
-
 def answered(prompt: list[int], tokens: list[int], mask: list[int], end: int | None) -> TokenSequence:
     row = sequence(prompt, 50)
     row.tokens, row.mask, row.end = tokens, mask, end
     return row
 
 
-class Bandit:
-    """Answers that begin with one of a few bytes are paid for it; the rest gets nothing."""
-
-    name = "Bandit"
-    pays: ClassVar = {ord("a"): 0.2, ord("b"): 1.0, ord("c"): 0.6}
-
-    def __len__(self) -> int:
-        return 5
-
-    def __getitem__(self, index: int) -> Any:
-        return {"messages": [{"role": "user", "content": f"arm {index}?"}, {"role": "assistant", "content": "b"}]}
-
-    def reward(self, conversation: Any, completion: str) -> float:
-        return self.pays.get(ord(completion[0]), 0.0) if completion else 0.0
-
-
-class ChatBytes:
-    """ByteTokenizer with the rendering that rollouts need."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(TOKENIZER, name)
-
-    def render_for_completion(self, conversation: Any) -> list[int]:
-        return [TOKENIZER.encode_special("<|bos|>"), *TOKENIZER.encode(conversation["messages"][0]["content"])]
-
-
-def loader_for(
-    model: GPT, runtime: Runtime, curricula: list[Curriculum] | None = None, groups: int = 4, **how: Any
-) -> RolloutLoader:
-    sampler = Sampler(**{"num_samples": 6, "max_new_tokens": 4, "top_k": 0, **how})
-    curricula = curricula or [Curriculum([Bandit()])]
-    return RolloutLoader(Engine(model, ChatBytes()), ChatBytes(), curricula, sampler, groups, runtime, seed=3)  # type: ignore[arg-type]
-
-
-def trainer_for(model: GPT, loader: Any, runtime: Runtime, micro: int = 4, steps: int = 50, lr: float = 1.0) -> Trainer:
+def step_for(model: GPT, runtime: Runtime, micro: int = 4, steps: int = 50, lr: float = 1.0) -> TrainStep:
     groups = build_param_groups(model, OptimizerConfig(), lr_scale=lr, ns_dtype=torch.float32)
     schedule = ScheduleConfig(steps, warmdown_ratio=1.0)
-    return Trainer(model, MuonAdamW(groups), loader, runtime, schedule, micro)
+    return TrainStep(model, MuonAdamW(groups), runtime, schedule, micro, model.loss)
 
 
 @pytest.fixture
@@ -141,9 +95,7 @@ def test_gradient_agrees_with_a_worked_example_in_float64(runtime: Runtime) -> N
     (-objective / trained).backward()
     for micro in (1, 3, 100):  # dead rows and padding are left out without a difference
         model.zero_grad(set_to_none=True)
-        trainer = trainer_for(model, None, runtime, micro)
-        trainer.loss_fn = model.loss
-        loss, num_targets = trainer.accumulate(batch)
+        loss, num_targets = step_for(model, runtime, micro).accumulate(batch)
         assert num_targets == trained
         assert loss == pytest.approx(float(-objective.detach() / trained), abs=1e-6)
         for (name, p), q in zip(model.named_parameters(), exact.parameters()):
@@ -168,13 +120,12 @@ def test_on_a_bandit_the_policy_finds_the_best_arm(runtime: Runtime) -> None:
     with torch.no_grad():  # it likes to stop: an answer that is cut off earns nothing
         model.lm_head.weight[END] += 0.5 * model.hidden(torch.tensor([[ord("b")]]))[0, 0]
     loader = loader_for(model, runtime, groups=8, num_samples=16, max_new_tokens=8)
-    trainer = trainer_for(model, loader, runtime, micro=128, steps=150, lr=0.5)
+    step = step_for(model, runtime, micro=128, steps=150, lr=0.5)
     first = None
     for _ in range(150):
         batch = loader.next_batch()
         first = first if first is not None else loader.figures["reward"]
-        trainer.loss_fn = model.loss
-        trainer.step(batch)
+        step(batch)
     assert first is not None and first < 0.1, "265 arms, three of which pay"
     assert loader.figures["reward"] > 0.95, loader.figures
     probs = torch.softmax(model(torch.tensor([ChatBytes().render_for_completion(Bandit()[2])]))[0, -1], -1)
@@ -236,11 +187,10 @@ def test_two_processes_draw_what_one_draws(runtime: Runtime) -> None:
         num_targets = int((whole.targets >= 0).sum())
         for batches in ([whole], parts):
             model.zero_grad(set_to_none=True)
-            trainer = trainer_for(model, None, runtime)
-            trainer.loss_fn = model.loss
+            train_step = step_for(model, runtime)
             for batch in batches:
-                for micro in trainer.micro_batches(batch):
-                    trainer.add_gradients(*micro, num_targets)
+                for micro in train_step.micro_batches(batch):
+                    train_step.add_gradients(*micro, num_targets)
             gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         for a, b in zip(*gradients):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)

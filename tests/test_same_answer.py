@@ -48,10 +48,11 @@ SFT = [
 
 def train(runtime: Runtime, stage: str, base: str, dtype: str, argv: list[str]) -> None:
     """A training script on one rank, as torchrun would start it, without measuring the machine and the report."""
-    from scripts import _train, base_train, chat_sft
+    from nanochat.train import run as training_run
+    from scripts import base_train, chat_sft
 
     script = {"base": base_train, "sft": chat_sft}[stage]
-    _train.measure_peak_flops = lambda runtime: 1.0
+    training_run.measure_peak_flops = lambda runtime: 1.0
     script.report = lambda *args: None
     os.environ |= {"NANOCHAT_BASE_DIR": base, "NANOCHAT_DTYPE": dtype}
     assert script.main(argv) == 0
@@ -208,11 +209,12 @@ def test_finetuning_on_two_processes(done_by: Callable[[int], Path], tmp_path: P
 
 def practise(runtime: Runtime) -> tuple[list[float], dict[str, Any], int]:
     """Three steps of RL in which each answer is worth its first byte: losses, weights, tokens trained on."""
-    from test_rl import Bandit, loader_for, tiny
+    from rl_helpers import Bandit, loader_for, tiny
 
     from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
     from nanochat.rl import Curriculum
     from nanochat.train.schedules import ScheduleConfig
+    from nanochat.train.step import TrainStep
     from nanochat.trainer import Trainer
 
     class Bytes(Bandit):
@@ -224,7 +226,7 @@ def practise(runtime: Runtime) -> tuple[list[float], dict[str, Any], int]:
     optimizer = (DistMuonAdamW if runtime.world_size > 1 else MuonAdamW)(groups)
     # An answer that does not end in time is worth nothing: among so many and so long ones some end in every group.
     loader = loader_for(model, runtime, [Curriculum([Bytes()])], groups=5, num_samples=16, max_new_tokens=40)
-    trainer = Trainer(model, optimizer, loader, runtime, ScheduleConfig(3), device_batch_size=4)
+    trainer = Trainer(TrainStep(model, optimizer, runtime, ScheduleConfig(3), 4, model.loss), loader)
     losses: list[float] = []
     trainer.log = lambda trainer, record: losses.append(record["loss"])
     trainer.run()

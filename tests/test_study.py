@@ -14,7 +14,7 @@ from nanochat.planning.fit import fit_law
 from nanochat.planning.hardware import Pace
 from nanochat.planning.isoflop import Run, best_sizes, lowest_point, parabola
 from nanochat.planning.law import Law
-from scripts import _pace
+from nanochat.train import pace
 from scripts.fit_law import main
 
 TRUE = {"E": 0.7, "A": 60.0, "alpha": 0.35, "B": 180.0, "beta": 0.35}
@@ -95,20 +95,20 @@ def test_fit_law_reads_finished_runs(copied: Path, capsys: pytest.CaptureFixture
 def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """More time gives a deeper model; a machine ten times slower gives that of a tenth of the time."""
     from nanochat.runtime import Runtime
-    from scripts._model import ModelFlags, network
+    from scripts._flags import ModelFlags
 
-    of_depth = network(ModelFlags(head_dim=64, max_seq_len=512), 4096)
+    of_depth = ModelFlags(head_dim=64, max_seq_len=512).network(4096)
     law = Law(0.7, 60.0, 0.35, 180.0, 0.35)
     speed = 1e11
-    monkeypatch.setattr(_pace, "this_machine", lambda runtime: None)
+    monkeypatch.setattr(pace, "this_machine", lambda runtime: None)
     monkeypatch.setattr(
-        _pace, "measure_pace", lambda config, gpu, runtime: Pace(_pace.estimate(config)[0] / speed, 0.01, "test")
+        pace, "measure_pace", lambda config, gpu, runtime: Pace(pace.estimate(config)[0] / speed, 0.01, "test")
     )
     runtime = Runtime.create("cpu")
-    chosen = [_pace.best_depth(minutes, 4096, of_depth, law, runtime).key for minutes in (1, 30, 600)]
+    chosen = [pace.best_depth(minutes, 4096, of_depth, law, runtime).key for minutes in (1, 30, 600)]
     assert chosen == sorted(chosen) and chosen[0] < chosen[-1]
     speed = 1e10
     monkeypatch.setattr(
-        _pace, "measure_pace", lambda config, gpu, runtime: Pace(_pace.estimate(config)[0] / speed, 0.1, "test")
+        pace, "measure_pace", lambda config, gpu, runtime: Pace(pace.estimate(config)[0] / speed, 0.1, "test")
     )
-    assert _pace.best_depth(300, 4096, of_depth, law, runtime).key == chosen[1]
+    assert pace.best_depth(300, 4096, of_depth, law, runtime).key == chosen[1]

@@ -14,16 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 from ranks import run_ranks
 from stubs import TINY
-from test_trainer import make_trainer
+from toy_training import make_trainer
 
 from nanochat.checkpoint_manager import list_steps, open_checkpoint, run_dir
 from nanochat.common import UserError, read_json
 from nanochat.runtime import Runtime
 from nanochat.train.deadline import Deadline
+from nanochat.train.run import Run, saved_plan
+from nanochat.train.starting_model import finetuning_dir
 from nanochat.trainer import Interrupted, Trainer
 from scripts import base_train, chat_sft
-from scripts._start import own_run
-from scripts._train import earlier_session
 
 SFT = ["--num-iterations=1", "--total-batch-size=16", "--eval-tokens=16", "--device-type=cpu"]
 
@@ -68,7 +68,7 @@ def test_sft_tags(copied: Path, chats: str) -> None:
     assert saved.meta["base"] == {"tag": "tiny", "step": 1, "recipe": "default"}
     assert base_train.main([*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=newer"]) == 0
     asked = [chat_sft.Config(resume=True), chat_sft.Config(), chat_sft.Config(model_tag="tiny")]
-    assert [own_run("sft", "base", config, "", copied).name for config in asked] == ["mine", "newer", "tiny"]
+    assert [finetuning_dir("sft", "base", config, "", copied).name for config in asked] == ["mine", "newer", "tiny"]
 
 
 def test_sft_resumes_without_its_base_model(copied: Path, chats: str) -> None:
@@ -170,10 +170,9 @@ def test_what_was_fixed_before_the_first_save_stays(tmp_path: Path) -> None:
     chosen = {**vars(base_train.Config(depth=3, minutes=5, model_tag="x"))}
     (tmp_path / "plan.json").write_text(json.dumps({"num_steps": 77, "user_config": chosen}))
     asked = base_train.Config(depth=-1, minutes=5, model_tag="x", resume=True)
-    earlier = earlier_session(None, asked, tmp_path)
-    assert earlier and earlier.num_steps == 77 and earlier.user_config["depth"] == 3
-    assert earlier_session(None, replace(asked, minutes=6), tmp_path) is None
-    assert earlier_session(None, replace(asked, resume=False), tmp_path) is None
+    assert saved_plan(None, asked, tmp_path) == (77, chosen)
+    assert saved_plan(None, replace(asked, minutes=6), tmp_path) is None
+    assert saved_plan(None, replace(asked, resume=False), tmp_path) is None
 
 
 def plan_of(copied: Path, tag: str) -> dict[str, Any]:
@@ -185,11 +184,11 @@ def test_a_resumed_run_keeps_the_plan_that_a_deadline_has_moved_away_from(
 ) -> None:
     """Rates and decay follow from the steps planned first, and only the schedule from where the end is now."""
     seen: list[tuple[int, int, list[float]]] = []
-    drive = base_train.drive
+    real = Run.train
 
-    def watch(trainer: Trainer, **rest: Any) -> int:
-        code = drive(trainer, **rest)
-        groups = trainer.optimizer.param_groups
+    def watch(self: Run, trainer: Trainer, *args: Any, **rest: Any) -> int:
+        code = real(self, trainer, *args, **rest)
+        groups = trainer.step.optimizer.param_groups
         seen.append(
             (
                 trainer.schedule.num_steps,
@@ -199,7 +198,7 @@ def test_a_resumed_run_keeps_the_plan_that_a_deadline_has_moved_away_from(
         )
         return code
 
-    monkeypatch.setattr(base_train, "drive", watch)
+    monkeypatch.setattr(Run, "train", watch)
     flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=moved", "--keep-last=0", "--save-every=1"]
     monkeypatch.setattr(Deadline, "horizon", lambda self, step, num_steps, now: 3)
     monkeypatch.setattr(base_train, "steps_for_minutes", lambda *_: 40)

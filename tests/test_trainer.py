@@ -11,56 +11,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanochat.train.session import cut_metrics, merge_saved_config, run_to_end
 from stubs import stir
+from toy_training import CONFIG, CPU, RandomBatches, make_trainer
 
-from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.distributed.rank_checks import NonFiniteLoss
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
-from nanochat.runtime import Runtime
-from nanochat.train.schedules import ScheduleConfig
+from nanochat.gpt import GPT
+from nanochat.train.config import OnResume, merge_saved_config, resume_rules
+from nanochat.train.device_batch import choose_device_batch
+from nanochat.train.metrics import cut_metrics
+from nanochat.train.run import run_to_end
 from nanochat.trainer import Hook, Interrupted, Trainer
-
-CPU = Runtime(torch.device("cpu"), torch.float32, "test", seed=0)
-CONFIG = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
-
-
-class Batches:
-    """Endless random batches, the same for the same seed; some tokens have no target."""
-
-    def __init__(self, rows: int = 6, seed: int = 0, weights: bool = False) -> None:
-        self.rows, self.weights = rows, weights
-        self.random = torch.Generator().manual_seed(seed)
-        self.served = 0
-
-    def next_batch(self) -> Batch:
-        tokens = torch.randint(64, (self.rows, 17), generator=self.random)
-        targets = tokens[:, 1:].clone()
-        targets[: self.rows // 2, :10] = -1  # so that micro-batches hold unequal numbers of targets
-        weights = torch.rand(self.rows, 16, generator=self.random) if self.weights else None
-        self.served += 1
-        return Batch(tokens[:, :-1].contiguous(), targets, weights, f"batch {self.served}")
-
-
-def make_trainer(
-    steps: int = 4, device_batch_size: int = 6, lr_scale: float = 0.2, runtime: Runtime = CPU, **loader: object
-) -> Trainer:
-    model = GPT.create(CONFIG, seed=1)
-    groups = build_param_groups(model, OptimizerConfig(), lr_scale=lr_scale, weight_decay=0.1, ns_dtype=torch.float32)
-    return Trainer(model, MuonAdamW(groups), Batches(**loader), runtime, ScheduleConfig(steps), device_batch_size)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gradient_does_not_depend_on_the_device_batch(weighted: bool) -> None:
-    batch = Batches(weights=weighted).next_batch()
+    batch = RandomBatches(weights=weighted).next_batch()
     grads, losses = [], []
     for size in (6, 4, 1):
         trainer = make_trainer(device_batch_size=size)
-        trainer.loss_fn = trainer.model.loss
         stir(trainer.model)
-        losses.append(trainer.accumulate(batch)[0])
+        losses.append(trainer.step.accumulate(batch)[0])
         grads.append({name: p.grad for name, p in trainer.model.named_parameters()})
     assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] == pytest.approx(losses[0], rel=1e-6)
     for other in grads[1:]:
@@ -71,7 +42,7 @@ def test_gradient_does_not_depend_on_the_device_batch(weighted: bool) -> None:
 def test_loss_is_the_mean_over_all_targets_of_the_global_batch() -> None:
     trainer = make_trainer(steps=1, device_batch_size=1)
     reference = GPT.create(CONFIG, seed=1)
-    batch = Batches().next_batch()
+    batch = RandomBatches().next_batch()
     logits = reference(batch.inputs).double()
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-1)
     records = []
@@ -237,7 +208,7 @@ def test_a_failed_final_save_exits_1(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_the_loss_goes_down() -> None:
     trainer = make_trainer(steps=30, lr_scale=0.5)
-    fixed = Batches().next_batch()
+    fixed = RandomBatches().next_batch()
     trainer.loader.next_batch = lambda: fixed  # type: ignore[method-assign]
     records: list[dict] = []
     trainer.log = lambda t, record: records.append(record)
@@ -254,27 +225,49 @@ def test_metrics_past_the_step_and_a_broken_last_line_are_cut(tmp_path: Path) ->
 
 
 def test_a_resumed_run_keeps_what_could_change_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    from scripts._train import OPERATIONAL
 
     from scripts.base_train import Config
 
     given = Config(depth=4, matrix_lr=0.5, eval_every=7, resume=True)
     saved = {**Config(depth=4, matrix_lr=0.1, eval_every=99).__dict__}
-    merged = merge_saved_config(given, saved, OPERATIONAL)
+    merged = merge_saved_config(given, saved)
     assert (merged.matrix_lr, merged.eval_every, merged.resume) == (0.1, 7, True)
-    assert "--matrix-lr stays 0.1" in capsys.readouterr().err
+    warning = capsys.readouterr().err
+    assert "--matrix-lr" in warning and "0.1" in warning and "0.5" in warning
+
+
+def test_which_flags_a_resumed_run_may_change() -> None:
+    from scripts import base_train, chat_rl, chat_sft
+
+    common = {
+        "run",
+        "tensorboard",
+        "device_type",
+        "eval_every",
+        "eval_tokens",
+        "sample_every",
+        "save_every",
+        "resume",
+        "resume_from_step",
+        "timeout",
+    }
+    core = {"skip_bad_shards", "core_metric_every", "core_metric_max_per_task", "eval_bundle"}
+    for config, new, if_given in (
+        (base_train.Config(), common | core, {"data", "keep_last"}),
+        (chat_sft.Config(), common, {"data", "keep_last"}),
+        (chat_rl.Config(), common, {"keep_last"}),
+    ):
+        rules = resume_rules(config)
+        assert {name for name, rule in rules.items() if rule is OnResume.NEW} == new
+        assert {name for name, rule in rules.items() if rule is OnResume.IF_GIVEN} == if_given
 
 
 def test_interrupted_carries_the_signal() -> None:
     assert str(Interrupted(signal.SIGTERM)) == "SIGTERM"
 
 
-def test_device_batch_must_be_positive() -> None:
-    from nanochat.train.session import choose_device_batch
-
+def test_device_batch_is_as_requested_or_by_the_device() -> None:
     assert choose_device_batch(-1, 64, 512, CPU) == 8 and choose_device_batch(16, 4, 512, CPU) == 4
-    with pytest.raises(UserError, match="device-batch-size"):
-        choose_device_batch(0, 4, 512, CPU)
 
 
 def test_a_failing_observer_costs_no_steps() -> None:
