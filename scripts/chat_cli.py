@@ -126,8 +126,6 @@ def say(chat: Chat, text: str) -> bool:
     with noted_interrupts(interrupts):
         for piece in pieces:
             print(piece, end="", flush=True)
-            if interrupts:
-                break
         if interrupts:
             print(" [stopped]", end="")
         chat.remember()

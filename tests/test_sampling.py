@@ -1,5 +1,6 @@
 """Drawing tokens: against a float64 softmax and worked examples, in C and in PyTorch."""
 
+import functools
 import math
 import random
 from dataclasses import dataclass
@@ -218,11 +219,21 @@ def test_settings_c_does_not_implement_take_the_pytorch_path(form: str, monkeypa
     """As if top_k were a new field that sampling.c lacks."""
     monkeypatch.setattr(sampling, "C_FIELDS", ("temperature", "top_p", "seed"))
     in_c: list[int] = []
-    draw_in_c = sampling._draw_in_c
+    draw_in_c, _ = sampling._draw_in_c, form == "C" and sampling.c_agrees()
     monkeypatch.setattr(sampling, "_draw_in_c", lambda *args: in_c.append(len(args[1])) or draw_in_c(*args))
     assert (shares(WORKED, SamplingParams(top_k=2), 10) > 0).tolist() == [False, True, False, True] and not in_c
     shares(WORKED, SamplingParams(), 10)
     assert in_c == ([10] if form == "C" else [])
+
+
+def test_c_that_disagrees_with_pytorch_is_not_used(
+    form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sampling, "c_agrees", functools.cache(sampling.c_agrees.__wrapped__))  # as in a new process
+    monkeypatch.setattr(sampling, "_draw_in_c", lambda logits, params, rngs: [0] * len(params))
+    for _ in range(2):
+        assert draw_tokens(WORKED, [SamplingParams(0.0)], [make_rng(0, 0)]) == [1]
+    assert capsys.readouterr().err.count("sampling.c") == (form == "C")
 
 
 def test_override() -> None:

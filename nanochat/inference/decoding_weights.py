@@ -22,9 +22,9 @@ class DecodingWeights:
         if int8 and model.device.type != "cpu":
             raise UserError("int8 weights are for decoding on a CPU; leave int8 out")
         self.model = model
-        self._cast_needed = int8 or any(p.dtype != _decoding_dtype(p, model.compute_dtype) for p in model.parameters())
+        needs_cast = any(p.dtype != _decoding_dtype(p, model.compute_dtype) for p in model.parameters())
         with torch.inference_mode(False):  # else they could not be renewed outside of it
-            self._copy = self._cast(model.compute_dtype) if self._cast_needed else model
+            self._copy = cast_copy(model) if int8 or needs_cast else model
             self.packed = PackedWeights(self._copy, int8) if int8 or cpu_decoder.supported(model) else None
         if int8 and not cpu_decoder.supported(model):
             warn("int8 saves no memory here: without a C compiler, or for this model size, the C decoder is not used")
@@ -36,7 +36,7 @@ class DecodingWeights:
         with self._lock:
             if (versions := self._current_versions()) != self._versions:
                 with torch.inference_mode(False), torch.no_grad():
-                    if self._cast_needed:
+                    if self._copy is not self.model:
                         for copy, original in zip(self._copy.parameters(), self.model.parameters()):
                             copy.copy_(original)
                     if self.packed:
@@ -49,13 +49,16 @@ class DecodingWeights:
         need a new DecodingWeights."""
         return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
 
-    def _cast(self, dtype: torch.dtype) -> GPT:
-        with torch.device("meta"):
-            copy = GPT(self.model.config, dtype)
-        state = {name: p.detach().to(_decoding_dtype(p, dtype), copy=True) for name, p in self.model.named_parameters()}
-        copy.load_state_dict(state, strict=True, assign=True)
-        copy.cos, copy.sin = self.model.cos, self.model.sin
-        return copy.requires_grad_(False).eval()
+
+def cast_copy(model: GPT) -> GPT:
+    """A copy with its matrices in the model's compute dtype, for inference only."""
+    dtype = model.compute_dtype
+    with torch.device("meta"):
+        copy = GPT(model.config, dtype)
+    state = {name: p.detach().to(_decoding_dtype(p, dtype), copy=True) for name, p in model.named_parameters()}
+    copy.load_state_dict(state, strict=True, assign=True)
+    copy.cos, copy.sin = model.cos, model.sin
+    return copy.requires_grad_(False).eval()
 
 
 def _decoding_dtype(parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -10,13 +10,14 @@ Shapes: B rows, V vocabulary, K candidate tokens.
 """
 
 import ctypes
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import UserError, warn
 from nanochat.cpu import kernels
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or diverged"
@@ -86,7 +87,7 @@ def draw_tokens(logits: torch.Tensor, params: Sequence[SamplingParams], rngs: Se
 
     Raises FloatingPointError if the logits are not finite.
     """
-    in_c = c_can_draw(params) if kernels.in_use(logits.device) else [False] * len(params)
+    in_c = c_can_draw(params) if kernels.in_use(logits.device) and c_agrees() else [False] * len(params)
     groups: dict[SamplingParams | None, list[int]] = {}  # rows with the same settings; None: all rows drawn in C
     for row, (settings, quick) in enumerate(zip(params, in_c)):
         groups.setdefault(None if quick else replace(settings, seed=0), []).append(row)
@@ -139,6 +140,20 @@ def c_can_draw(params: Sequence[SamplingParams]) -> list[bool]:
         type(p) is SamplingParams and p.top_p in (None, 1) and all(getattr(p, f.name) == f.default for f in unknown)
         for p in params
     ]
+
+
+@functools.cache
+def c_agrees() -> bool:
+    """Whether sampling.c draws the tokens that PyTorch draws for a small input; if not, warns once."""
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
+    for params in (SamplingParams(), SamplingParams(0.7, 20), SamplingParams(0.0)):
+        rngs = [make_rng(0, i) for i in range(16)], [make_rng(0, i) for i in range(16)]
+        if _draw_in_c(logits.expand(16, -1), [params] * 16, rngs[0]) != _draw_group(
+            logits.expand(16, -1), params, rngs[1]
+        ):
+            warn("sampling.c disagrees with PyTorch on this machine; tokens are drawn in PyTorch, which is slower")
+            return False
+    return True
 
 
 def _draw_in_c(logits: torch.Tensor, params: Sequence[SamplingParams], rngs: Sequence[random.Random]) -> list[int]:

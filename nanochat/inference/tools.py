@@ -84,7 +84,7 @@ class Python:
 CALCULATOR = Tool("calculator", "<|python_start|>", "<|python_end|>", Calculator)
 PYTHON = Tool("python", "<|python_start|>", "<|python_end|>", Python, slow=True)
 DEFAULT_TOOLS = (CALCULATOR,)
-WITH_PYTHON = (CALCULATOR, PYTHON)  # Python gets the calls that the calculator refuses
+WITH_PYTHON = (CALCULATOR, PYTHON)  # tried in this order: Python gets the calls that the calculator refuses
 
 
 class ToolTable:
