@@ -1,8 +1,8 @@
-"""The pretraining loader, from text to batches: `python -m bench.data`.
+"""Benchmark the pretraining loader, from text to batches: `python -m bench.data`.
 
-Reads the starter corpus with a vocabulary trained in memory on part of it: nothing is saved. Then a small part of
-it over and over, as the loader remembers the tokens of what it has read. Last, on documents in which no token comes
-twice, counts what a whole epoch never shows.
+Reads the starter corpus with a vocabulary trained in memory on part of it; nothing is saved. Then reads a small part of
+it repeatedly, with its tokens cached. Last, counts the tokens that an epoch never or repeatedly yields as targets, on
+documents in which no token occurs twice.
 """
 
 import time
@@ -26,12 +26,12 @@ from scripts import _cli
 
 @dataclass
 class DataFlags(Flags):
-    """Sizes of the batches, and for how long to read."""
+    """Sizes of the batches, and how long to read."""
 
     chars: int = 2_000_000
     """Characters of text to train the vocabulary on."""
     again: int = 4_000
-    """Documents of the corpus that is read over and over."""
+    """Documents of the corpus that is read repeatedly."""
     documents: int = 2_000
     """Documents of the epoch that is checked for lost tokens."""
 
@@ -46,37 +46,37 @@ def measure(flags: DataFlags, runtime: Runtime) -> Result:
     first = time.perf_counter() - started
     while time.perf_counter() - started < flags.seconds:
         tokens += loader.next_batch().inputs.numel()
-    loader.close()  # so that nobody reads while the clocks are read
+    loader.close()  # stop the thread before reading the clocks
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu_started
-    again_rate = remembered_rate(InMemoryCorpus("few", documents), tokenizer, flags)
+    again_rate = cached_rate(InMemoryCorpus("few", documents), tokenizer, flags)
     never, again = count_epoch(CountedDocuments(flags.documents, flags.seq_len), flags)
     values: dict[str, Any] = {
         "tokens_per_second": tokens / wall,
         "tokens_per_cpu_second": tokens / cpu,  # of all threads
         "seconds_to_first_batch": first,
         "tokenised_tokens_per_second": again_rate,  # from the second epoch on
-        "cropped_share": loader.stats()["cropped_share"],  # of documents; their rests came back
+        "cropped_share": loader.stats()["cropped_share"],  # of documents; the rest came later
         "never_seen_share": never,
         "seen_again_share": again,
     }
     rows = [
         ("tokens a second", f"{values['tokens_per_second']:,.0f}"),
         ("tokens a CPU-second, all threads", f"{values['tokens_per_cpu_second']:,.0f}"),
-        ("tokens a second, text read before", f"{again_rate:,.0f}"),
+        ("tokens a second, tokens cached", f"{again_rate:,.0f}"),
         ("first batch after", f"{first:.2f} s"),
-        ("documents cut at a row's end", f"{values['cropped_share']:.1%}"),
-        ("tokens an epoch never shows", f"{never:.3%}"),
-        ("tokens it shows more than once", f"{again:.3%}"),
+        ("documents cropped at a row's end", f"{values['cropped_share']:.1%}"),
+        ("tokens never a target in an epoch", f"{never:.3%}"),
+        ("tokens more than once a target", f"{again:.3%}"),
     ]
     return Result(f"rows of {flags.seq_len} tokens from text", ("", ""), rows, values)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Text read before
+# Cached tokens
 
 
-def remembered_rate(corpus: Corpus, tokenizer: RustBPETokenizer, flags: DataFlags) -> float:
-    """Tokens a second once every document has been read and its tokens are remembered."""
+def cached_rate(corpus: Corpus, tokenizer: RustBPETokenizer, flags: DataFlags) -> float:
+    """Tokens a second from the second epoch on, when all tokens are cached."""
     loader = PretrainLoader(corpus, tokenizer, sequence_len=flags.seq_len, rows_per_step=flags.batch)
     while loader.stats()["epoch"] < 1:
         loader.next_batch()
@@ -89,7 +89,7 @@ def remembered_rate(corpus: Corpus, tokenizer: RustBPETokenizer, flags: DataFlag
 
 
 # ---------------------------------------------------------------------------------------------------
-# What an epoch shows
+# The targets of an epoch
 
 
 class CountedDocuments(InMemoryCorpus):
@@ -125,9 +125,9 @@ class CountedDocuments(InMemoryCorpus):
 def count_epoch(corpus: CountedDocuments, flags: Flags) -> tuple[float, float]:
     """Shares of the first epoch's tokens that are (never, more than once) a target."""
     loader = PretrainLoader(corpus, corpus, sequence_len=flags.seq_len, rows_per_step=flags.batch)
-    loader.packer.tokenizer.free_bytes = 0  # what is read again shall not be the same
+    loader.packer.tokenizer.free_bytes = 0  # no cache: each epoch has new tokens
     counts = np.zeros(corpus.num_tokens + 1, np.int64)
-    while loader.stats()["epoch"] < 1 or first_epoch_waits(loader, corpus.num_tokens):
+    while loader.stats()["epoch"] < 1 or first_epoch_left(loader, corpus.num_tokens):
         targets = loader.next_batch().targets.flatten().numpy()
         counts += np.bincount(targets[targets <= corpus.num_tokens], minlength=len(counts))
     loader.close()
@@ -135,8 +135,8 @@ def count_epoch(corpus: CountedDocuments, flags: Flags) -> tuple[float, float]:
     return float((seen == 0).mean()), float((seen > 1).mean())
 
 
-def first_epoch_waits(loader: PretrainLoader, num_tokens: int) -> bool:
-    """True while tokens of the first epoch are still to be put into rows."""
+def first_epoch_left(loader: PretrainLoader, num_tokens: int) -> bool:
+    """True while tokens of the first epoch are still in the pools."""
     waiting = [array for name, array in loader.state_dict().items() if name.endswith(".tokens")]
     return any((array <= num_tokens).any() for array in waiting)
 

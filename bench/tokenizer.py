@@ -1,6 +1,6 @@
-"""Training a byte-pair vocabulary, encoding with it, decoding: `python -m bench.tokenizer`.
+"""Benchmark byte-pair training, encoding and decoding: `python -m bench.tokenizer`.
 
-Trained on the starter corpus's training text, measured on its validation text, in memory: nothing is saved.
+Trains on the starter corpus's training text and measures on its validation text, in memory; nothing is saved.
 """
 
 import time
@@ -21,7 +21,7 @@ THREADS = 2  # of a batch
 
 @dataclass
 class TokenizerFlags(Flags):
-    """What to train on, and for how long to measure."""
+    """How much text to train on, and how long to measure."""
 
     chars: int = 10_000_000
     """Characters of text to train the vocabulary on; a twentieth as many are encoded."""
@@ -52,14 +52,14 @@ def measure(flags: TokenizerFlags, runtime: Runtime) -> Result:
     for name, took in seconds.items():
         values[f"{name}_mb_per_second"] = num_bytes / 1e6 / took
         values[f"{name}_tokens_per_second"] = num_tokens / took
-    words = {
+    labels = {
         "encode_single": "encode, text by text",
         "encode_batch": f"encode, a list on {THREADS} threads",
         "decode": "decode, text by text",
     }
     rows = [("train", f"{values['train_mb_per_second']:.2f}", "")]
     rows += [
-        (words[name], f"{values[f'{name}_mb_per_second']:.2f}", f"{num_tokens / took:,.0f}")
+        (labels[name], f"{values[f'{name}_mb_per_second']:.2f}", f"{num_tokens / took:,.0f}")
         for name, took in seconds.items()
     ]
     title = f"a vocabulary of {values['vocab_size']:,}, {values['bytes_per_token']:.2f} bytes per token"

@@ -121,24 +121,24 @@ class PrefetchingLoader(Loader, Generic[State]):
         self._state = self._packer.state()
 
 
-def by_length(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
-    """Numbers of sequences of about one length, as many at a time as most_tokens hold with padding; one at least."""
+def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Batches of indices of sequences of similar length: max_tokens with padding, but at least one sequence."""
     batch: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda n: lengths[n]):
-        if batch and lengths[number] * (len(batch) + 1) > most_tokens:
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and lengths[index] * (len(batch) + 1) > max_tokens:
             yield batch
             batch = []
-        batch.append(number)
+        batch.append(index)
     if batch:
         yield batch
 
 
 def seeded_rng(purpose: int, seed: int, first: int = 0, second: int = 0) -> np.random.Generator:
-    """A generator of its own for every different (purpose, seed, first, second).
+    """An independent generator for every (purpose, seed, first, second).
 
-    numpy fills short entropy up with zeros and splits large numbers into words, so that tuples of different
-    lengths can collide: hence always the same number of words. The sign is one of them: Python's own
-    random.seed(-1) equals random.seed(1), and the field once mixed train and test by it.
+    numpy pads short entropy with zeros and splits large numbers into words, so tuples of different lengths can
+    collide: hence always the same number of words. The sign is one of them: Python's random.seed(-1) equals
+    random.seed(1), which has mixed training and test data before.
     """
     size = abs(seed)
     assert size < 2**64 and 0 <= first < 2**32 and 0 <= second < 2**32
@@ -147,17 +147,17 @@ def seeded_rng(purpose: int, seed: int, first: int = 0, second: int = 0) -> np.r
 
 
 class Prefetcher(Generic[Item]):
-    """Calls `produce` on a thread of its own, up to `depth` results ahead of get().
+    """Calls `produce` on a thread, up to `depth` results ahead of get().
 
-    `produce` must not refer to the owner of the prefetcher, so that an owner who is forgotten is collected and
-    the thread ends; it also ends with close(), when `produce` raises, and at interpreter exit.
+    `produce` must not refer to the owner of the prefetcher: then an unreferenced owner is collected and the thread
+    ends. It also ends with close(), when `produce` raises, and at interpreter exit.
     """
 
     def __init__(self, produce: Callable[[], Item], depth: int) -> None:
         self._results: SimpleQueue[Item | _Failure] = SimpleQueue()
         self._slots = threading.Semaphore(depth)
         self._failure: _Failure | None = None
-        self._next: list[Item | _Failure] = []  # the next result, once it was waited for
+        self._next: list[Item | _Failure] = []  # the next result, once wait() has received it
         stop = threading.Event()
         thread = threading.Thread(
             target=_work, args=(produce, self._results, self._slots, stop), name="nanochat-prefetch", daemon=True
@@ -166,7 +166,7 @@ class Prefetcher(Generic[Item]):
         thread.start()
 
     def get(self) -> Item:
-        """The next result, in order. Raises what `produce` raised, then and every time after."""
+        """The next result, in order. Raises the error of `produce`, then and every time after."""
         while not self.wait(0.2):
             raise_if_stop_requested()
         result = self._failure or self._next.pop()
@@ -176,23 +176,23 @@ class Prefetcher(Generic[Item]):
         self._slots.release()
         return result
 
-    def wait(self, seconds: float) -> bool:
-        """Wait at most so long for the next result. True if get() would not wait."""
+    def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for the next result. True if get() would not wait."""
         if not self._next and not self._failure:
             try:
-                self._next.append(self._results.get(timeout=seconds))
+                self._next.append(self._results.get(timeout=timeout))
             except Empty:
                 return False
         return True
 
     @property
     def failure(self) -> BaseException | None:
-        """What get() will raise, if that is known."""
+        """The error get() will raise, if it is known."""
         found = self._failure or (self._next[0] if self._next else None)
         return found.error if isinstance(found, _Failure) else None
 
     def close(self) -> None:
-        """End the thread and wait for it."""
+        """Stop the thread and wait for it."""
         self._end()
 
 

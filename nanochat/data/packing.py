@@ -1,8 +1,8 @@
-"""Which pieces share a row: best fit over lengths. Knows nothing of tokens, files or tensors.
+"""Best-fit packing: which items share a row, by length alone.
 
-Best fit means: of the pieces that still fit, take the longest. It leaves the fewest gaps, but alone it could
-pass over an awkward piece for ever, so every row starts with the oldest piece there is: a piece with n others
-before it is in a row after at most n + 1 rows, whatever arrives meanwhile.
+Best fit takes the longest item that still fits. Alone it could pass over an item of awkward length for ever, so every
+row starts with the oldest item: one with n others before it is in a row after at most n + 1 rows, whatever arrives
+meanwhile.
 """
 
 from bisect import bisect_left, insort
@@ -12,11 +12,11 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-SHORTEST_PIECE = 2  # tokens: bos and one of the document's own
+MIN_LENGTH = 2  # tokens of an item: bos and one of the document's
 
 
 class BestFitPool(Generic[Item]):
-    """Items by length and by age. Every operation searches in O(log n). Among equals, the older wins."""
+    """Items by length and by age. Every operation searches in O(log n). Of equal lengths, the older item is taken."""
 
     def __init__(self) -> None:
         self._items: OrderedDict[int, tuple[int, Item]] = OrderedDict()  # age -> (length, item), oldest first
@@ -32,7 +32,7 @@ class BestFitPool(Generic[Item]):
         return [item for _, item in self._items.values()]
 
     def add(self, length: int, item: Item) -> None:
-        """Put in an item, as the youngest."""
+        """Add an item, as the youngest."""
         assert length > 0
         self._items[self._next_age] = (length, item)
         insort(self._lengths, (length, self._next_age))
@@ -40,16 +40,16 @@ class BestFitPool(Generic[Item]):
         self.total += length
 
     def pop_oldest(self) -> tuple[int, Item]:
-        """Take out the item that has been here longest: (length, item)."""
+        """Remove and return the oldest item: (length, item)."""
         return self._pop(next(iter(self._items)))
 
     def pop_best(self, space: int) -> tuple[int, Item] | None:
-        """Take out the longest item of at most `space`, or None if nothing fits."""
+        """Remove and return the longest item of at most `space`, or None if nothing fits."""
         end = bisect_left(self._lengths, (space + 1,))
         return self._pop(self._oldest_of(self._lengths[end - 1][0])) if end else None
 
     def pop_longest(self) -> tuple[int, Item]:
-        """Take out the longest item."""
+        """Remove and return the longest item."""
         return self._pop(self._oldest_of(self._lengths[-1][0]))
 
     def _oldest_of(self, length: int) -> int:
@@ -65,13 +65,13 @@ class BestFitPool(Generic[Item]):
 def fill_row(pool: BestFitPool[Item], capacity: int, refill: Callable[[], None]) -> Iterator[tuple[Item, int, int]]:
     """A row without gaps: yields (item, length, taken), where taken < length means that the item was cropped.
 
-    The oldest item starts the row, then best fit; when nothing fits, the longest is cropped to the space left.
-    Only the last item can be cropped, and putting back its tail is up to the caller. `refill` is called when the
-    pool is empty and must add to it. The sum of `taken` is the capacity, or one less: a space of one holds no
-    piece, only the bos that says that the last one has ended.
+    The oldest item starts the row, then best fit; when nothing fits, the longest is cropped to the space left. Only
+    the last item can be cropped, and the caller puts back its rest. `refill` is called when the pool is empty and must
+    add to it. The sum of `taken` is the capacity, or one less: a space of one holds no item, only the bos after the
+    last one.
     """
     space = capacity
-    while space >= SHORTEST_PIECE:
+    while space >= MIN_LENGTH:
         if not pool:
             refill()
         fitting = pool.pop_oldest() if space == capacity else pool.pop_best(space)
@@ -84,7 +84,7 @@ def fill_row(pool: BestFitPool[Item], capacity: int, refill: Callable[[], None])
 def fill_row_whole(pool: BestFitPool[Item], capacity: int) -> list[Item]:
     """A row of whole items, gaps allowed: the oldest, then best fit until nothing fits. Empty for an empty pool.
 
-    No item of the pool may be longer than the capacity.
+    No item in the pool may be longer than the capacity.
     """
     row: list[Item] = []
     space = capacity
