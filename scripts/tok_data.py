@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nanochat.common import BadShard, UserError, format_count, format_seconds, get_base_dir, on_terminal, say
+from nanochat.common import BadShard, UserError, format_count, format_seconds, get_base_dir, say
 from nanochat.data.corpus import SPLITS
 from nanochat.data.pretokenized import is_valid, token_path
 from nanochat.data.shards import ShardCorpus
@@ -20,8 +20,6 @@ from nanochat.data.tokenize_shards import WorkerLost, tokenize_shards
 from nanochat.dataset import resolve_corpus
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import _cli
-
-PLAIN_LINE_SECONDS = 10.0  # between lines about progress, where there is no terminal
 
 
 @dataclass
@@ -31,7 +29,7 @@ class Config:
     data: str = ""
     """As for base_train."""
     skip_bad_shards: bool = False
-    """Go on without files of the data that are missing or damaged, and say which."""
+    """Continue without files of the data that are missing or damaged, and name them."""
     workers: int = -1
     """Processes; -1: one for each core. Each works on a shard of its own."""
 
@@ -42,24 +40,13 @@ class Config:
 
 @dataclass
 class Progress:
-    """Shards and tokens done, and a line about them now and then."""
+    """Shards and tokens done."""
 
     total: int
     todo: int  # shards left
     tokens: int = 0
     done: int = 0  # shards, in this session
     started: float = field(default_factory=time.monotonic)
-    shown: float = field(default_factory=time.monotonic)
-
-    def add(self, tokens: int) -> None:
-        self.done += 1
-        self.todo -= 1
-        self.tokens += tokens
-        if on_terminal():
-            say("\r\x1b[K" + self.line(), end="")
-        elif time.monotonic() - self.shown > PLAIN_LINE_SECONDS:
-            self.shown = time.monotonic()
-            say(self.line())
 
     @property
     def seconds(self) -> float:
@@ -104,15 +91,17 @@ def tokenize_into(folder: Path, corpus: ShardCorpus, tokenizer: RustBPETokenizer
         "same command continues"
     )
     progress = Progress(len(paths), len(todo))
+    line = _cli.ProgressLine(progress.line)
     for shard, result in tokenize_shards(todo, tokenizer, workers):
+        progress.todo -= 1
         if isinstance(result, int):
-            progress.add(result)
+            progress.done += 1
+            progress.tokens += result
+            line.show()
         else:
-            progress.todo -= 1
             bad.skip(BadShard(result, shard.path))
+    line.show(last=True)
     size = sum(path.stat().st_size for path in paths.values() if path.exists())
-    if on_terminal():
-        say("")
     say(
         f"{len(paths) - len(todo) + progress.done} shards are tokenised ({size / 1e6:,.0f} MB in {folder}): "
         f"{format_count(progress.tokens)} tokens in {format_seconds(progress.seconds)}, "

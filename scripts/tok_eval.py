@@ -1,6 +1,6 @@
 """Compare the tokenizer with GPT-2's and GPT-4's: `python -m scripts.tok_eval`.
 
-Bytes per token on validation text, by source. Where their ranks are looked for: scripts/_ranks.py.
+Reports bytes per token on validation text, by source. scripts/_ranks.py finds the published BPE ranks.
 """
 
 import time
@@ -27,18 +27,18 @@ MAX_SOURCES, BATCH_DOCUMENTS = 30, 512
 
 @dataclass
 class Config:
-    """Bytes per token by source, beside GPT-2 and GPT-4."""
+    """Bytes per token by source, compared with GPT-2 and GPT-4."""
 
     data: str = ""
-    """As for tok_train: the validation part of this text is measured."""
+    """As for tok_train; its validation split is measured."""
     skip_bad_shards: bool = False
-    """Go on without files of the data that are missing or damaged, and say which."""
+    """Continue without files of the data that are missing or damaged, and name them."""
     max_chars: Annotated[int, Range(1)] = 1_000_000
     """Measure at most this many characters of each source."""
     gpt2_ranks: str = ""
-    """GPT-2's ranks: vocab.bpe, the folder that holds it, or a .tiktoken file; empty looks around."""
+    """GPT-2's ranks: vocab.bpe, the folder that holds it, or a .tiktoken file; empty: look in the usual places."""
     gpt4_ranks: str = ""
-    """GPT-4's ranks: cl100k_base.tiktoken or the folder that holds it; empty looks around."""
+    """GPT-4's ranks: cl100k_base.tiktoken or the folder that holds it; empty: look in the usual places."""
 
 
 def count_by_source(
@@ -59,16 +59,16 @@ def count_by_source(
                 row["documents"] += 1
                 row["characters"] += len(text)
                 row["bytes"] += len(text.encode("utf-8"))
-        for source, some in texts.items():
+        for source, batch_texts in texts.items():
             for name, counter in counters.items():
-                counts[source][name] += counter(some)
+                counts[source][name] += counter(batch_texts)
     counts[ALL] = {key: sum(row[key] for row in counts.values()) for key in fields}
     return counts
 
 
 def print_table(counts: dict[str, dict[str, int]], names: Sequence[str]) -> None:
-    """One line a source: bytes per token, and how many tokens fewer or more than the others take."""
-    table = Table(title="bytes per token on validation text, and tokens taken against the others")
+    """One line per source: bytes per token, and the number of tokens relative to the others'."""
+    table = Table(title="bytes per token on validation text, and tokens relative to the others")
     for column in ("source", "docs", "MB", *names, *(f"vs {name}" for name in names[1:])):
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, row in counts.items():
@@ -85,7 +85,7 @@ def print_table(counts: dict[str, dict[str, int]], names: Sequence[str]) -> None
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Measure and print; returns the figures for the report."""
+    """Measure, print, and record for the report."""
     base_dir = get_base_dir()
     start = time.monotonic()
     tokenizer = get_tokenizer()
@@ -97,7 +97,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     counts = count_by_source(corpus.iter_documents("val"), counters, config.max_chars)
     print_table(counts, list(counters))
     ratios = {source: {name: row["bytes"] / max(1, row[name]) for name in counters} for source, row in counts.items()}
-    # The hash joins these figures with those that tok_train recorded of the same tokenizer.
+    # The hash joins these figures with tok_train's of the same tokenizer.
     record_stage(
         base_dir,
         "tokenizer",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from nanochat.common import format_count, format_seconds, get_base_dir, on_terminal
+from nanochat.common import format_count, format_seconds, get_base_dir
 from nanochat.data.corpus import Document
 from nanochat.dataset import resolve_corpus
 from nanochat.ranges import Range
@@ -21,9 +21,9 @@ class Config:
     """Train a byte-pair tokenizer on raw text."""
 
     data: str = ""
-    """starter, fineweb-edu, climbmix, or a path, glob or URL of parquet, jsonl or txt; empty: what is there."""
+    """starter, fineweb-edu, climbmix, or a path, glob or URL of parquet, jsonl or txt; empty: downloaded, else starter."""
     skip_bad_shards: bool = False
-    """Go on without files of the data that are missing or damaged, and say which."""
+    """Continue without files of the data that are missing or damaged, and name them."""
     max_chars: Annotated[int, Range(1)] = 2_000_000_000
     """Stop reading after this many characters."""
     doc_cap: Annotated[int, Range(1)] = 10_000
@@ -32,37 +32,28 @@ class Config:
     """Number of tokens, special tokens included."""
 
 
-class Reading:
-    """The texts to train on, counted as they pass, with a live line (or a plain one now and then)."""
+class TrainingText:
+    """The texts to train on, up to the configured limits; counts documents and characters."""
 
     def __init__(self, documents: Iterable[Document], config: Config):
         self.documents, self.config = documents, config
         self.num_documents = self.num_chars = 0
-        self.live = on_terminal()
-        self.shown_at = time.monotonic()
 
     def __iter__(self) -> Iterator[str]:
+        progress = _cli.ProgressLine(self.line)
         for document in self.documents:
             text = document.text[: min(self.config.doc_cap, self.config.max_chars - self.num_chars)]
             self.num_documents += 1
             self.num_chars += len(text)
-            self.show()
+            progress.show()
             yield text
             if self.num_chars >= self.config.max_chars:
                 break
-        self.show(done=True)
+        progress.show(last=True)
+        print(f"merging up to a vocabulary of {self.config.vocab_size:,} ...", flush=True)
 
-    def show(self, done: bool = False) -> None:
-        if not done and time.monotonic() - self.shown_at < (0.2 if self.live else 10.0):
-            return
-        self.shown_at = time.monotonic()
-        line = f"read {format_count(self.num_documents)} documents, {format_count(self.num_chars)} characters"
-        if self.live:
-            print(f"\r\x1b[K{line}", end="\n" if done else "", flush=True)
-        else:
-            print(line, flush=True)
-        if done:
-            print(f"merging up to a vocabulary of {self.config.vocab_size:,} ...", flush=True)
+    def line(self) -> str:
+        return f"read {format_count(self.num_documents)} documents, {format_count(self.num_chars)} characters"
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -71,8 +62,8 @@ def train(config: Config) -> dict[str, Any]:
     corpus = resolve_corpus(config.data, base_dir, skip_bad=config.skip_bad_shards)
     print(f"training a tokenizer on {corpus.name}", flush=True)
     start = time.monotonic()
-    reading = Reading(corpus.iter_documents("train"), config)
-    tokenizer = RustBPETokenizer.train_from_iterator(reading, config.vocab_size)
+    text = TrainingText(corpus.iter_documents("train"), config)
+    tokenizer = RustBPETokenizer.train_from_iterator(text, config.vocab_size)
     path = tokenizer.save(base_dir / "tokenizer")
     seconds = time.monotonic() - start
     sample = measure(tokenizer, corpus.iter_documents("val"))
@@ -80,8 +71,8 @@ def train(config: Config) -> dict[str, Any]:
         "seconds": seconds,
         "data": corpus.name,
         "vocab_size": tokenizer.get_vocab_size(),
-        "documents": reading.num_documents,
-        "characters": reading.num_chars,
+        "documents": text.num_documents,
+        "characters": text.num_chars,
         "hash": tokenizer.hash,
         "checkpoint": tokenizer.hash,
         **sample,
