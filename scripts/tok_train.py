@@ -21,7 +21,7 @@ class Config:
     """Train a byte-pair tokenizer on raw text."""
 
     data: str = ""
-    """starter, fineweb-edu, climbmix, or a path, glob or URL of parquet, jsonl or txt; empty: downloaded, else starter."""
+    """starter, fineweb-edu, climbmix, or a path, glob or URL of parquet, jsonl or txt; empty: downloaded or starter."""
     skip_bad_shards: bool = False
     """Continue without files of the data that are missing or damaged, and name them."""
     max_chars: Annotated[int, Range(1)] = 2_000_000_000
