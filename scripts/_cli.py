@@ -22,7 +22,7 @@ from nanochat.distributed.collectives import CollectiveFailed
 from nanochat.ranges import check_ranges
 
 Config = TypeVar("Config")
-EXPECTED = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
+EXPECTED_ERRNOS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
 LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between lines about progress, on a terminal and elsewhere
 
 MAX_INTEGER = 2**63  # the largest seed; no count comes near it
@@ -85,45 +85,36 @@ def one_line(box: str) -> str:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and leave the process with the right exit code."""
+    """Call `main` and exit with the right code. Expected errors become one line; NANOCHAT_DEBUG=1 shows tracebacks."""
     try:
         code = main() or 0
-    except UserError as error:
-        if debug_enabled():
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
-    except OverflowError as error:
-        if debug_enabled():
-            raise
-        print(
-            f"error: some number on the command line is too large to calculate with ({error})",
-            file=sys.stderr,
-            flush=True,
-        )
-        code = 2
-    except (CollectiveFailed, FloatingPointError) as error:  # the latter of a model whose weights are spoilt
-        if debug_enabled():
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 1
-    except (MemoryError, RuntimeError) as error:
-        if debug_enabled() or not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
-            raise
-        print(f"error: not enough memory for these sizes: {first_line(error)}", file=sys.stderr, flush=True)
-        code = 1
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        # Nothing may be left to flush at exit, where it would fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except OSError as error:
-        if debug_enabled() or error.errno not in EXPECTED:
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
+    except BrokenPipeError:  # the reader of the output left, as `| head` does
+        # Nothing may be left to flush at exit, where it would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        code, text = describe(error)
+        if debug_enabled() or not code:
+            raise
+        print(f"error: {text}", file=sys.stderr, flush=True)
     if sys.stdout is not None:
         sys.stdout.flush()
     sys.exit(code)
+
+
+def describe(error: Exception) -> tuple[int, str]:
+    """(exit code, line) of an expected error; code 0 for a bug, which deserves its traceback."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, OverflowError):
+        return 2, f"some number on the command line is too large to calculate with ({error})"
+    if isinstance(error, CollectiveFailed | FloatingPointError):  # the latter: a model whose weights are not finite
+        return 1, str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        return 1, f"not enough memory for these sizes: {first_line(error)}"
+    if isinstance(error, OSError) and error.errno in EXPECTED_ERRNOS:
+        return 1, str(error)
+    return 0, ""

@@ -19,13 +19,12 @@ from nanochat.planning.hardware import usual_price
 from nanochat.planning.law import Law
 from nanochat.ranges import Range
 from nanochat.recipe import get_recipe, recipe_rules
-from nanochat.report import record_stage
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import Plan, describe, make_plan, scaling_params
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.train.build import compiled_loss, make_optimizer
+from nanochat.train.build import make_step
 from nanochat.train.config import OnResume, TrainConfig
-from nanochat.train.device_batch import choose_device_batch, random_batch
+from nanochat.train.device_batch import random_batch
 from nanochat.train.hooks import core_hook, estimate_core_seconds, sample_hook, validation_hook
 from nanochat.train.pace import choose_depth
 from nanochat.train.run import Run, open_run
@@ -204,14 +203,21 @@ def build_step(config: Config, plan: Plan, model: GPT, runtime: Runtime) -> Trai
     """The optimizer step of `model`, with the plan's rates; in fp8 with --fp8."""
     if config.fp8:
         fp8.convert(model, config.fp8_recipe, runtime)
-    lr_scale = plan.lr_scale * config.lr_scale
-    optimizer = make_optimizer(model, config.optimizer_config(config.recipe), runtime, lr_scale, plan.weight_decay)
     warmup = round(config.warmup_ratio * plan.num_steps) if config.warmup_ratio >= 0 else config.warmup_steps
     given = {name: getattr(config, name) for name in ("warmdown_ratio", "final_lr_frac") if getattr(config, name) != -1}
     schedule = get_recipe(config.recipe).schedule(plan.num_steps, warmup_steps=warmup, **given)
-    rows = plan.total_batch_tokens // config.max_seq_len
-    micro = choose_device_batch(config.device_batch_size, rows, config.max_seq_len, runtime)
-    return TrainStep(model, optimizer, runtime, schedule, micro, compiled_loss(model, config.compile, runtime))
+    return make_step(
+        model,
+        config,
+        config.recipe,
+        schedule,
+        runtime,
+        rows=plan.total_batch_tokens // config.max_seq_len,
+        T=config.max_seq_len,
+        lr_scale=plan.lr_scale * config.lr_scale,
+        weight_decay=plan.weight_decay,
+        compile=config.compile,
+    )
 
 
 def make_hooks(config: Config, corpus: Corpus, tokenizer: RustBPETokenizer, runtime: Runtime) -> list[Hook]:
@@ -232,7 +238,7 @@ def make_hooks(config: Config, corpus: Corpus, tokenizer: RustBPETokenizer, runt
 def report(run: Run[Config], trainer: Trainer, plan: Plan) -> None:
     """Put the run's figures into the report."""
     now = trainer.progress
-    values = run.figures(trainer) | {
+    values = {
         "tokens": now.tokens,
         "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
         "flops": now.tokens * plan.flops_per_token,
@@ -241,10 +247,9 @@ def report(run: Run[Config], trainer: Trainer, plan: Plan) -> None:
     }
     if (price := usual_price(trainer.runtime)) is not None:
         values["dollars"] = price * trainer.runtime.world_size * now.wall_seconds / 3600
-    record_stage(get_base_dir(), "base_train", values)
-    say(f"{now.step} steps, {format_count(now.tokens)} tokens in {now.wall_seconds:.0f} s; {now.val_bpb_text()}")
-    cropped = values["loader"]["cropped_share"]
-    say(f"packing: no tokens dropped; {cropped:.1%} of documents span more than one row. Saved in {run.folder}")
+    run.report(trainer, values)
+    cropped = trainer.loader.stats()["cropped_share"]
+    say(f"packing: no tokens dropped; {cropped:.1%} of documents span more than one row")
 
 
 def plan_and_outcome(config: Config, trainer: Trainer, plan: Plan) -> list[dict[str, Any]]:

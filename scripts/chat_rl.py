@@ -5,19 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 
 from nanochat.common import UserError, atomic_write, get_base_dir, say
 from nanochat.engine import Engine
 from nanochat.ranges import Range
-from nanochat.report import record_stage
 from nanochat.rl import Curriculum, Group, RolloutLoader, Sampler
 from nanochat.runtime import Runtime
-from nanochat.train.build import make_optimizer
+from nanochat.train.build import make_step
 from nanochat.train.config import OnResume, TrainConfig
-from nanochat.train.device_batch import choose_device_batch
 from nanochat.train.run import Run, open_run
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.starting_model import StartingModel, finetuning_dir, load_starting_model, resumed_model
@@ -161,14 +159,18 @@ def find_horizon(config: Config, items: int) -> int:
 
 def build_step(config: Config, start: StartingModel, runtime: Runtime, num_steps: int) -> TrainStep:
     """The optimizer step of the starting model."""
-    model = start.model
-    rates = config.optimizer_config(start.recipe)
-    optimizer = make_optimizer(model, rates, runtime, config.init_lr_frac, config.weight_decay)
-    schedule = ScheduleConfig(num_steps, warmdown_ratio=1.0)
-    rows = config.examples_per_step * config.num_samples
-    longest = min(model.config.sequence_len, 2 * config.max_new_tokens)
-    micro = choose_device_batch(config.device_batch_size, rows, longest, runtime)
-    return TrainStep(model, optimizer, runtime, schedule, micro, model.loss)
+    return make_step(
+        start.model,
+        config,
+        start.recipe,
+        ScheduleConfig(num_steps, warmdown_ratio=1.0),
+        runtime,
+        rows=config.examples_per_step * config.num_samples,
+        T=min(start.model.config.sequence_len, 2 * config.max_new_tokens),
+        lr_scale=config.init_lr_frac,
+        weight_decay=config.weight_decay,
+        compile="off",
+    )
 
 
 def evaluate(trainer: Trainer, tasks: Sequence[Task], engine: Engine, config: Config, folder: Path) -> Record:
@@ -213,21 +215,16 @@ def keep_rollouts(step: int, groups: list[Group], folder: Path, every: int, runt
 
 
 def report(run: Run[Config], trainer: Trainer, plan: list[tuple[str, str]], before: Record, started_from: str) -> None:
-    """Put the run's figures into the report."""
+    """Put the run's figures into the report, the accuracies before and after beside each other."""
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last: dict[str, Any] = next((line for line in reversed(lines) if any(k.startswith("accuracy/") for k in line)), {})
-    values = run.figures(trainer) | {"model": run.folder.name, "started_from": started_from}
-    values |= {
-        f"{key.partition('/')[2]}, before and after": f"{value:.1%}, {last[key]:.1%}"
-        for key, value in before.items()
-        if key.startswith("accuracy/") and key in last
-    }
-    record_stage(get_base_dir(), "chat_rl", values | {"plan": plan, "before": before, "after": last})
-    now = trainer.progress
-    say(
-        f"{now.step} steps in {now.wall_seconds:.0f} s; answers to read: {run.folder / 'transcripts'}; "
-        f"saved in {run.folder}"
-    )
+    last: Record = next((line for line in reversed(lines) if any(k.startswith("accuracy/") for k in line)), {})
+    values: Record = {"model": run.folder.name, "started_from": started_from}
+    for key in before:
+        if key.startswith("accuracy/") and key in last:
+            name = key.removeprefix("accuracy/")
+            values[f"{name}, before and after"] = f"{before[key]:.1%}, {last[key]:.1%}"
+    run.report(trainer, values | {"plan": plan, "before": before, "after": last})
+    say(f"answers to read: {run.folder / 'transcripts'}")
 
 
 if __name__ == "__main__":

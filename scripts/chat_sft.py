@@ -5,22 +5,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-from nanochat.common import UserError, format_count, get_base_dir, say
+from nanochat.common import UserError, get_base_dir
 from nanochat.dataloader import ConversationLoader
 from nanochat.evals.bits_per_byte import loader_bpb
 from nanochat.evals.samples import continuations
 from nanochat.gpt import GPT
 from nanochat.ranges import Range
 from nanochat.recipe import get_recipe
-from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, batch_lr_scale, scaled_weight_decay
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.build import compiled_loss, make_optimizer
+from nanochat.train.build import make_step
 from nanochat.train.config import OnResume, TrainConfig
-from nanochat.train.device_batch import choose_device_batch, random_batch
+from nanochat.train.device_batch import random_batch
 from nanochat.train.hooks import sample_hook, validation_hook
-from nanochat.train.run import Run, open_run
+from nanochat.train.run import open_run
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.starting_model import StartingModel, finetuning_dir, load_starting_model, resumed_model
 from nanochat.train.step import TrainStep
@@ -119,7 +118,15 @@ def train(config: Config, runtime: Runtime) -> int:
             meta={"stage": "sft", "base": start.record, "data": data},
         )
         if code == 0 and runtime.is_main:
-            report(run, trainer, tokenizer, plan, start.tag)
+            now = trainer.progress
+            values = {
+                "tokens": now.tokens,
+                "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
+                "mixture": plan,
+                "samples": answers(model, tokenizer),
+                "started_from": start.tag,
+            }
+            run.report(trainer, values)
         return code
 
 
@@ -179,10 +186,19 @@ def build_step(
     rules = get_recipe(recipe).plan
     lr_scale = rules.lr_scale * batch_lr_scale(rows * T, rules.batch_exponent) * config.init_lr_frac
     decay = scaled_weight_decay(config.weight_decay, model.config.n_layer)
-    optimizer = make_optimizer(model, config.optimizer_config(recipe), runtime, lr_scale, decay)
     schedule = ScheduleConfig(num_steps, warmdown_ratio=config.warmdown_ratio)
-    micro = choose_device_batch(config.device_batch_size, rows, T, runtime)
-    return TrainStep(model, optimizer, runtime, schedule, micro, compiled_loss(model, config.compile, runtime))
+    return make_step(
+        model,
+        config,
+        recipe,
+        schedule,
+        runtime,
+        rows=rows,
+        T=T,
+        lr_scale=lr_scale,
+        weight_decay=decay,
+        compile=config.compile,
+    )
 
 
 def make_hooks(
@@ -213,25 +229,6 @@ def answers(model: GPT, tokenizer: RustBPETokenizer) -> list[dict[str, str]]:
         for question in QUESTIONS
     ]
     return continuations(model, tokenizer, prompts, max_tokens=64)
-
-
-def report(
-    run: Run[Config], trainer: Trainer, tokenizer: RustBPETokenizer, plan: list[tuple[str, str]], started_from: str
-) -> None:
-    """Put the run's figures into the report."""
-    now = trainer.progress
-    values = run.figures(trainer) | {
-        "tokens": now.tokens,
-        "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
-        "mixture": plan,
-        "samples": answers(trainer.model, tokenizer),
-        "started_from": started_from,
-    }
-    record_stage(get_base_dir(), "chat_sft", values)
-    say(
-        f"{now.step} steps, {format_count(now.tokens)} supervised tokens in {now.wall_seconds:.0f} s; "
-        f"{now.val_bpb_text()}; saved in {run.folder}"
-    )
 
 
 if __name__ == "__main__":

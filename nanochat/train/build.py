@@ -1,4 +1,4 @@
-"""A model's optimizer and its (compiled) loss."""
+"""From a model to its training step: optimizer, device batch, compiled loss."""
 
 import shutil
 
@@ -9,7 +9,29 @@ from nanochat.flash_attention import prepare
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
-from nanochat.train.step import LossFunction
+from nanochat.train.config import TrainConfig
+from nanochat.train.device_batch import choose_device_batch
+from nanochat.train.schedules import ScheduleConfig
+from nanochat.train.step import LossFunction, TrainStep
+
+
+def make_step(
+    model: GPT,
+    config: TrainConfig,
+    recipe: str,
+    schedule: ScheduleConfig,
+    runtime: Runtime,
+    *,
+    rows: int,
+    T: int,
+    lr_scale: float,
+    weight_decay: float,
+    compile: str,
+) -> TrainStep:
+    """The step that trains `model` on global batches of `rows` rows of T tokens, with the recipe's scaled rates."""
+    optimizer = make_optimizer(model, config.optimizer_config(recipe), runtime, lr_scale, weight_decay)
+    device_batch_size = choose_device_batch(config.device_batch_size, rows, T, runtime)
+    return TrainStep(model, optimizer, runtime, schedule, device_batch_size, compiled_loss(model, compile, runtime))
 
 
 def make_optimizer(

@@ -33,9 +33,6 @@ class Progress:
         """The average loss without the bias of its start at zero; NaN before the first step."""
         return self.smooth_loss / (1 - beta**self.step) if self.step else math.nan
 
-    def val_bpb_text(self) -> str:
-        return "val bpb not measured" if self.val_bpb is None else f"val bpb {self.val_bpb:.4f}"
-
     def adjust_loss_scale(self, overflowed: bool) -> None:
         """Halve the scale after an overflow, double it after GOOD_STEPS_TO_DOUBLE steps without one."""
         self.good_steps = 0 if overflowed else self.good_steps + 1

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from nanochat.checkpoint.async_save import SaveFailed
 from nanochat.checkpoint_manager import Checkpoint, list_steps, open_checkpoint
-from nanochat.common import UserError, get_base_dir, read_json, say, warn, write_json
+from nanochat.common import UserError, format_count, format_seconds, get_base_dir, read_json, say, warn, write_json
 from nanochat.distributed.collectives import BackgroundGroup, CollectiveFailed
 from nanochat.distributed.rank_checks import DataError, NonFiniteLoss, RanksDiverged
 from nanochat.report import record_stage
@@ -104,6 +104,16 @@ class Run(Generic[Config]):
             trainer.saver.close()
             metrics.close()
             trainer.loader.close()
+
+    def report(self, trainer: Trainer, values: dict[str, Any]) -> None:
+        """Put the finished stage into the report, and print a summary."""
+        record_stage(get_base_dir(), self.script, self.figures(trainer) | values)
+        now = trainer.progress
+        bpb = "" if now.val_bpb is None else f"; val bpb {now.val_bpb:.4f}"
+        say(
+            f"{now.step} steps, {format_count(now.tokens)} trained tokens in {format_seconds(now.wall_seconds)}{bpb}; "
+            f"saved in {self.folder}"
+        )
 
     def figures(self, trainer: Trainer) -> dict[str, Any]:
         """The report's values of any training stage."""
