@@ -1,8 +1,7 @@
-"""The CORE evaluation, batched against one item at a time: `python -m bench.core`.
+"""CORE items per second, batched and one item at a time: `python -m bench.core`.
 
-An untrained model answers items of each kind, made up from a seed, with and without few-shot examples. One at a time
-means: an item's options side by side, with logits, losses and likeliest tokens at every position, as the published
-system does it.
+An untrained model answers synthetic items of each kind, with and without few-shot examples. One item at a time means
+what the published system does: a batch of the item's options, with logits, losses and argmax at every position.
 """
 
 import random
@@ -29,20 +28,20 @@ from scripts import _cli
 
 @dataclass
 class CoreFlags(Flags):
-    """Sizes of the model, and how many items."""
+    """Model size and number of items."""
 
     seq_len: int = 1024
-    """Context; longer prompts are cut."""
+    """Context; longer prompts are truncated."""
     items: int = 24
-    """Items of each task."""
+    """Items per task."""
     chars: int = 1_000_000
-    """Characters of text to train the vocabulary on."""
+    """Characters of text to train the tokenizer on."""
     eval_bundle: str = ""
-    """Folder of the CORE bundle, to take its items instead of made-up ones."""
+    """Folder of the CORE bundle; empty: synthetic items."""
 
 
-def made_up_tasks(items: int, seed: int = 0) -> list[CoreTask]:
-    """Tasks of the three kinds; texts of about the lengths that the published ones have."""
+def synthetic_tasks(items: int, seed: int = 0) -> list[CoreTask]:
+    """Tasks of the three kinds, with texts about as long as in the published ones."""
     rng = random.Random(seed)
     words = " ".join(starter_texts("val", 200_000)).split()
 
@@ -97,8 +96,8 @@ def made_up_tasks(items: int, seed: int = 0) -> list[CoreTask]:
 
 @torch.no_grad()
 def one_by_one(model: GPT, examples: Sequence[Example]) -> list[list[Score]]:
-    """The plain way: an item at a time, its options side by side."""
-    found = []
+    """The reference: a forward pass per item, over the batch of its options."""
+    scores = []
     for example in examples:
         longest = max(len(s.ids) for s in example.sequences)
         idx = torch.tensor([[*s.ids, *[0] * (longest - len(s.ids))] for s in example.sequences])
@@ -107,22 +106,22 @@ def one_by_one(model: GPT, examples: Sequence[Example]) -> list[list[Score]]:
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(len(idx), -1)
         hits = logits.argmax(-1) == targets
         spans = [(row, slice(s.start - 1, s.end - 1)) for row, s in enumerate(example.sequences)]
-        found.append([Score(float(losses[span].double().mean()), bool(hits[span].all())) for span in spans])
-    return found
+        scores.append([Score(float(losses[span].double().mean()), bool(hits[span].all())) for span in spans])
+    return scores
 
 
 def measure(flags: CoreFlags, runtime: Runtime) -> Result:
     tokenizer = RustBPETokenizer.train_from_iterator(starter_texts("train", flags.chars), flags.vocab_size)
     model = GPT.create(model_config(flags), runtime.device, runtime.dtype)
-    with torch.no_grad():  # away from the zeros that a fresh model's blocks end with
+    with torch.no_grad():  # a new model's output projections are zero
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p.device), alpha=0.02)
     scorer = GPTScorer(model)
     rows, tasks = [], {}
     total = {"batched": 0.0, "one": 0.0}
     agreed = count = 0
-    asked = read_bundle(Path(flags.eval_bundle)).tasks if flags.eval_bundle else made_up_tasks(flags.items)
-    for task in asked:
+    tasks_to_run = read_bundle(Path(flags.eval_bundle)).tasks if flags.eval_bundle else synthetic_tasks(flags.items)
+    for task in tasks_to_run:
         examples = list(make_examples(task, tokenizer, flags.seq_len, most=flags.items))
         both: dict[str, Callable[[], Any]] = {
             "batched": partial(scorer.score, examples),
@@ -141,7 +140,7 @@ def measure(flags: CoreFlags, runtime: Runtime) -> Result:
     ratio = total["one"] / total["batched"]
     rows.append(("all", f"{count / total['one']:.1f}", f"{count / total['batched']:.1f}", f"{ratio:.1f}"))
     return Result(
-        "CORE items a second",
+        "CORE items per second",
         ("task", "one at a time", "batched", "ratio"),
         rows,
         {

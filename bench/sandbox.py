@@ -1,6 +1,6 @@
-"""Running small programs in the sandbox, warm and cold, at each level there is: `python -m bench.sandbox`.
+"""Programs per second in the sandbox, warm and cold, at each available level: `python -m bench.sandbox`.
 
-Where HumanEval is at hand (NANOCHAT_DATASETS_DIR), its 164 reference solutions must pass and as many empty bodies fail.
+If HumanEval is available (NANOCHAT_DATASETS_DIR), its 164 reference solutions must pass and empty bodies fail.
 """
 
 import time
@@ -24,10 +24,10 @@ TESTS = "for x in range(10):\n    assert double(x) == x + x\n"
 
 @dataclass
 class SandboxFlags(Flags):
-    """How long to measure, and on how many problems."""
+    """Duration of each measurement, and the number of HumanEval problems."""
 
     problems: int = 164
-    """Problems of HumanEval; 0 leaves it out."""
+    """Problems of HumanEval; 0: none."""
 
 
 def measure(flags: SandboxFlags, runtime: Runtime) -> Result:
@@ -44,34 +44,34 @@ def measure(flags: SandboxFlags, runtime: Runtime) -> Result:
         }
         values |= {f"{level}_{name}_per_second": value for name, value in rates.items()}
         rows.append((level, *(f"{value:.0f}" for value in rates.values())))
-    title = "programs a second, one after the other"
+    title = "programs per second, one at a time"
     if flags.problems:
         values |= human_eval(flags.problems)
         title += (
             f"; HumanEval: {values['humaneval_references_pass']} of {values['humaneval_problems']} references "
             f"pass, {values['humaneval_stubs_fail']} empty bodies fail, {values['humaneval_seconds']:.1f} s"
             if "humaneval_problems" in values
-            else "; HumanEval is not at hand"
+            else "; HumanEval is not available"
         )
     return Result(title, ("level", "warm", "warm, with tests", "cold"), rows, values)
 
 
 def rate(level: str, seconds: float, tested: bool = False, cold: bool = False) -> float:
-    """Programs a second; at least three are run."""
-    done, tests, entry_point = 0, TESTS if tested else "", "double" if tested else ""
+    """Programs per second; at least three are run. `cold`: each in a new sandbox."""
+    count, tests, entry_point = 0, TESTS if tested else "", "double" if tested else ""
     execute_code(PROGRAM, level=level)
     began = time.perf_counter()
-    while done < 3 or time.perf_counter() - began < seconds:
+    while count < 3 or time.perf_counter() - began < seconds:
         if cold:
             close_all()
         result = execute_code(PROGRAM, level=level, tests=tests, entry_point=entry_point)
         assert result.success and result.stdout == "42\n", result
-        done += 1
-    return done / (time.perf_counter() - began)
+        count += 1
+    return count / (time.perf_counter() - began)
 
 
 def human_eval(problems: int) -> dict[str, Any]:
-    """The references and the empty bodies of HumanEval, judged; nothing where the data is not at hand."""
+    """How many reference solutions pass and empty bodies fail; {} without the data set."""
     try:
         task = HumanEval()
     except UserError:

@@ -1,19 +1,18 @@
-"""Running Python that nobody has read: a program, a program with its tests, or a session that goes on.
+"""Run untrusted Python: a program, a program with tests, or an interactive session.
 
     execute_code("print(1 + 1)").stdout                                     -> "2\\n"
     execute_code("def f(x): return 2 * x", tests="assert f(2) == 4", entry_point="f").success
     with PythonSession() as session:
         session.run("x = 6"); session.run("x * 7").stdout                   -> "42\\n"
 
-Programs have limits on time, memory, output, files and threads, no network, no other processes, and see nothing of
-the user's (`nanochat/sandbox/levels.py` has the levels, dev/SANDBOX.md what each stops). All of it works from any
-thread; each call uses a sandbox of its own, kept warm for the next.
+Programs have limits on time, memory, output, files and threads. They have no network, cannot start processes and see
+nothing of the user's files or environment (levels in `nanochat/sandbox/levels.py`; dev/SANDBOX.md lists what each
+stops). All functions are thread-safe; each call uses its own sandbox process, which is kept warm for the next call.
 
-What success means: the program ran to its end, and the answer carries a nonce that only this process and the
-supervisor know, and no program ever held. A program that sets out to can still feign its own end, as it can turn
-an assert that stands in it into nothing: code cannot judge itself. Where code is to be judged, pass `tests`: they run
-in another process, which calls the function over a pipe and gets plain values back. No line of the program runs
-there, so nothing in it can make a failing test pass.
+Success means that the program ran to its end and the answer carries a nonce known only to this process and the
+supervisor, never to the program. A malicious program can still fake its own end or disable the asserts inside it: code
+cannot judge itself. To judge code, pass `tests`: they run in another process, which calls the function over a pipe and
+receives plain values. None of the program's code runs there, so it cannot make a failing test pass.
 """
 
 import atexit
@@ -30,26 +29,28 @@ from nanochat.sandbox.starts import SCRATCH_BYTES, Unavailable
 from nanochat.sandbox.wire import Gone
 
 VERDICTS = {
-    "success": "ran to its end, and so did its tests",
-    "error": "an exception ended it, or a test failed",
-    "early_exit": "it ended before its end",
-    "timeout": "it took too long",
-    "out_of_memory": "it asked for more memory than it may",
-    "output_limit": "it wrote more than it may",
-    "file_limit": "it made more files than it may",
-    "crashed": "the interpreter died of it",
-    "killed": "a signal ended it",
-    "ended": "the session was over",
+    "success": "the program, and its tests if any, ran to the end",
+    "error": "an exception, or a failed test",
+    "early_exit": "exited early",
+    "timeout": "exceeded the time limit",
+    "out_of_memory": "exceeded the memory limit",
+    "output_limit": "exceeded the output limit",
+    "file_limit": "exceeded the number of files",
+    "crashed": "the interpreter crashed",
+    "killed": "killed by a signal",
+    "ended": "the session had already ended",
 }
 MAX_CODE_CHARS = 4 << 20
 MAX_OUTPUT_BYTES = 8 << 20
-GRACE_SECONDS = 10.0  # for the supervisor's answer, after the time is over
+GRACE_SECONDS = 10.0  # after the time limit, for the supervisor's answer
 
 
 @dataclass(frozen=True)
 class ExecutionResult:
-    """How a program ended. `verdict` is one of VERDICTS; the texts are cut at the limit, bytes that are no UTF-8
-    replaced; `level` names the sandbox that it ran in."""
+    """How a program ended: `verdict` is a key of VERDICTS, `level` the sandbox level it ran in.
+
+    Output is truncated at the limit; invalid UTF-8 is replaced.
+    """
 
     success: bool
     verdict: str
@@ -61,14 +62,14 @@ class ExecutionResult:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """Resources a program may use."""
 
     timeout: float = 5.0
-    """Seconds of wall-clock time; of processor time about as much."""
+    """Seconds of wall-clock time, and about as many of CPU time."""
     memory_bytes: int = 512 << 20
-    """Address space, the interpreter's own (some 30 MiB) included; a program's tests have as much again."""
+    """Address space, including about 30 MiB of the interpreter's own; tests get the same amount in their process."""
     output_bytes: int = 64 << 10
-    """Of standard output and error together."""
+    """Limit of stdout and stderr together."""
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout <= 3600:
@@ -77,7 +78,7 @@ class Limits:
             raise ValueError(f"memory_bytes must be at least 64 MiB and output_bytes at most 8 MiB, got {self}")
 
     def job(self, *, tested: bool = False, interactive: bool = False) -> dict[str, Any]:
-        """As the supervisor takes them."""
+        """The limits as the supervisor expects them."""
         cpu_seconds = 0 if interactive else int(self.timeout) + 1
         return {
             "cpu_seconds": cpu_seconds,
@@ -99,32 +100,32 @@ def execute_code(
     output_bytes: int = Limits.output_bytes,
     level: str = "",
 ) -> ExecutionResult:
-    """Run the program `code` in the strongest sandbox there is, or in the one that `level` names.
+    """Run the program `code` at the strongest available sandbox level, or at `level`.
 
-    With `tests`, these run after it in a process of their own, where the name `entry_point` stands for the program's
-    function of that name: arguments and results are plain values (numbers, text, lists, tuples, sets, dicts),
-    exceptions arrive as the built-in of the same name. Raises UserError if the machine has no such level.
+    With `tests`, these run afterwards in their own process, where `entry_point` is a proxy of the program's function
+    of that name: arguments and results are plain values (numbers, text, lists, tuples, sets, dicts), exceptions arrive
+    as the built-in of the same name. Raises UserError if the level is not available.
     """
     if tests and not entry_point:
-        raise ValueError("tests need an entry_point: the name of the program's function that they call")
+        raise ValueError("tests need an entry_point: the name of the function under test")
     limits = Limits(timeout, memory_bytes, output_bytes)
     level = choose_level(level)
-    worker = borrow(level)
+    worker = acquire_worker(level)
     try:
         worker.send_job(limits.job(tested=bool(tests)))
         result, answer = worker.ask(code, timeout, tests, entry_point)
     except BaseException:
         worker.close()
         raise
-    give_back(worker, answer)
+    release_worker(worker, answer)
     return result
 
 
 class PythonSession:
-    """A Python that remembers: variables live from one `run` to the next, the value of a last expression is shown.
+    """An interactive interpreter: variables persist between `run` calls, a final expression's value is printed.
 
-    Exceptions leave it alive. Too much time, memory for the interpreter or output, and `exit()`, end it: the result
-    says so, and later ones have the verdict "ended". Close it, or use it in a `with`.
+    It survives exceptions. Exceeding a limit or exiting the process ends it: the result says so, and later ones have
+    the verdict "ended". Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class PythonSession:
         self.level = choose_level(level)
         self.why_ended = ""
         self._lock = threading.Lock()
-        self._worker: PooledWorker | None = borrow(self.level)
+        self._worker: PooledWorker | None = acquire_worker(self.level)
         try:
             self._worker.send_job(self.limits.job(interactive=True))
         except BaseException:
@@ -151,7 +152,7 @@ class PythonSession:
         return self._worker is not None
 
     def run(self, code: str, timeout: float | None = None) -> ExecutionResult:
-        """Run `code` with what earlier calls left; at most `timeout` seconds, or the session's."""
+        """Run `code` in the session, for at most `timeout` seconds (default: the session's)."""
         with self._lock:
             if self._worker is None:
                 text = f"the session has ended ({self.why_ended}); its variables are gone\n"
@@ -167,13 +168,13 @@ class PythonSession:
             return result
 
     def stop(self) -> None:
-        """From another thread: end what runs now. The session ends with it."""
+        """End the running call, and with it the session; callable from another thread."""
         if worker := self._worker:
             with contextlib.suppress(OSError, ValueError):
-                worker.requests.close()  # the sandbox ends with its pipes, and `run` is told
+                worker.requests.close()  # the sandbox ends when its pipes close, and `run` returns
 
     def close(self) -> None:
-        """End it. Idempotent."""
+        """End the session. Idempotent."""
         with self._lock:
             self._end("closed")
 
@@ -190,7 +191,7 @@ class PythonSession:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Warm sandboxes
+# Pool of warm sandboxes
 
 MAX_IDLE = 16
 _idle: list["PooledWorker"] = []
@@ -200,7 +201,7 @@ _hooks: list[bool] = []
 
 
 class PooledWorker(Worker):
-    """A worker that this process keeps track of until it is closed."""
+    """A worker that is registered until it is closed, so that close_all can end it."""
 
     def __init__(self, level: str) -> None:
         super().__init__(level)
@@ -217,9 +218,9 @@ class PooledWorker(Worker):
     def ask(
         self, code: str, timeout: float, tests: str = "", entry_point: str = ""
     ) -> tuple[ExecutionResult, dict[str, Any]]:
-        """(the result, the supervisor's answer; empty if none came and the worker is of no use any more)."""
+        """(result, the supervisor's answer); the answer is empty if none came, and the worker then unusable."""
         if len(code) + len(tests) > MAX_CODE_CHARS:
-            raise ValueError(f"a program of {len(code) + len(tests)} characters; the limit is {MAX_CODE_CHARS}")
+            raise ValueError(f"code and tests have {len(code) + len(tests)} characters; the limit is {MAX_CODE_CHARS}")
         nonce, began, answer = secrets.token_hex(16), time.perf_counter(), {}
         try:
             self.send({"code": code, "tests": tests, "entry_point": entry_point, "timeout": timeout, "nonce": nonce})
@@ -228,10 +229,10 @@ class PooledWorker(Worker):
         except TimeoutError:
             verdict = "timeout"
         except Gone:
-            verdict = "killed"  # the whole sandbox, from outside
+            verdict = "killed"  # the whole sandbox was killed from outside
         if verdict == "success" and not secrets.compare_digest(answer.get("nonce", ""), nonce):
             verdict = "crashed"
-        texts = [text_of(answer.get(name, "")) for name in ("stdout", "stderr")]
+        texts = [decode_output(answer.get(name, "")) for name in ("stdout", "stderr")]
         seconds = time.perf_counter() - began
         return ExecutionResult(verdict == "success", verdict, texts[0], texts[1], self.level, seconds), answer
 
@@ -241,13 +242,13 @@ class PooledWorker(Worker):
         super().close()
 
 
-def text_of(latin: str) -> str:
-    """Text from bytes that came a byte a character."""
-    return latin.encode("latin-1").decode("utf-8", "replace")
+def decode_output(latin1: str) -> str:
+    """Decode UTF-8 output that was sent as Latin-1, one character per byte."""
+    return latin1.encode("latin-1").decode("utf-8", "replace")
 
 
-def borrow(level: str) -> PooledWorker:
-    """A warm worker, or a new one."""
+def acquire_worker(level: str) -> PooledWorker:
+    """An idle worker of that level, or a new one."""
     with _lock:
         fitting = [worker for worker in _idle if worker.level == level]
         worker = fitting[-1] if fitting else None
@@ -260,11 +261,11 @@ def borrow(level: str) -> PooledWorker:
     try:
         return PooledWorker(level)
     except Unavailable as error:
-        raise RuntimeError(f"the {level} sandbox worked before and does not start now: {error}") from error
+        raise RuntimeError(f"the {level} sandbox worked before but does not start any more: {error}") from error
 
 
-def give_back(worker: PooledWorker, answer: dict[str, Any]) -> None:
-    """Keep it if nothing is left of the last program."""
+def release_worker(worker: PooledWorker, answer: dict[str, Any]) -> None:
+    """Return a worker to the pool if its last program left nothing behind; else close it."""
     with _lock:
         keep = bool(answer.get("clean")) and len(_idle) < MAX_IDLE
         if keep:
@@ -274,7 +275,7 @@ def give_back(worker: PooledWorker, answer: dict[str, Any]) -> None:
 
 
 def close_all() -> None:
-    """End every sandbox of this process."""
+    """Close every sandbox of this process."""
     with _lock:
         _idle.clear()
         workers = list(_all)
@@ -283,10 +284,10 @@ def close_all() -> None:
 
 
 def forget_all() -> None:
-    """In a fork of this process: the sandboxes are the other's."""
+    """After a fork, in the child: drop the parent's sandboxes without ending them."""
     global _lock
     _lock = threading.Lock()
     for worker in _all:
-        worker.forget()
+        worker.close_pipes()
     _all.clear()
     _idle.clear()

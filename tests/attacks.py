@@ -1,7 +1,7 @@
-"""Programs that mean harm, for tests/test_execution.py: what each tries, and the verdict it must get.
+"""Malicious programs for tests/test_execution.py, with the verdict each must get.
 
-A program prints ESCAPED if it got what it wanted. The names in capitals are set by the test: files and a process of
-the user's, ports that somebody listens on, a variable of the environment.
+A program prints ESCAPED if its attack worked. The test defines the names in capitals: a file and a process of the user,
+sockets that are being listened on.
 """
 
 PRELUDE = """
@@ -25,7 +25,7 @@ def raw(x86, arm, *arguments):
     return got
 """
 
-# What must not work, one expression each; the program goes on, ends, and is told apart by what it prints.
+# Attacks of one expression each, arguments of `attempt`, which prints whether it was stopped; the program goes on.
 ATTEMPTS = {
     # files
     "read the user's file": "open, CANARY",
@@ -163,7 +163,7 @@ ATTEMPTS = {
     "ports of the machine": "raw, 173, 9999, 0, 8, 1",
 }
 
-# Whole programs, and the verdict that each must get.
+# Whole programs: {name: (allowed verdicts, code)}.
 PROGRAMS = {
     "memory at once": ("out_of_memory", "x = bytearray(1 << 36)"),
     "memory piece by piece": ("out_of_memory", "x = []\nwhile True: x.append(bytearray(1 << 20))"),
@@ -224,7 +224,7 @@ PROGRAMS = {
     "a deep folder": ("file_limit error", "while True: os.mkdir('d'); os.chdir('d')"),
     "a locked folder": ("success error", "os.mkdir('d'); open('d/f', 'w').close(); os.chmod('d', 0); os.chmod('.', 0)"),
     "descriptors": ("error", "x = []\nwhile True: x.append(os.pipe())"),
-    # ends that are not the end
+    # exits before the end
     "exit": ("early_exit", "sys.exit(0)"),
     "exit without anything": ("early_exit", "os._exit(0)"),
     "exit with a word": ("early_exit", "sys.exit('success')"),
@@ -247,7 +247,7 @@ PROGRAMS = {
     "interrupt": ("error", "raise KeyboardInterrupt"),
     "an exception of its own kind": ("error", "class E(BaseException): pass\nraise E"),
     "a generator's exit": ("error", "raise GeneratorExit"),
-    # verdicts that are not its own
+    # forged verdicts
     "a verdict on standard output": ("error", 'print(\'{"verdict": "success", "ended": "end"}\')\nassert False'),
     "a verdict in a frame": (
         "error",
@@ -286,7 +286,7 @@ os._exit(0)
     ),
 }
 
-# Programs whose function is wrong, with the tests TESTED: none may pass.
+# Programs whose function fails TESTS: {name: (allowed verdicts, code)}.
 TESTS = "assert f(2) == 4\nassert f([1, 2]) == [1, 2, 1, 2]\n"
 RIGHT = "def f(x): return x * 2"
 TESTED = {

@@ -148,14 +148,14 @@ def test_humaneval_needs_a_sandbox(
     from nanochat.sandbox import levels
 
     flags = ["-a", "HumanEval", "--embedded-sample", "-x", "2", "-m", "2", "--device-type=cpu"]
-    with pytest.raises(UserError, match="no sandbox level 'none'"):
+    with pytest.raises(UserError, match="'none'.*bubblewrap"):
         chat_eval.main([*flags, "--sandbox=none"])
     levels._announced.clear()
     assert chat_eval.main([*flags, "--sandbox=unsafe"]) == 0
     said = capsys.readouterr().out
     assert "HumanEval" in said and "sandbox: unsafe" in said
     monkeypatch.setattr(levels, "why_unavailable", lambda level: "not today")
-    with pytest.raises(UserError, match=r"no sandbox here.*bubblewrap: not today"):
+    with pytest.raises(UserError, match=r"bubblewrap: not today"):
         chat_eval.main(flags)
 
 

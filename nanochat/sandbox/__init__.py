@@ -1,5 +1,5 @@
-"""Runs Python that nobody has read, in a locked-in process. A trust boundary: standard library only.
+"""Runs untrusted Python in a restricted process. A trust boundary: standard library only.
 
-Called by `nanochat.execution`, the only public entrance.
-Start with `levels.py` (what is available here), then `child.py` (what runs inside). See dev/SANDBOX.md.
+Called by `nanochat.execution`, the only public interface. Start with `levels.py` (which levels this machine has), then
+`child.py` (the supervisor inside). See dev/SANDBOX.md.
 """

@@ -1,7 +1,7 @@
-"""Inside the sandbox: the supervisor, which starts programs, watches them and says how they ended.
+"""The supervisor inside the sandbox: forks programs, watches them and reports how they ended.
 
-It runs none of their code. Each program is forked, so that no interpreter has to start, and may signal, trace and
-fork nothing. If it leaves anything behind, the next program gets a new sandbox. Standard library only.
+It runs none of their code. Programs are forked, which saves the start of an interpreter, and cannot signal, trace or
+fork. If a program leaves files behind, the sandbox is not reused. Standard library only.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from nanochat.sandbox.processes import ENDS, Child, Output, verdict_of
 from nanochat.sandbox.wire import Gone, frame_of, read_frame, write_frame
 
 REQUESTS, ANSWERS = 0, 1
-TICK_SECONDS, END_TICK_SECONDS = 0.05, 0.001  # while a program runs; once it is about to be gone
+TICK_SECONDS, END_TICK_SECONDS = 0.05, 0.001  # poll interval while a program runs; and once it is about to exit
 MAX_FILES = 2000
 MAX_THREADS = 64
 MAX_DESCRIPTORS = 256
@@ -33,17 +33,17 @@ PRELOADED = (
 
 @dataclass
 class Settings:
-    """What holds for every program of this supervisor; from the parent."""
+    """Settings from the parent, the same for every program of this supervisor."""
 
     level: str
-    uid: int  # to turn into where the supervisor is root; 0: stay who it is
-    may_read: bool  # Python lies where only root may read
+    uid: int  # to switch to if the supervisor is root; 0: keep the user
+    may_read: bool  # keep the capability to read everything: Python is installed where only root may read
     readable: list[str]
-    scratch: str  # the programs' folder; "" where they may write nowhere
+    scratch: str  # folder that programs may write; "" if none
 
 
 class Supervisor:
-    """Of one job: a program with or without tests, or a session."""
+    """Runs one job: a program with or without tests, or a session."""
 
     def __init__(self, settings: Settings, limits: dict[str, Any]) -> None:
         self.settings, self.limits = settings, limits
@@ -57,63 +57,63 @@ class Supervisor:
             os.close(fd)
 
     def run(self) -> None:
-        """Answer the job, and in a session the cells that follow. Nothing of it runs on when this returns."""
+        """Run the job, and in a session all its cells. None of its processes is left when this returns."""
         try:
             while self.run_cell():
                 pass
         finally:
             for child in self.children:
                 child.kill()
-                if self.settings.level == "unsafe":  # it may have forked; elsewhere it could not
+                if self.settings.level == "unsafe":  # it may have forked; at the other levels it cannot
                     with contextlib.suppress(OSError):
                         os.killpg(child.pid, signal.SIGKILL)
 
     def run_cell(self) -> bool:
-        """Run a program, or a session's next piece. Whether the session goes on."""
-        # What the programs must not know is read only now: they were forked before.
+        """Run a program, or a session's next cell. Returns whether the session continues."""
+        # Read after the fork: the job holds secrets (nonce, tests) that the program must not see.
         job = read_frame(REQUESTS)
         deadline = time.monotonic() + job["timeout"]
         interactive = self.limits["interactive"]
         if interactive:
             os.kill(self.program.pid, signal.SIGCONT)
             self.program.ended, self.program.received = "", bytearray()
-        verdict = self.hand_over(job, deadline) or self.watch(deadline)
-        goes_on = interactive and verdict in ("success", "error", "out_of_memory")
-        if goes_on:
-            os.kill(self.program.pid, signal.SIGSTOP)  # no thread of a session works between its cells
+        verdict = self.send_requests(job, deadline) or self.watch(deadline)
+        continues = interactive and verdict in ("success", "error", "out_of_memory")
+        if continues:
+            os.kill(self.program.pid, signal.SIGSTOP)  # so that no thread runs between cells
         else:
             for child in self.children:
                 child.kill()
         stdout, stderr = self.output.take()
         clean = self.settings.level != "unsafe" and self.scratch_state() == self.untouched
-        answer = {"verdict": verdict, "stdout": stdout, "stderr": stderr, "over": not goes_on, "clean": clean}
+        answer = {"verdict": verdict, "stdout": stdout, "stderr": stderr, "over": not continues, "clean": clean}
         write_frame(ANSWERS, {**answer, "nonce": job["nonce"]} if verdict == "success" else answer)
-        return goes_on
+        return continues
 
     def scratch_state(self) -> int:
-        """Changes with every file made or removed in the scratch folder; a program cannot set it back."""
+        """Changes with every file created or removed in the scratch folder; a program cannot reset it."""
         return os.stat(self.settings.scratch).st_ctime_ns if self.settings.scratch else 0
 
     def fork(self, calls: list[int]) -> Child:
-        """A new process, locked in, that waits for its request. `calls`: its end of the channel of the tests."""
-        ours, theirs = socket.socketpair()
+        """Fork a restricted process that waits for its request. `calls`: its end of the channel of the tests."""
+        own_end, child_end = socket.socketpair()
         pid = os.fork()
         if pid == 0:
             try:
-                self.become_program([*self.output.write_ends, theirs.fileno(), *calls])
+                self.become_program([*self.output.write_ends, child_end.fileno(), *calls])
             except BaseException as error:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"the sandbox could not be closed: {error!r}\n".encode())
+                    os.write(2, f"the sandbox could not be locked: {error!r}\n".encode())
                 os._exit(70)
             try:
                 program.run_requests(self.limits["interactive"])
             finally:
-                os._exit(71)  # never back into the supervisor's code
-        theirs.close()
-        return Child(pid, ours)
+                os._exit(71)  # never return into the supervisor's code
+        child_end.close()
+        return Child(pid, own_end)
 
     def become_program(self, fds: list[int]) -> None:
-        """In the forked process: descriptors 0 to 4 and no others, limits, filter. No code has run before."""
+        """In the forked process: keep descriptors 0 to 4, apply limits and filter. No untrusted code has run yet."""
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in fds]
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, fd in enumerate(high, 1):
@@ -129,16 +129,16 @@ class Supervisor:
         os.chdir(self.settings.scratch or "/")
         os.setsid()
         self.lock()
-        sys.modules["random"].seed(0)  # the same program, the same run
+        sys.modules["random"].seed(0)  # deterministic runs
 
     def lock(self) -> None:
-        """Strongest last: after the filter nothing of this can be done again."""
+        """Apply limits, Landlock and, last, the filter, after which none of the others could be changed."""
         settings, limits, tasks = self.settings, self.limits, MAX_THREADS
         if settings.level == "unsafe":
-            tasks = 0  # would count, and hinder, all the user's processes
+            tasks = 0  # the limit would count all processes of the user, and restrict them
         elif settings.level == "landlock":
             tasks += 0 if settings.uid else lock.tasks_of_user()
-            lock.give_up_rights(settings.uid, settings.may_read)
+            lock.drop_privileges(settings.uid, settings.may_read)
         lock.limit_resources(limits["cpu_seconds"], limits["memory_bytes"], limits["file_bytes"], tasks)
         if settings.level == "unsafe":
             return
@@ -148,10 +148,10 @@ class Supervisor:
         lock.filter_system_calls(files=bool(settings.scratch))
 
     # -----------------------------------------------------------------------------------------------
-    # Watching
+    # Watching the program
 
-    def hand_over(self, job: dict[str, Any], deadline: float) -> str:
-        """Give the processes their requests; "timeout" if a session's program is too busy to take it."""
+    def send_requests(self, job: dict[str, Any], deadline: float) -> str:
+        """Send the processes their requests. Returns "timeout" if a session is too busy to read it, else ""."""
         entry_point = job["entry_point"] if self.tests else ""
         requests = [
             {"name": "program", "code": job["code"], "entry_point": entry_point},
@@ -164,12 +164,12 @@ class Supervisor:
             except TimeoutError:
                 return "timeout"
             except OSError:
-                pass  # it has died, which is noticed where it is watched
+                pass  # it has died; `watch` will notice
             child.report.setblocking(False)
         return ""
 
     def watch(self, deadline: float) -> str:
-        """Read what comes until the verdict stands, and return it."""
+        """Read output and reports until there is a verdict, and return it."""
         poller = select.poll()
         reports = {child.report.fileno(): child for child in self.children}
         for fd in (*self.output.texts, *reports, REQUESTS):
@@ -178,7 +178,7 @@ class Supervisor:
         while True:
             for fd, _ in poller.poll(max(0.0, min(tick, deadline - time.monotonic())) * 1000):
                 if fd == REQUESTS:
-                    raise Gone("the parent")  # it writes nothing meanwhile, so it has closed
+                    raise Gone("the parent")  # it sends nothing meanwhile, so this is the end of the pipe
                 if not (self.output.read(fd) if fd in self.output.texts else reports[fd].listen()):
                     poller.unregister(fd)
                     tick = END_TICK_SECONDS if fd in reports else tick
@@ -192,45 +192,45 @@ class Supervisor:
                 return verdict
 
     def too_many_files(self) -> bool:
-        """A sized tmpfs limits bytes, not files, and every file takes memory of the kernel."""
+        """Whether the scratch folder has too many files: tmpfs limits bytes only, but each file takes kernel memory."""
         if not self.settings.scratch or self.settings.level == "unsafe":
             return False
         space = os.statvfs(self.settings.scratch)
         return space.f_files - space.f_ffree > MAX_FILES
 
     def decide(self) -> str:
-        """The verdict once it stands, else nothing. Where there are tests, only they can say success."""
+        """The verdict once it is known, else "". With tests, success can only come from them."""
         program, tests = self.program, self.tests
         if self.limits["interactive"] and program.ended in ENDS and program.ended != "exit":
             return ENDS[program.ended]
         if tests and tests.ended == "end" and tests.poll():
             return verdict_of(tests)
         if program.poll():
-            program.listen()  # its last word may have come after the last look
+            program.listen()  # its report may have arrived since the last poll
             if not tests or program.ended != "end":
                 return verdict_of(program)
         if tests and tests.poll():
             tests.listen()
             if tests.ended != "gone":
                 return verdict_of(tests)
-            if program.status is not None:  # it hung up on its tests
+            if program.status is not None:  # it closed the channel to its tests
                 return "early_exit"
         return ""
 
 
 def main() -> None:
-    """Read the settings, then take job after job; ends with the parent.
+    """Read the settings, then serve jobs until the parent closes the pipe.
 
-    Each job has a supervisor of its own, forked before the job is read, so no program finds another's text here.
+    Each job gets its own supervisor, forked before the job is read, so that no program can find another's code.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whatever the parent left there
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # may be ignored in the parent
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     settings = Settings(**read_frame(REQUESTS))
     if settings.level != "unsafe":
         lock.hide_memory()
-        lock.build_filter(os.getpid(), files=True)  # what is unsupported is better said now
+        lock.build_filter(os.getpid(), files=True)  # raises Unsupported early
         if settings.level == "landlock" and not lock.landlock_abi():
             raise lock.Unsupported("this kernel has no Landlock")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -249,7 +249,7 @@ def main() -> None:
 
 
 def take_job(settings: Settings) -> int:
-    """Do the job that waits to be read; 0 if there was one."""
+    """Run the next job. Returns 0, or 1 if the parent has closed the pipe."""
     if settings.level != "unsafe":
         lock.die_with_parent()
     try:

@@ -1,8 +1,8 @@
-"""The sandbox's three levels, seen from outside: a running one, and which of them this machine has.
+"""The sandbox's three levels: the worker process of each, and which of them this machine has.
 
-bubblewrap: namespaces of its own for users, processes, network, IPC and mounts. landlock: for machines that permit
-no namespaces, such as most rented containers. unsafe: resource limits alone, for who asks for it by name.
-All but the last add a filter of system calls (nanochat/sandbox/lock.py). Linux has the first two, others none.
+bubblewrap: separate namespaces for users, processes, network, IPC and mounts. landlock: for machines that do not allow
+namespaces, such as most rented containers. unsafe: resource limits only, never chosen automatically. The first two
+add a system call filter (nanochat/sandbox/lock.py) and need Linux.
 """
 
 import json
@@ -21,22 +21,22 @@ from nanochat.sandbox.wire import Gone, read_frame, write_frame
 
 SAFE_LEVELS = ("bubblewrap", "landlock")
 LEVELS = (*SAFE_LEVELS, "unsafe")
-START_SECONDS = 30.0
-HOW = "install bubblewrap (apt install bubblewrap), or ask for the unsafe level by name"
+START_TIMEOUT_SECONDS = 30.0
+INSTALL_HINT = "install bubblewrap (apt install bubblewrap), or choose level 'unsafe' explicitly"
 
 
 class Worker:
-    """A supervisor in its sandbox, and the two pipes to it. One job at a time."""
+    """A supervisor process in its sandbox, with a pipe to it and one back. Runs one job at a time."""
 
     def __init__(self, level: str) -> None:
-        """Raises Unavailable if it does not come up."""
+        """Start it. Raises Unavailable if it does not start."""
         start = STARTS[level]()
         self.level, self.folder, self.first_pid = level, start.folder, 0
-        self.complaints = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the worker
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the worker lives
         try:
-            self.process = popen(start, self.complaints)
+            self.process = popen(start, self.stderr)
         except OSError as error:
-            self.complaints.close()
+            self.stderr.close()
             raise Unavailable(str(error)) from error
         finally:
             for fd in start.fds:
@@ -45,14 +45,14 @@ class Worker:
         self.requests, self.answers = self.process.stdin, self.process.stdout
         try:
             self.send(start.settings)
-            self.receive(START_SECONDS)
+            self.receive(START_TIMEOUT_SECONDS)
             if start.info >= 0:
                 self.first_pid = json.loads(os.read(start.info, 1 << 12))["child-pid"]
         except BaseException as error:
-            complaint = self.complaint()
+            reason = self.last_error()
             self.close()
             if isinstance(error, Gone | TimeoutError):
-                raise Unavailable(complaint or "it did not start") from error
+                raise Unavailable(reason or "it did not start") from error
             raise
         finally:
             if start.info >= 0:
@@ -64,26 +64,26 @@ class Worker:
     def receive(self, seconds: float) -> Any:
         return read_frame(self.answers.fileno(), time.monotonic() + seconds)
 
-    def complaint(self) -> str:
-        """The last line it wrote to its standard error."""
-        self.complaints.seek(0)
-        lines = self.complaints.read().decode("utf-8", "replace").strip().splitlines()
+    def last_error(self) -> str:
+        """The last line of its standard error."""
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode("utf-8", "replace").strip().splitlines()
         return lines[-1].removeprefix("nanochat.sandbox.lock.Unsupported: ") if lines else ""
 
-    def forget(self) -> None:
-        """In a fork of this process: it is the other's. Its pipes must not be held open here."""
-        self.complaints.close()
+    def close_pipes(self) -> None:
+        """Close this process's ends; after a fork, the child must not hold them open."""
+        self.stderr.close()
         self.requests.close()
         self.answers.close()
 
     def close(self) -> None:
-        """End it and everything in it."""
-        self.forget()  # it ends when its pipes do
+        """End the supervisor and everything it started."""
+        self.close_pipes()  # the supervisor exits when its pipes close
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
             if self.first_pid:
-                os.kill(self.first_pid, signal.SIGKILL)  # and with it all of its namespace
+                os.kill(self.first_pid, signal.SIGKILL)  # ends every process in the namespace
             self.process.kill()
             self.process.wait()
         if self.folder:
@@ -91,15 +91,15 @@ class Worker:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Which level
+# Choice of the level
 
-_found: dict[str, str] = {}  # reasons why a level is not there; "" if it is
+_found: dict[str, str] = {}  # by level why it is unavailable; "" if it is available
 _announced: set[str] = set()
 _lock = threading.Lock()
 
 
 def why_unavailable(level: str) -> str:
-    """Why this machine does not have the level, "" if it has. Tried out once."""
+    """Reason why the level does not work on this machine, "" if it does. Tried once per process."""
     with _lock:
         if level not in _found:
             try:
@@ -110,7 +110,7 @@ def why_unavailable(level: str) -> str:
 
 
 def try_out(level: str) -> str:
-    """Run an empty program."""
+    """Run an empty program; the reason if that fails, else ""."""
     worker = Worker(level)
     try:
         limits = {"timeout": 10, "cpu_seconds": 10, "memory_bytes": 1 << 29, "file_bytes": 0, "output_bytes": 1 << 12}
@@ -119,15 +119,15 @@ def try_out(level: str) -> str:
         answer = worker.receive(20)
         return "" if answer["verdict"] == "success" else answer["stderr"].strip() or answer["verdict"]
     except (Gone, TimeoutError):
-        return worker.complaint() or "it ended at once"
+        return worker.last_error() or "it exited at once"
     finally:
         worker.close()
 
 
 def choose_level(level: str = "") -> str:
-    """The level asked for, or the strongest safe one; said once. Raises UserError with the fix if it is not there."""
+    """The requested level, or the strongest safe one; printed once. Raises UserError with the fix if unavailable."""
     if level and level not in LEVELS:
-        raise UserError(f"there is no sandbox level {level!r}: the levels are {', '.join(LEVELS)}")
+        raise UserError(f"unknown sandbox level {level!r}: choose one of {', '.join(LEVELS)}")
     reasons = {}
     for name in (level,) if level else SAFE_LEVELS:
         reasons[name] = why_unavailable(name)
@@ -135,10 +135,11 @@ def choose_level(level: str = "") -> str:
             announce(name)
             return name
     because = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise UserError(f"no sandbox here to run code in ({because}); {HOW}")
+    raise UserError(f"no sandbox is available to run code in ({because}); {INSTALL_HINT}")
 
 
 def announce(level: str) -> None:
+    """Print the level in use, once."""
     if level not in _announced:
         _announced.add(level)
-        say(f"sandbox: {level}" + (", which contains nothing but by accident" if level == "unsafe" else ""))
+        say(f"sandbox: {level}" + (", without protection against malicious code" if level == "unsafe" else ""))

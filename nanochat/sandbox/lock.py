@@ -1,8 +1,8 @@
-"""Locking a process in, from within: resource limits, Landlock, a system call filter. Linux, no libraries.
+"""A process restricts itself: resource limits, Landlock, a system call filter. Linux, no libraries.
 
-This file is also read inside the sandbox, by an interpreter without site-packages: the standard library only. The
-packages on PyPI were a poor fit: pyseccomp needs a C library that it does not bring, landlock knows neither
-signals nor abstract sockets. tests/test_execution.py checks the numbers below against libseccomp where it is there.
+This file also runs inside the sandbox, in an interpreter without site-packages: standard library only. The packages
+on PyPI do not fit: pyseccomp needs a C library that it does not ship, landlock covers neither signals nor abstract
+sockets. tests/test_execution.py checks the numbers below against libseccomp, if installed.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import resource
 import struct
 from collections.abc import Iterable
 
-# System calls a program may make, as (x86_64, aarch64); - is "has none". What is not listed fails with EPERM:
+# Allowed system calls with their numbers on (x86_64, aarch64); - if it does not exist. Others fail with EPERM:
 # sockets, new processes, other programs, ptrace, mounts, namespaces, keys, io_uring, bpf, memfd and the rest.
 ALLOWED = """
 read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, preadv 295 69, pwritev 296 70,
@@ -35,37 +35,40 @@ getrlimit 97 163, setrlimit 160 164, getrusage 98 165, getcpu 309 168, sched_yie
 getrandom 318 278, futex 202 98, futex_waitv 449 449, set_robust_list 273 99, set_tid_address 218 96, rseq 334 293,
 membarrier 324 283, arch_prctl 158 -, exit 60 93, exit_group 231 94, wait4 61 260, waitid 247 95
 """
-# With a scratch folder of its own, on a file system where nothing else can be written.
+# Allowed besides if there is a scratch folder, on a file system where nothing else can be written.
 FILES = """
 open 2 -, openat 257 56, creat 85 -, ftruncate 77 46, truncate 76 45, fallocate 285 47, fsync 74 82, fdatasync 75 83,
 mkdir 83 -, mkdirat 258 34, rmdir 84 -, unlink 87 -, unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276,
 link 86 -, linkat 265 37, symlink 88 -, symlinkat 266 36, chmod 90 -, fchmod 91 52, fchmodat 268 53, utime 132 -,
 utimes 235 -, utimensat 280 88, futimesat 261 -, flock 73 32, copy_file_range 326 285, sendfile 40 71
 """
-# Allowed if the argument of that index is one of these: fcntl without owners, signals and leases; ioctl for files and
-# pipes; prctl for a thread's name.
+# Allowed if the argument at that index has one of these values: fcntl without owners, signals and leases; ioctl for
+# files and pipes; prctl for a thread's name.
 VALUES: dict[str, tuple[int, tuple[int, ...]]] = {
     "fcntl 72 25": (1, (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)),
     "ioctl 16 29": (1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
     "prctl 157 167": (0, (15, 16)),
-    "prlimit64 302 261": (0, (0,)),  # itself only
+    "prlimit64 302 261": (0, (0,)),  # on itself only
     "socketpair 53 199": (0, (1,)),  # AF_UNIX
-    "sendto 44 206": (5, (0,)),  # to the other end of a pair, not to an address, which a pair of datagrams could
+    "sendto 44 206": (5, (0,)),  # to the connected end only: a datagram pair could send to any address
     "sched_getaffinity 204 123": (0, (0,)),
 }
-SELF_ONLY = ("kill 62 129", "tgkill 234 131")  # signals: the first argument is the process's own id
+SELF_ONLY = ("kill 62 129", "tgkill 234 131")  # signals to its own process id only
 CLONE, CLONE3, CLONE_THREAD = "clone 56 220", "clone3 435 435", 0x10000
-OPENS = {"open 2 -": 1, "openat 257 56": 2}  # and where their flags stand
+OPENS = {"open 2 -": 1, "openat 257 56": 2}  # with the index of their flags
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH of the kernel
-NEWEST = 463  # numbers above are of calls younger than this list
+ARCHITECTURES = {
+    "x86_64": (0, 0xC000003E),
+    "aarch64": (1, 0xC00000B7),
+}  # column of the numbers above, AUDIT_ARCH of linux/audit.h
+NEWEST = 463  # higher numbers are calls newer than this list
 
 LOAD, JUMP_EQ, JUMP_GE, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # classic BPF, linux/bpf_common.h
-ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x50000  # linux/seccomp.h; REFUSE takes the errno in its low bits
+ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x50000  # linux/seccomp.h; REFUSE has the errno in its low bits
 
 
 class Unsupported(Exception):
-    """This kernel or processor lacks what the sandbox rests on."""
+    """This kernel or processor lacks a feature that the sandbox needs."""
 
 
 def _call(result: int, what: str) -> int:
@@ -80,14 +83,14 @@ def _libc() -> ctypes.CDLL:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The filter of system calls (man 2 seccomp)
+# System call filter (man 2 seccomp)
 
 
 def build_filter(pid: int, files: bool, machine: str | None = None) -> bytes:
-    """The BPF program for process `pid`: one process, its own files. `files`: it may write files."""
+    """The BPF program that restricts process `pid` to the calls above; `files` adds those that write files."""
     machine = machine or platform.machine()
     if machine not in ARCHITECTURES:
-        raise Unsupported(f"no list of system calls for {machine}")
+        raise Unsupported(f"no system call list for {machine}")
     column, architecture = ARCHITECTURES[machine]
 
     def number(entry: str) -> int | None:
@@ -95,7 +98,7 @@ def build_filter(pid: int, files: bool, machine: str | None = None) -> bytes:
         return None if text == "-" else int(text)
 
     def argument(index: int) -> int:
-        return 16 + 8 * index  # the low half: every argument looked at is an int
+        return 16 + 8 * index  # low half: every checked argument is an int
 
     code = [(LOAD, 0, 0, 4), (JUMP_EQ, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
 
@@ -117,7 +120,9 @@ def build_filter(pid: int, files: bool, machine: str | None = None) -> bytes:
             (RETURN, 0, 0, REFUSE | errno.EPERM),
         ],
     )
-    rule(CLONE3, [(RETURN, 0, 0, REFUSE | errno.ENOSYS)])  # its flags stand in memory; libc falls back to clone
+    rule(
+        CLONE3, [(RETURN, 0, 0, REFUSE | errno.ENOSYS)]
+    )  # its flags are in memory, which a filter cannot read; libc falls back to clone
     for entry, index in {} if files else OPENS.items():
         rule(
             entry,
@@ -133,7 +138,7 @@ def build_filter(pid: int, files: bool, machine: str | None = None) -> bytes:
 
 
 def filter_system_calls(files: bool) -> None:
-    """From here on this process makes only the calls listed above. There is no way back."""
+    """Restrict this process to the calls listed above, irrevocably."""
     program = build_filter(os.getpid(), files)
     buffer = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer)))
@@ -150,16 +155,16 @@ SCOPE_ABSTRACT_SOCKET, SCOPE_SIGNAL = 1, 2
 
 
 def landlock_abi() -> int:
-    """The kernel's version of Landlock, 0 without."""
+    """Version of Landlock in this kernel, 0 if it has none."""
     return max(0, _libc().syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint(1)))
 
 
 def restrict_files(readable: Iterable[str]) -> None:
-    """From here on this process reads what lies under `readable`, opens nothing else and writes nothing."""
+    """Restrict this process to reading below `readable`: it can open nothing else and write nothing."""
     libc, abi = _libc(), landlock_abi()
     if abi < 1:
         raise Unsupported("this kernel has no Landlock")
-    # Kernels know more rights with every version: 13 at first, then linking, truncating and device ioctls.
+    # Rights by version: 13 in the first, then linking, truncating and device ioctls.
     rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
     ruleset = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, SCOPE_ABSTRACT_SOCKET | SCOPE_SIGNAL if abi >= 6 else 0)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
@@ -178,25 +183,28 @@ def restrict_files(readable: Iterable[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Who the process is, and how much it may use
+# User, capabilities and resources
 
 
 def hide_memory() -> None:
-    """No process without special rights may look into this one or into its children: man 2 PR_SET_DUMPABLE."""
+    """Deny unprivileged processes access to the memory of this one and its children (man 2 PR_SET_DUMPABLE)."""
     _call(_libc().prctl(4, 0, 0, 0, 0), "PR_SET_DUMPABLE")
 
 
 def die_with_parent() -> None:
+    """Receive SIGKILL when the parent exits."""
     _call(_libc().prctl(1, 9, 0, 0, 0), "PR_SET_PDEATHSIG")
 
 
 READ_RIGHT, OVERRIDE_RIGHT = 1 << 2, 1 << 1  # CAP_DAC_READ_SEARCH; a container may have only CAP_DAC_OVERRIDE
 
 
-def give_up_rights(uid: int, may_read: bool) -> None:
-    """Turn into user `uid` for good (0: stay who it is) and drop root's rights. `may_read` keeps those to read what
-    only root may, for a Python that lies in root's home; Landlock and the filter say which files, and that they are
-    only read."""
+def drop_privileges(uid: int, may_read: bool) -> None:
+    """Switch to user `uid` for good (0: keep the user) and drop all capabilities.
+
+    `may_read` keeps the one to read any file, for a Python installed in root's home; Landlock and the filter still
+    limit which files, and to reading.
+    """
     libc, header = _libc(), struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     held = ctypes.create_string_buffer(24)
     _call(libc.capget(header, held), "capget")
@@ -211,7 +219,7 @@ def give_up_rights(uid: int, may_read: bool) -> None:
 
 
 def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, tasks: int) -> None:
-    """rlimits of this process (man 2 setrlimit); 0 leaves out CPU time or tasks (threads of this user)."""
+    """Set rlimits (man 2 setrlimit); 0: no limit of CPU time or of tasks (threads of this user)."""
     limits = {
         "AS": memory_bytes,
         "FSIZE": file_bytes,
@@ -233,19 +241,19 @@ def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, tasks:
         try:
             resource.setrlimit(which, (value, value))
         except (ValueError, OSError):
-            if platform.system() == "Linux":  # macOS refuses some
+            if platform.system() == "Linux":  # macOS does not support all
                 raise
     if cpu_seconds:
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
 
 
 def tasks_of_user() -> int:
-    """Threads that this user runs now, in all its processes."""
+    """Current number of threads of this user, over all its processes."""
     uid, count = os.getuid(), 0
     for name in os.listdir("/proc"):
         try:
             if name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid:
                 count += len(os.listdir(f"/proc/{name}/task"))
         except OSError:
-            continue  # it has ended
+            continue  # it has exited
     return count

@@ -1,7 +1,4 @@
-"""Inside the sandbox: a process that runs a program, and its output, as the supervisor sees them.
-
-Standard library only.
-"""
+"""The supervisor's view of a program's process and of its output. Standard library only."""
 
 import os
 import signal
@@ -17,23 +14,23 @@ CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.
 
 @dataclass
 class Child:
-    """A process that runs a program or its tests, as the supervisor sees it."""
+    """A process that runs a program or its tests."""
 
     pid: int
     report: socket.socket
     received: bytearray = field(default_factory=bytearray)
-    ended: str = ""  # what it said about its end
-    status: int | None = None  # how it really ended: exit code, or minus the signal
+    ended: str = ""  # how it reported to have ended: a key of ENDS
+    status: int | None = None  # exit code, or minus the signal; None while it runs
 
     def poll(self) -> bool:
-        """Whether the process is gone; reaps it."""
+        """Whether the process has exited; reaps it."""
         if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.status = os.waitstatus_to_exitcode(status) if pid else None
         return self.status is not None
 
     def listen(self) -> bool:
-        """Take what it reports; False at the end of that, or once it talks nonsense."""
+        """Read its report; False at the end of the channel, or if the data is invalid or too long."""
         try:
             piece = self.report.recv(MAX_REPORT_BYTES)
             self.received += piece
@@ -47,6 +44,7 @@ class Child:
         return bool(piece) and len(self.received) < MAX_REPORT_BYTES
 
     def kill(self) -> None:
+        """Kill and reap it if it still runs."""
         if not self.poll():
             os.kill(self.pid, signal.SIGKILL)
             self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -54,7 +52,7 @@ class Child:
 
 
 class Output:
-    """The two pipes that programs write to. What is past the cap is not kept."""
+    """Pipes for stdout and stderr of the programs. Output beyond the cap is dropped."""
 
     def __init__(self, cap: int) -> None:
         self.cap = cap
@@ -69,7 +67,7 @@ class Output:
         return sum(map(len, self.texts.values())) > self.cap
 
     def read(self, fd: int) -> bool:
-        """Take what is there; False at the end."""
+        """Read what is available; False at the end."""
         try:
             while not self.full:
                 piece = os.read(fd, 1 << 16)
@@ -81,7 +79,7 @@ class Output:
         return True
 
     def take(self) -> list[str]:
-        """All that came, a byte a character, cut at the cap; begins anew."""
+        """[stdout, stderr] as Latin-1, one character per byte, truncated at the cap; clears them."""
         for fd in self.texts:
             self.read(fd)
         left, texts = self.cap, []
@@ -93,7 +91,7 @@ class Output:
 
 
 def verdict_of(child: Child) -> str:
-    """From how a process ended and what it said before."""
+    """The verdict from the process's exit status and its report."""
     status = child.status or 0
     if status < 0:
         return "timeout" if -status == signal.SIGXCPU else "crashed" if -status in CRASHES else "killed"

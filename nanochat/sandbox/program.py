@@ -1,8 +1,8 @@
-"""Inside the sandbox: the process that runs a program, and the one that runs its tests. Standard library only.
+"""The processes that run a program and its tests, inside the sandbox. Standard library only.
 
-Both are children of nanochat/sandbox/child.py and already locked in when they come here. Descriptor 3 leads to it:
-a request comes, a report goes back. With tests, descriptor 4 joins the two processes, so that the tests call the
-program's function where it lives and judge what comes back in memory that no line of the program ever touched.
+Both are forked and restricted by nanochat/sandbox/child.py. Descriptor 3 carries the request from it and the report
+back. With tests, descriptor 4 connects the two processes: the tests call the function in the program's process and
+check the results in their own, where none of the program's code runs.
 """
 
 import ast
@@ -22,10 +22,10 @@ REPORT, CALLS = 3, 4
 
 
 def run_requests(interactive: bool) -> None:
-    """Run what is asked for and report how it ended: once, or in an interactive process until it is ended.
+    """Run requests and report how they ended: one, or if interactive until the process is killed. Never returns.
 
-    The last thing this process does; a program finds nothing here that could vouch for it but this report,
-    and the nonce that the answer is sealed with was never in this process.
+    A program can forge this report, but not the verdict of its tests, and not the nonce, which was never in this
+    process.
     """
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
@@ -37,12 +37,12 @@ def run_requests(interactive: bool) -> None:
         cell += 1
         name = f"<cell {cell}>" if interactive else f"<{request['name']}>"
         if request["name"] == "tests":
-            module.__dict__[request["entry_point"]] = make_stand_in(request["entry_point"])
+            module.__dict__[request["entry_point"]] = make_proxy(request["entry_point"])
         ended = run(request["code"], name, module.__dict__, interactive)
         if request["name"] == "program" and request["entry_point"] and ended == "end":
-            answer_calls(module.__dict__.get(request["entry_point"]))
+            serve_calls(module.__dict__.get(request["entry_point"]))
         if not interactive and ended == "end":
-            ended = wind_up()
+            ended = shut_down()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # a program may have closed or replaced it
                 stream.flush()
@@ -52,11 +52,11 @@ def run_requests(interactive: bool) -> None:
 
 
 def run(code: str, name: str, variables: dict[str, Any], interactive: bool) -> str:
-    """Run `code`; "end" if it came to its end, else "exit", "memory", "gone" or "error" (traceback printed)."""
+    """Run `code`. Returns "end" if it ran to its end, else "exit", "memory", "gone" or "error" (traceback printed)."""
     linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
     try:
         if name == "<tests>":
-            read_frame(CALLS)  # the program came to its end and answers calls
+            read_frame(CALLS)  # the program ran to its end and serves calls
         for compiled in parts(code, name) if interactive else [compile(code, name, "exec")]:
             exec(compiled, variables)
     except SystemExit as stop:
@@ -65,7 +65,7 @@ def run(code: str, name: str, variables: dict[str, Any], interactive: bool) -> s
         return "exit"
     except MemoryError:
         return "memory"
-    except Gone:  # the program's process, while its tests called it
+    except Gone:  # the program's process died during a call
         return "gone"
     except BaseException as error:
         print_error(error, name)
@@ -74,7 +74,7 @@ def run(code: str, name: str, variables: dict[str, Any], interactive: bool) -> s
 
 
 def parts(code: str, name: str) -> list[types.CodeType]:
-    """All but the last statement, and the last, whose value is shown as the interactive interpreter shows it."""
+    """The compiled code; a final expression apart, whose value is printed as by the interactive interpreter."""
     tree = ast.parse(code, name)
     if not tree.body or not isinstance(tree.body[-1], ast.Expr):
         return [compile(tree, name, "exec")]
@@ -83,20 +83,20 @@ def parts(code: str, name: str) -> list[types.CodeType]:
 
 
 def print_error(error: BaseException, name: str) -> None:
-    """The traceback from the program's own first line on."""
+    """Print the traceback, starting at the program's own first frame."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename != name:
         trace = trace.tb_next
     try:
         text = "".join(traceback.format_exception(type(error), error, trace, limit=-20))
         sys.stderr.write(text if len(text) < 8000 else f"{text[:4000]}\n[...]\n{text[-4000:]}")
-    except BaseException:  # an exception whose text cannot be made, or a traceback module that was tampered with
+    except BaseException:  # str(error) fails, or the program tampered with traceback
         with contextlib.suppress(BaseException):
             os.write(2, f"{type(error).__name__}\n".encode("utf-8", "backslashreplace"))
 
 
-def wind_up() -> str:
-    """What an interpreter does at its end: wait for threads, run what was registered."""
+def shut_down() -> str:
+    """Finish as an interpreter does: wait for threads, run atexit functions. Returns "end" or "error"."""
     try:
         if threading := sys.modules.get("threading"):
             threading._shutdown()
@@ -109,11 +109,11 @@ def wind_up() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Tests apart from the program
+# Calls from the tests to the program
 
 
-def answer_calls(function: Any) -> None:
-    """In the program's process: carry out the tests' calls until they hang up."""
+def serve_calls(function: Any) -> None:
+    """In the program's process: serve calls of the tests until they close the channel."""
     write_frame(CALLS, {"ready": True})
     with contextlib.suppress(Gone):
         while True:
@@ -127,10 +127,10 @@ def answer_calls(function: Any) -> None:
             write_frame(CALLS, answer)
 
 
-def make_stand_in(name: str) -> Callable[..., Any]:
-    """A function that sends its arguments to the program's process and returns what its function returned."""
+def make_proxy(name: str) -> Callable[..., Any]:
+    """A function that calls the program's function of that name in its process and returns the result."""
 
-    def stand_in(*arguments: Any, **named: Any) -> Any:
+    def proxy(*arguments: Any, **named: Any) -> Any:
         write_frame(CALLS, pack((arguments, named)))
         answer = read_frame(CALLS)
         if "value" in answer:
@@ -140,5 +140,5 @@ def make_stand_in(name: str) -> Callable[..., Any]:
             kind = RuntimeError
         raise kind(str(answer["text"]))
 
-    stand_in.__name__ = name
-    return stand_in
+    proxy.__name__ = name
+    return proxy

@@ -1,4 +1,4 @@
-"""How a supervisor is started at each level of the sandbox: its command line, its settings, what it inherits."""
+"""Start a supervisor at each level of the sandbox: command line, settings, inherited descriptors."""
 
 import os
 import re
@@ -14,12 +14,12 @@ from typing import IO, Any
 
 SCRATCH_BYTES = 32 << 20
 NOBODY = 65534
-INSIDE_UID = 1000  # what an unprivileged user looks like to itself in the namespace
-# All that is read inside:
+INSIDE_UID = 1000  # uid inside the namespace
+# Everything readable inside:
 MODULES = ("child", "lock", "processes", "program", "wire")
 SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/lib", "/lib64")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-MORE = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
+EXTRA_FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 BOOT = "import sys; sys.path.insert(0, {!r}); from nanochat.sandbox.child import main; del sys.path[0]; main()"
 DEFAULT_SIGNALS = (
@@ -29,36 +29,37 @@ PYTHON_FLAGS = ("-s", "-S", "-P", "-B", "-X", "utf8")  # no site-packages, no ca
 
 
 class Unavailable(Exception):
-    """This machine does not have the level; says why."""
+    """The level does not work on this machine; the message is the reason."""
 
 
 @dataclass
 class Start:
-    """How a supervisor is started: its command line, its settings, what it inherits and what goes with it."""
+    """How to start a supervisor."""
 
     command: list[str]
     settings: dict[str, Any]
     user: int | None = None
     fds: list[int] = field(default_factory=list)
-    info: int = -1  # where bubblewrap says which process is the first in the namespace
-    folder: str = ""
+    info: int = -1  # descriptor on which bubblewrap reports the first process of the namespace
+    folder: str = ""  # to remove when the supervisor has ended
 
 
 def python_files() -> tuple[str, list[str]]:
-    """(the interpreter, everything of it that is to be readable inside). Without packages that were installed."""
+    """(interpreter, paths that must be readable inside), without installed packages."""
     executable = os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
     library = str(Path(sys.base_prefix).resolve() / "lib")
     covered = any(Path(library).is_relative_to(folder) for folder in SYSTEM)
     return executable, [executable] if covered else [executable, library]
 
 
-def open_to_all(path: str) -> bool:
-    """Whether every user may read it, judged by the folders on the way."""
+def world_readable(path: str) -> bool:
+    """Whether every user may read the file, including access to its parent folders."""
     folders = Path(path).resolve().parents
     return all(folder.stat().st_mode & 0o001 for folder in folders) and bool(Path(path).stat().st_mode & 0o004)
 
 
 def start_bubblewrap() -> Start:
+    """In new namespaces, by bwrap."""
     bwrap = shutil.which("bwrap")
     if not bwrap:
         raise Unavailable("bubblewrap is not installed")
@@ -68,13 +69,13 @@ def start_bubblewrap() -> Start:
     start = Start([], settings, NOBODY if root else None)
     sources = {path: path for path in files}
     before: list[str] = []
-    if root and not all(map(open_to_all, files)):
-        # Root is exempt from limits on processes, so root turns into nobody first. What nobody may not read is
-        # shown to it in another place before.
+    if root and not all(map(world_readable, files)):
+        # Root is exempt from process limits, so switch to nobody first. Files that nobody may not read are bound
+        # to another place before.
         sources = {path: f"/tmp/{i}" for i, path in enumerate(files)}
         setpriv = shutil.which("setpriv")
         if not setpriv:
-            raise Unavailable("Python lies where only root may read, and setpriv is not installed")
+            raise Unavailable("Python is installed where only root may read, and setpriv is missing")
         before = [
             bwrap,
             "--dev-bind",
@@ -93,8 +94,8 @@ def start_bubblewrap() -> Start:
             "--clear-groups",
         ]
         start.user = None
-    start.info, told = os.pipe()
-    start.fds.append(told)
+    start.info, info_writer = os.pipe()
+    start.fds.append(info_writer)
     start.command = [
         *before,
         bwrap,
@@ -104,7 +105,7 @@ def start_bubblewrap() -> Start:
         "--remount-ro",
         "/",
         "--info-fd",
-        str(told),
+        str(info_writer),
         "--chdir",
         "/tmp",
         "--",
@@ -117,6 +118,7 @@ def start_bubblewrap() -> Start:
 
 
 def namespaces(bwrap: str) -> list[str]:
+    """Arguments of bwrap for namespaces, user and capabilities."""
     version = re.search(r"(\d+)\.(\d+)", subprocess.run([bwrap, "--version"], capture_output=True, text=True).stdout)
     nested = ["--disable-userns"] if version and (int(version[1]), int(version[2])) >= (0, 8) else []
     return [
@@ -140,9 +142,9 @@ def namespaces(bwrap: str) -> list[str]:
 
 
 def mounts(sources: dict[str, str]) -> list[str]:
-    """The file system: the system's libraries and Python read-only, three devices, a sized folder in memory.
+    """Arguments of bwrap for the file system: system libraries and Python read-only, three devices, a sized tmpfs.
 
-    No /proc, nothing of the user's. `sources`: where to find the files of Python.
+    No /proc and none of the user's files. `sources`: {path inside: path outside} of Python's files.
     """
     words: list[str] = []
     for folder in SYSTEM:
@@ -157,41 +159,44 @@ def mounts(sources: dict[str, str]) -> list[str]:
         words += ["--tmpfs", folder, "--remount-ro", folder]
     for path in DEVICES:
         words += ["--dev-bind", path, path]
-    for path in MORE:
+    for path in EXTRA_FILES:
         words += ["--ro-bind-try", path, path]
     return [*words, "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp"]
 
 
 def modules(start: Start) -> list[str]:
-    """This package's files that are read inside, as copies: the folder they lie in may be nobody else's business."""
+    """Arguments of bwrap for copies of the modules in MODULES: other users may not be able to read their folder."""
     words: list[str] = []
     for name in MODULES:
         reader, writer = os.pipe()
         start.fds.append(reader)
         with open(writer, "wb") as pipe:
-            pipe.write((Path(__file__).parent / f"{name}.py").read_bytes())  # they fit a pipe's 64 KiB
+            pipe.write((Path(__file__).parent / f"{name}.py").read_bytes())  # each fits into the 64 KiB of a pipe
         words += ["--ro-bind-data", str(reader), f"/sandbox/nanochat/sandbox/{name}.py"]
     return words
 
 
 def start_landlock() -> Start:
+    """As a plain process that restricts itself; under root as an unused user."""
     if sys.platform != "linux":
-        raise Unavailable("Landlock is Linux")
+        raise Unavailable("Landlock needs Linux")
     executable, files = python_files()
     uid = unused_uid() if os.geteuid() == 0 else 0
     settings = {
         "level": "landlock",
         "uid": uid,
-        "may_read": uid > 0 and not all(map(open_to_all, files)),
-        "readable": [*SYSTEM, *files, *DEVICES, *MORE],
+        "may_read": uid > 0 and not all(map(world_readable, files)),
+        "readable": [*SYSTEM, *files, *DEVICES, *EXTRA_FILES],
         "scratch": "",
     }
     return Start(plain_command(executable), settings)
 
 
 def unused_uid() -> int:
-    """A user id that nobody has, so that limits count this sandbox's threads only; 0 where root cannot turn into it:
-    there is no other in this namespace, or the rights to do so were dropped."""
+    """An unused user id, so that the limit of tasks counts only this sandbox's threads.
+
+    0 if root cannot switch to one: the namespace has no other id, or the capabilities for it were dropped.
+    """
     rights = int(Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0], 16)
     if ~rights & (1 << 6 | 1 << 7):  # CAP_SETGID, CAP_SETUID
         return 0
@@ -201,37 +206,39 @@ def unused_uid() -> int:
 
 
 def start_unsafe() -> Start:
+    """As a plain process with resource limits only."""
     if not hasattr(os, "fork"):
-        raise Unavailable("running programs needs fork, which this system has not")
+        raise Unavailable("running programs needs fork, which this system lacks")
     folder = tempfile.mkdtemp(prefix="nanochat-unsafe-")
     settings = {"level": "unsafe", "uid": 0, "may_read": False, "readable": [], "scratch": folder}
     return Start(plain_command(python_files()[0]), settings, folder=folder)
 
 
 def plain_command(executable: str) -> list[str]:
+    """Command line of a supervisor outside of namespaces."""
     return [executable, *PYTHON_FLAGS, "-c", BOOT.format(str(Path(__file__).resolve().parents[2]))]
 
 
-def popen(start: Start, complaints: IO[bytes]) -> "subprocess.Popen[bytes]":
-    """Start it, with none of this process's environment and signal state."""
+def popen(start: Start, stderr: IO[bytes]) -> "subprocess.Popen[bytes]":
+    """Start the supervisor without this process's environment and signal state."""
     command = start.command
-    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:  # would be inherited, and bubblewrap wait for ever
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:  # inherited, it would make bubblewrap wait forever
         command = [python_files()[0], "-S", "-c", DEFAULT_SIGNALS, *command]
-    who: dict[str, Any] = {"user": start.user, "group": start.user, "extra_groups": []} if start.user else {}
+    user: dict[str, Any] = {"user": start.user, "group": start.user, "extra_groups": []} if start.user else {}
     blocked = signal.pthread_sigmask(signal.SIG_SETMASK, [])  # of this thread only
     try:
-        # A session of its own: Ctrl-C in the terminal is not for it.
+        # Its own session, so that Ctrl-C in the terminal does not reach it.
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            stderr=complaints,
+            stderr=stderr,
             env=ENVIRONMENT,
             pass_fds=start.fds,
             cwd="/",
             start_new_session=True,
-            **who,
+            **user,
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

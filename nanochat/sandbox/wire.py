@@ -1,6 +1,6 @@
-"""How the sandbox's processes speak: frames of JSON, and plain Python values as JSON. Standard library only.
+"""The protocol between the sandbox's processes: length-prefixed JSON frames. Standard library only.
 
-Nothing that arrives can do more than be read as data, whoever sent it.
+Received data is only ever parsed as data, so a malicious sender gains nothing.
 """
 
 import json
@@ -15,17 +15,17 @@ TAGS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 class Gone(Exception):
-    """The other side has closed the channel, or sends what is no frame."""
+    """The other side has closed the channel, or sent an invalid frame."""
 
 
 def frame_of(value: Any) -> bytes:
-    """`value` as JSON with its length before it. Text may hold lone surrogates: JSON escapes them."""
+    """`value` as JSON after its length. Lone surrogates in text survive, escaped."""
     body = json.dumps(value).encode("ascii")
     return struct.pack(">I", len(body)) + body
 
 
 def write_frame(fd: int, value: Any) -> None:
-    """Send `value`. Raises Gone if nobody is there."""
+    """Send `value`. Raises Gone if the channel is closed."""
     data = memoryview(frame_of(value))
     try:
         while data:
@@ -35,21 +35,21 @@ def write_frame(fd: int, value: Any) -> None:
 
 
 def read_frame(fd: int, deadline: float | None = None) -> Any:
-    """The next frame, not one byte more. Raises Gone at the end, TimeoutError after `deadline` (time.monotonic)."""
+    """Read exactly one frame. Raises Gone at the end, TimeoutError after `deadline` (time.monotonic)."""
     (size,) = struct.unpack(">I", _read_exactly(fd, 4, deadline))
     if size > MAX_FRAME_BYTES:
         raise Gone(f"a frame of {size} bytes")
     try:
         return json.loads(_read_exactly(fd, size, deadline))
     except (ValueError, RecursionError) as error:
-        raise Gone("no JSON") from error
+        raise Gone("invalid JSON") from error
 
 
 def _read_exactly(fd: int, size: int, deadline: float | None) -> bytes:
     data = bytearray()
     while len(data) < size:
         if deadline is not None:
-            poller = select.poll()  # not select.select, which knows descriptors up to 1023 only
+            poller = select.poll()  # select.select only handles descriptors below 1024
             poller.register(fd, select.POLLIN)
             if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError
@@ -64,7 +64,7 @@ def _read_exactly(fd: int, size: int, deadline: float | None) -> bytes:
 
 
 def parse_frame(data: bytes) -> Any:
-    """The frame that `data` begins with, None while it is not complete. Raises Gone on what can be none."""
+    """The frame at the start of `data`, None while incomplete. Raises Gone on invalid JSON."""
     if len(data) < 4:
         return None
     (size,) = struct.unpack(">I", data[:4])
@@ -73,15 +73,15 @@ def parse_frame(data: bytes) -> Any:
     try:
         return json.loads(data[4 : 4 + size])
     except (ValueError, RecursionError) as error:
-        raise Gone("no JSON") from error
+        raise Gone("invalid JSON") from error
 
 
 def pack(value: Any) -> Any:
-    """A plain value as JSON. Exact types only: what a subclass makes of itself does not travel. Raises TypeError."""
+    """A plain value as JSON types. Exact types only, no subclasses: raises TypeError on anything else."""
     if value is None or type(value) in (bool, float, str):
         return value
     if type(value) is int:
-        return value if value.bit_length() < 1000 else {"int": hex(value)}  # decimal digits are slow, and limited
+        return value if value.bit_length() < 1000 else {"int": hex(value)}  # decimal conversion is slow, and limited
     if type(value) is list:
         return [pack(item) for item in value]
     if type(value) is dict:
@@ -93,11 +93,11 @@ def pack(value: Any) -> Any:
     for tag, kind in TAGS.items():
         if type(value) is kind:
             return {tag: [pack(item) for item in value]}
-    raise TypeError(f"a {type(value).__name__} cannot pass between the program and its tests: plain values only")
+    raise TypeError(f"{type(value).__name__} cannot be passed between a program and its tests: plain values only")
 
 
 def unpack(value: Any) -> Any:
-    """The value that `pack` made this of. Raises ValueError or TypeError on anything else."""
+    """Inverse of `pack`. Raises ValueError or TypeError on anything else."""
     if isinstance(value, list):
         return [unpack(item) for item in value]
     if not isinstance(value, dict):
