@@ -148,7 +148,7 @@ def test_humaneval_needs_a_sandbox(
     from nanochat.sandbox import levels
 
     flags = ["-a", "HumanEval", "--embedded-sample", "-x", "2", "-m", "2", "--device-type=cpu"]
-    with pytest.raises(UserError, match="'none'.*bubblewrap"):
+    with pytest.raises(UserError, match=r"'none'.*bubblewrap"):
         chat_eval.main([*flags, "--sandbox=none"])
     levels._announced.clear()
     assert chat_eval.main([*flags, "--sandbox=unsafe"]) == 0
