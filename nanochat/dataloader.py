@@ -70,7 +70,6 @@ class PretrainLoader(PrefetchingLoader[list[StreamState]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        shuffle: bool = True,
         num_streams: int | None = None,
         num_threads: int = 1,
         empty_if_bad: bool = False,
@@ -87,7 +86,6 @@ class PretrainLoader(PrefetchingLoader[list[StreamState]]):
             num_streams=self.num_streams,
             own_streams=len(self.streams),
             seed=seed,
-            shuffle=shuffle,
             empty_if_bad=empty_if_bad,
         )
         rows_per_stream = rows_per_step // self.num_streams
@@ -106,7 +104,7 @@ class PretrainLoader(PrefetchingLoader[list[StreamState]]):
             "lanes": self.num_streams,
             "sequence_len": sequence_len,
             "seed": seed,
-            "shuffle": int(shuffle),
+            "shuffle": 1,
             "data": fingerprint_number(f"{corpus.fingerprint} {split}"),
         }
 

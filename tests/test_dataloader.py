@@ -192,11 +192,6 @@ def test_every_epoch_is_the_whole_corpus_in_another_order(sizes, num_streams):
         assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-def test_without_shuffling_one_stream_reads_in_file_order():
-    corpus = FakeCorpus([7, 0, 12, 3, 9])
-    assert read_epochs(corpus, 1, 2, shuffle=False) == [corpus.texts, corpus.texts]
-
-
 def test_a_row_group_is_shared_by_many_streams():
     corpus = FakeCorpus([400])
     order = DocumentOrder(SegmentReader(corpus), "train", num_streams=8, own_streams=8, seed=0)

@@ -88,11 +88,10 @@ class DocumentOrder:
         num_streams: int,
         own_streams: int,
         seed: int,
-        shuffle: bool = True,
         empty_if_bad: bool = False,
     ) -> None:
         self.reader, self.corpus, self.split, self.num_streams = reader, reader.corpus, split, num_streams
-        self.seed, self.shuffle = seed, shuffle
+        self.seed = seed
         self.empty_if_bad = empty_if_bad and self.corpus.bad_shards.may_skip
         self._warned: set[str] = set()  # bad shards read as empty
         self.num_row_groups = self.corpus.num_row_groups(split)
@@ -171,8 +170,6 @@ class DocumentOrder:
 
     def _make_permutation(self, epoch: int) -> np.ndarray:
         """An epoch's slices in the order in which they are dealt to the streams, (num_slices,) int64."""
-        if not self.shuffle:
-            return np.arange(self.num_slices)
         return seeded_rng(ORDER_OF_SLICES, self.seed, epoch).permutation(self.num_slices)
 
     def _slice_indices(self, epoch: int, group: int, part: int) -> np.ndarray:
@@ -180,8 +177,6 @@ class DocumentOrder:
         size = int(self._sizes[group])
         if size < 0:
             size = len(self._read(group))
-        if not self.shuffle:
-            return np.arange(part * size // self.slices_per_group, (part + 1) * size // self.slices_per_group)
         if part >= size:
             return np.arange(0)  # fast, as there may be very many
         order = seeded_rng(ORDER_IN_ROW_GROUP, self.seed, epoch, group).permutation(size)

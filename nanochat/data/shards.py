@@ -35,20 +35,10 @@ VAL_CACHE_CHARS = 64 * MIB  # of validation documents kept in memory
 
 
 @dataclass(frozen=True)
-class AbsentShard:
-    """Stands for the file of a shard that is not going to be read."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True)
 class Shard:
     """One file of a corpus."""
 
-    path: Any  # Source, or AbsentShard
+    path: Any  # Source, or the str of one that is not going to be read
     source: str  # of documents that do not name their own
     row_groups: int
     by_hash: bool = False  # it holds both splits, told apart by document hash while reading
@@ -67,8 +57,8 @@ class Shard:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Shard":
         """The inverse of to_dict, for a shard that is not going to be read."""
-        path, digest = AbsentShard(values["path"]), bytes.fromhex(values["digest"])
-        return cls(path, values["source"], values["blocks"], values["by_hash"], digest)
+        digest = bytes.fromhex(values["digest"])
+        return cls(values["path"], values["source"], values["blocks"], values["by_hash"], digest)
 
 
 def open_shard(path: Source, source: str | None = None, by_hash: bool = False) -> Shard:
