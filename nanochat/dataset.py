@@ -161,14 +161,14 @@ def hub_corpus(hub: HubSet, opener: ShardOpener) -> Corpus:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are UserErrors."""
+    """A parser that raises UserError."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; UserError for a wrong one."""
+    """Parse and check the command line; UserError if it is wrong."""
     parser = Parser(prog="python -m nanochat.dataset", description="Download shards of a public data set.")
     about = "how many training shards to have, about 100 MB each (-1: all); the validation shard always comes too"
     parser.add_argument("-n", "--num-files", type=int, required=True, help=about)
@@ -176,12 +176,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", choices=list(HUB_SETS), default=DEFAULT_SET, help=f"default {DEFAULT_SET}")
     parser.add_argument("--endpoint", help="another hub than https://huggingface.co")
     words = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(words[1:] if words[:1] == ["--"] else words)  # torchrun leaves a -- in front
-    most = HUB_SETS[args.set].last_shard
+    args = parser.parse_args(words[1:] if words[:1] == ["--"] else words)  # torchrun leaves a leading --
+    max_files = HUB_SETS[args.set].last_shard
     if args.num_files == -1:
-        args.num_files = most
-    if not 1 <= args.num_files <= most:
-        parser.error(f"-n must be 1 to {most} (or -1 for all), got {args.num_files}")
+        args.num_files = max_files
+    if not 1 <= args.num_files <= max_files:
+        parser.error(f"-n must be 1 to {max_files} (or -1 for all), got {args.num_files}")
     if args.num_workers < 1:
         parser.error(f"-w must be at least 1, got {args.num_workers}")
     if args.endpoint and not re.match(r"https?://[\w.-]+(:\d+)?(/|$)", args.endpoint):
@@ -190,7 +190,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Download as asked. Exit codes: 0 done, 1 the disk failed, 2 the user's mistake or no network, 130 interrupted."""
+    """Download shards. Exit codes: 0 done, 1 the disk failed, 2 a user error or no network, 130 interrupted."""
     try:
         args = parse(argv)
         hub, base_dir = HUB_SETS[args.set], get_base_dir()
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command continues from here", file=sys.stderr)
         return 130
 
 

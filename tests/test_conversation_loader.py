@@ -37,10 +37,10 @@ def make_loader(dataset, T=96, rows=4, **settings):
     return ConversationLoader(dataset, BytesTokenizer(), sequence_len=T, rows_per_step=rows, **settings)
 
 
-def take_all(loader, most=10_000):
+def take_all(loader, max_batches=10_000):
     batches = []
     try:
-        while len(batches) < most:
+        while len(batches) < max_batches:
             batches.append(loader.next_batch())
     except StopIteration:
         pass
@@ -141,11 +141,11 @@ def test_a_conversation_without_an_answer_is_left_out():
 @pytest.mark.parametrize("dataset", [[chat("x" * 200, "y")] * 5, [chat("alone")]])
 @pytest.mark.parametrize("num_epochs", [1, 3, None])
 def test_nothing_usable_is_an_error_not_an_endless_search(dataset, num_epochs):
-    with pytest.raises(UserError, match="none of"):
+    with pytest.raises(UserError, match=r"none of [15] .*--max-seq-len"):
         make_loader(dataset, num_epochs=num_epochs).next_batch()
 
 
-def test_many_skipped_over_many_epochs_is_no_error():
+def test_skipped_conversations_in_many_epochs_are_no_error():
     loader = make_loader([chat("x" * 200, "y"), chat("hi", "ho")], num_epochs=4)
     assert len(found_conversations(take_all(loader))) == 4
     assert loader.stats()["skipped"] == 4
@@ -153,11 +153,11 @@ def test_many_skipped_over_many_epochs_is_no_error():
 
 def test_mistakes_are_named():
     bad = [*chats(3), {"messages": [{"role": "assistant", "content": "I first"}]}]
-    with pytest.raises(UserError, match="conversation 4 of 4: message 1 must have role 'user'"):
+    with pytest.raises(UserError, match=r"conversation 4 of 4.*message 1"):
         take_all(make_loader(bad))
-    with pytest.raises(UserError, match="no conversations"):
+    with pytest.raises(UserError, match="--data"):
         make_loader([])
-    with pytest.raises(UserError, match="at least one row"):
+    with pytest.raises(UserError, match="got 0 of"):
         make_loader(chats(1), rows=0)
 
 
@@ -185,7 +185,7 @@ def test_the_end_comes_once_and_stays():
 
 def test_an_endless_loader_goes_on():
     loader = make_loader(chats(10), num_epochs=None)
-    assert len(take_all(loader, most=30)) == 30
+    assert len(take_all(loader, max_batches=30)) == 30
     assert loader.stats()["epoch"] > 2
 
 
@@ -206,7 +206,7 @@ def test_num_steps_of_a_large_data_set_is_estimated(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Any number of processes; resuming
+# Any world size; resuming
 
 
 def joined_rows(batches_of_ranks, step):
@@ -218,15 +218,15 @@ def joined_rows(batches_of_ranks, step):
 
 @pytest.mark.parametrize("count", [50, 53])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_the_global_batch_does_not_depend_on_the_number_of_processes(count, world_size):
+def test_the_global_batch_does_not_depend_on_the_world_size(count, world_size):
     alone = take_all(make_loader(chats(count)))
     ranks = [take_all(make_loader(chats(count), rank=rank, world_size=world_size)) for rank in range(world_size)]
-    assert {len(batches) for batches in ranks} == {len(alone)}, "all processes end after the same step"
+    assert {len(batches) for batches in ranks} == {len(alone)}, "all ranks end after the same step"
     for step, batch in enumerate(alone):
         assert joined_rows(ranks, step) == batch.inputs.tolist()
 
 
-def test_a_process_may_get_no_row_of_the_last_step():
+def test_a_rank_may_get_no_row_of_the_last_step():
     loader = make_loader([chat("hi", "ho")], rank=1, world_size=2)
     assert loader.next_batch().inputs.shape == (0, 96)
     loader.close()
@@ -268,7 +268,7 @@ def test_the_state_is_small_and_made_of_arrays():
 @pytest.mark.parametrize("change", [{"seed": 1}, {"T": 97}, {"dataset": chats(31)}])
 def test_another_runs_state_is_refused_by_name(change):
     state = make_loader(chats(30)).state_dict()
-    with pytest.raises(UserError, match=r"its (seed|sequence len|conversations) was"):
+    with pytest.raises(UserError, match=r"seed|sequence len|conversations"):
         make_loader(**{"dataset": chats(30), **change}).load_state_dict(state)
 
 

@@ -1,4 +1,4 @@
-"""Corpora: every kind of file, the split, bounded memory, and one clear line for every broken input."""
+"""Corpora of files: every kind of file, the split, bounded memory, and a one-line error for every broken input."""
 
 import errno
 import gzip
@@ -69,12 +69,12 @@ def test_every_kind_of_file_in_one_folder(own: Path, base: Path) -> None:
     sources = {document.source for split in ("train", "val") for document in corpus.iter_documents(split)}
     assert {"plain", "zip", "z", "tale0", "small", "elsewhere"} <= sources and "named" not in sources
     backwards = [corpus.read("train", i) for i in reversed(range(corpus.num_row_groups("train")))]
-    assert [d.text for block in backwards[::-1] for d in block] == texts_of(corpus, "train")
-    assert all(len(block) <= 1024 for block in backwards)
+    assert [d.text for group in backwards[::-1] for d in group] == texts_of(corpus, "train")
+    assert all(len(group) <= 1024 for group in backwards)
 
 
 def test_the_split_is_by_hash_alone(own: Path, base: Path) -> None:
-    def is_val(text: str) -> bool:  # the definition, spelt out once more
+    def is_val(text: str) -> bool:  # the definition, independently
         return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) * 100 < 2**64
 
     texts = make_texts(4000, words=3)
@@ -105,7 +105,7 @@ def test_small_data_validates_on_its_smallest_hash(kind: str, own: Path, base: P
     assert sorted(both(corpus)) == sorted(texts)
 
 
-def test_documents_all_on_the_validation_side_leave_one_there(own: Path, base: Path) -> None:
+def test_documents_all_with_validation_hashes_leave_one_for_validation(own: Path, base: Path) -> None:
     chosen = [t for t in make_texts(2000, words=2) if textfiles.document_hash(t) < textfiles.VAL_LIMIT][:3]
     (own / "a.jsonl").write_bytes(jsonl(chosen))
     corpus = resolve_corpus(str(own / "a.jsonl"), base)
@@ -234,7 +234,7 @@ def test_a_killed_conversion_leaves_nothing_behind_and_starts_over(own: Path, ba
     assert [p.name for p in (base / "converted").iterdir() if p.is_dir()] == [key]
 
 
-def test_a_full_disk_is_told_as_such(own: Path, base: Path, monkeypatch) -> None:
+def test_a_full_disk_is_not_the_users_mistake(own: Path, base: Path, monkeypatch) -> None:
     (own / "a.jsonl").write_bytes(jsonl(make_texts(300)))
 
     def refuse(*_: object) -> None:
@@ -246,7 +246,7 @@ def test_a_full_disk_is_told_as_such(own: Path, base: Path, monkeypatch) -> None
     assert [p for p in (base / "converted").iterdir() if p.is_dir()] == []
 
 
-def test_validation_blocks_of_mixed_files_are_remembered_within_limits(own: Path, base: Path, monkeypatch) -> None:
+def test_validation_documents_of_mixed_files_are_cached_within_limits(own: Path, base: Path, monkeypatch) -> None:
     write_parquet(own / "a.parquet", make_texts(3000), 100)
     for limit, again in ((2**20, 0), (1, 29), (-1, 30)):
         monkeypatch.setattr(shards, "VAL_CACHE_CHARS", limit)
@@ -260,7 +260,7 @@ def test_validation_blocks_of_mixed_files_are_remembered_within_limits(own: Path
         corpus = resolve_corpus(str(own), base)
         first = texts_of(corpus, "val")
         assert len(reads) == 30 and texts_of(corpus, "val") == first
-        assert again - 2 <= len(reads) - 30 <= again  # blocks without validation documents take no room
+        assert again - 2 <= len(reads) - 30 <= again  # row groups without validation documents take no room
     assert not set(first) & set(texts_of(corpus, "train"))
 
 
@@ -275,9 +275,9 @@ def test_processes_convert_once(own: Path, base: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(own), str(base)]
     jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [job.communicate(timeout=60)[0].split() for job in jobs]
-    assert sum(words.count("converting") for words in said) == 1
-    assert len({words[-1] for words in said}) == 1
+    outputs = [job.communicate(timeout=60)[0].split() for job in jobs]
+    assert sum(words.count("converting") for words in outputs) == 1
+    assert len({words[-1] for words in outputs}) == 1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_a_huge_row_group_is_streamed(own: Path) -> None:
     assert count == 6000 and most < 12 * 2**20
 
 
-def test_blocks_are_read_from_several_threads(own: Path, base: Path) -> None:
+def test_row_groups_are_read_from_several_threads(own: Path, base: Path) -> None:
     write_parquet(own / "a.parquet", make_texts(2000), 50)
     corpus = resolve_corpus(str(own), base)
     results: dict[int, list[str]] = {}
@@ -375,12 +375,12 @@ def test_public_sets_that_are_absent_name_the_download(base: Path) -> None:
     assert "python -m nanochat.dataset -n 8" in error_of("fineweb-edu", base)
     assert "python -m nanochat.dataset -n 8 --set climbmix" in error_of("climbmix", base)
     put_shards(base, "climbmix", 0)
-    assert "validation shard shard_06542.parquet" in error_of("climbmix", base)
+    assert "shard_06542.parquet" in error_of("climbmix", base)
     put_shards(base, "fineweb-edu", 1822)
     assert "training shards" in error_of("fineweb-edu", base)
 
 
-def test_a_missing_starter_corpus_is_told(tmp_path: Path, base: Path, monkeypatch) -> None:
+def test_a_missing_starter_corpus_is_named(tmp_path: Path, base: Path, monkeypatch) -> None:
     monkeypatch.setattr(dataset, "starter_dir", lambda: tmp_path / "none")
     assert "train.parquet" in error_of("starter", base)
 
@@ -389,14 +389,14 @@ def test_a_missing_starter_corpus_is_told(tmp_path: Path, base: Path, monkeypatc
 # Broken input: one line that names the place
 
 
-def test_paths_that_lead_nowhere(own: Path, base: Path) -> None:
-    assert "no such file or folder" in error_of(own / "absent", base)
-    assert "did you mean fineweb-edu?" in error_of("fineweb", base)
-    assert "no file matches" in error_of(own / "*.jsonl", base)
-    assert "the folder is empty" in error_of(own, base)
+def test_paths_without_usable_files(own: Path, base: Path) -> None:
+    assert "climbmix" in error_of(own / "absent", base)  # one of the names to choose from
+    assert "fineweb-edu" in error_of("fineweb", base) and "climbmix" not in error_of("fineweb", base)
+    assert "*.jsonl" in error_of(own / "*.jsonl", base)
+    assert "empty" in error_of(own, base)
     (own / "a.csv").write_text("text\nhello\n")
-    assert "none of 1 file(s) is parquet, .jsonl or .txt" in error_of(own, base)
-    assert "parquet, .jsonl or .txt" in error_of(own / "a.csv", base)
+    assert " 1 " in error_of(own, base) and ".jsonl" in error_of(own, base)
+    assert ".jsonl" in error_of(own / "a.csv", base)
     (own / "broken.txt").symlink_to(own / "gone")
     assert "broken.txt" in error_of(own, base)
 
@@ -420,19 +420,19 @@ def test_a_lone_short_text_is_split_to_have_something_to_validate_on(
 def test_files_without_text(own: Path, base: Path, capsys) -> None:
     for name in ("a.txt", "b.jsonl"):
         (own / name).write_bytes(b"")
-        assert "no document found" in error_of(own / name, base)
+        assert "no document" in error_of(own / name, base)
         assert name in capsys.readouterr().err
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), own / "c.parquet")
-    assert "no document found" in error_of(own / "c.parquet", base)
+    assert "no document" in error_of(own / "c.parquet", base)
     (own / "d.txt").write_text("alone")
-    assert "only one document" in error_of(own / "d.txt", base)
+    assert "one document" in error_of(own / "d.txt", base)
     (own / "e.txt").write_text("alone\n")
-    assert "only one document" in error_of(own, base)  # two files, one text
+    assert "one document" in error_of(own, base)  # two files, one text
 
 
 def test_parquet_without_text_names_its_columns(own: Path, base: Path) -> None:
     pq.write_table(pa.table({"content": ["a"], "url": ["b"]}), own / "a.parquet")
-    assert "its columns: content, url" in error_of(own, base)
+    assert "content, url" in error_of(own, base)
     pq.write_table(pa.table({"text": [1, 2]}), own / "a.parquet")
     assert "int64" in error_of(own, base)
 
@@ -443,39 +443,39 @@ def test_damaged_parquet(own: Path, base: Path) -> None:
     for broken in (b"", b"PAR1", whole[: len(whole) // 2], whole[:-4]):
         path.write_bytes(broken)
         message = error_of(own, base)
-        assert "a.parquet is not a complete parquet file" in message and "again" in message
+        assert "a.parquet" in message
     path.write_bytes(whole[:200] + bytes(2000) + whole[2200:])
     assert "a.parquet" in error_of(own, base)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
-        (b'{"text": "a"}\n{"text": "b"\n', ["line 2", "not JSON"]),
+        (b'{"text": "a"}\n{"text": "b"\n', ["line 2", "JSON"]),
         (b'{"text": "a"}\n\n{"content": "b", "id": 1}\n', ["line 3", "content, id"]),
         (b'{"messages": []}\n', ["line 1", "chat_sft"]),
         (b'{"text": "a"}\n["b"]\n', ["line 2", "list"]),
         (b'{"text": "a"}\n{"text": 5}\n', ["line 2", "int"]),
-        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', ["line 2", "not valid UTF-8", "iconv"]),
+        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', ["line 2", "UTF-8", "iconv"]),
         (b'{"text": "a"}\n{"text": "\\ud800"}\n', ["line 2", "\\ud800"]),
         (b'{"text": "a", "source": "\\udfff"}\n', ["line 1", "\\udfff"]),
-        ('{"text": "a"}\n'.encode("utf-16"), ["line 1", "not valid UTF-8"]),
-        (b'{"text": ' + b"[" * 100_000 + b"\n", ["line 1", "not JSON"]),
+        ('{"text": "a"}\n'.encode("utf-16"), ["line 1", "UTF-8"]),
+        (b'{"text": ' + b"[" * 100_000 + b"\n", ["line 1", "JSON"]),
     ],
 )
-def test_broken_jsonl(content: bytes, told: list[str], own: Path, base: Path) -> None:
+def test_broken_jsonl(content: bytes, expected: list[str], own: Path, base: Path) -> None:
     (own / "a.jsonl").write_bytes(content)
     (own / "b.jsonl.gz").write_bytes(gzip.compress(content))
     (own / "c.jsonl.zst").write_bytes(zstandard.compress(content))
     for path in own.iterdir():
         message = error_of(path, base)
-        assert path.name in message and all(words in message for words in told), message
+        assert path.name in message and all(words in message for words in expected), message
 
 
 def test_a_line_without_end_is_refused(own: Path, base: Path, monkeypatch) -> None:
     monkeypatch.setattr(textfiles, "MAX_LINE_BYTES", 2**20)
     (own / "a.jsonl").write_bytes(b"x" * (2**20 + 2**17))
-    assert "a line is longer than" in error_of(own, base)
+    assert "a.jsonl" in error_of(own, base) and "MiB" in error_of(own, base)
 
 
 def test_invalid_utf8_in_txt_names_the_line(own: Path, base: Path) -> None:
@@ -484,9 +484,9 @@ def test_invalid_utf8_in_txt_names_the_line(own: Path, base: Path) -> None:
         broken = list(lines)
         broken[number] = broken[number] + b" caf\xe9 "
         (own / "a.txt").write_bytes(b"\n".join(broken))
-        assert f"a.txt, line {number + 1}: not valid UTF-8" in error_of(own, base)
+        assert f"a.txt, line {number + 1}" in error_of(own, base)
     (own / "a.txt").write_bytes(b"\n".join(lines) + "山".encode()[:2])  # cut inside a character
-    assert f"a.txt, line {len(lines)}: not valid UTF-8" in error_of(own, base)
+    assert f"a.txt, line {len(lines)}" in error_of(own, base)
 
 
 def test_invalid_utf8_in_parquet_names_the_row(own: Path, base: Path) -> None:
@@ -495,7 +495,7 @@ def test_invalid_utf8_in_parquet_names_the_row(own: Path, base: Path) -> None:
     column = pa.array(raw, pa.binary()).view(pa.string())
     for rows in (100, 10**6):
         pq.write_table(pa.table({"text": column}), own / "a.parquet", row_group_size=rows)
-        assert "a.parquet, row 322: the text is not valid UTF-8" in error_of(own, base)
+        assert "a.parquet, row 322" in error_of(own, base)
         with pytest.raises(UserError, match="row 322"):
             list(textfiles.parquet_documents(own / "a.parquet", ""))
 
@@ -508,5 +508,5 @@ def test_damaged_compression(kind: str, own: Path, base: Path) -> None:
     for broken in (packed[: len(packed) // 2], packed[:-3], b"not packed at all"):
         path.write_bytes(broken)
         message = error_of(own, base)
-        assert path.name in message and "damaged or cut short" in message
+        assert path.name in message and "damaged" in message
     assert not any(p.is_dir() for p in (base / "converted").iterdir())

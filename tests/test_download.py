@@ -1,4 +1,4 @@
-"""Downloads from a fake hub on loopback that misbehaves on request."""
+"""Downloads, from a fake hub on loopback that fails on request."""
 
 import errno
 import functools
@@ -70,7 +70,7 @@ class FakeHub:
         class Server(http.server.ThreadingHTTPServer):
             daemon_threads = True
 
-            def handle_error(self, *args: object) -> None: ...  # a client that hangs up is part of the play
+            def handle_error(self, *args: object) -> None: ...  # clients that hang up are expected
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.port = self.server.server_address[1]
@@ -204,7 +204,7 @@ def test_a_cut_connection_is_continued(hub: FakeHub, tmp_path: Path) -> None:
 def test_a_later_run_continues(hub: FakeHub, tmp_path: Path) -> None:
     name = TINY.shard_name(0)
     hub.faults[name] = ["truncate", 500, 500]
-    with pytest.raises(UserError, match=r"shard_00000.*continues"):
+    with pytest.raises(UserError, match=r"shard_00000"):
         fetch(hub, tmp_path, name, attempts=2)
     assert not (tmp_path / "base_data" / "tiny" / name).exists()
     path = fetch(hub, tmp_path, name)
@@ -243,7 +243,7 @@ def test_wrong_bytes_are_noticed_and_fetched_again(hub: FakeHub, tmp_path: Path)
 
 def test_what_is_not_parquet_is_refused(hub: FakeHub, tmp_path: Path) -> None:
     hub.files[TINY.shard_name(0)] = b"<html>log in to the hotel's wifi</html>"
-    with pytest.raises(UserError, match="not a parquet file"):
+    with pytest.raises(UserError, match=r"shard_00000.*parquet"):
         fetch(hub, tmp_path, TINY.shard_name(0), attempts=2)
     assert not list((tmp_path / "base_data" / "tiny").glob("shard*"))
 
@@ -256,10 +256,10 @@ def test_server_failures_are_retried_with_growing_delays(hub: FakeHub, tmp_path:
     monkeypatch.setattr(Downloader, "pause", lambda self, seconds: waits.append(seconds) if seconds else None)
     Downloader(TINY, tmp_path, hub.url, delay_seconds=1).fetch(name)
     assert len(waits) == 4 and all(0.75 * 2**i <= seconds <= 1.25 * 2**i for i, seconds in enumerate(waits))
-    assert capsys.readouterr().err.count("next attempt in") == 4
+    assert capsys.readouterr().err.count(name) == 4
 
 
-@pytest.mark.parametrize(("status", "words"), [(404, "has no file"), (401, "hf auth login"), (403, "hf auth login")])
+@pytest.mark.parametrize(("status", "words"), [(404, "404"), (401, "hf auth login"), (403, "hf auth login")])
 def test_final_refusals_are_not_retried(status: int, words: str, hub: FakeHub, tmp_path: Path) -> None:
     hub.heads[TINY.val_name] = [status] * 2
     with pytest.raises(UserError, match=words) as caught:
@@ -268,7 +268,7 @@ def test_final_refusals_are_not_retried(status: int, words: str, hub: FakeHub, t
     assert len(hub.heads[TINY.val_name]) == 1 and not hub.gets
 
 
-def test_one_failing_shard_stops_the_others_and_is_told(hub: FakeHub, tmp_path: Path) -> None:
+def test_one_failing_shard_stops_the_others_and_is_named(hub: FakeHub, tmp_path: Path) -> None:
     hub.faults[TINY.shard_name(1)] = [404] * 9
     with pytest.raises(UserError, match=r"shard_00001.*404"):
         get(hub, tmp_path, 5, workers=1)
@@ -289,12 +289,12 @@ def test_the_token_goes_to_the_hub_only(hub: FakeHub, tmp_path: Path, monkeypatc
 
 
 def test_no_network_names_the_host_and_the_way_out(tmp_path: Path, capsys) -> None:
-    with pytest.raises(UserError, match=r"cannot reach 127.0.0.1:9 .*--data starter"):
+    with pytest.raises(UserError, match=r"127.0.0.1:9 .*--data starter"):
         download_shards(TINY, 1, tmp_path, endpoint="http://127.0.0.1:9", delay_seconds=0.01)
-    assert capsys.readouterr().err.count("next attempt") == 2
+    assert capsys.readouterr().err.count(TINY.val_name) == 2
 
 
-def test_the_offline_switch_is_told(hub: FakeHub, tmp_path: Path, monkeypatch) -> None:
+def test_the_offline_switch_is_named(hub: FakeHub, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         get(hub, tmp_path)
@@ -331,21 +331,21 @@ def test_processes_share_the_work_and_one_that_is_killed_is_taken_over(hub: Fake
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ([], "-n"),
-        (["-n", "0"], "-n must be 1 to 1822"),
+        (["-n", "0"], "1822"),
         (["-n", "many"], "many"),
-        (["-n", "2", "-w", "0"], "-w must be"),
+        (["-n", "2", "-w", "0"], "-w"),
         (["-n", "2", "--set", "wikipedia"], "fineweb-edu"),
         (["-n", "2", "--shards"], "--shards"),
         (["-n", "2", "--endpoint", "http://[nowhere"], "--endpoint"),
     ],
 )
-def test_command_line_mistakes(words: list[str], told: str, capsys) -> None:
+def test_command_line_mistakes(words: list[str], expected: str, capsys) -> None:
     assert dataset.main(words) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and told in said
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and expected in error
 
 
 def test_a_full_disk_is_exit_code_1(tmp_path: Path, monkeypatch, capsys) -> None:

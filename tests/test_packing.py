@@ -164,5 +164,5 @@ def test_whole_rows(lengths, capacity):
 def test_an_item_longer_than_the_row_is_a_bug_not_an_endless_loop():
     pool = BestFitPool()
     pool.add(11, "too long")
-    with pytest.raises(AssertionError, match="11 in a row of 10"):
+    with pytest.raises(AssertionError, match=r"11.*10"):
         fill_row_whole(pool, 10)

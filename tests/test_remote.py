@@ -78,8 +78,8 @@ def test_text_files_are_converted_to_the_same_shards(bucket: Path, tmp_path: Pat
     np.testing.assert_array_equal(rows_of(far, 20), rows_of(near, 20))
 
 
-def test_a_shard_is_read_in_pieces_and_none_before_it_is_needed(bucket: Path, tmp_path: Path) -> None:
-    """Opening reads the ends of the files and the first block; a block's columns of no use are not fetched."""
+def test_a_shard_is_read_by_row_group_and_none_before_it_is_needed(bucket: Path, tmp_path: Path) -> None:
+    """Opening reads the ends of the files; a row group is one fetch, without the columns that are not needed."""
     sizes: list[int] = []
     rng = np.random.default_rng(0)
     texts = [rng.bytes(500).hex() for _ in range(400)]
@@ -96,7 +96,7 @@ def test_a_shard_is_read_in_pieces_and_none_before_it_is_needed(bucket: Path, tm
     assert both(corpus)
     ends = 3 * (remote.TAIL_BYTES + 20_000)
     assert sum(sizes) < ends + 1.1 * 3 * 400 * 1000 and sizes.count(remote.TAIL_BYTES) == 3  # waste: three times that
-    assert len([size for size in sizes if 30_000 < size < 50_000]) == 30  # a block each
+    assert len([size for size in sizes if 30_000 < size < 50_000]) == 30  # a row group each
 
 
 def test_what_was_fetched_is_not_fetched_again(bucket: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_what_was_fetched_is_not_fetched_again(bucket: Path, tmp_path: Path) -> 
     assert Bucket.reads["s1.parquet"] == 2 * Bucket.reads["s0.parquet"]
 
 
-def test_blocks_are_fetched_ahead(bucket: Path, tmp_path: Path) -> None:
+def test_row_groups_are_fetched_ahead(bucket: Path, tmp_path: Path) -> None:
     """With a slow network the row groups of several streams are fetched at once."""
     corpus = resolve_corpus("bucket://data", tmp_path / "base")
     at_once, most = [0], [0]
@@ -133,20 +133,20 @@ def test_blocks_are_fetched_ahead(bucket: Path, tmp_path: Path) -> None:
 # The cache
 
 
-def test_damaged_pieces_are_fetched_again(bucket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_ranges_are_fetched_again(bucket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base"
     first = both(resolve_corpus("bucket://data", base))
-    pieces = [path for path in (base / "stream").rglob("??/*") if path.is_file()]
-    assert len(pieces) == 33
-    for path in pieces[::2]:
+    files = [path for path in (base / "stream").rglob("??/*") if path.is_file()]
+    assert len(files) == 33
+    for path in files[::2]:
         damage(path)
-    pieces[1].write_bytes(b"")
+    files[1].write_bytes(b"")
     reads = Bucket.reads.total()
     assert both(resolve_corpus("bucket://data", base)) == first
-    assert Bucket.reads.total() - reads == 18 and "is damaged: fetching it again" in capsys.readouterr().err
+    assert Bucket.reads.total() - reads == 18 and str(files[0]) in capsys.readouterr().err
 
 
-def test_the_cache_stays_within_its_budget(tmp_path: Path) -> None:
+def test_the_cache_stays_within_its_limit(tmp_path: Path) -> None:
     cache = RangeCache(tmp_path, 100_000)
     others = RangeCache(tmp_path, 100_000)
     for i in range(60):
@@ -158,16 +158,16 @@ def test_the_cache_stays_within_its_budget(tmp_path: Path) -> None:
     assert used > 60_000 and cache.load("0030") == bytes([30]) * 5000 and cache.load("0001") is None
 
 
-def test_a_budget_of_nothing_keeps_nothing(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_of_zero_keeps_nothing(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOCHAT_CACHE_GB", "0")
     assert sorted(both(resolve_corpus("bucket://data", tmp_path / "base"))) == sorted(TEXTS)
     assert not (tmp_path / "base" / "stream" / "pieces").exists()
     monkeypatch.setenv("NANOCHAT_CACHE_GB", "much")
-    with pytest.raises(UserError, match="NANOCHAT_CACHE_GB must be a number"):
+    with pytest.raises(UserError, match="NANOCHAT_CACHE_GB"):
         resolve_corpus("bucket://data", tmp_path / "base")
 
 
-def test_a_cache_that_cannot_be_written_costs_the_keeping_only(
+def test_a_cache_that_cannot_be_written_is_done_without(
     bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NANOCHAT_CACHE_DIR", "/proc/self/nothing")
@@ -176,7 +176,7 @@ def test_a_cache_that_cannot_be_written_costs_the_keeping_only(
 
 
 def test_processes_share_the_cache(tmp_path: Path) -> None:
-    """Each piece is fetched by one of them, and each reads all of them right, while they delete each other's."""
+    """Each range is fetched once, and both processes read all correctly while they evict each other's."""
     code = (
         "import sys; from pathlib import Path; from nanochat.data.range_cache import RangeCache\n"
         "cache = RangeCache(Path(sys.argv[1]), int(sys.argv[2])); fetched = 0\n"
@@ -187,10 +187,10 @@ def test_processes_share_the_cache(tmp_path: Path) -> None:
         "        assert cache.get(f'{i:04d}', lambda: fetch(i), 10) == i.to_bytes(2, 'big') * 1000\n"
         "print(fetched)"
     )
-    for budget, least, most in ((10**9, 150, 150), (50_000, 151, 10**9)):
-        command = [sys.executable, "-c", code, str(tmp_path / str(budget)), str(budget)]
+    for limit, min_fetched, max_fetched in ((10**9, 150, 150), (50_000, 151, 10**9)):
+        command = [sys.executable, "-c", code, str(tmp_path / str(limit)), str(limit)]
         jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-        assert least <= sum(int(job.communicate(timeout=60)[0]) for job in jobs) <= most
+        assert min_fetched <= sum(int(job.communicate(timeout=60)[0]) for job in jobs) <= max_fetched
         assert all(job.returncode == 0 for job in jobs)
 
 
@@ -206,23 +206,22 @@ def test_a_network_that_fails_for_a_while_changes_nothing(
     far = resolve_corpus("bucket://data", tmp_path / "far_base")
     Bucket.fail = fails(12, TimeoutError("timed out"))
     np.testing.assert_array_equal(rows_of(far, 50), rows_of(near, 50))
-    said = capsys.readouterr().err
-    assert "reset by peer; trying again" in said and said.count("trying again") <= 2
+    assert 1 <= capsys.readouterr().err.count("reset by peer") <= 2
 
 
 def test_a_network_that_stays_away_ends_loudly(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOCHAT_NETWORK_SECONDS", "0.3")
     corpus = resolve_corpus("bucket://data", tmp_path / "base")
     Bucket.fail = fails(10**9, ConnectionResetError("reset by peer"))
-    with pytest.raises(UserError, match=r"no answer for 0.3 seconds \(reset by peer\)") as caught:
+    with pytest.raises(UserError, match=r"0.3 seconds.*reset by peer") as caught:
         rows_of(corpus, 5)
     assert not isinstance(caught.value, BadShard)  # else a dead network would be skipped shard by shard
-    with pytest.raises(UserError, match="no answer for"):
+    with pytest.raises(UserError, match=r"0.3 seconds"):
         resolve_corpus("bucket://data", tmp_path / "other")
 
 
 def test_a_shard_that_vanishes_or_changes_is_named(bucket: Path, tmp_path: Path) -> None:
-    for number, (spoil, told) in enumerate(
+    for number, (spoil, problem) in enumerate(
         {
             lambda path: path.unlink(): "not there",
             lambda path: path.write_bytes(path.read_bytes()[:9000]): "has changed",
@@ -230,7 +229,7 @@ def test_a_shard_that_vanishes_or_changes_is_named(bucket: Path, tmp_path: Path)
     ):
         corpus = resolve_corpus("bucket://data", tmp_path / str(number))
         spoil(bucket / "data" / "s2.parquet")
-        with pytest.raises(BadShard, match=rf"bucket://data/s2.parquet .*{told}.*--skip-bad-shards") as caught:
+        with pytest.raises(BadShard, match=rf"bucket://data/s2.parquet .*{problem}.*--skip-bad-shards") as caught:
             both(corpus)
         assert caught.value.shard == "bucket://data/s2.parquet"
         write_parquet(bucket / "data" / "s2.parquet", TEXTS[2::3], 40)
@@ -239,29 +238,29 @@ def test_a_shard_that_vanishes_or_changes_is_named(bucket: Path, tmp_path: Path)
 def test_a_server_that_knows_no_ranges(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "TAIL_BYTES", 100)
     monkeypatch.setattr(Bucket, "cat_file", lambda self, path, **where: Path("/", path).read_bytes())
-    with pytest.raises(UserError, match="sends whole files only"):
+    with pytest.raises(UserError, match=r"s0.parquet.*server"):
         resolve_corpus("bucket://data", tmp_path / "base")
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "expected"),
     [
-        ("bucket://nothing", "bucket://nothing: there is no such file, folder or bucket"),
-        ("bucket://data/none*.parquet", "no file there is parquet"),
+        ("bucket://nothing", "--data bucket://nothing: there is no such"),
+        ("bucket://data/none*.parquet", ".jsonl"),
         ("bucket://data/**x", "Invalid pattern"),
-        ("bucket://data/readme.md", "no file there is parquet"),
+        ("bucket://data/readme.md", ".jsonl"),
         ("bucket://data/denied.parquet", "access denied"),
         ("s3://bucket/folder", "pip install 'nanochat[s3]'"),
         ("https://example.org/a.parquet", "pip install 'nanochat[http]'"),
         ("gs://bucket/a*.jsonl", "pip install 'nanochat[gcs]'"),
         ("nonsense://x", "nonsense"),
         ("zip://data::file://archive.zip", "unpack it"),
-        ("zip://archive.zip", "give a path, or a URL"),
+        ("zip://archive.zip", "s3://bucket/folder"),
     ],
 )
 def test_mistakes(
     data: str,
-    told: str,
+    expected: str,
     bucket: Path,
     copied: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -270,12 +269,12 @@ def test_mistakes(
     def missing(data: str) -> None:
         raise ImportError("Install it")
 
-    if "[" in told:  # whether or not it is installed here
+    if "[" in expected:  # whether or not it is installed here
         monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     (bucket / "data" / "denied.parquet").write_bytes(b"x")
     Bucket.fail = fails(10**9, PermissionError("Access Denied"), "denied")
     for main, flags in ((base_train.main, TINY), (tok_train.main, [])):
-        assert told in refused(main, [*flags, f"--data={data}"], capsys)
+        assert expected in refused(main, [*flags, f"--data={data}"], capsys)
 
 
 class Web(AbstractFileSystem):
@@ -325,17 +324,21 @@ def test_waiting_for_a_network_can_be_given_up(bucket: Path, tmp_path: Path) -> 
         prefetcher.get()
 
 
-@pytest.mark.parametrize("few_blocks", [False, True])
+@pytest.mark.parametrize("few_row_groups", [False, True])
 def test_a_signal_is_heard_where_an_evaluation_waits_for_the_network(
-    few_blocks: bool, bucket: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    few_row_groups: bool,
+    bucket: Path,
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of few blocks the first is read where the loader is made, of many on its thread."""
+    """With few row groups the first is read where the loader is made, with many on its thread."""
     monkeypatch.setenv("NANOCHAT_NETWORK_SECONDS", "20")
     monkeypatch.setenv("NANOCHAT_CACHE_GB", "0")
     for path in (bucket / "data").iterdir():
         path.unlink()
-    write_parquet(bucket / "data" / "s.parquet", TEXTS[:400], 200 if few_blocks else 40)
-    evaluate, cut_at = base_train.evaluate, []
+    write_parquet(bucket / "data" / "s.parquet", TEXTS[:400], 200 if few_row_groups else 40)
+    evaluate, cut_at = base_train.corpus_bpb, []
 
     def cut_the_line(*args: Any, **kwargs: Any) -> Any:
         Bucket.fail = fails(10**9, ConnectionResetError("reset by peer"))  # type: ignore[misc]
@@ -343,31 +346,31 @@ def test_a_signal_is_heard_where_an_evaluation_waits_for_the_network(
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(base_train, "evaluate", cut_the_line)
+    monkeypatch.setattr(base_train, "corpus_bpb", cut_the_line)
     flags = [*TINY, "--data=bucket://data", "--num-iterations=9", "--eval-every=4", "--model-tag=run"]
     assert base_train.main(flags) == 128 + signal.SIGINT
     assert time.monotonic() - cut_at[0] < 5 and "stop requested" in capsys.readouterr().err
     assert list_steps(copied / "base_checkpoints" / "run") == [4]
     Bucket.fail = staticmethod(lambda path, start, end: None)  # type: ignore[misc]
-    monkeypatch.setattr(base_train, "evaluate", evaluate)
+    monkeypatch.setattr(base_train, "corpus_bpb", evaluate)
     assert base_train.main([*flags, "--resume"]) == 0
 
 
-def test_spans_are_where_parquet_has_the_text(bucket: Path) -> None:
+def test_ranges_are_where_parquet_has_the_text(bucket: Path) -> None:
     path = bucket / "data" / "s0.parquet"
-    spans = textfiles.text_ranges(path.read_bytes()[-20_000:])
-    assert len(spans) == 10 and all(0 < start < end < path.stat().st_size for start, end in spans)
+    ranges = textfiles.text_ranges(path.read_bytes()[-20_000:])
+    assert len(ranges) == 10 and all(0 < start < end < path.stat().st_size for start, end in ranges)
     assert textfiles.text_ranges(b"no parquet at all") == []
 
 
-def test_what_lies_about_in_the_cache_folder_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "notes").write_text("not a folder of pieces")
+def test_other_files_in_the_cache_folder_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("not a folder of ranges")
     cache = RangeCache(tmp_path, 100_000)
-    assert cache.get("ab12", lambda: b"first", 1.0) == b"first"  # the first one kept is when the folder is counted
+    assert cache.get("ab12", lambda: b"first", 1.0) == b"first"  # the folder is measured when the first one is kept
     assert cache.get("ab12", lambda: b"again", 1.0) == b"first" and not cache.failed
 
 
-def test_a_cache_that_cannot_keep_still_gives_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_cache_is_still_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = RangeCache(tmp_path, 100_000)
     cache.get("ab12", lambda: b"first", 1.0)
 
@@ -380,7 +383,7 @@ def test_a_cache_that_cannot_keep_still_gives_what_it_has(tmp_path: Path, monkey
     assert cache.get("ab12", lambda: b"again", 1.0) == b"first"
 
 
-def test_names_are_those_of_a_disk(bucket: Path, tmp_path: Path) -> None:
+def test_names_are_as_on_disk(bucket: Path, tmp_path: Path) -> None:
     for old, new in (("s0", "a#b"), ("s1", "c d"), ("s2", "e%20f?")):
         (bucket / "data" / f"{old}.parquet").rename(bucket / "data" / f"{new}.parquet")
     far = resolve_corpus("bucket://data", tmp_path / "base")

@@ -1,4 +1,4 @@
-"""tok_train and tok_eval on a small file of one's own, and the published ranks that tok_eval compares with."""
+"""tok_train and tok_eval on a small file, and the published BPE ranks that tok_eval compares with."""
 
 import base64
 import dataclasses
@@ -36,7 +36,7 @@ def test_tok_train(base_dir: Path, data: str, capsys: pytest.CaptureFixture[str]
     tokenizer = get_tokenizer(base_dir / "tokenizer")
     assert record["hash"] == tokenizer.hash and record["vocab_size"] == 300
     assert record["seconds"] > 0 and 1 < record["bytes_per_token"] < 10
-    assert "300 tokens" in capsys.readouterr().out
+    assert "300" in capsys.readouterr().out
 
 
 def test_tok_train_reads_no_more_than_asked(base_dir: Path, data: str) -> None:
@@ -55,12 +55,12 @@ def test_tok_eval_without_ranks_says_so(
     base_dir: Path, data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_ranks.Reference, "places", lambda self, base_dir: iter(()))
-    with pytest.raises(UserError, match="train a tokenizer first"):
+    with pytest.raises(UserError, match="tok_train"):
         tok_eval.main([f"--data={data}"])
     tok_train.main([f"--data={data}", "--vocab-size=300"])
     record = tok_eval.evaluate(tok_eval.Config(data=data))
-    said = capsys.readouterr().out
-    assert "GPT-2 is left out" in said and "GPT-4 is left out" in said and "--gpt4-ranks" in said
+    output = capsys.readouterr().out
+    assert "--gpt2-ranks" in output and "--gpt4-ranks" in output
     assert set(record["bytes_per_token"]) <= {"a", "b", "all"} and record["bytes_per_token"]["all"]["nanochat"] > 1
 
 
@@ -101,13 +101,13 @@ def test_finding_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     for flag in ("", str(folder), str(folder / "vocab.bpe")):
         counter = _ranks.find_reference(small, flag, tmp_path)
         assert counter and counter([" the", "é", " " * 1_000_000]) == 2 + 1 + 1_000_000
-    with pytest.raises(UserError, match=r"--gpt2-ranks.*holds 259 ranks, GPT-2 has 50,256"):
+    with pytest.raises(UserError, match=r"--gpt2-ranks.*259 .*50,256"):
         _ranks.find_reference(_ranks.GPT2, str(folder), tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="nowhere"):
         _ranks.find_reference(small, str(tmp_path / "nowhere"), tmp_path)
     (folder / "vocab.bpe").write_text("not ranks at all", encoding="utf-8")
-    with pytest.raises(UserError, match="does not hold GPT-2's ranks"):
+    with pytest.raises(UserError, match=r"vocab.bpe.*GPT-2"):
         _ranks.find_reference(small, str(folder), tmp_path)
     capsys.readouterr()
     assert _ranks.find_reference(dataclasses.replace(small, urls=()), "", tmp_path) is None
-    assert "warning" in capsys.readouterr().err
+    assert "vocab.bpe" in capsys.readouterr().err

@@ -134,8 +134,8 @@ class DocumentOrder:
                 if not self._sizes.any():
                     raise self._no_text()
                 continue
-            group, part = divmod(int(self._permutation(epoch)[position]), self.slices_per_group)
-            for index in self._indices_of(epoch, group, part)[document:]:
+            group, which = divmod(int(self._permutation(epoch)[position]), self.slices_per_group)
+            for index in self._indices_of(epoch, group, which)[document:]:
                 text = self._read(group)[index]
                 taken.append(PlacedSegment(text, epoch, group, int(index)))
                 chars += len(text)
@@ -172,15 +172,15 @@ class DocumentOrder:
         """An epoch's slices in the order in which they are dealt to the streams, (num_slices,) int64."""
         return seeded_rng(ORDER_OF_SLICES, self.seed, epoch).permutation(self.num_slices)
 
-    def _slice_indices(self, epoch: int, group: int, part: int) -> np.ndarray:
+    def _slice_indices(self, epoch: int, group: int, which: int) -> np.ndarray:
         """Indices in the row group of a slice's segments. Each epoch deals a row group to its slices anew."""
         size = int(self._sizes[group])
         if size < 0:
             size = len(self._read(group))
-        if part >= size:
+        if which >= size:
             return np.arange(0)  # fast, as there may be very many
         order = seeded_rng(ORDER_IN_ROW_GROUP, self.seed, epoch, group).permutation(size)
-        return order[part :: self.slices_per_group]
+        return order[which :: self.slices_per_group]
 
     def _size(self, group: int) -> int:
         """Segments in a row group; 0 for one in a bad shard that may be skipped, which take() will raise for."""

@@ -146,7 +146,7 @@ class Downloader:
 
     def partial_bytes(self, target: Path) -> int:
         """Bytes of the file that have arrived."""
-        return max((part.stat().st_size for part in target.parent.glob(f".{target.name}.*.part")), default=0)
+        return max((partial.stat().st_size for partial in target.parent.glob(f".{target.name}.*.part")), default=0)
 
     def attempt(self, target: Path) -> int:
         """Ask for the file's size and hash, fetch what is missing, check it, rename it. Returns its size in bytes."""
@@ -157,56 +157,56 @@ class Downloader:
         self.reached = True
         etag = remote.etag or ""
         # The partial file is named after the content: one of an older version is not continued.
-        part = target.with_name(f".{target.name}.{hashlib.sha256(etag.encode()).hexdigest()[:12]}.part")
+        partial = target.with_name(f".{target.name}.{hashlib.sha256(etag.encode()).hexdigest()[:12]}.part")
         for other in target.parent.glob(f".{target.name}.*.part"):
-            if other != part:
+            if other != partial:
                 other.unlink()
-        if remote.size is None or not part.exists() or part.stat().st_size != remote.size:
-            self.append_body(url, part)
-        self.check(part, remote.size, etag)
-        size = part.stat().st_size
-        os.replace(part, target)
+        if remote.size is None or not partial.exists() or partial.stat().st_size != remote.size:
+            self.append_body(url, partial)
+        self.check(partial, remote.size, etag)
+        size = partial.stat().st_size
+        os.replace(partial, target)
         return size
 
-    def append_body(self, url: str, part: Path) -> None:
+    def append_body(self, url: str, partial: Path) -> None:
         """Continue the partial file where it ends, or start it over if the server does not support ranges."""
         from huggingface_hub import get_session
         from huggingface_hub.utils import build_hf_headers
 
-        have = part.stat().st_size if part.exists() else 0
+        have = partial.stat().st_size if partial.exists() else 0
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
         request: dict[str, Any] = {"headers": headers, "timeout": STALL_SECONDS, "follow_redirects": True}
         with get_session().stream("GET", url, **request) as response:
             if response.status_code == 416:  # nothing follows `have`: the partial file is too long
-                part.unlink()
+                partial.unlink()
                 raise BadDownload("the partial file on disk does not fit")
             response.raise_for_status()
             continues = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            with open(part, "ab" if response.status_code == 206 and continues else "wb") as file:
+            with open(partial, "ab" if response.status_code == 206 and continues else "wb") as file:
                 for chunk in response.iter_raw():
                     file.write(chunk)
                     self.pause(0)
                 file.flush()
                 os.fsync(file.fileno())
 
-    def check(self, part: Path, size: int | None, etag: str) -> None:
+    def check(self, partial: Path, size: int | None, etag: str) -> None:
         """Compare with what the hub states. A partial file that is too short is kept, a wrong one deleted."""
-        have = part.stat().st_size
+        have = partial.stat().st_size
         if size is not None and have < size:
             raise BadDownload(f"the connection ended after {have:,} of {size:,} bytes")
         try:
             if size is not None and have > size:
                 raise BadDownload(f"received {have:,} bytes instead of {size:,}")
-            if re.fullmatch("[0-9a-f]{64}", etag) and sha256_file(part) != etag:  # large files: etag is their hash
+            if re.fullmatch("[0-9a-f]{64}", etag) and sha256_file(partial) != etag:  # large files: etag is their hash
                 raise BadDownload("its SHA-256 is not the one the hub states")
             try:
-                open_parquet(part).close()
+                open_parquet(partial).close()
             except UserError as error:
                 raise BadDownload("what arrived is not a parquet file") from error
         except BadDownload:
-            part.unlink()
+            partial.unlink()
             raise
 
     def explain(self, name: str, error: Exception) -> str:
