@@ -1,15 +1,15 @@
-"""On-policy policy gradient: the model answers, a task says how good each answer is, the better ones become likelier.
+"""On-policy policy gradient: the model answers, the task rewards each answer, better ones become more likely.
 
 REINFORCE (Williams, 1992) with the mean reward of a prompt's samples as its baseline, as in GRPO (arXiv 2402.03300)
-without its ratio, clip and KL term: every batch is sampled from today's weights and used once, so that there is
-nothing to correct. The loss of a token is -advantage * log p, divided by the number of trained tokens in the step.
-Only what the model chose is trained, its end of turn included; what a tool forced is context.
+without ratio, clipping and KL term: each batch is sampled from the current weights and used once, so there is nothing
+to correct. The loss of a token is -advantage * log p, divided by the number of trained tokens in the step. Only tokens
+that the model chose are trained, its end of turn included; tokens forced by a tool are context.
 
     Curriculum      tasks of rising difficulty: once the reward of one is high, most prompts come from the next
-    RolloutLoader   the trainer's loader: each batch is sampled when it is asked for
+    RolloutLoader   the trainer's loader: samples each batch when it is asked for
 
-So RL is the one training loop with another loader; and what a step trains on is a function of the weights, the seed
-and the step, whatever the number of processes.
+RL is therefore the same training loop with another loader. A step's samples depend on the weights, the seed and the
+step alone, whatever the world size.
 
 Shapes: N rows, T tokens.
 """
@@ -31,12 +31,12 @@ from nanochat.ranges import Range, check_ranges
 from nanochat.runtime import Runtime
 
 RL_RNG = 7  # purpose of the generator that picks prompts (batches.seeded_rng)
-OTHER_SHARE = 0.3  # of prompts that come from a level already passed or from the next one, lest they be unlearnt
-MEMORY = 0.9  # of the running mean of a level's reward, per step
+OTHER_LEVELS_SHARE = 0.3  # of prompts from passed levels or the next one, so that they are not unlearnt
+REWARD_DECAY = 0.9  # of the running mean of a level's reward, per step
 
 
 class Rewarded(Protocol):
-    """What RL asks of a task."""
+    """The part of a task that RL needs."""
 
     @property
     def name(self) -> str: ...
@@ -51,21 +51,21 @@ class Curriculum:
 
     levels: Sequence[Rewarded]
     raise_at: float = 0.8
-    level: int = 0  # the highest that is drawn from
-    mean: float = 0.0  # running, of the rewards at that level; not corrected for its start at 0
+    level: int = 0  # the current one
+    mean: float = 0.0  # running mean of its rewards; not corrected for the start at 0
 
     def draw(self, rng: np.random.Generator) -> tuple[Rewarded, int]:
-        """A task and an item of it: mostly of the present level, now and then of an earlier one or the next."""
+        """(task, index of an item): mostly of the current level, sometimes of an earlier one or the next."""
         others = [*self.levels[: self.level], *self.levels[self.level + 1 : self.level + 2]]
-        other = bool(others) and rng.random() < OTHER_SHARE
+        other = bool(others) and rng.random() < OTHER_LEVELS_SHARE
         task = others[int(rng.integers(len(others)))] if other else self.levels[self.level]
         return task, int(rng.integers(len(task)))
 
-    def note(self, reward: float | None) -> None:
-        """A step's mean reward at the present level, None where it drew none."""
+    def update(self, reward: float | None) -> None:
+        """Record a step's mean reward at the current level, None if it had no prompt of it; pass the level if due."""
         if reward is None:
             return
-        self.mean = MEMORY * self.mean + (1 - MEMORY) * reward
+        self.mean = REWARD_DECAY * self.mean + (1 - REWARD_DECAY) * reward
         if self.mean >= self.raise_at and self.level + 1 < len(self.levels):
             self.level, self.mean = self.level + 1, 0.0
 
@@ -74,9 +74,9 @@ class Curriculum:
 class Group:
     """One prompt and all its samples."""
 
-    curriculum: int
+    curriculum: int  # index of its curriculum
     task: Rewarded
-    index: int
+    index: int  # of the item
     conversation: Any
     prompt: list[int]
     rows: list[TokenSequence] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Group:
 
     @property
     def silent(self) -> bool:
-        """All samples got the same reward: nothing is learnt from them."""
+        """All samples got the same reward, so there is no gradient."""
         return max(self.rewards) == min(self.rewards)
 
 
@@ -110,7 +110,7 @@ class Sampler:
 
 
 class RolloutLoader(Loader):
-    """Samples this process's share of each global batch from the model as it is now."""
+    """Samples this rank's share of each global batch from the current model."""
 
     def __init__(
         self,
@@ -123,95 +123,86 @@ class RolloutLoader(Loader):
         seed: int,
         watch: Callable[[int, list[Group]], None] = lambda step, groups: None,
     ) -> None:
-        """`watch(step, groups)` is shown this process's samples of each step."""
+        """`watch(step, groups)` is called with this rank's samples of each step."""
         assert groups_per_step > 0
         self.engine, self.tokenizer, self.curricula, self.sampler = engine, tokenizer, list(curricula), sampler
         self.groups_per_step, self.runtime, self.seed, self.watch = groups_per_step, runtime, seed, watch
         self.step = 0
-        self.figures: dict[str, float] = {}  # of the last batch, over all processes
+        self.figures: dict[str, float] = {}  # of the last batch, over all ranks
 
     def next_batch(self) -> Batch:
-        """Prompts of this step, answers to them, and the batch that trains on those."""
-        groups = [
-            self._draw(number) for number in range(self.runtime.rank, self.groups_per_step, self.runtime.world_size)
-        ]
-        self._answer(groups, [*range(self.runtime.rank, self.groups_per_step, self.runtime.world_size)])
-        self.figures = self._note(groups)
+        """Draw this step's prompts, sample and reward answers. Collective."""
+        numbers = range(self.runtime.rank, self.groups_per_step, self.runtime.world_size)
+        groups = [self._draw(number) for number in numbers]
+        self._answer(groups, numbers)
+        self.figures = self._update_curricula(groups)
         self.watch(self.step, groups)
         self.step += 1
         return as_batch(groups, f"rollouts of step {self.step - 1}")
 
     def _draw(self, number: int) -> Group:
-        """Prompt `number` of the step: which one depends on the seed, the step and the number alone."""
+        """Prompt `number` of the step, a function of the seed, the step, the number and the levels."""
         rng = seeded_rng(RL_RNG, self.seed, self.step, number)
-        which = int(rng.integers(len(self.curricula)))
-        task, index = self.curricula[which].draw(rng)
+        curriculum = int(rng.integers(len(self.curricula)))
+        task, index = self.curricula[curriculum].draw(rng)
         conversation = task[index]
         prompt = self.tokenizer.render_for_completion(conversation)
-        room = self.engine.max_context - 1
-        return Group(which, task, index, conversation, prompt[-room:])
+        return Group(curriculum, task, index, conversation, prompt[-(self.engine.max_context - 1) :])
 
-    def _answer(self, groups: list[Group], numbers: list[int]) -> None:
-        """Samples for every group, all in one running batch, and their rewards."""
-        how, n = self.sampler, self.sampler.num_samples
+    def _answer(self, groups: list[Group], numbers: Sequence[int]) -> None:
+        """Fill in every group's samples, all decoded in one running batch, and their rewards."""
+        sampler, n = self.sampler, self.sampler.num_samples
         seed = int(seeded_rng(RL_RNG, self.seed, self.step, 2**31).integers(2**62))
-        sampling = SamplingParams(how.temperature, how.top_k, seed=seed)
+        sampling = SamplingParams(sampler.temperature, sampler.top_k, seed=seed)
         requests = [
-            GenerationRequest(group.prompt, how.max_new_tokens, sampling, n, top_logprobs=0, first_index=number * n)
+            GenerationRequest(group.prompt, sampler.max_new_tokens, sampling, n, top_logprobs=0, first_index=number * n)
             for group, number in zip(groups, numbers)
         ]
-        rows = self.engine.complete(requests, how.batch_size)
+        rows = self.engine.complete(requests, sampler.batch_size)
         for place, group in enumerate(groups):
             group.rows = rows[place * n : (place + 1) * n]
             group.texts = [self.tokenizer.decode(row.tokens) for row in group.rows]
-            # An answer that was cut off earns nothing, or there would be no reason to stop once the result is said.
+            # A cut-off answer gets no reward, or nothing would teach the model to stop after the result.
             group.rewards = [
                 float(group.task.reward(group.conversation, text)) if row.end is not None else 0.0
                 for row, text in zip(group.rows, group.texts)
             ]
 
-    def _note(self, groups: list[Group]) -> dict[str, float]:
-        """Let the curricula see the rewards, over all processes; the step's figures."""
-        per_level = np.zeros((len(self.curricula), 2))
+    def _update_curricula(self, groups: list[Group]) -> dict[str, float]:
+        """Pass the rewards of all ranks to the curricula; returns the step's figures. Collective."""
+        per_level = np.zeros((len(self.curricula), 2))  # (sum of rewards, samples) at the current level
         for group in groups:
-            if group.task is self.curricula[group.curriculum].levels[self.curricula[group.curriculum].level]:
+            curriculum = self.curricula[group.curriculum]
+            if group.task is curriculum.levels[curriculum.level]:
                 per_level[group.curriculum] += sum(group.rewards), len(group.rewards)
         rows = [row for group in groups for row in group.rows]
-        chosen = sum(sum(row.mask) + (row.end is not None) for row in rows)
-        own = [
-            sum(sum(g.rewards) for g in groups),
+        counts = [
+            sum(sum(group.rewards) for group in groups),
             len(rows),
             sum(len(row.tokens) for row in rows),
-            chosen,
+            sum(sum(row.mask) + (row.end is not None) for row in rows),
             -sum(row.logprob for row in rows),
             sum(row.end is None for row in rows),
-            sum(g.silent for g in groups),
+            sum(group.silent for group in groups),
             len(groups),
         ]
-        summed = self.runtime.all_reduce_sum(
-            torch.tensor([*own, *per_level.flatten()]).float().to(self.runtime.device), "summing the rewards"
-        ).cpu()
-        reward, samples, length, tokens, surprise, cut, silent, count = summed[: len(own)].tolist()
-        for curriculum, (total, number) in zip(self.curricula, summed[len(own) :].view(-1, 2).tolist()):
-            curriculum.note(total / number if number else None)
-        levels = {
-            f"level/{c.levels[0].name.partition('/')[0]}": float(c.level + 1)
-            for c in self.curricula
-            if len(c.levels) > 1
-        }
+        values = torch.tensor([*counts, *per_level.flatten()]).float().to(self.runtime.device)
+        values = self.runtime.all_reduce_sum(values, "summing the rewards").cpu()
+        reward, samples, tokens, chosen, surprisal, cut_off, silent, num_groups = values[: len(counts)].tolist()
+        for curriculum, (total, number) in zip(self.curricula, values[len(counts) :].view(-1, 2).tolist()):
+            curriculum.update(total / number if number else None)
+        levels = [c for c in self.curricula if len(c.levels) > 1]
         return {
             "reward": reward / samples,
-            "answer_tokens": length / samples,
-            "entropy": surprise / max(tokens, 1),
-            "cut_off": cut / samples,
-            "groups_without_signal": silent / count,
-            **levels,
+            "answer_tokens": tokens / samples,
+            "entropy": surprisal / max(chosen, 1),
+            "cut_off": cut_off / samples,
+            "groups_without_signal": silent / num_groups,
+            **{f"level/{c.levels[0].name.partition('/')[0]}": float(c.level + 1) for c in levels},
         }
 
-    # -- resuming -------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, np.ndarray]:
-        """What the next batch depends on besides the weights; the same on all processes."""
+        """What the next batch depends on besides the weights; the same on all ranks."""
         return {
             "rl.step": np.array([self.step]),
             "rl.level": np.array([c.level for c in self.curricula]),
@@ -220,33 +211,34 @@ class RolloutLoader(Loader):
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         if len(state["rl.level"]) != len(self.curricula):
-            raise UserError("the checkpoint's tasks are others: give the same --tasks, or start a new run")
+            raise UserError("the checkpoint was trained on other tasks: give the same --tasks, or start a new run")
         self.step = int(state["rl.step"][0])
         for curriculum, level, mean in zip(self.curricula, state["rl.level"], state["rl.mean"]):
             curriculum.level, curriculum.mean = int(level), float(mean)
 
     def stats(self) -> dict[str, float]:
-        """Figures of the last batch, for the report."""
+        """Figures of the last batch, over all ranks."""
         return dict(self.figures)
 
 
 def as_batch(groups: Sequence[Group], origin: str) -> Batch:
-    """Inputs and targets (N, T), -1 where nothing is trained, and each row's advantage as the weight of its targets.
+    """Inputs and targets (N, T), -1 where nothing is trained; weights (N, T), each row's advantage.
 
-    Rows that teach nothing come last, the others by length: the trainer leaves micro-batches without weight out, and
-    columns without target.
+    Rows without advantage come last, the others are sorted by length: the training step leaves out micro-batches
+    without weights and columns without targets.
     """
     sequences = [(row, advantage) for group in groups for row, advantage in zip(group.rows, group.advantages)]
     sequences.sort(key=lambda pair: (pair[1] == 0, len(pair[0].prompt) + len(pair[0].tokens)))
-    longest = max((len(row.prompt) + len(row.tokens) + 1 for row, _ in sequences), default=2)
-    inputs = torch.zeros(len(sequences), longest - 1, dtype=torch.long)
+    max_length = max((len(row.prompt) + len(row.tokens) + 1 for row, _ in sequences), default=2)
+    inputs = torch.zeros(len(sequences), max_length - 1, dtype=torch.long)
     targets = torch.full_like(inputs, -1)
     weights = torch.zeros(inputs.shape)
     for number, (row, advantage) in enumerate(sequences):
         end = [] if row.end is None else [row.end]
-        ids, trained = [*row.prompt, *row.tokens, *end], [0] * len(row.prompt) + row.mask + [1] * len(end)
-        inputs[number, : len(ids) - 1] = torch.tensor(ids[:-1])
-        of_ids = torch.tensor(ids[1:])
-        targets[number, : len(ids) - 1] = torch.where(torch.tensor(trained[1:]) == 1, of_ids, -1)
-        weights[number, : len(ids) - 1] = advantage
+        ids = torch.tensor([*row.prompt, *row.tokens, *end])
+        trained = torch.tensor([0] * len(row.prompt) + row.mask + [1] * len(end))
+        length = len(ids) - 1
+        inputs[number, :length] = ids[:-1]
+        targets[number, :length] = torch.where(trained[1:] == 1, ids[1:], -1)
+        weights[number, :length] = advantage
     return Batch(inputs, targets, weights, origin)

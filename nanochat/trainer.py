@@ -46,19 +46,18 @@ class Interrupted(Exception):
 
 @dataclass
 class Hook:
-    """Call `run(trainer)` after every `every`-th step (never if `every` < 1), and after the last one if `at_end`.
+    """Calls `run(trainer)` after every `every`-th step, if that is positive, and after the last step.
 
-    Its result is added to that step's metrics.
+    The result is added to the step's metrics.
     """
 
     run: Callable[["Trainer"], Record | None]
     every: int = -1
-    at_end: bool = True
     tokens: int = 0  # that it evaluates, for a first estimate of its time
     seconds: float | None = None  # its time: measured in its last call, or estimated
 
     def due(self, step: int, num_steps: int) -> bool:
-        return (self.every > 0 and step % self.every == 0) or (self.at_end and step == num_steps)
+        return (self.every > 0 and step % self.every == 0) or step == num_steps
 
 
 @dataclass
@@ -127,7 +126,7 @@ class Trainer:
 
     def final_hooks_seconds(self) -> float:
         """Expected time of the hooks after the last step: the largest over all ranks. Collective."""
-        seconds = sum(hook.seconds or 0.0 for hook in self.hooks if hook.at_end)
+        seconds = sum(hook.seconds or 0.0 for hook in self.hooks)
         return self.runtime.all_reduce_max(seconds, "timing the hooks")
 
     def _take_step(self, batch: Batch) -> Record:
@@ -206,9 +205,8 @@ class Trainer:
     def _end_early(self) -> None:
         """Finish a run whose data ended before the schedule's last step."""
         warn(f"the data ended after step {self.progress.step} of {self.schedule.num_steps}")
-        for hook in self.hooks:
-            if hook.at_end and self.progress.step:
-                hook.run(self)
+        for hook in self.hooks if self.progress.step else ():
+            hook.run(self)
         self._save(final=True)
 
     def _save(self, final: bool) -> None:

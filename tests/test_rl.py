@@ -246,17 +246,17 @@ def test_a_resumed_loader_goes_on_where_it_was(runtime: Runtime) -> None:
 def test_a_level_is_passed_when_its_reward_stays_high() -> None:
     curriculum = Curriculum([Bandit(), Bandit(), Bandit()], raise_at=0.8)
     for _ in range(10):
-        curriculum.note(1.0)
+        curriculum.update(1.0)
     assert curriculum.level == 0, "one good moment is not enough"
     for _ in range(10):
-        curriculum.note(1.0)
+        curriculum.update(1.0)
     assert curriculum.level == 1 and curriculum.mean < 0.8
     for _ in range(100):
-        curriculum.note(0.7)
-        curriculum.note(None)
+        curriculum.update(0.7)
+        curriculum.update(None)
     assert curriculum.level == 1
     for _ in range(100):
-        curriculum.note(0.9)
+        curriculum.update(0.9)
     assert curriculum.level == 2, "and there is nothing after the last"
 
 
