@@ -1,14 +1,13 @@
 """Pretrain a base model: `python -m scripts.base_train --depth=4`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 from nanochat import fp8
-from nanochat.checkpoint_manager import Checkpoint, load_model_state, run_dir
-from nanochat.common import UserError, format_count, format_seconds, get_base_dir, say
+from nanochat.checkpoint_manager import load_model_state, run_dir
+from nanochat.common import UserError, format_count, get_base_dir, say
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, SavedCorpus, open_corpus, save_record
 from nanochat.evals.bits_per_byte import corpus_bpb
@@ -16,13 +15,13 @@ from nanochat.evals.core_run import open_bundle
 from nanochat.evals.samples import continuations
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.planning.hardware import usual_price
-from nanochat.planning.law import Law
+from nanochat.planning.outcome import plan_and_outcome
 from nanochat.ranges import Range
 from nanochat.recipe import get_recipe, recipe_rules
-from nanochat.runtime import Runtime, process_age
-from nanochat.scaling import Plan, describe, make_plan, scaling_params
+from nanochat.runtime import Runtime
+from nanochat.scaling import Plan, describe, make_plan
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.train.build import make_step
+from nanochat.train.build import create_step
 from nanochat.train.config import OnResume, TrainConfig
 from nanochat.train.device_batch import random_batch
 from nanochat.train.hooks import core_hook, estimate_core_seconds, sample_hook, validation_hook
@@ -88,17 +87,14 @@ def train(config: Config, runtime: Runtime) -> int:
         raise UserError(f"{flag} needs --model-tag: the run's folder cannot be named after a depth not known yet")
     folder = run_dir(base_dir, "base", config.model_tag or f"d{config.depth}")
     with open_run("base_train", folder, config, runtime) as run:
-        config, checkpoint = run.config, run.checkpoint
-        tokenizer = checkpoint.tokenizer() if checkpoint else get_tokenizer()
-        saved = None
-        if checkpoint:
-            saved = SavedCorpus.load(folder, checkpoint.step, checkpoint.meta["corpus"], checkpoint.loader_state())
-        corpus = open_corpus(config.data, base_dir, runtime, skip_bad=config.skip_bad_shards, saved=saved)
+        config = run.config
+        tokenizer = run.checkpoint.tokenizer() if run.checkpoint else get_tokenizer()
+        corpus = open_corpus(config.data, base_dir, runtime, skip_bad=config.skip_bad_shards, saved=saved_corpus(run))
         bundle = open_bundle(config.eval_bundle, base_dir, runtime) if config.core_metric_every > 0 else None
-        model = build_model(config, checkpoint, tokenizer, runtime, base_dir)
+        model = build_model(run, tokenizer)
         runtime.print0(f"{runtime.describe()}\ndata: {corpus.name}; run folder: {folder}")
 
-        plan = fix_plan(config, model, runtime, run.planned_steps)
+        plan = fix_plan(run, model)
         loader = PretrainLoader(
             corpus,
             tokenizer,
@@ -110,7 +106,7 @@ def train(config: Config, runtime: Runtime) -> int:
         )
         trainer = Trainer(build_step(config, plan, model, runtime), loader)
         run.begin(plan.num_steps, describe(model.config, plan))
-        if runtime.is_main and not checkpoint:
+        if runtime.is_main and not run.checkpoint:
             save_record(corpus, folder)
         trainer.hooks = make_hooks(config, corpus, tokenizer, runtime)
         if bundle:
@@ -118,6 +114,7 @@ def train(config: Config, runtime: Runtime) -> int:
             trainer.hooks.append(core_hook(*core, config.core_metric_every))
             if config.minutes > 0:  # leave time for it
                 trainer.hooks[-1].seconds = estimate_core_seconds(trainer, *core)
+
         code = run.train(
             trainer,
             tokenizer,
@@ -130,18 +127,26 @@ def train(config: Config, runtime: Runtime) -> int:
         return code
 
 
-def build_model(
-    config: Config, checkpoint: Checkpoint | None, tokenizer: RustBPETokenizer, runtime: Runtime, base_dir: Path
-) -> GPT:
+def saved_corpus(run: Run[Config]) -> SavedCorpus | None:
+    """The corpus that a resumed run was trained on, to find the same shards again."""
+    if (saved := run.checkpoint) is None:
+        return None
+    return SavedCorpus.load(run.folder, saved.step, saved.meta["corpus"], saved.loader_state())
+
+
+def build_model(run: Run[Config], tokenizer: RustBPETokenizer) -> GPT:
     """A new model, or one with the weights of --init-from; a resumed run's weights are restored later.
 
-    Fills in the depth and the context that `config` left to derive.
+    Fills in the depth and the context that the flags left to derive.
     """
-    source = None if checkpoint or not config.init_from else open_source(config.init_from, base_dir)
+    config, runtime = run.config, run.runtime
+    source = open_source(config.init_from, get_base_dir()) if config.init_from and not run.checkpoint else None
     if source:
         check_source(source, tokenizer, config.max_seq_len)
-    given = checkpoint or source
-    model_config = GPTConfig.from_dict(given.meta["model_config"]) if given else new_network(config, tokenizer, runtime)
+    if saved := run.checkpoint or source:
+        model_config = GPTConfig.from_dict(saved.meta["model_config"])
+    else:
+        model_config = new_network(config, tokenizer, runtime)
     config.depth, config.max_seq_len = model_config.n_layer, model_config.sequence_len
     model = GPT.create(model_config, device=runtime.device, compute_dtype=runtime.dtype, seed=config.seed)
     if source:
@@ -178,25 +183,22 @@ def plan_arguments(config: Config) -> dict[str, Any]:
     }
 
 
-def fix_plan(config: Config, model: GPT, runtime: Runtime, planned_steps: int | None) -> Plan:
+def fix_plan(run: Run[Config], model: GPT) -> Plan:
     """Every number of the run. With --minutes the horizon is estimated by timing real steps."""
+    config, runtime = run.config, run.runtime
     arguments = plan_arguments(config)
     if config.total_batch_size == -1 and config.minutes > 0:
         arguments["total_batch_size"] = batch_for_minutes(runtime.device.type)
     make = partial(make_plan, model.config, **arguments)
-    if planned_steps is not None:
-        plan = make(num_iterations=planned_steps)
-        plan.horizon = "the run's first session"
-    elif config.ends_on_time:
-        trial = make(num_iterations=1000)
-        rows = trial.total_batch_tokens // config.max_seq_len
-        batch = random_batch(rows, config.max_seq_len, model.config.vocab_size, runtime)
-        make_step = partial(build_step, config, trial, runtime=runtime)
-        plan = make(num_iterations=steps_for_minutes(config, make_step, model, batch, runtime))
-        plan.horizon = f"--minutes={config.minutes:g}"
-    else:
-        plan = make(num_iterations=config.num_iterations)
-    return plan
+    if run.planned_steps is not None:
+        return replace(make(num_iterations=run.planned_steps), horizon="the run's first session")
+    if not config.ends_on_time:
+        return make(num_iterations=config.num_iterations)
+    trial = make(num_iterations=1000)
+    rows = trial.total_batch_tokens // config.max_seq_len
+    batch = random_batch(rows, config.max_seq_len, model.config.vocab_size, runtime)
+    num_steps = steps_for_minutes(config, partial(build_step, config, trial, runtime=runtime), model, batch, runtime)
+    return replace(make(num_iterations=num_steps), horizon=f"--minutes={config.minutes:g}")
 
 
 def build_step(config: Config, plan: Plan, model: GPT, runtime: Runtime) -> TrainStep:
@@ -206,7 +208,7 @@ def build_step(config: Config, plan: Plan, model: GPT, runtime: Runtime) -> Trai
     warmup = round(config.warmup_ratio * plan.num_steps) if config.warmup_ratio >= 0 else config.warmup_steps
     given = {name: getattr(config, name) for name in ("warmdown_ratio", "final_lr_frac") if getattr(config, name) != -1}
     schedule = get_recipe(config.recipe).schedule(plan.num_steps, warmup_steps=warmup, **given)
-    return make_step(
+    return create_step(
         model,
         config,
         config.recipe,
@@ -238,35 +240,16 @@ def make_hooks(config: Config, corpus: Corpus, tokenizer: RustBPETokenizer, runt
 def report(run: Run[Config], trainer: Trainer, plan: Plan) -> None:
     """Put the run's figures into the report."""
     now = trainer.progress
-    values = {
-        "tokens": now.tokens,
-        "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
+    values = now.throughput() | {
         "flops": now.tokens * plan.flops_per_token,
         "plan": describe(trainer.model.config, plan),
-        "tables": {"Plan and outcome": plan_and_outcome(run.config, trainer, plan)},
+        "tables": {"Plan and outcome": plan_and_outcome(plan, now, run.config.minutes)},
     }
     if (price := usual_price(trainer.runtime)) is not None:
         values["dollars"] = price * trainer.runtime.world_size * now.wall_seconds / 3600
     run.report(trainer, values)
     cropped = trainer.loader.stats()["cropped_share"]
     say(f"packing: no tokens dropped; {cropped:.1%} of documents span more than one row")
-
-
-def plan_and_outcome(config: Config, trainer: Trainer, plan: Plan) -> list[dict[str, Any]]:
-    """What was planned before the first step, beside the outcome."""
-    now, law = trainer.progress, Law.load()
-    rows: list[dict[str, Any]] = [
-        {"": "steps", "planned": f"{plan.num_steps:,}", "outcome": f"{now.step:,}"},
-        {"": "tokens", "planned": format_count(plan.tokens), "outcome": format_count(now.tokens)},
-    ]
-    if config.minutes > 0:
-        planned = format_seconds(60 * config.minutes)
-        taken = format_seconds(max(process_age(), now.wall_seconds))  # the latter counts earlier sessions too
-        rows.append({"": "time", "planned": planned, "outcome": taken})
-    if law and now.val_bpb is not None:
-        forecast = law.forecast(scaling_params(plan.params), plan.tokens)
-        rows.append({"": "bits per byte", "planned": str(forecast), "outcome": f"{now.val_bpb:.4f}"})
-    return rows
 
 
 if __name__ == "__main__":

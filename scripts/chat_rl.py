@@ -14,11 +14,11 @@ from nanochat.engine import Engine
 from nanochat.ranges import Range
 from nanochat.rl import Curriculum, Group, RolloutLoader, Sampler
 from nanochat.runtime import Runtime
-from nanochat.train.build import make_step
+from nanochat.train.build import create_step
 from nanochat.train.config import OnResume, TrainConfig
 from nanochat.train.run import Run, open_run
 from nanochat.train.schedules import ScheduleConfig
-from nanochat.train.starting_model import StartingModel, finetuning_dir, load_starting_model, resumed_model
+from nanochat.train.starting_model import StartingModel, finetuning_dir, open_starting_model
 from nanochat.train.step import TrainStep
 from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
@@ -97,10 +97,7 @@ def train(config: Config, runtime: Runtime) -> int:
     folder = finetuning_dir("rl", config.source, config, config.source_tag, base_dir)
     with open_run("chat_rl", folder, config, runtime) as run:
         config, checkpoint = run.config, run.checkpoint
-        if checkpoint:
-            start = resumed_model(checkpoint, runtime)
-        else:
-            start = load_starting_model(config.source, folder, config.source_tag, config.model_step, runtime, base_dir)
+        start = open_starting_model(checkpoint, config.source, folder, config.source_tag, config.model_step, runtime)
         runtime.print0(
             f"{runtime.describe()}\n{config.source} model: {start.tag}, step {start.step}; run folder: {folder}"
         )
@@ -159,7 +156,7 @@ def find_horizon(config: Config, items: int) -> int:
 
 def build_step(config: Config, start: StartingModel, runtime: Runtime, num_steps: int) -> TrainStep:
     """The optimizer step of the starting model."""
-    return make_step(
+    return create_step(
         start.model,
         config,
         start.recipe,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.dataloader import ConversationLoader
@@ -15,19 +15,19 @@ from nanochat.recipe import get_recipe
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, batch_lr_scale, scaled_weight_decay
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.build import make_step
+from nanochat.train.build import create_step
 from nanochat.train.config import OnResume, TrainConfig
 from nanochat.train.device_batch import random_batch
 from nanochat.train.hooks import sample_hook, validation_hook
 from nanochat.train.run import open_run
 from nanochat.train.schedules import ScheduleConfig
-from nanochat.train.starting_model import StartingModel, finetuning_dir, load_starting_model, resumed_model
+from nanochat.train.starting_model import StartingModel, finetuning_dir, open_starting_model
 from nanochat.train.step import TrainStep
 from nanochat.train.timing import steps_for_minutes
 from nanochat.trainer import Hook, Trainer
 from scripts import _cli
 from tasks.common import TaskMixture
-from tasks.mixtures import Part, describe_parts, load_mixture
+from tasks.mixtures import describe_parts, load_mixture
 
 EVAL_ROWS = 8  # per evaluation step over all ranks: there may be few held-out conversations
 QUESTIONS = ("Hello! Who are you?", "What is 17 + 25?", "Spell the word: garden", "What is the capital of France?")
@@ -70,104 +70,103 @@ def train(config: Config, runtime: Runtime) -> int:
     base_dir = get_base_dir()
     folder = finetuning_dir("sft", "base", config, config.base_tag, base_dir)
     with open_run("chat_sft", folder, config, runtime) as run:
-        config, checkpoint = run.config, run.checkpoint
-        if checkpoint:
-            start = resumed_model(checkpoint, runtime)
-        else:
-            start = load_starting_model("base", folder, config.base_tag, config.model_step, runtime, base_dir)
+        config = run.config
+        start = open_starting_model(run.checkpoint, "base", folder, config.base_tag, config.model_step, runtime)
         model, tokenizer = start.model, start.tokenizer
         runtime.print0(f"{runtime.describe()}\nbase model: {start.tag}, step {start.step}; run folder: {folder}")
 
-        train_parts, val_parts = open_mixture(config, runtime)
-        mixture = TaskMixture([p.task for p in train_parts], seed=config.seed)
-        data = mixture.fingerprint()
-        if checkpoint and checkpoint.meta["data"] != data:
+        sizes = row_sizes(config, start)
+        data = open_data(config, tokenizer, sizes, runtime)
+        if run.checkpoint and run.checkpoint.meta["data"] != data.fingerprint:
             raise UserError(
-                f"the conversations have changed since step {checkpoint.step} was saved: cannot resume "
+                f"the conversations have changed since step {run.checkpoint.step} was saved: cannot resume "
                 "exactly; give the same --data, or start a new run"
             )
-        T, rows = row_sizes(config, start)
-        make_loader = partial(
-            ConversationLoader, tokenizer=tokenizer, sequence_len=T, rank=runtime.rank, world_size=runtime.world_size
-        )
-        endless = config.num_iterations > 0 or config.minutes > 0
-        epochs = None if endless else config.num_epochs
-        training = partial(make_loader, mixture, rows_per_step=rows, seed=config.seed, num_epochs=epochs)
-        held_out = TaskMixture([p.task for p in val_parts], seed=0)
-        validation = partial(make_loader, held_out, rows_per_step=EVAL_ROWS, seed=0, num_epochs=1)
-        check_conversations(training, "train on")
-        check_conversations(validation, "validate on (the last of a file are held out)")
-
-        loader = training()
-        make_step = partial(build_step, config, start.recipe, runtime, rows, T)
-        num_steps = run.planned_steps or find_horizon(config, make_step, model, loader, rows, T, runtime)
-        trainer = Trainer(make_step(model, num_steps=num_steps), loader)
+        make_step = partial(build_step, config, start.recipe, sizes, runtime=runtime)
+        num_steps = run.planned_steps or find_horizon(config, make_step, model, data.loader, sizes, runtime)
+        trainer = Trainer(make_step(model, num_steps), data.loader)
+        trainer.hooks = make_hooks(config, data, tokenizer, sizes, runtime)
+        tokens_per_step = sizes.rows * sizes.T
         plan = [
-            *describe_parts(train_parts),
-            ("row length", f"{T}"),
-            ("tokens per step", f"{rows * T:,}"),
+            *data.parts,
+            ("row length", f"{sizes.T}"),
+            ("tokens per step", f"{tokens_per_step:,}"),
             ("steps", f"{num_steps:,}"),
         ]
         run.begin(num_steps, plan)
-        trainer.hooks = make_hooks(config, validation, tokenizer, runtime, T)
-        code = run.train(
-            trainer,
-            tokenizer,
-            sequence_len=T,
-            total_batch_tokens=rows * T,
-            meta={"stage": "sft", "base": start.record, "data": data},
-        )
+        meta = {"stage": "sft", "base": start.record, "data": data.fingerprint}
+        code = run.train(trainer, tokenizer, sequence_len=sizes.T, total_batch_tokens=tokens_per_step, meta=meta)
         if code == 0 and runtime.is_main:
-            now = trainer.progress
-            values = {
-                "tokens": now.tokens,
-                "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
-                "mixture": plan,
-                "samples": answers(model, tokenizer),
-                "started_from": start.tag,
-            }
-            run.report(trainer, values)
+            samples = answers(model, tokenizer)
+            values = {"mixture": plan, "samples": samples, "started_from": start.tag}
+            run.report(trainer, trainer.progress.throughput() | values)
         return code
 
 
-def open_mixture(config: Config, runtime: Runtime) -> tuple[list[Part], list[Part]]:
-    """The data sets to train and to validate on. Prints which of them are missing."""
-    train_parts, val_parts, missing = load_mixture(config.data, config.seed)
-    for reason in missing:
-        runtime.print0(f"skipped: {reason}")
-    if not train_parts or not val_parts:
-        raise UserError("no public data set is at hand: set NANOCHAT_DATASETS_DIR to a mirror, or use --data=starter")
-    return train_parts, val_parts
+class RowSizes(NamedTuple):
+    """The shape of a global batch: `rows` rows of T tokens, over all ranks."""
+
+    rows: int
+    T: int
 
 
-def check_conversations(make_loader: Callable[[], ConversationLoader], purpose: str) -> None:
-    """Raise UserError now, not hours later, if no conversation fits."""
-    loader = make_loader()
-    try:
-        loader.next_batch()
-    except UserError as error:
-        raise UserError(f"nothing to {purpose}: {error}") from None
-    finally:
-        loader.close()
-
-
-def row_sizes(config: Config, start: StartingModel) -> tuple[int, int]:
-    """(tokens of a row, rows of a step over all ranks): as given, or the base model's."""
+def row_sizes(config: Config, start: StartingModel) -> RowSizes:
+    """As given, or the base model's."""
     context = start.model.config.sequence_len
     T = context if config.max_seq_len == -1 else config.max_seq_len
     if not 2 <= T <= context:
         raise UserError(f"--max-seq-len must lie between 2 and the base model's {context}, got {T}")
     total = start.total_batch_tokens if config.total_batch_size == -1 else config.total_batch_size
-    return T, align_batch(total, T) // T
+    return RowSizes(align_batch(total, T) // T, T)
+
+
+@dataclass
+class Data:
+    """The conversations to train and to validate on."""
+
+    loader: ConversationLoader
+    make_validation: Callable[[], ConversationLoader]
+    fingerprint: str
+    parts: list[tuple[str, str]]  # name and size of each
+
+
+def open_data(config: Config, tokenizer: RustBPETokenizer, sizes: RowSizes, runtime: Runtime) -> Data:
+    """Raises UserError now, not hours later, where no conversation can be used. Prints which data sets are missing."""
+    train_parts, val_parts, missing = load_mixture(config.data, config.seed)
+    for reason in missing:
+        runtime.print0(f"skipped: {reason}")
+    if not train_parts or not val_parts:
+        raise UserError("no public data set is at hand: set NANOCHAT_DATASETS_DIR to a mirror, or use --data=starter")
+    mixture = TaskMixture([p.task for p in train_parts], seed=config.seed)
+    held_out = TaskMixture([p.task for p in val_parts], seed=0)
+    make_loader = partial(
+        ConversationLoader, tokenizer=tokenizer, sequence_len=sizes.T, rank=runtime.rank, world_size=runtime.world_size
+    )
+    endless = config.num_iterations > 0 or config.minutes > 0
+    epochs = None if endless else config.num_epochs
+    loader = make_loader(mixture, rows_per_step=sizes.rows, seed=config.seed, num_epochs=epochs)
+    make_validation = partial(make_loader, held_out, rows_per_step=EVAL_ROWS, seed=0, num_epochs=1)
+    check_usable(loader, "train on")
+    check_usable(make_validation(), "validate on (the last of a file are held out)")
+    return Data(loader, make_validation, mixture.fingerprint(), describe_parts(train_parts))
+
+
+def check_usable(loader: ConversationLoader, purpose: str) -> None:
+    """Raise UserError if the loader cannot make its first batch; leave it at its start."""
+    while not loader.wait(1.0):
+        pass
+    failure = loader.failure
+    loader.close()
+    if isinstance(failure, UserError):
+        raise UserError(f"nothing to {purpose}: {failure}") from None
 
 
 def find_horizon(
     config: Config,
-    make_step: Callable[..., TrainStep],
+    make_step: Callable[[GPT, int], TrainStep],
     model: GPT,
     loader: ConversationLoader,
-    rows: int,
-    T: int,
+    sizes: RowSizes,
     runtime: Runtime,
 ) -> int:
     """Steps: as given, or what fits in --minutes, or the mixture's epochs."""
@@ -175,45 +174,38 @@ def find_horizon(
         return config.num_iterations
     if config.minutes <= 0:
         return loader.num_steps()
-    batch = random_batch(rows, T, model.config.vocab_size, runtime, supervised=0.5)  # about half is prompt
-    return steps_for_minutes(config, partial(make_step, num_steps=1000), model, batch, runtime)
+    batch = random_batch(*sizes, model.config.vocab_size, runtime, supervised=0.5)  # about half is prompt
+    return steps_for_minutes(config, lambda copy: make_step(copy, 1000), model, batch, runtime)
 
 
-def build_step(
-    config: Config, recipe: str, runtime: Runtime, rows: int, T: int, model: GPT, num_steps: int
-) -> TrainStep:
+def build_step(config: Config, recipe: str, sizes: RowSizes, model: GPT, num_steps: int, runtime: Runtime) -> TrainStep:
     """The optimizer step of `model`, with the rates that the recipe and the batch call for."""
     rules = get_recipe(recipe).plan
-    lr_scale = rules.lr_scale * batch_lr_scale(rows * T, rules.batch_exponent) * config.init_lr_frac
-    decay = scaled_weight_decay(config.weight_decay, model.config.n_layer)
-    schedule = ScheduleConfig(num_steps, warmdown_ratio=config.warmdown_ratio)
-    return make_step(
+    batch_scale = batch_lr_scale(sizes.rows * sizes.T, rules.batch_exponent)
+    return create_step(
         model,
         config,
         recipe,
-        schedule,
+        ScheduleConfig(num_steps, warmdown_ratio=config.warmdown_ratio),
         runtime,
-        rows=rows,
-        T=T,
-        lr_scale=lr_scale,
-        weight_decay=decay,
+        rows=sizes.rows,
+        T=sizes.T,
+        lr_scale=rules.lr_scale * batch_scale * config.init_lr_frac,
+        weight_decay=scaled_weight_decay(config.weight_decay, model.config.n_layer),
         compile=config.compile,
     )
 
 
 def make_hooks(
-    config: Config,
-    validation: Callable[[], ConversationLoader],
-    tokenizer: RustBPETokenizer,
-    runtime: Runtime,
-    T: int,
+    config: Config, data: Data, tokenizer: RustBPETokenizer, sizes: RowSizes, runtime: Runtime
 ) -> list[Hook]:
     """Bits per byte on the assistant's tokens of held-out conversations, and answers to the fixed questions."""
     tokens = config.evaluation_tokens(runtime)
-    steps = max(1, tokens // (EVAL_ROWS * T))
+    steps = max(1, tokens // (EVAL_ROWS * sizes.T))
 
     def measure(trainer: Trainer) -> float:
-        return loader_bpb(trainer.model, validation, tokenizer, runtime, steps, trainer.step.device_batch_size)
+        rows = trainer.step.device_batch_size
+        return loader_bpb(trainer.model, data.make_validation, tokenizer, runtime, steps, rows)
 
     return [
         validation_hook(measure, config.eval_every, tokens),

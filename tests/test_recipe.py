@@ -81,7 +81,7 @@ def test_values_that_cannot_be_are_refused(change: str) -> None:
 
 
 def test_a_changed_recipe_trains_and_is_remembered(copied) -> None:  # type: ignore[no-untyped-def]
-    from nanochat.train.starting_model import load_starting_model
+    from nanochat.train.starting_model import open_starting_model
     from scripts import base_train
 
     flags = [f for f in TINY if not f.startswith(("--recipe", "--model-tag"))]
@@ -89,7 +89,7 @@ def test_a_changed_recipe_trains_and_is_remembered(copied) -> None:  # type: ign
     assert base_train.main([*flags, text, "--recipe=plain,smear=True,lr_scale=2", "--model-tag=changed"]) == 0
     saved = open_checkpoint(copied / "base_checkpoints" / "changed")
     assert saved.meta["model_config"]["smear"] and not saved.meta["model_config"]["backout"]
-    start = load_starting_model("base", saved.path.parent, "changed", -1, Runtime.create("cpu"), copied)
+    start = open_starting_model(None, "base", saved.path.parent, "changed", -1, Runtime.create("cpu"))
     assert start.recipe == "plain,smear=True,lr_scale=2"
 
 

@@ -15,7 +15,7 @@ from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import LossFunction, TrainStep
 
 
-def make_step(
+def create_step(
     model: GPT,
     config: TrainConfig,
     recipe: str,

@@ -7,7 +7,7 @@ from typing import Any
 
 from nanochat.checkpoint.folder import list_steps
 from nanochat.checkpoint_manager import Checkpoint, find_run, load_model, open_checkpoint, run_dir
-from nanochat.common import UserError
+from nanochat.common import UserError, get_base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
@@ -57,23 +57,24 @@ def finetuning_dir(stage: str, source: str, config: TrainConfig, source_tag: str
     return run_dir(base_dir, stage, tag or find_run(base_dir, source, source_tag or None).name)
 
 
-def load_starting_model(source: str, run: Path, tag: str, step: int, runtime: Runtime, base_dir: Path) -> StartingModel:
+def open_starting_model(
+    checkpoint: Checkpoint | None, source: str, run: Path, tag: str, step: int, runtime: Runtime
+) -> StartingModel:
     """The model of stage `source` to finetune: the run `tag`, else the one named like `run`, else the latest.
 
-    `step` -1 takes its last checkpoint.
+    `step` -1 takes its last checkpoint. A run resumed from `checkpoint` needs no other: its model is in there, to be
+    restored later, and the run it started from may be gone by now.
     """
-    known = tag or (run.name if list_steps(run_dir(base_dir, source, run.name)) else None)
-    name = find_run(base_dir, source, known).name
+    if checkpoint:
+        meta, base = checkpoint.meta, checkpoint.meta["base"]
+        model = GPT.create(GPTConfig.from_dict(meta["model_config"]), runtime.device, runtime.dtype)
+        total = meta["plan"]["total_batch_tokens"]
+        return StartingModel(model, checkpoint.tokenizer(), base["tag"], base["step"], base["recipe"], total)
+    base_dir = get_base_dir()
+    tag = tag or (run.name if list_steps(run_dir(base_dir, source, run.name)) else "")
+    name = find_run(base_dir, source, tag or None).name
     model, tokenizer, meta = load_model(
         source, runtime, base_dir=base_dir, model_tag=name, step=None if step < 0 else step, compute_dtype=runtime.dtype
     )
     recipe = meta["base"]["recipe"] if "base" in meta else meta["user_config"].get("recipe", "published")
     return StartingModel(model, tokenizer, name, meta["step"], recipe, meta["plan"]["total_batch_tokens"])
-
-
-def resumed_model(checkpoint: Checkpoint, runtime: Runtime) -> StartingModel:
-    """A saved run's own model, its weights still to be restored: the run it started from may be gone by now."""
-    meta, base = checkpoint.meta, checkpoint.meta["base"]
-    model = GPT.create(GPTConfig.from_dict(meta["model_config"]), runtime.device, runtime.dtype)
-    total = meta["plan"]["total_batch_tokens"]
-    return StartingModel(model, checkpoint.tokenizer(), base["tag"], base["step"], base["recipe"], total)
