@@ -101,25 +101,10 @@ def train(config: Config, runtime: Runtime) -> int:
         runtime.print0(
             f"{runtime.describe()}\n{config.source} model: {start.tag}, step {start.step}; run folder: {folder}"
         )
-        names = config.task_names()
-        if not names:
-            raise UserError(f"--tasks is empty; choose from {', '.join(REWARDED)}")
-        levels = [make_levels(name, "train", seed=config.seed) for name in names]
-        held_out = [task for name in names for task in make_levels(name, "test", size=config.eval_examples)]
-
+        levels, held_out = open_tasks(config)
         engine = Engine(start.model, start.tokenizer)
-        loader = RolloutLoader(
-            engine,
-            start.tokenizer,
-            [Curriculum(tasks, config.raise_at) for tasks in levels],
-            Sampler(config.num_samples, config.max_new_tokens, config.temperature, config.top_k),
-            config.examples_per_step,
-            runtime,
-            config.seed,
-            watch=partial(keep_rollouts, folder=folder / "transcripts", every=config.eval_every, runtime=runtime),
-        )
-        items = sum(len(task) for tasks in levels for task in tasks)
-        num_steps = run.planned_steps or find_horizon(config, items)
+        loader = make_loader(config, engine, levels, folder, runtime)
+        num_steps = run.planned_steps or find_horizon(config, levels)
         trainer = Trainer(build_step(config, start, runtime, num_steps), loader)
         plan = [
             ("tasks", ", ".join(task.name for tasks in levels for task in tasks)),
@@ -145,12 +130,37 @@ def train(config: Config, runtime: Runtime) -> int:
         return code
 
 
-def find_horizon(config: Config, items: int) -> int:
-    """Steps: as given, or a first guess for --minutes, or the epochs over so many training items."""
+def open_tasks(config: Config) -> tuple[list[list[Task]], list[Task]]:
+    """(the levels of each task to train on, held-out tasks to evaluate on)."""
+    names = config.task_names()
+    if not names:
+        raise UserError(f"--tasks is empty; choose from {', '.join(REWARDED)}")
+    levels = [make_levels(name, "train", seed=config.seed) for name in names]
+    return levels, [task for name in names for task in make_levels(name, "test", size=config.eval_examples)]
+
+
+def make_loader(
+    config: Config, engine: Engine, levels: list[list[Task]], folder: Path, runtime: Runtime
+) -> RolloutLoader:
+    return RolloutLoader(
+        engine,
+        engine.tokenizer,
+        [Curriculum(tasks, config.raise_at) for tasks in levels],
+        Sampler(config.num_samples, config.max_new_tokens, config.temperature, config.top_k),
+        config.examples_per_step,
+        runtime,
+        config.seed,
+        watch=partial(keep_rollouts, folder=folder / "transcripts", every=config.eval_every, runtime=runtime),
+    )
+
+
+def find_horizon(config: Config, levels: list[list[Task]]) -> int:
+    """Steps: as given, or a first guess for --minutes, or the epochs over all training items."""
     if config.num_iterations > 0:
         return config.num_iterations
     if config.minutes > 0:
         return GUESSED_STEPS
+    items = sum(len(task) for tasks in levels for task in tasks)
     return max(1, items * config.num_epochs // config.examples_per_step)
 
 
