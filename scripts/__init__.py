@@ -1,6 +1,6 @@
-"""The command-line stages. Each is a dataclass of flags and main(argv); scripts._cli is their one front door.
+"""The command-line stages. Each is a dataclass of flags and main(argv), run by scripts._cli.
 
-Ctrl-C in the first seconds comes before that door is open: Python still imports.
+The hook here turns Ctrl-C into one line while Python is still importing.
 """
 
 import os
@@ -12,7 +12,7 @@ _usual = sys.excepthook
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As sys.excepthook, but for Ctrl-C."""
-    # As common.debug_enabled does; an import in here would make Python forget that it was a signal, and exit with 1.
+    # Not common.debug_enabled(): after an import in here, Python would exit with 1 instead of dying of the signal.
     if issubclass(kind, KeyboardInterrupt) and os.environ.get("NANOCHAT_DEBUG", "") in ("", "0"):
         sys.stderr.write("interrupted\n")
     else:

@@ -1,7 +1,6 @@
-"""The one command-line front door: a config dataclass in, a parsed config out, errors as one line.
+"""The command line of every script: `parse` flags into a config dataclass, `run` main and exit with its code.
 
-Every script is a dataclass plus `main(argv=None)`; `run(main)` turns mistakes into exit codes:
-0 done, 1 failed, 2 the user's mistake (one line, no traceback), 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 a user error (one line, no traceback), 130 interrupted.
 """
 
 import contextlib
@@ -26,26 +25,26 @@ EXPECTED_ERRNOS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.
 LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between lines about progress, on a terminal and elsewhere
 
 MAX_INTEGER = 2**63  # the largest seed; no count comes near it
-# What PyTorch says on a CPU, on a GPU, and of sizes that no memory has.
+# PyTorch's messages on a CPU, on a GPU, and for sizes beyond any memory.
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory|size calculation overflowed", re.IGNORECASE)
 
 
 def parse(config: type[Config], argv: Sequence[str] | None = None, description: str | None = None) -> Config:
-    """Build `config` from the command line. A leading `--`, as torchrun users type it, is skipped.
+    """Build `config` from the command line and check its ranges. A leading `--`, as torchrun users type it, is skipped.
 
-    Unknown flags and bad values raise UserError with the parser's words in one line.
+    Raises UserError, in one line, for unknown flags and bad values.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] == ["--"]:
         args = args[1:]
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             parsed = tyro.cli(config, args=args, description=description or config.__doc__, prog=program_name())
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(one_line(said.getvalue())) from None
+        raise UserError(one_line(stderr.getvalue())) from None
     for name, value in vars(parsed).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
@@ -69,7 +68,7 @@ class ProgressLine:
 
 
 def program_name() -> str:
-    """How the person started this: `python -m scripts.base_train`."""
+    """The command as the user typed it: `python -m scripts.base_train`."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return f"python -m {spec.name}" if spec and spec.name.startswith("scripts.") else "nanochat"
 

@@ -9,26 +9,26 @@ from scripts import _cli
 
 STAGES = {
     "tok_train": "train the tokenizer on raw text",
-    "tok_eval": "how well it compresses, beside GPT-2's and GPT-4's",
-    "tok_data": "tokenise a corpus beforehand, in several processes (optional)",
-    "plan": "what a run will take: steps, memory, time, cost",
+    "tok_eval": "compare its compression with GPT-2's and GPT-4's",
+    "tok_data": "tokenise a corpus in advance, in several processes (optional)",
+    "plan": "estimate a run: steps, memory, time, cost",
     "base_train": "pretrain a base model",
     "fit_law": "fit a scaling law to finished runs, and draw it",
-    "contamination": "benchmark items that stand in the training text",
-    "base_eval": "bits per byte and samples of the base model; with --eval=core CORE",
+    "contamination": "find benchmark items in the training text",
+    "base_eval": "evaluate the base model: bits per byte, samples, CORE",
     "chat_sft": "finetune it on conversations",
     "chat_rl": "train it on its own answers, by how good they are",
     "chat_eval": "measure the chat model's skills",
     "chat_cli": "talk to it in the terminal",
     "chat_web": "talk to it in the browser; serve it to any OpenAI client",
-    "report": "show where the report is, and draw it anew",
-    "launch": "start one of them in many processes, on many machines",
+    "report": "draw the report again, and print its path",
+    "launch": "start a stage in many processes, on many machines",
 }
 
 
 def usage() -> str:
     width = max(map(len, STAGES))
-    lines = [f"  {name:<{width}}  {what}" for name, what in STAGES.items()]
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in STAGES.items()]
     return "\n".join(
         [
             "usage: nanochat STAGE [flags]     (nanochat STAGE --help lists a stage's flags)",

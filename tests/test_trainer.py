@@ -1,4 +1,4 @@
-"""The training loop: what it computes, how it stops, how it goes on."""
+"""The training loop: gradients, hooks, stop signals, failures, saves, and which flags a resumed run keeps."""
 
 import json
 import math
@@ -76,7 +76,7 @@ def test_hooks_run_when_due_and_join_the_record() -> None:
     assert [r.get("x") for r in records] == [None, 2, None, 4, 5]
 
 
-def test_nan_stops_before_the_update_and_names_everything() -> None:
+def test_nan_stops_before_the_update_and_names_step_batch_and_checkpoint() -> None:
     trainer = make_trainer(steps=5)
 
     def save_and_poison(t: Trainer) -> Callable[[], None]:
@@ -85,38 +85,38 @@ def test_nan_stops_before_the_update_and_names_everything() -> None:
         return lambda: None
 
     trainer.snapshot, trainer.save_every = save_and_poison, 1
-    with pytest.raises(NonFiniteLoss, match=r"step 2 on batch 3; last good checkpoint: step 2"):
+    with pytest.raises(NonFiniteLoss, match=r"step 2 .*batch 3.*checkpoint.* step 2"):
         trainer.run()
     assert trainer.progress.step == 2
 
 
-@pytest.mark.parametrize("observer_fails", [False, True])
-def test_spoilt_weights_are_not_saved(observer_fails: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("hook_fails", [False, True])
+def test_non_finite_weights_are_not_saved(hook_fails: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer, saved = make_trainer(steps=5), []
     trainer.snapshot, trainer.save_every = lambda t: partial(saved.append, t.progress.step), 1
 
     def poison(t: Trainer) -> None:
         t.model.lm_head.weight.data[3, 1] = math.inf
-        if observer_fails:
+        if hook_fails:
             raise FloatingPointError("the model's logits are not finite")
 
     trainer.hooks = [Hook(poison, every=3)]
     assert run_to_end(trainer, tmp_path, "python -m scripts.base_train --resume") == 1
     assert saved == [1, 2]
-    said = capsys.readouterr().err
-    assert "not finite after step 3 (lm_head.weight)" in said and "last good checkpoint: step 2" in said
+    error = capsys.readouterr().err
+    assert all(part in error for part in ("not finite", "step 3", "lm_head.weight", "step 2"))
 
 
-def test_an_observer_told_to_leave_costs_nothing(tmp_path: Path) -> None:
+def test_a_stop_signal_during_a_hook_saves_the_step(tmp_path: Path) -> None:
     trainer, saved = make_trainer(steps=5), []
     trainer.snapshot = lambda t: partial(saved.append, t.progress.step)
 
-    def observe(t: Trainer) -> None:
+    def evaluate(t: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         t.raise_if_stop_requested()
-        raise AssertionError("goes on")
+        raise AssertionError("not stopped")
 
-    trainer.hooks = [Hook(observe, every=2)]
+    trainer.hooks = [Hook(evaluate, every=2)]
     assert run_to_end(trainer, tmp_path, "python -m scripts.chat_rl --resume") == 128 + signal.SIGTERM
     assert saved == [2]
 
@@ -134,15 +134,15 @@ def test_a_signal_finishes_the_step_and_saves(signum: int, tmp_path: Path, capsy
     assert signal.signal(signum, inherited) is signal.default_int_handler
 
 
-@pytest.mark.parametrize(("signum", "heard"), [(signal.SIGINT, True), (signal.SIGHUP, False)])
-def test_what_the_shell_has_ignored(signum: int, heard: bool, tmp_path: Path) -> None:
-    """`command &` in a script ignores SIGINT, and `kill -INT` shall still save; nohup's SIGHUP is meant."""
+@pytest.mark.parametrize(("signum", "caught"), [(signal.SIGINT, True), (signal.SIGHUP, False)])
+def test_signals_that_the_shell_ignores(signum: int, caught: bool, tmp_path: Path) -> None:
+    """A script's `command &` ignores SIGINT, and `kill -INT` must still save; a SIGHUP that nohup ignores stays so."""
     before = signal.signal(signum, signal.SIG_IGN)
     try:
         trainer = make_trainer(steps=5)
         trainer.log = lambda t, record: os.kill(os.getpid(), signum) if record["step"] == 3 else None
         code = run_to_end(trainer, tmp_path, "")
-        assert (code, trainer.progress.step) == ((128 + signum, 3) if heard else (0, 5))
+        assert (code, trainer.progress.step) == ((128 + signum, 3) if caught else (0, 5))
         assert signal.getsignal(signum) is signal.SIG_IGN
     finally:
         signal.signal(signum, before)
@@ -152,7 +152,7 @@ def save_every_step(trainer: Trainer, write: Callable[[int], None]) -> None:
     trainer.snapshot, trainer.save_every = lambda t: partial(write, t.progress.step), 1
 
 
-def test_training_goes_on_while_a_save_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_continues_while_a_save_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     trainer, written, gate, reached = make_trainer(steps=3), [], threading.Event(), []
 
     def write(step: int) -> None:
@@ -166,7 +166,7 @@ def test_training_goes_on_while_a_save_is_written(capsys: pytest.CaptureFixture[
     assert reached == [[], [], []] and written == [2, 3] and trainer.saver.last_step == 3
 
 
-def test_no_second_write_is_begun_and_training_does_not_wait_for_long(
+def test_only_one_save_is_written_at_a_time_and_training_waits_briefly(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nanochat.checkpoint.async_save.MAX_WAIT_SECONDS", 0.01)
@@ -175,12 +175,11 @@ def test_no_second_write_is_begun_and_training_does_not_wait_for_long(
     trainer.log = lambda t, record: gate.set() if record["step"] == 4 else None
     trainer.run()
     assert written == [1, 4] and trainer.saver.last_step == 4
-    assert "step 2 is not saved: step 1 is still being written" in capsys.readouterr().err
+    warning = capsys.readouterr().err
+    assert "step 2" in warning and "step 1" in warning
 
 
-def test_a_failed_periodic_save_is_reported_and_training_goes_on(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_failed_periodic_save_is_reported_and_training_continues(capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(steps=4)
 
     def write(step: int) -> None:
@@ -190,8 +189,9 @@ def test_a_failed_periodic_save_is_reported_and_training_goes_on(
     save_every_step(trainer, write)
     trainer.run()
     assert trainer.progress.step == 4
-    said = capsys.readouterr().err
-    assert "could not save step 1" in said and "could not save step 2" in said and trainer.saver.last_step == 4
+    warnings = capsys.readouterr().err
+    assert "step 1" in warnings and "step 2" in warnings and "step 3" not in warnings
+    assert trainer.saver.last_step == 4
 
 
 def test_a_failed_final_save_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +217,7 @@ def test_the_loss_goes_down() -> None:
     assert records[-1]["lr_multiplier"] < 0.1
 
 
-def test_metrics_past_the_step_and_a_broken_last_line_are_cut(tmp_path: Path) -> None:
+def test_cut_metrics_drops_later_steps_and_a_broken_last_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in range(1, 8)) + '{"step": 8, "lo')
     cut_metrics(path, 5)
@@ -270,7 +270,7 @@ def test_device_batch_is_as_requested_or_by_the_device() -> None:
     assert choose_device_batch(-1, 64, 512, CPU) == 8 and choose_device_batch(16, 4, 512, CPU) == 4
 
 
-def test_a_failing_observer_costs_no_steps() -> None:
+def test_a_failing_hook_saves_the_steps_before_it() -> None:
     trainer = make_trainer(steps=5)
     saved: list[int] = []
     trainer.snapshot = lambda t: partial(saved.append, t.progress.step)
@@ -296,4 +296,5 @@ def test_data_that_ends_early_ends_the_run_with_a_save(capsys: pytest.CaptureFix
     trainer.loader.next_batch = two  # type: ignore[method-assign]
     trainer.snapshot = lambda t: partial(saved.append, t.progress.step)
     trainer.run()
-    assert saved == [2] and "ended after step 2 of 9" in capsys.readouterr().err
+    warning = capsys.readouterr().err
+    assert saved == [2] and "2" in warning and "9" in warning
