@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError
+from nanochat.conversation import Tokenizer
 from nanochat.data.batches import Batch, Loader, seeded_rng
 from nanochat.engine import Engine
 from nanochat.inference.request import GenerationRequest, TokenSequence
@@ -115,7 +116,7 @@ class RolloutLoader(Loader):
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         curricula: Sequence[Curriculum],
         sampler: Sampler,
         groups_per_step: int,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError, atomic_write
+from nanochat.conversation import Tokenizer
 from nanochat.data.batches import by_length
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
@@ -63,7 +64,7 @@ class AskFlags:
     seed: int = 42
 
 
-def ask(task: Task, indices: Sequence[int], engine: Engine, tokenizer: Any, flags: AskFlags) -> list[Outcome]:
+def ask(task: Task, indices: Sequence[int], engine: Engine, tokenizer: Tokenizer, flags: AskFlags) -> list[Outcome]:
     """Put the items to the model. Items of choice are answered by the likeliest letter, all others by sampling."""
     conversations = [task[i] for i in indices]
     if not conversations:
@@ -80,7 +81,7 @@ def sample_answers(
     task: Task,
     conversations: Sequence[Conversation],
     engine: Engine,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     flags: AskFlags,
     items: Sequence[int],
 ) -> list[list[Sample]]:
@@ -98,7 +99,7 @@ def sample_answers(
 
 
 @torch.no_grad()
-def choose_letters(model: GPT, tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
+def choose_letters(model: GPT, tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[str]:
     """For each question the letter that the model gives the highest logit, as the first token of its answer.
 
     Questions longer than the context lose their beginning. Raises UserError where a letter is no single token.

@@ -1,5 +1,5 @@
-"""Decoding: batched steps over a KV cache, sampling, tools, prefix cache, and the CPU's decode step in C.
+"""Decoding: requests, the running batch over a KV cache, sampling, tools, prefix cache, and a CPU decode step in C.
 
-Called by `nanochat.engine` (one call, one list of token ids) and `nanochat.serve` (many requests at once).
-Start with `decoding.py`.
+`nanochat.engine` runs requests from one caller, `nanochat.serve` those of many clients. Start with `request.py`, then
+`decoding.py`.
 """
