@@ -6,7 +6,7 @@ How a document reaches the model, file by file:
     data/corpus.py            Corpus: two splits of row groups, each a list of documents, readable in any order
     data/shards.py            ... of parquet files: the starter corpus, public sets, the user's own files
     data/own_files.py           finds those and has data/to_parquet.py rewrite what cannot be read by row group
-    data/textfiles.py           parses parquet, .jsonl and .txt into documents
+    data/parquet.py             reads documents out of row groups; data/textfiles.py out of .jsonl and .txt
     data/remote.py              reads files behind URLs: filesystems.py lists them, range_cache.py keeps byte ranges
     data/document_order.py    shuffles: (seed, epoch, stream) -> the order of documents
     data/pretokenized.py        has tokens instead of text where scripts/tok_data.py made them beforehand

@@ -19,7 +19,8 @@ from corpus_helpers import WORDS, both, jsonl, make_texts, texts_of, write_parqu
 
 from nanochat import dataset
 from nanochat.common import UserError
-from nanochat.data import own_files, shards, textfiles, to_parquet
+from nanochat.data import own_files, parquet, shards, textfiles, to_parquet
+from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
 from nanochat.dataset import resolve_corpus
 
 
@@ -106,7 +107,7 @@ def test_small_data_validates_on_its_smallest_hash(kind: str, own: Path, base: P
 
 
 def test_documents_all_with_validation_hashes_leave_one_for_validation(own: Path, base: Path) -> None:
-    chosen = [t for t in make_texts(2000, words=2) if textfiles.document_hash(t) < textfiles.VAL_LIMIT][:3]
+    chosen = [t for t in make_texts(2000, words=2) if document_hash(t) < VAL_LIMIT][:3]
     (own / "a.jsonl").write_bytes(jsonl(chosen))
     corpus = resolve_corpus(str(own / "a.jsonl"), base)
     assert len(texts_of(corpus, "val")) == 1 and len(texts_of(corpus, "train")) == 2
@@ -252,9 +253,9 @@ def test_validation_documents_of_mixed_files_are_cached_within_limits(own: Path,
         monkeypatch.setattr(shards, "VAL_CACHE_CHARS", limit)
         reads: list[int] = []
 
-        def spy(path: Path, index: int, source: str, reads: list[int] = reads) -> list[textfiles.Document]:
+        def spy(path: Path, index: int, source: str, reads: list[int] = reads) -> list[Document]:
             reads.append(index)
-            return textfiles.read_row_group(path, index, source)
+            return parquet.read_row_group(path, index, source)
 
         monkeypatch.setattr(shards, "read_row_group", spy)
         corpus = resolve_corpus(str(own), base)
@@ -310,7 +311,7 @@ def test_a_huge_row_group_is_streamed(own: Path) -> None:
     texts = [rng.randbytes(2048).hex() for _ in range(6000)]  # 24 MB in one row group
     path = write_parquet(own / "a.parquet", texts, row_group_size=10**6)
     count = most = 0
-    for document in textfiles.parquet_documents(path, "a"):
+    for document in parquet.parquet_documents(path, "a"):
         count += document.text == texts[count]
         most = max(most, pa.total_allocated_bytes())
     assert count == 6000 and most < 12 * 2**20
@@ -497,7 +498,7 @@ def test_invalid_utf8_in_parquet_names_the_row(own: Path, base: Path) -> None:
         pq.write_table(pa.table({"text": column}), own / "a.parquet", row_group_size=rows)
         assert "a.parquet, row 322" in error_of(own, base)
         with pytest.raises(UserError, match="row 322"):
-            list(textfiles.parquet_documents(own / "a.parquet", ""))
+            list(parquet.parquet_documents(own / "a.parquet", ""))
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "txt.gz", "txt.zst"])

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_helpers import refused
 from ranks import run_ranks
-from test_user_errors import refused
 
 from nanochat.common import UserError
 from nanochat.cpu import fused

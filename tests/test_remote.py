@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cli_helpers import refused
 from corpus_helpers import TEXTS, TOKENIZER, Bucket, both, damage, fails, jsonl, rows_of, write_parquet
 from fsspec import AbstractFileSystem
 from stubs import TINY
-from test_user_errors import refused
 
 from nanochat.checkpoint_manager import list_steps
 from nanochat.common import BadShard, UserError
-from nanochat.data import remote, textfiles
+from nanochat.data import parquet, remote, textfiles
 from nanochat.data.batches import Prefetcher
 from nanochat.data.filesystems import list_files
 from nanochat.data.range_cache import RangeCache
@@ -358,9 +358,9 @@ def test_a_signal_is_heard_where_an_evaluation_waits_for_the_network(
 
 def test_ranges_are_where_parquet_has_the_text(bucket: Path) -> None:
     path = bucket / "data" / "s0.parquet"
-    ranges = textfiles.text_ranges(path.read_bytes()[-20_000:])
+    ranges = parquet.text_ranges(path.read_bytes()[-20_000:])
     assert len(ranges) == 10 and all(0 < start < end < path.stat().st_size for start, end in ranges)
-    assert textfiles.text_ranges(b"no parquet at all") == []
+    assert parquet.text_ranges(b"no parquet at all") == []
 
 
 def test_other_files_in_the_cache_folder_are_left_alone(tmp_path: Path) -> None:

@@ -11,23 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+from cli_helpers import refused
 from stubs import TINY
 
 from nanochat.common import UserError
 from nanochat.ranges import Range, check_ranges
 from scripts import _cli, base_eval, base_train, chat_eval, chat_sft, stages, tok_train
-
-
-def refused(main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run as from the command line; returns the one line after "error: "."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        _cli.run(lambda: main(argv))
-    said = capsys.readouterr().err
-    assert stop.value.code == 2, said
-    lines = [line for line in said.strip().splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "Traceback" not in said, said
-    return lines[0].removeprefix("error: ")
 
 
 @pytest.mark.parametrize(

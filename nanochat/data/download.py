@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from nanochat.common import UserError, first_line, sha256_file, warn
-from nanochat.data.textfiles import open_parquet
+from nanochat.data.parquet import open_parquet
 
 MAX_DELAY_SECONDS = 60.0
 STALL_SECONDS = 30.0  # without a byte, after which a connection counts as dead

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from nanochat.common import BadShard, UserError
 from nanochat.data.corpus import Corpus
-from nanochat.data.remote import RemoteFile, find_remote, is_url
+from nanochat.data.parquet import open_parquet, parquet_documents, text_columns
+from nanochat.data.remote import RemoteFile, Source, find_remote, is_url
 from nanochat.data.shards import ShardOpener
-from nanochat.data.textfiles import MIB, Source, kind_of, open_parquet, parquet_documents, text_columns
+from nanochat.data.textfiles import MIB, kind_of
 from nanochat.data.to_parquet import Tally, convert
 
 MAX_GROUP_ROWS, MAX_GROUP_BYTES = 8192, 64 * MIB  # parquet with larger row groups is converted

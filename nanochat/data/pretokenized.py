@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import BadShard, atomic_path, first_line, warn
-from nanochat.data.corpus import Corpus
+from nanochat.data.corpus import Corpus, document_hash
 from nanochat.data.document_order import SegmentReader, Tokens, split_text
+from nanochat.data.parquet import is_machine_error, read_row_group
 from nanochat.data.row_streams import token_dtype
 from nanochat.data.shards import Shard, ShardCorpus
-from nanochat.data.textfiles import document_hash, is_machine_error, read_row_group
 from nanochat.data.to_parquet import stamp
 
 VERSION = "1"  # of the format; raise it when the same text and tokenizer would give another file

@@ -105,6 +105,9 @@ class RemoteFile:
             self.remote.prefetch(self, start, end, keep=True)
 
 
+Source = Path | RemoteFile  # a file on disk or behind a URL; both have a name, and str() gives the full address
+
+
 class RangeReader(io.RawIOBase):
     """Reads a RemoteFile. Given ranges come whole and are kept on disk; the rest in chunks, one ahead of the reader."""
 

@@ -15,19 +15,10 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from nanochat.common import BadShard
-from nanochat.data.corpus import SPLITS, BadShards, Corpus, Document, Record
-from nanochat.data.remote import RemoteFile
-from nanochat.data.textfiles import (
-    MIB,
-    VAL_LIMIT,
-    Source,
-    document_hash,
-    open_parquet,
-    read_row_group,
-    stem_of,
-    text_columns,
-    text_ranges,
-)
+from nanochat.data.corpus import SPLITS, VAL_LIMIT, BadShards, Corpus, Document, Record, document_hash
+from nanochat.data.parquet import open_parquet, read_row_group, text_columns, text_ranges
+from nanochat.data.remote import RemoteFile, Source
+from nanochat.data.textfiles import MIB, stem_of
 
 Result = TypeVar("Result")
 

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from nanochat.common import BadShard, atomic_path, read_json, write_json
-from nanochat.data.corpus import Document
-from nanochat.data.remote import RemoteFile
-from nanochat.data.textfiles import MIB, VAL_LIMIT, Source, document_hash, file_documents, kind_of
+from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
+from nanochat.data.remote import RemoteFile, Source
+from nanochat.data.textfiles import MIB, file_documents, kind_of
 
 GROUP_DOCUMENTS, GROUP_CHARS = 1024, 16 * MIB  # a row group is full at either
 SHARD_ROW_GROUPS = 64
