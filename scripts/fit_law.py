@@ -109,10 +109,9 @@ def write_csv(path: Path, runs: Sequence[Run]) -> None:
 
 def law_rows(law: Law, study: Study) -> Iterator[tuple[str, str]]:
     """(name, value) rows for the table."""
-    error = law.errors
     yield "bits per byte", "E + A / N^alpha + B / D^beta"
-    for name in ("E", "A", "alpha", "B", "beta"):
-        yield f"  {name}", f"{getattr(law, name):.4g} ± {error[name]:.2g}"
+    for name, error in law.errors.items():
+        yield f"  {name}", f"{getattr(law, name):.4g} ± {error:.2g}"
     yield "best N grows as", f"C^({study.params_exponent[0]:.3f} ± {study.params_exponent[1]:.3f})"
     yield "best D grows as", f"C^({study.tokens_exponent[0]:.3f} ± {study.tokens_exponent[1]:.3f})"
     for o in study.optima:

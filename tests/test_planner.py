@@ -369,7 +369,7 @@ def test_best_of_a_budget() -> None:
         return Candidate(int(n), 6 * n)
 
     candidates = {i: flat(1e6 * 1.2**i) for i in range(40)}
-    choice = TRUE.best(1e17, candidates)
+    choice = TRUE.best(lambda key: 1e17, candidates)
     # At the optimum for 6ND FLOPs another parameter and another token are worth the same: aA/N^a = bB/D^b.
     n, d = candidates[choice.key].params, choice.tokens
     assert TRUE.alpha * TRUE.A / n**TRUE.alpha == pytest.approx(TRUE.beta * TRUE.B / d**TRUE.beta, rel=0.1)

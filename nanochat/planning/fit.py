@@ -43,8 +43,8 @@ def fit_law(points: Sequence[Point], corpus: str = "", num_resamples: int = 100,
         alpha, beta = math.exp(log_alpha), math.exp(log_beta)
         return [math.exp(e), math.exp(a + alpha * middle_n), alpha, math.exp(b + beta * middle_d), beta]
 
-    E, A, alpha, B, beta = uncentred(best)
     kept = [(float(n), float(d), float(bpb)) for n, d, bpb in points]
+    E, A, alpha, B, beta = uncentred(best)
     return Law(E, A, alpha, B, beta, kept, [uncentred(theta) for theta in refits], corpus)
 
 

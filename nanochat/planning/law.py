@@ -16,6 +16,7 @@ from nanochat.gpt_config import GPTConfig
 from nanochat.scaling import estimate, scaling_params
 
 WARN_EXTRAPOLATION = 10.0  # beyond this many times the FLOPs of the largest run fitted, a forecast carries a warning
+PARAMETERS = ("E", "A", "alpha", "B", "beta")
 LAW_FILE = Path(__file__).parent / "law.json"
 Point = tuple[float, float, float]  # (N scaling parameters, D tokens, loss in bits per byte)
 
@@ -66,13 +67,12 @@ class Law:
 
     @property
     def parameters(self) -> list[float]:
-        return [self.E, self.A, self.alpha, self.B, self.beta]
+        return [getattr(self, name) for name in PARAMETERS]
 
     @property
     def errors(self) -> dict[str, float]:
         """Standard error of each parameter."""
-        columns = zip(("E", "A", "alpha", "B", "beta"), zip(*self.resamples))
-        return {name: float(np.std(values)) for name, values in columns}
+        return {name: float(np.std(values)) for name, values in zip(PARAMETERS, zip(*self.resamples))}
 
     def loss(self, n: float, d: float) -> float:
         """Bits per byte of a model with n scaling parameters after d tokens."""
@@ -90,14 +90,12 @@ class Law:
             basis += f"; this run is {extrapolation:.3g} times the largest of them, an extrapolation"
         return Forecast(self.loss(n, d), self.loss_error(n, d), basis, extrapolation)
 
-    def best(self, budget_flops: float | Callable[[int], float], candidates: Mapping[int, Candidate]) -> Choice:
-        """The candidate with the lowest loss when each trains for the whole budget, in FLOPs.
+    def best(self, budget_flops: Callable[[int], float], candidates: Mapping[int, Candidate]) -> Choice:
+        """The candidate with the lowest loss after `budget_flops(key)` training FLOPs each.
 
-        A budget in seconds is a function of the candidate's key: `lambda depth: seconds * flops_per_second(depth)`.
+        A budget in seconds is `lambda depth: seconds * flops_per_second(depth)`.
         """
-        assert candidates, "no candidates"
-        budget = budget_flops if callable(budget_flops) else lambda key: budget_flops
-        tokens = {key: budget(key) / model.flops_per_token for key, model in candidates.items()}
+        tokens = {key: budget_flops(key) / model.flops_per_token for key, model in candidates.items()}
         losses = {key: self.loss(model.params, tokens[key]) for key, model in candidates.items()}
         best = min(losses, key=lambda key: losses[key])
         return Choice(best, tokens[best], losses[best])
@@ -113,7 +111,7 @@ class Law:
         values = read_json(path)
         try:
             points = [(float(n), float(d), float(loss)) for n, d, loss in values.get("points", [])]
-            E, A, alpha, B, beta = (float(values[name]) for name in ("E", "A", "alpha", "B", "beta"))
+            E, A, alpha, B, beta = (float(values[name]) for name in PARAMETERS)
             return cls(E, A, alpha, B, beta, points, values.get("resamples", []), values.get("corpus", ""))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a scaling law: {error}") from error

@@ -1,6 +1,7 @@
 """The contents of a report as plain values, for the pages and for the terminal: stages, facts, skills, samples."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,17 +167,17 @@ def format_fact(key: str, value: Any) -> str:
     """`0.90123` -> `0.9012`, `1234567` -> `1,234,567`; seconds as a duration, `1e-07` for tiny values."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
     if key == "mfu":
         return f"{value:.1%}"
-    if key.endswith("seconds") and isinstance(value, (int, float)):
+    if key.endswith("seconds"):
         return format_seconds(value)
     if isinstance(value, int):
         return f"{value:,}"
-    if isinstance(value, float):
-        if abs(value) >= 1000:
-            return f"{value:,.0f}"
-        return f"{value:.4f}" if abs(value) >= 0.001 or value == 0 else f"{value:.3g}"
-    return str(value)
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) >= 0.001 or value == 0 else f"{value:.3g}"
 
 
 def format_cell(value: Any) -> str:
@@ -186,22 +187,23 @@ def format_cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+# (label, stage, key, format) of the main numbers of the pipeline.
+HEADLINE: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
+    ("parameters", "base_train", "num_params", format_count),
+    ("training tokens", "base_train", "tokens", format_count),
+    ("bits per byte", "base_train", "val_bpb", "{:.3f}".format),
+    ("CORE", "base_eval", "core", "{:.4f}".format),
+    ("chat bits per byte", "chat_sft", "val_bpb", "{:.3f}".format),
+    ("ChatCORE", "chat_eval", "chatcore", "{:.4f}".format),
+    ("ChatCORE after RL", "chat_eval_rl", "chatcore", "{:.4f}".format),
+)
+
+
 def headline(report: Record) -> list[tuple[str, str]]:
-    """The main numbers of the pipeline, as (label, text)."""
-    train, core, sft, chat, last = (
-        report.get(key) or {} for key in ("base_train", "base_eval", "chat_sft", "chat_eval", "chat_eval_rl")
-    )
-    found = [
-        ("parameters", format_count(train["num_params"]) if train.get("num_params") else ""),
-        ("training tokens", format_count(train["tokens"]) if train.get("tokens") else ""),
-        ("bits per byte", f"{train['val_bpb']:.3f}" if train.get("val_bpb") else ""),
-        ("CORE", f"{core['core']:.4f}" if core.get("core") is not None else ""),
-        ("chat bits per byte", f"{sft['val_bpb']:.3f}" if sft.get("val_bpb") else ""),
-        ("ChatCORE", f"{chat['chatcore']:.4f}" if chat.get("chatcore") is not None else ""),
-        ("ChatCORE after RL", f"{last['chatcore']:.4f}" if last.get("chatcore") is not None else ""),
-        ("total time", format_seconds(report["total_seconds"]) if report.get("total_seconds") else ""),
-    ]
-    return [(label, text) for label, text in found if text]
+    """(label, text) of the main numbers that are recorded, and the total time."""
+    found = [(label, (report.get(stage) or {}).get(key), form) for label, stage, key, form in HEADLINE]
+    found.append(("total time", report.get("total_seconds") or None, format_seconds))
+    return [(label, form(value)) for label, value, form in found if value is not None]
 
 
 def samples_by_stage(report: Record) -> list[tuple[str, list[Record]]]:
