@@ -62,8 +62,7 @@ class GPTScorer:
         was_training = self.model.training
         self.model.eval()
         try:
-            with self.model.hold_casts():
-                return self._score(examples)
+            return self._score(examples)
         finally:
             self.model.train(was_training)
 
@@ -110,7 +109,7 @@ class GPTScorer:
         cache = KVCache(model.config, len(options), longest, num_rows=0, **like)  # type: ignore[arg-type]
         for sequences, common in items:
             beginning = KVCache(model.config, 1, common, **like)  # type: ignore[arg-type]
-            model.fill(self._padded([sequences[0].ids[: common - 1]]), beginning)
+            model.prefill(self._padded([sequences[0].ids[: common - 1]]), beginning)
             for _ in sequences:
                 cache.join(beginning)
         x = model.hidden(self._padded(rests), cache)  # (B, T, C)
@@ -125,9 +124,8 @@ class GPTScorer:
         """Scores from hidden states (B, T, C); those of a row begin at position first[row]."""
         places = [(row, t) for row, s in enumerate(sequences) for t in range(s.start, s.end)]
         row, t = torch.tensor(places, device=x.device).T
-        head = self.model.head_weight if self.model.head_cast is None else self.model.head_cast
         at = t - 1 - torch.tensor(first, device=x.device)[row]
-        logits = head_logits(x[row, at], head, self.model.config.softcap)  # (scored tokens, V)
+        logits = head_logits(x[row, at], self.model.head_weight, self.model.config.softcap)  # (scored tokens, V)
         targets = torch.tensor([sequences[r].ids[p] for r, p in places], device=x.device)
         return scores_of(logits, targets, [s.end - s.start for s in sequences])
 

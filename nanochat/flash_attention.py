@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat.cpu.fused import block_softmax_, block_softmax_backward_
+from nanochat.cpu.fused import in_c
 
 FA3_INSTALLED = importlib.util.find_spec("flash_attn_interface") is not None
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -41,6 +41,23 @@ def query_block(window: int, element_bytes: int) -> int:
 def _block_spans(length: int, window: int, size: int) -> list[tuple[int, int, int]]:
     """(first key, first query, end) per block of `size` queries; keys and queries share the end."""
     return [(max(0, start - window), start, min(start + size, length)) for start in range(0, length, size)]
+
+
+@in_c("block_softmax_")
+def block_softmax_(scores: torch.Tensor, first: int, window: int, scale: float) -> torch.Tensor:
+    """scores (N, Q, K) -> probabilities, in place. Query i is at key position `first` + i and sees itself and
+    `window` keys before it."""
+    query = first + torch.arange(scores.size(1), device=scores.device)[:, None]
+    key = torch.arange(scores.size(2), device=scores.device)[None, :]
+    hidden = (key > query) | (query - key > window)
+    return torch.softmax(scores.mul_(scale).masked_fill_(hidden, -torch.inf), dim=-1)
+
+
+@in_c("block_softmax_backward_")
+def block_softmax_backward_(grad: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
+    """Gradient of the scores from that of the probabilities, both (N, Q, K), in place."""
+    row_sum = (grad * weights).sum(-1, keepdim=True)
+    return grad.sub_(row_sum).mul_(weights).mul_(scale)
 
 
 class _BlockedAttention(torch.autograd.Function):

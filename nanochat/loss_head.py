@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat.cpu.fused import head_rows_
+from nanochat.cpu.fused import in_c
 
 
 def softcap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -21,12 +21,32 @@ def head_logits(x: torch.Tensor, weight: torch.Tensor, cap: float) -> torch.Tens
     return softcap_(F.linear(x, weight.to(x.dtype)).float(), cap)
 
 
+@in_c("head_rows_")
+def head_rows_(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float, backward: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses (N,), gradient (N, V) of sum(weights * losses) by the logits) of logits (N, V) before their softcap.
+
+    May overwrite the logits; without `backward` the second value is meaningless.
+    """
+    tanh = logits.float().div_(cap).tanh_()  # the softcap before its last factor
+    target, capped = targets[:, None], tanh * cap
+    lse = torch.logsumexp(capped, dim=-1, keepdim=True)
+    losses = (lse - capped.gather(1, target)).squeeze(1)
+    if not backward:
+        return losses, logits
+    grad = capped.sub_(lse).exp_()  # softmax
+    grad.scatter_add_(1, target, torch.full_like(lse, -1.0))
+    grad.mul_(tanh.square_().neg_().add_(1)).mul_(weights[:, None])
+    return losses, grad.to(logits.dtype)
+
+
 class _ChunkedHeadLoss(torch.autograd.Function):
     """Sum of weighted token losses, and each token's own loss.
 
-    The gradients are made in the forward pass, while a chunk's logits are still in cache: nothing is computed
-    twice, and what is kept are the gradients of x (N, C) and of the weight (V, C), not logits (N, V). The backward
-    pass multiplies by the incoming scalar.
+    The forward pass computes the gradients too, while a chunk's logits are still in cache: nothing is computed
+    twice, and it saves the gradients of x (N, C) and of the weight (V, C), not logits (N, V). The backward pass
+    multiplies them by the incoming scalar.
     """
 
     @staticmethod
@@ -38,10 +58,9 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         token_weights: torch.Tensor,  # (N,)
         cap: float,
         chunk: int,
-        cast: torch.Tensor | None,  # (V, C), weight in x's dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        w = weight.to(x.dtype) if cast is None else cast
+        w = weight.to(x.dtype)
         losses = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if need_grad else None
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_grad else None
@@ -60,7 +79,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         dx, dw = ctx.saved_tensors
-        return dx * grads[0].to(dx.dtype), dw * grads[0], None, None, None, None, None
+        return dx * grads[0].to(dx.dtype), dw * grads[0], None, None, None, None
 
 
 def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -73,7 +92,7 @@ def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 def chunk_tokens(vocab_size: int, device_type: str) -> int:
     """Tokens per chunk: a chunk's logits should stay in a CPU's cache, or fill a GPU without filling its memory."""
-    budget = 2**22 if device_type == "cpu" else 2**27  # logits; fewer tokens a chunk starve the products
+    budget = 2**22 if device_type == "cpu" else 2**27  # logits; smaller chunks make the products inefficient
     return max(64, budget // vocab_size)
 
 
@@ -83,22 +102,21 @@ def head_loss(
     targets: torch.Tensor,
     token_weights: torch.Tensor | None,
     cap: float,
-    cast: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softcapped cross-entropy of x (N, C) through weight (V, C) against targets (N,), -1 = ignored.
 
     Returns (the differentiable sum over tokens of token_weights * loss, each token's loss (N,), detached,
-    0 where ignored). `token_weights` (N,) defaults to 1. `cast`: the weight in x's dtype, if at hand.
+    0 where ignored). `token_weights` (N,) defaults to 1.
     """
     kept = targets >= 0
     ones = kept.to(torch.float32)
     token_weights = ones if token_weights is None else token_weights * ones
     chunk = chunk_tokens(weight.size(0), x.device.type)
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(kept.all()):
-        # Prompts and padding have no target: leave their rows out instead of multiplying them by zero.
+        # Prompts and padding have no target: drop their rows instead of multiplying them by zero.
         index = kept.nonzero().squeeze(1)
-        total, some = _ChunkedHeadLoss.apply(x[index], weight, targets[index], token_weights[index], cap, chunk, cast)
+        total, some = _ChunkedHeadLoss.apply(x[index], weight, targets[index], token_weights[index], cap, chunk)
         losses = torch.zeros(x.size(0), dtype=torch.float32).index_copy_(0, index, some)
         return total, losses
-    total, losses = _ChunkedHeadLoss.apply(x, weight, targets.clamp_min(0), token_weights, cap, chunk, cast)
+    total, losses = _ChunkedHeadLoss.apply(x, weight, targets.clamp_min(0), token_weights, cap, chunk)
     return total, losses * ones

@@ -111,17 +111,16 @@ def choose_letters(model: GPT, tokenizer: Tokenizer, conversations: Sequence[Con
     found: list[str] = [""] * len(prompts)
     was_training = model.training
     model.eval()
-    with model.hold_casts():
-        for batch in by_length([len(prompt) for prompt in prompts], BATCH_TOKENS):
-            longest = max(len(prompts[i]) for i in batch)
-            rows = [[*prompts[i], *[0] * (longest - len(prompts[i]))] for i in batch]
-            x = model.hidden(torch.tensor(rows, device=model.device))  # (B, T, C)
-            last = torch.tensor([len(prompts[i]) - 1 for i in batch], device=model.device)
-            logits = head_logits(x[torch.arange(len(batch)), last], model.head_weight, model.config.softcap).cpu()
-            for row, i in enumerate(batch):
-                letters = conversations[i]["letters"]
-                ids = torch.tensor([letter_ids[letter][0] for letter in letters])
-                found[i] = letters[int(logits[row, ids].argmax())]
+    for batch in by_length([len(prompt) for prompt in prompts], BATCH_TOKENS):
+        longest = max(len(prompts[i]) for i in batch)
+        rows = [[*prompts[i], *[0] * (longest - len(prompts[i]))] for i in batch]
+        x = model.hidden(torch.tensor(rows, device=model.device))  # (B, T, C)
+        last = torch.tensor([len(prompts[i]) - 1 for i in batch], device=model.device)
+        logits = head_logits(x[torch.arange(len(batch)), last], model.head_weight, model.config.softcap).cpu()
+        for row, i in enumerate(batch):
+            letters = conversations[i]["letters"]
+            ids = torch.tensor([letter_ids[letter][0] for letter in letters])
+            found[i] = letters[int(logits[row, ids].argmax())]
     model.train(was_training)
     return found
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Floors of nanochat, from the bottom: packages and the modules beside them. A module imports its own floor and those
 # below it, and no chain of imports leads back to where it began.
 FLOORS = (
-    "common ranges",
+    "common ranges fast_path",
     "distributed runtime conversation",
     "tokenizer data dataset dataloader cpu sandbox execution reporting report",
     "gpt gpt_config flash_attention loss_head fp8",

@@ -10,10 +10,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from nanochat import flash_attention
-from nanochat.cpu import fused, kernels
+from nanochat import flash_attention, gpt
+from nanochat.cpu import kernels
+from nanochat.flash_attention import block_softmax_, block_softmax_backward_
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_head import head_loss
+from nanochat.loss_head import head_loss, head_rows_
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 T, H, D = 7, 3, 10
@@ -26,18 +27,14 @@ def rotation() -> tuple[torch.Tensor, torch.Tensor]:
 
 def normed_rotary(x: torch.Tensor) -> torch.Tensor:
     cos, sin = rotation()
-    return fused.normed_rotary(
-        x,
-        cos.to(x.dtype) if x.dtype == torch.float64 else cos,
-        sin.to(x.dtype) if x.dtype == torch.float64 else sin,
-        1.2,
-    )
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    return gpt.normed_rotary(x, cos.to(dtype), sin.to(dtype), 1.2)
 
 
 STEPS = {
-    "norm": (fused.norm, [(5, 33)]),
-    "mix": (fused.mix, [(3, 5000), (3, 5000), (), ()]),
-    "relu_squared": (lambda h: fused.relu_squared(h + 0), [(3, 4097)]),
+    "norm": (gpt.norm, [(5, 33)]),
+    "mix": (gpt.mix, [(3, 5000), (3, 5000), (), ()]),
+    "relu_squared": (lambda h: gpt.relu_squared(h + 0), [(3, 4097)]),
     "normed_rotary": (normed_rotary, [(2, T, H, D)]),
 }
 
@@ -70,7 +67,7 @@ def test_c_form_agrees_with_float64(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_has_pytorchs_epsilon(dtype: torch.dtype) -> None:
     x = torch.full((2, 8), 1e-3, dtype=dtype)
-    assert torch.allclose(fused.norm(x), torch.nn.functional.rms_norm(x, (8,)), rtol=1e-2)
+    assert torch.allclose(gpt.norm(x), torch.nn.functional.rms_norm(x, (8,)), rtol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,11 +81,11 @@ def test_block_softmax(first: int, window: int, dtype: torch.dtype) -> None:
     visible = torch.tensor([[max(0, first + i - window) <= j <= first + i for j in range(K)] for i in range(Q)])
     wanted = torch.softmax((exact * 0.3).masked_fill(~visible, -math.inf), dim=-1)
     wanted.backward(grad.double())
-    weights = fused.block_softmax_(scores.clone(), first, window, 0.3)
+    weights = block_softmax_(scores.clone(), first, window, 0.3)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     assert torch.allclose(weights.double(), wanted, atol=tolerance)
     assert (weights[:, ~visible] == 0).all()
-    back = fused.block_softmax_backward_(grad.clone(), weights, 0.3)
+    back = block_softmax_backward_(grad.clone(), weights, 0.3)
     assert exact.grad is not None and torch.allclose(back.double(), exact.grad, atol=2 * tolerance)
 
 
@@ -101,11 +98,11 @@ def test_head_rows(dtype: torch.dtype, scale: float) -> None:
     exact = logits.double().requires_grad_()
     losses = torch.nn.functional.cross_entropy(15 * torch.tanh(exact / 15), targets, reduction="none")
     (losses * weights).sum().backward()
-    got, grad = fused.head_rows_(logits.clone(), targets, weights, 15.0, backward=True)
+    got, grad = head_rows_(logits.clone(), targets, weights, 15.0, True)
     assert torch.allclose(got.double(), losses, rtol=1e-5, atol=1e-5)
     assert exact.grad is not None
     assert (grad.double() - exact.grad).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * exact.grad.norm()
-    only, _ = fused.head_rows_(logits.clone(), targets, weights, 15.0, backward=False)
+    only, _ = head_rows_(logits.clone(), targets, weights, 15.0, False)
     assert torch.equal(only, got)
 
 
@@ -120,7 +117,7 @@ def test_nan_is_not_lost() -> None:
     x[1, 2] = math.nan
     total, losses = head_loss(x, torch.ones(20, 8), torch.zeros(4, dtype=torch.long), None, 15.0)
     assert total.isnan() and losses.isnan().tolist() == [False, True, False, False]
-    weights = fused.block_softmax_(torch.full((1, 2, 2), math.nan), 0, 2, 1.0)
+    weights = block_softmax_(torch.full((1, 2, 2), math.nan), 0, 2, 1.0)
     assert weights[0, 1].isnan().all()
 
 

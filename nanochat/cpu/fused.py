@@ -1,29 +1,97 @@
-"""The steps between matrix products, each with a plain PyTorch form and, on a CPU, one pass of C (kernels.c).
+"""C forms of the steps between matrix products, on a CPU (kernels.c), and when they may be used.
 
-The plain form says what is computed; it runs on GPUs, where torch.compile fuses it, and wherever there is no C
-compiler. The C form computes the same and its derivative, and keeps less for the way back.
+The plain form of each is a PyTorch function marked `@in_c("name")`, beside its caller: in gpt.py, flash_attention.py or
+loss_head.py. It is the definition. The C form makes one pass over memory where PyTorch makes many, and keeps less for
+the backward pass. It is used for CPU tensors while the plain form is the one it was written for, and after one small
+example has given the same result both ways.
 
 Shapes: B batch, T time, C channels, H heads, D head size.
 """
 
-from typing import Any
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 
 from nanochat.cpu.kernels import call, usable
+from nanochat.fast_path import fingerprint, warn_once
 
-EPSILON = torch.finfo(torch.float32).eps  # what F.rms_norm adds to the mean square, in bfloat16 too
+EPSILON = torch.finfo(torch.float32).eps  # F.rms_norm adds this to the mean square, in bfloat16 too
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, eq=False)
+class CForm:
+    """A C form of a plain function."""
+
+    run: Callable[..., Any]  # takes the plain function's arguments
+    fingerprint: str  # of the plain function it computes (fast_path.fingerprint)
+    example: Callable[[], tuple[Any, ...]]  # small float32 arguments to compare the two with
+    tensors: int = 1  # the first so many arguments must be float32 or bfloat16 CPU tensors
+    fits: Callable[..., bool] = lambda *args: True  # what else the arguments must satisfy
+
+
+def in_c(name: str) -> Callable[[F], F]:
+    """Decorate a plain function whose C form is FORMS[name]; `plain` of the result is the function itself."""
+    form = FORMS[name]
+
+    def decorate(plain: F) -> F:
+        @functools.wraps(plain)
+        def either(*args: Any) -> Any:
+            if usable(*args[: form.tensors]) and form.fits(*args) and agrees(form, plain):
+                return form.run(*args)
+            return plain(*args)
+
+        either.plain = plain  # type: ignore[attr-defined]
+        return either  # type: ignore[return-value]
+
+    return decorate
+
+
+@functools.cache
+def agrees(form: CForm, plain: Callable[..., Any]) -> bool:
+    """Whether the C form stands for `plain` as it is now: the same code, and the same result on the example."""
+    name = f"{plain.__module__}.{plain.__qualname__}"
+    if fingerprint(plain) != form.fingerprint:
+        warn_once(f"{name} has changed: PyTorch computes it instead of C, slower (see nanochat/fast_path.py)")
+        return False
+    if not all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(_results(form.run, form), _results(plain, form))
+    ):
+        warn_once(f"{name} in C gives another result than in PyTorch on this machine: PyTorch is used, slower")
+        return False
+    return True
+
+
+def _results(function: Callable[..., Any], form: CForm) -> list[torch.Tensor]:
+    """What `function` returns for the example, and the gradients of its inputs if it has any."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x.requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in form.example()]
+        with torch.set_grad_enabled(not form.run.__name__.endswith("_")):  # those in place are not differentiable
+            out = function(*(x + 0 if torch.is_tensor(x) else x for x in leaves))
+        outs = out if isinstance(out, tuple) else (out,)
+        if not outs[0].requires_grad:
+            return [x.detach() for x in outs]
+        inputs = [x for x in leaves if torch.is_tensor(x) and x.requires_grad]
+        scalar = (outs[0] * _waves(*outs[0].shape)).sum()  # grad_outputs= instead would import sympy, 0.3 s
+        grads = torch.autograd.grad(scalar, inputs, allow_unused=True)
+        return [outs[0].detach(), *(g for g in grads if g is not None)]
+
+
+def _waves(*shape: int) -> torch.Tensor:
+    """Numbers from -1 to 1 without order, the same every time."""
+    return torch.arange(math.prod(shape), dtype=torch.float32, device="cpu").mul_(7.1).sin_().view(shape)
+
 
 # ---------------------------------------------------------------------------------------------------
 # RMSNorm
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm over the last dimension, without parameters (arXiv 1910.07467)."""
-    if usable(x):
-        return _Norm.apply(x.contiguous())
-    return F.rms_norm(x, (x.size(-1),))
+    return _Norm.apply(x.contiguous())
 
 
 class _Norm(torch.autograd.Function):
@@ -45,14 +113,11 @@ class _Norm(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Two tensors mixed
+# a * x + b * y
 
 
 def mix(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a * x + b * y with tensors a and b of no dimension; x and y of one shape."""
-    if usable(x, y):
-        return _Mix.apply(x.contiguous(), y.contiguous(), a, b)
-    return a * x + b * y  # scalars without a dimension: the result has the tensors' dtype
+    return _Mix.apply(x.contiguous(), y.contiguous(), a, b)
 
 
 class _Mix(torch.autograd.Function):
@@ -66,20 +131,10 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, y, a, b = ctx.saved_tensors
+        g = grads[0].contiguous()
         gx, gy, dots = torch.empty_like(x), torch.empty_like(y), torch.empty(2, dtype=torch.float64)
-        call(
-            "mix_backward",
-            grads[0].contiguous(),
-            x,
-            y,
-            gx,
-            gy,
-            float(a),
-            float(b),
-            dots,
-            x.numel(),
-            x.dtype == torch.bfloat16,
-        )
+        bf16 = x.dtype == torch.bfloat16
+        call("mix_backward", g, x, y, gx, gy, float(a), float(b), dots, x.numel(), bf16)
         return gx, gy, dots[0].to(a.dtype).view_as(a), dots[1].to(b.dtype).view_as(b)
 
 
@@ -88,18 +143,17 @@ class _Mix(torch.autograd.Function):
 
 
 def relu_squared(h: torch.Tensor) -> torch.Tensor:
-    """max(h, 0)^2 (arXiv 2109.08668). May overwrite `h`, which must be nobody else's."""
-    if usable(h) and h.is_contiguous():
-        return _ReluSquared.apply(h)
-    return F.relu(h).square()
+    return _ReluSquared.apply(h)
 
 
 class _ReluSquared(torch.autograd.Function):
+    """In place. The result is all that the backward pass needs: the slope is twice its root."""
+
     @staticmethod
     def forward(ctx: Any, h: torch.Tensor) -> torch.Tensor:
         call("relu2_forward", h, h.numel(), h.dtype == torch.bfloat16)
         ctx.mark_dirty(h)
-        ctx.save_for_backward(h)  # its root is all that the way back needs
+        ctx.save_for_backward(h)
         return h
 
     @staticmethod
@@ -111,21 +165,12 @@ class _ReluSquared(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Queries and keys
+# Queries and keys: rotation, norm, scale
 
 
 def normed_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * norm(rotate(x)): x (B, T, H, D) -> the same shape; cos, sin (B or 1, T, 1, D/2) float32.
-
-    Rotary position embedding turns the halves of each head (RoPE, arXiv 2104.09864). The C form lays the result
-    out head by head in memory, as attention reads it.
-    """
-    if usable(x) and cos.size(0) == 1:
-        return _NormedRotary.apply(x.contiguous(), cos.contiguous(), sin.contiguous(), scale)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    y = norm(torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1))
-    return y * scale if scale != 1 else y
+    """x (B, T, H, D) -> (B, T, H, D), laid out head by head in memory, as attention reads it."""
+    return _NormedRotary.apply(x.contiguous(), cos.contiguous(), sin.contiguous(), scale)
 
 
 class _NormedRotary(torch.autograd.Function):
@@ -150,55 +195,54 @@ class _NormedRotary(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Attention's softmax over a block of queries
+# In place, called inside the autograd functions of attention and of the loss
 
 
 def block_softmax_(scores: torch.Tensor, first: int, window: int, scale: float) -> torch.Tensor:
-    """scores (N, Q, K) -> probabilities, in place. Query i sits at key position `first` + i and sees itself and
-    `window` keys before it."""
-    N, Q, K = scores.shape
-    if usable(scores):
-        call("softmax_forward", scores, N, Q, K, first, window, scale, scores.dtype == torch.bfloat16)
-        return scores
-    query = first + torch.arange(Q, device=scores.device)[:, None]
-    key = torch.arange(K, device=scores.device)[None, :]
-    hidden = (key > query) | (query - key > window)
-    return torch.softmax(scores.mul_(scale).masked_fill_(hidden, -torch.inf), dim=-1)
+    call("softmax_forward", scores, *scores.shape, first, window, scale, scores.dtype == torch.bfloat16)
+    return scores
 
 
 def block_softmax_backward_(grad: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
-    """Gradient of the scores from that of the probabilities, both (N, Q, K), in place."""
-    if usable(grad, weights):
-        call("softmax_backward", grad, weights, *grad.shape, scale, grad.dtype == torch.bfloat16)
-        return grad
-    row_sum = (grad * weights).sum(-1, keepdim=True)
-    return grad.sub_(row_sum).mul_(weights).mul_(scale)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The head's softcapped cross-entropy
+    call("softmax_backward", grad, weights, *grad.shape, scale, grad.dtype == torch.bfloat16)
+    return grad
 
 
 def head_rows_(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float, backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses (N,), gradient (N, V) of sum(weights * losses) by the logits) of logits (N, V) before their softcap.
+    losses = torch.empty(logits.size(0), dtype=torch.float32)
+    call("head_rows", logits, targets, weights, losses, *logits.shape, cap, backward, logits.dtype == torch.bfloat16)
+    return losses, logits
 
-    May overwrite the logits; without `backward` the second value means nothing.
-    """
-    if usable(logits) and targets.is_contiguous() and weights.is_contiguous():
-        losses = torch.empty(logits.size(0), dtype=torch.float32)
-        call(
-            "head_rows", logits, targets, weights, losses, *logits.shape, cap, backward, logits.dtype == torch.bfloat16
-        )
-        return losses, logits
-    tanh = logits.float().div_(cap).tanh_()  # the softcap (Gemma 2, arXiv 2408.00118), before its last factor
-    target, capped = targets[:, None], tanh * cap
-    lse = torch.logsumexp(capped, dim=-1, keepdim=True)
-    losses = (lse - capped.gather(1, target)).squeeze(1)
-    if not backward:
-        return losses, logits
-    grad = capped.sub_(lse).exp_()  # softmax
-    grad.scatter_add_(1, target, torch.full_like(lse, -1.0))
-    grad.mul_(tanh.square_().neg_().add_(1)).mul_(weights[:, None])
-    return losses, grad.to(logits.dtype)
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def _rotary_example() -> tuple[Any, ...]:
+    angles = _waves(1, 5, 1, 4)
+    return _waves(2, 5, 3, 8), angles.cos(), angles.sin(), 1.2
+
+
+FORMS = {
+    "norm": CForm(norm, "95f9edc2", lambda: (_waves(3, 37),)),
+    "mix": CForm(mix, "60102a94", lambda: (_waves(3, 37), _waves(3, 37).cos(), _waves(2)[1], _waves(3)[2]), tensors=2),
+    "relu_squared": CForm(relu_squared, "cf51e9e4", lambda: (_waves(3, 37),), fits=lambda h: h.is_contiguous()),
+    "normed_rotary": CForm(
+        normed_rotary,
+        "f381e780",
+        _rotary_example,
+        fits=lambda x, cos, sin, scale: cos.size(0) == 1,  # one position per column
+    ),
+    "block_softmax_": CForm(block_softmax_, "92f31ea6", lambda: (_waves(2, 5, 9), 4, 3, 0.3)),
+    "block_softmax_backward_": CForm(
+        block_softmax_backward_, "e1a07a38", lambda: (_waves(2, 5, 9), _waves(2, 5, 9).square(), 0.3), tensors=2
+    ),
+    "head_rows_": CForm(
+        head_rows_,
+        "c3c09adf",
+        lambda: (9 * _waves(3, 37), torch.tensor([0, 36, 5], device="cpu"), _waves(3).abs(), 15.0, True),
+        fits=lambda logits, targets, weights, cap, backward: targets.is_contiguous() and weights.is_contiguous(),
+    ),
+}
+"""By the name of the plain function. A changed fingerprint is printed by tests/test_fast_path.py."""

@@ -1,8 +1,7 @@
-"""One decode step on a CPU as a single call of C (decode.c): a model, its key/value cache, one new token per row, or
-the few tokens of a short prompt for one row.
+"""The C decoder: a decode step on a CPU as a single call of C (decode.c), for one token per row or one short prompt.
 
-It computes what GPT.forward does with a cache. That form runs on GPUs, on machines without a C compiler, and for longer
-prompts.
+It computes what GPT.forward computes with a KVCache, which runs on GPUs, without a C compiler, for longer prompts, and
+for models that `supported` does not recognise.
 
 Shapes: B rows, C channels, H query heads, G key/value heads, D head size, V vocabulary.
 """
@@ -10,13 +9,17 @@ Shapes: B rows, C channels, H query heads, G key/value heads, D head size, V voc
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
+from nanochat import gpt
 from nanochat.cpu import kernels
 from nanochat.cpu.fused import EPSILON
-from nanochat.gpt import GPT
+from nanochat.fast_path import changed, modified_modules, unknown_fields, warn_once
+from nanochat.gpt import GPT, MLP, Block, CausalSelfAttention, Embedding, GPTConfig, Linear
 from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.packed_weights import PackedWeights
 
@@ -38,36 +41,20 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = (
-        *(
-            (name, LONG)
-            for name in (
-                "C",
-                "H",
-                "G",
-                "D",
-                "V",
-                "num_layers",
-                "middle",
-                "gate_channels",
-                "smear_channels",
-                "kind",
-                "bf16",
-                "room",
-            )
-        ),
+        *((name, LONG) for name in ("C", "H", "G", "D", "V", "num_layers", "middle")),
+        *((name, LONG) for name in ("gate_channels", "smear_channels", "kind", "bf16", "room")),
         *((name, FLOAT) for name in ("softcap", "qk_scale", "gate_scale", "eps")),
-        *(
-            (name, POINTER)
-            for name in ("wte", "smear_gate", "resid", "x0", "smear_lambda", "backout", "cosine", "sine")
-        ),
+        *((name, POINTER) for name in ("wte", "smear_gate", "resid", "x0")),
+        *((name, POINTER) for name in ("smear_lambda", "backout", "cosine", "sine")),
         ("head", Matrix),
         ("layers", ctypes.POINTER(Layer)),
     )
 
 
 class Scratch(ctypes.Structure):
-    _fields_ = tuple(
-        (name, POINTER) for name in ("x", "first", "middle", "q", "k", "v", "input", "wide", "scores", "previous")
+    _fields_ = (
+        *((name, POINTER) for name in ("x", "first", "middle", "q", "k", "v")),
+        *((name, POINTER) for name in ("input", "wide", "scores", "previous")),
     )
 
 
@@ -75,15 +62,110 @@ class Tokens(ctypes.Structure):
     _fields_ = (*((name, ctypes.POINTER(LONG)) for name in ("ids", "rows", "positions")), ("B", LONG))
 
 
-SHORT_PROMPT = 128  # tokens: with more of them PyTorch's products are as fast; with int8 weights, from half of it on
+SHORT_PROMPT = 128  # tokens: from here on PyTorch's products are as fast; with int8 weights, from half of it on
+
+# What decode.c computes. A model that differs in anything named here is decoded in PyTorch.
+FUNCTIONS = {
+    "GPT.hidden": "1c728350",
+    "GPT._smear": "59f2b1cd",
+    "GPT._rotary": "c31f33fb",
+    "GPT.forward": "1ac1ec2c",
+    "GPT.last_logits": "c8cd79a2",
+    "Block.forward": "33982092",
+    "CausalSelfAttention.forward": "47e81de0",
+    "MLP.forward": "ee964089",
+    "Linear.forward": "d23dae81",
+    "norm": "95f9edc2",
+    "mix": "60102a94",
+    "normed_rotary": "f381e780",
+    "relu_squared": "cf51e9e4",
+    "head_logits": "e5f0966d",
+}
+MODULES = (GPT, Block, CausalSelfAttention, MLP, Linear, Embedding, nn.ModuleDict, nn.ModuleList)
+FIELDS = (
+    *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern", "init"),
+    *("short_window_divisor", "rope_base", "qk_scale", "softcap", "residual_scalars", "smear", "smear_channels"),
+    *("value_embeds", "value_gate_channels", "value_gate_scale", "backout"),
+)
 
 
 def supported(model: GPT) -> bool:
-    """Whether decode.c can run this model: on a CPU with a compiler, in a dtype and of sizes that it is written for."""
-    config = model.config
-    sizes = (config.n_embd, config.head_dim)
-    known = model.compute_dtype in (torch.float32, torch.bfloat16) and all(size % 16 == 0 for size in sizes)
-    return known and kernels.in_use(model.device)
+    """Whether decode.c can decode this model: on a CPU with a compiler, of a dtype and sizes that it handles, and
+    computing what it computes. Warns once of what it does not know."""
+    config, dtype = model.config, model.compute_dtype
+    if dtype not in (torch.float32, torch.bfloat16) or config.n_embd % 16 or config.head_dim % 16:
+        return False
+    if not kernels.in_use(model.device):
+        return False
+    unknown = unknown_parts(model)
+    if not unknown and not agrees(probe_config(config), dtype):
+        unknown = ["its result for a small example, which differs from PyTorch's"]
+    if unknown:
+        parts = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        warn_once(f"the C decoder does not implement this model ({parts}): decoding in PyTorch, slower")
+    return not unknown
+
+
+def unknown_parts(model: GPT) -> list[str]:
+    """The model's functions, modules, config fields and parameters that decode.c is not written for."""
+    if type(model.config) is not GPTConfig:
+        return [type(model.config).__qualname__]
+    unknown = [
+        *changed(FUNCTIONS, gpt),
+        *(f"{name}={getattr(model.config, name)}" for name in unknown_fields(model.config, FIELDS)),
+        *modified_modules(model, MODULES),
+    ]
+    shapes = parameter_shapes(model.config)
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return unknown + [name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)]
+
+
+def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter that decode.c reads."""
+    C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
+    HD, GD = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    in_block = {"attn.c_q": (HD, C), "attn.c_k": (GD, C), "attn.c_v": (GD, C), "attn.c_proj": (C, HD)}
+    in_block |= {"mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    shapes = {f"transformer.h.{i}.{name}.weight": shape for i in range(L) for name, shape in in_block.items()}
+    for i in filter(config.has_value_embed, range(L)):
+        shapes[f"value_embeds.{i}.weight"] = (V, GD)
+        shapes[f"transformer.h.{i}.attn.ve_gate.weight"] = (config.n_kv_head, config.value_gate_channels)
+    shapes |= {"transformer.wte.weight": (V, C), "lm_head.weight": (V, C)}
+    others: dict[str, tuple[int, ...]] = {}
+    if config.residual_scalars:
+        others |= {"resid_lambdas": (L,), "x0_lambdas": (L,)}
+    if config.smear:
+        others |= {"smear_gate.weight": (1, config.smear_channels), "smear_lambda": (1,)}
+    return shapes | others | ({"backout_lambda": (1,)} if config.backout else {})
+
+
+def probe_config(config: GPTConfig) -> GPTConfig:
+    """The same features and head size in a model of a few thousand weights."""
+    group = config.n_head // config.n_kv_head
+    sizes: dict[str, Any] = {"n_layer": 2, "n_head": group, "n_kv_head": 1, "n_embd": group * config.head_dim}
+    return replace(config, sequence_len=16, vocab_size=64, **sizes)
+
+
+_agrees: dict[tuple[str, torch.dtype], bool] = {}
+
+
+def agrees(config: GPTConfig, dtype: torch.dtype) -> bool:
+    """Whether decode.c gives the same logits as PyTorch for a model of this config with random weights: of a prompt of
+    5 tokens, and of one more. Computed once per config and dtype; takes a few milliseconds."""
+    key = str(config), dtype
+    if key not in _agrees:
+        with torch.inference_mode():
+            model, draw = GPT.create(config, compute_dtype=dtype), torch.Generator().manual_seed(1)
+            for p in model.parameters():  # in a fresh model projections are zero, which would hide what they project
+                p.data = torch.randn(p.shape, generator=draw) * (0.15 if p.dim() > 1 else 0.5)
+                p.data = p.data.to(dtype if p.dim() > 1 else p.dtype)
+            tokens = [3, 1, 4, 1, 5, 9]
+            decoder = CpuDecoder(model, KVCache(config, 1, 16, dtype=dtype), PackedWeights(model))
+            logits = torch.cat([decoder.prompt(tokens[:5]), decoder(tokens[5:])])  # (2, V)
+            plain = model(torch.tensor([tokens], device="cpu"))[0, 4:]
+        error = (logits - plain).norm() / plain.norm()
+        _agrees[key] = bool(error < (1e-3 if dtype == torch.float32 else 0.1))
+    return _agrees[key]
 
 
 class CpuDecoder:
@@ -91,7 +173,7 @@ class CpuDecoder:
 
     def __init__(self, model: GPT, cache: KVCache, packed: PackedWeights) -> None:
         """`model` has its matrices in its compute dtype (decoding.DecodingWeights)."""
-        assert supported(model) and cache.max_tokens <= model.cos.size(0)
+        assert cache.max_tokens <= model.cos.size(0)
         self.cache, self.vocab_size = cache, model.config.vocab_size
         self._most_tokens = SHORT_PROMPT // 2 if packed.int8 else SHORT_PROMPT
         self._kept: list[Any] = [model, packed, *model.parameters(), *cache.k, *cache.v]  # alive while C knows them

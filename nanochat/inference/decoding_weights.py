@@ -1,6 +1,8 @@
 """A model's weights for decoding: in the dtype they are multiplied in, packed for the C decoder, optionally in int8."""
 
+import copy
 import threading
+from typing import Any
 
 import torch
 
@@ -37,8 +39,8 @@ class DecodingWeights:
             if (versions := self._current_versions()) != self._versions:
                 with torch.inference_mode(False), torch.no_grad():
                     if self._copy is not self.model:
-                        for copy, original in zip(self._copy.parameters(), self.model.parameters()):
-                            copy.copy_(original)
+                        for cast, original in zip(self._copy.parameters(), self.model.parameters()):
+                            cast.copy_(original)
                     if self.packed:
                         self.packed.follow(self._copy)
                 self._versions = versions
@@ -51,14 +53,13 @@ class DecodingWeights:
 
 
 def cast_copy(model: GPT) -> GPT:
-    """A copy with its matrices in the model's compute dtype, for inference only."""
-    dtype = model.compute_dtype
-    with torch.device("meta"):
-        copy = GPT(model.config, dtype)
-    state = {name: p.detach().to(_decoding_dtype(p, dtype), copy=True) for name, p in model.named_parameters()}
-    copy.load_state_dict(state, strict=True, assign=True)
-    copy.cos, copy.sin = model.cos, model.sin
-    return copy.requires_grad_(False).eval()
+    """A copy with its matrices in the model's compute dtype, for inference only. Modules are copied as they are, of
+    whatever class; rotary tables are shared."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for p in model.parameters():
+        cast = p.detach().to(_decoding_dtype(p, model.compute_dtype), copy=True)
+        memo[id(p)] = torch.nn.Parameter(cast, requires_grad=False)
+    return copy.deepcopy(model, memo).eval()
 
 
 def _decoding_dtype(parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

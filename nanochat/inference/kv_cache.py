@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.flash_attention import attend_at_positions, flash_attn_func
-from nanochat.gpt_config import GPTConfig
+from nanochat.gpt import AllStored, GPTConfig
 
 
 class _Decode(NamedTuple):
@@ -61,7 +61,9 @@ class KVCache:
         """(batch_size, 1, C) where previous_embedding of every row is kept."""
         return self._previous
 
-    # -- what the model asks for ----------------------------------------------------------------------
+    # -- gpt.AttentionCache ---------------------------------------------------------------------------
+
+    stop_layer: int | None = None
 
     @property
     def previous_embedding(self) -> torch.Tensor | None:
@@ -76,6 +78,9 @@ class KVCache:
         """Store k, v (B, T, G, D) after what each row holds and attend from q (B, T, H, D) -> (B, T, H, D)."""
         B, T = q.shape[:2]
         longest = max(self._host_lengths[:B])
+        if layer == self.stop_layer:
+            self.store(layer, k, v)
+            raise AllStored
         assert self.num_rows == B, f"{B} rows given, {self.num_rows} in use"
         assert longest + T <= self.max_tokens, f"{longest} + {T} tokens do not fit in {self.max_tokens}"
         if T == 1:

@@ -54,9 +54,9 @@ class PackedWeights:
 
 
 def matrices(model: GPT) -> list[nn.Linear]:
-    """The linear layers that are read whole for every token."""
-    in_blocks = [(b.attn.c_q, b.attn.c_k, b.attn.c_v, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj) for b in model.blocks]
-    return [*(linear for block in in_blocks for linear in block), model.lm_head]
+    """The linear layers that are read whole for every token: all but the gates."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return [m for name, m in layers if not name.endswith(("ve_gate", "smear_gate"))]
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

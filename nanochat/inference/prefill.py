@@ -57,7 +57,7 @@ class Prefill:
         elif end == len(prompt):
             self.logits = self.model.last_logits(ids, self.cache)
         else:
-            self.model.fill(ids, self.cache)
+            self.model.prefill(ids, self.cache)
         if prefixes and end - start == PREFILL_CHUNK:
             prefixes.add(self.cache, prompt, start)
 

@@ -70,10 +70,9 @@ class TrainStep:
         counted = runtime.all_reduce_sum((batch.targets >= 0).sum().to(device), "counting targets")
         num_targets = max(int(counted), 1)
         rank_loss, self.positions = torch.zeros((), device=device), 0
-        with self.model.hold_casts():
-            for inputs, targets, weights in self.micro_batches(batch):
-                self.positions += inputs.numel()
-                rank_loss += self.add_gradients(inputs, targets, weights, num_targets)
+        for inputs, targets, weights in self.micro_batches(batch):
+            self.positions += inputs.numel()
+            rank_loss += self.add_gradients(inputs, targets, weights, num_targets)
         loss = float(runtime.all_reduce_sum(rank_loss.clone(), "summing the loss")) / num_targets
         if not math.isfinite(loss):
             data = describe_non_finite_ranks(runtime, rank_loss, batch.origin)

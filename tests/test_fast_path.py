@@ -1,0 +1,274 @@
+"""Fast paths give way, with one warning, when the code they stand for changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_helpers import answers
+from stubs import ByteTokenizer, stir
+
+from nanochat import fast_path, flash_attention, gpt, loss_head
+from nanochat.cpu import fused, kernels
+from nanochat.engine import Engine
+from nanochat.fast_path import fingerprint
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference import cpu_decoder
+from nanochat.inference.cpu_decoder import CpuDecoder
+
+needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+PLAIN = {
+    name: next(getattr(m, name) for m in (gpt, flash_attention, loss_head) if hasattr(m, name)) for name in fused.FORMS
+}
+
+
+@pytest.fixture(autouse=True)
+def no_warnings_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_path, "_warned", set())
+
+
+@pytest.mark.parametrize("name", fused.FORMS)
+def test_fingerprints_of_c_forms_are_recorded(name: str) -> None:
+    """Failed? The plain form was edited. Make kernels.c compute the same and record the new fingerprint in
+    cpu/fused.py, FORMS; or drop the C form, and `in_c` with it."""
+    assert fused.FORMS[name].fingerprint == fingerprint(PLAIN[name]), f"now {fingerprint(PLAIN[name])}"
+
+
+@pytest.mark.parametrize("name", cpu_decoder.FUNCTIONS)
+def test_fingerprints_of_the_c_decoder_are_recorded(name: str) -> None:
+    """Failed? A part of the model was edited. Make decode.c compute the same and record the new fingerprint in
+    inference/cpu_decoder.py, FUNCTIONS; until then CPUs decode in PyTorch."""
+    found = fast_path.changed({name: cpu_decoder.FUNCTIONS[name]}, gpt)
+    assert not found, f"now {fingerprint(attrgetter(name)(gpt))}"
+
+
+def test_every_config_field_is_known_to_the_c_decoder() -> None:
+    """Failed? GPTConfig has a new field. Add it to FIELDS if decode.c implements it or need not know it. If not,
+    delete this test: models where the field has its default are still decoded in C."""
+    assert set(cpu_decoder.FIELDS) == {f.name for f in dataclasses.fields(GPTConfig)}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Fingerprints
+
+
+def first(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
+class Elsewhere:
+    @staticmethod
+    def second(x):  # the same, laid out in another way
+        """A docstring."""
+        return F.relu(
+            x
+        ).square()  # fmt: skip
+
+    @staticmethod
+    def third(x):
+        return F.gelu(x).square()
+
+
+def test_a_fingerprint_is_of_what_is_computed() -> None:
+    def renamed(function: object) -> str:
+        import ast
+
+        return " ".join(fast_path._tokens(ast.parse(function).body[0]))  # type: ignore[call-overload]
+
+    assert len(fingerprint(first)) == 8
+    assert renamed("def f(x: int) -> int:\n  'words'\n  return x + 1") == renamed("def f(x):\n    return (x +  1)  # !")
+    for other in ("x - 1", "x + 2", "y + 1", "x + 1.0", "x + (1, None)", "x[1]"):
+        assert renamed(f"def f(x): return {other}") != renamed("def f(x): return x + 1")
+
+
+def test_the_fingerprint_is_the_same_on_every_python() -> None:
+    """Made from the syntax tree, whose form this pins; it would cost every fast path if it changed."""
+    assert fingerprint(first) == "2502714a"
+
+
+def test_what_has_no_source_has_no_fingerprint() -> None:
+    assert fingerprint(functools.partial(first)) == fingerprint(len) == fingerprint(None) == ""
+
+
+# ---------------------------------------------------------------------------------------------------
+# C forms
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", fused.FORMS)
+def test_unchanged_functions_run_in_c(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, calls = fused.FORMS[name], []
+    assert fused.agrees(form, PLAIN[name].plain)
+    monkeypatch.setattr(fused, "call", lambda *args: calls.append(args[0]))
+    with torch.no_grad():
+        PLAIN[name](*form.example())
+    assert len(calls) == 1
+
+
+@needs_compiler
+def test_an_edited_function_runs_as_edited(capsys: pytest.CaptureFixture[str]) -> None:
+    @fused.in_c("relu_squared")
+    def relu_squared(h: torch.Tensor) -> torch.Tensor:
+        return F.gelu(h)
+
+    h = torch.linspace(-1, 1, 9)
+    for _ in range(2):
+        torch.testing.assert_close(relu_squared(h.clone()), F.gelu(h))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "relu_squared" in line and "fast_path.py" in line
+
+
+@needs_compiler
+def test_a_kernel_that_computes_something_else_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a bad compiler would build it, or when a function that the plain form calls was changed."""
+    monkeypatch.setattr(gpt, "norm", lambda x: F.layer_norm(x, (x.size(-1),)))
+    fused.agrees.cache_clear()
+    x, cos, sin, scale = fused.FORMS["normed_rotary"].example()
+    wanted = gpt.normed_rotary.plain(x, cos, sin, scale)  # type: ignore[attr-defined]
+    try:
+        assert torch.equal(gpt.normed_rotary(x, cos, sin, scale), wanted)
+    finally:
+        fused.agrees.cache_clear()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "normed_rotary" in line
+
+
+# ---------------------------------------------------------------------------------------------------
+# The C decoder
+
+
+def small(dtype: torch.dtype = torch.float32, **fields: Any) -> GPT:
+    sizes: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 64}
+    return stir(
+        GPT.create(GPTConfig.later(sequence_len=64, vocab_size=265, **sizes, **fields), compute_dtype=dtype), 0.2
+    )
+
+
+def decoded_in_c(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every step of the C decoder that is not of its own check."""
+    calls: list[int] = []
+    run = CpuDecoder._run
+
+    def counted(self: CpuDecoder, *args: Any) -> torch.Tensor:
+        if self.vocab_size != 64:
+            calls.append(1)
+        return run(self, *args)
+
+    monkeypatch.setattr(CpuDecoder, "_run", counted)
+    return calls
+
+
+def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
+    """The most likely continuation, by whole forward passes."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def gelu_mlp(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
+    monkeypatch.setattr(gpt.MLP, "forward", lambda self, x: self.c_proj(F.gelu(self.c_fc(x))))
+
+
+def layer_norm(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
+    monkeypatch.setattr(gpt, "norm", lambda x: F.layer_norm(x, (x.size(-1),)))
+
+
+def half_residual(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
+    def forward(self: gpt.Block, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        x = 0.5 * x + self.attn(gpt.norm(x), *args)
+        return 0.5 * x + self.mlp(gpt.norm(x))
+
+    monkeypatch.setattr(gpt.Block, "forward", forward)
+
+
+def unknown_field(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
+    """As if qk_scale were new to the decoder."""
+    monkeypatch.setattr(cpu_decoder, "FIELDS", [name for name in cpu_decoder.FIELDS if name != "qk_scale"])
+    model.config.qk_scale = 3.0
+
+
+def subclass(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
+    class Doubled(gpt.MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    for block in model.blocks:
+        block.mlp.__class__ = Doubled
+
+
+def one_instance(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
+    mlp = model.blocks[1].mlp
+    mlp.forward = lambda x: 2 * gpt.MLP.forward(mlp, x)
+
+
+def hook(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
+    model.blocks[1].register_forward_hook(lambda module, args, out: out * 0.5)
+
+
+def narrow_mlp(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
+    mlp = model.blocks[0].mlp
+    mlp.c_fc, mlp.c_proj = gpt.Linear(64, 96), gpt.Linear(96, 64)
+    stir(mlp, 0.2)
+
+
+def gain(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
+    model.blocks[0].gain = torch.nn.Parameter(torch.full((64,), 0.5))
+    model.blocks[0].register_forward_pre_hook(lambda block, args: (args[0] * block.gain.to(args[0].dtype), *args[1:]))
+
+
+CHANGES = [gelu_mlp, layer_norm, half_residual, unknown_field, subclass, one_instance, hook, narrow_mlp, gain]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_generates_what_it_computes(
+    change: Callable[..., None],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls, prompt, model = decoded_in_c(monkeypatch), [5, 6, 7, 8], small(dtype)
+    before = greedy(model, prompt, 12)
+    change(monkeypatch, model)
+    wanted = greedy(model, prompt, 12)
+    assert wanted != before, "the change must show"
+    for _ in range(2):
+        (found,) = answers(Engine(model, ByteTokenizer()), [prompt], max_tokens=12, temperature=0)
+    assert not calls
+    # In bfloat16, sums in another order may decide between two almost equal tokens later on.
+    same = len(found) if dtype == torch.float32 else 4
+    assert len(found) >= 4 and found[:same] == wanted[:same]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "C decoder" in line]
+    assert len(lines) == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unchanged_model_is_decoded_in_c(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls, model = decoded_in_c(monkeypatch), small(dtype)
+    answers(Engine(model, ByteTokenizer()), [[5, 6, 7, 8]], max_tokens=12, temperature=0)
+    assert calls and not capsys.readouterr().err
+
+
+@needs_compiler
+def test_a_wrong_result_of_the_decoder_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A change that no fingerprint covers: in the model only a small example shows it."""
+    monkeypatch.setattr(cpu_decoder, "_agrees", {})
+    monkeypatch.setattr(cpu_decoder, "EPSILON", 0.1)
+    assert not cpu_decoder.supported(small()) and not cpu_decoder.supported(small())
+    assert len(capsys.readouterr().err.splitlines()) == 1
