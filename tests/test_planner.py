@@ -65,12 +65,12 @@ def planned(flags: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, A
 def test_published_runs(
     flags: list[str], steps: int, batch: int, flops: float, seconds: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = planned([*H100, *flags], capsys)
-    assert made["total_batch_size"] == batch and made["device_batch_size"] == 16  # as published, on 80 GB
-    assert steps is None or made["steps"] == pytest.approx(steps, rel=0.01)
-    assert flops is None or made["flops"] == pytest.approx(flops, rel=0.01)
-    assert made["seconds"] == pytest.approx(seconds, rel=0.05)
-    assert made["dollars"] == pytest.approx(made["seconds"] / 3600 * 8 * 3)
+    result = planned([*H100, *flags], capsys)
+    assert result["total_batch_size"] == batch and result["device_batch_size"] == 16  # as published, on 80 GB
+    assert steps is None or result["steps"] == pytest.approx(steps, rel=0.01)
+    assert flops is None or result["flops"] == pytest.approx(flops, rel=0.01)
+    assert result["seconds"] == pytest.approx(seconds, rel=0.05)
+    assert result["dollars"] == pytest.approx(result["seconds"] / 3600 * 8 * 3)
 
 
 def test_d12_takes_about_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,13 +79,16 @@ def test_d12_takes_about_five_minutes(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
-    made = planned([*H100, "--depth=24", "--n-embd=1024", "--n-head=8"], capsys)
-    assert made["num_params"] == pytest.approx(8e8, rel=0.05)  # published as "about 800M"
-    assert made["memory_bytes"] == sum(made["memory"].values()) <= 0.9 * made["memory_available_bytes"] and made["fits"]
-    assert made["steps"] * made["total_batch_size"] == made["tokens"]
-    rows = made["total_batch_size"] // 2048
-    assert made["device_batch_size"] * made["grad_accum_steps"] * 8 == rows
-    assert made["forecast_bpb"] is None or 0.5 < made["forecast_bpb"] < 1.5
+    result = planned([*H100, "--depth=24", "--n-embd=1024", "--n-head=8"], capsys)
+    assert result["num_params"] == pytest.approx(8e8, rel=0.05)  # published as "about 800M"
+    assert (
+        result["memory_bytes"] == sum(result["memory"].values()) <= 0.9 * result["memory_available_bytes"]
+        and result["fits"]
+    )
+    assert result["steps"] * result["total_batch_size"] == result["tokens"]
+    rows = result["total_batch_size"] // 2048
+    assert result["device_batch_size"] * result["grad_accum_steps"] * 8 == rows
+    assert result["forecast_bpb"] is None or 0.5 < result["forecast_bpb"] < 1.5
 
 
 def test_table_output(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,23 +129,23 @@ def test_narrow_models_reach_less_of_the_peak() -> None:
 
 
 def test_minutes_fix_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    made = planned([*H100, "--depth=12", "--minutes=10", "--target-param-data-ratio=-1"], capsys)
-    assert made["total_batch_size"] == 2**19 and made["horizon"] == "--minutes=10"
-    assert made["seconds"] == pytest.approx(600 * 0.93, rel=0.01)
+    result = planned([*H100, "--depth=12", "--minutes=10", "--target-param-data-ratio=-1"], capsys)
+    assert result["total_batch_size"] == 2**19 and result["horizon"] == "--minutes=10"
+    assert result["seconds"] == pytest.approx(600 * 0.93, rel=0.01)
 
 
 def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--depth=40", "--gpu=3090", "--num-iterations=1"]
-    made = planned(flags, capsys)
-    assert not made["fits"] and made["device_batch_size"] == 1 and "1 row" in " ".join(made["assumptions"])
+    result = planned(flags, capsys)
+    assert not result["fits"] and result["device_batch_size"] == 1 and "1 row" in " ".join(result["assumptions"])
     plan.main(flags)
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
 def test_device_batch_and_price_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    made = planned([*H100, "--depth=24", "--device-batch-size=8", "--dollars-per-gpu-hour=2"], capsys)
-    assert (made["device_batch_size"], made["grad_accum_steps"]) == (8, 8)
-    assert made["dollars"] == pytest.approx(made["seconds"] / 3600 * 8 * 2)
+    result = planned([*H100, "--depth=24", "--device-batch-size=8", "--dollars-per-gpu-hour=2"], capsys)
+    assert (result["device_batch_size"], result["grad_accum_steps"]) == (8, 8)
+    assert result["dollars"] == pytest.approx(result["seconds"] / 3600 * 8 * 2)
 
 
 @pytest.mark.parametrize(("step_rows", "max_rows", "chosen"), [(32, None, 16), (32, 4, 4), (12, None, 4), (7, None, 1)])
@@ -174,8 +177,8 @@ def test_wrong_flags(flags: list[str], expected: str, capsys: pytest.CaptureFixt
 
 
 def test_fp16_gpus(capsys: pytest.CaptureFixture[str]) -> None:
-    made = planned(["--gpu=t4", "--depth=4"], capsys)
-    assert made["dtype"] == "float16" and "NANOCHAT_DTYPE" in " ".join(made["assumptions"])
+    result = planned(["--gpu=t4", "--depth=4"], capsys)
+    assert result["dtype"] == "float16" and "NANOCHAT_DTYPE" in " ".join(result["assumptions"])
     assert find_gpu("T4").element_bytes == 2
 
 
@@ -185,10 +188,10 @@ def test_fp16_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_this_machine_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "MEASURING_SECONDS", 1.0)
-    made = planned([*HERE, "--total-batch-size=1024"], capsys)
-    assert made["steps"] == 3 and made["seconds"] > 0 and made["dollars"] is None
-    assert any("with all layers" in sentence for sentence in made["assumptions"])
-    assert made["memory_bytes"] < made["memory_available_bytes"]
+    result = planned([*HERE, "--total-batch-size=1024"], capsys)
+    assert result["steps"] == 3 and result["seconds"] > 0 and result["dollars"] is None
+    assert any("with all layers" in sentence for sentence in result["assumptions"])
+    assert result["memory_bytes"] < result["memory_available_bytes"]
 
 
 def test_a_model_too_slow_to_measure_is_scaled_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,9 +382,9 @@ def test_best_of_a_budget() -> None:
 
 
 def test_candidates_by_depth() -> None:
-    made = candidates_by_depth(lambda depth: GPTConfig(n_layer=depth, n_embd=128, n_head=1, n_kv_head=1), [2, 4])
+    result = candidates_by_depth(lambda depth: GPTConfig(n_layer=depth, n_embd=128, n_head=1, n_kv_head=1), [2, 4])
     flops, counts = estimate(GPTConfig(n_layer=4, n_embd=128, n_head=1, n_kv_head=1))
-    assert set(made) == {2, 4} and made[4] == (scaling_params(counts), flops)
+    assert set(result) == {2, 4} and result[4] == (scaling_params(counts), flops)
 
 
 def test_law_on_disk_and_in_the_plan(
@@ -396,10 +399,10 @@ def test_law_on_disk_and_in_the_plan(
     with pytest.raises(UserError, match=r"bad\.json"):
         Law.load(tmp_path / "bad.json")
     monkeypatch.setattr(plan.Law, "load", lambda: law)
-    made = planned([*H100, "--depth=24"], capsys)
-    assert made["forecast_bpb"] == law.loss(made["scaling_params"], made["tokens"])
-    extrapolation = made["scaling_params"] * made["tokens"] / max(n * d for n, d, _ in law.points)
-    (basis,) = (sentence for sentence in made["assumptions"] if sentence.startswith("loss:"))
+    result = planned([*H100, "--depth=24"], capsys)
+    assert result["forecast_bpb"] == law.loss(result["scaling_params"], result["tokens"])
+    extrapolation = result["scaling_params"] * result["tokens"] / max(n * d for n, d, _ in law.points)
+    (basis,) = (sentence for sentence in result["assumptions"] if sentence.startswith("loss:"))
     assert "16 runs on starter" in basis and f"{extrapolation:.3g} times" in basis
 
 

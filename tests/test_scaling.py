@@ -29,8 +29,8 @@ def test_impossible_sizes(bad: dict[str, int]) -> None:
 
 def test_published_d24_run() -> None:
     # 16,704 steps of 2^19 tokens at 12 tokens per scaling parameter
-    made = plan(D24, target_param_data_ratio=12, total_batch_size=2**19)
-    assert made.num_steps == pytest.approx(16_704, rel=0.01)
+    result = plan(D24, target_param_data_ratio=12, total_batch_size=2**19)
+    assert result.num_steps == pytest.approx(16_704, rel=0.01)
 
 
 def test_precedence_of_horizons() -> None:
@@ -47,9 +47,9 @@ def test_precedence_of_horizons() -> None:
 def test_batch_and_rates() -> None:
     assert optimal_batch_tokens(1e9, 1e9) == 2**19
     assert optimal_batch_tokens(8e9, 1e9) == 2**20  # 8^0.383 = 2.2
-    made = plan(D24, num_iterations=1, total_batch_size=2**17 + 100)
-    assert made.total_batch_tokens == 2**17 and made.lr_scale == pytest.approx(0.5)
-    assert made.weight_decay == pytest.approx(0.05)  # 0.2 * (12/24)^2
+    result = plan(D24, num_iterations=1, total_batch_size=2**17 + 100)
+    assert result.total_batch_tokens == 2**17 and result.lr_scale == pytest.approx(0.5)
+    assert result.weight_decay == pytest.approx(0.05)  # 0.2 * (12/24)^2
 
 
 def test_reference_depth_trains_at_the_reference_batch() -> None:
@@ -69,7 +69,7 @@ def test_horizon_weight_decay_is_bounded() -> None:
     assert hot.weight_decay * 0.02 * hot.lr_scale == pytest.approx(0.1)
     assert plan(config, num_iterations=20, most_decay=0.05, **flags).weight_decay == short.weight_decay / 2
     assert not plan(config, num_iterations=20, **{**flags, "matrix_lr": 0.0}).decay_bounded
-    shown = [dict(describe(config, made))["matrix weight decay"] for made in (short, long)]
+    shown = [dict(describe(config, result))["matrix weight decay"] for result in (short, long)]
     assert "bounded" in shown[0] and "bounded" not in shown[1]
 
 

@@ -26,7 +26,7 @@ CHARTS = {
     "lr_multiplier": "Learning rate (share of its peak)",
 }
 NOISY = ("loss", "reward", "entropy", "answer_tokens", "groups_without_signal")
-MAX_POINTS = 400  # of a curve; more cannot be told apart on a screen
+MAX_POINTS = 400  # of a curve; more are not distinguishable on a screen
 
 
 @dataclass
