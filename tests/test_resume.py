@@ -1,4 +1,4 @@
-"""Killed at random moments, a run resumes, loses at most the steps since its last save, and ends the same."""
+"""A run killed at random moments resumes from its last save and ends with the same bits."""
 
 import gc
 import json
@@ -88,7 +88,7 @@ def count_lines(run: Path) -> int:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base folder with a tokenizer, a base run and an SFT run that nobody disturbed."""
+    """A base folder with a tokenizer, an uninterrupted base run and an uninterrupted SFT run."""
     base = tmp_path_factory.mktemp("straight")
     pairs = [(w, v) for w in ("sea", "hill", "town", "wood") for v in ("anna", "ben", "carl", "dora") for _ in range(9)]
     texts = [f"{i} {w} and {v} went to the {w}. " * (1 + i % 7) for i, (w, v) in enumerate(pairs)]
@@ -124,8 +124,8 @@ def test_killed_runs_end_like_one_never_killed(
     run = tmp_path / folder / "tiny"
     while kills < 10:  # twenty in all
         process = start(stage, flags, tmp_path)
-        # Some die while they start or load, the others up to three steps later, in the middle of whatever they do.
-        # Near the end all die while they start: a run that gets there cannot be killed any more.
+        # Some are killed while they start or load, the others up to three steps later, at any point.
+        # Near the end all are killed while they start: a run that has ended cannot be killed.
         room = STEPS - count_lines(run)
         wanted = count_lines(run) + (rng.choice([0, 0, 1, 2, 3]) if room > 20 else 0)
         deadline = time.monotonic() + 60
@@ -134,7 +134,7 @@ def test_killed_runs_end_like_one_never_killed(
         time.sleep(rng.uniform(0, 0.05 if count_lines(run) else 1))
         process.join(0)
         assert process.exitcode in (None, 0), (tmp_path / "log.txt").read_text()[-3000:]
-        if process.exitcode == 0:  # this test was held up for so long that the run got to its end
+        if process.exitcode == 0:  # the test was delayed so long that the run ended
             break
         os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         process.join()
@@ -168,7 +168,7 @@ def test_a_second_fresh_run_moves_the_first_aside(straight: Path, tmp_path: Path
 
 
 def test_killed_reinforcement_learning_ends_like_one_never_killed(straight: Path, tmp_path: Path) -> None:
-    """What is sampled after resuming is what would have been: the figures of every step are equal."""
+    """Samples after resuming equal those of an uninterrupted run: the figures of every step are equal."""
     import shutil
 
     flags = [
