@@ -71,7 +71,7 @@ def find_run(base_dir: Path, source: str, tag: str | None) -> Path:
     if tag is None and saved:
         return max(saved, key=lambda run: saved[run])
     stage = {"base": "base_train", "sft": "chat_sft", "rl": "chat_rl"}[source]
-    none = f"there is none yet: make one with `python -m scripts.{stage}`"
+    none = f"there is none yet: make one with `python -m scripts.{stage}` (`bash runs/runcpu.sh` runs all stages)"
     existing = f"there are: {', '.join(run.name for run in saved)}" if saved else none
     requested = f"no complete {source} checkpoint" + (f" with the model tag {tag!r}" if tag else "")
     raise UserError(f"{requested} in {folder}; {existing}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanochat.checkpoint_manager import find_run, load_model
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, get_base_dir
 from nanochat.engine import Chat, Engine
 from nanochat.execution import choose_level
@@ -18,7 +18,7 @@ from nanochat.runtime import Runtime
 from scripts import _cli
 from scripts._chat import noted_interrupts, printable, terminal_reader
 
-MAKERS = {"base": "scripts.base_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
+SOURCES = ("base", "sft", "rl")
 HELP = """/clear         start a new conversation
 /system TEXT   start a new conversation with this system message; without TEXT: with none
 /quit          leave (or Ctrl-D)
@@ -55,8 +55,8 @@ class Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    if config.source not in MAKERS:
-        raise UserError(f"-i must be one of {', '.join(MAKERS)}, got {config.source!r}")
+    if config.source not in SOURCES:
+        raise UserError(f"-i must be one of {', '.join(SOURCES)}, got {config.source!r}")
     sampling = SamplingParams().override(config)
     if config.python:
         choose_level("")  # raises now if there is no sandbox
@@ -75,20 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load(config: Config, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
-    """(model, tokenizer, meta). Without any model, raises UserError with the command that trains one."""
-    base_dir = get_base_dir()
-    try:
-        find_run(base_dir, config.source, None)
-    except UserError as error:
-        fix = f"train one: python -m {MAKERS[config.source]} (bash runs/runcpu.sh runs all stages)"
-        raise UserError(f"there is no {config.source} model in {base_dir}; {fix}") from error
-    step = None if config.step < 0 else config.step
+    """(model, tokenizer, meta) that the flags name."""
     return load_model(
         config.source,
         runtime,
-        base_dir=base_dir,
+        base_dir=get_base_dir(),
         model_tag=config.model_tag or None,
-        step=step,
+        step=None if config.step < 0 else config.step,
         compute_dtype=runtime.dtype,
     )
 
