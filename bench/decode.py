@@ -72,7 +72,7 @@ class Case:
     def __init__(self, weights: DecodingWeights, rows: int, flags: DecodeFlags) -> None:
         rng = random.Random(rows)
         self.flags, self.rows, self.weights = flags, rows, weights
-        self.batch = RunningBatch(weights.current(), no_tools(), set(), rows, flags.seq_len, packed=weights.packed)
+        self.batch = RunningBatch(weights, no_tools(), set(), rows, flags.seq_len)
         self.prompts = [[rng.randrange(flags.vocab_size) for _ in range(flags.prompt)] for _ in range(rows)]
         self.first_token_seconds = self.start()
 

@@ -71,7 +71,7 @@ def sample(flags: RolloutFlags, weights: DecodingWeights, together: bool) -> lis
     groups, tools = groups_of(flags), no_tools()
     for part in [groups] if together else [[group] for group in groups]:
         rows = min(flags.rows, sum(map(len, part)))
-        batch = RunningBatch(weights.current(), tools, set(), rows, flags.prompt + flags.longest, packed=weights.packed)
+        batch = RunningBatch(weights, tools, set(), rows, flags.prompt + flags.longest)
         for group in part:
             batch.submit(group)
         while not batch.idle:

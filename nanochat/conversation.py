@@ -186,19 +186,24 @@ def part_starts(tokenizer: Tokenizer) -> dict[int, str]:
     return opening | {special(tokens[1]): "text" for tokens in PART_TOKENS.values() if tokens[1]}
 
 
+def end_tokens(tokenizer: Tokenizer) -> set[int]:
+    """The tokens that end an answer."""
+    return {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
+
+
 def parse_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str | list[dict[str, str]]:
     """The assistant content of `ids`, the tokens after <|assistant_start|>: a string if it is all text, else its parts.
 
     <|assistant_end|> or <|bos|> ends it. Accepts anything a model may produce: a part left open ends with the ids,
     other special tokens are dropped.
     """
-    special = {name: tokenizer.encode_special(name) for name in SPECIAL_TOKENS}
-    ends, starts = (special["<|assistant_end|>"], special["<|bos|>"]), part_starts(tokenizer)
+    special = {tokenizer.encode_special(name) for name in SPECIAL_TOKENS}
+    ends, starts = end_tokens(tokenizer), part_starts(tokenizer)
     runs: list[tuple[str, list[int]]] = [("text", [])]
     for token in takewhile(lambda token: token not in ends, ids):
         if token in starts:
             runs.append((starts[token], []))
-        elif token not in special.values():
+        elif token not in special:
             runs[-1][1].append(token)
     parts = [{"type": kind, "text": tokenizer.decode(run)} for kind, run in runs if run or kind != "text"]
     if all(part["type"] == "text" for part in parts):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from nanochat.common import warn
-from nanochat.conversation import Message, Tokenizer, fit_prompt, parse_answer
+from nanochat.conversation import Message, Tokenizer, end_tokens, fit_prompt, parse_answer
 from nanochat.gpt import GPT
 from nanochat.inference.answer_text import AnswerStream, TextStream
 from nanochat.inference.calculator import use_calculator
@@ -37,8 +37,8 @@ class Engine:
         """`int8`: decode with int8 weights (inference/packed_weights.py), on a CPU."""
         self.model, self.tokenizer = model, tokenizer
         self.tools = ToolTable(tokenizer, tools)
-        self.end_tokens = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")}
-        self._weights = DecodingWeights(model, int8)
+        self.end_tokens = end_tokens(tokenizer)
+        self.weights = DecodingWeights(model, int8)
 
     @property
     def max_context(self) -> int:
@@ -124,8 +124,8 @@ class Engine:
     def _batch(self, sequences: list[TokenSequence], batch_size: int) -> Iterator[RunningBatch]:
         """A batch for these sequences. No tool call outlives the block."""
         longest = max((len(s.prompt) + s.room for s in sequences if not s.done), default=1)
-        model, size = self._weights.current(), min(batch_size, len(sequences))
-        batch = RunningBatch(model, self.tools, self.end_tokens, size, longest, packed=self._weights.packed)
+        size = min(batch_size, len(sequences))
+        batch = RunningBatch(self.weights, self.tools, self.end_tokens, size, longest)
         try:
             yield batch
         finally:

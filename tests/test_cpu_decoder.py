@@ -15,7 +15,7 @@ from nanochat.common import UserError
 from nanochat.cpu import kernels
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.inference import cpu_decoder, decoding
+from nanochat.inference import cpu_decoder
 from nanochat.inference.cpu_decoder import CpuDecoder
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
@@ -205,7 +205,7 @@ def test_the_batch_uses_it_and_says_what_plain_pytorch_says(monkeypatch: pytest.
     ours = answers(engine, prompts, max_tokens=20, temperature=1.0, top_k=20, seed=3, batch_size=3)
     calls = []
     monkeypatch.setattr(CpuDecoder, "__call__", lambda *_: calls.append(1))
-    monkeypatch.setattr(decoding.cpu_decoder, "supported", lambda model: False)
+    monkeypatch.setattr(cpu_decoder, "supported", lambda model: False)
     theirs = answers(engine, prompts, max_tokens=20, temperature=1.0, top_k=20, seed=3, batch_size=3)
     assert ours == theirs and not calls and any(len(tokens) == 20 for tokens in ours)
 
@@ -235,7 +235,7 @@ def test_what_it_is_not_written_for_goes_through_the_model() -> None:
     model = build(n_head=8, n_kv_head=8)  # heads of 8
     assert not cpu_decoder.supported(model)
     row = sequence([1, 2, 3], 4)
-    batch = RunningBatch(model, ToolTable(ByteTokenizer()), set(), 2, 20)
+    batch = RunningBatch(DecodingWeights(model), ToolTable(ByteTokenizer()), set(), 2, 20)
     batch.submit([row])
     while not batch.idle:
         batch.step()

@@ -300,7 +300,7 @@ def test_generation_from_several_threads(engine: Engine) -> None:
 
 
 def make_batch(engine: Engine, max_rows: int) -> RunningBatch:
-    return RunningBatch(engine.model, engine.tools, engine.end_tokens, max_rows, 32)
+    return RunningBatch(engine.weights, engine.tools, engine.end_tokens, max_rows, 32)
 
 
 def test_a_long_prompt_does_not_delay_running_sequences(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from stubs import TOKENIZER
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import prefill
 from nanochat.inference.decoding import RunningBatch
+from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.prefix_cache import PrefixCache
 from nanochat.inference.sampling import SamplingParams
@@ -20,7 +21,7 @@ CHUNK = 8
 
 def answers(model: GPT, prompts: list[list[int]], prefixes: PrefixCache | None) -> list[tuple[list[int], list[float]]]:
     """(tokens, their log probabilities) for each prompt, one after the other in one running batch."""
-    batch = RunningBatch(model, ToolTable(TOKENIZER), {257}, 2, 64, prefixes)
+    batch = RunningBatch(DecodingWeights(model), ToolTable(TOKENIZER), {257}, 2, 64, prefixes)
     found = []
     for number, prompt in enumerate(prompts):
         row = sequence(prompt, min(6, 64 - len(prompt)), SamplingParams(seed=1), number, top_logprobs=2)
@@ -91,7 +92,7 @@ def test_prompt_logprobs_bypass_the_cache() -> None:
     model, prompt = make_model(), [random.Random(1).randrange(256) for _ in range(21)]
     prefixes = PrefixCache(CHUNK, 10**8)
     answers(model, [prompt], prefixes)
-    batch = RunningBatch(model, ToolTable(TOKENIZER), {257}, 1, 64, prefixes)
+    batch = RunningBatch(DecodingWeights(model), ToolTable(TOKENIZER), {257}, 1, 64, prefixes)
     row = sequence(prompt, 1, top_logprobs=3, prompt_logprobs=True)
     batch.submit([row])
     (token,) = batch.step()

@@ -14,6 +14,7 @@ from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.execution import choose_level
 from nanochat.inference.decoding import RunningBatch
+from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.request import TokenSequence
 from nanochat.inference.tools import CALCULATOR, WITH_PYTHON, Python, Tool, ToolSession, ToolTable
 from tasks.code import Code
@@ -61,6 +62,11 @@ def calls(text: str) -> Scripted:
     return Scripted({**chain("?", START, text, STOP), OUT_END: END}, sequence_len=200)
 
 
+def batch_of(model: Scripted, tools: tuple[Tool, ...], max_sequences: int) -> RunningBatch:
+    weights = DecodingWeights(model)  # type: ignore[arg-type]
+    return RunningBatch(weights, ToolTable(TOKENIZER, tools), {END}, max_sequences, 200)
+
+
 def run(batch: RunningBatch, steps: int = 500) -> None:
     for _ in range(steps):
         if batch.idle:
@@ -77,7 +83,7 @@ def test_a_slow_tool_does_not_delay_other_sequences() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
     model = Scripted({**chain("?", START, "abc", STOP), OUT_END: END, **chain("!", "xyzXYZ0123456789")}, 200)
-    batch = RunningBatch(model, ToolTable(TOKENIZER, (tool,)), {END}, 4, 200)  # type: ignore[arg-type]
+    batch = batch_of(model, (tool,), 4)
     caller, talking = asking(), asking("!", 1)
     batch.submit([caller])
     batch.submit([talking])
@@ -95,7 +101,7 @@ def test_a_slow_tool_does_not_delay_other_sequences() -> None:
 def test_cancelling_during_a_call_closes_the_tool() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
-    batch = RunningBatch(calls("abc"), ToolTable(TOKENIZER, (tool,)), {END}, 2, 200)  # type: ignore[arg-type]
+    batch = batch_of(calls("abc"), (tool,), 2)
     row = asking()
     batch.submit([row])
     for _ in range(10):
@@ -206,7 +212,7 @@ def test_code_is_graded_by_its_tests() -> None:
 def test_a_queued_call_of_a_cancelled_sequence_does_not_run() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)
-    batch = RunningBatch(calls("abc"), ToolTable(TOKENIZER, (tool,)), {END}, 20, 200)  # type: ignore[arg-type]
+    batch = batch_of(calls("abc"), (tool,), 20)
     rows = [asking(index=i) for i in range(20)]  # more than there are threads
     batch.submit(rows)
     for _ in range(10):
@@ -236,7 +242,7 @@ def test_closing_the_generator_closes_its_tools() -> None:
 
 @pytest.mark.skipif(not sandboxed(), reason="no safe sandbox on this machine")
 def test_cancelling_ends_a_running_program() -> None:
-    batch = RunningBatch(calls("while 1:0"), ToolTable(TOKENIZER, WITH_PYTHON), {END}, 2, 200)  # type: ignore[arg-type]
+    batch = batch_of(calls("while 1:0"), WITH_PYTHON, 2)
     row = asking()
     batch.submit([row])
     while not batch.calling:

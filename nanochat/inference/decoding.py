@@ -16,11 +16,8 @@ from concurrent.futures import Future, wait
 
 import torch
 
-from nanochat.gpt import GPT
-from nanochat.inference import cpu_decoder
-from nanochat.inference.cpu_decoder import CpuDecoder
+from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.kv_cache import KVCache
-from nanochat.inference.packed_weights import PackedWeights
 from nanochat.inference.prefill import Prefill, token_logprobs
 from nanochat.inference.prefix_cache import PrefixCache
 from nanochat.inference.request import Token, TokenLogprobs, TokenSequence
@@ -36,21 +33,19 @@ class RunningBatch:
 
     def __init__(
         self,
-        model: GPT,
+        weights: DecodingWeights,
         tools: ToolTable,
         end_tokens: set[int],
         max_sequences: int,
         max_tokens: int,
         prefixes: PrefixCache | None = None,
-        packed: PackedWeights | None = None,
     ) -> None:
-        """Allocates a cache of `max_sequences` slots of `max_tokens` tokens, prompt included. `packed`: of
-        DecodingWeights; packed here if left out."""
-        self.model, self.tools, self.end_tokens = model, tools, end_tokens
+        """Allocates a cache of `max_sequences` slots of `max_tokens` tokens, prompt included."""
+        self.model = model = weights.current()
+        self.tools, self.end_tokens = tools, end_tokens
         self.cache = KVCache(model.config, max_sequences, max_tokens, model.device, model.compute_dtype, num_rows=0)
-        packed = (packed or PackedWeights(model)) if cpu_decoder.supported(model) else None
-        self._cpu_decoder = packed and CpuDecoder(model, self.cache, packed)
-        self.prefill = Prefill(model, max_tokens, prefixes, packed)
+        self._cpu_decoder = weights.cpu_decoder(self.cache)
+        self.prefill = Prefill(weights, max_tokens, prefixes)
         self.waiting: deque[list[TokenSequence]] = deque()  # groups with the same context; the first is being prefilled
         self.running: list[TokenSequence] = []  # running[i] is in slot i of the cache
         self.calling: dict[TokenSequence, Future[str | None]] = {}  # sequences that wait for a slow tool

@@ -9,6 +9,8 @@ import torch
 from nanochat.common import UserError, warn
 from nanochat.gpt import GPT
 from nanochat.inference import cpu_decoder
+from nanochat.inference.cpu_decoder import CpuDecoder
+from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.packed_weights import PackedWeights
 
 
@@ -45,6 +47,11 @@ class DecodingWeights:
                         self.packed.follow(self._copy)
                 self._versions = versions
             return self._copy
+
+    def cpu_decoder(self, cache: KVCache) -> CpuDecoder | None:
+        """The C decoder of the weights on `cache`; None where decoding runs in PyTorch."""
+        usable = cpu_decoder.supported(self.model)
+        return CpuDecoder(self._copy, cache, self.packed) if usable and self.packed else None
 
     def _current_versions(self) -> list[tuple[int, int]]:
         """Address and write count of each parameter. Writes to `p.data` and to inference tensors are not counted: they

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from nanochat.gpt import GPT
-from nanochat.inference.cpu_decoder import CpuDecoder
+from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.kv_cache import KVCache
-from nanochat.inference.packed_weights import PackedWeights
 from nanochat.inference.prefix_cache import PrefixCache
 from nanochat.inference.request import TokenLogprobs, TokenSequence
 
@@ -20,13 +18,10 @@ PREFILL_CHUNK = 256  # tokens: bounds how long a prompt delays the running seque
 class Prefill:
     """The prompt being prefilled. `logits` (1, V) follow its last token once all of it is in `cache`."""
 
-    def __init__(
-        self, model: GPT, max_tokens: int, prefixes: PrefixCache | None = None, packed: PackedWeights | None = None
-    ) -> None:
-        """`packed`: run short prompts in C."""
-        self.model, self.prefixes = model, prefixes
-        self.cache = KVCache(model.config, 1, max_tokens, model.device, model.compute_dtype)
-        self._cpu_decoder = packed and CpuDecoder(model, self.cache, packed)
+    def __init__(self, weights: DecodingWeights, max_tokens: int, prefixes: PrefixCache | None = None) -> None:
+        self.model, self.prefixes = weights.current(), prefixes
+        self.cache = KVCache(self.model.config, 1, max_tokens, self.model.device, self.model.compute_dtype)
+        self._cpu_decoder = weights.cpu_decoder(self.cache)  # for short prompts
         self.logits: torch.Tensor | None = None
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanochat.common import UserError, warn
-from nanochat.conversation import Tokenizer
+from nanochat.conversation import Tokenizer, end_tokens
 from nanochat.gpt import GPT
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
@@ -54,16 +54,8 @@ class Service(Replica):
             max_rows = max(1, min(max_rows, memory_bytes // slot_bytes(model)))
         self.max_rows, self.observe = max_rows, observe
         self.prefixes = PrefixCache(PREFILL_CHUNK, prefix_bytes)
-        weights = DecodingWeights(model, int8)
-        self.batch = RunningBatch(
-            weights.current(),
-            ToolTable(tokenizer, tools),
-            {tokenizer.encode_special("<|assistant_end|>"), tokenizer.encode_special("<|bos|>")},
-            max_rows,
-            self.max_context,
-            self.prefixes,
-            weights.packed,
-        )
+        weights, table = DecodingWeights(model, int8), ToolTable(tokenizer, tools)
+        self.batch = RunningBatch(weights, table, end_tokens(tokenizer), max_rows, self.max_context, self.prefixes)
         self._queue: FairQueue[RequestHandle] = FairQueue()  # the batch has no slots for these yet
         self._cancelled: list[tuple[RequestHandle, int | None]] = []
         self._handles: dict[TokenSequence, RequestHandle] = {}  # of the sequences in the batch
