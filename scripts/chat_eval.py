@@ -33,7 +33,7 @@ from tasks.evaluation import (
     pass_rates,
     write_transcripts,
 )
-from tasks.registry import TASKS, make_task, task_spec
+from tasks.registry import TASKS, known_name, make_task
 
 STAGE = {"sft": "chat_eval", "rl": "chat_eval_rl"}  # of the report
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [n.strip() for n in config.task_name.replace("|", ",").split(",") if n.strip()]
     if names == ["all"]:
         names = list(TASKS)
-    names = [task_spec(name).name for name in names] or [name for name, spec in TASKS.items() if spec.starter]
+    names = [known_name(name, TASKS) for name in names] or [name for name, spec in TASKS.items() if spec.starter]
     if config.num_samples > 1 and config.temperature == 0:
         raise UserError("-n asks for several answers, which at -t 0 are all the same: give a temperature, such as -t 1")
     tasks, missing = open_tasks(config, names)

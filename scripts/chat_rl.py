@@ -24,7 +24,7 @@ from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
 from tasks.common import Task
 from tasks.evaluation import AskFlags, ask, pass_rates, write_transcripts
-from tasks.rewarded import REWARDED, known_name, make_levels
+from tasks.registry import REWARDED, known_name, make_levels
 
 GUESSED_STEPS = 100  # of a run that the clock ends, until its pace is known
 
@@ -82,7 +82,7 @@ class Config(TrainConfig):
 
     def task_names(self) -> list[str]:
         """The registered names of --tasks, each once."""
-        return list(dict.fromkeys(known_name(name.strip()) for name in self.tasks.split(",") if name.strip()))
+        return list(dict.fromkeys(known_name(name.strip(), REWARDED) for name in self.tasks.split(",") if name.strip()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

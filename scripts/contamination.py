@@ -14,6 +14,7 @@ from nanochat.evals.core_bundle import read_bundle
 from nanochat.report import record_stage
 from nanochat.reporting.console import print_table
 from scripts import _cli
+from tasks.hub import HubTask
 from tasks.registry import TASKS, make_task
 
 LINE_SECONDS = 10.0
@@ -112,7 +113,7 @@ def read_benchmarks(config: Config, base_dir: Path) -> tuple[dict[str, list[list
         reasons = []
         for split in dict.fromkeys((spec.split, "validation")):  # either is kept out of training
             try:
-                found[f"{name} ({split})"] = [texts_of_row(row) for row in make_task(name, split).rows]  # type: ignore[attr-defined]
+                found[f"{name} ({split})"] = hub_texts(name, split)
             except UserError as error:
                 reasons.append(str(error))
         if not any(key.startswith(f"{name} (") for key in found):
@@ -129,19 +130,11 @@ def read_benchmarks(config: Config, base_dir: Path) -> tuple[dict[str, list[list
     return found, missing
 
 
-def texts_of_row(row: dict[str, Any]) -> list[str]:
-    """What of a hub row a document may hold: the question, and the question with its answer, as published."""
-    row = row.get("train") or row
-    if "choices" in row:
-        choices = row["choices"]
-        if isinstance(choices, dict):
-            answer = dict(zip(choices["label"], choices["text"])).get(row["answerKey"], "")
-        else:
-            answer = choices[row["answer"]]
-        return [row["question"], f"{row['question']} {answer}"]
-    if "prompt" in row:
-        return [row["prompt"], row["prompt"] + row["canonical_solution"]]
-    return [row["question"], row["answer"]]
+def hub_texts(name: str, split: str) -> list[list[str]]:
+    """The texts of each item of a public benchmark."""
+    task = make_task(name, split)
+    assert isinstance(task, HubTask)
+    return [task.published_texts(row) for row in task.rows]
 
 
 def texts_of_core_item(item: dict[str, Any]) -> list[str]:

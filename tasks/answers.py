@@ -1,39 +1,52 @@
-"""Reading the answer out of what a model wrote. Only the final answer counts, never an echo of the question."""
+"""Conversations of one question, and extracting the final answer from a completion.
 
-import hashlib
-import random
+Only the final answer counts: text before a tool output and echoes of the question are ignored.
+"""
+
 import re
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-Conversation = dict[str, Any]
+from nanochat.conversation import Conversation
+from nanochat.inference.calculator import use_calculator
 
 OUTPUT_END = "<|output_end|>"
 ASSISTANT_END = "<|assistant_end|>"
-# Decimals, with thousands commas or without; a sign belongs to the number only where no operand precedes it.
+# Decimals, with or without thousands separators. A sign belongs to the number only where no operand precedes it.
 NUMBER = re.compile(r"(?:(?<![\w.])-)?\$?(?<![\d.])(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-OPERAND = re.compile(r"(?:[+*/×÷^%-]|(?<![^\W\d])x|\b(?:plus|minus|times|by|and|from|into|add))\s*$", re.IGNORECASE)
-ASKED = re.compile(r"[^.!\n]*\?")
+OPERATOR_BEFORE = re.compile(
+    r"(?:[+*/×÷^%-]|(?<![^\W\d])x|\b(?:plus|minus|times|by|and|from|into|add))\s*$", re.IGNORECASE
+)
+QUESTION_AFTER = re.compile(r"[^.!\n]*\?")
 
 
-def keyed_random(*key: object) -> random.Random:
-    """A generator that is a pure function of `key`, whatever its signs and types.
+def exchange(question: str, answer: str | list[dict[str, str]], **extra: Any) -> Conversation:
+    """A conversation of one question and its reference answer; `extra` is kept beside the messages for evaluate()."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **extra}
 
-    (`random.seed(1)` and `random.seed(-1)` are the same stream; hashing the key keeps them apart.)
+
+def calculator_call(expression: str, result: str | None = None) -> list[dict[str, str]]:
+    """The two message parts of a calculator call.
+
+    The output is the calculator's own (`4` where a data set says `4.00`), so that training matches inference;
+    `result` is used for an expression that the calculator does not support.
     """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return random.Random(int.from_bytes(digest[:16], "big"))
+    value = use_calculator(expression)
+    assert value is not None or result is not None, f"the calculator does not support {expression!r}"
+    output = str(value) if value is not None else str(result)
+    return [{"type": "python", "text": expression}, {"type": "python_output", "text": output}]
 
 
 def text_of(content: str | list[dict[str, str]]) -> str:
-    """The plain text of a message, tool parts left out."""
+    """The plain text of a message's content, without tool parts."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def reference_text(conversation: Conversation) -> str:
-    """The text after the last tool output in the conversation's last (assistant) message."""
+    """The reference answer: the text after the last tool output of the final assistant message."""
     content = conversation["messages"][-1]["content"]
     assert conversation["messages"][-1]["role"] == "assistant", "a task's conversation ends with the reference answer"
     if isinstance(content, str):
@@ -43,7 +56,7 @@ def reference_text(conversation: Conversation) -> str:
 
 
 def final_text(conversation: Conversation, completion: str) -> str:
-    """What the model said last: after its last tool output, before the end of its turn, questions echoed removed."""
+    """The completion's text after its last tool output and before the end of the turn, without echoed questions."""
     text = completion.split(ASSISTANT_END, 1)[0].rsplit(OUTPUT_END, 1)[-1]
     for message in conversation["messages"]:
         if message["role"] == "user" and (question := text_of(message["content"]).strip()):
@@ -52,7 +65,7 @@ def final_text(conversation: Conversation, completion: str) -> str:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """`$1,234.50` -> 1234.50; None if it is not one number."""
+    """`$1,234.50` -> 1234.50; None unless the text is exactly one number."""
     try:
         value = Decimal(text.strip().rstrip(".").replace(",", "").replace("$", "").strip())
     except InvalidOperation:
@@ -69,9 +82,9 @@ def number_after_marker(text: str) -> Decimal | None:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number that `text` gives as its answer: the one after `####`, else the last one.
+    """The number after `####`, else the last number in `text`.
 
-    None if there is none, if it is part of a question, or if it is an operand (`12 + 7` answers nothing).
+    None if there is none, if it is part of a question, or if it is an operand (`12 + 7` is not an answer).
     """
     if "####" in text:
         return number_after_marker(text)
@@ -81,6 +94,18 @@ def final_number(text: str) -> Decimal | None:
     last = matches[-1]
     before, after = text[: last.start()], text[last.end() :]
     subtracted = last[0].startswith("-") and before.rstrip()[-1:].isdigit()
-    if subtracted or OPERAND.search(before) or ASKED.match(after):
+    if subtracted or OPERATOR_BEFORE.search(before) or QUESTION_AFTER.match(after):
         return None
     return parse_number(last[0])
+
+
+def has_right_number(conversation: Conversation, completion: str) -> bool:
+    """Whether the completion's final number equals the reference's."""
+    return final_number(final_text(conversation, completion)) == final_number(reference_text(conversation))
+
+
+def has_right_marked_number(conversation: Conversation, completion: str) -> bool:
+    """Whether the number after the completion's last `####` equals the reference's; False without a marker."""
+    reference = number_after_marker(reference_text(conversation))
+    assert reference is not None, "the reference answer must end in #### and a number"
+    return number_after_marker(final_text(conversation, completion)) == reference

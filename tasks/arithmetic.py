@@ -1,17 +1,14 @@
-"""Sums that the model answers by calling the calculator: `What is 12 + 7?` -> `12+7` -> `19`.
+"""Arithmetic answered by calling the calculator: `What is 12 + 7?` -> `12+7` -> `19`.
 
-A sum belongs to the training or the test split by a hash of its numbers and operation, order aside
-where order does not matter, so no seed, size or phrasing lets one split produce an item of the other.
+A hash of the numbers and the operation decides whether a problem belongs to the training or the test split; 3 + 5 and
+5 + 3 are the same problem.
 """
 
-import hashlib
 import random
 
-from nanochat.inference.calculator import use_calculator
-from tasks.answers import Conversation, final_number, final_text, keyed_random, reference_text
-from tasks.common import GeneratedTask
-
-TEST_SHARE = 10  # one sum in so many is held out
+from nanochat.conversation import Conversation
+from tasks.answers import calculator_call, exchange, has_right_number
+from tasks.common import GeneratedTask, in_test_split
 
 # {a} and {b} are the operands in the order of the expression.
 COMMON = (
@@ -47,51 +44,38 @@ class Arithmetic(GeneratedTask):
     """Addition, subtraction, multiplication of numbers below 1000, and exact division."""
 
     def get_example(self, index: int) -> Conversation:
-        rng = keyed_random("Arithmetic", self.seed, self.split, index)
+        rng = self.rng(index)
         operation = rng.choice("+-*/")
         a, b = draw_operands(rng, operation)
         while is_held_out(a, b, operation) != (self.split == "test"):
             a, b = draw_operands(rng, operation)
-        question = phrase(rng, a, b, operation)
-        return {"messages": [{"role": "user", "content": question}, calculated_answer(f"{a}{operation}{b}")]}
+        call = calculator_call(f"{a}{operation}{b}")
+        return exchange(phrase(rng, a, b, operation), [*call, {"type": "text", "text": call[-1]["text"]}])
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """The number given after the last tool output must be the result."""
-        return final_number(final_text(conversation, completion)) == final_number(reference_text(conversation))
+        return has_right_number(conversation, completion)
 
 
 def is_held_out(a: int, b: int, operation: str) -> bool:
     """Whether `a operation b` belongs to the test split."""
     if operation in "+*":
         a, b = min(a, b), max(a, b)
-    return hashlib.sha256(f"{a}{operation}{b}".encode()).digest()[0] % TEST_SHARE == 0
+    return in_test_split(f"{a}{operation}{b}")
 
 
 def draw_operands(rng: random.Random, operation: str) -> tuple[int, int]:
-    """Two numbers of 1 to 3 digits, each length as likely; a division comes out whole."""
+    """Two numbers of 1 to 3 digits, each length equally likely; divisions have no remainder."""
     a, b = (rng.randrange(10 ** rng.randint(1, 3)) for _ in range(2))
     if operation == "/":
         b = rng.randrange(1, 10 ** rng.randint(1, 2))
         return b * rng.randrange(1, 999 // b + 1), b
-    if operation == "-" and a < b and rng.random() < 0.9:  # negative results are rarer in life, too
+    if operation == "-" and a < b and rng.random() < 0.9:  # keep negative results rare
         return b, a
     return a, b
 
 
 def phrase(rng: random.Random, a: int, b: int, operation: str) -> str:
-    """The sum as somebody would ask for it."""
+    """The problem as a question."""
     if rng.random() < 0.25:
         return rng.choice(SPECIAL[operation]).format(a=a, b=b)
     return rng.choice(COMMON).format(sum=rng.choice(SYMBOLS[operation]).format(a=a, b=b))
-
-
-def calculated_answer(expression: str) -> Conversation:
-    """The assistant's turn: the calculator call, its output, the same number as the answer."""
-    result = use_calculator(expression)
-    assert result is not None, expression
-    parts = [
-        {"type": "python", "text": expression},
-        {"type": "python_output", "text": str(result)},
-        {"type": "text", "text": str(result)},
-    ]
-    return {"role": "assistant", "content": parts}

@@ -1,15 +1,14 @@
-"""Small Python functions to write, judged by tests in the sandbox."""
+"""Small Python functions to write, checked by tests in the sandbox."""
 
 from collections.abc import Callable
 from typing import Any
 
-from nanochat.execution import execute_code
-from tasks.answers import Conversation, keyed_random
+from nanochat.conversation import Conversation
+from tasks.answers import exchange
 from tasks.common import GeneratedTask
-from tasks.humaneval import extract_program
+from tasks.humaneval import extract_program, passes_tests
 
-# Signature, what it is to return in words, the expression that does it, and the same as a function of n and the
-# arguments. {n} is a number from 2 to 99.
+# Signature, description, expression, and the same as a function of n and the arguments; {n} is from 2 to 99.
 FUNCTIONS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
     ("(x)", "x plus {n}", "x + {n}", lambda n, x: x + n),
     ("(x)", "x minus {n}", "x - {n}", lambda n, x: x - n),
@@ -20,12 +19,12 @@ FUNCTIONS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
     ("(x)", "whether x is larger than {n}", "x > {n}", lambda n, x: x > n),
     ("(x)", "the square of x, plus {n}", "x * x + {n}", lambda n, x: x * x + n),
 )
-CALLS = 5  # that the tests make
+NUM_CALLS = 5  # random calls per test program
 TIMEOUT_SECONDS = 2.0
 
 
 class Code(GeneratedTask):
-    """Write `f` as told. The number in the task decides the split: every fifth is held out."""
+    """Write a function `f`. The number n in the description decides the split: multiples of five are held out."""
 
     def __init__(self, size: int = 1000, split: str = "train", *, sandbox: str = "", **kwargs: Any):
         """`sandbox`: the level to run answers at; empty takes the strongest safe one."""
@@ -33,26 +32,19 @@ class Code(GeneratedTask):
         self.sandbox = sandbox
 
     def get_example(self, index: int) -> Conversation:
-        rng = keyed_random("Code", self.seed, self.split, index)
+        rng = self.rng(index)
         numbers = [n for n in range(2, 100) if (n % 5 == 0) == (self.split == "test")]
-        signature, words, expression, function = rng.choice(FUNCTIONS)
+        signature, description, expression, function = rng.choice(FUNCTIONS)
         n = rng.choice(numbers)
-        reference = f"def f{signature}:\n    return {expression.format(n=n)}"
-        question = f"Write a Python function f{signature} that returns {words.format(n=n)}."
-        calls = [tuple(rng.randint(-200, 200) for _ in range(signature.count(",") + 1)) for _ in range(CALLS)]
-        if signature.count(","):  # what is easily got wrong by answers that look at one of the numbers only
-            calls += [(a, b) for b, a in calls]
-        else:
-            calls += [(n - 1,), (n,), (n + 1,)]
+        num_arguments = signature.count(",") + 1
+        calls = [tuple(rng.randint(-200, 200) for _ in range(num_arguments)) for _ in range(NUM_CALLS)]
+        # Edge cases: swapped arguments catch answers that use only one of them; n itself and its neighbours.
+        calls += [(a, b) for b, a in calls] if num_arguments == 2 else [(n - 1,), (n,), (n + 1,)]
         tests = "\n".join(f"assert f(*{call}) == {function(n, *call)!r}" for call in calls)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reference}]
-        return {"messages": messages, "tests": tests}
+        question = f"Write a Python function f{signature} that returns {description.format(n=n)}."
+        return exchange(question, f"def f{signature}:\n    return {expression.format(n=n)}", tests=tests)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the function passes its tests. Raises UserError where there is no sandbox."""
+        """Whether the function passes its tests. Raises UserError if there is no sandbox."""
         program = extract_program(completion)
-        if "def f" not in program:
-            return False
-        return execute_code(
-            program, TIMEOUT_SECONDS, tests=conversation["tests"], entry_point="f", level=self.sandbox
-        ).success
+        return "def f" in program and passes_tests(program, conversation["tests"], "f", TIMEOUT_SECONDS, self.sandbox)

@@ -1,40 +1,29 @@
-"""What a task is, and how tasks are mixed.
+"""The task interface, and mixtures of tasks.
 
-A task is a sequence of conversations with a way to tell whether a completion is right. SFT trains on
-the conversations, chat_eval and RL ask the question and judge the completion. Nothing here knows a
-tokenizer or a model.
+A task is a sequence of conversations and a way to check a completion. SFT trains on the conversations; chat_eval and
+RL ask the question and check the completion. Tasks know no tokenizer and no model.
 """
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from nanochat.common import UserError
-from tasks.answers import Conversation
-from tasks.hub import DatasetMissing, HubRows, load_hub_rows
+from nanochat.conversation import Conversation
 
-__all__ = [
-    "Conversation",
-    "DatasetMissing",
-    "GeneratedTask",
-    "HubRows",
-    "Task",
-    "TaskMixture",
-    "TaskSequence",
-    "load_hub_rows",
-    "render_mc",
-]
+TEST_SHARE = 10  # a generated problem in so many belongs to the test split
 
 
 class Task:
     """A sequence of conversations, or the slice [start:stop:step] of one.
 
-    Subclasses give `num_examples()` and `get_example(index)` over the whole data, and `evaluate`.
-    `eval_type` is "generative" (sample a completion, then `evaluate`) or "categorical" (the
-    conversation has `letters`; compare their logits, no sampling needed).
+    Subclasses define `num_examples()` and `get_example(index)` over the whole data, and `evaluate`.
+    `eval_type` is "generative" (sample a completion, then `evaluate`) or "categorical" (the conversation has
+    `letters`; compare their logits, no sampling needed).
     """
 
     eval_type = "generative"
@@ -46,7 +35,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """How the task is called in tables and reports."""
+        """Display name in tables and reports."""
         return type(self).__name__
 
     def num_examples(self) -> int:
@@ -58,14 +47,15 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether `completion` (the model's turn as text, tool tokens spelled out) answers rightly."""
-        raise NotImplementedError(f"{self.name} has no right answers to check")
+        """Whether `completion` (the model's turn as text, tool tokens included) is correct."""
+        raise NotImplementedError(f"{self.name} has no reference answers to check against")
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """What reinforcement learning gives for `completion`, in [0, 1]; by default 1.0 if right."""
+        """Reward for reinforcement learning, in [0, 1]; by default 1.0 if correct."""
         return float(self.evaluate(conversation, completion))
 
     def indices(self) -> range:
+        """Indices of the slice into the whole data."""
         total = self.num_examples()
         return range(self.start, total if self.stop is None else min(self.stop, total), self.step)
 
@@ -80,23 +70,26 @@ class Task:
 
 
 class GeneratedTask(Task):
-    """`size` conversations that are made when asked for, each from (seed, split, index) alone.
+    """`size` conversations generated on demand, each a pure function of (seed, split, index).
 
-    Subclasses see to it that no seed makes an item of "test" in "train". Raises UserError for another split.
+    Subclasses must keep the items of "test" out of "train" for every seed. Raises UserError for another split.
     """
 
     def __init__(self, size: int = 1000, split: str = "train", *, seed: int = 0, **kwargs: Any):
         super().__init__(**kwargs)
-        if split not in ("train", "test"):
-            raise UserError(f"{type(self).__name__} has the splits train and test, not {split!r}")
+        check_split(type(self).__name__, split, ("train", "test"))
         self.size, self.split, self.seed = size, split, seed
 
     def num_examples(self) -> int:
         return self.size
 
+    def rng(self, index: int) -> random.Random:
+        """The random generator of item `index`."""
+        return keyed_random(type(self).__name__, self.seed, self.split, index)
+
 
 class TaskMixture(Task):
-    """Several tasks shuffled into one, the same way on every machine. A task listed twice is seen twice."""
+    """Several tasks shuffled into one, identically on every machine. A task listed twice is seen twice."""
 
     def __init__(self, tasks: Sequence[Task], seed: int = 42, **kwargs: Any):
         super().__init__(**kwargs)
@@ -118,10 +111,10 @@ class TaskMixture(Task):
         return self.tasks[self.owner[self.indices()[index]]]
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        raise TypeError("a mixture does not know whose example this is; evaluate with task_of(index)")
+        raise TypeError("a mixture cannot tell which task an example comes from; evaluate with task_of(index)")
 
     def fingerprint(self) -> str:
-        """Changes when the conversations do: their number, or any of up to a thousand of them."""
+        """Hash of the number of conversations and of up to a thousand of them."""
         digest = hashlib.sha256(str(len(self)).encode())
         for index in range(0, len(self), max(1, len(self) // 1000)):
             digest.update(json.dumps(self[index], sort_keys=True).encode())
@@ -129,7 +122,7 @@ class TaskMixture(Task):
 
 
 class TaskSequence(Task):
-    """Tasks one after the other, unshuffled: a curriculum."""
+    """Tasks one after the other, not shuffled: a curriculum."""
 
     def __init__(self, tasks: Sequence[Task], **kwargs: Any):
         super().__init__(**kwargs)
@@ -144,24 +137,35 @@ class TaskSequence(Task):
         return self.tasks[which][index - (int(self.ends[which - 1]) if which else 0)]
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        raise TypeError("a sequence does not know whose example this is; evaluate with the task itself")
+        raise TypeError("a sequence cannot tell which task an example comes from; evaluate with the task itself")
+
+
+def check_split(name: str, split: str, splits: Sequence[str]) -> None:
+    """Raise UserError unless `split` is one of `splits`."""
+    if split not in splits:
+        raise UserError(f"{name} has the splits {' and '.join(splits)}, not {split!r}")
+
+
+def in_test_split(problem: str) -> bool:
+    """Whether a generated problem, written in a canonical form, is held out: a hash decides, so that no seed, size or
+    phrasing puts it into both splits."""
+    return hashlib.sha256(problem.encode()).digest()[0] % TEST_SHARE == 0
+
+
+def keyed_random(*key: object) -> random.Random:
+    """A random generator that is a pure function of `key`.
+
+    The key is hashed because `random.seed(1)` and `random.seed(-1)` give the same stream.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return random.Random(int.from_bytes(digest[:16], "big"))
 
 
 def permutation(length: int, key: tuple[int, ...]) -> np.ndarray:
-    """A permutation of range(length), int64, that depends on `key` alone.
+    """A permutation of range(length), int64, that is a pure function of `key`.
 
-    Sorts raw PCG64 output: numpy keeps raw bit streams stable over versions, but not `shuffle`'s.
+    Sorts raw PCG64 output: numpy keeps raw bit streams stable across versions, but not `shuffle`.
     """
-    entropy = [value % 2**64 for value in key]  # SeedSequence refuses negative seeds
+    entropy = [value % 2**64 for value in key]  # SeedSequence rejects negative seeds
     keys = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(length)
     return np.argsort(keys, kind="stable")
-
-
-def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """A multiple-choice question as one user message.
-
-    The letter follows its choice without a space, so that it is the very token the answer is.
-    """
-    assert len(letters) == len(choices)
-    options = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices))
-    return f"Multiple Choice question: {question}\n{options}\nRespond only with the letter of the correct answer."

@@ -1,20 +1,19 @@
-"""Your own conversations: a text file with one JSON array of messages on each line."""
+"""Your own conversations: a text file with one JSON array of messages per line."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError
-from nanochat.conversation import validate_conversation
-from tasks.answers import Conversation
+from nanochat.conversation import Conversation, validate_conversation
 from tasks.common import Task
 
 
 class CustomJSON(Task):
-    """The conversations of a .jsonl file, all checked when the task is made.
+    """The conversations of a .jsonl file, all validated on construction.
 
-    A line is `[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]`, or an
-    object with such an array under "messages". Empty lines are skipped.
+    A line is `[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]`, or an object with
+    such an array under "messages". Empty lines are skipped.
     """
 
     def __init__(self, path: Path | str, **kwargs: Any):
@@ -34,7 +33,7 @@ class CustomJSON(Task):
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """All conversations of the file; raises UserError naming the file, the line and what is wrong with it."""
+    """All conversations of the file; raises UserError naming the file, the line and the problem."""
     conversations = []
     try:
         with open(path, "rb") as file:
@@ -49,12 +48,12 @@ def read_conversations(path: Path) -> list[Conversation]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if not conversations:
-        raise UserError(f"{path} holds no conversations; write one JSON array of messages on each line")
+        raise UserError(f"{path} holds no conversations; write one JSON array of messages per line")
     return conversations
 
 
 def parse_line(line: bytes) -> Conversation:
-    """One conversation; raises ValueError with the reason."""
+    """One conversation; raises ValueError."""
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError, atomic_write
-from nanochat.conversation import Tokenizer
+from nanochat.conversation import Conversation, Tokenizer
 from nanochat.data.batches import by_length
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
 from nanochat.loss_head import head_logits
-from tasks.answers import Conversation, number_after_marker, parse_number, reference_text, text_of
+from tasks.answers import number_after_marker, parse_number, reference_text, text_of
 from tasks.common import Task
 from tasks.registry import TASKS
 

@@ -1,40 +1,43 @@
-"""Rows of public data sets: from a local mirror, from the Hugging Face hub, or from the embedded sample.
+"""Public data sets in the Hugging Face hub's layout, and tasks over their rows.
 
-All three hold the hub's schemas. A split is never replaced by another one.
+Rows come from a local mirror, from the hub, or from the embedded sample, all with the hub's schema. A split is never
+replaced by another one.
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError, get_base_dir, get_datasets_dir
+from tasks.common import Task
 
 SHARD = re.compile(r"(?P<split>[\w.]+)-\d{5}-of-(?P<count>\d{5})\.parquet")
-SAMPLE_FILE = "benchmark_samples.json"
 
 
 class DatasetMissing(UserError):
-    """A public data set (or one split of it) is not at hand: neither in the mirror nor from the hub."""
+    """A data set (or one split of it) is available neither in the mirror nor from the hub."""
 
 
 class HubRows(Sequence[dict[str, Any]]):
-    """The rows of one split, read as plain dicts; `origin` says in words where they came from."""
+    """The rows of one split as dicts; `origin` describes where they came from."""
 
     def __init__(self, table: pa.Table, origin: str):
+        if table.num_columns == 1 and pa.types.is_struct(table.schema.types[0]):  # MMLU's auxiliary_train
+            table = pa.Table.from_struct_array(table.column(0))
         self.table = table
         self.origin = origin
 
     def require(self, *columns: str) -> "HubRows":
         """These rows; raises UserError if a column is missing."""
         if missing := [column for column in columns if column not in self.table.column_names]:
-            there = ", ".join(self.table.column_names)
-            raise UserError(f"{self.origin} has no column {missing[0]!r} (columns: {there}); is it another data set?")
+            present = ", ".join(self.table.column_names)
+            raise UserError(f"{self.origin} has no column {missing[0]!r} (columns: {present}); is it another data set?")
         return self
 
     def __len__(self) -> int:
@@ -52,14 +55,40 @@ class HubRows(Sequence[dict[str, Any]]):
             yield from batch.to_pylist()
 
 
+class HubTask(Task):
+    """A task over the rows of one split of a public data set. Subclasses set the three attributes below.
+
+    `sample`: use a few embedded rows instead, to try the code; never report a score on them.
+    """
+
+    repo: ClassVar[str]  # the data set's name on the hub
+    splits: ClassVar[Mapping[str, Sequence[str]]]  # subset ("config" on the hub) -> its splits
+    columns: ClassVar[Sequence[str]]  # that every row must have
+
+    def __init__(self, subset: str, split: str, *, sample: bool = False, **kwargs: Any):
+        super().__init__(**kwargs)
+        if split not in self.splits.get(subset, ()):
+            available = "; ".join(f"{name} with {', '.join(splits)}" for name, splits in self.splits.items())
+            raise UserError(f"{type(self).__name__} has {available}, not {subset!r} with {split!r}")
+        self.subset, self.split = subset, split
+        self.rows = load_hub_rows(self.repo, subset, split, sample=sample).require(*self.columns)
+
+    def num_examples(self) -> int:
+        return len(self.rows)
+
+    @staticmethod
+    def published_texts(row: dict[str, Any]) -> list[str]:
+        """The texts of a row that give the item away if training data contains them: question, question and answer."""
+        raise NotImplementedError
+
+
 def load_hub_rows(repo: str, config: str, split: str, *, sample: bool = False) -> HubRows:
     """Rows of `split` of data set `repo`.
 
-    Looked for in $NANOCHAT_DATASETS_DIR (hub layout: repo/config/split-XXXXX-of-XXXXX.parquet), then
-    on the hub (downloaded once into the base folder's `hub/`). With `sample=True` a few embedded
-    rows are used instead: enough to try the code, never to report a score.
+    Searched in $NANOCHAT_DATASETS_DIR (hub layout: repo/config/split-XXXXX-of-XXXXX.parquet), then on the hub
+    (downloaded once into `hub/` in the base folder). With `sample=True` the embedded rows are used instead.
 
-    Raises DatasetMissing, one line, naming repo, split and the way to provide it.
+    Raises DatasetMissing naming repo, split and how to provide it.
     """
     if sample:
         return load_sample(repo, config, split)
@@ -75,32 +104,29 @@ def load_hub_rows(repo: str, config: str, split: str, *, sample: bool = False) -
         files, on_hub = find_shards(fetched, config, split)
         if files:
             return read_shards(files, f"hub {repo} ({split})")
-        problem = f"the hub has no such split{among(on_hub)}"
+        problem = f"the hub has no such split{available_names(on_hub)}"
     where = f"{mirror / repo} has {', '.join(found)} only" if mirror and found else problem
     raise DatasetMissing(
-        f"data set {repo} ({config}), split {split!r} is not at hand: {where}; "
+        f"data set {repo} ({config}), split {split!r} is not available: {where}; "
         f"connect to the internet or put its parquet files under NANOCHAT_DATASETS_DIR/{repo}/{config}/"
     )
 
 
 def find_shards(folder: Path, config: str, split: str) -> tuple[list[Path], list[str]]:
-    """The shard files of `split` in order, and the names of all splits there.
+    """The shard files of `split` in order, and the names of all splits present.
 
-    The hub keeps single-config sets in `data/`. Raises UserError if a shard of the split is missing.
+    The hub keeps data sets with a single config in `data/`. Raises UserError if a shard of the split is missing.
     """
-    shards: list[Path] = []
     splits: set[str] = set()
-    count = 0
-    for place in dict.fromkeys((folder / config, folder / "data")):
-        for path in sorted(place.glob("*.parquet")) if not shards else []:
-            if match := SHARD.fullmatch(path.name):
-                splits.add(match["split"])
-                if match["split"] == split:
-                    shards.append(path)
-                    count = int(match["count"])
-    if shards and len(shards) != count:
-        raise UserError(f"{shards[0].parent} holds {len(shards)} of {count} files of split {split!r}; add the rest")
-    return shards, sorted(splits)
+    for place in (folder / config, folder / "data"):
+        matches = [(path, match) for path in sorted(place.glob("*.parquet")) if (match := SHARD.fullmatch(path.name))]
+        splits |= {match["split"] for _, match in matches}
+        shards = [(path, int(match["count"])) for path, match in matches if match["split"] == split]
+        if shards:
+            if len(shards) != shards[0][1]:
+                raise UserError(f"{place} holds {len(shards)} of {shards[0][1]} files of split {split!r}; add the rest")
+            return [path for path, _ in shards], sorted(splits)
+    return [], sorted(splits)
 
 
 def read_shards(files: list[Path], origin: str) -> HubRows:
@@ -110,15 +136,15 @@ def read_shards(files: list[Path], origin: str) -> HubRows:
         try:
             tables.append(pq.read_table(path, partitioning=None))
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read as parquet ({error}); fetch it again") from error
+            raise UserError(f"{path} cannot be read as parquet ({error}); download it again") from error
     table = pa.concat_tables(tables)
     if not table.num_rows:
-        raise UserError(f"{files[0].parent} holds no rows for {origin}; fetch it again")
+        raise UserError(f"{files[0].parent} holds no rows for {origin}; download it again")
     return HubRows(table, origin)
 
 
 def download_split(repo: str, config: str, split: str) -> tuple[Path | None, str]:
-    """A folder with the split's files, fetched from the hub or its cache; or None and the reason."""
+    """A folder with the split's files, from the hub or its cache; or None and the reason."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -131,23 +157,27 @@ def download_split(repo: str, config: str, split: str) -> tuple[Path | None, str
         )
         return Path(folder), ""
     except RepositoryNotFoundError:
-        return None, "the hub does not know it (or it is private)"
+        return None, "the hub does not have it (or it is private)"
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return None, "it is not in the mirror and the hub cannot be reached"
 
 
 def load_sample(repo: str, config: str, split: str) -> HubRows:
     """The few embedded rows of a benchmark, for tests and first steps."""
-    path = resources.files("nanochat").joinpath("starter", SAMPLE_FILE)
-    try:
-        samples = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    except FileNotFoundError:
-        samples = {}
+    samples = json.loads(starter_file("benchmark_samples.json").read_text(encoding="utf-8"))["rows"]
     rows = samples.get(f"{repo}/{config}/{split}")
     if not rows:
-        raise DatasetMissing(f"no embedded sample of {repo} ({config}), split {split!r}{among(sorted(samples))}")
+        raise DatasetMissing(f"no embedded sample of {repo} ({config}), split {split!r}{available_names(samples)}")
     return HubRows(pa.Table.from_pylist(rows), f"embedded sample ({len(rows)} rows of {repo}, {split})")
 
 
-def among(names: list[str]) -> str:
-    return f" (there: {', '.join(names)})" if names else ""
+def starter_file(name: str, folder: Path | str | None = None) -> Path:
+    """The path of a starter data file, in `folder` or else in the package. Raises DatasetMissing."""
+    path = Path(folder or str(resources.files("nanochat") / "starter")) / name
+    if not path.exists():
+        raise DatasetMissing(f"{path} is missing; rebuild it with `python dev/build_starter_data.py`")
+    return path
+
+
+def available_names(names: Sequence[str] | Mapping[str, Any]) -> str:
+    return f" (available: {', '.join(sorted(names))})" if names else ""

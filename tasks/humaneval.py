@@ -1,93 +1,84 @@
-"""HumanEval: Python functions to complete, judged by running tests (arXiv 2107.03374).
+"""HumanEval: Python functions to complete, checked by running tests (arXiv 2107.03374).
 
-What a model wrote runs in the sandbox (`nanochat/execution.py`), the tests in a process apart from it. Where the
-machine has no safe level of it, evaluation is refused.
+Answers run in the sandbox (`nanochat/execution.py`), the tests in a separate process. Evaluation raises UserError on a
+machine without a safe sandbox level.
 """
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-from nanochat.common import UserError
+from nanochat.conversation import Conversation
 from nanochat.execution import execute_code
-from tasks.answers import ASSISTANT_END, Conversation
-from tasks.common import Task, load_hub_rows
+from tasks.answers import ASSISTANT_END, exchange
+from tasks.hub import HubTask
 
 Executor = Callable[[str], Any]
-"""Another way to run a program, its tests at its end; returns True/False or an object with `success`."""
+"""Replaces the sandbox: runs a program that ends in its tests; returns True/False or an object with `success`."""
 
 TIMEOUT_SECONDS = 5.0
 
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
-class HumanEval(Task):
+class HumanEval(HubTask):
     """openai/openai_humaneval, 164 problems, split "test"."""
 
-    def __init__(
-        self,
-        split: str = "test",
-        *,
-        executor: Executor | None = None,
-        sandbox: str = "",
-        sample: bool = False,
-        **kwargs: Any,
-    ):
-        """`sandbox`: the level to run answers at; empty takes the strongest safe one."""
-        super().__init__(**kwargs)
-        if split != "test":
-            raise UserError(f"HumanEval has the split test only, not {split!r}")
-        self.split, self.executor, self.sandbox = split, executor, sandbox
-        rows = load_hub_rows("openai/openai_humaneval", "openai_humaneval", split, sample=sample)
-        self.rows = rows.require("prompt", "canonical_solution", "test", "entry_point")
+    repo = "openai/openai_humaneval"
+    splits: ClassVar = {"openai_humaneval": ("test",)}
+    columns = ("prompt", "canonical_solution", "test", "entry_point")
 
-    def num_examples(self) -> int:
-        return len(self.rows)
+    def __init__(self, split: str = "test", *, executor: Executor | None = None, sandbox: str = "", **kwargs: Any):
+        """`sandbox`: the level to run answers at; empty takes the strongest safe one."""
+        super().__init__("openai_humaneval", split, **kwargs)
+        self.executor, self.sandbox = executor, sandbox
 
     def get_example(self, index: int) -> Conversation:
         row = self.rows[index]
-        messages = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["prompt"] + row["canonical_solution"]},
-        ]
-        return {"messages": messages, "entry_point": row["entry_point"], "test": row["test"]}
+        solution = row["prompt"] + row["canonical_solution"]
+        return exchange(row["prompt"], solution, entry_point=row["entry_point"], test=row["test"])
 
     def evaluate(self, conversation: Conversation, completion: str, executor: Executor | None = None) -> bool:
-        """Whether the completed function passes the problem's tests. Raises UserError where there is no sandbox."""
+        """Whether the completed function passes the problem's tests. Raises UserError if there is no sandbox."""
         program, tests = candidate_program(conversation, completion), tests_program(conversation)
-        executor = executor or self.executor
-        if executor is None:
-            entry_point = conversation["entry_point"]
-            return execute_code(
-                program, TIMEOUT_SECONDS, tests=tests, entry_point=entry_point, level=self.sandbox
-            ).success
-        result = executor(f"{program}\n\n{tests}")
-        return bool(getattr(result, "success", result))
+        if executor := executor or self.executor:
+            result = executor(f"{program}\n\n{tests}")
+            return bool(getattr(result, "success", result))
+        return passes_tests(program, tests, conversation["entry_point"], TIMEOUT_SECONDS, self.sandbox)
+
+    @staticmethod
+    def published_texts(row: dict[str, Any]) -> list[str]:
+        return [row["prompt"], row["prompt"] + row["canonical_solution"]]
+
+
+def passes_tests(program: str, tests: str, entry_point: str, timeout: float, sandbox: str) -> bool:
+    """Run the tests against a program in the sandbox; `timeout` in seconds."""
+    return execute_code(program, timeout, tests=tests, entry_point=entry_point, level=sandbox).success
 
 
 def candidate_program(conversation: Conversation, completion: str) -> str:
-    """The prompt's imports and helpers, and the function as completed."""
+    """The prompt's imports and helpers, and the completed function."""
     prompt, entry_point = conversation["messages"][0]["content"], conversation["entry_point"]
     code = extract_program(completion)
     if re.search(rf"^(?:async\s+)?def {re.escape(entry_point)}\b", code, re.MULTILINE):
-        # The prompt's imports and helper functions stay; what the answer defines again replaces them.
+        # Keep the prompt's imports and helper functions; definitions in the answer override them.
         return f"{prompt_head(prompt, entry_point)}\n\n{code}"
-    return prompt + code  # the answer goes on where the prompt stops
+    return prompt + code  # the answer continues the prompt
 
 
 def tests_program(conversation: Conversation) -> str:
-    """The tests and the call that runs them; they may use the prompt's imports and helpers, too."""
+    """The tests and the call that runs them, after the prompt's imports and helpers."""
     prompt, entry_point = conversation["messages"][0]["content"], conversation["entry_point"]
     return f"{prompt_head(prompt, entry_point)}\n\n{conversation['test']}\n\ncheck({entry_point})\n"
 
 
 def prompt_head(prompt: str, entry_point: str) -> str:
-    """What stands in the prompt before the function asked for."""
+    """The part of the prompt before the function to complete."""
     return re.split(rf"^def {re.escape(entry_point)}\b", prompt, maxsplit=1, flags=re.MULTILINE)[0].rstrip()
 
 
 def extract_program(completion: str) -> str:
-    """The first fenced block of code, or all of the text where there is none."""
+    """The first fenced code block, or all of the text if there is none."""
     text = completion.split(ASSISTANT_END, 1)[0]
     match = FENCE.search(text)
     return match[1] if match else text

@@ -1,6 +1,6 @@
-"""The tasks that chat_eval and chat_rl know by name, with the score that guessing gets."""
+"""Names of tasks: those that chat_eval measures (TASKS) and those that chat_rl trains on (REWARDED)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,7 +8,9 @@ from typing import Any
 from nanochat.common import UserError
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
+from tasks.code import Code
 from tasks.common import Task
+from tasks.formats import Format
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
@@ -16,57 +18,72 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.starter import Identity
 from tasks.wordproblems import LEVELS, WordProblems
 
-GENERATED_SIZE = 256  # items of a task that has no end
+EVAL_SIZE = 256  # items of a generated task in evaluation
+TRAIN_SIZE = 4096  # and in reinforcement learning
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """How to make a task for evaluation. `baseline` is the accuracy of guessing, in [0, 1]."""
+    """How to build a task for evaluation."""
 
-    name: str
-    build: Callable[..., Task]  # build(split, **kwargs)
-    split: str
-    baseline: float = 0.0
-    starter: bool = False  # needs nothing but the embedded data
+    build: Callable[..., Task]  # build(split=split, **kwargs)
+    split: str = "test"
+    baseline: float = 0.0  # accuracy of guessing, in [0, 1]
+    starter: bool = False  # whether it works offline, with the starter data alone
 
 
-def word_problems(level: int, split: str, size: int = GENERATED_SIZE, **kwargs: Any) -> Task:
-    return WordProblems(level, size, split, **kwargs)
+def generated(kind: Callable[..., Task], *args: Any) -> TaskSpec:
+    """The spec of a generated task."""
+    return TaskSpec(partial(kind, *args, size=EVAL_SIZE), starter=True)
 
 
 TASKS: dict[str, TaskSpec] = {
-    spec.name: spec
-    for spec in (
-        TaskSpec("ARC-Easy", lambda split, **kw: ARC("ARC-Easy", split, **kw), "test", 0.25),
-        TaskSpec("ARC-Challenge", lambda split, **kw: ARC("ARC-Challenge", split, **kw), "test", 0.25),
-        TaskSpec("MMLU", lambda split, **kw: MMLU("all", split, **kw), "test", 0.25),
-        TaskSpec("GSM8K", lambda split, **kw: GSM8K("main", split, **kw), "test"),
-        TaskSpec("HumanEval", lambda split, **kw: HumanEval(split, **kw), "test"),
-        TaskSpec("SpellingBee", lambda split, **kw: sized(SpellingBee, split, **kw), "test", starter=True),
-        TaskSpec("SimpleSpelling", lambda split, **kw: sized(SimpleSpelling, split, **kw), "test", starter=True),
-        TaskSpec("Arithmetic", lambda split, **kw: sized(Arithmetic, split, **kw), "test", starter=True),
-        *(TaskSpec(f"WordProblems{level}", partial(word_problems, level), "test", starter=True) for level in LEVELS),
-        TaskSpec("Identity", lambda split, **kw: Identity(split, **kw), "val", starter=True),
-    )
+    "ARC-Easy": TaskSpec(partial(ARC, "ARC-Easy"), baseline=0.25),
+    "ARC-Challenge": TaskSpec(partial(ARC, "ARC-Challenge"), baseline=0.25),
+    "MMLU": TaskSpec(partial(MMLU, "all"), baseline=0.25),
+    "GSM8K": TaskSpec(GSM8K),
+    "HumanEval": TaskSpec(HumanEval),
+    "SpellingBee": generated(SpellingBee),
+    "SimpleSpelling": generated(SimpleSpelling),
+    "Arithmetic": generated(Arithmetic),
+    **{f"WordProblems{level}": generated(WordProblems, level) for level in LEVELS},
+    "Identity": TaskSpec(Identity, "val", starter=True),
+}
+
+# Levels of rising difficulty, each called with size, split ("train" or "test") and seed.
+REWARDED: dict[str, Sequence[Callable[..., Task]]] = {
+    "WordProblems": [partial(WordProblems, level) for level in LEVELS],
+    "GSM8K": [lambda size, split, seed: GSM8K(split=split)],
+    "Arithmetic": [Arithmetic],
+    "LetterCounting": [SpellingBee],
+    "Spelling": [SimpleSpelling],
+    "Identity": [lambda size, split, seed: Identity("train" if split == "train" else "val", stop=size)],
+    "Format": [Format],
+    "Code": [Code],
 }
 
 
-def sized(kind: Callable[..., Task], split: str, size: int = GENERATED_SIZE, **kwargs: Any) -> Task:
-    return kind(size=size, split=split, **kwargs)
-
-
 def make_task(name: str, split: str | None = None, **kwargs: Any) -> Task:
-    """The task called `name` (case aside), by default of the split that it is evaluated on.
+    """A task of TASKS, by default of its evaluation split.
 
-    Raises UserError for an unknown name or split, DatasetMissing where its data is not at hand.
+    Raises UserError for an unknown name or split, DatasetMissing if its data is not available.
     """
-    spec = task_spec(name)
-    return spec.build(split or spec.split, **kwargs)
+    spec = TASKS[known_name(name, TASKS)]
+    return spec.build(split=split or spec.split, **kwargs)
 
 
-def task_spec(name: str) -> TaskSpec:
-    """The registered task called `name`, case aside; raises UserError naming those there are."""
-    for known, spec in TASKS.items():
-        if known.lower() == name.lower():
-            return spec
-    raise UserError(f"there is no task {name!r}; choose from {', '.join(TASKS)}")
+def make_levels(name: str, split: str, size: int = TRAIN_SIZE, seed: int = 0) -> list[Task]:
+    """The levels of a task of REWARDED, easiest first. The test split ignores `seed`.
+
+    Raises UserError for an unknown name, DatasetMissing if its data is not available.
+    """
+    levels = REWARDED[known_name(name, REWARDED)]
+    return [level(size=size, split=split, seed=seed if split == "train" else 0) for level in levels]
+
+
+def known_name(name: str, known: Iterable[str]) -> str:
+    """The entry of `known` that equals `name` up to case; raises UserError listing them."""
+    for candidate in known:
+        if candidate.lower() == name.lower():
+            return candidate
+    raise UserError(f"there is no task {name!r}; choose from {', '.join(known)}")

@@ -1,20 +1,18 @@
-"""Spelling words out and counting their letters.
+"""Spelling words and counting their letters.
 
-Hard for a model that sees tokens, not letters, so the answer's form is chosen for the smallest models:
+This is hard for a model that sees tokens rather than letters, so the answer's format suits the smallest models:
 
-- Letters are separated by spaces, `a p p l e`: each is one token, the same one wherever it stands
-  (but the first).
-- The count is left to the calculator, on a string that starts with a space: `" apple".count("p")`.
-  With the space the word has the very tokens that it has in the question, so calling the tool is
-  copying; without it most words split into other tokens. Double quotes, since the split pattern
-  takes `'s` and `'t` for contractions.
+- Letters are separated by spaces, `a p p l e`: each is one token, the same one at every position except the first.
+- The calculator does the counting, on a string that starts with a space: `" apple".count("p")`. With the space, the
+  word has the same tokens as in the question, so the model can copy it; without, most words split into other tokens.
+  The quotes are double because the split pattern takes `'s` and `'t` for contractions.
 """
 
 from pathlib import Path
 from typing import Any
 
-from nanochat.inference.calculator import use_calculator
-from tasks.answers import Conversation, final_number, final_text, keyed_random, reference_text
+from nanochat.conversation import Conversation
+from tasks.answers import calculator_call, exchange, final_text, has_right_number, reference_text
 from tasks.common import GeneratedTask
 from tasks.words import WordCycle, load_words
 
@@ -87,7 +85,7 @@ def spell(word: str) -> str:
 
 
 class SpellingTask(GeneratedTask):
-    """What both tasks share: words of their split only."""
+    """A task over the words of its split."""
 
     def __init__(
         self,
@@ -107,42 +105,26 @@ class SimpleSpelling(SpellingTask):
 
     def get_example(self, index: int) -> Conversation:
         word = self.words[index]
-        rng = keyed_random("SimpleSpelling", self.seed, self.split, index)
-        question = rng.choice(SPELLING_QUESTIONS).format(word=word)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": spell(word)}]
-        return {"messages": messages}
+        return exchange(self.rng(index).choice(SPELLING_QUESTIONS).format(word=word), spell(word))
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Every letter, in order, each standing alone; spaces or commas may separate them."""
-        said = final_text(conversation, completion).rstrip(".")
-        return said.replace(",", " ").split() == reference_text(conversation).split()
+        """Every letter, in order, separated by spaces or commas."""
+        answer = final_text(conversation, completion).rstrip(".")
+        return answer.replace(",", " ").split() == reference_text(conversation).split()
 
 
 class SpellingBee(SpellingTask):
-    """`How many r are in strawberry?`: spells the word, counts with the calculator, says the number."""
+    """`How many r are in strawberry?`: spell the word, count with the calculator, answer with the number."""
 
     def get_example(self, index: int) -> Conversation:
         word = self.words[index]
-        rng = keyed_random("SpellingBee", self.seed, self.split, index)
-        # Now and then a letter that need not occur, so that "0" is an answer too.
+        rng = self.rng(index)
+        # Sometimes a letter that need not occur, so that "0" is an answer too.
         letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
         question = rng.choice(COUNTING_QUESTIONS).format(letter=letter, word=word)
-        return {"messages": [{"role": "user", "content": question}, counting_answer(word, letter)]}
+        call = calculator_call(f'" {word}".count("{letter}")')
+        spelled, count = ({"type": "text", "text": text} for text in (spell(word) + "\n", call[-1]["text"]))
+        return exchange(question, [spelled, *call, count])
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """The number given after the last tool output must be the count."""
-        return final_number(final_text(conversation, completion)) == final_number(reference_text(conversation))
-
-
-def counting_answer(word: str, letter: str) -> Conversation:
-    """The assistant's turn: letters, calculator call, its output, the number."""
-    call = f'" {word}".count("{letter}")'
-    count = use_calculator(call)
-    assert count is not None, f"{word!r} and {letter!r} cannot be quoted for the calculator"
-    parts = [
-        {"type": "text", "text": spell(word) + "\n"},
-        {"type": "python", "text": call},
-        {"type": "python_output", "text": str(count)},
-        {"type": "text", "text": str(count)},
-    ]
-    return {"role": "assistant", "content": parts}
+        return has_right_number(conversation, completion)

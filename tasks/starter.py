@@ -1,6 +1,5 @@
-"""The conversations that come with the repository, and the test of whether the model knows its name."""
+"""The starter conversations in the package, and a test of whether the model knows its name."""
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError
-from tasks.answers import Conversation, final_text, text_of
-from tasks.common import Task
-from tasks.hub import DatasetMissing
+from nanochat.conversation import Conversation
+from tasks.answers import final_text, text_of
+from tasks.common import Task, check_split
+from tasks.hub import starter_file
 
 NAME = "nanochat"
 
 
 class StarterChat(Task):
-    """Starter conversations of one split ("train" or "val"), of one source or of all.
-
-    Sources: smalltalk, qa, identity (whatever the file's `source` column holds).
-    """
+    """Starter conversations of one split ("train" or "val"), of all sources or of one (smalltalk, qa, identity)."""
 
     def __init__(self, split: str, source: str | None = None, *, data_dir: Path | str | None = None, **kwargs: Any):
         super().__init__(**kwargs)
@@ -30,8 +27,8 @@ class StarterChat(Task):
         if source is not None:
             mask = pc.equal(table["source"], source)
             if not pc.any(mask).as_py():
-                there = ", ".join(sorted(table["source"].unique().to_pylist()))
-                raise UserError(f"the starter conversations have no source {source!r}; there: {there}")
+                sources = ", ".join(sorted(table["source"].unique().to_pylist()))
+                raise UserError(f"the starter conversations have no source {source!r}; available: {sources}")
             self.conversations = self.conversations.filter(mask)
 
     @property
@@ -46,21 +43,22 @@ class StarterChat(Task):
 
 
 class Identity(Task):
-    """Who-are-you questions that training has not seen; right if the answer names nanochat."""
+    """Questions about the model's identity that are not in the training data; right if the answer names nanochat."""
 
     def __init__(self, split: str = "val", *, data_dir: Path | str | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.split = split
-        items = [first_exchange(c) for c in StarterChat(split, "identity", data_dir=data_dir)]
-        seen: set[str] = set()
+        seen: set[str] = set()  # normalized questions
         if split != "train":
-            seen.update(normal(question) for c in StarterChat("train", data_dir=data_dir) for question in questions(c))
+            train = StarterChat("train", data_dir=data_dir)
+            seen |= {normalize(m["content"]) for c in train for m in c["messages"] if m["role"] == "user"}
         self.items = []
-        for item in items:
-            question, answer = question_of(item), text_of(item["messages"][-1]["content"])
-            # A question that says the name can be answered by echoing; one whose answer does not, not judged.
-            if NAME in answer.lower() and NAME not in question.lower() and normal(question) not in seen:
-                seen.add(normal(question))
+        for conversation in StarterChat(split, "identity", data_dir=data_dir):
+            item = first_exchange(conversation)
+            question, answer = (text_of(message["content"]) for message in item["messages"][-2:])
+            # An answer without the name cannot be checked; a question with the name could be answered by echoing it.
+            if NAME in answer.lower() and NAME not in question.lower() and normalize(question) not in seen:
+                seen.add(normalize(question))
                 self.items.append(item)
         if not self.items:
             raise UserError(f"no identity question of split {split!r} is usable and unseen; rebuild the starter data")
@@ -72,18 +70,14 @@ class Identity(Task):
         return self.items[index]
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """The answer holds the name, in any case."""
+        """Whether the answer contains the name, in upper or lower case."""
         return NAME in final_text(conversation, completion).lower()
 
 
 def read_starter(split: str, data_dir: Path | str | None = None) -> pa.Table:
     """Columns `messages` (list of role, content) and `source` of sft_{split}.parquet."""
-    if split not in ("train", "val"):
-        raise UserError(f"the starter conversations have the splits train and val, not {split!r}")
-    folder = resources.files("nanochat").joinpath("starter") if data_dir is None else Path(data_dir)
-    path = Path(str(folder)) / f"sft_{split}.parquet"
-    if not path.exists():
-        raise DatasetMissing(f"{path} is missing; rebuild it with `python dev/build_starter_data.py`")
+    check_split("the starter conversations", split, ("train", "val"))
+    path = starter_file(f"sft_{split}.parquet", data_dir)
     try:
         return pq.read_table(path, columns=["messages", "source"])
     except (pa.ArrowException, OSError) as error:
@@ -97,14 +91,6 @@ def first_exchange(conversation: Conversation) -> Conversation:
     return {"messages": messages[: end + 1]}
 
 
-def questions(conversation: Conversation) -> list[str]:
-    return [text_of(message["content"]) for message in conversation["messages"] if message["role"] == "user"]
-
-
-def question_of(conversation: Conversation) -> str:
-    return text_of(conversation["messages"][-2]["content"])
-
-
-def normal(question: str) -> str:
-    """Letters and digits only, lower case: `Who are you?` and `who are you` are one question."""
-    return " ".join("".join(c if c.isalnum() else " " for c in question.casefold()).split())
+def normalize(question: str | list[dict[str, str]]) -> str:
+    """Letters and digits only, lower case: `Who are you?` and `who are you` are the same question."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text_of(question).casefold()).split())

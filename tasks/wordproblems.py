@@ -1,27 +1,25 @@
-"""Word problems in GSM8K's format, made up from a seed, at three levels of difficulty.
+"""Word problems in GSM8K's format, generated from a seed, at three levels of difficulty.
 
     1   one step: Anna has 12 apples. She buys 5 more. How many apples does Anna have now?
     2   two steps: ... She buys 5 more. She gives away 3. ...
     3   three steps and larger numbers
 
-A solution names each step's calculation, which becomes a calculator call, and ends in `#### 14`. A problem belongs to
-the training or the test split by a hash of its numbers and operations: no seed, size or phrasing lets one split
-produce a problem of the other.
+A solution contains each step's calculation, which becomes a calculator call, and ends in `#### 14`. A hash of the
+numbers and operations decides whether a problem belongs to the training or the test split.
 """
 
-import hashlib
+import operator
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nanochat.common import UserError
-from tasks.answers import Conversation, final_text, keyed_random, number_after_marker, reference_text
-from tasks.common import GeneratedTask
+from nanochat.conversation import Conversation
+from tasks.answers import exchange, has_right_marked_number
+from tasks.common import GeneratedTask, in_test_split, keyed_random
 from tasks.gsm8k import solution_parts
 
 LEVELS = (1, 2, 3)
-TEST_SHARE = 10  # one problem in so many is held out
 
 PEOPLE = (
     ("Anna", "She"),
@@ -54,7 +52,7 @@ THINGS = (
     "toys",
 )
 
-# How a quantity changes. {n} is the number, {things} what is counted.
+# How a quantity changes: by {n} of {things}.
 EVENTS = {
     "+": (
         "{She} buys {n} more.",
@@ -69,7 +67,7 @@ EVENTS = {
         "{She} splits them into {n} equal piles and keeps one.",
     ),
 }
-# Single steps that are no change of what somebody has. {a} and {b} in the order of the calculation.
+# One-step problems that do not change what a person has. {a} and {b} in the order of the calculation.
 SINGLE = {
     "+": (
         "{name} has {a} {things} and {other} has {b} {things}. How many {things} do they have together?",
@@ -89,29 +87,31 @@ SINGLE = {
     ),
 }
 
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+
 
 @dataclass(frozen=True)
 class Problem:
-    """A first number and what is done to it, step by step; every number on the way is whole and not negative."""
+    """A number and the operations applied to it; every intermediate result is a non-negative integer."""
 
     first: int
     steps: tuple[tuple[str, int], ...]
 
     @property
     def held_out(self) -> bool:
-        return hashlib.sha256(repr((self.first, self.steps)).encode()).digest()[0] % TEST_SHARE == 0
+        """Whether this is a problem of the test split."""
+        return in_test_split(repr((self.first, self.steps)))
 
-    def values(self) -> list[int]:
-        """The number after each step."""
-        found = [self.first]
+    def results(self) -> list[int]:
+        """The result of each step."""
+        values = [self.first]
         for operation, n in self.steps:
-            last = found[-1]
-            found.append({"+": last + n, "-": last - n, "*": last * n, "/": last // n}[operation])
-        return found[1:]
+            values.append(APPLY[operation](values[-1], n))
+        return values[1:]
 
 
 class WordProblems(GeneratedTask):
-    """Problems of one level."""
+    """Word problems of one level."""
 
     def __init__(self, level: int = 1, size: int = 1000, split: str = "train", *, seed: int = 0, **kwargs: Any):
         super().__init__(size, split, seed=seed, **kwargs)
@@ -125,69 +125,53 @@ class WordProblems(GeneratedTask):
 
     def get_example(self, index: int) -> Conversation:
         rng = keyed_random("WordProblems", self.level, self.seed, self.split, index)
-        problem = draw(rng, self.level)
+        problem = draw_problem(rng, self.level)
         while problem.held_out != (self.split == "test"):
-            problem = draw(rng, self.level)
+            problem = draw_problem(rng, self.level)
         things = rng.choice(THINGS)
-        messages = [
-            {"role": "user", "content": tell(rng, problem, things)},
-            {"role": "assistant", "content": solution_parts(solve(problem, things))},
-        ]
-        return {"messages": messages}
+        return exchange(story(rng, problem, things), solution_parts(solution(problem, things)))
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """The number after the completion's last `####` must be the problem's."""
-        answer = number_after_marker(reference_text(conversation))
-        assert answer is not None
-        return number_after_marker(final_text(conversation, completion)) == answer
+        return has_right_marked_number(conversation, completion)
 
 
-def draw(rng: random.Random, level: int) -> Problem:
-    """A problem of that level."""
-    largest = 99 if level == 3 else 50
-    first = rng.randint(2, largest)
-    steps: list[tuple[str, int]] = []
-    value = first
+def draw_problem(rng: random.Random, level: int) -> Problem:
+    """A random problem of a level."""
+    problem = Problem(rng.randint(2, 99 if level == 3 else 50), ())
     for _ in range(level):
-        operation, n = draw_step(rng, value, level, [operation for operation, _ in steps])
-        steps.append((operation, n))
-        value = Problem(value, ((operation, n),)).values()[0]
-    return Problem(first, tuple(steps))
+        problem = Problem(problem.first, (*problem.steps, draw_step(rng, problem, level)))
+    return problem
 
 
-def draw_step(rng: random.Random, value: int, level: int, before: Sequence[str]) -> tuple[str, int]:
-    """What is done to `value`: one operation is not used twice in a row, division only where it comes out whole."""
+def draw_step(rng: random.Random, problem: Problem, level: int) -> tuple[str, int]:
+    """A next step: another operation than the last one, and division only without remainder."""
+    value = [problem.first, *problem.results()][-1]
     divisors = [n for n in range(2, 11) if value % n == 0 and value > n]
-    allowed = [op for op in "+-*/" if op != (before or " ")[-1]]
-    allowed = [
-        op
-        for op in allowed
-        if (op != "/" or (divisors and level != 2)) and (op != "-" or value > 2) and (op != "*" or value <= 100)
-    ]
-    operation = rng.choice(allowed)
-    if operation == "+":
-        return "+", rng.randint(2, 99 if level == 3 else 30)
-    if operation == "-":
-        return "-", rng.randint(1, value - 1)
-    return operation, rng.choice(divisors) if operation == "/" else rng.randint(2, 9 if level == 3 else 5)
+    possible = {"+": True, "-": value > 2, "*": value <= 100, "/": bool(divisors) and level != 2}
+    last = problem.steps[-1][0] if problem.steps else ""
+    operation = rng.choice([op for op in "+-*/" if possible[op] and op != last])
+    if operation == "/":
+        return "/", rng.choice(divisors)
+    low, high = {"+": (2, 99 if level == 3 else 30), "-": (1, value - 1), "*": (2, 9 if level == 3 else 5)}[operation]
+    return operation, rng.randint(low, high)
 
 
-def tell(rng: random.Random, problem: Problem, things: str) -> str:
-    """The problem as a story that ends in a question."""
+def story(rng: random.Random, problem: Problem, things: str) -> str:
+    """The problem in words, ending in a question."""
     (name, she), (other, _) = rng.sample(PEOPLE, 2)
     if len(problem.steps) == 1 and rng.random() < 0.5:
         operation, n = problem.steps[0]
         return rng.choice(SINGLE[operation]).format(a=problem.first, b=n, name=name, other=other, things=things)
-    story = [f"{name} has {problem.first} {things}."]
+    sentences = [f"{name} has {problem.first} {things}."]
     for operation, n in problem.steps:
-        story.append(rng.choice(EVENTS[operation]).format(n=n, name=name, She=she, things=things))
-    return " ".join([*story, f"How many {things} does {name} have now?"])
+        sentences.append(rng.choice(EVENTS[operation]).format(n=n, name=name, She=she, things=things))
+    return " ".join([*sentences, f"How many {things} does {name} have now?"])
 
 
-def solve(problem: Problem, things: str) -> str:
-    """The solution as GSM8K writes it."""
+def solution(problem: Problem, things: str) -> str:
+    """The solution in GSM8K's format."""
     lines, value = [], problem.first
-    for (operation, n), result in zip(problem.steps, problem.values()):
+    for (operation, n), result in zip(problem.steps, problem.results()):
         lines.append(f"<<{value}{operation}{n}={result}>>{result} {things}.")
         value = result
     return "\n".join([*lines, f"#### {value}"])

@@ -15,8 +15,11 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from scripts import chat_eval, contamination
+from tasks.arc import ARC
 from tasks.common import Task
 from tasks.evaluation import CHATCORE, chat_core, choose_letters, constant_share, pass_at_k, pass_rates
+from tasks.gsm8k import GSM8K
+from tasks.mmlu import MMLU
 from tasks.multiple_choice import mc_conversation
 
 
@@ -164,7 +167,7 @@ def test_embedded_samples_run(finetuned: Path, capsys: pytest.CaptureFixture[str
 
     with pytest.raises(UserError, match="-t 1"):
         chat_eval.main(["-a", "GSM8K", "-n", "2", "--device-type=cpu"])
-    with pytest.raises(UserError, match="has main and socratic with"):
+    with pytest.raises(UserError, match="'validation'"):
         chat_eval.main(["-a", "GSM8K", "--split", "validation", "--device-type=cpu"])
     assert chat_eval.main(["-a", "GSM8K", "--embedded-sample", "-x", "2", "-m", "2", "--device-type=cpu"]) == 0
     assert "GSM8K" in capsys.readouterr().out
@@ -194,13 +197,13 @@ def test_questions_are_compared_as_published_not_as_asked() -> None:
         "answerKey": "B",
         "choices": {"text": ["Venus", "Mercury"], "label": ["A", "B"]},
     }
-    assert contamination.texts_of_row(arc)[1].endswith("Sun? Mercury")
-    index = Index({"arc": [contamination.texts_of_row(arc)]})
+    assert ARC.published_texts(arc)[1].endswith("Sun? Mercury")
+    index = Index({"arc": [ARC.published_texts(arc)]})
     index.check(["Quiz time! Which of these planets is the nearest to the Sun? Think."])
     assert list(index.overlaps["arc"].found) == [0]
     mmlu = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 2}
-    assert contamination.texts_of_row({"train": mmlu}) == ["q", "q c"]
-    assert contamination.texts_of_row({"question": "q", "answer": "<<1+1=2>>2\n#### 2"})[1] == "<<1+1=2>>2\n#### 2"
+    assert MMLU.published_texts(mmlu) == ["q", "q c"]
+    assert GSM8K.published_texts({"question": "q", "answer": "<<1+1=2>>2\n#### 2"})[1] == "<<1+1=2>>2\n#### 2"
     core = {"query": "Question: What is it?", "choices": ["x", "y"], "gold": 1}
     assert contamination.texts_of_core_item(core) == ["What is it?", "What is it? y"]
 

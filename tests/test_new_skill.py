@@ -1,4 +1,4 @@
-"""The guide in dev/NEW_SKILL.md: what it says to do works."""
+"""The steps of dev/NEW_SKILL.md work."""
 
 import json
 import subprocess
@@ -10,24 +10,19 @@ import pytest
 from stubs import TINY
 
 from scripts import base_train, chat_eval, chat_rl, chat_sft
-from tasks.registry import TASKS, TaskSpec, sized
-from tasks.rewarded import REWARDED, generated
+from tasks.registry import REWARDED, TASKS, generated
 
 DEV = Path(__file__).resolve().parent.parent / "dev"
 
 
 @pytest.fixture
 def backwards(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The example's task, made known as the guide says."""
+    """The example task, registered as the guide says."""
     monkeypatch.syspath_prepend(str(DEV / "new_skill"))
     from backwards import Backwards  # type: ignore[import-not-found]
 
-    monkeypatch.setitem(
-        TASKS,
-        "Backwards",
-        TaskSpec("Backwards", lambda split, **kw: sized(Backwards, split, **kw), "test", starter=True),
-    )
-    monkeypatch.setattr("tasks.rewarded.REWARDED", {**REWARDED, "Backwards": generated(Backwards)})
+    monkeypatch.setitem(TASKS, "Backwards", generated(Backwards))
+    monkeypatch.setitem(REWARDED, "Backwards", [Backwards])
     return Backwards
 
 
@@ -77,5 +72,5 @@ def test_the_guide_is_short_and_names_what_there_is() -> None:
     text = (DEV / "NEW_SKILL.md").read_text(encoding="utf-8")
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (DEV / "new_skill").glob("*.py"))
     assert lines < 100
-    for name in ("tasks/registry.py", "tasks/rewarded.py", "tasks/mixtures.py", "nanochat/inference/tools.py"):
+    for name in ("tasks/registry.py", "tasks/mixtures.py", "nanochat/inference/tools.py"):
         assert name in text and (DEV.parent / name).exists()

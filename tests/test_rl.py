@@ -19,10 +19,10 @@ from nanochat.runtime import Runtime
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep
 from scripts import chat_rl
-from tasks.answers import keyed_random
+from tasks.common import keyed_random
 from tasks.formats import Format
-from tasks.rewarded import REWARDED, make_levels
-from tasks.wordproblems import LEVELS, WordProblems, draw
+from tasks.registry import REWARDED, make_levels
+from tasks.wordproblems import LEVELS, WordProblems, draw_problem
 
 END = TOKENIZER.encode_special("<|assistant_end|>")
 
@@ -295,9 +295,9 @@ def test_word_problems_are_sound(level: int) -> None:
             ]
             assert sum(n in question for n in numbers) >= level + 1, "every number of the problem is in the question"
     assert train[3] == WordProblems(level, 300)[3] != WordProblems(level, 300, seed=1)[3]
-    drawn = [draw(keyed_random(i), level) for i in range(2000)]
+    drawn = [draw_problem(keyed_random(i), level) for i in range(2000)]
     assert 0.05 < sum(problem.held_out for problem in drawn) / 2000 < 0.15
-    assert all(value >= 0 for problem in drawn for value in problem.values())
+    assert all(value >= 0 for problem in drawn for value in problem.results())
 
 
 def test_format_gives_credit_for_parts() -> None:

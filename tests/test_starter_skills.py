@@ -14,7 +14,8 @@ from nanochat.common import UserError
 from nanochat.conversation import validate_conversation
 from nanochat.inference.calculator import use_calculator
 from tasks.arithmetic import Arithmetic, is_held_out
-from tasks.common import DatasetMissing, Task
+from tasks.common import Task
+from tasks.hub import DatasetMissing
 from tasks.registry import TASKS, make_task
 from tasks.spellingbee import COUNTING_QUESTIONS, SPELLING_QUESTIONS, SimpleSpelling, SpellingBee
 from tasks.starter import Identity, StarterChat
@@ -93,7 +94,7 @@ def test_word_lists(words: Path, tmp_path: Path) -> None:
         load_words("test", tmp_path / "elsewhere")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/words_train.txt").write_text("\n")
-    with pytest.raises(UserError, match="no words"):
+    with pytest.raises(UserError, match="words_train"):
         load_words("train", tmp_path / "empty")
 
 
@@ -272,12 +273,12 @@ def test_starter_chat(starter: Path) -> None:
     assert rain.name == "StarterChat/qa"
     assert list(rain) == [{"messages": exchange("qa", "What is rain?", "Water.")["messages"]}]
     assert len(StarterChat("val", "identity", data_dir=starter, stop=4)) == 4
-    with pytest.raises(UserError, match="no source 'poems'; there: identity, qa"):
+    with pytest.raises(UserError, match=r"'poems'.*identity, qa"):
         StarterChat("val", "poems", data_dir=starter)
     with pytest.raises(DatasetMissing, match="sft_train"):
         StarterChat("train", data_dir=starter / "elsewhere")
     (starter / "sft_val.parquet").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"sft_val\.parquet"):
         StarterChat("val", data_dir=starter)
 
 

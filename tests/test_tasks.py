@@ -15,14 +15,16 @@ from nanochat.common import UserError
 from nanochat.conversation import validate_conversation
 from nanochat.sandbox.levels import SAFE_LEVELS, why_unavailable
 from tasks import hub
-from tasks.answers import final_number, final_text, keyed_random
+from tasks.answers import final_number, final_text
 from tasks.arc import ARC
-from tasks.common import DatasetMissing, Task, TaskMixture, TaskSequence, load_hub_rows, render_mc
+from tasks.common import Task, TaskMixture, TaskSequence, keyed_random
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, solution_parts
+from tasks.hub import DatasetMissing, load_hub_rows
 from tasks.humaneval import HumanEval, extract_program
 from tasks.mmlu import MMLU
-from tasks.registry import TASKS, make_task, task_spec
+from tasks.multiple_choice import render_mc
+from tasks.registry import TASKS, known_name, make_task
 from tasks.smoltalk import SmolTalk
 
 Rows = list[dict[str, Any]]
@@ -185,31 +187,31 @@ def test_rows_of_several_shards_in_order(mirror: Path) -> None:
 def test_splits_are_never_mixed(mirror: Path) -> None:
     put(mirror, "allenai/ai2_arc/ARC-Easy", ARC_ROWS, "validation")
     assert len(ARC("ARC-Easy", "validation")) == 2
-    with pytest.raises(DatasetMissing, match=r"ai2_arc.*'test'.*has validation only.*NANOCHAT_DATASETS_DIR") as error:
+    with pytest.raises(DatasetMissing, match=r"ai2_arc.*'test'.*validation.*NANOCHAT_DATASETS_DIR") as error:
         ARC("ARC-Easy", "test")
     assert "\n" not in str(error.value)
     with pytest.raises(DatasetMissing, match="no network in tests"):
         ARC("ARC-Challenge", "test")
-    with pytest.raises(UserError, match="ARC has"):
+    with pytest.raises(UserError, match="'dev'"):
         ARC("ARC-Easy", "dev")
 
 
 def test_split_names_that_begin_alike(mirror: Path) -> None:
     put(mirror, "some/set/main", [{"n": 1}], "train_extra")
-    with pytest.raises(DatasetMissing, match="train_extra only"):
+    with pytest.raises(DatasetMissing, match="train_extra"):
         load_hub_rows("some/set", "main", "train")
 
 
 def test_damaged_mirrors(mirror: Path) -> None:
     put(mirror, "some/set/main", [{"n": i} for i in range(4)], shards=2)
     (mirror / "some/set/main/test-00001-of-00002.parquet").unlink()
-    with pytest.raises(UserError, match="holds 1 of 2 files"):
+    with pytest.raises(UserError, match="1 of 2"):
         load_hub_rows("some/set", "main", "test")
     (mirror / "some/set/main/test-00001-of-00002.parquet").write_bytes(b"PAR1 not parquet")
-    with pytest.raises(UserError, match="cannot be read as parquet"):
+    with pytest.raises(UserError, match="test-00001-of-00002"):
         load_hub_rows("some/set", "main", "test")
     put(mirror, "openai/gsm8k/main", [{"question": "?", "solution": "1"}])
-    with pytest.raises(UserError, match=r"no column 'answer' \(columns: question, solution\)"):
+    with pytest.raises(UserError, match=r"'answer'.*question, solution"):
         GSM8K(split="test")
 
 
@@ -228,7 +230,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(rows) == [{"n": 5}] and rows.origin == "hub some/set (train)"
     assert asked["repo"] == "some/set" and asked["repo_type"] == "dataset"
     assert asked["cache_dir"] == tmp_path / "base" / "hub"
-    with pytest.raises(DatasetMissing, match=r"no such split \(there: train\)"):
+    with pytest.raises(DatasetMissing, match=r"'test'.*train\)"):
         load_hub_rows("some/set", "default", "test")
 
 
@@ -241,7 +243,7 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("NANOCHAT_DATASETS_DIR", raising=False)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(DatasetMissing, match=r"openai/gsm8k \(main\), split 'train'.*hub cannot be reached"):
+    with pytest.raises(DatasetMissing, match=r"openai/gsm8k.*main.*'train'.*NANOCHAT_DATASETS_DIR"):
         GSM8K()
 
 
@@ -273,7 +275,7 @@ def test_mmlu_and_its_nested_training_rows(mirror: Path) -> None:
     assert test[0]["messages"][1]["content"] == "D" and test[0]["subject"] == "sums"
     assert train[0]["messages"][1]["content"] == "A"
     assert train[0]["messages"][0] == test[0]["messages"][0]
-    with pytest.raises(UserError, match="MMLU has"):
+    with pytest.raises(UserError, match="'train'"):
         MMLU("all", "train")
 
 
@@ -325,7 +327,7 @@ def test_humaneval(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = task[0]["messages"][1]["content"]
     with monkeypatch.context() as patch:
         patch.setattr("nanochat.sandbox.levels.why_unavailable", lambda level: "not today")
-        with pytest.raises(UserError, match=r"not today"):
+        with pytest.raises(UserError, match="not today"):
             task.evaluate(task[0], whole)
     body = HUMANEVAL_ROW["canonical_solution"]
     assert task.evaluate(task[0], whole, run_program)
@@ -338,7 +340,7 @@ def test_humaneval(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         success = False
 
     assert not task.evaluate(task[0], whole, lambda program: Verdict())
-    with pytest.raises(UserError, match="split"):
+    with pytest.raises(UserError, match="'train'"):
         HumanEval("train")
 
 
@@ -425,7 +427,7 @@ def test_smoltalk_skips_what_is_malformed(mirror: Path, capsys: pytest.CaptureFi
 
 def test_smoltalk_with_nothing_good(mirror: Path) -> None:
     put(mirror, "HuggingFaceTB/smol-smoltalk/data", BAD_TALKS[:3], "train")
-    with pytest.raises(UserError, match="no well-formed"):
+    with pytest.raises(UserError, match="smol-smoltalk"):
         SmolTalk("train")
 
 
@@ -440,7 +442,7 @@ def test_embedded_samples_are_asked_for_by_name(mirror: Path) -> None:
                 assert not task.evaluate(conversation, conversation["messages"][0]["content"])
         with pytest.raises(DatasetMissing):
             make_task(name)
-    with pytest.raises(DatasetMissing, match="no embedded sample"):
+    with pytest.raises(DatasetMissing, match="openai/gsm8k"):
         GSM8K(split="train", sample=True)
 
 
@@ -487,12 +489,12 @@ def test_customjson_names_the_line(tmp_path: Path, line: bytes, reason: str) -> 
 
 
 def test_customjson_without_conversations(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"none\.jsonl"):
         CustomJSON(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(UserError, match="no conversations"):
+    with pytest.raises(UserError, match=r"empty\.jsonl"):
         CustomJSON(tmp_path / "empty.jsonl")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         CustomJSON(tmp_path)
 
 
@@ -552,8 +554,8 @@ def test_registry() -> None:
         "ARC-Challenge": 0.25,
         "MMLU": 0.25,
     }
-    assert task_spec("gsm8k") is TASKS["GSM8K"]
-    with pytest.raises(UserError, match=r"no task 'Chess'; choose from ARC-Easy, "):
+    assert known_name("gsm8k", TASKS) == "GSM8K"
+    with pytest.raises(UserError, match=r"'Chess'.*ARC-Easy, "):
         make_task("Chess")
 
 

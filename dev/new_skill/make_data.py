@@ -1,4 +1,4 @@
-"""SFT data for the new skill: a few hundred conversations as .jsonl, for `chat_sft --data`."""
+"""Print SFT data of the example task as .jsonl, for `chat_sft --data`; the argument is the number of conversations."""
 
 import json
 import sys
