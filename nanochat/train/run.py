@@ -109,9 +109,9 @@ class Run(Generic[Config]):
         """Put the finished stage into the report, and print a summary."""
         record_stage(get_base_dir(), self.script, self.figures(trainer) | values)
         now = trainer.progress
-        bpb = "" if now.val_bpb is None else f"; val bpb {now.val_bpb:.4f}"
+        bpb = "val bpb not measured" if now.val_bpb is None else f"val bpb {now.val_bpb:.4f}"
         say(
-            f"{now.step} steps, {format_count(now.tokens)} trained tokens in {format_seconds(now.wall_seconds)}{bpb}; "
+            f"{now.step} steps, {format_count(now.tokens)} trained tokens in {format_seconds(now.wall_seconds)}; {bpb}; "
             f"saved in {self.folder}"
         )
 
