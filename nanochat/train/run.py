@@ -111,8 +111,8 @@ class Run(Generic[Config]):
         now = trainer.progress
         bpb = "val bpb not measured" if now.val_bpb is None else f"val bpb {now.val_bpb:.4f}"
         say(
-            f"{now.step} steps, {format_count(now.tokens)} trained tokens in {format_seconds(now.wall_seconds)}; {bpb}; "
-            f"saved in {self.folder}"
+            f"{now.step} steps, {format_count(now.tokens)} trained tokens in {format_seconds(now.wall_seconds)}; "
+            f"{bpb}; saved in {self.folder}"
         )
 
     def figures(self, trainer: Trainer) -> dict[str, Any]:
