@@ -446,9 +446,10 @@ def test_the_prefetcher_stays_within_its_depth():
     made = []
     prefetcher = Prefetcher(lambda: made.append(0) or len(made), depth=3)
     assert [prefetcher.get() for _ in range(5)] == [1, 2, 3, 4, 5]
-    time.sleep(0.05)
-    assert len(made) <= 5 + 3
+    while len(made) < 5 + 3:
+        time.sleep(0.001)
     prefetcher.close()
+    assert len(made) == 5 + 3
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -113,20 +113,20 @@ def test_what_was_fetched_is_not_fetched_again(bucket: Path, tmp_path: Path) -> 
 def test_row_groups_are_fetched_ahead(bucket: Path, tmp_path: Path) -> None:
     """With a slow network the row groups of several streams are fetched at once."""
     corpus = resolve_corpus("bucket://data", tmp_path / "base")
-    at_once, most = [0], [0]
-    lock = threading.Lock()
+    in_flight, four, lock = [0], threading.Event(), threading.Lock()
 
     def slow(path: str, start: int | None, end: int | None) -> None:
         with lock:
-            at_once[0] += 1
-            most[0] = max(most[0], at_once[0])
-        time.sleep(0.02)
+            in_flight[0] += 1
+            if in_flight[0] >= 4:
+                four.set()
+        four.wait(1)
         with lock:
-            at_once[0] -= 1
+            in_flight[0] -= 1
 
     Bucket.fail = staticmethod(slow)
     rows_of(corpus, 3)
-    assert most[0] >= 4
+    assert four.is_set()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -317,8 +317,14 @@ def test_waiting_for_a_network_can_be_given_up(bucket: Path, tmp_path: Path) -> 
     assert time.monotonic() - began < 5
     Bucket.fail = staticmethod(lambda path, start, end: None)
     np.testing.assert_array_equal(rows_of(corpus, 5), rows_of(resolve_corpus("bucket://data", tmp_path / "b"), 5))
-    prefetcher = Prefetcher(lambda: corpus.shards["train"][0].path.remote.wait(remote.Future()), 1)
-    time.sleep(0.1)
+    waiting = threading.Event()
+
+    def wait_for_ever() -> None:
+        waiting.set()
+        corpus.shards["train"][0].path.remote.wait(remote.Future())
+
+    prefetcher = Prefetcher(wait_for_ever, 1)
+    assert waiting.wait(10)
     prefetcher.close()
     with pytest.raises(StopRequested):
         prefetcher.get()
