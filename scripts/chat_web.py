@@ -15,11 +15,9 @@ from nanochat.execution import choose_level
 from nanochat.inference.sampling import SamplingParams
 from nanochat.ranges import Range
 from nanochat.runtime import Runtime
-from nanochat.serve.api import Settings
-from nanochat.serve.listen import open_socket
-from nanochat.serve.metrics import ServerMetrics
+from nanochat.serve.api import ServerMetrics, Settings
 from nanochat.serve.server import create_app
-from nanochat.serve.uvicorn_server import Server, limit_pauses
+from nanochat.serve.uvicorn_server import Server, limit_pauses, open_socket
 from scripts import _cli
 from scripts._replica import ReplicaPlan, local_pool, remote_pool
 

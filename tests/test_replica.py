@@ -27,9 +27,8 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.inference.sampling import SamplingParams
 from nanochat.runtime import Runtime
-from nanochat.serve.api import Settings
+from nanochat.serve.api import ServerMetrics, Settings
 from nanochat.serve.handle import Busy, Closed, Finished
-from nanochat.serve.metrics import ServerMetrics
 from nanochat.serve.replica import RemoteService
 from nanochat.serve.server import create_app
 from nanochat.serve.service import WorkerPool

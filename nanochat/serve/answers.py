@@ -34,6 +34,11 @@ def now() -> int:
     return int(time.time())
 
 
+def head(generation: Generation, prefix: str, kind: str) -> dict[str, Any]:
+    """The first fields of every chunk of a stream."""
+    return {"id": new_id(prefix), "object": kind, "created": now(), "model": generation.api.settings.model_name}
+
+
 async def whole(generation: Generation, make_answer: Callable[[], Mapping[str, Any]]) -> Response:
     """Generate everything, then answer as JSON. Raises ApiError."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -65,28 +65,25 @@ def describe_validation_error(error: RequestValidationError, content_type: str) 
     return ApiError(400, f"{param}: {message}" if param else message, param=param)
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def validation_error(request: Request, error: RequestValidationError) -> Response:
-        return describe_validation_error(error, request.headers.get("content-type", "")).response()
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
+def to_api_error(request: Request, error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return describe_validation_error(error, request.headers.get("content-type", ""))
+    if isinstance(error, HTTPException):
         message = "the body cannot be read as JSON in UTF-8" if error.status_code == 400 else str(error.detail)
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        return ApiError(error.status_code, message, headers=error.headers)
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the JSON is nested too deeply")
+    if isinstance(error, UnicodeDecodeError):
+        return ApiError(400, "the body is not UTF-8")
+    return ApiError(500, "the server failed on this request", "server_error")  # uvicorn logs the traceback
 
-    @app.exception_handler(RecursionError)
-    async def recursion_error(request: Request, error: RecursionError) -> Response:
-        return ApiError(400, "the JSON is nested too deeply").response()
 
-    @app.exception_handler(UnicodeDecodeError)
-    async def unicode_error(request: Request, error: UnicodeDecodeError) -> Response:
-        return ApiError(400, "the body is not UTF-8").response()
+async def handle_error(request: Request, error: Exception) -> Response:
+    return to_api_error(request, error).response()
 
-    @app.exception_handler(Exception)
-    async def internal_error(request: Request, error: Exception) -> Response:  # uvicorn logs the traceback
-        return ApiError(500, "the server failed on this request", "server_error").response()
+
+ERROR_HANDLERS: dict[int | type[Exception], Any] = dict.fromkeys(
+    (ApiError, RequestValidationError, HTTPException, RecursionError, UnicodeDecodeError, Exception), handle_error
+)

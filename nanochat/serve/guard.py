@@ -3,10 +3,9 @@
 import asyncio
 import contextlib
 import hmac
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
-from fastapi.responses import Response
 from starlette.datastructures import Headers, MutableHeaders
 
 from nanochat.serve.api import Api
@@ -18,7 +17,10 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-LINGER_SECONDS = 5.0  # to read and discard the body of a refused request, so that the client reads the reason
+LINGER_SECONDS = (
+    5.0  # to discard the body of a refused request: a client that is still sending does not read the reason
+)
+LINGER_BODIES = 16  # of the largest size
 
 
 class Guard:
@@ -33,18 +35,27 @@ class Guard:
             return
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}  # uvicorn leaves the body out
-        exchange = Exchange(self.api, scope, receive, send)
+
+        async def send_counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+                path = getattr(scope.get("route"), "path", "other")
+                self.api.metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        body = RequestBody(scope, receive, self.api.settings.body_bytes)
         try:
             scope.setdefault("state", {})["client"] = self.identify(scope)
-            exchange.check_content_length()
-            if scope["path"] in self.generating_paths and scope["method"] == "POST":
-                await self.admit(scope, exchange)
-            else:
-                await self.app(scope, exchange.receive, exchange.send)
-            if exchange.error:
-                raise exchange.error
+            await body.read()
+            with self.admit(scope):
+                await self.app(scope, body.receive, send_counted)
         except ApiError as error:
-            await exchange.refuse(error.response())
+            response = error.response()
+            if not await body.discard():
+                response.headers["Connection"] = "close"
+            await response(scope, receive, send_counted)
 
     def identify(self, scope: Any) -> str:
         """The client's name in the queue: the number of its key, or its address where no key is required.
@@ -67,9 +78,13 @@ class Guard:
             )
         return f"key {matches.index(True)}"
 
-    async def admit(self, scope: Any, exchange: "Exchange") -> None:
-        """Run a generating request, and count it as active until its answer is sent. Raises ApiError if refused."""
+    @contextlib.contextmanager
+    def admit(self, scope: Any) -> Iterator[None]:
+        """Count a generating request as active inside the block. Raises ApiError if it is refused."""
         admission = self.api.admission
+        if scope["path"] not in self.generating_paths or scope["method"] != "POST":
+            yield
+            return
         if admission.closing:
             retry = {"Retry-After": "5"}
             raise ApiError(503, "the server is shutting down", "server_error", code="unavailable", headers=retry)
@@ -78,66 +93,47 @@ class Guard:
             raise ApiError(429, "too many requests are active", "rate_limit_error", code="server_busy", headers=retry)
         admission.active += 1
         try:
-            await self.app(scope, exchange.receive, exchange.send)
+            yield
         finally:
             admission.active -= 1
 
 
-class Exchange:
-    """One request and its response. Limits the body, whether its length is announced or not."""
+class RequestBody:
+    """A request's body: read whole, up to a limit, before the application gets it."""
 
-    def __init__(self, api: Api, scope: Any, receive: Any, send: Any) -> None:
-        self.api, self.scope, self._receive, self._send = api, scope, receive, send
-        self.max_bytes, self.received_bytes = api.settings.body_bytes, 0
-        self.received_all = self.responded = False
-        self.error: ApiError | None = None  # is sent, whatever response the application makes of it
+    def __init__(self, scope: Any, receive: Any, max_bytes: int) -> None:
+        self._receive, self.max_bytes = receive, max_bytes
+        self.headers = Headers(scope=scope)
+        self.content = bytearray()
+        self.complete = self.passed_on = False
 
-    def too_large(self) -> ApiError:
-        return ApiError(413, f"the request's body is larger than {self.max_bytes} bytes", code="request_too_large")
+    async def _read_piece(self) -> bytes:
+        message = await self._receive()
+        self.complete = not message.get("more_body", False)
+        return message.get("body", b"")
 
-    def check_content_length(self) -> None:
-        announced = Headers(scope=self.scope).get("content-length", "0")
-        if announced.isdecimal() and int(announced[:20]) > self.max_bytes:
-            raise self.too_large()
+    async def read(self) -> None:
+        """Raises ApiError if the body is too large, announced or not."""
+        announced = self.headers.get("content-length", "0")
+        too_large = announced.isdecimal() and int(announced[:20]) > self.max_bytes
+        while not too_large and not self.complete:
+            self.content += await self._read_piece()
+            too_large = len(self.content) > self.max_bytes
+        if too_large:
+            raise ApiError(413, f"the request's body is larger than {self.max_bytes} bytes", code="request_too_large")
 
     async def receive(self) -> Any:
-        if self.error:
-            raise self.error
-        message = await self._receive()
-        self.received_all = self.received_all or not message.get("more_body", False)
-        self.received_bytes += len(message.get("body", b""))
-        if self.received_bytes > self.max_bytes:
-            self.error = self.too_large()
-            raise self.error
-        return message
+        """For the application: the whole body, then what else the server sends."""
+        if self.passed_on:
+            return await self._receive()
+        self.passed_on = True
+        return {"type": "http.request", "body": bytes(self.content), "more_body": False}
 
-    async def send(self, message: Any) -> None:
-        if self.error and not self.responded:
-            return  # `refuse` responds
-        if message["type"] == "http.response.start":
-            self.responded = True
-            headers = MutableHeaders(scope=message)
-            for name, value in SECURITY_HEADERS.items():
-                headers.setdefault(name, value)
-            path = getattr(self.scope.get("route"), "path", "other")
-            self.api.metrics.requests.labels(path, str(message["status"])).inc()
-        await self._send(message)
-
-    async def refuse(self, response: Response) -> None:
-        """Respond after the rest of the body has arrived: a client that is still sending would not read it."""
-        if self.responded:
-            return
-        self.error = None
-        if "expect" not in Headers(scope=self.scope):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._discard_body(), LINGER_SECONDS)
-        if not self.received_all:
-            response.headers["Connection"] = "close"
-        await response(self.scope, self._receive, self.send)
-
-    async def _discard_body(self) -> None:
-        remaining = 16 * self.max_bytes
-        while not self.received_all and remaining > 0:
-            message = await self._receive()
-            remaining -= len(message.get("body", b""))
-            self.received_all = not message.get("more_body", False)
+    async def discard(self) -> bool:
+        """Read the rest, for a limited time and size; returns whether the body is complete."""
+        remaining = LINGER_BODIES * self.max_bytes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while not self.complete and remaining > 0 and "expect" not in self.headers:
+                    remaining -= len(await self._read_piece())
+        return self.complete

@@ -7,9 +7,9 @@ Finished.
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from nanochat.common import warn
 from nanochat.inference.request import GenerationRequest, Token
@@ -77,8 +77,15 @@ def count_groups(handles: Iterable[RequestHandle]) -> int:
     return len({handle.request.group or id(handle) for handle in handles})
 
 
+class Waiting(Sized, Iterable[RequestHandle], Protocol):
+    """The requests that count against max_waiting."""
+
+
 class Replica(ABC):
     """A model that decodes requests: Service in this process, RemoteService in another."""
+
+    _waiting: Waiting
+    request_seconds = 0.2  # estimate of the time for a waiting request, for Retry-After
 
     def __init__(self, max_context: int, max_waiting: int) -> None:
         """`max_waiting`: groups of requests in the queue; more are refused."""
@@ -103,8 +110,8 @@ class Replica(ABC):
         with self._changed:
             if self._closing or not self.alive:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
-            if not admitted and count_groups(self._waiting()) >= self.max_waiting:
-                raise Busy(self._expected_wait())
+            if not admitted and count_groups(self._waiting) >= self.max_waiting:
+                raise Busy(len(self._waiting) * self.request_seconds)
             self.load += request.num_samples
             self._enqueue(handle)
         return handle
@@ -113,14 +120,6 @@ class Replica(ABC):
         """Called once for every finished request."""
         with self._changed:
             self.load -= handle.request.num_samples
-
-    @abstractmethod
-    def _waiting(self) -> Iterable[RequestHandle]:
-        """The requests that count against max_waiting."""
-
-    @abstractmethod
-    def _expected_wait(self) -> float:
-        """Seconds until the queue may have room again."""
 
     @abstractmethod
     def _enqueue(self, handle: RequestHandle) -> None: ...

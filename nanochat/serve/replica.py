@@ -18,7 +18,7 @@ import socket
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -40,7 +40,6 @@ STATS = (  # the keys of Service.stats() besides "alive"
     "prompt_tokens",
 )
 STATS_TIMEOUT_SECONDS = 2.0  # a busy replica may not answer in time
-REQUEST_SECONDS = 0.2  # assumed per request, for Retry-After
 
 WireMessage = dict[str, Any]
 
@@ -60,6 +59,7 @@ class RemoteService(Replica):
         self.observe = observe
         self._ids = itertools.count()
         self._handles: dict[int, RequestHandle] = {}
+        self._waiting = self._handles.values()
         self._stats: WireMessage = dict.fromkeys(STATS, 0)
         self._stats_arrived = threading.Event()
         self.ready = threading.Event()  # the child has loaded its model
@@ -76,12 +76,6 @@ class RemoteService(Replica):
             thread.start()
 
     # -- from any thread ------------------------------------------------------------------------------
-
-    def _waiting(self) -> Iterable[RequestHandle]:
-        return self._handles.values()
-
-    def _expected_wait(self) -> float:
-        return len(self._handles) * REQUEST_SECONDS
 
     def _enqueue(self, handle: RequestHandle) -> None:
         id = next(self._ids)
@@ -163,7 +157,8 @@ class RemoteService(Replica):
         with self._changed:
             died = RuntimeError(f"its process ended with {code}")
             self.error = Closed("the service was shut down") if self._closing else died
-            unfinished, self._handles = list(self._handles.values()), {}
+            unfinished = list(self._handles.values())
+            self._handles.clear()
             self.requests_lost = len(unfinished)
         for handle in unfinished:
             handle.deliver(Finished(self.error))

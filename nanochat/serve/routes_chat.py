@@ -26,7 +26,7 @@ from nanochat.serve.request_models import (
     TopK,
     to_conversation,
 )
-from nanochat.serve.sample import FinishReason, Piece
+from nanochat.serve.sample import FinishReason
 
 router = APIRouter()
 
@@ -126,30 +126,6 @@ class ChatAnswer(TypedDict):
     usage: Usage
 
 
-class Delta(TypedDict, total=False):
-    """A tool call is not part of the answer's text: it has a field of its own, which our page shows."""
-
-    role: Literal["assistant"]
-    content: str
-    tool: Tool
-
-
-class ChunkChoice(TypedDict):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-
-
-class ChatChunk(TypedDict):
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: NotRequired[Usage | None]
-
-
 def logprob_entries(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> Iterator[ChosenLogprob]:
     """Log probabilities of the tokens that the model chose. An iterator, since a whole answer's would be hundreds of
     thousands of objects for the garbage collector."""
@@ -169,7 +145,7 @@ def chat_answer(generation: Generation, body: ChatRequest) -> ChatAnswer:
     choices: list[ChatChoice] = []
     for sample in generation.samples[0]:
         message: AssistantMessage = {"role": "assistant", "content": sample.text, "refusal": None}
-        if tools := [tool(piece) for piece in sample.pieces if piece[0] != "text"]:
+        if tools := [tool(kind, text) for kind, text in sample.pieces if kind != "text"]:
             message["tools"] = tools
         entries = logprob_entries(generation.api.tokenizer, sample.tokens, body.top_logprobs or 0)
         logprobs: ChatLogprobs | None = {"content": entries} if body.logprobs else None
@@ -185,37 +161,30 @@ def chat_answer(generation: Generation, body: ChatRequest) -> ChatAnswer:
     }
 
 
-async def chat_events(generation: Generation, body: ChatRequest) -> AsyncIterator[ChatChunk]:
-    """The chunks of a streamed answer."""
-    base: ChatChunk = {
-        "id": answers.new_id("chatcmpl"),
-        "object": "chat.completion.chunk",
-        "created": answers.now(),
-        "model": generation.api.settings.model_name,
-        "choices": [],
-    }
+async def chat_events(generation: Generation, body: ChatRequest) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of a streamed answer. A tool call is not part of its text: it has a field of its own, which our page
+    shows."""
+    base = answers.head(generation, "chatcmpl", "chat.completion.chunk")
+    usage = {"usage": None} if body.include_usage else {}
 
-    def chunk(index: int, delta: Delta, logprobs: ChatLogprobs | None, reason: FinishReason | None = None) -> ChatChunk:
-        choice: ChunkChoice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        made: ChatChunk = {**base, "choices": [choice]}
-        if body.include_usage:
-            made["usage"] = None
-        return made
+    def chunk(index: int, delta: Any, logprobs: ChatLogprobs | None, reason: FinishReason | None = None) -> Any:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**base, "choices": [choice], **usage}
 
     for index in range(body.n):
         yield chunk(index, {"role": "assistant", "content": ""}, None)
     async for update in generation.updates():
-        logprobs, index = None, update.sample.choice
+        index, logprobs = update.sample.choice, None
         if body.logprobs:
             entries = logprob_entries(generation.api.tokenizer, update.tokens, body.top_logprobs or 0)
             logprobs = ChatLogprobs(content=list(entries))
-        for piece in update.pieces or ([("text", "")] if logprobs and logprobs["content"] else []):
-            yield chunk(index, {"content": piece[1]} if piece[0] == "text" else {"tool": tool(piece)}, logprobs)
+        for kind, text in update.pieces or ([("text", "")] if logprobs and logprobs["content"] else []):
+            yield chunk(index, {"content": text} if kind == "text" else {"tool": tool(kind, text)}, logprobs)
             logprobs = None
         if update.sample.finish_reason:
             yield chunk(index, {}, None, update.sample.finish_reason)
     if body.include_usage:
-        yield {**base, "usage": generation.usage()}
+        yield {**base, "choices": [], "usage": generation.usage()}
 
 
 async def published_events(generation: Generation) -> AsyncIterator[dict[str, Any]]:
@@ -226,8 +195,7 @@ async def published_events(generation: Generation) -> AsyncIterator[dict[str, An
     yield {"done": True}
 
 
-def tool(piece: Piece) -> Tool:
-    kind, text = piece
+def tool(kind: str, text: str) -> Tool:
     return {"kind": "python" if kind == "python" else "python_output", "text": text}
 
 

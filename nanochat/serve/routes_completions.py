@@ -3,7 +3,7 @@ probabilities."""
 
 import codecs
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -135,22 +135,6 @@ class CompletionAnswer(TypedDict):
     usage: Usage
 
 
-class ChunkChoice(TypedDict):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason | None
-
-
-class CompletionChunk(TypedDict):
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: NotRequired[Usage]
-
-
 class TextOffsets:
     """Positions of tokens in a text, in characters. All tokens of one character have its position."""
 
@@ -246,19 +230,13 @@ def echo_parts(
         yield text[start : offsets.end], completion_logprobs(tokenizer, ids[part], logprobs[part], positions)
 
 
-async def completion_events(generation: Generation, body: CompletionRequest) -> AsyncIterator[CompletionChunk]:
+async def completion_events(generation: Generation, body: CompletionRequest) -> AsyncIterator[dict[str, Any]]:
     """The chunks of a streamed answer."""
-    base: CompletionChunk = {
-        "id": answers.new_id("cmpl"),
-        "object": "text_completion",
-        "created": answers.now(),
-        "model": generation.api.settings.model_name,
-        "choices": [],
-    }
+    base = answers.head(generation, "cmpl", "text_completion")
 
     def chunk(
         index: int, text: str, logprobs: CompletionLogprobs | None = None, reason: FinishReason | None = None
-    ) -> CompletionChunk:
+    ) -> dict[str, Any]:
         return {**base, "choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}]}
 
     tokenizer, with_logprobs = generation.api.tokenizer, body.logprobs is not None
@@ -281,7 +259,7 @@ async def completion_events(generation: Generation, body: CompletionRequest) -> 
         if update.sample.finish_reason:
             yield chunk(index, "", None, update.sample.finish_reason)
     if body.include_usage:
-        yield {**base, "usage": generation.usage()}
+        yield {**base, "choices": [], "usage": generation.usage()}
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,12 +1,17 @@
-"""Everything that is neither text generation nor the page: models, tokenizer, figures."""
+"""Everything but text generation: models, tokenizer, figures; and, without an API key, health checks and the page."""
 
+import base64
+import functools
+import hashlib
+import re
 import time
+from importlib import resources
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
-from pydantic import BeforeValidator, Field
+from pydantic import FailFast, Field
 from typing_extensions import TypedDict
 
 from nanochat.common import SPECIAL_TOKENS
@@ -15,7 +20,12 @@ from nanochat.serve.api import Api, ApiDependency
 from nanochat.serve.errors import ApiError
 from nanochat.serve.request_models import MAX_CHARS, TOKEN_LIMIT, Body, Messages, to_conversation
 
-router = APIRouter()
+CONTENT_POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+router, open_router = APIRouter(), APIRouter()
 
 # ---------------------------------------------------------------------------------------------------
 # Models
@@ -76,17 +86,10 @@ class Tokens(TypedDict):
     count: int
 
 
-def check_ids(value: Any) -> Any:
-    """Report the first fault only: pydantic would write an error for each of a million."""
-    if isinstance(value, list) and not all(type(i) is int and i >= 0 for i in value):
-        raise ValueError("must be a list of token ids, from 0 up")
-    return value
-
-
 class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(check_ids)] = Field(max_length=TOKEN_LIMIT)
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], FailFast(), Field(max_length=TOKEN_LIMIT)]
 
 
 class Text(TypedDict):
@@ -142,3 +145,47 @@ def stats(api: ApiDependency) -> dict[str, Any]:
 @router.get("/metrics", response_class=PlainTextResponse)
 def metrics(api: ApiDependency) -> Response:
     return Response(generate_latest(api.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Without a key: health and the page
+
+
+class Health(TypedDict):
+    status: Literal["ok", "unavailable", "failing"]
+
+
+UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": Health}}
+
+
+@open_router.get("/health", response_model=Health, responses=UNHEALTHY)
+@open_router.get("/health/ready", response_model=Health, responses=UNHEALTHY)
+async def ready(api: ApiDependency) -> Any:
+    fine = api.pool.alive and not api.pool.failing and not api.admission.closing
+    return JSONResponse({"status": "ok" if fine else "unavailable"}, 200 if fine else 503)
+
+
+@open_router.get("/health/live", response_model=Health, responses=UNHEALTHY)
+async def live(api: ApiDependency) -> Any:
+    """503 where only restarting the process may help."""
+    return JSONResponse({"status": "failing"}, 503) if api.pool.failing else {"status": "ok"}
+
+
+@functools.cache
+def load_page() -> tuple[str, dict[str, str]]:
+    """ui.html and its headers."""
+    text = resources.files("nanochat").joinpath("ui.html").read_text(encoding="utf-8")
+    policy = CONTENT_POLICY.format(script=inline_hash(text, "script"), style=inline_hash(text, "style"))
+    return text, {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+
+
+def inline_hash(page: str, tag: str) -> str:
+    """Content-Security-Policy source that allows the page's one inline element of that tag and nothing injected."""
+    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+@open_router.get("/", response_class=HTMLResponse)
+async def page() -> HTMLResponse:
+    text, headers = load_page()
+    return HTMLResponse(text, headers=headers)

@@ -15,15 +15,14 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from nanochat.serve import routes_chat, routes_completions, routes_info, routes_open
-from nanochat.serve.api import Api, Settings
-from nanochat.serve.errors import ERROR_RESPONSES, add_error_handlers
+from nanochat.serve import routes_chat, routes_completions, routes_info
+from nanochat.serve.api import Api, ServerMetrics, Settings
+from nanochat.serve.errors import ERROR_HANDLERS, ERROR_RESPONSES
 from nanochat.serve.guard import Guard
-from nanochat.serve.metrics import ServerMetrics
 from nanochat.serve.service import WorkerPool
 
 GENERATING = (routes_chat.router, routes_completions.router)  # limited in number, refused while shutting down
-OPEN = (routes_open.router,)  # need no API key
+OPEN = (routes_info.open_router,)  # need no API key
 OTHER = (routes_info.router,)
 
 
@@ -40,7 +39,14 @@ def create_app(
         api.admission.closing = True
         await asyncio.to_thread(pool.close, api.settings.drain_seconds)
 
-    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
+    app = FastAPI(
+        title="nanochat",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=ERROR_RESPONSES,
+        exception_handlers=ERROR_HANDLERS,
+    )
     app.state.api = api
     for router in (*GENERATING, *OTHER, *OPEN):
         app.include_router(router)
@@ -56,5 +62,4 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["Retry-After"],
         )
-    add_error_handlers(app)
     return app

@@ -56,11 +56,10 @@ class Service(Replica):
         self.prefixes = PrefixCache(PREFILL_CHUNK, prefix_bytes)
         weights, table = DecodingWeights(model, int8), ToolTable(tokenizer, tools)
         self.batch = RunningBatch(weights, table, end_tokens(tokenizer), max_rows, self.max_context, self.prefixes)
-        self._queue: FairQueue[RequestHandle] = FairQueue()  # the batch has no slots for these yet
+        self._waiting: FairQueue[RequestHandle] = FairQueue()  # for batch slots
         self._cancelled: list[tuple[RequestHandle, int | None]] = []
         self._handles: dict[TokenSequence, RequestHandle] = {}  # of the sequences in the batch
         self.steps = 0
-        self.step_seconds = 0.05  # smoothed, for Retry-After
         self._thread = threading.Thread(target=self._run, name="nanochat-service", daemon=True)
         self._thread.start()
 
@@ -70,14 +69,8 @@ class Service(Replica):
     def alive(self) -> bool:
         return self._thread.is_alive() and self.error is None
 
-    def _waiting(self) -> FairQueue[RequestHandle]:
-        return self._queue
-
-    def _expected_wait(self) -> float:
-        return len(self._queue) * self.step_seconds * STEPS_PER_REQUEST
-
     def _enqueue(self, handle: RequestHandle) -> None:
-        self._queue.add(handle.request.client, handle)
+        self._waiting.add(handle.request.client, handle)
         self._changed.notify()
 
     def cancel(self, handle: RequestHandle, index: int | None) -> None:
@@ -98,7 +91,7 @@ class Service(Replica):
 
     def stats(self) -> dict[str, Any]:
         with self._changed:
-            waiting = len(self._queue)
+            waiting = len(self._waiting)
         return {
             "alive": self.alive,
             "rows_running": len(self.batch.running) + len(self.batch.calling),
@@ -127,14 +120,14 @@ class Service(Replica):
     def _update_batch(self) -> bool:
         """Wait for work; cancel and submit sequences. False if the thread is to end."""
         with self._changed:
-            while not (self._queue or self._cancelled or self._closing or self.error) and self.batch.idle:
+            while not (self._waiting or self._cancelled or self._closing or self.error) and self.batch.idle:
                 self._changed.wait()
             if self.error:
                 return False
             cancelled, self._cancelled = self._cancelled, []
             for handle, index in cancelled:
                 if index is None:
-                    self._queue.remove(handle.request.client, handle)
+                    self._waiting.remove(handle.request.client, handle)
             admitted = self._take_from_queue()
         for handle in admitted:
             self._handles |= dict.fromkeys(handle.sequences, handle)
@@ -145,15 +138,15 @@ class Service(Replica):
                     self.batch.cancel(sequence)
         for handle in [*admitted, *(handle for handle, _ in cancelled)]:
             self._finish_if_done(handle)
-        return not (self.batch.idle and self._closing and not self._queue)
+        return not (self.batch.idle and self._closing and not self._waiting)
 
     def _take_from_queue(self) -> list[RequestHandle]:
         """Requests for the free slots, clients in turn. The rest wait here and not in the batch, where they would be
         ahead of later requests of clients whose turn is earlier."""
         batch, admitted = self.batch, []
         slots = self.max_rows - len(batch.running) - len(batch.calling) - sum(map(len, batch.waiting))
-        while self._queue and slots > 0:
-            admitted.append(self._queue.take())
+        while self._waiting and slots > 0:
+            admitted.append(self._waiting.take())
             slots -= admitted[-1].request.num_samples
         return admitted
 
@@ -163,7 +156,7 @@ class Service(Replica):
         now = time.monotonic()
         self.steps += 1
         self.tokens_made += len(tokens)
-        self.step_seconds = 0.95 * self.step_seconds + 0.05 * (now - started)
+        self.request_seconds = 0.95 * self.request_seconds + 0.05 * STEPS_PER_REQUEST * (now - started)
         self.observe("step_seconds", now - started)
         self.observe("batch_rows", len(self.batch.running))
         by_handle: dict[RequestHandle, list[Token]] = {}
@@ -186,8 +179,8 @@ class Service(Replica):
 
     def _finish_all(self, error: Exception) -> None:
         with self._changed:
-            unfinished = {*self._queue, *self._handles.values()}
-            self._queue.clear()
+            unfinished = {*self._waiting, *self._handles.values()}
+            self._waiting.clear()
             self._handles.clear()
             self.requests_lost = len(unfinished)
             self._closing = True

@@ -5,10 +5,13 @@ or Ctrl-C no new answers are begun and active ones are finished before the proce
 """
 
 import asyncio
+import errno
 import gc
 import logging
+import socket
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,9 +19,16 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from nanochat.common import UserError
+
 REQUEST_SECONDS = 30.0  # for a whole request to arrive, from the connection's or the request's first byte
 UNREAD_SECONDS = 30.0  # that a client may leave its answer unread
 CHECK_SECONDS = 1.0  # between two checks of a connection
+DEFAULT_PORT = 8000
+PORTS_TRIED = 20
+BACKLOG = 2048
+TCP_LISTEN = "0A"  # state in /proc/net/tcp
+
 FLUSH_SECONDS = 0.2  # for the last errors to be sent, before connections are closed
 
 
@@ -94,3 +104,45 @@ def limit_pauses() -> None:
     gc.freeze()  # loaded objects are not scanned again: a full collection would stop all threads for 0.2 s
     gc.set_threshold(2_000, 10, 50)  # a collection of 20,000 objects takes some ten milliseconds
     sys.setswitchinterval(0.001)  # seconds
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A listening socket. A requested port must be free; -1 takes the first free one from DEFAULT_PORT on."""
+    candidates = [port] if port != -1 else range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED)
+    for candidate in candidates:
+        listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, candidate))
+            listening.listen(BACKLOG)
+            return listening
+        except OSError as error:
+            listening.close()
+            taken = error.errno == errno.EADDRINUSE
+            if port != -1:
+                by = f", by {owner}" if taken and (owner := port_owner(candidate)) else ""
+                raise UserError(
+                    f"cannot listen on {host}:{candidate} ({error.strerror}{by}); give another --port, "
+                    "or none for a free one"
+                ) from error
+            if not isinstance(error, PermissionError) and not taken:
+                raise UserError(f"cannot listen on {host}: {error.strerror}") from error
+    raise UserError(f"no port from {candidates[0]} to {candidates[-1]} is free; give one with --port")
+
+
+def port_owner(port: int) -> str:
+    """The process that listens on a port, as `python (process 1234)`; empty if it cannot be found (only on Linux)."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+        except OSError:
+            continue
+        inodes |= {f"socket:[{r[9]}]" for r in rows if r[3] == TCP_LISTEN and int(r[1].rpartition(":")[2], 16) == port}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(str(fd.readlink()) in inodes for fd in process.glob("fd/*")):
+                return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+        except OSError:
+            continue
+    return ""
