@@ -24,10 +24,10 @@ from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, make_plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.device_batch import random_batch
+from nanochat.train.pretraining import PretrainConfig, build_step, plan_arguments
 from nanochat.train.step import TrainStep
 from nanochat.trainer import Trainer
 from scripts import _cli
-from scripts.base_train import Config, build_step, plan_arguments
 
 
 @dataclass
@@ -57,7 +57,7 @@ class RecipeFlags(Flags):
 
 def new_step(flags: RecipeFlags, trial: str, steps: int, seed: int, runtime: Runtime) -> TrainStep:
     """The optimizer step that base_train would make for this recipe."""
-    config = Config(
+    config = PretrainConfig(
         depth=flags.depth,
         head_dim=flags.head_dim,
         max_seq_len=flags.seq_len,

@@ -26,9 +26,9 @@ from nanochat.scaling import Plan, align_batch, make_plan
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train.device_batch import choose_device_batch
 from nanochat.train.pace import choose_depth, measure_pace, this_machine
+from nanochat.train.pretraining import ModelFlags
 from nanochat.train.timing import batch_for_minutes, steps_in
 from scripts import _cli
-from scripts._flags import ModelFlags
 
 DEFAULT_VOCAB_SIZE = 32768
 

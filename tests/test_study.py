@@ -95,7 +95,7 @@ def test_fit_law_reads_finished_runs(copied: Path, capsys: pytest.CaptureFixture
 def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """More time gives a deeper model; a machine ten times slower gives that of a tenth of the time."""
     from nanochat.runtime import Runtime
-    from scripts._flags import ModelFlags
+    from nanochat.train.pretraining import ModelFlags
 
     of_depth = ModelFlags(head_dim=64, max_seq_len=512).network(4096)
     law = Law(0.7, 60.0, 0.35, 180.0, 0.35)

@@ -22,6 +22,7 @@ from nanochat.common import UserError, read_json
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.scaling import make_plan
+from nanochat.train import pretraining
 from nanochat.train.deadline import Deadline
 from nanochat.train.device_batch import find_device_batch, try_micro_batches
 from nanochat.train.run import Run, saved_plan
@@ -205,7 +206,7 @@ def test_a_resumed_run_keeps_the_planned_steps_when_a_deadline_moved_the_horizon
     monkeypatch.setattr(Run, "train", watch)
     flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=moved", "--keep-last=0", "--save-every=1"]
     monkeypatch.setattr(Deadline, "horizon", lambda self, step, num_steps, now: 3)
-    monkeypatch.setattr(base_train, "steps_for_minutes", lambda *_: 40)
+    monkeypatch.setattr(pretraining, "steps_for_minutes", lambda *_: 40)
     assert base_train.main([f for f in flags if "num-iterations" not in f] + ["--minutes=1"]) == 0
     again = [f for f in flags if "num-iterations" not in f and "keep-last" not in f]
     assert base_train.main([*again, "--minutes=1", "--resume-from-step=2"]) == 0
