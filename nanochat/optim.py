@@ -1,7 +1,7 @@
 """MuonAdamW: Muon for the matrices inside the blocks, AdamW for everything else, one optimizer for both.
 
-The arithmetic is in update_rules.py, which parameter gets what in param_groups.py. Matrices of one shape are
-stacked, so each group is a handful of batched products. DistMuonAdamW does the same on several processes.
+The arithmetic and the state of each rule are in optimizer/update_rules.py, which parameter gets which rule and rate in
+optimizer/param_groups.py. DistMuonAdamW does the same on several ranks.
 
 Shapes: K matrices in a group, R rows, C columns.
 """
@@ -9,142 +9,113 @@ Shapes: K matrices in a group, R rows, C columns.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from nanochat.checkpoint.optimizer_shards import StateSlot, parse_name, state_shapes
+from nanochat.checkpoint.optimizer_shards import StateSlot, parse_name
 from nanochat.common import UserError
 from nanochat.distributed.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
-from nanochat.optimizer.update_rules import adamw_step, even_out, muon_step, orthogonalize
+from nanochat.optimizer.update_rules import RULES, UpdateRule, even_out, orthogonalize
 
-__all__ = [
-    "DistMuonAdamW",
-    "MuonAdamW",
-    "OptimizerConfig",
-    "build_param_groups",
-    "even_out",
-    "muon_step",
-    "orthogonalize",
-]
+__all__ = ["DistMuonAdamW", "MuonAdamW", "OptimizerConfig", "build_param_groups", "even_out", "orthogonalize"]
+
+
+def rule_of(group: dict[str, Any]) -> UpdateRule:
+    return RULES[group["kind"]]
 
 
 class MuonAdamW:
-    """Groups are dicts with `kind` "adamw" or "muon"; a muon group's matrices all have one shape.
+    """Groups are dicts; `kind` names a rule of update_rules.RULES. Where the rule is not elementwise (Muon), a group's
+    parameters all have one shape and are updated as one stack, in batched products.
 
-    `param_groups`, `state` and `step` are as in torch.optim.Optimizer, which this is not: to make one imports torch's
-    compiler, which takes seconds.
+    `param_groups`, `state` and `step` are as in torch.optim.Optimizer. This is not a subclass of it: creating one
+    imports torch's compiler, which takes seconds.
 
-    State per parameter, full-shape and fp32: adamw `exp_avg`, `exp_avg_sq`; muon `momentum_buffer` (R, C) and
-    `second_moment` (R, 1) or (1, C): a matrix's state is a view into its group's stack, so that saving and
-    loading know nothing of stacking.
+    State per parameter is full-shape and fp32, named by its rule: adamw `exp_avg`, `exp_avg_sq`; muon
+    `momentum_buffer` (R, C) and `second_moment` (R, 1) or (1, C). A matrix's state is a view into its group's stack, so
+    saving and loading do not see the stacks.
     """
 
-    ADAMW: ClassVar[dict[str, Any]] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
-    MUON: ClassVar[dict[str, Any]] = {
-        "momentum": 0.95,
-        "beta2": 0.95,
-        "weight_decay": 0.0,
-        "ns_steps": 5,
-        "ns_dtype": torch.bfloat16,
-        "ns_safety": 1.02,
-        "row_equilibrate": False,
-        "frobenius_snap": False,
-    }
-
     def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
-        groups = []
+        self.param_groups: list[dict[str, Any]] = []
         for group in param_groups:
-            kind = group.get("kind")
-            assert kind in ("adamw", "muon"), f"a parameter group's kind is adamw or muon, not {kind!r}"
-            groups.append({**(self.ADAMW if kind == "adamw" else self.MUON), **group})
-        self.param_groups: list[dict[str, Any]] = groups
-        self.state: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
-        params = [p for group in groups for p in group["params"]]
-        assert len(set(params)) == len(params), "a parameter is in two groups"
-        for group in groups:
+            assert group.get("kind") in RULES, (
+                f"a parameter group's kind is one of {list(RULES)}, not {group.get('kind')}"
+            )
+            group = {**rule_of(group).defaults, **group}
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("initial_weight_decay", group["weight_decay"])
-            if group["kind"] == "muon":
-                shapes = {tuple(p.shape) for p in group["params"]}
-                assert len(shapes) == 1, f"a muon group holds one shape, got {shapes}"
+            shapes = {tuple(p.shape) for p in group["params"]}
+            assert rule_of(group).elementwise or len(shapes) == 1, (
+                f"a {group['kind']} group holds one shape, got {shapes}"
+            )
+            self.param_groups.append(group)
+        self.state: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        assert len(set(params)) == len(params), "a parameter is in two groups"
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter that has a gradient; a muon group needs all of its gradients."""
+        """Update every parameter that has a gradient; a stacked group needs all of its gradients."""
         for group in self.param_groups:
-            if group["kind"] == "adamw":
-                for p in group["params"]:
+            params = group["params"]
+            if rule_of(group).elementwise:
+                for p in params:
                     if p.grad is not None:
-                        self._step_adamw(p, group)
-            elif all(p.grad is not None for p in group["params"]):
-                self._step_muon(group)
+                        self._update_range(p, p.detach(), p.grad, group)
+            elif all(p.grad is not None for p in params):
+                stacked = self._update_stack(params, torch.stack([p.grad.to(torch.float32) for p in params]), group)
+                torch._foreach_copy_(params, list(stacked.unbind(0)))
 
-    def _step_adamw(self, p: torch.Tensor, group: dict[str, Any]) -> None:
-        self._update_adamw(p, p.detach(), p.grad, group)  # type: ignore[arg-type]
-
-    def _update_adamw(self, p: torch.Tensor, own: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        """Step `own`, which is p's data or a part of it."""
-        state = self.state[p]
+    def _update_range(self, p: torch.Tensor, own: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        """Update `own`, which is p's data or a range of it, by an elementwise rule."""
+        rule, state = rule_of(group), self.state[p]
         if not state:
-            state.update(
-                step=0,
-                exp_avg=torch.zeros_like(own, dtype=torch.float32),
-                exp_avg_sq=torch.zeros_like(own, dtype=torch.float32),
-            )
+            state.update(step=0, **rule.init_state(tuple(own.shape), own.device))
         state["step"] += 1
-        adamw_step(own, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group)
+        rule.update(own, grad, state, state["step"], group)
 
-    def _step_muon(self, group: dict[str, Any]) -> None:
-        params = group["params"]
-        grads = torch.stack([p.grad.to(torch.float32) for p in params])
-        stacked = self._update_muon(params, grads, group)
-        torch._foreach_copy_(params, list(stacked.unbind(0)))
-
-    def _update_muon(self, params: list[torch.Tensor], grads: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """What `params`, some of a group's matrices, become by their gradients (K, R, C): (K, R, C)."""
-        momentum, second = self._muon_stacks(params)
+    def _update_stack(self, params: list[torch.Tensor], grads: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """The new values (K, R, C) of `params`, some of a group's matrices, from their gradients (K, R, C)."""
+        stacks = self._state_stacks(params, rule_of(group))
         stacked = torch.stack([p.detach() for p in params])
-        muon_step(stacked, grads, momentum, second, group)
         for p in params:
             self.state[p]["step"] += 1
+        rule_of(group).update(stacked, grads, stacks, self.state[params[0]]["step"], group)
         return stacked
 
-    def _muon_stacks(self, params: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _state_stacks(self, params: list[torch.Tensor], rule: UpdateRule) -> dict[str, torch.Tensor]:
         """Their stacked state, made on first use and rebuilt after load_named_state."""
-        R, C = params[0].shape
-        if "_stacks" not in self.state[params[0]]:
-            old = [self.state[p] for p in params]
-            like: dict[str, Any] = {"dtype": torch.float32, "device": params[0].device}
-            small = (len(params), R, 1) if R >= C else (len(params), 1, C)
-            stacks = torch.zeros(len(params), R, C, **like), torch.zeros(small, **like)
+        first = params[0]
+        if "_stacks" not in self.state[first]:
+            stacks = {
+                name: state.repeat(len(params), *[1] * state.dim())
+                for name, state in rule.init_state(tuple(first.shape), first.device).items()
+            }
             for i, p in enumerate(params):
-                if "momentum_buffer" in old[i]:
-                    stacks[0][i].copy_(old[i]["momentum_buffer"])
-                    stacks[1][i].copy_(old[i]["second_moment"])
-                self.state[p] = {
-                    "step": old[i].get("step", 0),
-                    "momentum_buffer": stacks[0][i],
-                    "second_moment": stacks[1][i],
-                }
-            self.state[params[0]]["_stacks"] = stacks
-        return self.state[params[0]]["_stacks"]
+                old, views = self.state[p], {name: stack[i] for name, stack in stacks.items()}
+                for name in views.keys() & old.keys():
+                    views[name].copy_(old[name])
+                self.state[p] = {"step": old.get("step", 0), **views}
+            self.state[first]["_stacks"] = stacks
+        return self.state[first]["_stacks"]
 
-    # What a process keeps of a parameter's state, as a range of its flat numbers; here all of it.
+    # What this rank keeps of a parameter's state, as a range of its flat form; here all of it.
 
     def _own_range(self, p: torch.Tensor) -> tuple[int, int]:
         return 0, p.numel()
 
     def _saves(self, p: torch.Tensor) -> bool:
-        """Whether this process is the one to save what it keeps of p's state."""
+        """Whether this rank saves what it keeps of p's state."""
         return True
 
     def named_state(self, names: Mapping[Any, str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """Every state tensor as "<state>.<parameter name>", full-shape, and the step count per parameter name.
 
-        Of several processes each names its own part; of a tensor that was split, numbers start to stop of the flat
-        form as "<state>.<parameter name>[start:stop]". Together they name everything once.
+        Each of several ranks names its own share; a range of a split tensor's flat form is named
+        "<state>.<parameter name>[start:stop]". Together the ranks name everything once.
         """
         tensors, steps = {}, {}
         for p, name in names.items():
@@ -165,9 +136,9 @@ class MuonAdamW:
         tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
         steps: dict[str, int],
     ) -> None:
-        """Restore what named_state returned, on however many processes; each takes what is its own.
+        """Restore what named_state returned, on any number of ranks; each takes its own share.
 
-        `tensors` may come piece by piece. Raises UserError when something is missing or has another shape.
+        `tensors` may come piece by piece. Raises UserError if one is missing or has another shape.
         """
         slots: dict[str, StateSlot] = {}
         for group in self.param_groups:
@@ -175,7 +146,7 @@ class MuonAdamW:
                 start, stop = self._own_range(p)
                 if names[p] in steps and start < stop:
                     self.state[p] = {"step": steps[names[p]]}
-                    for key, shape in state_shapes(group["kind"], p).items():
+                    for key, shape in rule_of(group).state_shapes(tuple(p.shape)).items():
                         whole = (start, stop) == (0, p.numel())
                         value = torch.empty(shape if whole else stop - start, dtype=torch.float32, device=p.device)
                         self.state[p][key] = value
@@ -193,28 +164,29 @@ class MuonAdamW:
 
 
 class DistMuonAdamW(MuonAdamW):
-    """MuonAdamW over N processes: gradients are summed over all, the update and its state are shared out (ZeRO-2,
-    arXiv 1910.02054), and every process ends up with all of the weights.
+    """MuonAdamW on N ranks: gradients are summed over all ranks, each updates its share of the weights and keeps the
+    state of that share only (ZeRO-2, arXiv 1910.02054), and all ranks end up with all weights.
 
-    The trainer divides by the global number of target tokens, so sums are all that is missing. A large AdamW tensor
-    is split into N equal ranges of its flat form, the last ones padded; the small ones' gradients are summed in one
-    piece and every process updates them. A muon group's matrices are dealt out whole, one by one, going on where the
-    last group ended: no process holds more than one more of a shape than another.
+    Summing is enough, as the trainer divides by the global number of target tokens. A large tensor with an elementwise
+    rule is split into N equal ranges of its flat form, the last ones padded; the gradients of small ones are summed in
+    one piece and every rank updates them. The matrices of stacked groups are assigned to ranks whole, round-robin over
+    all groups: no rank holds more than one more of a shape than another.
 
-    Three phases overlap: all sums are started; as each one ends its share is updated and its way back started; then
-    those are waited for. A parameter without a gradient on every process is left alone, on some only counts as zero.
+    Three phases overlap: all sums are started; as each ends, its share is updated and the gather of the new weights is
+    started; then the gathers are waited for. A parameter without a gradient on every rank is left alone; without one on
+    some ranks, those count as zero.
     """
 
-    SPLIT_FROM = 4096  # numbers in an AdamW tensor; below that, splitting saves less memory than it costs messages
+    SPLIT_FROM = 4096  # numbers in a tensor; splitting a smaller one saves less memory than its messages cost
 
     def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(param_groups)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.small: list[torch.Tensor] = []
-        self.owner: dict[torch.Tensor, int] = {}  # of each matrix
+        self.owner: dict[torch.Tensor, int] = {}  # rank of each matrix
         for group in self.param_groups:
             for p in group["params"]:
-                if group["kind"] == "muon":
+                if not rule_of(group).elementwise:
                     self.owner[p] = len(self.owner) % self.world_size
                 elif p.numel() < self.SPLIT_FROM:
                     self.small.append(p)
@@ -222,7 +194,7 @@ class DistMuonAdamW(MuonAdamW):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter that has a gradient on any process. All processes call it."""
+        """Update every parameter that has a gradient on any rank. Collective."""
         params = [p for group in self.param_groups for p in group["params"]]
         small = self._start_small(params)
         sums = [self._start_group(group) for group in self.param_groups]
@@ -237,8 +209,6 @@ class DistMuonAdamW(MuonAdamW):
         for gather in back:
             gather.finish()
 
-    # Small tensors
-
     def _start_small(self, params: list[torch.Tensor]) -> Pending:
         """Sum, as one flat tensor, which parameters have a gradient, and the small ones' gradients."""
         has = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
@@ -249,13 +219,11 @@ class DistMuonAdamW(MuonAdamW):
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p, grad in zip(self.small, summed.split([p.numel() for p in self.small])):
             if present[p]:
-                self._update_adamw(p, p.detach(), grad.view_as(p), groups[p])
-
-    # Large tensors and matrices
+                self._update_range(p, p.detach(), grad.view_as(p), groups[p])
 
     def _start_group(self, group: dict[str, Any]) -> list[Pending]:
-        """Start to sum a group's gradients, to each process its share's."""
-        if group["kind"] == "muon":
+        """Start the sums of a group's gradients; each rank gets its share's."""
+        if not rule_of(group).elementwise:
             return [start_reduce_scatter(self._lay_out(group["params"]), "summing the matrices' gradients")]
         large = [p for p in group["params"] if p not in self._is_small]
         return [
@@ -266,9 +234,9 @@ class DistMuonAdamW(MuonAdamW):
     def _step_group(
         self, group: dict[str, Any], sums: list[Pending], present: dict[torch.Tensor, bool]
     ) -> "Iterable[_Gather]":
-        """Wait for this process's share of the group's gradients, update it, start to send it to the others."""
+        """Wait for this rank's share of the group's gradients, update it, and start to gather the new weights."""
         params = [p for p in group["params"] if p not in self._is_small]
-        if group["kind"] == "muon":
+        if not rule_of(group).elementwise:
             grads = sums[0].wait()
             if all(present[p] for p in params):
                 yield self._step_matrices(group, grads)
@@ -279,31 +247,31 @@ class DistMuonAdamW(MuonAdamW):
                 yield self._step_range(p, grad, group)
 
     def _step_range(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> "_Gather":
-        """Update this process's range of a large AdamW tensor."""
+        """Update this rank's range of a large tensor."""
         start, stop = self._own_range(p)
         flat, share = p.detach().view(-1), self._share(p)
         own = flat[start:stop]
         if start < stop:
-            self._update_adamw(p, own, grad[: stop - start], group)
+            self._update_range(p, own, grad[: stop - start], group)
         exact = share * self.world_size == p.numel()
         whole = flat if exact else flat.new_empty(share * self.world_size)
         pending = start_all_gather(_padded(own, share), whole, "gathering large weights")
         return _Gather(pending, [] if exact else [flat], [] if exact else [whole[: p.numel()]])
 
     def _step_matrices(self, group: dict[str, Any], grads: torch.Tensor) -> "_Gather":
-        """Update this process's matrices of a muon group."""
+        """Update this rank's matrices of a stacked group."""
         params = group["params"]
         R, C = params[0].shape
         own = [p for p in params if self.owner[p] == self.rank]
         share = torch.zeros(len(grads) // (R * C), R, C, dtype=params[0].dtype, device=params[0].device)
         if own:
-            share[: len(own)] = self._update_muon(own, grads.view(-1, R, C)[: len(own)], group)
+            share[: len(own)] = self._update_stack(own, grads.view(-1, R, C)[: len(own)], group)
         whole = share.new_empty(self.world_size * share.numel())
         pending = start_all_gather(share.view(-1), whole, "gathering the matrices")
         return _Gather(pending, params, self._slots(params, whole))
 
     def _lay_out(self, params: list[torch.Tensor]) -> torch.Tensor:
-        """The group's gradients side by side in fp32, each in a slot of its owner's share; empty slots are zero."""
+        """The group's gradients in one flat fp32 tensor, each in a slot of its owner's share; empty slots are zero."""
         rounds = math.ceil(len(params) / self.world_size)
         whole = torch.zeros(self.world_size * rounds * params[0].numel(), device=params[0].device)
         have = [(slot, p.grad) for slot, p in zip(self._slots(params, whole), params) if p.grad is not None]
@@ -312,13 +280,13 @@ class DistMuonAdamW(MuonAdamW):
         return whole
 
     def _slots(self, params: list[torch.Tensor], whole: torch.Tensor) -> list[torch.Tensor]:
-        """Where in the flat tensor of all shares each matrix lies."""
+        """Each matrix's slot in the flat tensor of all shares."""
         R, C = params[0].shape
         slots = whole.view(self.world_size, -1, R, C)
         return [slots[self.owner[p], i // self.world_size] for i, p in enumerate(params)]
 
     def _share(self, p: torch.Tensor) -> int:
-        """Numbers of a split tensor on each process, padding included."""
+        """Numbers of a split tensor on each rank, padding included."""
         return math.ceil(p.numel() / self.world_size)
 
     def _own_range(self, p: torch.Tensor) -> tuple[int, int]:
@@ -334,7 +302,7 @@ class DistMuonAdamW(MuonAdamW):
 
 
 class _Gather(NamedTuple):
-    """Weights on their way back, and where to copy what does not arrive in place."""
+    """A gather of new weights, and where to copy those that do not arrive in place."""
 
     pending: Pending
     targets: list[torch.Tensor]

@@ -36,11 +36,3 @@ def parse_name(saved_name: str) -> tuple[str, int | None]:
     """Split `exp_avg.wte.weight[10:20]` into the tensor's name and 10; the latter is None for a whole tensor."""
     match = re.fullmatch(r"(.*)\[(\d+):\d+\]", saved_name)
     return (match[1], int(match[2])) if match else (saved_name, None)
-
-
-def state_shapes(kind: str, p: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    """Shapes of a parameter's state tensors, by state name."""
-    if kind == "adamw":
-        return {"exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
-    R, C = p.shape
-    return {"momentum_buffer": (R, C), "second_moment": (R, 1) if R >= C else (1, C)}

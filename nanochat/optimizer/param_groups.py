@@ -7,10 +7,11 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT
+from nanochat.optimizer.update_rules import RULES
 
-# Scaling the whole residual stream changes nothing, as it is normed at the end, so at the start of a run the gradients
-# of the residual scalars are exactly zero, and in floats what rounding leaves of that, about 1e-10. Adam would make
-# full steps of such noise, another way for every split of the batch; a gradient that says something is above 1e-4.
+# Scaling the whole residual stream changes nothing, as it is normed at the end. So at the start of a run the gradients
+# of the residual scalars are zero up to rounding, about 1e-10, and Adam would make full steps of that noise, different
+# ones for every split of the batch. Real gradients are above 1e-4.
 SCALAR_EPS = 1e-6
 
 
@@ -18,9 +19,10 @@ SCALAR_EPS = 1e-6
 class OptimizerConfig:
     """Rates at the reference: width 768 and 2^19 tokens a step. scaling.py says what they become elsewhere.
 
-    The defaults are the published recipe; `later()` is the other one people compare with.
+    The defaults are the published recipe; `later()` is its later version.
     """
 
+    matrix_rule: str = "muon"  # of update_rules.RULES, for the matrices inside the blocks
     embedding_lr: float = 0.3
     unembedding_lr: float = 0.004
     matrix_lr: float = 0.02
@@ -42,6 +44,8 @@ class OptimizerConfig:
     ns_safety: float = 1.02
 
     def __post_init__(self) -> None:
+        if self.matrix_rule not in RULES:
+            raise UserError(f"matrix_rule must be one of {', '.join(RULES)}, got {self.matrix_rule!r}")
         for name, value in vars(self).items():
             if "beta" in name and not 0 <= value < 1:
                 raise UserError(f"{name} must be from 0 to below 1, got {value:g}")
@@ -72,7 +76,7 @@ class OptimizerConfig:
 def build_param_groups(
     model: GPT, config: OptimizerConfig, *, lr_scale: float = 1.0, weight_decay: float = 0.0, ns_dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """The optimizer's groups for `model`, every parameter in exactly one.
+    """The optimizer's parameter groups for `model`, every parameter in exactly one.
 
     AdamW rates shrink with width as (n_embd/768)^-0.5, the scalars' do not; all rates are multiplied by
     `lr_scale` (batch size, finetuning). `weight_decay` is the matrices', already scaled for depth.
@@ -94,30 +98,22 @@ def build_param_groups(
         adamw([model.wte.weight], config.embedding_lr * width, embed_betas, config.wte_decay),
         adamw(list(model.value_embeds.parameters()), value_lr, embed_betas, config.value_embed_decay),
     ]
+    scalar_lr = config.scalar_lr * lr_scale
     if model.config.residual_scalars:
-        scalar_lr = config.scalar_lr * lr_scale
         groups.append(scalars([model.resid_lambdas], scalar_lr * 0.01, betas, config.resid_decay))
         groups.append(scalars([model.x0_lambdas], scalar_lr, (0.96, config.adam_beta2)))
     extras = [p for name, p in model.named_parameters() if name.startswith(("smear", "backout"))]
     groups.append(scalars(extras, config.smear_backout_lr * lr_scale, betas))
-    by_shape: dict[tuple[int, ...], list[torch.Tensor]] = {}
-    for p in model.transformer["h"].parameters():
-        by_shape.setdefault(tuple(p.shape), []).append(p)
-    for shape in sorted(by_shape):
-        groups.append(
-            {
-                "kind": "muon",
-                "params": by_shape[shape],
-                "lr": config.matrix_lr * lr_scale,
-                "weight_decay": weight_decay,
-                "beta2": config.muon_beta2,
-                "ns_dtype": ns_dtype,
-                "ns_safety": config.ns_safety,
-                "row_equilibrate": config.row_equilibrate,
-                "frobenius_snap": config.frobenius_snap,
-            }
-        )
-    groups = [group for group in groups if group["params"]]
-    placed = sum(len(group["params"]) for group in groups)
-    assert placed == len(list(model.parameters())), "a parameter is in no group or in two"
-    return groups
+    matrices: dict[tuple[int, ...], list[torch.Tensor]] = {}  # by shape
+    for p in model.blocks.parameters():
+        if p.dim() == 2:
+            matrices.setdefault(tuple(p.shape), []).append(p)
+    placed = {p for group in groups for p in group["params"]}.union(*matrices.values())
+    # Whatever else a model has, such as learnable gains: they scale activations as the residual scalars do.
+    groups.append(scalars([p for p in model.parameters() if p not in placed], scalar_lr * 0.01, betas))
+    rule = RULES[config.matrix_rule]
+    for shape in sorted(matrices):
+        rates = {"lr": config.matrix_lr * lr_scale, "weight_decay": weight_decay}
+        settings = rule.settings(config, ns_dtype)
+        groups.append({"kind": config.matrix_rule, "params": matrices[shape], **rates, **settings})
+    return [group for group in groups if group["params"]]

@@ -1,14 +1,16 @@
-"""The arithmetic of one update: Muon for stacks of matrices, AdamW for any tensor. No state, no processes.
+"""Update rules: what a step does to a parameter, and the state it keeps. One object per rule, in RULES.
 
-Muon keeps a momentum, replaces it by the nearest semi-orthogonal matrix (Polar Express), evens out its rows
-or columns by their running second moment (NorMuon) and decays only weights that the update also shrinks
-(cautious decay).
+To add a rule: a subclass of UpdateRule here, an entry in RULES, and a recipe that sets matrix_rule (recipe.py). The
+optimizer, its ZeRO-2 form, checkpoints, the planner and the schedules ask the object.
+
+Muon keeps a momentum, replaces it by the nearest semi-orthogonal matrix (Polar Express), evens out its rows or columns
+by their running second moment (NorMuon), and decays only weights that the update also shrinks (cautious decay).
 
 Shapes: K matrices in a stack, R rows, C columns.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,7 +28,7 @@ POLAR_EXPRESS = (
 def orthogonalize(
     x: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16, safety: float = 1.02
 ) -> torch.Tensor:
-    """Nearly the nearest semi-orthogonal matrix to each of x (K, R, C); computed and returned in `dtype`.
+    """Approximately the nearest semi-orthogonal matrix to each of x (K, R, C), computed and returned in `dtype`.
 
     Singular values above a thousandth of the norm end within about 0.85 .. 1.15, smaller ones below. `safety` keeps
     the largest below 1 at the start, in spite of rounding. The Gram matrix is the smaller side's.
@@ -57,39 +59,109 @@ def even_out(update: torch.Tensor, second_moment: torch.Tensor, beta2: float) ->
     return update * (scale * (before / after.clamp_min(1e-10))).to(update.dtype)
 
 
-def muon_step(
-    params: torch.Tensor,  # (K, R, C) fp32, updated in place
-    grads: torch.Tensor,  # (K, R, C)
-    momentum_buffer: torch.Tensor,  # (K, R, C), updated in place
-    second_moment: torch.Tensor,  # (K, R, 1) or (K, 1, C), updated in place
-    group: dict[str, Any],
-) -> None:
-    """One Muon update of a stack of equal-shaped matrices."""
-    momentum_buffer.lerp_(grads, 1 - group["momentum"])
-    update = grads.lerp(momentum_buffer, group["momentum"])  # Nesterov
-    if group["row_equilibrate"]:
-        # MuonEq (arXiv 2603.28254): rows of equal length condition the iteration better.
-        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-10)
-    update = orthogonalize(update, group["ns_steps"], group["ns_dtype"], group["ns_safety"])
-    if group["frobenius_snap"]:
-        # Muon+ (arXiv 2602.21545): give the result exactly the norm a semi-orthogonal matrix has.
-        target = math.sqrt(min(update.size(-2), update.size(-1)))
-        update = update * (target / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-    update = even_out(update, second_moment, group["beta2"]).to(params.dtype)
-    lr = group["lr"] * math.sqrt(max(1.0, params.size(-2) / params.size(-1)))
-    shrinks = (update * params) >= 0
-    params.sub_(lr * update + (lr * group["weight_decay"]) * params * shrinks)
+class UpdateRule:
+    """An update rule. State is float32, one named tensor or more per parameter, full-shape in checkpoints."""
+
+    elementwise: ClassVar[bool]
+    """True: each number is updated by itself, so ranks may split a tensor anywhere and state has the parameter's shape.
+    False: equal-shaped parameters are stacked, and a rank gets whole ones."""
+    defaults: ClassVar[dict[str, Any]]
+    """Settings of a parameter group beside "kind", "params" and "lr". With "momentum" among them the schedule sets it;
+    with decay_scheduled the weight decay follows the schedule too."""
+
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the state of a parameter of that shape."""
+        raise NotImplementedError
+
+    def update(
+        self, params: torch.Tensor, grads: torch.Tensor, state: dict[str, Any], step: int, group: dict[str, Any]
+    ) -> None:
+        """Update params and state in place; step counts from 1. Elementwise rules get any tensor, others a stack
+        (K, *shape), its state stacked likewise."""
+        raise NotImplementedError
+
+    def settings(self, config: Any, ns_dtype: torch.dtype) -> dict[str, Any]:
+        """Group settings that OptimizerConfig has fields for; ns_dtype is the dtype of fast products on this device."""
+        return {}
+
+    def init_state(self, shape: tuple[int, ...], device: torch.device) -> dict[str, torch.Tensor]:
+        """The state before the first step."""
+        return {name: torch.zeros(s, device=device) for name, s in self.state_shapes(shape).items()}
+
+    def state_bytes(self, shape: tuple[int, ...]) -> int:
+        return 4 * sum(math.prod(s) for s in self.state_shapes(shape).values())
 
 
-def adamw_step(
-    param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int, group: dict
-) -> None:
-    """One AdamW update (arXiv 1711.05101), in place. State and arithmetic are fp32 whatever the parameter's dtype."""
-    beta1, beta2 = group["betas"]
-    grad = grad.to(exp_avg.dtype)
-    if group["weight_decay"]:
-        param.mul_(1 - group["lr"] * group["weight_decay"])
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(group["eps"])
-    param.add_(exp_avg.div(denominator).mul_(-group["lr"] / (1 - beta1**step)).to(param.dtype))
+class AdamW(UpdateRule):
+    """AdamW (arXiv 1711.05101). Arithmetic is float32 whatever the parameter's dtype."""
+
+    elementwise = True
+    defaults: ClassVar[dict[str, Any]] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {"exp_avg": shape, "exp_avg_sq": shape}
+
+    def update(
+        self, params: torch.Tensor, grads: torch.Tensor, state: dict[str, Any], step: int, group: dict[str, Any]
+    ) -> None:
+        exp_avg, exp_avg_sq, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], group["betas"]
+        grads = grads.to(exp_avg.dtype)
+        if group["weight_decay"]:
+            params.mul_(1 - group["lr"] * group["weight_decay"])
+        exp_avg.lerp_(grads, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
+        denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        params.add_(exp_avg.div(denominator).mul_(-group["lr"] / (1 - beta1**step)).to(params.dtype))
+
+
+class Muon(UpdateRule):
+    """Muon for matrices (R, C); see the module's docstring for its parts."""
+
+    elementwise = False
+    defaults: ClassVar[dict[str, Any]] = {
+        "momentum": 0.95,
+        "beta2": 0.95,
+        "weight_decay": 0.0,
+        "decay_scheduled": True,
+        "ns_steps": 5,
+        "ns_dtype": torch.bfloat16,
+        "ns_safety": 1.02,
+        "row_equilibrate": False,
+        "frobenius_snap": False,
+    }
+
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        R, C = shape
+        return {"momentum_buffer": shape, "second_moment": (R, 1) if R >= C else (1, C)}
+
+    def settings(self, config: Any, ns_dtype: torch.dtype) -> dict[str, Any]:
+        names = ("ns_safety", "row_equilibrate", "frobenius_snap")
+        return {"beta2": config.muon_beta2, "ns_dtype": ns_dtype, **{name: getattr(config, name) for name in names}}
+
+    def update(
+        self, params: torch.Tensor, grads: torch.Tensor, state: dict[str, Any], step: int, group: dict[str, Any]
+    ) -> None:
+        """params, grads, momentum_buffer (K, R, C); second_moment (K, R, 1) or (K, 1, C)."""
+        state["momentum_buffer"].lerp_(grads, 1 - group["momentum"])
+        update = grads.lerp(state["momentum_buffer"], group["momentum"])  # Nesterov
+        if group["row_equilibrate"]:
+            # MuonEq (arXiv 2603.28254): rows of equal length condition the iteration better.
+            update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-10)
+        update = orthogonalize(update, group["ns_steps"], group["ns_dtype"], group["ns_safety"])
+        if group["frobenius_snap"]:
+            # Muon+ (arXiv 2602.21545): give the result exactly the norm a semi-orthogonal matrix has.
+            target = math.sqrt(min(update.size(-2), update.size(-1)))
+            update = update * (target / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+        update = even_out(update, state["second_moment"], group["beta2"]).to(params.dtype)
+        lr = group["lr"] * math.sqrt(max(1.0, params.size(-2) / params.size(-1)))
+        shrinks = (update * params) >= 0
+        params.sub_(lr * update + (lr * group["weight_decay"]) * params * shrinks)
+
+
+RULES: dict[str, UpdateRule] = {"adamw": AdamW(), "muon": Muon()}
+"""By the `kind` of a parameter group."""
+
+
+def optimizer_bytes(param_groups: list[dict[str, Any]]) -> int:
+    """Bytes of all state of these groups, on one rank."""
+    return sum(RULES[group["kind"]].state_bytes(tuple(p.shape)) for group in param_groups for p in group["params"])

@@ -11,6 +11,8 @@ import torch
 from nanochat.flash_attention import query_block
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_head import chunk_tokens
+from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
+from nanochat.optimizer.update_rules import optimizer_bytes
 from nanochat.planning.hardware import Gpu
 
 
@@ -49,14 +51,12 @@ def memory_by_kind(config: GPTConfig, gpu: Gpu, num_gpus: int, rows: int) -> dic
         model = GPT(config)
     counts, element, cpu = model.num_scaling_params(), gpu.element_bytes, gpu.device_type == "cpu"
     products = counts["transformer_matrices"] + counts["lm_head"]
-    # AdamW keeps two moments per weight; Muon a momentum per weight and a second moment along a matrix's longer side.
-    muon = sum(p.numel() + max(p.shape) for p in model.blocks.parameters())
-    adamw = 2 * (counts["total"] - counts["transformer_matrices"])
+    groups = build_param_groups(model, OptimizerConfig(), ns_dtype=torch.float32)
     chunk = min(chunk_tokens(config.vocab_size, gpu.device_type), rows * config.sequence_len)
     return {
         "weights": 4 * counts["total"],
         "gradients": 4 * counts["total"],
-        "optimizer": math.ceil(4 * (muon + adamw) / num_gpus),
+        "optimizer": math.ceil(optimizer_bytes(groups) / num_gpus),
         "weight_casts": 0 if element == 4 else element * products,
         "activations": activation_bytes(config, rows, element, fused=cpu, blocked=gpu.device_type != "cuda"),
         # For a chunk of tokens: the logits, their softcapped form and its slope in fp32, and their gradient; on a CPU

@@ -8,6 +8,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.data.batches import Batch
+from nanochat.optimizer.update_rules import optimizer_bytes
 from nanochat.runtime import Runtime
 from nanochat.train.step import TrainStep
 
@@ -56,11 +57,11 @@ def try_micro_batches(step: TrainStep, rows: int, T: int) -> None:
 
     Raises OutOfMemoryError if they do not fit. Whatever torch.compile compiles here, the run uses.
     """
-    runtime, bytes_per_param = step.runtime, {"adamw": 8, "muon": 4}  # two fp32 moments, or one
+    runtime = step.runtime
     torch.cuda.empty_cache()  # left over from a larger trial
     step.device_batch_size = rows
-    size = sum(p.numel() * bytes_per_param[g["kind"]] for g in step.optimizer.param_groups for p in g["params"])
-    optimizer_state = torch.empty(size // runtime.world_size, dtype=torch.uint8, device=runtime.device)
+    size = optimizer_bytes(step.optimizer.param_groups) // runtime.world_size
+    optimizer_state = torch.empty(size, dtype=torch.uint8, device=runtime.device)
     batch = random_batch(2 * rows * runtime.world_size, T, step.model.config.vocab_size, runtime)
     try:
         for micro in step.micro_batches(batch):

@@ -39,8 +39,9 @@ class ScheduleConfig:
         decay = decay_multiplier(step, self.num_steps, self.decay_shape)
         for group in param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-            if group["kind"] == "muon":
+            if "momentum" in group:
                 group["momentum"] = momentum
+            if group.get("decay_scheduled"):
                 group["weight_decay"] = group["initial_weight_decay"] * decay
         return multiplier
 
