@@ -331,7 +331,7 @@ def workers_of(launcher: "subprocess.Popen[bytes]") -> list[int]:
     found = []
     with suppress(OSError):
         for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-            if b"scripts.base_train" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"_train" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(int(child))
     return found
 
