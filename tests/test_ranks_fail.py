@@ -1,4 +1,4 @@
-"""What goes wrong on one process only: all stop, or all go on, and the message names the rank."""
+"""Failures on one rank only: all ranks stop, or all continue, and the message names the rank."""
 
 import contextlib
 import io
@@ -55,25 +55,24 @@ def make_trainer(runtime: Runtime, steps: int) -> Trainer:
     return Trainer(step, Rows(runtime))
 
 
-def drift(runtime: Runtime) -> str:
+def diverge(runtime: Runtime) -> str:
     trainer = make_trainer(runtime, 9)
     trainer.compare_every = 2
 
-    def disturb(t: Trainer, record: Any) -> None:
-        if record["step"] == 3 and runtime.rank == 1:  # of a tensor that every rank updates for itself
+    def change_a_weight(t: Trainer, record: Any) -> None:
+        if record["step"] == 3 and runtime.rank == 1:  # in a small tensor, which every rank updates by itself
             t.model.x0_lambdas.data[0] *= 1 + 1e-6
 
-    trainer.log = disturb
-    try:
+    trainer.log = change_a_weight
+    with pytest.raises(RanksDiverged) as caught:
         trainer.run()
-    except RanksDiverged as error:
-        return f"{trainer.progress.step} {error}"
-    return "ran on"
+    assert trainer.progress.step == 4
+    return str(caught.value)
 
 
-def test_a_rank_that_drifts_stops_the_run() -> None:
-    said = run_ranks(3, drift)
-    assert len(set(said)) == 1 and said[0].startswith("4 the weights of rank 1 are not the others' after step 4"), said
+def test_a_rank_whose_weights_diverge_stops_the_run() -> None:
+    messages = run_ranks(3, diverge)
+    assert len(set(messages)) == 1 and re.search(r"rank 1\b.*step 4\b", messages[0]), messages
 
 
 def poison(runtime: Runtime) -> str:
@@ -85,38 +84,36 @@ def poison(runtime: Runtime) -> str:
         return summed * (math.nan if runtime.rank == 1 and trainer.progress.step == 2 else 1), count
 
     trainer.step.loss_fn = loss_fn
-    try:
+    with pytest.raises(NonFiniteLoss) as caught:
         trainer.run()
-    except NonFiniteLoss as error:
-        return str(error)
-    return "ran on"
+    return str(caught.value)
 
 
-def test_a_loss_that_is_no_number_names_step_rank_and_data() -> None:
-    said = run_ranks(2, poison)
-    assert said[0] == said[1], said
-    assert said[0] == "loss is nan at step 2 on rank 1: batch 3 of rank 1; no checkpoint yet"
+def test_a_non_finite_loss_names_step_rank_and_data() -> None:
+    messages = run_ranks(2, poison)
+    assert messages[0] == messages[1], messages
+    assert re.search(r"nan\b.*step 2\b.*rank 1: batch 3 of rank 1", messages[0]), messages
 
 
 class Storage:
-    """What may befall a run's folder, on one rank only unless the folder itself is concerned, and be put right."""
+    """Faults of a run's folder, on one rank or, for `replace`, on all. Each method breaks it, or repairs it again."""
 
     def __init__(self, run: Path) -> None:
         self.run, self.aside = run, run.with_name("aside")
 
     def limit(self, broken: bool) -> None:
-        """The kernel lets this process write no file of more than 100 bytes, as a quota or a full disk would."""
+        """Files of more than 100 bytes fail in this process, as with a quota or a full disk."""
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100 if broken else hard, hard))
 
     def unmount(self, broken: bool) -> None:
-        """This process does not see the folder any more."""
+        """The folder does not exist for this process."""
         real = folder.step_path
         elsewhere = lambda run, *rest: real(run.with_name("unmounted"), *rest)  # noqa: E731
         checkpoint_manager.step_path = elsewhere if broken else real
 
     def refuse(self, broken: bool) -> None:
-        """This process has lost the permission to write there (which would not stop the root that tests run as)."""
+        """This process may not write there. (Simulated, because permissions do not bind root.)"""
 
         def write_file(path: Path, chunks: Any) -> Any:
             raise PermissionError(13, "Permission denied", str(path))
@@ -124,7 +121,7 @@ class Storage:
         checkpoint_manager.write_file = write_file if broken else tensor_file.write_file
 
     def replace(self, broken: bool) -> None:
-        """The folder is gone, and something else stands in its place."""
+        """The folder has been replaced by a file."""
         if broken:
             self.run.rename(self.aside)
             self.run.touch()
@@ -133,8 +130,8 @@ class Storage:
             self.aside.rename(self.run)
 
 
-def some_tokenizer(folder: Path) -> str:
-    """The folder of one that was trained just now."""
+def train_tokenizer(folder: Path) -> str:
+    """Train a tokenizer; returns its folder."""
     own = folder / "tokenizer"
     own.mkdir()
     RustBPETokenizer.train_from_iterator(["the quick brown fox " * 20] * 4, 270).save(own)
@@ -153,16 +150,16 @@ def save_every_other_step(trainer: Trainer, run: Path, tokenizer: str, keep_last
     trainer.save_every = 2
 
 
-def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit: int, heals: bool) -> Any:
-    """Save at every other step of ten; the storage breaks before the second save, and is whole before the third."""
+def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit: int, repaired: bool) -> Any:
+    """Save at every other step of ten; the storage breaks before the second save, and is repaired before the third."""
     trainer, storage = make_trainer(runtime, 10), Storage(Path(run))
     save_every_other_step(trainer, Path(run), tokenizer, keep_last=1)
     saved: list[int | None] = []
 
     def log(t: Trainer, record: Any) -> None:
         saved.append(t.saver.last_step)
-        if record["step"] == 3 or (record["step"] == 6 and heals):
-            if t.saver.writing:  # the save before the fault, or the one that it hit, has its end first
+        if record["step"] == 3 or (record["step"] == 6 and repaired):
+            if t.saver.writing:  # let the write before the fault, or the one it affects, end first
                 wait([t.saver.writing[1]])
             runtime.barrier("test")
             if runtime.rank == culprit:
@@ -170,17 +167,17 @@ def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit
             runtime.barrier("test")
 
     trainer.log = log
-    with contextlib.redirect_stderr(io.StringIO()) as told:
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = run_to_end(trainer, Path(run), "again")
     trainer.saver.close()
-    if runtime.rank == culprit and not heals:
+    if runtime.rank == culprit and not repaired:
         getattr(storage, fault)(False)
-    return told.getvalue(), (code, trainer.progress.step, saved[-1], trainer.saver.last_step)
+    return stderr.getvalue(), (code, trainer.progress.step, saved[-1], trainer.saver.last_step)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits on files")
 @pytest.mark.parametrize(
-    ("fault", "culprit", "heals", "says"),
+    ("fault", "culprit", "repaired", "reason"),
     [
         ("limit", 0, True, "File too large"),
         ("limit", 1, True, "rank 1: .*File too large"),
@@ -191,28 +188,27 @@ def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit
         ("replace", 0, False, "File exists|Not a directory"),
     ],
 )
-def test_storage_that_fails_on_one_rank_costs_all_of_them_one_save(
-    fault: str, culprit: int, heals: bool, says: str, tmp_path: Path
+def test_storage_that_fails_on_one_rank_fails_the_save_on_all(
+    fault: str, culprit: int, repaired: bool, reason: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    both = run_ranks(2, save_through, str(run), some_tokenizer(tmp_path), fault, culprit, heals)
-    (told, _), answers = both[0], [answer for _, answer in both]
-    going_on = "training goes on, the last good checkpoint is step 2"
-    assert re.search(f"warning: could not save step 4: .*({says}).*; {going_on}", told), told
-    if heals:
-        assert answers == [(0, 10, 6, 10)] * 2 and list_steps(run) == [10]
+    both = run_ranks(2, save_through, str(run), train_tokenizer(tmp_path), fault, culprit, repaired)
+    (stderr, _), results = both[0], [result for _, result in both]
+    assert re.search(f"warning: .*step 4: .*({reason}).* step 2", stderr), stderr
+    if repaired:
+        assert results == [(0, 10, 6, 10)] * 2 and list_steps(run) == [10]
         served = {k: int(v) for k, v in open_checkpoint(run).loader_state().items()}
         assert served == {"served0": 10, "served1": 10}
-    else:  # it ends with an error, and what was good still is
-        assert answers == [(1, 10, 2, 2)] * 2 and list_steps(run) == [2]
-        assert re.search(f"error: could not save step 10: .*({says}).*; the last good checkpoint in .* is step 2", told)
+    else:  # the run ends with an error, and the earlier step is still good
+        assert results == [(1, 10, 2, 2)] * 2 and list_steps(run) == [2]
+        assert re.search(f"error: .*step 10: .*({reason}).* step 2", stderr), stderr
         served = {k: int(v) for k, v in open_checkpoint(run).loader_state().items()}
         assert served == {"served0": 2, "served1": 2} and not list(run.glob(".*.new"))
 
 
 @pytest.mark.parametrize("missing", ["optimizer-00002-of-00002.safetensors", "loader-00001-of-00002.safetensors"])
 def test_a_step_that_lacks_a_share_is_skipped(missing: str, tmp_path: Path) -> None:
-    run_ranks(2, save_twice, str(tmp_path / "run"), some_tokenizer(tmp_path))
+    run_ranks(2, save_twice, str(tmp_path / "run"), train_tokenizer(tmp_path))
     assert list_steps(tmp_path / "run") == [2, 4]
     (tmp_path / "run" / "000004" / missing).unlink()
     assert open_checkpoint(tmp_path / "run").step == 2
