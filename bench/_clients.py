@@ -1,6 +1,6 @@
-"""Clients of a server under load: honest ones that are timed, and all the others.
+"""Clients that put a server under load: honest ones, which are timed, and hostile ones.
 
-On bare sockets, so that the clients cost little beside the server they share a machine with.
+They use plain sockets, to cost little on the machine that they share with the server.
 """
 
 import asyncio
@@ -20,19 +20,19 @@ CHAT = "/v1/chat/completions"
 
 @dataclass
 class Seen:
-    """What all clients together saw. Times in seconds."""
+    """Measurements of all clients together. Times in seconds."""
 
     first_token: list[float] = field(default_factory=list)  # from the request to the first piece of text
     between_tokens: list[float] = field(default_factory=list)
     tokens: int = 0
-    whole: int = 0  # streams that came to their end
-    cut: int = 0  # streams that ended without it
+    whole: int = 0  # complete streams
+    cut: int = 0  # streams that ended early
     statuses: Counter[int] = field(default_factory=Counter)
     actions: Counter[str] = field(default_factory=Counter)
 
 
 def request(body: Any, length: int | None = None) -> bytes:
-    """A POST's bytes; `length` is announced instead of the true one."""
+    """The bytes of a POST; `length` is announced instead of the true one."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return (
         f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -44,7 +44,7 @@ def request(body: Any, length: int | None = None) -> bytes:
 async def connect(
     port: int, receive_bytes: int = 0, abruptly: bool = False
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection, closed at the end; abruptly: with a reset, as a process does that dies."""
+    """A connection, closed at the end; `abruptly`: with a reset, as when a process dies."""
     made = socket.socket()
     made.setblocking(False)
     if receive_bytes:
@@ -59,24 +59,24 @@ async def connect(
         writer.transport.abort()
 
 
-async def head_of(reader: asyncio.StreamReader, seen: Seen) -> int:
-    """The status of the answer; its head is read."""
+async def read_head(reader: asyncio.StreamReader, seen: Seen) -> int:
+    """Read the head of a response; returns its status."""
     head = await reader.readuntil(b"\r\n\r\n")
     status = int(head[9:12])
     seen.statuses[status] += 1
     return status
 
 
-async def read_stream(port: int, body: Any, seen: Seen, most_events: float = float("inf")) -> None:
-    """Ask for a stream and read it, timed; leave after so many events."""
-    async with connect(port, abruptly=most_events < 5) as (reader, writer):
-        asked = last = time.perf_counter()
+async def read_stream(port: int, body: Any, seen: Seen, max_events: float = float("inf")) -> None:
+    """Send a chat request and read its stream, timed; disconnect after `max_events`."""
+    async with connect(port, abruptly=max_events < 5) as (reader, writer):
+        sent = last = time.perf_counter()
         writer.write(request({**body, "stream": True}))
-        if await head_of(reader, seen) != 200:
+        if await read_head(reader, seen) != 200:
             await asyncio.sleep(0.2)
             return
         count = 0
-        while count < most_events:
+        while count < max_events:
             line = await reader.readline()
             if line.startswith(b"data: [DONE]"):
                 seen.whole += 1
@@ -87,13 +87,13 @@ async def read_stream(port: int, body: Any, seen: Seen, most_events: float = flo
             if not line.startswith(b"data: ") or b'"content": "' not in line or b'"role"' in line:
                 continue
             now = time.perf_counter()
-            (seen.between_tokens if count else seen.first_token).append(now - (last if count else asked))
+            (seen.between_tokens if count else seen.first_token).append(now - (last if count else sent))
             last, count = now, count + 1
             seen.tokens += 1
 
 
 # ---------------------------------------------------------------------------------------------------
-# Hostile ones
+# Hostile clients
 
 
 def chat(rng: random.Random, **changes: Any) -> dict[str, Any]:
@@ -131,7 +131,7 @@ async def sends_nonsense(port: int, rng: random.Random, seen: Seen) -> None:
     ]
     async with connect(port) as (reader, writer):
         writer.write(request(rng.choice(bodies)) if rng.random() < 0.8 else rng.randbytes(3000) + b"\r\n\r\n")
-        await head_of(reader, seen)
+        await read_head(reader, seen)
 
 
 async def sends_too_much(port: int, rng: random.Random, seen: Seen) -> None:
@@ -142,10 +142,10 @@ async def sends_too_much(port: int, rng: random.Random, seen: Seen) -> None:
         else:
             writer.write(request(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
             piece = f"{len(piece):x}\r\n".encode() + piece + b"\r\n"
-        for _ in range(150):  # ten megabytes, or until the server has enough
+        for _ in range(150):  # ten megabytes, or until the server closes the connection
             writer.write(piece)
             await writer.drain()
-        await head_of(reader, seen)
+        await read_head(reader, seen)
 
 
 async def does_not_read(port: int, rng: random.Random, seen: Seen) -> None:
@@ -178,7 +178,7 @@ HOSTILE = {
 
 
 async def hostile_client(port: int, number: int, until: float, seen: Seen) -> None:
-    """One thing after the other until the time is up. What a client sees when it misbehaves is its own affair."""
+    """Random actions until the time is up. Errors are expected, since the client misbehaves."""
     rng = random.Random(number)
     while time.monotonic() < until:
         (act,) = rng.choices(list(HOSTILE), weights=list(HOSTILE.values()))

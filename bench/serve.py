@@ -1,12 +1,12 @@
 """The server under load, over HTTP: `python -m bench.serve`, and with `--hostile` clients that misbehave.
 
-The server is `scripts.chat_web` in a process of its own, with a random model of the sizes given, or with yours
-(`--source=sft`). --clients clients ask one question after the other for --seconds and read the answers token by token.
+The server is `scripts.chat_web` in a process of its own, with a random model of the given sizes, or with yours
+(`--source=sft`). For --seconds, each of --clients sends one request after the other and reads the answers as streams.
 
-With `--hostile` some of them do that; others leave in the middle, send nonsense, too much, nothing, a byte at a time,
-or do not read. The run fails where the server dies or writes a traceback, its memory grows by more than 5% after the
-first half, /health takes longer than 100 ms, a row is left over, or a stream ends early. `machine_late` is how late
-this very program was woken from sleep: where that is not near zero, other programs had the machine.
+With `--hostile` some clients do that; others disconnect early, send garbage, too much, nothing, a byte at a time, or do
+not read. The run fails if the server exits or writes a traceback, its memory grows by more than 5% after the first
+half, /health takes longer than 100 ms, a request is left over, or a stream ends early. `machine_late` is how late this
+program was woken from sleep: if it is not near zero, other programs used the machine.
 
     python -m bench.serve --clients=16 --seconds=30 --source=sft
     python -m bench.serve --hostile --clients=64 --seconds=300 --source=sft
@@ -46,20 +46,20 @@ GROWTH = 1.05
 
 @dataclass
 class ServeFlags(Flags):
-    """Sizes of the model, and the load."""
+    """Sizes of the model and the load."""
 
     seconds: float = 10.0
-    """How long the clients ask."""
+    """Duration of the load."""
     clients: int = 8
-    """Clients at the same time."""
+    """Concurrent clients."""
     max_tokens: int = 64
-    """Longest answer."""
+    """Longest answer in tokens."""
     source: str = ""
-    """Serve your own model: base, sft or rl; empty: a random one of the sizes given."""
+    """Serve your own model: base, sft or rl; empty: a random one of the given sizes."""
     chars: int = 500_000
     """Characters of text to train a random model's vocabulary on."""
     hostile: bool = False
-    """Clients that misbehave, and the conditions that the server must meet all the same."""
+    """Add misbehaving clients, and fail if the server breaks under them."""
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Served:
 
     @property
     def memory(self) -> int:
-        """Bytes that the process and its replicas hold now."""
+        """Resident bytes of the process and its replicas."""
         own = [self.process.pid, *children(self.process.pid)]
         return sum(1024 * int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0]) for pid in own)
 
@@ -90,34 +90,34 @@ def children(pid: int) -> list[int]:
 
 
 class Watch(threading.Thread):
-    """Asks after the server's health four times a second, and its memory."""
+    """Measures the server's health checks and memory four times a second."""
 
     def __init__(self, served: Served) -> None:
         super().__init__(daemon=True)
         self.served, self.stopped = served, threading.Event()
         self.began = time.monotonic()
         self.health: list[float] = []  # seconds that /health took
-        self.late: list[float] = []  # seconds that waking up took: the machine's part in the other figures
+        self.late: list[float] = []  # seconds by which this thread was woken late
         self.memory: list[tuple[float, int]] = []  # (seconds since the start, bytes)
         self.failed = ""
 
     def run(self) -> None:
-        asked = time.perf_counter()
+        sent = time.perf_counter()
         while not self.stopped.wait(0.25):
-            self.late.append(time.perf_counter() - asked - 0.25)
-            asked = time.perf_counter()
+            self.late.append(time.perf_counter() - sent - 0.25)
+            sent = time.perf_counter()
             try:
                 fine = self.served.get("/health") == {"status": "ok"}
             except (OSError, ValueError) as error:
                 fine, self.failed = False, f"/health: {error!r}"
-            self.health.append(time.perf_counter() - asked)
-            self.failed = self.failed or ("" if fine else "/health said that it is not ok")
+            self.health.append(time.perf_counter() - sent)
+            self.failed = self.failed or ("" if fine else "/health is not ok")
             with contextlib.suppress(OSError, IndexError):
                 self.memory.append((time.monotonic() - self.began, self.served.memory))
-            asked = time.perf_counter()
+            sent = time.perf_counter()
 
     def growth(self, seconds: float) -> float:
-        """The most memory in the last quarter of the run over the most in the third; the first half is warm-up."""
+        """Peak memory of the last quarter of the run, relative to the third; the first half is warm-up."""
         quarters: list[list[int]] = [[], [], [], []]
         for at, held in self.memory:
             quarters[min(3, int(4 * at / seconds))].append(held)
@@ -182,13 +182,13 @@ async def load(flags: ServeFlags, port: int, seen: Seen) -> None:
 
 
 def percentile(values: list[float], share: float) -> float | None:
-    """In milliseconds; None of nothing."""
+    """In milliseconds; None if there are no values."""
     ordered = sorted(values)
     return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
 
 
 def left_over(served: Served) -> dict[str, int]:
-    """What still runs or waits once all clients have gone, some seconds later."""
+    """Requests that still run or wait, up to ten seconds after the last client has gone."""
     found: dict[str, int] = {}
     for _ in range(100):
         stats = served.get("/stats")
@@ -200,15 +200,15 @@ def left_over(served: Served) -> dict[str, int]:
 
 
 def complaints(values: dict[str, Any], served: Served, watch: Watch) -> list[str]:
-    """What a server that can be relied on must not do."""
+    """Violated conditions of --hostile."""
     found = [watch.failed] if watch.failed else []
     if values["exit_code"] is not None:
-        found.append(f"the server ended with {values['exit_code']}")
+        found.append(f"the server exited with {values['exit_code']}")
     if "Traceback" in served.errors.read_text(errors="replace"):
         found.append("the server wrote a traceback")
     if (values["health_ms_max"] or 0) > 1000 * HEALTH_SECONDS:
         took, late = values["health_ms_max"], values["machine_late_ms_max"]
-        found.append(f"/health took {took:.0f} ms (the machine itself was {late:.0f} ms late)")
+        found.append(f"/health took {took:.0f} ms (the machine was up to {late:.0f} ms late)")
     if values["memory_growth"] > GROWTH:
         found.append(f"memory grew by {values['memory_growth'] - 1:.1%}")
     if any(values["left_over"].values()):
@@ -220,7 +220,7 @@ def complaints(values: dict[str, Any], served: Served, watch: Watch) -> list[str
 
 def measure(flags: ServeFlags, runtime: Runtime) -> Result:
     seen = Seen()
-    sys.setswitchinterval(0.001)  # the clients share an interpreter with the watch over the server's health
+    sys.setswitchinterval(0.001)  # seconds; the clients share an interpreter with Watch
     with server(flags, runtime) as served:
         asyncio.run(load(ServeFlags(**{**vars(flags), "hostile": False, "seconds": 1.0}), served.port, Seen()))
         watch = Watch(served)

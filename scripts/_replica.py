@@ -3,10 +3,11 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 from nanochat.checkpoint.folder import step_path
 from nanochat.checkpoint.manifest import Manifest
@@ -14,6 +15,7 @@ from nanochat.checkpoint_manager import load_model, run_dir
 from nanochat.common import UserError, get_base_dir
 from nanochat.gpt import GPT
 from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
+from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from nanochat.serve.replica import RemoteService, serve_replica
 from nanochat.serve.service import MIB, Observe, Service, WorkerPool
@@ -21,20 +23,40 @@ from scripts import _cli
 
 
 @dataclass
-class ReplicaPlan:
+class ReplicaConfig:
+    """The flags of chat_web that each of its replicas needs."""
+
+    source: Annotated[Literal["base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
+    """Model to serve: base, sft or rl."""
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
+    """Tag of the run; empty takes the latest."""
+    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
+    """Step of its checkpoint; -1 takes the last."""
+    max_rows: Annotated[int, Range(1)] = 32
+    """Batch slots: sequences decoded together."""
+    max_waiting: Annotated[int, Range(1)] = 64
+    """Requests in the queue; more are refused with 429."""
+    cache_mib: Annotated[int, Range(1)] = 1024
+    """Memory for the keys and values of the batch slots, per replica."""
+    prefix_mib: Annotated[int, Range(0)] = 256
+    """Memory for the prefix cache of prompts, per replica."""
+    python: bool = False
+    """Let the model run Python in the sandbox (dev/SANDBOX.md), beside the calculator."""
+    int8: bool = False
+    """Decode with int8 weights, on a CPU: faster for models larger than its cache."""
+
+
+@dataclass
+class ReplicaPlan(ReplicaConfig):
     """The model and the sizes of its Service. Passed to a child process as JSON."""
 
-    source: str
-    model_tag: str
-    step: int | None
-    max_rows: int
-    max_waiting: int
-    cache_mib: int
-    prefix_mib: int
-    int8: bool
-    python: bool
     threads: int = 0  # of a replica in a process of its own
     weights: str = ""  # SHA-256 of their file, once loaded
+
+    @classmethod
+    def of(cls, config: ReplicaConfig, model_tag: str) -> "ReplicaPlan":
+        flags = {f.name: getattr(config, f.name) for f in fields(ReplicaConfig)}
+        return cls(**{**flags, "model_tag": model_tag})
 
     def load(self, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
         """(model, tokenizer, meta). Later calls, for other GPUs and processes, load the same step. Raises UserError if
@@ -45,7 +67,7 @@ class ReplicaPlan:
             runtime,
             base_dir=base_dir,
             model_tag=self.model_tag,
-            step=self.step,
+            step=None if self.step < 0 else self.step,
             compute_dtype=runtime.dtype,
         )
         path = step_path(run_dir(base_dir, self.source, self.model_tag), meta["step"])

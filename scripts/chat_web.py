@@ -4,7 +4,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
@@ -19,31 +19,25 @@ from nanochat.serve.api import ServerMetrics, Settings
 from nanochat.serve.server import create_app
 from nanochat.serve.uvicorn_server import Server, limit_pauses, open_socket
 from scripts import _cli
-from scripts._replica import ReplicaPlan, local_pool, remote_pool
+from scripts._replica import ReplicaConfig, ReplicaPlan, local_pool, remote_pool
 
 LOCAL_HOSTS = ("127.0.0.1", "::1")
 
 
 @dataclass
-class Config:
+class Config(ReplicaConfig):
     """Serve a model: a chat page, and an API for OpenAI clients."""
 
     num_gpus: Annotated[int, Range(1)] = 1
     """Replicas, one per GPU; on a CPU they share it."""
     workers: Annotated[int, Range(0)] = 0
     """On a CPU: replicas in processes of their own that share the cores; one that dies is replaced. 0: none."""
-    source: Annotated[Literal["base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
-    """Model to serve: base, sft or rl."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8
     """Default of requests; 0 takes the most likely token."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
     """Default of requests; 0 is off."""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"]), Range(1)] = 512
     """Longest answer in tokens; default of requests."""
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
-    """Tag of the run; empty takes the latest."""
-    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
-    """Step of its checkpoint; -1 takes the last."""
     port: Annotated[int, tyro.conf.arg(aliases=["-p"]), Range(1, 65535, unset=-1)] = -1
     """Port; -1 takes 8000 or the next free one."""
     host: str = "127.0.0.1"
@@ -54,18 +48,6 @@ class Config:
     """File of API keys, one a line; requests must send one of them. Empty: no key is required."""
     cors: list[str] = field(default_factory=list)
     """Origins of other web pages that may use the API."""
-    max_rows: Annotated[int, Range(1)] = 32
-    """Batch slots: sequences decoded together."""
-    max_waiting: Annotated[int, Range(1)] = 64
-    """Requests in the queue; more are refused with 429."""
-    cache_mib: Annotated[int, Range(1)] = 1024
-    """Memory for the keys and values of the batch slots, per replica."""
-    prefix_mib: Annotated[int, Range(0)] = 256
-    """Memory for the prefix cache of prompts, per replica."""
-    python: bool = False
-    """Let the model run Python in the sandbox (dev/SANDBOX.md), beside the calculator."""
-    int8: bool = False
-    """Decode with int8 weights, on a CPU: faster for models larger than its cache."""
     request_seconds: Annotated[float, Range(0.001)] = 300.0
     """Time limit of one request."""
     log_requests: bool = False
@@ -97,17 +79,7 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
     available = torch.cuda.device_count() if runtime.device.type == "cuda" else config.num_gpus
     if config.num_gpus > available:
         raise UserError(f"--num-gpus={config.num_gpus}: this machine has {available}")
-    plan = ReplicaPlan(
-        source=config.source,
-        model_tag=run.name,
-        step=None if config.step < 0 else config.step,
-        max_rows=config.max_rows,
-        max_waiting=config.max_waiting,
-        cache_mib=config.cache_mib,
-        prefix_mib=config.prefix_mib,
-        int8=config.int8,
-        python=config.python,
-    )
+    plan = ReplicaPlan.of(config, run.name)
     model, tokenizer, meta = plan.load(runtime)
     max_context = model.config.sequence_len
     metrics = ServerMetrics()

@@ -254,7 +254,7 @@ def test_no_process_outlives_its_server() -> None:
 
 def test_a_replica_made_later_has_the_same_weights_or_none(copied: Path) -> None:
     runtime = Runtime(torch.device("cpu"), torch.float32, "", 1)
-    plan = ReplicaPlan("base", "tiny", None, 4, 8, 64, 0, int8=False, python=False)
+    plan = ReplicaPlan("base", "tiny", max_rows=4, max_waiting=8, cache_mib=64, prefix_mib=0)
     model, tokenizer, meta = plan.load(runtime)
     assert plan.step == 1 and plan.load(runtime)[2]["step"] == 1
     child = ReplicaPlan(**json.loads(plan.command()[-1]))

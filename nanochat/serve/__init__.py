@@ -1,5 +1,5 @@
 """The chat service: HTTP API, request queue, replicas.
 
 Called by `scripts/chat_web.py`.
-Start with `server.py` (routes), then `service.py` (the queue and the batch).
+A message's way: `routes_chat.py` -> `generation.py` -> `service.py` (queue, batch). `server.py` puts them together.
 """
