@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError
-from nanochat.conversation import Tokenizer
 from nanochat.data.batches import Batch, Loader, seeded_rng
 from nanochat.engine import Engine
 from nanochat.inference.request import GenerationRequest, TokenSequence
@@ -116,7 +115,6 @@ class RolloutLoader(Loader):
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Tokenizer,
         curricula: Sequence[Curriculum],
         sampler: Sampler,
         groups_per_step: int,
@@ -126,7 +124,7 @@ class RolloutLoader(Loader):
     ) -> None:
         """`watch(step, groups)` is called with this rank's samples of each step."""
         assert groups_per_step > 0
-        self.engine, self.tokenizer, self.curricula, self.sampler = engine, tokenizer, list(curricula), sampler
+        self.engine, self.curricula, self.sampler = engine, list(curricula), sampler
         self.groups_per_step, self.runtime, self.seed, self.watch = groups_per_step, runtime, seed, watch
         self.step = 0
         self.figures: dict[str, float] = {}  # of the last batch, over all ranks
@@ -147,7 +145,7 @@ class RolloutLoader(Loader):
         curriculum = int(rng.integers(len(self.curricula)))
         task, index = self.curricula[curriculum].draw(rng)
         conversation = task[index]
-        prompt = self.tokenizer.render_for_completion(conversation)
+        prompt = self.engine.tokenizer.render_for_completion(conversation)
         return Group(curriculum, task, index, conversation, prompt[-(self.engine.max_context - 1) :])
 
     def _answer(self, groups: list[Group], numbers: Sequence[int]) -> None:
@@ -162,7 +160,7 @@ class RolloutLoader(Loader):
         rows = self.engine.complete(requests, sampler.batch_size)
         for place, group in enumerate(groups):
             group.rows = rows[place * n : (place + 1) * n]
-            group.texts = [self.tokenizer.decode(row.tokens) for row in group.rows]
+            group.texts = [self.engine.tokenizer.decode(row.tokens) for row in group.rows]
             # A cut-off answer gets no reward, or nothing would teach the model to stop after the result.
             group.rewards = [
                 float(group.task.reward(group.conversation, text)) if row.end is not None else 0.0

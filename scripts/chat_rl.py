@@ -144,7 +144,6 @@ def make_loader(
 ) -> RolloutLoader:
     return RolloutLoader(
         engine,
-        engine.tokenizer,
         [Curriculum(tasks, config.raise_at) for tasks in levels],
         Sampler(config.num_samples, config.max_new_tokens, config.temperature, config.top_k),
         config.examples_per_step,

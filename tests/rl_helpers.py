@@ -54,4 +54,4 @@ def loader_for(
 ) -> RolloutLoader:
     sampler = Sampler(**{"num_samples": 6, "max_new_tokens": 4, "top_k": 0, **how})
     curricula = curricula or [Curriculum([Bandit()])]
-    return RolloutLoader(Engine(model, ChatBytes()), ChatBytes(), curricula, sampler, groups, runtime, seed=3)  # type: ignore[arg-type]
+    return RolloutLoader(Engine(model, ChatBytes()), curricula, sampler, groups, runtime, seed=3)  # type: ignore[arg-type]

@@ -69,7 +69,10 @@ def test_who_must_not_know_whom() -> None:
         return inner(imports(ROOT / "nanochat" / f"{name}.py"), "nanochat")
 
     assert not known("gpt") & {"optim", "optimizer", "trainer", "engine"}
-    assert not known("trainer") & {"loss_eval", "core_eval", "engine", "report", "checkpoint_manager"}
+    for name in ("trainer", "train/step"):
+        assert not known(name) & {"loss_eval", "core_eval", "evals", "engine", "report", "checkpoint_manager"}
+        of_data = {n for n in imports(ROOT / "nanochat" / f"{name}.py") if n.startswith("nanochat.data")}
+        assert all(n.startswith("nanochat.data.batches") for n in of_data), "a loader's files are its own affair"
     assert not known("engine") & {"checkpoint", "checkpoint_manager", "serve"}
 
 
