@@ -5,11 +5,12 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, say, warn
 from nanochat.runtime import Runtime
+from nanochat.train.config import TrainConfig
 from nanochat.trainer import Record, Trainer
 
 PLAIN_LINE_SECONDS = 10.0  # between lines in a log file
@@ -90,30 +91,30 @@ def cut_metrics(path: Path, step: int) -> None:
         file.writelines(line + "\n" for line in kept)
 
 
-def check_sinks(run_name: str, use_tensorboard: bool) -> None:
+def check_sinks(config: TrainConfig) -> None:
     """Raise UserError, before anything is begun, where the optional extra is not installed."""
-    if run_name != "dummy" and importlib.util.find_spec("wandb") is None:
+    if config.run != "dummy" and importlib.util.find_spec("wandb") is None:
         raise UserError("--run needs wandb: pip install 'nanochat[wandb]', or leave --run=dummy")
-    if use_tensorboard and importlib.util.find_spec("tensorboard") is None:
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs tensorboard: pip install 'nanochat[tensorboard]', or leave it out")
 
 
-def open_sinks(run_name: str, folder: Path, use_tensorboard: bool, config: dict[str, Any], is_main: bool) -> list[Sink]:
-    """wandb (run_name other than "dummy") and tensorboard; see check_sinks."""
+def open_sinks(config: TrainConfig, folder: Path) -> list[Sink]:
+    """wandb and tensorboard, as the flags ask for them; see check_sinks. Main rank only."""
     sinks: list[Sink] = []
-    if run_name != "dummy" and is_main:
+    if config.run != "dummy":
         import wandb
 
-        session = wandb.init(project="nanochat", name=run_name, config=config)
+        session = wandb.init(project="nanochat", name=config.run, config=asdict(config))
         sinks.append(lambda step, record: session.log(record, step=step))
-    if use_tensorboard and is_main:
+    if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"))
 
         def to_tensorboard(step: int, record: Record) -> None:
             for name, value in record.items():
-                if isinstance(value, (int, float)):
+                if isinstance(value, int | float):
                     writer.add_scalar(name, value, step)
 
         sinks.append(to_tensorboard)

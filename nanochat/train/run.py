@@ -51,7 +51,7 @@ class Run(Generic[Config]):
 
     def begin(self, num_steps: int, plan: list[tuple[str, str]]) -> None:
         """Take the folder, now that every flag has been checked; print and keep the plan."""
-        check_sinks(self.config.run, self.config.tensorboard)
+        check_sinks(self.config)
         if not self.checkpoint:
             move_aside(self.folder, self.runtime)
         if self.runtime.is_main:
@@ -136,7 +136,7 @@ class Run(Generic[Config]):
         return command_line(self.script, self.config, **extra)
 
     def _open_metrics(self, trainer: Trainer) -> Metrics:
-        path, runtime, config = self.folder / "metrics.jsonl", self.runtime, self.config
+        path, runtime = self.folder / "metrics.jsonl", self.runtime
         if runtime.is_main:
             cut_metrics(path, self.checkpoint.step if self.checkpoint else -1)
         return Metrics(
@@ -144,7 +144,7 @@ class Run(Generic[Config]):
             runtime,
             flops_per_token=trainer.model.estimate_flops(),
             peak_flops=measure_peak_flops(runtime),
-            sinks=open_sinks(config.run, self.folder, config.tensorboard, asdict(config), runtime.is_main),
+            sinks=open_sinks(self.config, self.folder) if runtime.is_main else [],
         )
 
     def _log(self, trainer: Trainer, record: Record, metrics: Metrics) -> None:
