@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from bench import _run
 from bench._common import Flags, model_config, starter_texts, time_in_turn
 from bench._run import Result
-from nanochat.core_eval import GPTScorer, Score, is_right
 from nanochat.evals.core_bundle import CoreTask, read_bundle
 from nanochat.evals.core_prompts import Example, make_examples
+from nanochat.evals.scoring import GPTScorer, Score, is_right
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
@@ -122,7 +122,7 @@ def measure(flags: CoreFlags, runtime: Runtime) -> Result:
     agreed = count = 0
     tasks_to_run = read_bundle(Path(flags.eval_bundle)).tasks if flags.eval_bundle else synthetic_tasks(flags.items)
     for task in tasks_to_run:
-        examples = list(make_examples(task, tokenizer, flags.seq_len, most=flags.items))
+        examples = list(make_examples(task, tokenizer, flags.seq_len, max_items=flags.items))
         both: dict[str, Callable[[], Any]] = {
             "batched": partial(scorer.score, examples),
             "one": partial(one_by_one, model, examples),

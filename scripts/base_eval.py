@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir, say
-from nanochat.core_eval import GPTScorer
 from nanochat.dataset import Corpus, open_corpus
 from nanochat.evals.bits_per_byte import EVAL_ROWS, bpb_by_source, corpus_bpb
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_prompts import MODES
 from nanochat.evals.core_run import open_bundle, report_values, run_core, write_details
 from nanochat.evals.samples import continuations
+from nanochat.evals.scoring import GPTScorer
 from nanochat.gpt import GPT
 from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.ranges import Range

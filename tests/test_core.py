@@ -16,23 +16,21 @@ from stubs import stir
 
 from nanochat.common import UserError
 from nanochat.core_eval import (
-    GPTScorer,
-    Score,
     bootstrap_error,
     centered,
     evaluate_core,
     evaluate_task,
-    is_right,
     published_gpt2,
-    shared_tokens,
 )
 from nanochat.evals.core_bundle import CoreTask, read_bundle
 from nanochat.evals.core_download import bundle_folder
 from nanochat.evals.core_prompts import Example, Scored, crop, dclm_shots, make_examples, reference_shots, shuffled
+from nanochat.evals.scoring import GPTScorer, Score, is_right, shared_tokens
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 
 GOLDEN = published_gpt2()
+CPU = Runtime.create("cpu")
 BOS = 256
 
 
@@ -67,7 +65,7 @@ def scored_text(example: Example) -> list[str]:
 
 
 def first(t: CoreTask, tokenizer: Any = None, mode: str = "reference", max_tokens: int = 10_000) -> Example:
-    return next(make_examples(t, tokenizer or Letters(), max_tokens, most=1, mode=mode))
+    return next(make_examples(t, tokenizer or Letters(), max_tokens, max_items=1, mode=mode))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -248,26 +246,28 @@ class Answers:
 def test_models_with_known_answers() -> None:
     items = [{"query": f"q{i}", "choices": list("abcd"), "gold": i % 4} for i in range(400)]
     t = task("multiple_choice", items, shots=1)
-    result = {k: evaluate_task(Answers(k), t, Letters()) for k in ("gold", "nothing", "wrong")}
+    result = {k: evaluate_task(Answers(k), t, Letters(), CPU) for k in ("gold", "nothing", "wrong")}
     assert result["gold"].centered == 1.0 and result["wrong"].centered == pytest.approx(-1 / 3)
     assert result["nothing"].centered == 0.0  # a uniform model chooses the first option, right a quarter of the time
     lm = task("language_modeling", [{"context": "c", "continuation": "x"}])
-    assert evaluate_task(Answers("gold"), lm, Letters()).accuracy == 1.0
-    assert evaluate_task(Answers("nothing"), lm, Letters()).accuracy == 0.0
+    assert evaluate_task(Answers("gold"), lm, Letters(), CPU).accuracy == 1.0
+    assert evaluate_task(Answers("nothing"), lm, Letters(), CPU).accuracy == 0.0
 
 
 def test_ranks_share_the_items_and_get_the_same_result() -> None:
     model = stirred(GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
     t, scorer = made_up("multiple_choice", 11, 0), GPTScorer(model)
-    alone = evaluate_task(scorer, t, Letters())
+    alone = evaluate_task(scorer, t, Letters(), CPU)
     parts: list[torch.Tensor] = []
 
-    def keep(values: torch.Tensor) -> torch.Tensor:
+    def keep(values: torch.Tensor, name: str) -> torch.Tensor:
         parts.append(values)
         return values
 
     for rank in range(3):
-        evaluate_task(scorer, t, Letters(), rank=rank, world_size=3, sum_over_ranks=keep)
+        runtime = Runtime(CPU.device, CPU.dtype, "", 0, rank=rank, local_rank=rank, world_size=3)
+        runtime.all_reduce_sum = keep  # type: ignore[method-assign]
+        evaluate_task(scorer, t, Letters(), runtime)
     assert [bool(x) for x in sum(parts)[0]] == alone.right  # type: ignore[index]
 
 
@@ -339,20 +339,20 @@ def test_a_bundle_is_read_and_evaluated(tmp_path: Path) -> None:
         ("pronoun", 0, " ", 0.5, 5),
         ("go_on", 1, " ", 0.0, 4),
     ]
-    result = evaluate_core(Answers("gold"), Letters(), bundle, Runtime.create("cpu"))
+    result = evaluate_core(Answers("gold"), Letters(), bundle, CPU)
     assert result.core == result.low == result.high == 1.0 and not result.partial
-    few = evaluate_core(Answers("gold"), Letters(), bundle, Runtime.create("cpu"), max_per_task=2)
+    few = evaluate_core(Answers("gold"), Letters(), bundle, CPU, max_per_task=2)
     assert [len(t.right) for t in few.tasks] == [2, 2, 2]
     some = read_bundle(tmp_path / "b", only="go_on, pick")
     assert [t.label for t in some.tasks] == ["pick", "go_on"] and some.left_out == ["pronoun"] and not some.missing
-    assert evaluate_core(Answers("gold"), Letters(), some, Runtime.create("cpu")).partial  # a part is no CORE
+    assert evaluate_core(Answers("gold"), Letters(), some, CPU).partial  # a part is no CORE
 
 
 def test_missing_data_is_listed_and_marks_the_mean(tmp_path: Path) -> None:
     (write_bundle(tmp_path / "b") / "eval_data" / "pronoun.jsonl").unlink()
     bundle = read_bundle(tmp_path / "b")
     assert bundle.missing == ["pronoun"] and len(bundle.tasks) == 2
-    result = evaluate_core(Answers("gold"), Letters(), bundle, Runtime.create("cpu"))
+    result = evaluate_core(Answers("gold"), Letters(), bundle, CPU)
     assert result.partial and result.to_dict()["missing"] == ["pronoun"]
 
 

@@ -1,13 +1,13 @@
-"""From a CORE item to token sequences and the spans of them that are scored.
+"""From CORE items to token sequences and their scored spans.
 
-Two ways to write a prompt:
+Two prompt formats:
 
-reference  as the published figures of this system: few-shot examples drawn anew for each item and separated by a
-           blank line, the whole prompt tokenised at once, the span found by what the options have in common
-dclm       as DCLM's evaluation harness (llm-foundry): examples drawn from one stream over all items and separated
-           by a line break, texts stripped, context and continuation tokenised apart, the span the continuation
+reference  that of this system's published results: few-shot examples drawn per item and separated by a blank line,
+           the whole prompt tokenized at once, the span found by comparing the options
+dclm       that of DCLM's evaluation harness (llm-foundry): examples drawn from one stream over all items and separated
+           by a line break, texts stripped, context and continuation tokenized separately, the span the continuation
 
-Scores of the two differ by a point or so on small models; compare only within one.
+Their scores differ by about a point on small models; compare only within one format.
 """
 
 import random
@@ -23,14 +23,14 @@ SHUFFLE_SEED = 1337
 
 
 class TextEncoder(Protocol):
-    """The part of a tokenizer that prompts need."""
+    """The tokenizer interface that prompts need."""
 
     def encode(self, text: str) -> list[int]: ...
     def get_bos_token_id(self) -> int: ...
 
 
 class Scored(NamedTuple):
-    """A sequence whose tokens start .. end-1 are scored, each given all before it. 1 <= start < end."""
+    """Token ids of which start .. end-1 are scored, each given all before it. 1 <= start < end."""
 
     ids: list[int]
     start: int
@@ -39,46 +39,44 @@ class Scored(NamedTuple):
 
 @dataclass
 class Example:
-    """An item ready to be scored: a sequence for each option, one alone for language modeling."""
+    """An item to score: one sequence per option, a single one for language modeling."""
 
     kind: str
     sequences: list[Scored]
     gold: int = 0
-    texts: list[str] = field(default_factory=list)  # the prompts, to be read by people
-    cropped: bool = False  # the context was too short for it
-
-
-def chosen_items(task: CoreTask, most: int = -1) -> list[int]:
-    """Which items are asked, as numbers into task.items shuffled; -1 takes all. Examples come from all of them."""
-    return list(range(len(task.items) if most < 0 else min(most, len(task.items))))
+    texts: list[str] = field(default_factory=list)  # the prompts, to read
+    cropped: bool = False  # the prompt exceeded the context
 
 
 def shuffled(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The items in the published order, of which a shortened evaluation asks the first."""
+    """The items in the published order; a shortened evaluation uses the first of them."""
     mixed = list(items)
     random.Random(SHUFFLE_SEED).shuffle(mixed)
     return mixed
 
 
+def slice_end(max_items: int) -> int | None:
+    return None if max_items < 0 else max_items
+
+
 def make_examples(
-    task: CoreTask, tokenizer: TextEncoder, max_tokens: int, *, most: int = -1, mode: str = "reference"
+    task: CoreTask, tokenizer: TextEncoder, max_tokens: int, *, max_items: int = -1, mode: str = "reference"
 ) -> Iterator[Example]:
-    """The task's items, ready to be scored; sequences longer than `max_tokens` lose their beginning."""
+    """The first `max_items` items of a task (-1: all) as examples, cropped on the left to `max_tokens` tokens."""
     assert mode in MODES, f"unknown mode {mode!r}"
     render = {"reference": reference_example, "dclm": dclm_example}[mode]
-    for item, shots in (reference_shots if mode == "reference" else dclm_shots)(task, most):
+    for item, shots in (reference_shots if mode == "reference" else dclm_shots)(task, max_items):
         yield crop(render(task, item, shots, tokenizer), max_tokens)
 
 
 def crop(example: Example, max_tokens: int) -> Example:
-    """The same with its sequences cut from the left to at most `max_tokens`; scored tokens without one before them
-    are lost."""
-    cut = []
-    for ids, start, end in example.sequences:
-        lost = max(0, len(ids) - max_tokens)
-        cut.append(Scored(ids[lost:], max(1, start - lost), end - lost))
-        example.cropped |= lost > 0
-    example.sequences = cut
+    """`example` with its sequences cropped in place on the left to at most `max_tokens`; scored tokens that lose all
+    their context are no longer scored."""
+    excess = [max(0, len(s.ids) - max_tokens) for s in example.sequences]
+    example.sequences = [
+        Scored(ids[n:], max(1, start - n), end - n) for n, (ids, start, end) in zip(excess, example.sequences)
+    ]
+    example.cropped |= any(excess)
     return example
 
 
@@ -86,10 +84,10 @@ def crop(example: Example, max_tokens: int) -> Example:
 # Reference
 
 
-def reference_shots(task: CoreTask, most: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(item, its few-shot examples): drawn from all other items, by the item's place in the shuffled order."""
+def reference_shots(task: CoreTask, max_items: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """(item, few-shot examples), drawn from all other items with a seed per position in the shuffled order."""
     items = shuffled(task.items)
-    for index in chosen_items(task, most):
+    for index in range(len(items))[: slice_end(max_items)]:
         others = [i for i in range(len(items)) if i != index]
         drawn = random.Random(FEWSHOT_SEED + index).sample(others, min(task.num_fewshot, len(others)))
         yield items[index], [items[i] for i in drawn]
@@ -98,7 +96,7 @@ def reference_shots(task: CoreTask, most: int) -> Iterator[tuple[dict[str, Any],
 def reference_example(
     task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any]], tokenizer: TextEncoder
 ) -> Example:
-    """Prompts tokenised whole. Options differ after (multiple choice) or before (schema) what they share."""
+    """Prompts tokenized as a whole. Options share a prefix (multiple choice) or a suffix (schema)."""
     solved = {
         "multiple_choice": lambda x: x["query"] + task.delimiter + x["choices"][x["gold"]],
         "schema": lambda x: x["context_options"][x["gold"]] + task.delimiter + x["continuation"],
@@ -106,7 +104,7 @@ def reference_example(
     }[task.kind]
     before = "".join(solved(shot) + "\n\n" for shot in shots)
     if task.kind == "language_modeling":
-        # Without the space that may end it: together with the first letters of the answer it is one token.
+        # Without a trailing space, which forms one token with the first letters of the answer.
         without = (before + item["context"].strip() + task.delimiter).strip()
         texts = [without, before + solved(item)]
         context, whole = encode(tokenizer, texts)
@@ -115,7 +113,7 @@ def reference_example(
     if task.kind == "multiple_choice":
         texts = [before + item["query"] + task.delimiter + choice for choice in item["choices"]]
         ids = encode(tokenizer, texts)
-        # At least the last token of each is scored, also where one option is the beginning of another.
+        # Score at least the last token of each, even if one option is a prefix of another.
         start = min(common_prefix(ids), min(map(len, ids)) - 1)
         spans = [(start, len(x)) for x in ids]
     else:
@@ -127,12 +125,12 @@ def reference_example(
 
 
 def encode(tokenizer: TextEncoder, texts: Sequence[str]) -> list[list[int]]:
-    """Each text behind a bos of its own."""
+    """Token ids of each text, after a bos token."""
     return [[tokenizer.get_bos_token_id(), *tokenizer.encode(text)] for text in texts]
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Tokens that all sequences begin with."""
+    """Length of the longest common prefix."""
     shortest = min(map(len, sequences))
     first = sequences[0]
     return next((i for i in range(shortest) if any(s[i] != first[i] for s in sequences)), shortest)
@@ -142,14 +140,14 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 # DCLM
 
 
-def dclm_shots(task: CoreTask, most: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(item, its few-shot examples): one stream of draws over the items as the file has them.
+def dclm_shots(task: CoreTask, max_items: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """(item, few-shot examples), drawn from one stream over the items in file order.
 
-    The same items are asked as in the reference mode, but all draws are made, so that each has the examples of a
-    complete evaluation.
+    Yields the same items as the reference format, but makes the draws of all items, so that each gets the examples of
+    a complete evaluation.
     """
     items = [stripped(item) for item in task.items]
-    asked = set(map(id, shuffled(task.items)[: len(chosen_items(task, most))]))
+    selected = set(map(id, shuffled(task.items)[: slice_end(max_items)]))
     rng, count = random.Random(FEWSHOT_SEED), len(items)
     for index, item in enumerate(items):
         drawn = set(rng.sample(range(count), min(count - 1, task.num_fewshot)))
@@ -158,12 +156,12 @@ def dclm_shots(task: CoreTask, most: int) -> Iterator[tuple[dict[str, Any], list
             while len(drawn) < min(count - 1, task.num_fewshot):
                 if (other := rng.choice(range(count))) != index:
                     drawn.add(other)
-        if id(task.items[index]) in asked:
+        if id(task.items[index]) in selected:
             yield item, [items[i] for i in drawn]
 
 
 def stripped(item: dict[str, Any]) -> dict[str, Any]:
-    """The item without blanks around its texts."""
+    """The item with its texts stripped."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, str):
@@ -174,7 +172,7 @@ def stripped(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def dclm_example(task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any]], tokenizer: TextEncoder) -> Example:
-    """Examples, context and continuation tokenised each for itself."""
+    """Few-shot examples, context and continuation tokenized separately."""
     question: Callable[[dict[str, Any]], str] = {
         "multiple_choice": lambda x: x["query"],
         "schema": lambda x: x["context_options"][x["gold"]],
@@ -187,7 +185,7 @@ def dclm_example(task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any
     }[task.kind]
     before = "\n".join(question(shot) + task.delimiter + answer(shot) for shot in shots)
     contexts = item["context_options"] if task.kind == "schema" else [question(item)]
-    # Blanks at its end would leave a token that no text has there; the continuation brings its own.
+    # A trailing space would be an unusual token of its own; the continuation has a leading one.
     contexts = [(("\n" if before else "") + context + task.delimiter).rstrip() for context in contexts]
     answers = item["choices"] if task.kind == "multiple_choice" else [answer(item)]
     answers = [text if text.startswith(" ") else " " + text for text in answers]

@@ -1,4 +1,4 @@
-"""Any Hugging Face causal language model behind the interfaces that evaluations use. Needs the extra `transformers`."""
+"""Hugging Face causal language models with the interfaces of the evaluations. Needs the extra `transformers`."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -8,26 +8,25 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import UserError
-from nanochat.core_eval import Score, scores_of
-from nanochat.data.batches import by_length
-from nanochat.evals.core_prompts import Example
+from nanochat.evals.core_prompts import Example, Scored
+from nanochat.evals.scoring import Score, pad_rows, score_batches, scores_of
 from nanochat.runtime import Runtime
 
 BATCH_TOKENS = 4096
 
 
 class HFTokenizer:
-    """A Hugging Face tokenizer with the methods that evaluations and the loader call."""
+    """A Hugging Face tokenizer with the methods that the evaluations and the data loader call."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         bos = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
         if bos is None:
-            raise UserError("--hf-path: this tokenizer has neither a bos nor an eos token to start a text with")
+            raise UserError("--hf-path: the tokenizer needs a bos or an eos token to start a text with")
         self.bos: int = bos
 
     def encode(self, text: Any, **ignored: Any) -> Any:
-        """Ids of a text, or of each of a list, without special tokens."""
+        """Token ids of a text, or of each text of a list, without special tokens."""
         if isinstance(text, str):
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.tokenizer(list(text), add_special_tokens=False)["input_ids"] if text else []
@@ -40,9 +39,9 @@ class HFTokenizer:
 
     @property
     def token_bytes(self) -> list[int]:
-        """Length of each token in bytes, 0 for special ones. Byte-level tokens spell a byte with one character.
+        """Length of each token in bytes, 0 for special tokens. A byte-level vocabulary has one character per byte.
 
-        Raises UserError for a vocabulary of another kind.
+        Raises UserError for another kind of vocabulary.
         """
         special = set(self.tokenizer.all_special_ids)
         added = {i: text for text, i in self.tokenizer.get_added_vocab().items()}
@@ -57,21 +56,21 @@ class HFTokenizer:
                 sizes.append(len(name))
             else:
                 raise UserError(
-                    "--hf-path: bits per byte need a byte-level vocabulary (GPT-2's kind), which this is "
-                    f"not (token {i} is {name!r}); leave bpb out"
+                    "--hf-path: bits per byte need a byte-level vocabulary such as GPT-2's, but token "
+                    f"{i} is {name!r}; leave bpb out"
                 )
         return sizes
 
 
 def byte_letters() -> set[str]:
-    """The 256 characters that GPT-2's kind of vocabulary spells bytes with: printable ones stand for themselves, the
-    others for characters from U+0100 on."""
+    """The 256 characters that a byte-level vocabulary writes bytes with: printable bytes as themselves, the others as
+    characters from U+0100 on."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return {chr(b) for b in own} | {chr(0x100 + i) for i in range(256 - len(own))}
 
 
 class HFModel:
-    """Scores examples, and gives token losses, with a Hugging Face model."""
+    """A Hugging Face model that scores examples and returns token losses."""
 
     def __init__(self, model: Any, max_tokens: int, device: torch.device) -> None:
         self.model, self.max_tokens, self.device = model, max_tokens, device
@@ -79,14 +78,14 @@ class HFModel:
         self.config = SimpleNamespace(sequence_len=max_tokens)
 
     def eval(self) -> None:
-        """No dropout."""
+        """Switch dropout off."""
         self.model.eval()
 
     def train(self, mode: bool = True) -> None:
-        """Evaluated only."""
+        """Ignored: the model is only evaluated."""
 
     def __call__(self, idx: torch.Tensor, targets: torch.Tensor, loss_reduction: str = "none") -> torch.Tensor:
-        """Each token's loss (B*T,), 0 without a target."""
+        """Loss of each token, (B*T,); 0 where there is no target."""
         assert loss_reduction == "none"
         logits = self.model(idx).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
@@ -94,26 +93,19 @@ class HFModel:
     @torch.no_grad()
     def score(self, examples: Sequence[Example]) -> list[list[Score]]:
         """Scores of each example's sequences, in order."""
-        at = [(i, j) for i, e in enumerate(examples) for j in range(len(e.sequences))]
-        found: list[list[Any]] = [[None] * len(e.sequences) for e in examples]
-        for numbers in by_length([len(examples[i].sequences[j].ids) for i, j in at], BATCH_TOKENS):
-            batch = [at[n] for n in numbers]
-            sequences = [examples[i].sequences[j] for i, j in batch]
-            longest = max(len(s.ids) for s in sequences)
-            # Padding at the end, which causal attention does not see.
-            idx = torch.tensor([[*s.ids, *[0] * (longest - len(s.ids))] for s in sequences], device=self.device)
-            logits = self.model(idx).logits
-            wanted = torch.cat([logits[r, s.start - 1 : s.end - 1] for r, s in enumerate(sequences)]).float()
-            targets = torch.tensor([t for s in sequences for t in s.ids[s.start : s.end]], device=self.device)
-            for (i, j), score in zip(batch, scores_of(wanted, targets, [s.end - s.start for s in sequences])):
-                found[i][j] = score
-        return found
+        return score_batches(examples, BATCH_TOKENS, self._score_batch)
+
+    def _score_batch(self, sequences: Sequence[Scored]) -> list[Score]:
+        """Score sequences padded on the right, which causal attention ignores."""
+        logits = self.model(pad_rows([s.ids for s in sequences], self.device)).logits  # (B, T, V)
+        scored = torch.cat([logits[row, s.start - 1 : s.end - 1] for row, s in enumerate(sequences)]).float()
+        return scores_of(scored, sequences)
 
 
 def load_hf_model(path: str, runtime: Runtime) -> tuple[HFModel, HFTokenizer]:
-    """The model and tokenizer of that hub name or folder. Weights are read from safetensors only.
+    """Load the model and tokenizer of a hub name or folder, weights from safetensors only.
 
-    Raises UserError where the extra is not installed or there is no such model.
+    Raises UserError if the extra is not installed or there is no such model.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 from nanochat.common import say
-from nanochat.core_eval import GPTScorer
 from nanochat.data.document_order import NoText
 from nanochat.distributed.signals import StopRequested, stop_when
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_run import run_core
+from nanochat.evals.scoring import GPTScorer
 from nanochat.fp8 import without_fp8
 from nanochat.gpt import GPT
 from nanochat.trainer import Hook, Record, Trainer
