@@ -99,13 +99,17 @@ class PretrainLoader(PrefetchingLoader[list[StreamState]]):
         )
         # Deep enough that rows are at hand while a refill reads.
         super().__init__(self.packer, depth=max(MIN_PREFETCH_STEPS, 2 * REFILL_ROWS // rows_per_stream))
-        self._layout = {
+
+    @property
+    def _layout(self) -> dict[str, int]:
+        """What a saved state is valid for."""
+        return {
             "version": 1,
             "lanes": self.num_streams,
-            "sequence_len": sequence_len,
-            "seed": seed,
-            "shuffle": 1,
-            "data": fingerprint_number(f"{corpus.fingerprint} {split}"),
+            "sequence_len": self.sequence_len,
+            "seed": self._order.seed,
+            "shuffle": 1,  # kept from a version that could also read in file order
+            "data": fingerprint_number(f"{self.corpus.fingerprint} {self._order.split}"),
         }
 
     @property
