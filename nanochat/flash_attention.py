@@ -3,26 +3,30 @@
 Shapes: B batch, T time, S keys, H query heads, G key/value heads (G divides H), D head size.
 `window_size=(left, 0)` lets position t see keys t-left .. t; left >= T-1 is plain causal attention.
 
-Backends of `flash_attn.flash_attn_func`, chosen once by device (choose_backend):
+Backends of `flash_attn.flash_attn_func`, chosen by device and dtype (choose_backend):
   fa3      FlashAttention 3, on Hopper with its package installed
-  flex     torch flex_attention, inside a loss that is compiled for other CUDA devices (block-sparse windows)
-  sdpa     PyTorch's own attention, there outside of one: prompts and answers come in all lengths, and flex, which is
-           nothing without the compiler, would be compiled for each of them
-  blocked  plain matrix products over blocks of queries, everywhere else: each block reads only the
-           keys its window reaches, so cost falls with the window and no T x T mask ever exists.
-           On CPUs forward and backward together are faster than PyTorch's own flash kernel.
+  flex     torch flex_attention with block-sparse windows, in a compiled loss on other CUDA devices
+  sdpa     PyTorch's scaled_dot_product_attention, on CUDA outside torch.compile: flex would be compiled anew for each
+           length of a prompt
+  blocked  plain matrix products over blocks of queries, everywhere else. A block reads only the keys in its window, so
+           the cost falls with the window and no T x T mask exists. On CPUs forward and backward together are faster
+           than PyTorch's flash kernel.
+
+fa3 and flex are compared with attend_at_positions on a small example before their first use (check_backend).
 """
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from nanochat.common import warn
 from nanochat.cpu.fused import in_c
+from nanochat.gpt_config import GPTConfig
 
 FA3_INSTALLED = importlib.util.find_spec("flash_attn_interface") is not None
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -33,8 +37,8 @@ AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], to
 
 
 def query_block(window: int, element_bytes: int) -> int:
-    """Queries per block: large blocks waste work at a narrow window's edge, small ones starve the products, those
-    in 16 bits sooner (bench/attention.py)."""
+    """Queries per block: large blocks waste work at the edge of a narrow window, small ones make the matrix products
+    inefficient, in 16 bits sooner (bench/attention.py)."""
     return (64 if window < 256 else 128) * (2 if element_bytes == 2 else 1)
 
 
@@ -105,19 +109,21 @@ def _blocked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> 
 
 
 # ---------------------------------------------------------------------------------------------------
-# flex and FlashAttention 3 (CUDA; not exercised on hardware yet)
+# flex and FlashAttention 3 (CUDA)
 
 
 BlockMask = Any
 block_masks: dict[tuple[int, int, str], BlockMask] = {}  # by length, window, device
 
 
-def prepare(length: int, windows: Iterable[int], device: torch.device) -> None:
-    """Make the masks that rows of `length` tokens will want, before torch.compile sees the function that uses them:
-    what it meets inside is computed anew at every step."""
+def prepare(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Build the masks for training rows and check the kernel. Call it before torch.compile traces the loss: what is
+    computed while tracing is recomputed at every step."""
     if choose_backend(device.type, torch.float32, compiling=True) == "flex":
-        for window in {min(window, length) for window in windows}:
-            block_masks[length, window, str(device)] = _block_mask(length, window, device)
+        for window in {min(window, config.sequence_len) for window, _ in config.window_sizes()}:
+            block_masks[config.sequence_len, window, str(device)] = _block_mask(config.sequence_len, window, device)
+    backend = choose_backend(device.type, dtype, compiling=True)
+    check_backend(backend, device, dtype, config.head_dim, config.n_head // config.n_kv_head)
 
 
 def _block_mask(length: int, window: int, device: torch.device) -> BlockMask:
@@ -148,7 +154,7 @@ def _fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torc
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     T, repeat = q.size(1), q.size(2) // k.size(2)
-    if repeat > 1:  # its kernel for masks knows no groups, and the other one keeps all pairs
+    if repeat > 1:  # the masked kernel has no enable_gqa; the other one would keep all pairs
         k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if window >= T - 1:
@@ -163,13 +169,41 @@ BACKENDS: dict[str, AttentionFunction] = {"fa3": _fa3, "flex": _flex, "sdpa": _s
 
 
 def choose_backend(device_type: str, dtype: torch.dtype, compiling: bool) -> str:
-    """The fastest backend this machine has for tensors of that kind, inside torch.compile or outside."""
+    """The fastest backend for tensors of that device and dtype, inside torch.compile or outside."""
     if device_type != "cuda":
         return "blocked"
     hopper = torch.cuda.get_device_capability()[0] == 9
     if hopper and dtype in (torch.bfloat16, torch.float16) and FA3_INSTALLED:
         return "fa3"
     return "flex" if compiling else "sdpa"
+
+
+rejected: set[str] = set()  # kernels that gave another result than plain PyTorch
+_checked: set[tuple[Any, ...]] = set()
+
+
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> None:
+    """Compare a GPU kernel with attend_at_positions on a small example, once per device, dtype and head shape.
+
+    Where they differ or the kernel fails, reject it with a warning."""
+    key = (backend, device, dtype, head_dim, group)
+    if backend not in ("fa3", "flex") or key in _checked:
+        return
+    _checked.add(key)
+    T, window, draw = 160, 40, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, T, heads, head_dim, generator=draw).to(device, dtype) for heads in (group, 1, 1))
+    positions = torch.arange(T, device=device)[None]
+    kernel = torch.compile(BACKENDS[backend], dynamic=False) if backend == "flex" else BACKENDS[backend]
+    with torch.no_grad():
+        plain = attend_at_positions(q, k, v, positions, positions, window)
+        try:
+            error = float((kernel(q, k, v, window) - plain).norm() / plain.norm())
+        except Exception as failure:  # an unsupported head size, a package of another version
+            error = math.inf
+            warn(f"attention kernel {backend}: {failure}")
+    if not error < 0.03:  # bfloat16 and TF32 stay below 0.01; a window off by one key makes 0.15
+        rejected.add(backend)
+        warn(f"attention kernel {backend} differs from PyTorch (relative error {error:.2g}): not used, slower")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -186,13 +220,17 @@ def flash_attn_func(
     assert causal and window_size[1] <= 0, "only causal attention is implemented"
     assert q.size(2) % k.size(2) == 0, "query heads must be a multiple of key/value heads"
     window = window_size[0] if window_size[0] >= 0 else q.size(1)
-    return BACKENDS[choose_backend(q.device.type, q.dtype, torch.compiler.is_compiling())](q, k, v, window)
+    compiling = torch.compiler.is_compiling()
+    backend = choose_backend(q.device.type, q.dtype, compiling)
+    if not compiling:
+        check_backend(backend, q.device, q.dtype, q.size(3), q.size(2) // k.size(2))
+    return BACKENDS["sdpa" if backend in rejected else backend](q, k, v, window)
 
 
 def attend_at_positions(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_pos: torch.Tensor, key_pos: torch.Tensor, window: int
 ) -> torch.Tensor:
-    """Attention of few queries over cached keys in any order.
+    """Attention over keys in any order, each with its position. The plain definition that kernels are checked against.
 
     q (B, T, H, D); k, v (B, S, G, D); query_pos (B, T); key_pos (B, S), negative for an empty slot.
     A query sees the keys at positions pos-window .. pos. Returns (B, T, H, D).

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from engine_helpers import answers
 from stubs import ByteTokenizer, stir
 
-from nanochat import fast_path, flash_attention, gpt, loss_head
+from nanochat import fast_path, flash_attention, fp8, gpt, loss_head
 from nanochat.cpu import fused, kernels
 from nanochat.engine import Engine
 from nanochat.fast_path import fingerprint
@@ -52,6 +52,12 @@ def test_every_config_field_is_known_to_the_c_decoder() -> None:
     """Failed? GPTConfig has a new field. Add it to FIELDS if decode.c implements it or need not know it. If not,
     delete this test: models where the field has its default are still decoded in C."""
     assert set(cpu_decoder.FIELDS) == {f.name for f in dataclasses.fields(GPTConfig)}
+
+
+def test_the_fingerprint_of_fp8_is_recorded() -> None:
+    """Failed? Linear.forward was edited. Record the new fingerprint in fp8.py, PLAIN_FORM, if torchao's layer still
+    computes the same up to rounding."""
+    assert fingerprint(gpt.Linear.forward) == fp8.PLAIN_FORM
 
 
 # ---------------------------------------------------------------------------------------------------

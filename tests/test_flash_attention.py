@@ -161,6 +161,7 @@ def test_training_is_one_graph_and_its_masks_are_made_before(monkeypatch: pytest
 
     monkeypatch.setattr(flash_attention, "choose_backend", lambda *args, **kwargs: "flex")
     monkeypatch.setattr(flash_attention, "block_masks", {})
+    monkeypatch.setattr(flash_attention, "check_backend", lambda *args: None)
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)  # no gradient on CPUs
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     monkeypatch.setattr("nanochat.cpu.fused.usable", lambda *args: False)
@@ -185,6 +186,30 @@ def test_fa3_is_called_with_the_same_window(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=kernel))  # type: ignore
     q, k, v = random_qkv(1, 20, 2, 1, 4)
     torch.testing.assert_close(flash_attention.BACKENDS["fa3"](q, k, v, 9), reference(q, k, v, 9))
+
+
+@pytest.mark.parametrize("fault", [None, "unsupported", "window"])
+def test_a_kernel_is_checked_before_its_first_use(
+    fault: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window_size: tuple[int, int]) -> Any:
+        calls.append(q.size(1))
+        if fault == "unsupported":
+            raise RuntimeError("this head size is not supported")
+        return reference(q, k, v, window_size[0] + (fault == "window"))
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=kernel))  # type: ignore
+    monkeypatch.setattr(flash_attention, "choose_backend", lambda *args: "fa3")
+    monkeypatch.setattr(flash_attention, "rejected", set())
+    monkeypatch.setattr(flash_attention, "_checked", set())
+    q, k, v = random_qkv(1, 20, 2, 1, 4)
+    for _ in range(2):
+        found = flash_attn_func(q, k, v, window_size=(9, 0))
+        torch.testing.assert_close(found, reference(q, k, v, 9), rtol=1e-4, atol=1e-5)
+    assert len(calls) == (1 if fault else 3) and bool(capsys.readouterr().err) == bool(fault)
+    assert flash_attention.rejected == ({"fa3"} if fault else set())
 
 
 @pytest.mark.parametrize(

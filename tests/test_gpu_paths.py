@@ -254,10 +254,12 @@ WIDE = GPTConfig(sequence_len=16, vocab_size=256, n_layer=2, n_head=2, n_kv_head
 
 
 class FakeFloat8(nn.Linear):
-    """Replaces torchao's layer: keeps the parameter, and doubles its products to be recognised."""
+    """Replaces torchao's layer: keeps the parameter, and scales its products a little to be recognised."""
+
+    factor = 1.05
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * nn.functional.linear(x, self.weight.to(x.dtype))
+        return self.factor * nn.functional.linear(x, self.weight.to(x.dtype))
 
 
 def fake_conversion(module: nn.Module, *, module_filter_fn: Any, config: Any) -> nn.Module:
@@ -314,6 +316,42 @@ def test_evaluation_runs_in_bfloat16_and_training_continues_in_fp8(hopper: None)
         assert list(model.state_dict()) == names
         raise ZeroDivisionError  # an evaluation that fails must not leave the model half converted
     assert [model.get_submodule(name) for name in layers] == modules and list(model.state_dict()) == names
+
+
+class Doubled(Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_layers_of_another_class_stay_as_they_are(hopper: None, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokens = stir(GPT.create(WIDE, compute_dtype=torch.bfloat16), 0.05), torch.arange(32).view(2, 16)
+    mlp = model.blocks[0].mlp
+    mlp.c_fc.__class__ = Doubled
+    plain = model(tokens)
+    fp8.convert(model, "tensorwise", GPU)
+    assert type(mlp.c_fc) is Doubled and "transformer.h.0.mlp.c_proj" in float8_layers(model)
+    with fp8.without_fp8(model):
+        assert torch.equal(model(tokens), plain)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "0.mlp.c_fc" in line
+
+
+def test_a_conversion_with_wrong_results_is_undone(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FakeFloat8, "factor", 2.0)
+    model, tokens = stir(GPT.create(WIDE, compute_dtype=torch.bfloat16), 0.05), torch.arange(32).view(2, 16)
+    plain = model(tokens)
+    fp8.convert(model, "tensorwise", GPU)
+    assert not float8_layers(model) and torch.equal(model(tokens), plain)
+    assert "bfloat16" in capsys.readouterr().err
+
+
+def test_an_edited_linear_is_refused(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT.create(WIDE, compute_dtype=torch.bfloat16)
+    monkeypatch.setattr(Linear, "forward", lambda self, x: 2 * nn.functional.linear(x, self.weight.to(x.dtype)))
+    with pytest.raises(UserError, match=r"Linear\.forward"):
+        fp8.convert(model, "tensorwise", GPU)
 
 
 def test_a_model_without_fp8_is_unchanged() -> None:

@@ -51,5 +51,5 @@ def compiled_loss(model: GPT, mode: str, runtime: Runtime) -> LossFunction:
     if mode == "auto" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         warn("no C compiler found, which torch.compile needs: training without it, slower (install gcc or clang)")
         return model.loss
-    prepare(model.config.sequence_len, (left for left, _ in model.window_sizes), runtime.device)
+    prepare(model.config, runtime.device, model.compute_dtype)
     return torch.compile(model.loss, dynamic=False)
