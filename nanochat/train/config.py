@@ -20,6 +20,8 @@ class OnResume(Enum):
 
 @dataclass
 class TrainConfig:
+    """The flags that base_train, chat_sft and chat_rl share."""
+
     run: Annotated[str, OnResume.NEW] = "dummy"
     """Name of the wandb run; "dummy" logs to the run's folder only."""
     tensorboard: Annotated[bool, OnResume.NEW] = False

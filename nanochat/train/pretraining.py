@@ -28,6 +28,8 @@ USUAL_CONTEXT = 2048
 
 @dataclass
 class ModelFlags:
+    """The flags of the network and the horizon, shared with scripts/plan.py."""
+
     depth: int = 12
     """The one dial: layers. Width, heads, horizon, batch and rates follow."""
     aspect_ratio: int = 64
