@@ -245,15 +245,13 @@ def drop_oldest_turns(tokenizer: Tokenizer, messages: Sequence[Message], max_tok
     system = list(messages[:1]) if messages[0]["role"] == "system" else []
     turns = list(messages[len(system) :])
     lengths = [len(_render_turn(tokenizer, turn)[0]) for turn in turns]
-    needed = len(tokenizer.encode(system[0]["content"])) if system else 0
-    # The system message is encoded with each turn that may come first, which takes time: skip it if nothing can fit.
-    starts = range(0, len(turns), 2) if needed <= 2 * max_tokens else ()
-    for start in starts:
-        if 2 + sum(lengths[start + 1 :]) > max_tokens and start + 1 < len(turns):
-            continue
-        first = _turns([*system, turns[start]])[0]
-        first_length = len(_render_turn(tokenizer, first)[0]) if system else lengths[start]
-        needed = 2 + first_length + sum(lengths[start + 1 :])  # 2 for bos and assistant_start
+    system_length = len(tokenizer.encode(system[0]["content"])) if system else 0
+    for start in range(0, len(turns), 2):
+        rest = 2 + sum(lengths[start + 1 :])  # 2 for bos and assistant_start
+        needed = rest + lengths[start] + system_length
+        if rest + system_length // 2 > max_tokens:
+            continue  # before encoding a long system message with each turn that may come first
+        needed = rest + len(_render_turn(tokenizer, _turns([*system, turns[start]])[0])[0])
         if needed <= max_tokens:
             return [*system, *turns[start:]]
     raise UserError(
