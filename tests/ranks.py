@@ -1,4 +1,4 @@
-"""Run a function in several processes that form a gloo group, as torchrun would start them."""
+"""Run a function on several ranks: processes that form a gloo group, as torchrun would start them."""
 
 import gc
 import multiprocessing
@@ -16,7 +16,7 @@ import torch
 
 from nanochat.runtime import Runtime
 
-# Children are forked from one process that has imported everything slow, also what a report is drawn with.
+# Children are forked from one process that has imported all slow modules.
 FORKSERVER = multiprocessing.get_context("forkserver")
 STAGES = ("tok_train", "base_train", "chat_sft", "chat_rl")
 DRAWING = ("matplotlib.figure", "matplotlib.backends.backend_svg")
@@ -25,8 +25,8 @@ FORKSERVER.set_forkserver_preload(["torch", *(f"scripts.{name}" for name in STAG
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
     """What `function(runtime, *args)` returns on each rank. An exception there fails the test here."""
-    # Tensors by value: torch would hand over memory that dies with its process. The environment as it is now: the
-    # process that the ranks are forked from has that of the test which started it.
+    # Pickled here, because torch's own pickling shares memory that is freed when its process exits. The environment is
+    # sent along, because the fork server has that of the test that started it.
     sent = pickle.dumps((dict(os.environ), args))
     with tempfile.TemporaryDirectory() as folder:
         pipes = [FORKSERVER.Pipe(duplex=False) for _ in range(world_size)]
@@ -63,7 +63,7 @@ def _child(
     sent: bytes,
     timeout: float,
 ) -> None:
-    gc.freeze()  # what is inherited: to look through it for garbage would copy it, half a second a process
+    gc.freeze()  # collecting garbage would copy all inherited memory, half a second per process
     torch.set_num_threads(1)
     environment, args = pickle.loads(sent)
     os.environ.clear()

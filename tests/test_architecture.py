@@ -1,4 +1,4 @@
-"""Who may import whom, and what may happen at import."""
+"""Which modules may import which, and what must not happen at import."""
 
 import ast
 import subprocess
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Floors of nanochat, from the bottom: packages and the modules beside them. A module imports its own floor and those
-# below it, and no chain of imports leads back to where it began.
-FLOORS = (
+# Layers of nanochat, from the bottom: packages and top-level modules. A module imports from its own layer and lower
+# ones, and there are no import cycles.
+LAYERS = (
     "common ranges fast_path",
     "distributed runtime conversation",
     "tokenizer data dataset dataloader cpu sandbox execution reporting report",
@@ -20,7 +20,7 @@ FLOORS = (
     "engine evals core_eval loss_eval planning train recipe trainer",
     "rl serve",
 )
-FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
+LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names.split()}
 
 
 def modules(folder: str) -> list[Path]:
@@ -47,13 +47,13 @@ def dotted(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", modules("nanochat"), ids=dotted)
-def test_imports_run_down_the_floors(path: Path) -> None:
+def test_imports_point_down_the_layers(path: Path) -> None:
     names = imports(path)
     own = dotted(path).split(".")[1]
-    assert own in FLOOR_OF, f"{own} has no floor: give it one"
+    assert own in LAYER_OF, f"add {own} to LAYERS"
     assert not {n for n in names if n.split(".")[0] in ("tasks", "scripts", "bench")}
-    for other in inner(names, "nanochat") & set(FLOOR_OF):
-        assert FLOOR_OF[other] <= FLOOR_OF[own], f"{dotted(path)} imports {other}, which stands above it"
+    for other in inner(names, "nanochat") & set(LAYER_OF):
+        assert LAYER_OF[other] <= LAYER_OF[own], f"{dotted(path)} imports {other}, which is in a higher layer"
 
 
 def test_no_import_cycle() -> None:
@@ -64,7 +64,7 @@ def test_no_import_cycle() -> None:
     order.prepare()  # raises CycleError, which names the modules
 
 
-def test_who_must_not_know_whom() -> None:
+def test_forbidden_imports() -> None:
     def known(name: str) -> set[str]:
         return inner(imports(ROOT / "nanochat" / f"{name}.py"), "nanochat")
 
@@ -77,7 +77,7 @@ def test_who_must_not_know_whom() -> None:
 
 
 @pytest.mark.parametrize("path", modules("tasks"), ids=lambda p: p.stem)
-def test_tasks_know_no_scripts(path: Path) -> None:
+def test_tasks_import_no_scripts(path: Path) -> None:
     assert not {n for n in imports(path) if n.split(".")[0] == "scripts"}
 
 
@@ -103,7 +103,7 @@ def test_nothing_loads_pickles() -> None:
 
 
 def test_imports_have_no_effects() -> None:
-    """Importing every module reads no argument, makes no folder, touches no device, opens no socket."""
+    """Importing all modules reads no arguments, creates no folder, initialises no device and opens no socket."""
     paths = [p for folder in ("nanochat", "tasks", "scripts", "bench") for p in modules(folder)]
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths]
     code = f"""

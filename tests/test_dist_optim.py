@@ -1,4 +1,4 @@
-"""DistMuonAdamW on several processes against MuonAdamW on one: the same weights, a share of the state each."""
+"""DistMuonAdamW on several ranks compared with MuonAdamW on one: the same weights, a share of the state on each."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ranks import run_ranks
 from nanochat.optim import DistMuonAdamW, MuonAdamW
 from nanochat.runtime import Runtime
 
-# Odd shapes: tensors that no world size divides, fewer matrices than processes, a scalar, one without gradients.
+# Awkward shapes: tensors that no world size divides, fewer matrices than ranks, a scalar, one without gradients.
 ADAMW = {"embedding": (37, 5), "even": (24, 4), "scalar": (1,), "lambdas": (7,), "idle": (50,), "now_and_then": (41,)}
 MUON = [[(6, 10)] * 5, [(10, 4)] * 1, [(4, 4)] * 3, [(3, 8)] * 2]
 STEPS = 6
@@ -41,7 +41,7 @@ def make_groups(params: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
 
 
 def gradient(name: str, shape: tuple[int, ...], step: int, part: int) -> torch.Tensor | None:
-    """One of six parts of a step's gradient; none for some tensors, never, at some steps, or in some parts."""
+    """One of six addends of a step's gradient; None for some tensors always, at some steps, or in some addends."""
     if name == "idle" or (name in ("now_and_then", "m2.1") and step % 2) or (name == "lambdas" and part == 5):
         return None
     seed = hash((step, part, sum(map(ord, name)))) % 2**31
@@ -58,12 +58,12 @@ def train(optimizer: MuonAdamW, params: dict[str, torch.Tensor], steps: range, p
     for step in steps:
         set_gradients(params, step, parts)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] / (1 + step)  # schedules move it
+            group["lr"] = group["initial_lr"] / (1 + step)  # as a schedule would
         optimizer.step()
 
 
 def on_rank(runtime: Runtime, state: Any, start: int) -> Any:
-    """Steps `start` to the end on a share of the gradients' parts: (weights, named state, numbers of state held)."""
+    """Train from step `start` on this rank's share of the addends: (weights, named state, elements of state held)."""
     DistMuonAdamW.SPLIT_FROM = 30
     params = make_params()
     optimizer = DistMuonAdamW(make_groups(params))
@@ -84,15 +84,15 @@ def on_rank(runtime: Runtime, state: Any, start: int) -> Any:
 
 
 def join(states: list[Any]) -> tuple[list[tuple[str, torch.Tensor]], dict[str, int]]:
-    """All ranks' named states as one stream of pieces."""
+    """All ranks' named states together."""
     pieces = [item for tensors, _ in states for item in tensors.items()]
-    assert len(dict(pieces)) == len(pieces), "two ranks saved the same"
+    assert len(dict(pieces)) == len(pieces), "two ranks saved the same tensor"
     return pieces, {name: step for _, steps in states for name, step in steps.items()}
 
 
 @pytest.fixture(scope="module")
 def straight() -> tuple[dict[str, torch.Tensor], Any]:
-    """Weights and named state of one process that sees all the gradients."""
+    """Weights and named state of one rank that gets all addends."""
     params = make_params()
     optimizer = MuonAdamW(make_groups(params))
     train(optimizer, params, range(STEPS), range(6))
@@ -101,18 +101,18 @@ def straight() -> tuple[dict[str, torch.Tensor], Any]:
 
 def assert_close(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
     error = (found - wanted.detach()).norm() / wanted.norm()
-    assert error <= 1e-5, f"{name} is {error:.2g} off"
+    assert error <= 1e-5, f"{name} differs by {error:.2g}"
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_many_processes_do_what_one_does(world_size: int, straight: Any) -> None:
+def test_many_ranks_match_one(world_size: int, straight: Any) -> None:
     ranks = run_ranks(world_size, on_rank, None, 0)
     for name, wanted in straight[0].items():
         assert_close(name, ranks[0][0][name], wanted)
         assert all(torch.equal(other[0][name], ranks[0][0][name]) for other in ranks[1:]), name
     pieces, steps = join([state for _, state, _ in ranks])
     assert steps == straight[1][1] and "idle" not in steps and steps["m2.1"] == steps["now_and_then"] == 3
-    again = MuonAdamW(make_groups(params := make_params()))  # one process loads what many saved
+    again = MuonAdamW(make_groups(params := make_params()))  # one rank loads what many saved
     names = {p: name for name, p in params.items()}
     again.load_named_state(names, pieces, steps)
     tensors, _ = again.named_state(names)
@@ -121,12 +121,12 @@ def test_many_processes_do_what_one_does(world_size: int, straight: Any) -> None
         assert_close(name, tensors[name], wanted)
     whole = sum(t.numel() for t in straight[1][0].values())
     small, rest = 2 * (1 + 7), max(numbers for *_, numbers in ranks)
-    # A rank holds at most one matrix more, of all, than an even share; ranges of tensors are padded to equal length.
+    # A rank holds at most one matrix more than an even share; ranges of tensors are padded to equal length.
     assert rest <= small + (whole - small) / world_size + 60 + 10 + 2 * 4
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3), (1, 3)])
-def test_state_moves_between_numbers_of_processes(before: int, after: int, straight: Any) -> None:
+def test_state_saved_at_one_world_size_loads_at_another(before: int, after: int, straight: Any) -> None:
     if before == 1:
         optimizer = MuonAdamW(make_groups(params := make_params()))
         train(optimizer, params, range(3), range(6))
