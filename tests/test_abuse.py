@@ -1,4 +1,4 @@
-"""What strangers send, over a real socket: keys, paths, headers, bodies, patience, and leaving at any time."""
+"""Hostile requests over a real socket: keys, paths, headers, bodies, slow clients, disconnects."""
 
 import gc
 import json
@@ -36,8 +36,8 @@ def live() -> Iterator[Live]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(live: Live) -> Iterator[None]:
-    """Whatever was sent: no row runs on, and the next request is answered."""
+def server_is_idle_afterwards(live: Live) -> Iterator[None]:
+    """After every test no request is running, and the next one is answered."""
     yield
     live.settle()
     assert status(live.send(post(CHAT, chat(), KEY))) == 200
@@ -78,7 +78,7 @@ def test_wrong_keys(live: Live, key: str) -> None:
 
 
 def test_keys_are_compared_in_constant_time(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every key is, whole, whether another one matched or not."""
+    """Each key is compared as a whole, also after another has matched."""
     compared = []
 
     def compare(given: bytes, key: bytes) -> bool:
@@ -108,12 +108,12 @@ def test_keys_are_compared_in_constant_time(live: Live, monkeypatch: pytest.Monk
         "/" + "a" * 20_000,
     ],
 )
-def test_no_path_leads_out(live: Live, path: str) -> None:
+def test_no_path_traversal(live: Live, path: str) -> None:
     answer = live.send(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{KEY}\r\n\r\n".encode())
     assert status(answer) == 404 and b"root:" not in answer and error_of(answer)["message"]
 
 
-def test_nothing_sent_becomes_a_header(live: Live) -> None:
+def test_no_header_injection(live: Live) -> None:
     evil = "%0d%0aEvil:%20yes"
     requests = [
         f"GET /{evil} HTTP/1.1\r\nHost: x\r\n{KEY}\r\nConnection: close\r\n\r\n".encode(),
@@ -140,7 +140,7 @@ def test_nothing_sent_becomes_a_header(live: Live) -> None:
         b"GET / HTTP/1.1\r\nHost: x\r\nA\x00b: c\r\n\r\n",
     ],
 )
-def test_what_is_no_http(live: Live, request_bytes: bytes) -> None:
+def test_invalid_http(live: Live, request_bytes: bytes) -> None:
     assert b"HTTP/1.1 400" in live.send(request_bytes)
 
 
@@ -178,7 +178,7 @@ def chunk(data: bytes) -> bytes:
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
-def test_huge_bodies_announced_or_not(live: Live) -> None:
+def test_too_large_bodies(live: Live) -> None:
     announced = live.send(post(CHAT, b"x" * 1_000_000, KEY))
     assert status(announced) == 413 and error_of(announced)["code"] == "request_too_large"
     head = post(CHAT, b"", KEY).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
@@ -187,10 +187,10 @@ def test_huge_bodies_announced_or_not(live: Live) -> None:
     lied = live.send(
         f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{KEY}\r\nContent-Length: {10**18}\r\nExpect: 100-continue\r\n\r\n".encode()
     )
-    assert status(lied) == 413  # before it is sent
+    assert status(lied) == 413  # before the body is sent
 
 
-def test_a_body_without_end_is_not_read_for_ever(live: Live) -> None:
+def test_endless_body_is_cut_off(live: Live) -> None:
     with live.connect() as connection:
         connection.sendall(post(CHAT, b"", KEY).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
         with pytest.raises(OSError):
@@ -199,11 +199,11 @@ def test_a_body_without_end_is_not_read_for_ever(live: Live) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Patience
+# Slow clients
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uvicorn_server, "REQUEST_SECONDS", 0.3)
     monkeypatch.setattr(uvicorn_server, "UNREAD_SECONDS", 0.3)
     monkeypatch.setattr(uvicorn_server, "CHECK_SECONDS", 0.05)
@@ -216,7 +216,7 @@ FIRST = f"GET /health HTTP/1.1\r\nHost: x\r\n{KEY}\r\n\r\n"
 @pytest.mark.parametrize(
     "sent", ["", "GET / HT", HEAD, HEAD + "\r\n", HEAD + "\r\n{", FIRST + "GET / HT", FIRST + HEAD + "\r\n{"]
 )
-def test_requests_that_do_not_come_to_an_end_are_dropped(live: Live, impatient: None, sent: str) -> None:
+def test_incomplete_requests_time_out(live: Live, short_timeouts: None, sent: str) -> None:
     before = threading.active_count()
     with live.connect() as connection:
         connection.sendall(sent.encode())
@@ -228,15 +228,15 @@ def test_requests_that_do_not_come_to_an_end_are_dropped(live: Live, impatient: 
     assert threading.active_count() <= before
 
 
-def test_a_request_in_small_pieces_is_a_request(live: Live) -> None:
+def test_request_sent_byte_by_byte(live: Live) -> None:
     with live.connect() as connection:
         for byte in post(CHAT, chat(), KEY):
             connection.sendall(bytes([byte]))
         assert status(rest(connection)) == 200
 
 
-def test_an_answer_longer_than_the_patience_is_no_stuck_one(
-    live: Live, impatient: None, monkeypatch: pytest.MonkeyPatch
+def test_long_answer_is_not_a_stuck_connection(
+    live: Live, short_timeouts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow(live, monkeypatch, 0.1)
     answer = live.send(post(CHAT, chat(max_tokens=10, stream=True), KEY))
@@ -247,8 +247,8 @@ def test_an_answer_longer_than_the_patience_is_no_stuck_one(
 BIG = {"n": 32, "max_tokens": 55, "logprobs": True, "top_logprobs": 20, "stream": True, "temperature": 10, "top_k": 0}
 
 
-def test_who_does_not_read_is_dropped(impatient: None) -> None:
-    """Its connection is; what was not sent is not kept, and its place is free again."""
+def test_client_that_does_not_read_is_dropped(short_timeouts: None) -> None:
+    """Its connection is closed, its unsent data discarded, its place among the active requests freed."""
     with Live(app_of(SETTINGS), send_bytes=4096) as live, live.connect(receive_bytes=4096) as connection:
         connection.sendall(post(CHAT, chat(**BIG), KEY))
         until(lambda: live.api.admission.active == 1)
@@ -268,15 +268,15 @@ def test_who_does_not_read_is_dropped(impatient: None) -> None:
         (DetokenizeRequest, {"tokens": [-1] * 5000}),
     ],
 )
-def test_a_million_faults_are_told_as_one(kind: Any, body: dict[str, Any]) -> None:
-    """An error for each would keep the event loop busy for half a minute."""
+def test_many_faults_give_one_error(kind: Any, body: dict[str, Any]) -> None:
+    """An error for each of a million would block the event loop for half a minute."""
     with pytest.raises(ValidationError) as found:
         kind.model_validate(body)
     assert found.value.error_count() == 1
 
 
-def test_what_is_not_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of a reader who falls too far behind are freed; who reads the rest is told why."""
+def test_unread_tokens_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that falls too far behind is cancelled; the rest of its stream ends with the reason."""
     monkeypatch.setattr(generation, "MAX_UNREAD_TOKENS", 100)
     monkeypatch.setattr(generation, "UNREAD_SECONDS", 0.1)
     with Live(app_of(SETTINGS), send_bytes=4096) as live, live.connect(receive_bytes=4096) as connection:
@@ -290,11 +290,11 @@ def test_what_is_not_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Leaving
+# Disconnects
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_frees_the_row_within_a_step(live: Live, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_disconnect_frees_the_slot_within_a_step(live: Live, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     service = slow(live, monkeypatch, 0.3)
     with live.connect() as connection:
         connection.sendall(post(CHAT, chat(max_tokens=50, stream=stream, temperature=10, top_k=0), KEY))
@@ -307,14 +307,14 @@ def test_who_leaves_frees_the_row_within_a_step(live: Live, monkeypatch: pytest.
     live.settle()
 
 
-def test_who_leaves_the_queue_leaves_it(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disconnect_removes_from_the_queue(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     service = slow(live, monkeypatch, 0.05)
     connections = [live.connect() for _ in range(50)]
     for connection in connections:
         connection.sendall(post(CHAT, chat(max_tokens=50, n=2, temperature=10, top_k=0), KEY))
     until(lambda: service.stats()["requests_waiting"] > 5)
     for connection in connections:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # without a word
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # with a reset
         connection.close()
     left = service.steps
     live.settle()
@@ -322,28 +322,28 @@ def test_who_leaves_the_queue_leaves_it(live: Live, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("changes", [{}, {"stream": True}, {"stream": True, "stop": ["a", "b", "c"]}, {"leave": True}])
-def test_what_a_request_held_is_free_once_it_is_over(
+def test_request_memory_is_freed_without_gc(
     live: Live, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """At once, not when a collection of garbage comes round to it: an answer's tokens are many."""
+    """Reference counting frees it at once: an answer's tokens are many."""
     pool, held = live.api.pool, []
     submit = pool.submit
 
-    def watched(*order: Any, **more: Any) -> Any:
-        handle = submit(*order, **more)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        handle = submit(*args, **kwargs)
         held.append(weakref.ref(handle))
-        held.extend(weakref.ref(row) for row in handle.sequences)
+        held.extend(weakref.ref(sequence) for sequence in handle.sequences)
         return handle
 
     monkeypatch.setattr(pool, "submit", watched)
     service = slow(live, monkeypatch, 0.01)
-    leaves = changes.pop("leave", False)
+    disconnect = changes.pop("leave", False)
     gc.disable()
     try:
         with live.connect() as connection:
             connection.sendall(post(CHAT, chat(max_tokens=30, n=2, logprobs=True, **changes), KEY))
             until(lambda: service.batch.running)
-            if not leaves:
+            if not disconnect:
                 assert status(rest(connection)) == 200
         live.settle()
         until(lambda: not any(ref() for ref in held))
@@ -353,10 +353,10 @@ def test_what_a_request_held_is_free_once_it_is_over(
 
 
 # ---------------------------------------------------------------------------------------------------
-# What is written down, and the end
+# Logs and shutdown
 
 
-def test_what_is_said_is_not_logged(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_are_not_logged(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     caplog.set_level(logging.DEBUG)
     word = "cormorant"
     bodies: list[Any] = [
@@ -375,12 +375,12 @@ def test_what_is_said_is_not_logged(caplog: pytest.LogCaptureFixture, capsys: py
         service.batch.step = lambda **settings: 1 / 0
         assert status(live.send(post(CHAT, bodies[0]))) in (200, 500)
     said = capsys.readouterr()
-    assert f"POST {CHAT} HTTP/1.1" in caplog.text + said.out + said.err  # requests are, when asked for
+    assert f"POST {CHAT} HTTP/1.1" in caplog.text + said.out + said.err  # with log_requests
     for text in (caplog.text, said.out, said.err):
         assert word not in text
 
 
-def test_a_signal_lets_answers_end_and_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_finishes_answers_and_refuses_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     with Live(app_of(SETTINGS)) as live, live.connect() as connection:
         slow(live, monkeypatch, 0.02)
         whole = live.send(post(CHAT, chat(max_tokens=50, seed=1), KEY))
@@ -400,13 +400,13 @@ def test_a_signal_lets_answers_end_and_takes_no_more(monkeypatch: pytest.MonkeyP
         assert not live.thread.is_alive() and not live.api.pool.alive
 
 
-def test_an_answer_that_takes_too_long_is_told_so_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_longer_than_the_drain_time_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with Live(app_of(Settings(max_tokens=60, drain_seconds=0.2))) as live, live.connect() as connection:
         slow(live, monkeypatch, 0.1)
         connection.sendall(post(CHAT, chat(max_tokens=50, stream=True)))
         connection.recv(100)
         live.server.handle_exit(signal.SIGTERM, None)
         answer = rest(connection)
-        assert b"shutting down" in answer and b"[DONE]" not in answer
+        assert b'"server_error"' in answer and b"[DONE]" not in answer
         live.thread.join(90)
         assert not live.thread.is_alive()

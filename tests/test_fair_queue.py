@@ -1,4 +1,4 @@
-"""Clients that wait are served in turn."""
+"""Waiting clients are served in turn."""
 
 import threading
 from collections import Counter
@@ -27,18 +27,18 @@ def drained(queue: FairQueue[tuple[str, int]]) -> list[tuple[str, int]]:
     return [queue.take() for _ in range(len(queue))]
 
 
-def test_in_turn() -> None:
+def test_clients_alternate() -> None:
     assert "".join(client for client, _ in drained(filled("aaaaabbc"))) == "abcabaaa"
 
 
-def test_a_newcomer_waits_for_one_of_each() -> None:
+def test_new_client_waits_for_one_item_of_each() -> None:
     queue = filled("aaaabbbb")
     assert [queue.take()[0] for _ in range(3)] == ["a", "b", "a"]
     queue.add("c", ("c", 99))
     assert [queue.take()[0] for _ in range(4)] == ["b", "a", "c", "b"]
 
 
-def test_taking_out() -> None:
+def test_remove() -> None:
     queue = filled("aab")
     queue.remove("a", ("a", 0))
     queue.remove("b", ("b", 2))
@@ -48,8 +48,8 @@ def test_taking_out() -> None:
 
 
 @given(st.text("abcd", max_size=40))
-def test_nothing_is_lost_nor_overtaken(text: str) -> None:
-    """Each client's own in order; and while all wait, nobody is ever more than one ahead."""
+def test_every_item_is_served_in_order(text: str) -> None:
+    """Each client's items keep their order; while all wait, no client is more than one item ahead."""
     taken = drained(filled(text))
     assert sorted(number for _, number in taken) == list(range(len(text)))
     counts, total = Counter[str](), Counter(text)
@@ -61,8 +61,8 @@ def test_nothing_is_lost_nor_overtaken(text: str) -> None:
         assert own == sorted(own)
 
 
-def test_a_flood_does_not_keep_others_out() -> None:
-    """Twenty requests of one client wait when another's comes: it is next but one."""
+def test_many_requests_of_one_client_do_not_block_another() -> None:
+    """With twenty requests of one client waiting, another client's request is the next but one."""
     service = Service(make_model(), TOKENIZER, max_rows=1)  # type: ignore[arg-type]
     ended: list[str] = []
     gate = threading.Event()
@@ -85,8 +85,8 @@ def test_a_flood_does_not_keep_others_out() -> None:
     service.close()
 
 
-def test_waiting_is_bounded_even_while_rows_run() -> None:
-    """What the batch has no room for counts as waiting, step after step; what is cancelled there is gone."""
+def test_requests_beyond_the_slots_wait_in_the_queue() -> None:
+    """They count as waiting at every step, and can be cancelled there."""
     service = Service(make_model(), TOKENIZER, max_rows=1, max_waiting=4)  # type: ignore[arg-type]
     gate = threading.Event()
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness against a running server: the scores are those of the same items in process."""
+"""lm-evaluation-harness against a running server: same scores as for the same items in process."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ def live() -> Iterator[Live]:
 
 
 def run(live: Live, out: Path, as_text: bool) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """(scores by task, items by task), as the harness tells them; it runs in a process of its own, offline."""
+    """(scores by task, items by task), from the harness, run offline in a process of its own."""
     arguments = ",".join(
         [
             "model=nanochat",
@@ -72,7 +72,7 @@ def run(live: Live, out: Path, as_text: bool) -> tuple[dict[str, Any], dict[str,
 
 @torch.inference_mode()
 def log_likelihood(context: str, continuation: str) -> float:
-    """In one plain forward pass, from <|bos|> on."""
+    """Log likelihood by a plain forward pass, from <|bos|> on."""
     before = TOKENIZER.encode(context)
     ids = [TOKENIZER.encode_special("<|bos|>"), *TOKENIZER.encode(context + continuation)]
     logprobs = MODEL(torch.tensor([ids])).float().log_softmax(-1)[0]
@@ -80,8 +80,8 @@ def log_likelihood(context: str, continuation: str) -> float:
 
 
 @pytest.mark.parametrize("as_text", [False, True], ids=["ids", "text"])
-def test_the_scores_are_those_in_process(live: Live, tmp_path: Path, as_text: bool) -> None:
-    """One after the other as token ids, and in batches as text."""
+def test_scores_equal_those_in_process(live: Live, tmp_path: Path, as_text: bool) -> None:
+    """As token ids one by one, and as text in batches."""
     scores, items = run(live, tmp_path, as_text)
     right = 0
     for item in items["sums_choice"]:

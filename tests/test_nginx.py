@@ -1,4 +1,4 @@
-"""Two servers behind runs/nginx.conf: tokens come through one by one, and one server may die or be stopped."""
+"""Two servers behind runs/nginx.conf: tokens pass one by one, and either server may be stopped."""
 
 import itertools
 import json
@@ -39,8 +39,8 @@ def servers() -> Iterator[list[Live]]:
 
 
 @pytest.fixture
-def door(servers: list[Live], tmp_path: Path) -> Iterator[str]:
-    """Where nginx listens, as the file says but for the ports."""
+def url(servers: list[Live], tmp_path: Path) -> Iterator[str]:
+    """The URL of nginx with runs/nginx.conf, except for the ports."""
     port = free_port()
     text = CONF.read_text()
     for written, used in (("8000", servers[0].port), ("8001", servers[1].port), ("8080", port)):
@@ -74,53 +74,51 @@ def served(live: Live) -> int:
     return live.api.pool.replicas[0].tokens_made
 
 
-def test_tokens_come_one_by_one(door: str, servers: list[Live], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_pass_one_by_one(url: str, servers: list[Live], monkeypatch: pytest.MonkeyPatch) -> None:
     for live in servers:
         slow(live, monkeypatch, 0.05)
     times: list[float] = []
-    asked = chat(max_tokens=20, stream=True, seed=3)
-    with httpx.stream("POST", door + CHAT, json=asked, timeout=90) as response:
+    body = chat(max_tokens=20, stream=True, seed=3)
+    with httpx.stream("POST", url + CHAT, json=body, timeout=90) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 times.append(time.monotonic())
     pauses = [b - a for a, b in itertools.pairwise(times)]
     assert len(times) > 5 and times[-1] - times[0] > 0.04 * (len(times) - 4)
-    assert max(pauses) < 0.5 * (times[-1] - times[0])  # not in one lump
+    assert max(pauses) < 0.5 * (times[-1] - times[0])  # not all at once
 
 
-def test_both_are_used_and_limits_hold(door: str, servers: list[Live]) -> None:
-    asked = {"json": chat(max_tokens=40), "timeout": 90}
-    threads = [threading.Thread(target=httpx.post, args=(door + CHAT,), kwargs=asked) for _ in range(8)]
+def test_both_are_used_and_limits_hold(url: str, servers: list[Live]) -> None:
+    body = {"json": chat(max_tokens=40), "timeout": 90}
+    threads = [threading.Thread(target=httpx.post, args=(url + CHAT,), kwargs=body) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert all(served(live) > 0 for live in servers)
-    assert httpx.post(door + CHAT, content=b"x" * 5_000_000, timeout=90).status_code == 413
-    assert httpx.post(door + CHAT, json=chat(temperature=-1), timeout=90).json()["error"]["param"] == "temperature"
-    assert httpx.get(f"{door}/", timeout=90).text.startswith("<!doctype html")
+    assert httpx.post(url + CHAT, content=b"x" * 5_000_000, timeout=90).status_code == 413
+    assert httpx.post(url + CHAT, json=chat(temperature=-1), timeout=90).json()["error"]["param"] == "temperature"
+    assert httpx.get(f"{url}/", timeout=90).text.startswith("<!doctype html")
 
 
-def test_a_server_is_killed_and_requests_go_on(door: str, servers: list[Live]) -> None:
-    ask: Any = lambda: httpx.post(door + CHAT, json=chat(max_tokens=5), timeout=90)  # noqa: E731
+def test_requests_succeed_after_a_server_stops(url: str, servers: list[Live]) -> None:
+    ask: Any = lambda: httpx.post(url + CHAT, json=chat(max_tokens=5), timeout=90)  # noqa: E731
     assert ask().status_code == 200
     servers[0].server.handle_exit(signal.SIGTERM, None)
     servers[0].thread.join(90)
     assert [ask().status_code for _ in range(20)] == [200] * 20
-    stopped = [httpx.get(f"{door}/health", timeout=90).status_code for _ in range(5)]
+    stopped = [httpx.get(f"{url}/health", timeout=90).status_code for _ in range(5)]
     assert stopped == [200] * 5
 
 
-def test_a_server_that_is_leaving_finishes_and_the_other_takes_over(
-    door: str, servers: list[Live], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A rolling restart: no request fails, no stream is cut."""
+def test_rolling_restart(url: str, servers: list[Live], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request fails, no stream is cut."""
     for live in servers:
         slow(live, monkeypatch, 0.02)
     lines: list[str] = []
 
     def stream() -> None:
-        with httpx.stream("POST", door + CHAT, json=chat(max_tokens=50, stream=True, seed=1), timeout=90) as response:
+        with httpx.stream("POST", url + CHAT, json=chat(max_tokens=50, stream=True, seed=1), timeout=90) as response:
             lines.extend(response.iter_lines())
 
     thread = threading.Thread(target=stream)
@@ -128,7 +126,7 @@ def test_a_server_that_is_leaving_finishes_and_the_other_takes_over(
     until(lambda: any(live.api.admission.active for live in servers))
     (busy,) = [live for live in servers if live.api.admission.active]
     busy.server.handle_exit(signal.SIGTERM, None)
-    answers = [httpx.post(door + CHAT, json=chat(max_tokens=3), timeout=90) for _ in range(10)]
+    answers = [httpx.post(url + CHAT, json=chat(max_tokens=3), timeout=90) for _ in range(10)]
     assert [answer.status_code for answer in answers] == [200] * 10
     thread.join()
     assert lines[-2] == "data: [DONE]" or lines[-1] == "data: [DONE]"
@@ -136,15 +134,15 @@ def test_a_server_that_is_leaving_finishes_and_the_other_takes_over(
     assert reasons[-1] in ("stop", "length")
 
 
-def test_clients_are_told_apart_and_cannot_lie(door: str, servers: list[Live]) -> None:
+def test_client_address_cannot_be_forged(url: str, servers: list[Live]) -> None:
     seen: list[str] = []
     for live in servers:
         submit = live.api.pool.submit
 
-        def watched(order: Any, *rest: Any, submit: Any = submit, **more: Any) -> Any:
-            seen.append(order.client)
-            return submit(order, *rest, **more)
+        def watched(request: Any, *rest: Any, submit: Any = submit, **more: Any) -> Any:
+            seen.append(request.client)
+            return submit(request, *rest, **more)
 
         live.api.pool.submit = watched
-    httpx.post(door + CHAT, json=chat(max_tokens=2), timeout=90, headers={"X-Forwarded-For": "9.9.9.9"})
+    httpx.post(url + CHAT, json=chat(max_tokens=2), timeout=90, headers={"X-Forwarded-For": "9.9.9.9"})
     assert seen == ["127.0.0.1"]

@@ -1,4 +1,4 @@
-"""The official client against a real socket: every call that a program written for OpenAI makes."""
+"""OpenAI's Python client against a real socket: every call that a program written for OpenAI makes."""
 
 import asyncio
 import threading
@@ -50,8 +50,8 @@ def test_a_chat_whole_and_streamed(client: Any) -> None:
     assert reasons == [whole.choices[0].finish_reason] and usage == whole.usage
 
 
-def test_many_at_once_without_threads(client: Any, live: Live) -> None:
-    """The asynchronous client: answers beside each other are the answers alone."""
+def test_concurrent_requests(client: Any, live: Live) -> None:
+    """The asynchronous client: concurrent answers equal single ones."""
 
     async def gather() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="key", max_retries=0) as many:
@@ -78,28 +78,28 @@ def test_log_probabilities(client: Any) -> None:
     assert content and all(t.logprob <= 0 and len(t.top_logprobs) == 3 for t in content)
     assert all(t.top_logprobs[0].logprob >= t.top_logprobs[1].logprob for t in content)
     streamed = [
-        told
+        entry
         for chunk in ask(client, logprobs=True, top_logprobs=3, stream=True)
         for choice in chunk.choices
         if choice.logprobs
-        for told in choice.logprobs.content
+        for entry in choice.logprobs.content
     ]
     assert streamed == content
 
 
 def test_completions(client: Any) -> None:
-    asked: dict[str, Any] = {"model": "nanochat", "prompt": ["abc", "b"], "max_tokens": 5, "temperature": 0}
-    whole = client.completions.create(**asked)
+    body: dict[str, Any] = {"model": "nanochat", "prompt": ["abc", "b"], "max_tokens": 5, "temperature": 0}
+    whole = client.completions.create(**body)
     expected, _ = Engine(MODEL, TOKENIZER).generate_batch([256, *b"abc"], 1, max_tokens=5, temperature=0.0)
     assert whole.choices[0].text == TOKENIZER.decode(expected[0][4:]) and len(whole.choices) == 2
     texts = ["", ""]
-    for chunk in client.completions.create(**asked, stream=True):
+    for chunk in client.completions.create(**body, stream=True):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert texts == [choice.text for choice in whole.choices]
     echoed = client.completions.create(model="nanochat", prompt="abc", max_tokens=0, echo=True, logprobs=2).choices[0]
     assert echoed.text == "abc" and len(echoed.logprobs.token_logprobs) == 3
-    assert all(1 <= len(top) <= 2 for top in echoed.logprobs.top_logprobs)  # tokens that read alike are one
+    assert all(1 <= len(top) <= 2 for top in echoed.logprobs.top_logprobs)  # tokens with the same text are merged
 
 
 def test_models(client: Any) -> None:
@@ -109,7 +109,7 @@ def test_models(client: Any) -> None:
         client.models.retrieve("gpt-9")
 
 
-def test_errors_are_the_client_s_own(client: Any, live: Live) -> None:
+def test_errors_map_to_client_exceptions(client: Any, live: Live) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         ask(client, temperature=-1)
     assert bad.value.param == "temperature" and bad.value.type == "invalid_request_error"
@@ -125,8 +125,8 @@ def test_errors_are_the_client_s_own(client: Any, live: Live) -> None:
     assert wrong.value.code == "invalid_api_key"
 
 
-def test_a_busy_server_says_when_to_come_again(client: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the client, left to its own, comes again."""
+def test_client_retries_when_the_server_is_busy(client: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client raises RateLimitError; with retries it tries again by itself."""
     monkeypatch.setattr(SETTINGS, "max_requests", 0)
     with pytest.raises(openai.RateLimitError) as busy:
         ask(client)

@@ -1,4 +1,4 @@
-"""The page in a real browser, over a pool that says what the test wants. Needs chromium."""
+"""The page in a real browser, over a pool with scripted answers. Needs chromium."""
 
 import shutil
 import threading
@@ -55,9 +55,11 @@ class ScriptedPool:
             for token in said if isinstance(said, list) else said.encode():
                 if handle.stop:
                     break
-                told = TokenLogprobs(-0.1, [(token, -0.1), (97, -3.0)]) if request.top_logprobs is not None else None
+                logprobs = (
+                    TokenLogprobs(-0.1, [(token, -0.1), (97, -3.0)]) if request.top_logprobs is not None else None
+                )
                 sequence.tokens.append(token)
-                deliver([Token(sequence, token, 1, told)])
+                deliver([Token(sequence, token, 1, logprobs)])
                 time.sleep(self.pause)
             sequence.done = True
             deliver(Finished())
@@ -113,7 +115,7 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture
 def page(browser: Any, served: Served) -> Iterator[Any]:
-    """A fresh browser's page; whatever goes wrong in it fails the test."""
+    """A page with empty storage; an error in it fails the test."""
     served.pool.__init__()  # type: ignore[misc]
     context = browser.new_context(viewport={"width": 1200, "height": 800})
     made, wrong = context.new_page(), []
@@ -141,7 +143,7 @@ def ask(page: Any, text: str, wait: bool = True) -> None:
 
 
 def until(page: Any, expression: str) -> None:
-    """Wait for it to hold; the page's content policy forbids the browser driver's own way of waiting."""
+    """Wait for a condition; the page's content policy forbids the browser driver's own way of waiting."""
     for _ in range(500):
         if page.evaluate(expression):
             return
@@ -154,7 +156,7 @@ def answer(page: Any) -> Any:
 
 
 def titles(page: Any) -> list[str]:
-    """Of the conversations that are kept in the browser."""
+    """Of the conversations stored in the browser."""
     own = "Object.keys(localStorage).filter((key) => key.startsWith('nanochat/'))"
     return sorted(page.evaluate(f"{own}.map((key) => JSON.parse(localStorage[key]).title)"))
 
@@ -210,7 +212,7 @@ def test_markdown_is_rendered(page: Any, served: Served) -> None:
         "## T\n**b** and *i* `c*d` [l](https://e.example/x) 2*3*4 a ** b\n\n- one\n- two\n\n"
         "3. three\n\n```py\nx = '<b>'\n```\n> q\n\nend ``a`b``"
     )
-    served.pool.script = lambda asked: text
+    served.pool.script = lambda text_sent: text
     ask(page, "go")
     found = answer(page).locator(".body").evaluate("node => node.innerHTML")
     for piece in (
@@ -255,7 +257,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_answers_stay_text(page: Any, served: Served, text: str) -> None:
-    served.pool.script = lambda asked: text
+    served.pool.script = lambda text_sent: text
     ask(page, "go")
     assert page.evaluate("window.hacked") is None
     box = answer(page)

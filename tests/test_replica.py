@@ -1,4 +1,4 @@
-"""Replicas in processes of their own: the same answers, and they may be killed at any time."""
+"""Replicas in processes of their own: same answers as the engine, and they may be killed at any time."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +62,7 @@ def remote(pause: float = 0.0, observe: Any = lambda name, value: None) -> Remot
     return RemoteService([sys.executable, "-c", code], 64, 8, observe)
 
 
-HALF_A_LINE = """
+INCOMPLETE_LINE = """
 import socket, sys, time
 pool = socket.socket(fileno=int(sys.argv[-1]))
 pool.sendall(b'{"stats": {"rows_running": 0}, "observed": []}\\n')
@@ -72,8 +71,8 @@ pool.sendall(b'{"id": 0, "tokens": [[0, 5')
 """
 
 
-def test_a_child_that_is_cut_off_in_the_middle_of_a_line_is_gone() -> None:
-    service = RemoteService([sys.executable, "-c", HALF_A_LINE], 64, 8, lambda name, value: None)
+def test_child_that_dies_within_a_line() -> None:
+    service = RemoteService([sys.executable, "-c", INCOMPLETE_LINE], 64, 8, lambda name, value: None)
     until(service.ready.is_set)
     receiver = Receiver()
     service.submit(make_request(), receiver)
@@ -90,7 +89,7 @@ def service() -> Iterator[RemoteService]:
     assert made.process.returncode == 0
 
 
-def test_the_engine_says_the_same(service: RemoteService) -> None:
+def test_same_tokens_as_the_engine(service: RemoteService) -> None:
     engine = Engine(make_model(vocab_size=265), TOKENIZER)  # type: ignore[arg-type]
     receivers = [Receiver() for _ in range(7)]
     handles = [service.submit(make_request("x" * i, seed=i, num_samples=1 + i % 2), r) for i, r in enumerate(receivers)]
@@ -98,32 +97,32 @@ def test_the_engine_says_the_same(service: RemoteService) -> None:
         assert receiver.wait().end == Finished()
         prompt = [256, *b"x" * i]
         expected, _ = engine.generate_batch(prompt, 1 + i % 2, max_tokens=8, temperature=1.0, seed=i)
-        for row, whole in zip(handle.sequences, expected):
-            ends = [row.end] if row.end is not None else []
-            assert prompt + [t.id for t in receiver.tokens if t.sequence is row] == whole + ends
+        for sequence, whole in zip(handle.sequences, expected):
+            ends = [sequence.end] if sequence.end is not None else []
+            assert prompt + [t.id for t in receiver.tokens if t.sequence is sequence] == whole + ends
     assert service.load == 0 and service.stats()["rows_running"] == 0 and service.stats()["tokens"] > 20
 
 
-def test_log_probabilities_travel(service: RemoteService) -> None:
+def test_log_probabilities_are_sent(service: RemoteService) -> None:
     receiver, known = Receiver(), []
 
-    def deliver(what: Any) -> None:
-        known.append(len(what[0].sequence.prompt_logprobs) if isinstance(what, list) else None)
-        receiver(what)
+    def deliver(message: Any) -> None:
+        known.append(len(message[0].sequence.prompt_logprobs) if isinstance(message, list) else None)
+        receiver(message)
 
     handle = service.submit(make_request("abc", max_tokens=2, top_logprobs=2, prompt_logprobs=True), deliver)
     receiver.wait()
-    assert known[0] == 3, "what is known of the prompt comes with the first token"
+    assert known[0] == 3, "the prompt's log probabilities come with the first token"
     assert len(handle.sequences[0].prompt_logprobs) == 3 and handle.sequences[0].prompt_logprobs[0].logprob < 0
     assert all(len(token.logprobs.top) == 2 for token in receiver.tokens if token.logprobs)
 
 
-def test_orders_can_be_cancelled_and_refused(service: RemoteService) -> None:
+def test_cancel_and_refuse(service: RemoteService) -> None:
     receiver = Receiver()
     handle = service.submit(make_request(max_tokens=50, num_samples=4, sampling=SamplingParams(10.0)), receiver)
     handle.cancel()
     assert receiver.wait().end == Finished()
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="prompt"):
         service.submit(replace(make_request(), prompt=[]), Receiver())
     receivers = [Receiver() for _ in range(8)]
     for one in receivers:
@@ -134,7 +133,7 @@ def test_orders_can_be_cancelled_and_refused(service: RemoteService) -> None:
         one.wait()
 
 
-def test_the_orders_of_a_request_take_one_place(service: RemoteService) -> None:
+def test_a_group_takes_one_place_in_the_queue(service: RemoteService) -> None:
     receivers = [Receiver() for _ in range(10 + 7)]
     for number, receiver in enumerate(receivers):
         group = "many" if number < 10 else ""
@@ -146,7 +145,7 @@ def test_the_orders_of_a_request_take_one_place(service: RemoteService) -> None:
     assert service.load == 0
 
 
-def test_idle_replicas_that_die_say_nothing_of_the_others() -> None:
+def test_idle_crashes_do_not_count_as_failing() -> None:
     pool = WorkerPool(lambda index: remote(), 2)
     for _ in range(4):
         victim = pool.replicas[0]
@@ -160,17 +159,17 @@ def test_idle_replicas_that_die_say_nothing_of_the_others() -> None:
     receiver.wait()
     chosen = next(service for service in pool.replicas if service.tokens_made)
     assert chosen.tokens_made == len(receiver.tokens)
-    pool._crashes = 99  # whatever was before
+    pool._crashes = 99  # even after many crashes
     assert not pool.failing
     chosen.process.kill()
     until(lambda: not chosen.alive)
-    assert not pool.failing, "it did answer"
+    assert not pool.failing, "a replica had tokens"
     pool._replace_dead()
     assert not pool.failing
     pool.close()
 
 
-def test_times_are_told() -> None:
+def test_timings_are_observed() -> None:
     seen: dict[str, int] = {}
     made = remote(observe=lambda name, value: seen.__setitem__(name, seen.get(name, 0) + 1))
     receiver = Receiver()
@@ -180,7 +179,7 @@ def test_times_are_told() -> None:
     assert seen["first_token_seconds"] == 1 and seen["step_seconds"] > 1
 
 
-def test_closing_lets_what_is_under_way_finish_or_not() -> None:
+def test_close_drains_for_the_given_time() -> None:
     for drain, ends_well in ((10.0, True), (0.0, False)):
         made, receiver = remote(0.02), Receiver()
         made.submit(make_request(max_tokens=30, sampling=SamplingParams(10.0, top_k=0), seed=3), receiver)
@@ -203,14 +202,14 @@ def live() -> Iterator[Live]:
         yield it
 
 
-def test_a_killed_replica_costs_only_what_was_already_sent(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
-    """The stream that had begun ends with an error; the answer of which nothing was sent is given by another one."""
-    pool, asked = live.api.pool, chat(max_tokens=50, temperature=10, top_k=0)
-    whole = httpx.post(f"{live.url}/v1/chat/completions", json={**asked, "max_tokens": 3}, timeout=90).json()
+def test_killed_replica_under_a_live_server(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stream that has begun ends with an error; an answer of which nothing was sent comes from another replica."""
+    pool, body = live.api.pool, chat(max_tokens=50, temperature=10, top_k=0)
+    whole = httpx.post(f"{live.url}/v1/chat/completions", json={**body, "max_tokens": 3}, timeout=90).json()
     found: dict[str, Any] = {}
 
     def stream() -> None:
-        found["stream"] = httpx.post(f"{live.url}/v1/chat/completions", json={**asked, "stream": True}, timeout=90)
+        found["stream"] = httpx.post(f"{live.url}/v1/chat/completions", json={**body, "stream": True}, timeout=90)
 
     thread = threading.Thread(target=stream)
     thread.start()
@@ -224,35 +223,35 @@ def test_a_killed_replica_costs_only_what_was_already_sent(live: Live, capsys: p
     assert httpx.get(f"{live.url}/health", timeout=90).status_code == 200
     for service in pool.replicas:
         if service.alive:
-            os.kill(service.process.pid, signal.SIGSTOP)  # it takes the next order and does nothing
+            os.kill(service.process.pid, signal.SIGSTOP)  # accepts the next request and does nothing
             frozen = service
     thread = threading.Thread(
         target=lambda: found.update(
-            whole=httpx.post(f"{live.url}/v1/chat/completions", json={**asked, "max_tokens": 3}, timeout=90)
+            whole=httpx.post(f"{live.url}/v1/chat/completions", json={**body, "max_tokens": 3}, timeout=90)
         )
     )
-    other = threading.Thread(target=lambda: httpx.post(f"{live.url}/v1/chat/completions", json=asked, timeout=90))
+    other = threading.Thread(target=lambda: httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=90))
     thread.start()
-    time.sleep(0.1)
+    until(lambda: any(replica.load for replica in pool.replicas))
     other.start()
     until(lambda: frozen.load > 0)
     os.kill(frozen.process.pid, signal.SIGKILL)
     thread.join()
     other.join()
     assert found["whole"].status_code == 200 and found["whole"].json()["choices"] == whole["choices"]
-    assert pool.replaced == 2 and "its process ended with -9" in capsys.readouterr().err
+    assert pool.replaced == 2 and "-9" in capsys.readouterr().err
     live.settle()
 
 
-def test_no_process_outlives_its_server() -> None:
-    """Not even where the server had no time to say so: the end of the socket is enough."""
+def test_child_exits_with_its_server() -> None:
+    """Not even if the server exits without a message: the child exits at the end of the socket."""
     made = remote()
     until(made.ready.is_set)
     made._socket.shutdown(2)
     assert made.process.wait(90) == 0
 
 
-def test_a_replica_made_later_has_the_same_weights_or_none(copied: Path) -> None:
+def test_later_replicas_load_the_same_weights(copied: Path) -> None:
     runtime = Runtime(torch.device("cpu"), torch.float32, "", 1)
     plan = ReplicaPlan("base", "tiny", max_rows=4, max_waiting=8, cache_mib=64, prefix_mib=0)
     model, tokenizer, meta = plan.load(runtime)
@@ -261,7 +260,7 @@ def test_a_replica_made_later_has_the_same_weights_or_none(copied: Path) -> None
     assert child == plan
     run = copied / "base_checkpoints" / "tiny"
     save_checkpoint(run, 2, model_state=model.state_dict(), meta=meta, tokenizer=tokenizer)
-    assert child.load(runtime)[2]["step"] == 1, "a step that was saved meanwhile is not announced"
+    assert child.load(runtime)[2]["step"] == 1, "a step saved meanwhile is not loaded"
     shutil.rmtree(run)
     save_checkpoint(run, 1, model_state=GPT.create(model.config, seed=9).state_dict(), meta=meta, tokenizer=tokenizer)
     with pytest.raises(UserError, match="restart"):

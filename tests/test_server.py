@@ -33,7 +33,7 @@ def client() -> Iterator[TestClient]:
 # Chat
 
 
-def test_a_chat_is_answered(client: TestClient) -> None:
+def test_chat_answers_as_the_engine(client: TestClient) -> None:
     body = client.post("/v1/chat/completions", json=chat()).json()
     prompt = TOKENIZER.render_for_completion(
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}
@@ -53,7 +53,7 @@ def test_a_chat_is_answered(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"n": 3}, {"logprobs": True, "top_logprobs": 2}, {"stop": ["a", "e"]}])
-def test_streamed_and_whole_are_the_same(client: TestClient, extra: dict[str, Any]) -> None:
+def test_streamed_chat_equals_whole(client: TestClient, extra: dict[str, Any]) -> None:
     request = chat(max_tokens=30, **extra)
     whole = client.post("/v1/chat/completions", json=request).json()
     stream = events(
@@ -69,8 +69,8 @@ def test_streamed_and_whole_are_the_same(client: TestClient, extra: dict[str, An
         assert "".join(c["delta"].get("content", "") for c in own) == choice["message"]["content"]
         assert [c["finish_reason"] for c in own][-1] == choice["finish_reason"]
         assert all(c["finish_reason"] is None for c in own[:-1])
-        told = [t for c in own if c["logprobs"] for t in c["logprobs"]["content"]]
-        assert told == (choice["logprobs"]["content"] if choice["logprobs"] else [])
+        logprobs = [t for c in own if c["logprobs"] for t in c["logprobs"]["content"]]
+        assert logprobs == (choice["logprobs"]["content"] if choice["logprobs"] else [])
     if "stop" in extra:
         assert not set("ae") & set(whole["choices"][0]["message"]["content"])
     if "n" in extra:
@@ -81,7 +81,7 @@ def test_streamed_and_whole_are_the_same(client: TestClient, extra: dict[str, An
         assert bytes(b for t in content for b in t["bytes"]).decode(errors="replace")
 
 
-def test_the_same_seed_the_same_answer_and_another_another(client: TestClient) -> None:
+def test_seed_determines_the_answer(client: TestClient) -> None:
     def said(**changes: Any) -> str:
         body = client.post("/v1/chat/completions", json=chat(max_tokens=40, **changes)).json()
         return body["choices"][0]["message"]["content"]
@@ -90,7 +90,7 @@ def test_the_same_seed_the_same_answer_and_another_another(client: TestClient) -
     assert said(temperature=0) == said(temperature=0, seed=99)
 
 
-def test_a_chat_longer_than_the_context_goes_on(client: TestClient) -> None:
+def test_oldest_turns_are_dropped(client: TestClient) -> None:
     turns = [{"role": role, "content": "x" * 9} for _ in range(30) for role in ("user", "assistant")]
     body = client.post("/v1/chat/completions", json=chat(messages=[*turns, {"role": "user", "content": "and?"}])).json()
     assert body["choices"][0]["message"] and body["usage"]["prompt_tokens"] < 64
@@ -98,7 +98,7 @@ def test_a_chat_longer_than_the_context_goes_on(client: TestClient) -> None:
     assert error.status_code == 400 and error.json()["error"]["param"] == "messages"
 
 
-def test_the_published_form(client: TestClient) -> None:
+def test_published_form(client: TestClient) -> None:
     stream = events(
         client.post(
             "/chat/completions",
@@ -109,21 +109,21 @@ def test_the_published_form(client: TestClient) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Completions, as evaluation harnesses ask
+# Completions, as evaluation harnesses send them
 
 
 def test_echoed_prompts_with_log_probabilities(client: TestClient) -> None:
-    """Against one plain forward pass: what a harness sums up."""
+    """Compared with a plain forward pass; evaluation harnesses sum these up."""
     text = "hello"
     body = client.post("/v1/completions", json={"prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1}).json()
-    told = body["choices"][0]["logprobs"]
+    logprobs = body["choices"][0]["logprobs"]
     ids = [256, *text.encode()]
     logprobs = MODEL(torch.tensor([ids]))[0].detach().log_softmax(-1)
     expected = [float(logprobs[i, ids[i + 1]]) for i in range(len(text))]
-    assert body["choices"][0]["text"] == text and told["tokens"] == list(text)
-    assert told["token_logprobs"] == pytest.approx(expected, abs=1e-4)
-    assert told["text_offset"] == [0, 1, 2, 3, 4] and body["usage"]["completion_tokens"] == 0
-    for i, best in enumerate(told["top_logprobs"]):
+    assert body["choices"][0]["text"] == text and logprobs["tokens"] == list(text)
+    assert logprobs["token_logprobs"] == pytest.approx(expected, abs=1e-4)
+    assert logprobs["text_offset"] == [0, 1, 2, 3, 4] and body["usage"]["completion_tokens"] == 0
+    for i, best in enumerate(logprobs["top_logprobs"]):
         assert max(best.values()) == pytest.approx(float(logprobs[i].max()), abs=1e-4)
     longer = client.post(
         "/v1/completions", json={"prompt": text, "max_tokens": 3, "echo": True, "logprobs": 1, "temperature": 0}
@@ -132,7 +132,7 @@ def test_echoed_prompts_with_log_probabilities(client: TestClient) -> None:
     assert longer["logprobs"]["token_logprobs"][:5] == pytest.approx(expected, abs=1e-4)
 
 
-def test_offsets_count_characters_that_are_of_several_tokens_once() -> None:
+def test_text_offsets_of_multi_token_characters() -> None:
     ids = [*"é日x".encode()]  # a token a byte
     offsets = TextOffsets(TOKENIZER)
     offsets.of(b"before\xc3")  # a text that ends within a character
@@ -150,7 +150,7 @@ def test_offsets_count_characters_that_are_of_several_tokens_once() -> None:
         {"prompt": [[97, 0xC3], [98]]},
     ],
 )
-def test_streamed_completions_are_the_whole_ones(
+def test_streamed_completions_equal_whole(
     client: TestClient, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routes_completions, "ECHO_TOKENS", 3)
@@ -161,11 +161,11 @@ def test_streamed_completions_are_the_whole_ones(
         own = [c["choices"][0] for c in stream[:-1] if c["choices"][0]["index"] == choice["index"]]
         assert "".join(c["text"] for c in own) == choice["text"]
         assert own[-1]["finish_reason"] == choice["finish_reason"]
-        told = [c["logprobs"] for c in own if c["logprobs"]]
+        logprobs = [c["logprobs"] for c in own if c["logprobs"]]
         if choice["logprobs"] is None:
-            assert not told
+            assert not logprobs
         else:
-            assert {key: [one for part in told for one in part[key]] for key in told[0]} == choice["logprobs"]
+            assert {key: [one for part in logprobs for one in part[key]] for key in logprobs[0]} == choice["logprobs"]
             places = choice["logprobs"]["text_offset"]
             assert places == sorted(places) and all(
                 choice["text"][place] == token
@@ -193,12 +193,14 @@ def test_every_form_of_prompt(client: TestClient, prompt: Any) -> None:
 # The other routes
 
 
-def test_models_tokens_health_and_figures(client: TestClient) -> None:
+def test_models_tokenizer_health_stats_metrics(client: TestClient) -> None:
     assert client.post("/v1/chat/completions", json=chat()).status_code == 200
     (model,) = client.get("/v1/models").json()["data"]
     assert model["id"] == "nanochat" and model["max_context"] == 64
     tokens = client.post("/tokenize", json={"text": "héllo <|bos|>"}).json()
-    assert tokens["count"] == len(tokens["tokens"]) == 14 and 256 not in tokens["tokens"]  # a spelling is no bos
+    assert (
+        tokens["count"] == len(tokens["tokens"]) == 14 and 256 not in tokens["tokens"]
+    )  # text that spells <|bos|> is not the token
     assert client.post("/detokenize", json={"tokens": tokens["tokens"]}).json()["text"] == "héllo <|bos|>"
     rendered = client.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]}).json()["tokens"]
     assert rendered == [256, SPECIAL["<|user_start|>"], 97, SPECIAL["<|user_end|>"], SPECIAL["<|assistant_start|>"]]
@@ -219,7 +221,7 @@ def test_security_headers(client: TestClient) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Mistakes and abuse
+# Errors and limits
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def test_security_headers(client: TestClient) -> None:
         ("chat/completions", chat(max_completion_tokens=61), "max_completion_tokens"),
     ],
 )
-def test_mistakes_name_the_field(client: TestClient, path: str, body: dict[str, Any], param: str) -> None:
+def test_errors_name_the_field(client: TestClient, path: str, body: dict[str, Any], param: str) -> None:
     response = client.post(f"/v1/{path}", json=body)
     error = response.json()["error"]
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
@@ -273,7 +275,7 @@ def test_mistakes_name_the_field(client: TestClient, path: str, body: dict[str, 
         (b'{"messages": [{"role": "user", "content": "' + b"x" * 300_000 + b'"}]}', 400),
     ],
 )
-def test_bodies_that_are_none(client: TestClient, body: bytes, status: int) -> None:
+def test_invalid_bodies(client: TestClient, body: bytes, status: int) -> None:
     response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == status and response.json()["error"]["message"]
 
@@ -289,13 +291,13 @@ def test_bodies_that_are_none(client: TestClient, body: bytes, status: int) -> N
         (b'{"messages": "\xff"}', "application/json", "UTF-8"),
     ],
 )
-def test_what_is_wrong_with_a_body_is_said(client: TestClient, body: bytes, content_type: str, says: str) -> None:
+def test_error_says_what_is_wrong_with_the_body(client: TestClient, body: bytes, content_type: str, says: str) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     response = client.post("/v1/chat/completions", content=body, headers=headers)
     assert response.status_code == 400 and says in response.json()["error"]["message"]
 
 
-def test_a_body_of_unknown_length_is_bounded_too(client: TestClient) -> None:
+def test_chunked_body_is_limited(client: TestClient) -> None:
     def endless() -> Iterator[bytes]:
         yield b'{"messages": "'
         for _ in range(10_000):
@@ -314,7 +316,7 @@ def test_unknown_models_and_paths(client: TestClient) -> None:
     assert client.get("/v1/chat/completions").status_code == 405
 
 
-def test_the_key_is_asked_for() -> None:
+def test_api_key_is_required() -> None:
     with TestClient(app_of(Settings(api_keys=["other", "sécret"], max_tokens=4))) as client:
         good = {"Authorization": "Bearer sécret".encode()}
         for wrong in (
@@ -341,23 +343,23 @@ def test_cors_only_where_configured() -> None:
         assert "access-control-allow-origin" not in other.headers
 
 
-def test_a_busy_server_says_when_to_come_again() -> None:
+def test_busy_server_sends_retry_after() -> None:
     with TestClient(app_of(Settings(max_requests=0))) as client:
         response = client.post("/v1/chat/completions", json=chat())
         assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
 
 
-def test_a_request_that_takes_too_long_ends_and_frees_its_row() -> None:
+def test_request_timeout_frees_the_batch_slot() -> None:
     app = app_of(Settings(max_tokens=60, request_seconds=0.0))
     with TestClient(app) as client:
         assert client.post("/v1/chat/completions", json=chat()).status_code == 504
         stream = events(client.post("/v1/chat/completions", json=chat(stream=True)))
-        assert stream[-1]["error"]["code"] == "timeout"  # an error is an event, and nothing comes after it
+        assert stream[-1]["error"]["code"] == "timeout"  # the error is the last event
         pool = app.state.api.pool
         until(lambda: pool.stats()["rows_running"] == pool.stats()["requests_waiting"] == 0)
 
 
-def test_health_says_when_new_replicas_do_not_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_health_after_repeated_crashes(capsys: pytest.CaptureFixture[str]) -> None:
     broken = [True]
 
     def make(index: int) -> Service:
@@ -381,7 +383,7 @@ def test_health_says_when_new_replicas_do_not_help(capsys: pytest.CaptureFixture
         assert client.post("/v1/chat/completions", json=chat()).status_code == 500 and health() == [503, 503]
         broken[0] = False
         assert client.post("/v1/chat/completions", json=chat()).status_code == 200 and health() == [200, 200]
-        broken[0] = True  # it did answer: two more deaths are no reason to say so, nor is the next one after an answer
+        broken[0] = True  # a replica has answered: further crashes do not count
         assert client.post("/v1/chat/completions", json=chat()).status_code == 500 and health() == [200, 200]
         broken[0] = False
         assert client.post("/v1/chat/completions", json=chat()).status_code == 200
@@ -390,7 +392,7 @@ def test_health_says_when_new_replicas_do_not_help(capsys: pytest.CaptureFixture
     assert "boom" in capsys.readouterr().err
 
 
-def test_one_request_of_many_prompts_does_not_keep_others_out() -> None:
+def test_many_prompts_in_one_request_do_not_block_others() -> None:
     app = app_of(max_rows=1, max_waiting=2)
     with TestClient(app) as client:
         many = threading.Thread(
@@ -403,8 +405,8 @@ def test_one_request_of_many_prompts_does_not_keep_others_out() -> None:
 
 
 @pytest.mark.parametrize("good_steps", [0, 3])
-def test_a_dead_replica_costs_only_what_was_already_sent(good_steps: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """A request of which nothing was sent is given to the new replica; the others end with an error."""
+def test_request_without_output_survives_a_dead_replica(good_steps: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A request of which the client has nothing is retried on the new replica; others end with an error."""
     app = app_of()
     with TestClient(app) as client:
         service = app.state.api.pool.replicas[0]
@@ -425,7 +427,7 @@ def test_a_dead_replica_costs_only_what_was_already_sent(good_steps: int, capsys
         assert client.get("/health").status_code == 200 and app.state.api.pool.replaced == 1
 
 
-def test_shutting_down_waits_for_what_is_under_way() -> None:
+def test_shutdown_finishes_active_answers() -> None:
     app, answers = app_of(Settings(max_tokens=50, drain_seconds=20)), []
     with TestClient(app) as client:
         thread = threading.Thread(target=lambda: answers.append(client.post("/v1/chat/completions", json=chat())))
@@ -436,12 +438,12 @@ def test_shutting_down_waits_for_what_is_under_way() -> None:
 
 
 @pytest.mark.parametrize("levels", [0, 1, 3, 9])
-def test_json_in_pieces_is_json(levels):
+def test_json_pieces_equal_json(levels):
     value = {"a": [], "b": {}, "c": [1, -2.5e-9, None, True, '\u00fc\n"\U0001f600'], "d": {"e": [[{"x": [1]}]]}}
     assert "".join(json_pieces(value, levels)) == json.dumps(value, ensure_ascii=False)
 
 
-def test_json_in_pieces_takes_iterators_for_lists_and_holds_one_element_at_a_time():
+def test_json_pieces_take_one_element_of_an_iterator_at_a_time():
     made = []
     pieces = json_pieces({"content": (made.append(i) or i for i in range(3)), "none": iter(())}, 5)
     until_the_first = "".join(itertools.takewhile(lambda piece: piece != "0", pieces))
@@ -449,7 +451,7 @@ def test_json_in_pieces_takes_iterators_for_lists_and_holds_one_element_at_a_tim
     assert "".join(pieces) == ', 1, 2], "none": []}'
 
 
-def test_answers_share_the_loop_with_others(monkeypatch):
+def test_answers_share_the_event_loop(monkeypatch):
     """Forty answers, each with a millisecond of work: a task that takes five iterations of the event loop is done after
     five slices of the budget, not after forty milliseconds per iteration."""
     now = [0.0]

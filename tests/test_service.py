@@ -1,4 +1,4 @@
-"""The running batch as a service: joining, leaving, cancelling, dying, closing."""
+"""Service and WorkerPool: submitting, cancelling, crashes, closing."""
 
 import contextlib
 import threading
@@ -29,8 +29,8 @@ def service() -> Any:
     assert not made._thread.is_alive()
 
 
-def test_the_engine_says_the_same(service: Service) -> None:
-    """Alone, among others, or through Engine.generate_batch: one seed, one answer."""
+def test_same_tokens_as_the_engine(service: Service) -> None:
+    """A seed gives the same answer alone, among others, and from Engine.generate_batch."""
     receivers = [Receiver() for _ in range(7)]
     handles = [service.submit(make_request("x" * i, seed=i, num_samples=1 + i % 2), r) for i, r in enumerate(receivers)]
     engine = Engine(MODEL, TOKENIZER)  # type: ignore[arg-type]
@@ -38,14 +38,14 @@ def test_the_engine_says_the_same(service: Service) -> None:
         assert receiver.wait().end == Finished()
         prompt = [256, *b"x" * i]
         expected, _ = engine.generate_batch(prompt, 1 + i % 2, max_tokens=8, temperature=1.0, seed=i)
-        assert [prompt + row.tokens for row in handle.sequences] == expected
-        for row in handle.sequences:
-            ends = [row.end] if row.end is not None else []
-            assert [t.id for t in receiver.tokens if t.sequence is row] == row.tokens + ends
+        assert [prompt + sequence.tokens for sequence in handle.sequences] == expected
+        for sequence in handle.sequences:
+            ends = [sequence.end] if sequence.end is not None else []
+            assert [t.id for t in receiver.tokens if t.sequence is sequence] == sequence.tokens + ends
     assert service.stats()["rows_running"] == 0 and service.load == 0
 
 
-def test_cancelled_rows_leave_within_a_step(service: Service) -> None:
+def test_cancelled_samples_stop_within_a_step(service: Service) -> None:
     receivers = [Receiver() for _ in range(6)]
     handles = [
         service.submit(make_request(max_tokens=50, num_samples=2, sampling=SamplingParams(1.0, top_k=0)), r)
@@ -53,7 +53,7 @@ def test_cancelled_rows_leave_within_a_step(service: Service) -> None:
     ]
     for handle in handles:
         handle.cancel()
-        handle.cancel()  # twice is once
+        handle.cancel()  # a second time has no effect
     for receiver in receivers:
         assert receiver.wait().end == Finished()
     assert service.stats()["rows_running"] == service.stats()["requests_waiting"] == 0
@@ -70,21 +70,21 @@ def test_one_sample_of_several_can_be_cancelled(service: Service) -> None:
 
 @contextlib.contextmanager
 def held(service: Service) -> Iterator[None]:
-    """While open, whatever is asked of the service waits in its queue."""
+    """Inside the block, new requests stay in the service's queue."""
     gate, first = threading.Event(), Receiver()
 
-    def hold(what: Any) -> None:
+    def hold(message: Any) -> None:
         gate.wait(20)
-        first(what)
+        first(message)
 
     service.submit(make_request(), hold)
-    until(lambda: service.batch.running)  # it is in the batch, and its receiver holds the thread
+    until(lambda: service.batch.running)  # it is in the batch, and its callback blocks the thread
     yield
     gate.set()
     first.wait()
 
 
-def test_a_full_queue_says_when_to_come_again(service: Service) -> None:
+def test_full_queue_raises_busy(service: Service) -> None:
     others = [Receiver() for _ in range(8)]
     with held(service):
         for receiver in others:
@@ -96,7 +96,7 @@ def test_a_full_queue_says_when_to_come_again(service: Service) -> None:
         receiver.wait()
 
 
-def test_the_orders_of_a_request_take_one_place_in_the_queue(service: Service) -> None:
+def test_a_group_takes_one_place_in_the_queue(service: Service) -> None:
     receivers = [Receiver() for _ in range(10 + 7)]
     with held(service):
         for number, receiver in enumerate(receivers):
@@ -109,7 +109,7 @@ def test_the_orders_of_a_request_take_one_place_in_the_queue(service: Service) -
 
 
 @pytest.mark.parametrize(
-    ("bad", "says"),
+    ("bad", "word"),
     [
         ({"prompt": []}, "empty"),
         ({"prompt": [1] * 99}, "context"),
@@ -117,24 +117,24 @@ def test_the_orders_of_a_request_take_one_place_in_the_queue(service: Service) -
         ({"num_samples": 0}, "num_samples"),
     ],
 )
-def test_impossible_orders(service: Service, bad: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_requests(service: Service, bad: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
         service.submit(GenerationRequest(**{"prompt": [256], "max_tokens": 3, **bad}), Receiver())
 
 
-def test_no_room_and_no_tokens(service: Service) -> None:
-    for asked in (make_request(max_tokens=0), make_request("x" * 63, max_tokens=5)):
+def test_requests_without_tokens_to_decode(service: Service) -> None:
+    for request in (make_request(max_tokens=0), make_request("x" * 63, max_tokens=5)):
         receiver = Receiver()
-        service.submit(asked, receiver)
+        service.submit(request, receiver)
         assert receiver.wait().end == Finished() and not receiver.tokens
-    told, receiver = make_request(max_tokens=0, top_logprobs=2, prompt_logprobs=True), Receiver()
-    handle = service.submit(told, receiver)
+    request, receiver = make_request(max_tokens=0, top_logprobs=2, prompt_logprobs=True), Receiver()
+    handle = service.submit(request, receiver)
     receiver.wait()
     assert len(handle.sequences[0].prompt_logprobs) == 3  # of a, b, c
 
 
-def test_a_receiver_that_fails_harms_nobody(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(what: Any) -> None:
+def test_failing_callback_does_not_affect_others(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(message: Any) -> None:
         raise RuntimeError("no")
 
     service.submit(make_request(), fail)
@@ -144,7 +144,7 @@ def test_a_receiver_that_fails_harms_nobody(service: Service, capsys: pytest.Cap
     assert "RuntimeError('no')" in capsys.readouterr().err
 
 
-def test_closing_lets_what_is_under_way_finish() -> None:
+def test_close_finishes_active_requests() -> None:
     service, receiver = Service(MODEL, TOKENIZER), Receiver()  # type: ignore[arg-type]
     service.submit(make_request(max_tokens=30, sampling=SamplingParams(0.0)), receiver)
     service.close(drain_seconds=20)
@@ -153,7 +153,7 @@ def test_closing_lets_what_is_under_way_finish() -> None:
         service.submit(make_request(), Receiver())
 
 
-def test_closing_at_once_ends_what_is_under_way() -> None:
+def test_close_without_draining_ends_active_requests() -> None:
     service = Service(MODEL, TOKENIZER, max_rows=1)  # type: ignore[arg-type]
     receivers = [Receiver() for _ in range(20)]
     for receiver in receivers:
@@ -164,7 +164,7 @@ def test_closing_at_once_ends_what_is_under_way() -> None:
     assert any(isinstance(r.end.error, Closed) for r in receivers if r.end)
 
 
-def test_a_dead_replica_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dead_replica_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     pool = WorkerPool(lambda index: Service(MODEL, TOKENIZER), 2)  # type: ignore[arg-type]
     broken = pool.replicas[0]
 
@@ -186,20 +186,20 @@ def test_a_dead_replica_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     assert not pool.alive
 
 
-def test_the_least_loaded_is_next() -> None:
+def test_least_loaded_replica_is_chosen() -> None:
     pool = WorkerPool(lambda index: Service(MODEL, TOKENIZER), 3)  # type: ignore[arg-type]
     gates = []
     for _ in range(6):
         gate = threading.Event()
         gates.append(gate)
-        pool.submit(make_request(max_tokens=2), lambda what, gate=gate: gate.wait(20))  # type: ignore[misc]
+        pool.submit(make_request(max_tokens=2), lambda message, gate=gate: gate.wait(20))  # type: ignore[misc]
     assert sorted(s.load for s in pool.replicas) == [2, 2, 2]
     for gate in gates:
         gate.set()
     pool.close(20)
 
 
-def test_memory_bounds_the_rows() -> None:
+def test_memory_limits_the_batch_slots() -> None:
     size = slot_bytes(MODEL)
     service = Service(MODEL, TOKENIZER, max_rows=32, memory_bytes=3 * size + 1)  # type: ignore[arg-type]
     assert service.max_rows == 3 and service.batch.cache.num_bytes == 3 * size
