@@ -1,4 +1,4 @@
-"""Asking a chat model a task's questions: by the letters' logits or by sampling, and what the answers amount to."""
+"""Evaluating a chat model on tasks, by the letters' logits or by sampling, and statistics of the results."""
 
 import json
 import math
@@ -15,6 +15,7 @@ from nanochat.common import UserError, atomic_write
 from nanochat.conversation import Conversation, Tokenizer
 from nanochat.data.batches import by_length
 from nanochat.engine import Engine
+from nanochat.evals.scoring import pad_rows
 from nanochat.gpt import GPT
 from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
@@ -65,7 +66,7 @@ class AskFlags:
 
 
 def ask(task: Task, indices: Sequence[int], engine: Engine, tokenizer: Tokenizer, flags: AskFlags) -> list[Outcome]:
-    """Put the items to the model. Items of choice are answered by the likeliest letter, all others by sampling."""
+    """Evaluate items: categorical tasks by the letter with the highest logit, others by sampling."""
     conversations = [task[i] for i in indices]
     if not conversations:
         return []
@@ -85,8 +86,8 @@ def sample_answers(
     flags: AskFlags,
     items: Sequence[int],
 ) -> list[list[Sample]]:
-    """flags.num_samples answers to each, tool calls carried out on the way. Which ones depends on the item's number,
-    not on how the items are shared out."""
+    """flags.num_samples answers to each item, with tool calls. The draws depend on the item's index, not on how items
+    are distributed over ranks."""
     n = flags.num_samples
     sampling = SamplingParams().override(flags)
     requests = [
@@ -102,7 +103,7 @@ def sample_answers(
 def choose_letters(model: GPT, tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[str]:
     """For each question the letter that the model gives the highest logit, as the first token of its answer.
 
-    Questions longer than the context lose their beginning. Raises UserError where a letter is no single token.
+    Questions longer than the context are cropped on the left. Raises UserError if a letter is not a single token.
     """
     prompts = [tokenizer.render_for_completion(c)[-model.config.sequence_len :] for c in conversations]
     letter_ids = {letter: tokenizer.encode(letter) for c in conversations for letter in c["letters"]}
@@ -112,9 +113,7 @@ def choose_letters(model: GPT, tokenizer: Tokenizer, conversations: Sequence[Con
     was_training = model.training
     model.eval()
     for batch in by_length([len(prompt) for prompt in prompts], BATCH_TOKENS):
-        longest = max(len(prompts[i]) for i in batch)
-        rows = [[*prompts[i], *[0] * (longest - len(prompts[i]))] for i in batch]
-        x = model.hidden(torch.tensor(rows, device=model.device))  # (B, T, C)
+        x = model.hidden(pad_rows([prompts[i] for i in batch], model.device))  # (B, T, C)
         last = torch.tensor([len(prompts[i]) - 1 for i in batch], device=model.device)
         logits = head_logits(x[torch.arange(len(batch)), last], model.head_weight, model.config.softcap).cpu()
         for row, i in enumerate(batch):
@@ -126,12 +125,12 @@ def choose_letters(model: GPT, tokenizer: Tokenizer, conversations: Sequence[Con
 
 
 # ---------------------------------------------------------------------------------------------------
-# What the answers amount to
+# Statistics
 
 
 def constant_share(conversations: Sequence[Conversation]) -> float | None:
-    """The accuracy of always giving the same answer, the best one to give: what a model gets that has learnt nothing
-    but that. None where answers are neither letters nor numbers."""
+    """The accuracy of always giving the most frequent answer, the baseline of a model that learned nothing else. None
+    unless answers are letters or numbers."""
     answers: list[Any] = []
     for conversation in conversations:
         text = reference_text(conversation).strip()
@@ -142,7 +141,7 @@ def constant_share(conversations: Sequence[Conversation]) -> float | None:
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """The chance that of k samples drawn from these, without putting back, at least one is right (arXiv 2107.03374)."""
+    """Probability that at least one of k samples drawn without replacement is right (arXiv 2107.03374)."""
     assert 1 <= k <= num_samples and 0 <= num_right <= num_samples
     return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
@@ -155,7 +154,7 @@ def pass_rates(rights: Sequence[int], num_samples: int) -> dict[int, float]:
 
 @dataclass
 class ChatCore:
-    """The centred mean over the tasks of ChatCORE that were run, with a 95% interval over the items drawn."""
+    """The centred mean over the ChatCORE tasks that were run, with a 95% interval bootstrapped over the items."""
 
     value: float
     low: float
@@ -180,7 +179,7 @@ def chat_core(shares: Mapping[str, Sequence[float]], seed: int = 0) -> ChatCore 
 
 
 def write_transcripts(path: Path, task: str, split: str, outcomes: Sequence[Outcome]) -> None:
-    """An item a line, to be read: question, reference, answers."""
+    """Write one JSON line per item: question, reference, answers."""
     with atomic_write(path, "w") as file:
         for outcome in outcomes:
             messages = outcome.conversation["messages"]
