@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: flags, clocks, memory, and the bare matrix products behind linear layers."""
+"""Shared by the benchmarks: flags, timing, memory, and the bare matrix products of linear layers."""
 
 import sys
 import time
@@ -21,7 +21,7 @@ from nanochat.scaling import derive_sizes
 
 @dataclass
 class Flags:
-    """Sizes of what is measured, and for how long."""
+    """Sizes, and how long to measure."""
 
     depth: int = 4
     """Layers; the width follows as in base_train."""
@@ -38,15 +38,15 @@ class Flags:
     recipe: str = "default"
     """Model features and rates: default, published, later or plain, and changes to it (default,smear=False)."""
     dtype: str = ""
-    """float32, bfloat16 or float16; empty: what suits the machine."""
+    """float32, bfloat16 or float16; empty chooses by the machine."""
     device_type: str = ""
-    """cuda, mps or cpu; empty picks the best there is."""
+    """cuda, mps or cpu; empty picks the best available."""
     seconds: float = 2.0
-    """Time to spend on each thing measured; each is run three times at least."""
+    """Time to spend on each action; each runs at least three times."""
     against: str = ""
     """A git revision to compare the working tree with."""
     rounds: int = 3
-    """With --against: how often each of the two is run."""
+    """With --against: runs of each of the two."""
 
     def __post_init__(self) -> None:
         for name, least in (("seq_len", 2), ("batch", 1), ("vocab_size", 1), ("seconds", 0), ("rounds", 1)):
@@ -68,7 +68,7 @@ def model_config(flags: Flags) -> GPTConfig:
 
 
 def circumstances(flags: Flags, runtime: Runtime) -> dict[str, Any]:
-    """What was measured and on what machine, to stand beside every result."""
+    """Settings and machine, reported with every result."""
     return {
         **{name: value for name, value in asdict(flags).items() if name not in ("against", "rounds")},
         "dtype": str(runtime.dtype).removeprefix("torch."),
@@ -94,7 +94,7 @@ def starter_texts(split: str, chars: int) -> Iterator[str]:
 def sample_in_turn(
     actions: dict[str, Callable[[], Any]], seconds: float, runtime: Runtime, least: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds that each action took, each time: once to warm up (not kept), then in turn, a b c a b c ...
+    """Seconds of every run of each action: one warm-up (discarded), then alternating, a b c a b c ...
 
     Goes on for about `seconds` for each action, and for at least `least` rounds.
     """
@@ -123,7 +123,7 @@ def time_in_turn(actions: dict[str, Callable[[], Any]], seconds: float, runtime:
 
 
 def peak_memory(runtime: Runtime) -> int:
-    """Bytes held at the worst moment so far: by tensors on a GPU, by the whole process elsewhere."""
+    """Peak bytes so far: of tensors on a GPU, of the whole process elsewhere."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
     try:
@@ -136,7 +136,7 @@ def peak_memory(runtime: Runtime) -> int:
 
 
 def peak_during(action: Callable[[], Any], runtime: Runtime) -> tuple[int, int] | None:
-    """(bytes held before, bytes held at the worst moment of) an action; None where the system cannot forget a peak."""
+    """(bytes before, peak bytes during) an action; None if the system cannot reset the peak."""
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runtime.device)
     else:
@@ -151,13 +151,13 @@ def peak_during(action: Callable[[], Any], runtime: Runtime) -> tuple[int, int] 
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:
-    """Memory behind tensors; what several share counts once, what is no tensor not at all."""
+    """Memory of tensors; shared storage counts once, other objects are ignored."""
     storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 # ---------------------------------------------------------------------------------------------------
-# The products that training cannot do without
+# The matrix products of training
 
 
 def linear_shapes(model: GPT) -> list[tuple[int, int]]:
@@ -170,7 +170,7 @@ def linear_shapes(model: GPT) -> list[tuple[int, int]]:
 
 
 class LinearProducts:
-    """The bare products behind linear layers; calling it runs them all, once, into memory laid out before.
+    """The bare matrix products of linear layers; calling it runs all of them once, into preallocated memory.
 
     For a layer (K, M) and N tokens, with x (N, K), weight w (M, K) and gradient g (N, M): the output x w', the
     input's gradient g w and the weight's gradient g' x. Layers share their memory.

@@ -1,4 +1,4 @@
-"""How every benchmark is started and told: once, here, or in turn with another revision of the code."""
+"""Run a benchmark once, or alternately with another revision of the code (--against), and print its result."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ AnyFlags = TypeVar("AnyFlags", bound=Flags)
 
 @dataclass
 class Result:
-    """A table for people and numbers for programs."""
+    """A table to read, and its numbers as JSON."""
 
     title: str
     columns: Sequence[str]
@@ -34,7 +34,7 @@ class Result:
     values: dict[str, Any]
 
     def show(self) -> None:
-        """Print the table, then the numbers as one line of JSON, which is the last."""
+        """Print the table, then the numbers as one line of JSON."""
         table = Table(*self.columns, title=self.title, show_header=any(self.columns))
         for row in self.rows:
             table.add_row(*row)
@@ -65,7 +65,7 @@ def run(
 
 
 def compare(name: str, flags: Flags) -> Result:
-    """Run benchmark `name` in turn in the working tree and in revision flags.against; medians and their ratios."""
+    """Run benchmark `name` alternately in the working tree and in revision flags.against; medians and their ratios."""
     defaults = asdict(type(flags)())
     given = [
         f"--{key.replace('_', '-')}={value}"
@@ -97,7 +97,7 @@ def compare(name: str, flags: Flags) -> Result:
 
 
 def middle(results: list[dict[str, Any]], but: set[str]) -> dict[str, float]:
-    """The median of every number that all results have, those named in `but` left out."""
+    """The median of every number that all results have, except those named in `but`."""
 
     def is_number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
@@ -110,7 +110,7 @@ def middle(results: list[dict[str, Any]], but: set[str]) -> dict[str, float]:
 
 
 def last_line(name: str, flags: list[str], tree: Path) -> dict[str, Any]:
-    """Run benchmark `name` in a process of its own, on the modules of `tree`; its JSON."""
+    """Run benchmark `name` in its own process on the modules of `tree`; returns its JSON."""
     # Python looks for modules in the current folder first, before what is installed.
     done = subprocess.run([sys.executable, "-m", f"bench.{name}", *flags], cwd=tree, capture_output=True, text=True)
     if done.returncode:
@@ -121,10 +121,10 @@ def last_line(name: str, flags: list[str], tree: Path) -> dict[str, Any]:
 
 @contextmanager
 def worktree(revision: str) -> Iterator[Path]:
-    """A folder with the files of `revision`, gone afterwards however that comes."""
+    """Check `revision` out into a temporary folder; removed on exit."""
     commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if commit.returncode:
-        raise UserError(f"--against={revision}: there is no such revision in {ROOT}")
+        raise UserError(f"--against={revision}: no such revision in {ROOT}")
     with tempfile.TemporaryDirectory(prefix="nanochat-bench-") as folder:
         path = Path(folder) / "tree"
         try:

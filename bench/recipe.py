@@ -87,7 +87,7 @@ def measure(flags: RecipeFlags, runtime: Runtime) -> Result:
     yardstick = found[flags.trials[0]]["bpb"]
     rows = []
     for trial, values in found.items():
-        effects = [ours - theirs for ours, theirs in zip(values["bpb"], yardstick)]  # seed by seed
+        effects = [bpb - reference for bpb, reference in zip(values["bpb"], yardstick)]  # seed by seed
         values["effect"], values["spread"] = mean(effects), stdev(effects) if len(effects) > 1 else None
         spread = "" if values["spread"] is None else f" ± {values['spread']:.4f}"
         rows.append(

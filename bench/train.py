@@ -73,7 +73,7 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
     first = peak_memory(runtime)
     around = peak_during(step, runtime)
     age = process_age()
-    peak = max(first, peak_memory(runtime))  # asked now: the products' own memory will come on top
+    peak = max(first, peak_memory(runtime))  # before the bare products allocate theirs
     state = state_bytes(train_step)
 
     shapes = linear_shapes(train_step.model)
@@ -93,10 +93,10 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
         "tokens_per_second": flags.tokens / seconds,
         "step_seconds": seconds,
         "forward_backward_seconds": median(gradient),
-        "optimizer_seconds": median(update),  # all that follows the gradients
+        "optimizer_seconds": median(update),  # everything after the gradients
         "matmul_seconds": matmul,
         "matmul_share": matmul / median(gradient),
-        "matmul_share_of_fastest": min(samples["products"]) / min(gradient),  # steadier where others use the machine
+        "matmul_share_of_fastest": min(samples["products"]) / min(gradient),  # steadier on a shared machine
         "flops_per_second": flops,
         "share_of_peak": flops / median(peaks),
         "seconds_to_second_step": age,
@@ -111,7 +111,7 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
 
 
 def state_bytes(step: TrainStep) -> int:
-    """Memory of weights, their gradients and what the optimizer remembers of them."""
+    """Memory of weights, gradients and optimizer state."""
     weights = tensor_bytes(step.model.parameters())
     return 2 * weights + tensor_bytes(t for state in step.optimizer.state.values() for t in state.values())
 

@@ -23,9 +23,9 @@ def evaluate_bpb(
     """Total loss in bits over total bytes of the target tokens.
 
     `batches` yields (inputs, targets), each (B, T), -1 = no target; at most `steps` of them are taken.
-    `token_bytes` (V,) holds each token's length in bytes; special tokens have 0 and are left out of both sums.
-    With `runtime`, sums over all processes. inf when there was not one byte. Raises on all processes, if the batches
-    of one cannot be read, DataError, or StopRequested if a signal came while it waited for them.
+    `token_bytes` (V,) holds each token's length in bytes; special tokens have 0 and are excluded from both sums.
+    With `runtime`, sums over all ranks. Returns inf if there was no byte. Raises on all ranks: DataError if the batches
+    of one cannot be read, StopRequested if a signal arrived while it waited for them.
     """
     nats = torch.zeros((), dtype=torch.float64)
     count = torch.zeros((), dtype=torch.float64)
@@ -40,7 +40,7 @@ def evaluate_bpb(
             # Summed on the CPU: an Apple GPU has no float64.
             nats += (losses * (sizes > 0)).cpu().sum(dtype=torch.float64)
             count += sizes.cpu().sum(dtype=torch.float64)
-    except (UserError, OSError, StopRequested) as error:  # the others, which wait for this one's sums, must hear of it
+    except (UserError, OSError, StopRequested) as error:  # must be shared: the other ranks wait for this one's sums
         failure = error
     model.train(was_training)
     if runtime is not None:

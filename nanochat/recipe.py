@@ -1,7 +1,7 @@
 """Recipes: everything about the network and its training that is not a size, a horizon or a seed, under one name.
 
-A recipe may be followed by changes: "later,smear=False,muon_beta2=0.95" is the later recipe but for two fields. So
-a researcher changes one thing with one flag, and the checkpoint says which (`bench/recipe.py` measures what it does).
+A recipe may be followed by changes: "later,smear=False,muon_beta2=0.95" is the later recipe except for two fields. So
+an experiment is one flag, and the checkpoint records it. `bench/recipe.py` measures the effect.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ class PlanRules:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a name stands for. The four dicts hold the changes to the fields of what is made."""
+    """Constructors of the model config and optimizer config, and changes to the fields of each part."""
 
     model_form: Callable[..., GPTConfig] = GPTConfig
     optimizer_form: Callable[..., OptimizerConfig] = OptimizerConfig
@@ -47,11 +47,11 @@ class Recipe:
         return self.model_form(**{**sizes, **self.model_changes})
 
     def optimizer(self, **given: Any) -> OptimizerConfig:
-        """The optimizer's rates; what is `given` goes before the recipe."""
+        """The optimizer's rates; `given` overrides the recipe."""
         return self.optimizer_form(**{**self.optimizer_changes, **given})
 
     def schedule(self, num_steps: int, **given: Any) -> ScheduleConfig:
-        """The schedule of a pretraining run; what is `given` goes before the recipe."""
+        """The schedule of a pretraining run; `given` overrides the recipe."""
         return ScheduleConfig(num_steps, **{**self.schedule_changes, **given})
 
     @property
@@ -78,7 +78,7 @@ RECIPES = {
     "plain": Recipe(GPTConfig.plain, model_changes={"window_pattern": "L"}),
 }
 
-# Who takes which field of a change. Sizes and horizons have flags of their own.
+# Which dataclass has which fields. Sizes and horizons have their own flags.
 SIZES = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "num_steps"}
 OWNERS = {
     "model_changes": GPTConfig,
@@ -109,7 +109,7 @@ def get_recipe(text: str) -> Recipe:
 
 
 def recipe_rules(text: str) -> dict[str, Any]:
-    """scaling.make_plan's arguments that the recipe decides."""
+    """The arguments of scaling.make_plan that come from the recipe."""
     recipe = get_recipe(text)
     rates = recipe.optimizer()
     return {**vars(recipe.plan), "weight_decay": rates.weight_decay, "matrix_lr": rates.matrix_lr}
@@ -121,7 +121,7 @@ def _types(owner: Any) -> dict[str, Any]:
 
 
 def _read(key: str, value: str, kind: Any) -> Any:
-    """`value` as what the field wants."""
+    """`value` converted to the field's type."""
     if kind is float and value.lower().lstrip("+-") in ("nan", "inf", "infinity"):
         raise UserError(f"--recipe: {key} must be a finite number, got {value}")
     words: dict[str, Any] = {"true": True, "false": False, "1": True, "0": False}

@@ -1,12 +1,13 @@
 /* One decode step of the whole model on a CPU: B new tokens, one for each of B rows or several for one row.
 
-   A step has so little to compute per weight that in PyTorch the calls cost more than the arithmetic. Here the step is
-   one function, run by all threads together from start to end, that reads every weight once: as fast as memory gives
-   them for one token, and for many each weight is used for all of them while it is in a register.
+   A step computes so little per weight that in PyTorch the calls cost more than the arithmetic. Here the step is one
+   function, executed by all threads together from start to end, that reads every weight once: at memory bandwidth for
+   one token, and for many each weight is used for all of them while it is in a register.
 
-   gpt.py is what this must agree with. Activations are float32 where PyTorch rounds each to bfloat16; only what enters
-   a product with bfloat16 weights, and what goes into the cache, is rounded. Every sum is taken in an order that does
-   not depend on B: what a row is given is the same, bit for bit, whoever is beside it, and however it is cut up.
+   gpt.py is the definition. cpu_decoder.py lists what of it is implemented here and compares the two at start.
+   Activations are float32 where PyTorch rounds each to bfloat16; only the inputs of products with bfloat16 weights, and
+   the cache, are rounded. The order of every sum is independent of B, so a row's results are the same bits whichever
+   rows are beside it and however a prompt is split.
 
    C channels, H query heads, G key/value heads, D head size, V vocabulary. The structs are mirrored in cpu_decoder.py. */
 
@@ -24,10 +25,10 @@
 #define NUM_THREADS 1
 #endif
 
-enum { AHEAD = 4096 }; /* bytes of a ring from what is in use to what is fetched meanwhile */
+enum { AHEAD = 4096 }; /* prefetch distance in a ring, bytes */
 
-/* What enters a product with bfloat16 weights is rounded to bfloat16. It is kept as that where the CPU multiplies pairs
-   of bfloat16, and elsewhere as float32, to be turned into it once and not for every tile. */
+/* Inputs of products with bfloat16 weights are rounded to bfloat16. They are stored as bfloat16 if the CPU multiplies
+   pairs of bfloat16, else as float32, which avoids a conversion per tile. */
 #ifdef __AVX512BF16__
 enum { PAIRWISE = 1 };
 #else
@@ -35,7 +36,7 @@ enum { PAIRWISE = 0 };
 #endif
 
 /* (M, K), packed (packed_weights.py): blocks of LANES outputs, in each of them input after input (bfloat16: pair after
-   pair), so that a product reads it from start to end and needs no sum across a vector. M is filled up to a whole block.
+   pair), so that a product reads it from start to end and needs no sum across a vector. M is padded to a whole block.
    int8 has a scale for each output. */
 typedef struct { const void *weight; const float *scale; } Matrix;
 
@@ -49,7 +50,7 @@ typedef struct {
 typedef struct {
     long C, H, G, D, V, num_layers, middle, gate_channels, smear_channels;
     long kind, bf16; /* F32, BF16 or INT8 matrices; whether embeddings and cache are bfloat16 */
-    long room;       /* the most slots of a ring, rounded up to 16 */
+    long room;       /* slots of the largest ring, rounded up to 16 */
     float softcap, qk_scale, gate_scale, eps;
     const void *wte, *smear_gate;                                        /* (V, C), (smear_channels) or NULL */
     const float *resid, *x0, *smear_lambda, *backout, *cosine, *sine; /* the first four may be NULL; (positions, D/2) */
@@ -57,7 +58,7 @@ typedef struct {
     const Layer *layers;
 } Model;
 
-typedef struct { /* float32 unless said otherwise; `in` and `wide` are what enters a product */
+typedef struct { /* float32 unless noted; `in` and `wide` are inputs of products */
     float *x, *first, *middle, *q, *k, *v; /* (B, C) thrice, (B, H*D), (B, G*D) twice */
     void *in, *wide;                       /* (B, C) and (B, max(4C, H*D)) */
     float *scores;                         /* (B, H, room) */
@@ -73,12 +74,12 @@ typedef struct { /* B tokens: either one each of B rows, or all of one row, in o
 
 const int block_outputs = LANES; /* for packed_weights.py */
 
-typedef struct { /* where a product goes, (B, M), and what becomes of it there */
+typedef struct { /* where a product (B, M) is written, and how */
     enum { STORE, ADD, RELU2 } then;
     void *y;
 } Output;
 
-/* The sums of a block's outputs, n of which there are. */
+/* Write the sums of a block's n outputs. */
 INLINE void finish(const int kind, vec sum, Matrix w, long block, const long n, Output out, long at) {
     float *y = (float *)out.y + at;
     vec before = {0};
@@ -103,14 +104,14 @@ INLINE void finish(const int kind, vec sum, Matrix w, long block, const long n, 
     memcpy(y, &sum, n * sizeof(float));
 }
 
-/* Into the second cache: what the next four blocks will need. */
+/* Prefetch into the level 2 cache, for the next four blocks. */
 INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
-/* R blocks of outputs for N rows of x, both constants: the sums stay in registers. Each is taken from the first input
-   to the last, so R and N change no number. */
+/* R blocks of outputs for N rows of x, both compile-time constants: the sums stay in registers. Each runs from the first
+   input to the last, so R and N do not change results. */
 INLINE void tile(const int kind, const int R, const int N, Matrix w, long block, const void *x, long b, long K,
                  Output out, long M) {
-    const int ahead = N > 2 || kind == INT8; /* else nothing keeps memory waiting, and this would only add to its work */
+    const int ahead = N > 2 || kind == INT8; /* otherwise the loop already waits for memory, and prefetching only adds work */
     const long size = size_of(kind);
     const char *weight[4];
     vec sum[16] = {{0}};
@@ -170,7 +171,7 @@ INLINE void tile(const int kind, const int R, const int N, Matrix w, long block,
     }
 }
 
-/* Functions of their own: all in one, gcc would keep sums in memory. */
+/* Separate functions: in a single one gcc spills the sums to memory. */
 #define TILE(name, kind, R, N)                                                                                        \
     static __attribute__((noinline)) void name##_##kind(Matrix w, long block, const void *x, long b, long K,          \
                                                         Output out, long M) {                                         \
@@ -187,7 +188,7 @@ INLINE void tile(const int kind, const int R, const int N, Matrix w, long block,
         _Pragma("omp for schedule(static) nowait") for (long first = 0; first < blocks; first += unit) {              \
             const long last = first + unit < blocks ? first + unit : blocks;                                          \
             long b = 0;                                                                                               \
-            if (last - first == 4) { /* these stay near while all of x passes */                                      \
+            if (last - first == 4) { /* these weights stay in cache while all of x passes */                                      \
                 for (; b + WIDE <= B; b += WIDE)                                                                      \
                     for (long i = first; i < last; i += TALL) many_##kind(w, i, x, b, K, out, M);                     \
                 for (; b + 2 <= B; b += 2) two_##kind(w, first, x, b, K, out, M);                                     \
@@ -205,12 +206,12 @@ PRODUCT(BF16)
 PRODUCT(INT8)
 
 #ifdef __AMX_BF16__
-/* Registers of 16 rows of 64 bytes: one instruction multiplies 32 inputs of up to 16 tokens by a block's 16 outputs,
-   whose packed weights are just what it wants. It adds up in an order of its own, so it is used for one token too. */
+/* AMX: registers of 16 rows of 64 bytes. One instruction multiplies 32 inputs of up to 16 tokens by a block's 16 outputs;
+   the packed weights have its layout. Its order of summation differs, so it is used for a single token too. */
 enum { TILE_TOKENS = 16, TILE_INPUTS = 32 };
 static int tiles_allowed;
 
-__attribute__((constructor)) static void ask_for_tiles(void) { /* Linux gives a process these registers if it asks */
+__attribute__((constructor)) static void ask_for_tiles(void) { /* Linux grants these registers on request */
     const long request_permission = 0x1023, tile_data = 18;
     tiles_allowed = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
@@ -223,7 +224,7 @@ static void shape_tiles(long N) {
     _tile_loadconfig(&shape);
 }
 
-/* R blocks of outputs, 4 or 1, for N rows of x from b on; `skip` of these are known already. */
+/* R blocks of outputs, 4 or 1, for N rows of x from b on; `skip` of these are already computed. */
 INLINE void sums_of_tiles(const int R, Matrix w, long block, const bf16_t *x, long b, long N, long skip, long K,
                           Output out, long M) {
     const char *weight = (const char *)w.weight + block * LANES * K * 2;
@@ -263,7 +264,7 @@ static void product_of_tiles(Matrix w, const bf16_t *x, Output out, long B, long
 }
 #endif
 
-/* From x (B, K), the outputs shared out among the threads. No barrier: the caller sets one. */
+/* Product of x (B, K) with w, outputs divided among the threads. No barrier: the caller sets one. */
 static void product(const Model *model, Matrix w, const void *x, Output out, long B, long K, long M) {
 #ifdef __AMX_BF16__
     if (model->kind == BF16 && tiles_allowed && K % TILE_INPUTS == 0) {
@@ -287,14 +288,14 @@ static float norm_factor(const float *x, long n, float eps) {
     return 1.0f / sqrtf(sum / n + eps);
 }
 
-/* Numbers at .. at+n-1 of `in` or `wide`. */
+/* Write elements at .. at+n-1 of `in` or `wide`. */
 static void put(const Model *m, void *to, long at, const float *from, long n) {
     if (m->kind != BF16 || PAIRWISE) { store(to, at, from, n, m->kind == BF16); return; }
     float *y = (float *)to + at;
     SIMD for (long i = 0; i < n; i++) y[i] = from_bf16(to_bf16(from[i]));
 }
 
-/* Row b of `in`: what the next product is given, x normed. */
+/* Row b of `in`, the input of the next product: x normed. */
 static void norm_row(const Model *m, const float *x, void *in, long b) {
     float y[m->C], f = norm_factor(x, m->C, m->eps);
     SIMD for (long i = 0; i < m->C; i++) y[i] = f * x[i];
@@ -316,7 +317,7 @@ static void embedding(const Model *m, long id, float *x) {
     SIMD for (long i = 0; i < m->C; i++) x[i] *= f;
 }
 
-/* Token b's embedding, with a gated bit of that of the token before it. */
+/* Token b's embedding plus a gated share of the previous token's (smear). */
 static void embed(const Model *m, const Scratch *s, const Tokens *t, long b) {
     long C = m->C;
     float *x = s->x + b * C, old[C];
@@ -334,7 +335,7 @@ static void embed(const Model *m, const Scratch *s, const Tokens *t, long b) {
     memcpy(s->first + b * C, x, C * sizeof(float));
 }
 
-/* What embed will want of token b, if it is its row's last: once all have read what was there. */
+/* Store token b's embedding for the next step, if it is its row's last; after every thread has read the old one. */
 static void remember(const Model *m, const Scratch *s, const Tokens *t, long b) {
     if (!m->smear_gate || (b + 1 < t->B && t->rows[b + 1] == t->rows[b])) return;
     float x[m->C];
@@ -354,7 +355,7 @@ static void rotate(const Model *m, float *v, long position) {
     }
 }
 
-/* Token b's key and value of head g into the ring; its queries that will look there are rotated too. */
+/* Write token b's key and value of head g to the ring, and rotate the queries of its group. */
 static void place(const Model *m, const Layer *layer, const Scratch *s, const Tokens *t, long b, long g) {
     long D = m->D, GD = m->G * D, group = m->H / m->G, position = t->positions[b];
     float *k = s->k + b * GD + g * D, *v = s->v + b * GD + g * D;
@@ -372,7 +373,7 @@ static void place(const Model *m, const Layer *layer, const Scratch *s, const To
     store(layer->values, at, v, D, m->bf16);
 }
 
-/* p[0 .. n-1], with room for a multiple of 16, to e^(p - most). The sum of these. */
+/* p[i] = e^(p[i] - max) for i < n; p has room for a multiple of 16. Returns their sum. */
 static float exponentials(float *p, long n) {
     float most = -INFINITY, sum = 0;
     for (long i = n; i % 16; i++) p[i] = -INFINITY;
@@ -383,16 +384,16 @@ static float exponentials(float *p, long n) {
     return sum;
 }
 
-/* Attention of a token's queries of heads from .. to-1, in place of them, over n slots of its row; the order of slots
-   does not matter. All heads go through a slot before the next one, so that memory is read from start to end: it gives
-   twice as much as when each head jumps from slot to slot. p (H, room). */
+/* Attention of a token's queries of heads from .. to-1, in place, over n slots of its row; the order of slots does not
+   matter. All heads process a slot before the next one, so memory is read sequentially: twice the bandwidth of each head
+   jumping from slot to slot. p (H, room). */
 INLINE void look(const int kind, const long D, const Model *m, float *q, const char *keys, const char *values,
                  long from, long to, long n, float *p) {
     const long size = size_of(kind), step = m->G * D * size, group = m->H / m->G, ahead = (AHEAD / step + 1) * step;
     const float scale = 1.0f / sqrtf((float)D);
-    vec products[to * group][LANES]; /* of each query with each of LANES slots, not yet added up */
+    vec products[to * group][LANES]; /* of each query with each of LANES slots, not yet summed */
     for (long first = 0; first < n; first += LANES) {
-        for (long j = 0; j < LANES; j++) { /* past the last slot again the last: what is read must be there */
+        for (long j = 0; j < LANES; j++) { /* past the end, the last slot again: reads must stay in bounds */
             const char *key = keys + (first + j < n ? first + j : n - 1) * step;
             for (long at = from * D * size; at < to * D * size; at += 64) __builtin_prefetch(key + ahead + at);
             for (long h = from * group; h < to * group; h++) {
@@ -427,7 +428,7 @@ INLINE void look(const int kind, const long D, const Model *m, float *q, const c
         for (long d = 0; d < D; d++) q[h * D + d] /= sum[h];
 }
 
-/* What token b's heads from .. to-1 see, into `wide`. */
+/* Attention output of token b's heads from .. to-1, into `wide`. */
 static void attend(const Model *m, const Layer *layer, const Scratch *s, const Tokens *t, long b, long from, long to) {
     long D = m->D, seen = t->positions[b] + 1, n = seen < layer->slots ? seen : layer->slots;
     long ring = t->rows[b] * layer->slots * m->G * D * (m->bf16 ? 2 : 4), part = from * (m->H / m->G) * D;
@@ -470,7 +471,7 @@ void decode_step(const Model *m, const Scratch *s, const Tokens *t, float *logit
             for (long b = 0; b < B; b++)
                 for (long part = 0; part < parts; part++)
                     for (long g = part * heads; g < (part + 1) * heads; g++) place(m, layer, s, t, b, g);
-            if (one_row) { BARRIER } /* else a thread looks only at what it placed itself */
+            if (one_row) { BARRIER } /* otherwise a thread reads only what it wrote itself */
 #pragma omp for collapse(2) schedule(static, 1)
             for (long b = 0; b < B; b++)
                 for (long part = 0; part < parts; part++)

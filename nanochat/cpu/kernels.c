@@ -1,8 +1,8 @@
 /* The elementwise steps of training on a CPU, each in one pass over memory.
 
    The matrix products stay with PyTorch. What is left between them reads and writes far more bytes than it
-   computes, and as separate tensor operations every one of them goes over the data again. fused.py has the plain
-   PyTorch form of each function below, and calls the one here where it applies.
+   computes, and as separate tensor operations every one of them goes over the data again. fused.py calls the
+   functions below where they apply; their plain PyTorch forms are in gpt.py, flash_attention.py and loss_head.py.
 
    Tensors are contiguous, float32 (bf16 = 0) or bfloat16 (bf16 = 1); arithmetic is float32. Every function works
    row by row: a row is brought into the cache as floats, worked on, and stored. */
@@ -11,7 +11,7 @@
 
 /* ---- RMSNorm ------------------------------------------------------------------------------------------------- */
 
-/* y = x * r with r = 1 / sqrt(mean(x^2) + eps) per row of n; r is kept for the way back. */
+/* y = x * r with r = 1 / sqrt(mean(x^2) + eps) per row of n; r is saved for the backward pass. */
 void norm_forward(const void *x, void *y, float *r, long rows, long n, float eps, int bf16) {
 #pragma omp parallel for
     for (long row = 0; row < rows; row++) {
@@ -95,7 +95,7 @@ void relu2_forward(void *h, long n, int bf16) {
     }
 }
 
-/* gh = g * 2 * max(h, 0), where a = max(h, 0)^2 is what was kept */
+/* gh = g * 2 * max(h, 0), where a = max(h, 0)^2 was saved */
 void relu2_backward(const void *g, const void *a, void *gh, long n, int bf16) {
     const long step = 4096;
 #pragma omp parallel for
@@ -109,7 +109,7 @@ void relu2_backward(const void *g, const void *a, void *gh, long n, int bf16) {
     }
 }
 
-/* ---- queries and keys: norm, rotation, scale, and the layout that attention wants ---------------------------- */
+/* ---- queries and keys: norm, rotation, scale, and the layout of attention ---------------------------- */
 
 /* x (B, T, H, D) -> y (B, H, T, D) = scale * rotate(norm(x)); r (B, H, T); cos, sin (T, D/2) float32 */
 void rotary_forward(const void *x, const float *cosine, const float *sine, void *y, float *r, long B, long T, long H,
@@ -135,7 +135,7 @@ void rotary_forward(const void *x, const float *cosine, const float *sine, void 
             }
 }
 
-/* gy, y (B, H, T, D) -> gx (B, T, H, D); a rotation keeps lengths, so the norm's backward may come first */
+/* gy, y (B, H, T, D) -> gx (B, T, H, D); a rotation preserves lengths, so the norm's backward may come first */
 void rotary_backward(const void *gy, const void *y, const float *r, const float *cosine, const float *sine, void *gx,
                      long B, long T, long H, long D, float scale, int bf16) {
     long half = D / 2;
@@ -164,7 +164,7 @@ void rotary_backward(const void *gy, const void *y, const float *r, const float 
 /* ---- attention's softmax over one block of queries ----------------------------------------------------------- */
 
 /* scores (N, Q, K) become probabilities in place. Query i of the block sits at key position first + i and sees the
-   `window` keys before it and itself; what it does not see becomes 0. */
+   `window` keys before it and itself; other keys get 0. */
 void softmax_forward(void *scores, long N, long Q, long K, long first, long window, float scale, int bf16) {
 #pragma omp parallel for
     for (long row = 0; row < N * Q; row++) {

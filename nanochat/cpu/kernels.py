@@ -1,6 +1,6 @@
-"""Builds kernels.c, decode.c and sampling.c with the machine's own C compiler, once, and calls it.
+"""Compile kernels.c, decode.c and sampling.c with the machine's C compiler, once, and call them.
 
-Where there is no compiler, everything still works, slower: fused.py then keeps to its plain PyTorch form.
+Without a compiler everything still works, slower, in PyTorch.
 """
 
 import ctypes
@@ -19,25 +19,25 @@ from nanochat.runtime import cpu_flags
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "decode.c", "sampling.c"))
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "vectors.h"))
-# Contracted, a * b + c would be rounded once in some loops and twice in others, as the compiler likes (vectors.h).
+# With contraction the compiler may round a * b + c once in one loop and twice in another (see vectors.h).
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def usable(*tensors: torch.Tensor) -> bool:
-    """Whether the C form applies: real CPU tensors of a known dtype, outside the compiler's tracing."""
+    """Whether C can take these tensors: plain CPU tensors of DTYPES, not while torch.compile traces."""
     if torch.compiler.is_compiling() or any(x.device.type != "cpu" or x.dtype not in DTYPES for x in tensors):
         return False
     return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors) and library() is not None
 
 
 def in_use(device: torch.device) -> bool:
-    """Whether a model on that device runs through the kernels."""
+    """Whether a model on that device uses the kernels."""
     return device.type == "cpu" and library() is not None
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Call the C function `name`. Tensors go as addresses (they must be contiguous), floats as float, ints as long."""
+    """Call the C function `name`. Contiguous tensors are passed as addresses, floats as float, ints as long."""
     kernel = getattr(library(), name)
     kernel.restype = None
     kernel(*(_as_c(argument) for argument in arguments))
@@ -55,7 +55,7 @@ def _as_c(value: Any) -> Any:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loaded kernels, built now if they are not on disk yet; None where that cannot be done."""
+    """The loaded kernels, built first if they are not on disk; None if that fails."""
     if not kernels_enabled():
         return None
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
@@ -77,14 +77,14 @@ def library() -> ctypes.CDLL | None:
 
 
 def build_key() -> str:
-    """Changes with the sources and with what -march=native means here, as a base folder may move to another machine."""
+    """Hash of the sources, flags and this CPU's features: a base folder may move to a machine with another CPU."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in (*HEADERS, *SOURCES)))
     digest.update(" ".join([*FLAGS, platform.platform(), platform.machine(), *sorted(cpu_flags())]).encode())
     return digest.hexdigest()[:16]
 
 
 def build(compiler: str, path: Path) -> None:
-    """Compile to `path`, atomically. OpenMP, where the compiler has it, shares PyTorch's threads."""
+    """Compile to `path`, atomically, with OpenMP if the compiler has it; it then uses PyTorch's threads."""
     with atomic_path(path) as temporary:
         command = [compiler, *FLAGS, "-o", str(temporary), *map(str, SOURCES), "-lm"]
         if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:

@@ -33,8 +33,8 @@ typedef int8_t bytes __attribute__((vector_size(LANES)));
 
 INLINE vec all(float x) { return x - (vec){0}; } /* x in every place */
 
-/* sum + a * b, rounded once where the CPU does both at once. By name: a compiler left to choose (-ffp-contract) does so
-   in one loop and not in the next, and a row's bits would depend on who is beside it. */
+/* sum + a * b, rounded once where the CPU does both at once. Explicit intrinsics: a compiler
+   left to choose (-ffp-contract) fuses in one loop and not in the next, and a row's bits would depend on its neighbours. */
 INLINE vec add_product(vec sum, vec a, vec b) {
 #if defined(__AVX512F__)
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
@@ -84,7 +84,7 @@ INLINE vec get(const void *p, long at, const int kind) {
     }
 }
 
-/* The sums of LANES vectors, in order: first within each four of a vector's floats, then the fours. v is used up.
+/* The sums of LANES vectors, in order: first within each four of a vector's floats, then the fours. v is overwritten.
    FOLD takes LANES of the floats of a (numbered from 0) and b (from LANES); LIST makes one macro argument of several. */
 #if defined(__clang__) || __GNUC__ >= 12
 #define FOLD(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

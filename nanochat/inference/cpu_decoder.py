@@ -169,19 +169,19 @@ def agrees(config: GPTConfig, dtype: torch.dtype) -> bool:
 
 
 class CpuDecoder:
-    """Decodes with the weights of `model`: matrices as `packed`, the rest read where it lies."""
+    """Decodes with the weights of `model`: matrices from `packed`, other parameters in place."""
 
     def __init__(self, model: GPT, cache: KVCache, packed: PackedWeights) -> None:
         """`model` has its matrices in its compute dtype (decoding.DecodingWeights)."""
         assert cache.max_tokens <= model.cos.size(0)
         self.cache, self.vocab_size = cache, model.config.vocab_size
-        self._most_tokens = SHORT_PROMPT // 2 if packed.int8 else SHORT_PROMPT
-        self._kept: list[Any] = [model, packed, *model.parameters(), *cache.k, *cache.v]  # alive while C knows them
+        self._max_tokens = SHORT_PROMPT // 2 if packed.int8 else SHORT_PROMPT
+        self._kept: list[Any] = [model, packed, *model.parameters(), *cache.k, *cache.v]  # C holds their addresses
         self._model = self._describe(model, packed)
         self._scratch = self._reserve(model)
 
     def __call__(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The next token of each row in use -> softcapped fp32 logits (B, V); the cache holds them afterwards."""
+        """Append one token per row in use to the cache -> softcapped fp32 logits (B, V) of the next."""
         B = len(tokens)
         assert self.cache.num_rows == B
         logits = self._run(tokens, range(B), [self.cache.length(row) for row in range(B)], 0)
@@ -189,12 +189,11 @@ class CpuDecoder:
         return logits
 
     def takes(self, start: int, num_tokens: int) -> bool:
-        """Whether `prompt` is for so many tokens after `start` others: no window may close before the last of them."""
-        most = min(self._most_tokens, min(ring.size(1) for ring in self.cache.k) - start)
-        return num_tokens <= most
+        """Whether `prompt` can run so many tokens after `start` others: none may leave a window before the last."""
+        return num_tokens <= min(self._max_tokens, min(ring.size(1) for ring in self.cache.k) - start)
 
     def prompt(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The next tokens of the only row -> softcapped fp32 logits (1, V) after the last, as if given one by one."""
+        """Append tokens to the only row -> softcapped fp32 logits (1, V) after the last, as if one by one."""
         T, start = len(tokens), self.cache.length(0)
         assert self.cache.num_rows == 1 and self.takes(start, T)
         logits = self._run(tokens, [0] * T, range(start, start + T), T - 1)
@@ -202,7 +201,7 @@ class CpuDecoder:
         return logits
 
     def _run(self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int], first: int) -> torch.Tensor:
-        """`tokens` at `positions` of `rows` -> logits (B - first, V) from number `first` on."""
+        """`tokens` at `positions` of `rows` -> logits (B - first, V) of token `first` and those after it."""
         B = len(tokens)
         assert max(positions) < self.cache.max_tokens and min(tokens) >= 0 and max(tokens) < self.vocab_size
         logits = torch.empty(B - first, self.vocab_size)
@@ -275,7 +274,7 @@ class CpuDecoder:
         return Matrix(self._address(weight), None if scale is None else self._address(scale))
 
     def _reserve(self, model: GPT) -> Scratch:
-        """Memory for what a step works out, enough for every row of the cache and for a short prompt."""
+        """Buffers for a step's activations, for every row of the cache or a short prompt."""
         config, B = model.config, max(self.cache.batch_size, SHORT_PROMPT)
         C, HD, GD = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         sizes = {

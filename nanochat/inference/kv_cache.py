@@ -1,15 +1,13 @@
-"""The key/value cache: what attention remembers of each sequence while it is being continued.
+"""The key/value cache: keys and values of the sequences being decoded.
 
 Shapes: B rows in use, T new tokens per row, S slots, H query heads, G key/value heads, D head size, C channels.
 
-A layer whose window is w keeps w+1 tokens and no more: its storage is a ring, the token at position p
-stands in slot p % size, and newer tokens overwrite those that left the window. Nothing else needs to be
-remembered about the slots: in a row of n tokens, slot s holds the largest position below n that is s
-modulo the size, or nothing yet where that is negative.
+A layer with window w stores w+1 tokens in a ring buffer: the token at position p is in slot p % size, and newer tokens
+overwrite those that left the window. So in a row of n tokens, slot s holds the largest position below n that is s
+modulo the size, and is empty if that is negative; no further bookkeeping is needed.
 
-Rows are of different length, and come and go: `join` copies a prefilled row in, `leave` closes the gap
-with the last row, so that the rows in use are always the first ones and a forward pass runs on them alone.
-All memory is reserved when the cache is made; nothing is ever moved to grow.
+Rows differ in length and come and go: `join` copies a prefilled row in, `leave` fills the gap with the last row, so the
+rows in use are always the first ones and a forward pass runs on them alone. All memory is allocated at construction.
 """
 
 from typing import Any, NamedTuple
@@ -22,10 +20,10 @@ from nanochat.gpt import AllStored, GPTConfig
 
 
 class _Decode(NamedTuple):
-    """Where one new token per row goes and what it sees, the same for all layers with rings of one size."""
+    """Where one new token per row is stored and what it sees; the same for all layers with one ring size."""
 
     where: Any  # index of each row's next slot: (B, 1 slot) in a (batch_size, size, G, D) ring
-    num_slots: int  # slots to look at: the rest is empty in every row
+    num_slots: int  # slots to read; the others are empty in every row
     visible: torch.Tensor | None  # (B, 1, 1, S), None where every row fills all of them
 
 
@@ -41,7 +39,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         num_rows: int | None = None,
     ) -> None:
-        """`num_rows` rows are in use at first, by default all of them; all are empty."""
+        """`num_rows` empty rows are in use at first, by default all."""
         assert batch_size >= 1 and max_tokens >= 1
         self.batch_size, self.max_tokens = batch_size, max_tokens
         G, D = config.n_kv_head, config.head_dim
@@ -50,7 +48,7 @@ class KVCache:
         self.k = [torch.zeros(batch_size, size, G, D, device=device, dtype=dtype) for size in sizes]
         self.v = [torch.zeros(batch_size, size, G, D, device=device, dtype=dtype) for size in sizes]
         self._all_lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
-        self._host_lengths = [0] * batch_size  # the same numbers, known without asking the device
+        self._host_lengths = [0] * batch_size  # the same numbers on the host, without a device sync
         self._previous = torch.zeros(batch_size, 1, config.n_embd, device=device, dtype=dtype) if config.smear else None
         self._new_previous: torch.Tensor | None = None
         self._plans: dict[int, _Decode] = {}  # by ring size, until the lengths change
@@ -72,7 +70,7 @@ class KVCache:
 
     @previous_embedding.setter
     def previous_embedding(self, value: torch.Tensor | None) -> None:
-        self._new_previous = value  # kept aside: the model still reads the old one in this forward pass
+        self._new_previous = value  # takes effect in advance(): this forward pass still reads the old one
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Store k, v (B, T, G, D) after what each row holds and attend from q (B, T, H, D) -> (B, T, H, D)."""
@@ -102,7 +100,7 @@ class KVCache:
         self.k[layer][rows, slots], self.v[layer][rows, slots] = k[:, T - kept :], v[:, T - kept :]
 
     def advance(self, num_tokens: int) -> None:
-        """Every row in use has `num_tokens` more; called once all layers have stored theirs."""
+        """Add `num_tokens` to the length of every row in use, after all layers have stored their k and v."""
         self.lengths += num_tokens
         for row in range(self.num_rows):
             self._host_lengths[row] += num_tokens
@@ -114,7 +112,7 @@ class KVCache:
     # -- attention ------------------------------------------------------------------------------------
 
     def _attend_one(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """One token per row: once it has taken its slot, what the ring holds is exactly what it may see."""
+        """One token per row: once it is in its slot, the ring holds exactly the tokens that it may see."""
         B = q.size(0)
         keys, values = self.k[layer], self.v[layer]
         plan = self._plan(keys.size(1))
@@ -125,7 +123,7 @@ class KVCache:
         return y.transpose(1, 2)
 
     def _plan(self, size: int) -> _Decode:
-        """How one more token per row meets a ring of `size` slots."""
+        """Slots and mask of one more token per row, for rings of `size` slots."""
         if size not in self._plans:
             lengths = self._host_lengths[: self.num_rows]
             shortest, longest = min(lengths), max(lengths)
@@ -141,7 +139,7 @@ class KVCache:
         return self._plans[size]
 
     def _attend_many(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        """Several tokens after others: over the ring and the new keys together, told apart by position."""
+        """Several tokens after others: attend over the ring and the new keys together, masked by position."""
         B, T = q.shape[:2]
         used = min(self.k[layer].size(1), max(self._host_lengths[:B]))
         new = self.lengths[:, None] + torch.arange(T, device=q.device)  # (B, T)
@@ -151,32 +149,32 @@ class KVCache:
         return attend_at_positions(q, k, v, new, positions, window)
 
     def _ring_positions(self, layer: int, used: int) -> torch.Tensor:
-        """(B, used) position held by each of a layer's first slots, negative where there is none."""
+        """(B, used) position in each of a layer's first slots, negative if empty."""
         last = self.lengths[:, None] - 1
         return last - (last - torch.arange(used, device=last.device)) % self.k[layer].size(1)
 
     # -- rows -----------------------------------------------------------------------------------------
 
     def length(self, row: int) -> int:
-        """Tokens that `row` holds."""
+        """Number of tokens in `row`."""
         return self._host_lengths[row]
 
     def copy_row_from(self, other: "KVCache", src: int, dst: int) -> None:
-        """Make row `dst` what row `src` of `other` is; the two caches may differ in size."""
+        """Copy row `src` of `other` to row `dst`; the two caches may differ in size."""
         n = other._host_lengths[src]
         assert n <= self.max_tokens, f"a row of {n} tokens does not fit in {self.max_tokens}"
-        # Two rings of one layer differ in size only where a cache is shorter than the window, and such a ring
-        # never wraps; so the row's tokens stand in the same slots of both.
-        for mine, theirs in zip([*self.k, *self.v], [*other.k, *other.v]):
-            kept = min(n, mine.size(1))
-            mine[dst, :kept] = theirs[src, :kept]
+        # Two rings of one layer differ in size only if a cache is shorter than the window, and such a ring never wraps;
+        # so the row's tokens are in the same slots of both.
+        for ring, other_ring in zip([*self.k, *self.v], [*other.k, *other.v]):
+            kept = min(n, ring.size(1))
+            ring[dst, :kept] = other_ring[src, :kept]
         if self._previous is not None and other._previous is not None:
             self._previous[dst] = other._previous[src]
         self._set_length(dst, n)
 
     def read_chunk(self, row: int, start: int, end: int) -> list[torch.Tensor]:
-        """A copy of what the tokens start .. end-1, the last that `row` holds, left behind: k and v of each layer, as
-        far as its ring still has them, and the last embedding."""
+        """Copy the k and v of tokens start .. end-1, the last of `row`, layer by layer as far as the ring still holds
+        them, and the last embedding."""
         assert self._host_lengths[row] == end
         parts = []
         for ring in [*self.k, *self.v]:
@@ -186,11 +184,11 @@ class KVCache:
         return parts if self._previous is None else [*parts, self._previous[row].clone()]
 
     def write_chunk(self, row: int, start: int, end: int, parts: list[torch.Tensor]) -> None:
-        """Give `row`, which holds `start` tokens, what read_chunk took of the next ones."""
+        """Append to `row`, which has `start` tokens, what read_chunk copied of the next ones."""
         assert self._host_lengths[row] == start and end <= self.max_tokens
         for ring, part in zip([*self.k, *self.v], parts):
             size = ring.size(1)
-            kept = part[-size:]  # this cache may be shorter than the one that was read
+            kept = part[-size:]  # this cache may be shorter than the one it was read from
             positions = torch.arange(end - kept.size(0), end, device=ring.device)
             ring[row, positions % size] = kept
         if self._previous is not None:
@@ -198,14 +196,14 @@ class KVCache:
         self._set_length(row, end)
 
     def join(self, other: "KVCache", src: int = 0) -> int:
-        """Take a copy of a row of `other` in as the last row in use, and return its number."""
+        """Copy a row of `other` in as the last row in use; returns its index."""
         assert self.num_rows < self.batch_size, "no row is free"
         self._use_rows(self.num_rows + 1)
         self.copy_row_from(other, src, self.num_rows - 1)
         return self.num_rows - 1
 
     def leave(self, row: int) -> None:
-        """Free `row`; the last row in use takes its number."""
+        """Free `row`; the last row in use moves to its index."""
         assert 0 <= row < self.num_rows
         self._use_rows(self.num_rows - 1)
         if row != self.num_rows:
@@ -219,7 +217,7 @@ class KVCache:
                 self._previous[row] = 0
 
     def rewind(self, lengths: list[int]) -> None:
-        """Forget each row's tokens past `lengths`: for measuring, a ring that has wrapped has lost others for them."""
+        """Truncate the rows to `lengths`. For benchmarks: a ring that has wrapped has lost the older tokens."""
         for row, length in enumerate(lengths):
             self._set_length(row, length)
 
@@ -235,5 +233,5 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory reserved for keys and values."""
+        """Memory allocated for keys and values."""
         return sum(x.numel() * x.element_size() for x in [*self.k, *self.v])

@@ -1,9 +1,8 @@
-"""The large matrices of a model as a CPU's decode step reads them (decode.c): in the order in which it meets them, in
-the model's dtype or in eight bits.
+"""The large matrices of a model in the memory layout of the C decoder (decode.c), in the model's dtype or in int8.
 
-Eight bits are half the bytes of bfloat16 to read per token, for a little accuracy: each row of a matrix is divided by
-its largest absolute value over 127 and rounded to int8 (symmetric, one scale per output). Embeddings and gates stay as
-they are: of those a token reads one row.
+int8 halves the bytes read per token compared with bfloat16, for a little accuracy: each row of a matrix is divided by
+its largest absolute value over 127 and rounded (symmetric, one scale per output). Embeddings and gates are not packed:
+a token reads one row of them.
 """
 
 import ctypes
@@ -17,7 +16,7 @@ from nanochat.gpt import GPT
 
 
 def block_outputs() -> int:
-    """How many outputs C works out together: the floats of its vectors."""
+    """Outputs per block: the number of floats in a vector of this CPU."""
     library = kernels.library()
     return ctypes.c_int.in_dll(library, "block_outputs").value if library else 16
 
@@ -26,15 +25,15 @@ class PackedWeights:
     """Copies of the large matrices of a model."""
 
     def __init__(self, model: GPT, int8: bool = False) -> None:
-        """With `int8` the model's own matrices are rounded too, see follow."""
+        """`int8` also rounds the model's own matrices, see follow."""
         self.int8 = int8
         self._of: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self.follow(model)
 
     @torch.no_grad()
     def follow(self, model: GPT) -> None:
-        """Pack the weights of today, into the same memory. In int8, also give the model's own the values they now stand
-        for: what it works out for long prompts then agrees with what is decoded."""
+        """Pack the current weights into the same memory. In int8, also set the model's own weights to the dequantized
+        values, so that long prompts, which run in PyTorch, agree with what is decoded."""
         for linear in matrices(model):
             weight, scale = quantize(linear.weight) if self.int8 else (linear.weight.detach(), None)
             if scale is not None:
@@ -49,7 +48,7 @@ class PackedWeights:
                 known_scale.copy_(scale)
 
     def of(self, linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(packed weight, scale (M,) fp32 of int8, M being filled up to whole blocks) of a linear layer."""
+        """(packed weight, scale (M,) fp32 if int8, M padded to whole blocks) of a linear layer."""
         return self._of[linear]
 
 
@@ -66,7 +65,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """weight (M, K) -> (blocks, K / P, outputs, P): of each output P inputs lie together, in bfloat16 two."""
+    """weight (M, K) -> (blocks, K / P, outputs, P): P inputs of each output are adjacent, two in bfloat16."""
     together, outputs = 2 if weight.dtype == torch.bfloat16 else 1, block_outputs()
     M, K = weight.shape
     weight = F.pad(weight, (0, 0, 0, -M % outputs))
