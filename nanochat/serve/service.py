@@ -236,7 +236,7 @@ class WorkerPool:
     @property
     def alive(self) -> bool:
         """Whether a request could be taken now, by a new replica if need be."""
-        return any(replica.alive or replica.error is not None for replica in self.replicas)
+        return any(replica.alive or not isinstance(replica.error, Closed | None) for replica in self.replicas)
 
     @property
     def failing(self) -> bool:
