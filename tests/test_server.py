@@ -280,8 +280,15 @@ def test_invalid_bodies(client: TestClient, body: bytes, status: int) -> None:
     assert response.status_code == status and response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])
+def test_total_length_of_messages_is_limited(client: TestClient, path: str) -> None:
+    turns = [{"role": role, "content": "x" * 150_000} for role in ("user", "assistant")]
+    response = client.post(path, json={"messages": [*turns, {"role": "user", "content": "?"}]})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "messages"
+
+
 @pytest.mark.parametrize(
-    ("body", "content_type", "says"),
+    ("body", "content_type", "part"),
     [
         (b'{"messages": []}', "", "Content-Type: application/json"),
         (b'{"messages": []}', "text/plain", "Content-Type: application/json"),
@@ -291,10 +298,10 @@ def test_invalid_bodies(client: TestClient, body: bytes, status: int) -> None:
         (b'{"messages": "\xff"}', "application/json", "UTF-8"),
     ],
 )
-def test_error_says_what_is_wrong_with_the_body(client: TestClient, body: bytes, content_type: str, says: str) -> None:
+def test_error_says_what_is_wrong_with_the_body(client: TestClient, body: bytes, content_type: str, part: str) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     response = client.post("/v1/chat/completions", content=body, headers=headers)
-    assert response.status_code == 400 and says in response.json()["error"]["message"]
+    assert response.status_code == 400 and part in response.json()["error"]["message"]
 
 
 def test_chunked_body_is_limited(client: TestClient) -> None:

@@ -48,8 +48,8 @@ class Guard:
         body = RequestBody(scope, receive, self.api.settings.body_bytes)
         try:
             scope.setdefault("state", {})["client"] = self.identify(scope)
-            await body.read()
             with self.admit(scope):
+                await body.read()
                 await self.app(scope, body.receive, send_counted)
         except ApiError as error:
             response = error.response()
@@ -80,7 +80,7 @@ class Guard:
 
     @contextlib.contextmanager
     def admit(self, scope: Any) -> Iterator[None]:
-        """Count a generating request as active inside the block. Raises ApiError if it is refused."""
+        """Count a generating request as active inside the block. Raises ApiError if it is refused, before its body is read."""
         admission = self.api.admission
         if scope["path"] not in self.generating_paths or scope["method"] != "POST":
             yield

@@ -39,10 +39,6 @@ class Finished:
 Deliver = Callable[[list[Token] | Finished], None]
 
 
-def _ignore(message: list[Token] | Finished) -> None:
-    pass
-
-
 class RequestHandle:
     """A submitted GenerationRequest."""
 
@@ -68,7 +64,7 @@ class RequestHandle:
             warn(f"the callback of a request failed: {error!r}")
             self.finished = True
         if self.finished:
-            self._deliver = _ignore  # the callback refers to this handle: the cycle would outlive the request
+            del self._deliver  # the callback refers to this handle: the cycle would outlive the request
             self.replica.release(self)
 
 
@@ -85,7 +81,7 @@ class Replica(ABC):
     """A model that decodes requests: Service in this process, RemoteService in another."""
 
     _waiting: Waiting
-    request_seconds = 0.2  # estimate of the time for a waiting request, for Retry-After
+    request_seconds = 0.2  # estimated for each waiting request, for Retry-After
 
     def __init__(self, max_context: int, max_waiting: int) -> None:
         """`max_waiting`: groups of requests in the queue; more are refused."""

@@ -34,6 +34,8 @@ Observe = Callable[[str, float], None]
 class Service(Replica):
     """A replica in this process. It allocates its memory at the start: `max_rows` slots of the model's context."""
 
+    request_seconds = 1.0
+
     def __init__(
         self,
         model: GPT,
