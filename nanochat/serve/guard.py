@@ -80,7 +80,7 @@ class Guard:
 
     @contextlib.contextmanager
     def admit(self, scope: Any) -> Iterator[None]:
-        """Count a generating request as active inside the block. Raises ApiError, before the body is read, if refused."""
+        """Count a generating request as active. Raises ApiError if it is refused, before its body is read."""
         admission = self.api.admission
         if scope["path"] not in self.generating_paths or scope["method"] != "POST":
             yield
