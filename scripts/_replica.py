@@ -17,7 +17,7 @@ from nanochat.gpt import GPT
 from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
 from nanochat.ranges import Range
 from nanochat.runtime import Runtime
-from nanochat.serve.replica import RemoteService, serve_replica
+from nanochat.serve.remote_service import RemoteService, serve_replica
 from nanochat.serve.service import MIB, Observe, Service, WorkerPool
 from scripts import _cli
 

@@ -14,7 +14,7 @@ from stubs import SPECIAL
 from nanochat.inference.request import GenerationRequest, Token
 from nanochat.inference.sampling import SamplingParams
 from nanochat.serve.api import ServerMetrics, Settings
-from nanochat.serve.handle import Finished
+from nanochat.serve.replica import Finished
 from nanochat.serve.server import create_app
 from nanochat.serve.service import Service, WorkerPool
 from nanochat.tokenizer import RustBPETokenizer

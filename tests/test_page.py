@@ -14,7 +14,7 @@ from serve_helpers import TOKENIZER
 
 from nanochat.inference.request import GenerationRequest, Token, TokenLogprobs, TokenSequence
 from nanochat.serve.api import Settings
-from nanochat.serve.handle import Busy, Finished
+from nanochat.serve.replica import Busy, Finished
 from nanochat.serve.server import create_app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -27,8 +27,8 @@ from nanochat.gpt import GPT
 from nanochat.inference.sampling import SamplingParams
 from nanochat.runtime import Runtime
 from nanochat.serve.api import ServerMetrics, Settings
-from nanochat.serve.handle import Busy, Closed, Finished
-from nanochat.serve.replica import RemoteService
+from nanochat.serve.remote_service import RemoteService
+from nanochat.serve.replica import Busy, Closed, Finished
 from nanochat.serve.server import create_app
 from nanochat.serve.service import WorkerPool
 from scripts._replica import ReplicaPlan
@@ -41,7 +41,7 @@ import torch
 torch.set_num_threads(1)
 from stubs import TOKENIZER
 from engine_helpers import make_model
-from nanochat.serve.replica import serve_replica
+from nanochat.serve.remote_service import serve_replica
 from nanochat.serve.service import Service
 
 def make(observe):

@@ -15,7 +15,7 @@ from stubs import TOKENIZER
 from nanochat.engine import Engine
 from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
-from nanochat.serve.handle import Busy, Closed, Finished
+from nanochat.serve.replica import Busy, Closed, Finished
 from nanochat.serve.service import Service, WorkerPool, slot_bytes
 
 MODEL = make_model()

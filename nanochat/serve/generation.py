@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from nanochat.inference.request import GenerationRequest, Token
 from nanochat.serve.api import Api
 from nanochat.serve.errors import ApiError
-from nanochat.serve.handle import Busy, Closed, Finished, RequestHandle
+from nanochat.serve.replica import Busy, Closed, Finished, RequestHandle
 from nanochat.serve.sample import Piece, Sample
 
 MAX_UNREAD_TOKENS = 2048  # kept for a client that has not read for UNREAD_SECONDS; then its request is cancelled

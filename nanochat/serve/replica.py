@@ -1,242 +1,133 @@
-"""A replica in a process of its own, so that a crash ends only that process.
+"""The interface of a replica: submit a GenerationRequest, get a RequestHandle, receive its tokens by callback.
 
-    RemoteService  in the server: a Replica that forwards requests over a socket
-    serve_replica  in the child: a Service that carries them out
-
-Both send JSON, one message a line. To the child: {"submit": id, ...GenerationRequest}, {"cancel": id, "index"},
-{"stats"}, {"close": drain_seconds}. From the child: {"id", "tokens"}, {"id", "finished"}, {"stats"}; every message
-carries "observed". The end of the socket means that the other side has exited: unfinished requests then end with an
-error, and the pool starts another replica.
+`deliver` is called on a thread of the replica: with lists of tokens as they are decoded, then with exactly one
+Finished.
 """
 
-import contextlib
-import itertools
-import json
-import os
-import queue
-import socket
-import subprocess
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from nanochat.common import warn
-from nanochat.inference.request import GenerationRequest, Token, TokenLogprobs
-from nanochat.inference.sampling import SamplingParams
-from nanochat.serve.handle import Closed, Finished, Replica, RequestHandle
-from nanochat.serve.service import Observe, Service
+from nanochat.inference.request import GenerationRequest, Token
 
-STATS = (  # the keys of Service.stats() besides "alive"
-    "rows_running",
-    "max_rows",
-    "requests_waiting",
-    "tokens",
-    "steps",
-    "cache_bytes",
-    "prefix_bytes",
-    "prefix_hit_tokens",
-    "prompt_tokens",
-)
-STATS_TIMEOUT_SECONDS = 2.0  # a busy replica may not answer in time
-
-WireMessage = dict[str, Any]
+MAX_RETRY_SECONDS = 60.0  # a client told to wait longer would not come back
 
 
-# ---------------------------------------------------------------------------------------------------
-# In the server
+class Busy(Exception):
+    """The queue is full; `retry_after` is in seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.retry_after = min(max(1.0, seconds), MAX_RETRY_SECONDS)
+        super().__init__(f"too many requests are waiting; try again in {self.retry_after:.0f} s")
 
 
-class RemoteService(Replica):
-    """A Service in a child process. It takes requests at once; they wait until the child has loaded its model."""
+class Closed(Exception):
+    """The replica takes no more requests: it is shutting down, or it died."""
 
-    def __init__(
-        self, command: Sequence[str], max_context: int, max_requests: int, observe: Observe = lambda name, value: None
-    ) -> None:
-        """`command` starts the child; the file descriptor of its socket is appended as the last argument."""
-        super().__init__(max_context, max_requests)
-        self.observe = observe
-        self._ids = itertools.count()
-        self._handles: dict[int, RequestHandle] = {}
-        self._waiting = self._handles.values()
-        self._stats: WireMessage = dict.fromkeys(STATS, 0)
-        self._stats_arrived = threading.Event()
-        self.ready = threading.Event()  # the child has loaded its model
-        self._socket, other = socket.socketpair()
-        self.process = subprocess.Popen(
-            [*command, str(other.fileno())], pass_fds=[other.fileno()], start_new_session=True
-        )
-        other.close()
-        self._outbox: queue.SimpleQueue[WireMessage | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=work, name="nanochat-replica", daemon=True) for work in (self._write, self._read)
-        ]
-        for thread in self._threads:
-            thread.start()
 
-    # -- from any thread ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Finished:
+    """The last message of a request. `error`: why it was ended early, None if it was completed or cancelled."""
 
-    def _enqueue(self, handle: RequestHandle) -> None:
-        id = next(self._ids)
-        self._handles[id] = handle
-        self._outbox.put({"submit": id, **asdict(handle.request)})
+    error: Exception | None = None
 
+
+Deliver = Callable[[list[Token] | Finished], None]
+
+
+class RequestHandle:
+    """A submitted GenerationRequest."""
+
+    def __init__(self, request: GenerationRequest, deliver: Deliver, replica: "Replica") -> None:
+        self.request, self.replica, self._deliver = request, replica, deliver
+        self.sequences = request.sequences()
+        self.submitted = time.monotonic()
+        self.first_token: float | None = None  # time.monotonic() of its delivery
+        self.finished = False
+
+    def cancel(self, index: int | None = None) -> None:
+        """Cancel one sample, or all. Finished is delivered when the last sample has stopped."""
+        self.replica.cancel(self, index)
+
+    def deliver(self, message: list[Token] | Finished) -> None:
+        """For the replica. A callback that raises does not affect other requests."""
+        if self.finished:
+            return
+        self.finished = isinstance(message, Finished)
+        try:
+            self._deliver(message)
+        except Exception as error:
+            warn(f"the callback of a request failed: {error!r}")
+            self.finished = True
+        if self.finished:
+            del self._deliver  # the callback refers to this handle: the cycle would outlive the request
+            self.replica.release(self)
+
+
+def count_groups(handles: Iterable[RequestHandle]) -> int:
+    """The number of groups; a request without one is its own."""
+    return len({handle.request.group or id(handle) for handle in handles})
+
+
+class Waiting(Sized, Iterable[RequestHandle], Protocol):
+    """The requests that count against max_waiting."""
+
+
+class Replica(ABC):
+    """A model that decodes requests: Service in this process, RemoteService in another."""
+
+    _waiting: Waiting
+    request_seconds = 0.2  # estimated for each waiting request, for Retry-After
+
+    def __init__(self, max_context: int, max_waiting: int) -> None:
+        """`max_waiting`: groups of requests in the queue; more are refused."""
+        self.max_context, self.max_waiting = max_context, max_waiting
+        self.load = 0  # samples of unfinished requests
+        self.tokens_made = 0
+        self.requests_lost = 0  # unfinished when it died
+        self.error: Exception | None = None  # what it died of; Closed if it was shut down
+        self._closing = False
+        self._changed = threading.Condition()  # guards the queue and the fields above
+
+    @property
+    def alive(self) -> bool:
+        return self.error is None
+
+    def submit(self, request: GenerationRequest, deliver: Deliver, admitted: bool = False) -> RequestHandle:
+        """Queue a request. `admitted`: its group is, so that it is never refused for a full queue.
+
+        Raises Busy, Closed, or ValueError if the prompt is longer than the context.
+        """
+        handle = RequestHandle(request.fit(self.max_context), deliver, self)
+        with self._changed:
+            if self._closing or not self.alive:
+                raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
+            if not admitted and count_groups(self._waiting) >= self.max_waiting:
+                raise Busy(len(self._waiting) * self.request_seconds)
+            self.load += request.num_samples
+            self._enqueue(handle)
+        return handle
+
+    def release(self, handle: RequestHandle) -> None:
+        """Called once for every finished request."""
+        with self._changed:
+            self.load -= handle.request.num_samples
+
+    @abstractmethod
+    def _enqueue(self, handle: RequestHandle) -> None: ...
+
+    @abstractmethod
     def cancel(self, handle: RequestHandle, index: int | None) -> None:
-        id = next((id for id, other in list(self._handles.items()) if other is handle), None)
-        if id is not None:
-            self._outbox.put({"cancel": id, "index": index})
+        """Cancel one sample, or all."""
 
+    @abstractmethod
     def stats(self) -> dict[str, Any]:
-        """As Replica.stats; the last known figures if the child does not answer in time."""
-        if self.alive and self.ready.is_set():
-            self._stats_arrived.clear()
-            self._outbox.put({"stats": True})
-            self._stats_arrived.wait(STATS_TIMEOUT_SECONDS)
-        return {**self._stats, "alive": self.alive}
+        """Figures of /stats; numbers except for "alive"."""
 
+    @abstractmethod
     def close(self, drain_seconds: float = 0.0) -> None:
-        with self._changed:
-            self._closing = True
-        self._outbox.put({"close": drain_seconds})
-        try:
-            self.process.wait(drain_seconds + 5.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        for thread in self._threads:
-            thread.join(5)
-
-    # -- the threads ----------------------------------------------------------------------------------
-
-    def _write(self) -> None:
-        while (message := self._outbox.get()) is not None:
-            with contextlib.suppress(OSError):  # the child has exited: _read notices
-                self._socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def _read(self) -> None:
-        try:
-            # A killed child may leave an incomplete line, which is not JSON.
-            with self._socket.makefile("rb") as lines, contextlib.suppress(OSError, ValueError):
-                for line in lines:
-                    self._handle(json.loads(line))
-        finally:
-            self._finish_all()
-
-    def _handle(self, message: WireMessage) -> None:
-        for name, value in message["observed"]:
-            self.observe(name, value)
-        if "stats" in message:
-            self._stats = message["stats"]
-            self._stats_arrived.set()
-            self.ready.set()
-        handle = self._handles.get(message.get("id", -1))
-        if handle is None:
-            return
-        if "finished" in message:
-            with self._changed:
-                del self._handles[message["id"]]
-            handle.deliver(Finished(Closed("the service was shut down") if message["finished"] == "closed" else None))
-            return
-        if "prompt_logprobs" in message:
-            handle.sequences[0].prompt_logprobs = [TokenLogprobs(*found) for found in message["prompt_logprobs"]]
-        tokens = []
-        for index, id, mask, is_end, logprobs in message["tokens"]:
-            sequence = handle.sequences[index]
-            sequence.end = id if is_end else None
-            tokens.append(Token(sequence, id, mask, logprobs and TokenLogprobs(*logprobs)))
-        self.tokens_made += len(tokens)
-        handle.deliver(tokens)
-
-    def _finish_all(self) -> None:
-        """End all requests, since the child has exited."""
-        try:
-            code = self.process.wait(5)
-        except subprocess.TimeoutExpired:  # it is running, but its socket is closed
-            self.process.kill()
-            code = self.process.wait()
-        with self._changed:
-            died = RuntimeError(f"its process ended with {code}")
-            self.error = Closed("the service was shut down") if self._closing else died
-            unfinished = list(self._handles.values())
-            self._handles.clear()
-            self.requests_lost = len(unfinished)
-        for handle in unfinished:
-            handle.deliver(Finished(self.error))
-        self._stats_arrived.set()
-        self.ready.set()
-        self._outbox.put(None)
-        self._socket.close()
-
-
-# ---------------------------------------------------------------------------------------------------
-# In the child
-
-
-def serve_replica(make: Callable[[Observe], Service], fd: int) -> None:
-    """Serve the socket `fd` until the server closes it or says so. `make(observe)` loads the service."""
-    with socket.socket(fileno=fd) as connection:
-        lock = threading.Lock()
-        observed: deque[tuple[str, float]] = deque()
-
-        def send(message: WireMessage) -> None:
-            with lock, contextlib.suppress(OSError):  # the server has exited: the loop below ends
-                message["observed"] = [observed.popleft() for _ in range(len(observed))]
-                connection.sendall(json.dumps(message).encode() + b"\n")
-
-        service = make(lambda name, value: observed.append((name, value)))
-        send({"stats": service.stats()})
-        handles: dict[int, RequestHandle] = {}
-        drain_seconds = 0.0
-        with connection.makefile("rb") as lines:
-            for line in lines:
-                message = json.loads(line)
-                if "submit" in message:
-                    submit(service, message, handles, send)
-                elif "cancel" in message:
-                    if handle := handles.get(message["cancel"]):
-                        handle.cancel(message["index"])
-                elif "stats" in message:
-                    send({"stats": service.stats()})
-                else:
-                    drain_seconds = message["close"]
-                    break
-        service.close(drain_seconds)
-
-
-def submit(
-    service: Service, message: WireMessage, handles: dict[int, RequestHandle], send: Callable[[WireMessage], None]
-) -> None:
-    """Submit a request to the service, and send its tokens back. If the service fails, exits the process."""
-    id = message.pop("submit")
-    request = GenerationRequest(**{**message, "sampling": SamplingParams(**message["sampling"])})
-    submitted = threading.Event()  # `deliver` may be called before service.submit has returned
-    prompt_logprobs_due = request.prompt_logprobs  # with the first tokens
-
-    def deliver(message: list[Token] | Finished) -> None:
-        nonlocal prompt_logprobs_due
-        submitted.wait()
-        if isinstance(message, Finished):
-            closed = isinstance(message.error, Closed)
-            if message.error is not None and not closed:
-                warn(f"a replica failed: {message.error!r}")
-                os._exit(1)  # the server notices and starts another one
-            del handles[id]
-            send({"id": id, "finished": "closed" if closed else "done"})
-            return
-        answer: WireMessage = {"id": id, "tokens": [token_to_wire(token) for token in message]}
-        if prompt_logprobs_due:
-            answer["prompt_logprobs"] = list(map(logprobs_to_wire, handles[id].sequences[0].prompt_logprobs))
-            prompt_logprobs_due = False
-        send(answer)
-
-    handles[id] = service.submit(request, deliver, admitted=True)
-    submitted.set()
-
-
-def token_to_wire(token: Token) -> list[Any]:
-    is_end = bool(token.mask) and token.id == token.sequence.end
-    return [token.sequence.index, token.id, token.mask, is_end, token.logprobs and logprobs_to_wire(token.logprobs)]
-
-
-def logprobs_to_wire(logprobs: TokenLogprobs) -> list[Any]:
-    return [logprobs.logprob, logprobs.top]
+        """Refuse new requests, let active ones finish for so long, then end them with Closed."""

@@ -15,7 +15,7 @@ from nanochat.serve import answers
 from nanochat.serve.api import Api, ApiDependency
 from nanochat.serve.errors import ApiError
 from nanochat.serve.generation import Generation, Usage
-from nanochat.serve.handle import RequestHandle
+from nanochat.serve.replica import RequestHandle
 from nanochat.serve.request_models import MAX_CHARS, MAX_SAMPLES, TOKEN_LIMIT, Flag, GenerationBody
 from nanochat.serve.sample import FinishReason
 

@@ -21,7 +21,7 @@ from nanochat.inference.prefix_cache import PrefixCache
 from nanochat.inference.request import GenerationRequest, Token, TokenSequence
 from nanochat.inference.tools import DEFAULT_TOOLS, Tool, ToolTable
 from nanochat.serve.fair_queue import FairQueue
-from nanochat.serve.handle import Closed, Deliver, Finished, Replica, RequestHandle
+from nanochat.serve.replica import Closed, Deliver, Finished, Replica, RequestHandle
 
 PREFILL_CHUNKS_PER_STEP = 1
 MAX_CRASHES = 3  # after this many consecutive crashes without a token, report unhealthy: a new replica does not help
