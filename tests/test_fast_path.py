@@ -19,7 +19,7 @@ from nanochat.cpu import fused, kernels
 from nanochat.engine import Engine
 from nanochat.fast_path import fingerprint
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.inference import cpu_decoder
+from nanochat.inference import cpu_decoder, sampling
 from nanochat.inference.cpu_decoder import CpuDecoder
 
 needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
@@ -52,6 +52,24 @@ def test_every_config_field_is_known_to_the_c_decoder() -> None:
     """Failed? GPTConfig has a new field. Add it to FIELDS if decode.c implements it or need not know it. If not,
     delete this test: models where the field has its default are still decoded in C."""
     assert set(cpu_decoder.FIELDS) == {f.name for f in dataclasses.fields(GPTConfig)}
+
+
+@pytest.mark.parametrize("name", sampling.C_FUNCTIONS)
+def test_fingerprints_of_the_c_draw_are_recorded(name: str) -> None:
+    """Failed? Make sampling.c compute the same and record the new fingerprint in inference/sampling.py, C_FUNCTIONS."""
+    found = fast_path.changed({name: sampling.C_FUNCTIONS[name]}, sampling)
+    assert not found, f"now {fingerprint(attrgetter(name)(sampling))}"
+
+
+def test_an_edited_distribution_is_drawn_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = torch.tensor([[0.0, 0.0, 1.0]])
+    monkeypatch.setattr(sampling.SamplingParams, "distribution", lambda self, logits: (last, None))
+    logits = torch.tensor([[9.0, 0.0, 0.0]])
+    for _ in range(2):
+        assert sampling.draw_tokens(logits, [sampling.SamplingParams()], [sampling.make_rng(1, 0)]) == [2]
+    assert len(capsys.readouterr().err.splitlines()) == (kernels.library() is not None)
 
 
 def test_the_fingerprint_of_fp8_is_recorded() -> None:

@@ -117,7 +117,7 @@ def unknown_parts(model: GPT) -> list[str]:
     ]
     shapes = parameter_shapes(model.config)
     found = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return unknown + [name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)]
+    return unknown + [name for name in sorted(shapes.keys() | found.keys()) if shapes.get(name) != found.get(name)]
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

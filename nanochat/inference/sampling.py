@@ -12,6 +12,7 @@ Shapes: B rows, V vocabulary, K candidate tokens.
 import ctypes
 import functools
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -19,6 +20,7 @@ import torch
 
 from nanochat.common import UserError, warn
 from nanochat.cpu import kernels
+from nanochat.fast_path import changed, warn_once
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or diverged"
 
@@ -130,11 +132,18 @@ def _check_finite(values: torch.Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------
 # The fast path on a CPU
 
+C_FUNCTIONS = {
+    "SamplingParams.distribution": "5a697931",
+    "_draw_group": "6bca06df",
+}  # what sampling.c computes (fast_path.py)
 C_FIELDS = ("temperature", "top_k", "top_p", "seed")  # fields of SamplingParams that sampling.c implements
 
 
 def c_can_draw(params: Sequence[SamplingParams]) -> list[bool]:
     """Whether sampling.c implements each of the settings: not top_p, which needs a sort, nor any field it lacks."""
+    if edited := changed(C_FUNCTIONS, sys.modules[__name__]):
+        warn_once(f"drawing tokens in PyTorch, slower: sampling.c does not implement the changed {', '.join(edited)}")
+        return [False] * len(params)
     unknown = [f for f in fields(SamplingParams) if f.name not in C_FIELDS]
     return [
         type(p) is SamplingParams and p.top_p in (None, 1) and all(getattr(p, f.name) == f.default for f in unknown)
