@@ -48,10 +48,9 @@ def test_fingerprints_of_the_c_decoder_are_recorded(name: str) -> None:
     assert not found, f"now {fingerprint(attrgetter(name)(gpt))}"
 
 
-def test_every_config_field_is_known_to_the_c_decoder() -> None:
-    """Failed? GPTConfig has a new field. Add it to FIELDS if decode.c implements it or need not know it. If not,
-    delete this test: models where the field has its default are still decoded in C."""
-    assert set(cpu_decoder.FIELDS) == {f.name for f in dataclasses.fields(GPTConfig)}
+def test_fields_of_the_c_decoder_are_fields_of_the_config() -> None:
+    """A field that is not among them has its default in every model decoded in C."""
+    assert set(cpu_decoder.FIELDS) <= {f.name for f in dataclasses.fields(GPTConfig)}
 
 
 @pytest.mark.parametrize("name", sampling.C_FUNCTIONS)
