@@ -321,6 +321,6 @@ def test_an_error_of_this_machine_is_no_bad_shard(number: int, tmp_path: Path, m
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise OSError(number, "not the file's fault")
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", refuse)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", refuse)
     with pytest.raises(OSError, match="not the file's fault"):
         corpus.read("train", 0)

@@ -2,9 +2,11 @@
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -154,67 +156,57 @@ class Prefetcher(Generic[Item]):
     """
 
     def __init__(self, produce: Callable[[], Item], depth: int) -> None:
-        self._results: SimpleQueue[Item | _Failure] = SimpleQueue()
-        self._slots = threading.Semaphore(depth)
-        self._failure: _Failure | None = None
-        self._next: list[Item | _Failure] = []  # the next result, once wait() has received it
+        self._todo: SimpleQueue[Future[Item]] = SimpleQueue()
+        self._results: deque[Future[Item]] = deque()  # the same, until get() has returned them
+        for _ in range(depth):
+            self._request_one()
         stop = threading.Event()
         thread = threading.Thread(
-            target=_work, args=(produce, self._results, self._slots, stop), name="nanochat-prefetch", daemon=True
+            target=_work, args=(produce, self._todo, stop), name="nanochat-prefetch", daemon=True
         )
-        self._end = weakref.finalize(self, _end_thread, thread, self._slots, stop)  # also runs at interpreter exit
+        self._end = weakref.finalize(self, _end_thread, thread, self._todo, stop)  # also runs at interpreter exit
         thread.start()
+
+    def _request_one(self) -> None:
+        future: Future[Item] = Future()
+        self._results.append(future)
+        self._todo.put(future)
 
     def get(self) -> Item:
         """The next result, in order. Raises the error of `produce`, then and every time after."""
         while not self.wait(0.2):
             raise_if_stop_requested()
-        result = self._failure or self._next.pop()
-        if isinstance(result, _Failure):
-            self._failure = result
-            raise result.error
-        self._slots.release()
+        result = self._results[0].result()  # one that failed stays the first
+        self._results.popleft()
+        self._request_one()
         return result
 
     def wait(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for the next result. True if get() would not wait."""
-        if not self._next and not self._failure:
-            try:
-                self._next.append(self._results.get(timeout=timeout))
-            except Empty:
-                return False
-        return True
+        return bool(wait([self._results[0]], timeout).done)
 
     @property
     def failure(self) -> BaseException | None:
         """The error get() will raise, if it is known."""
-        found = self._failure or (self._next[0] if self._next else None)
-        return found.error if isinstance(found, _Failure) else None
+        return self._results[0].exception() if self._results[0].done() else None
 
     def close(self) -> None:
         """Stop the thread and wait for it."""
         self._end()
 
 
-@dataclass
-class _Failure:
-    error: BaseException
-
-
-def _work(
-    produce: Callable[[], Any], results: "SimpleQueue[Any]", slots: threading.Semaphore, stop: threading.Event
-) -> None:
+def _work(produce: Callable[[], Any], todo: "SimpleQueue[Future[Any]]", stop: threading.Event) -> None:
     with stop_when(stop.is_set):
-        while slots.acquire() and not stop.is_set():
+        while (future := todo.get()) and not stop.is_set():
             try:
-                results.put(produce())
+                future.set_result(produce())
             except BaseException as error:
-                results.put(_Failure(error))
+                future.set_exception(error)
                 return
 
 
-def _end_thread(thread: threading.Thread, slots: threading.Semaphore, stop: threading.Event) -> None:
+def _end_thread(thread: threading.Thread, todo: "SimpleQueue[Future[Any]]", stop: threading.Event) -> None:
     stop.set()
-    slots.release()
+    todo.put(Future())  # wakes the thread
     if thread is not threading.current_thread():  # the garbage collector may run on the thread itself
         thread.join()

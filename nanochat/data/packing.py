@@ -20,7 +20,7 @@ class BestFitPool(Generic[Item]):
 
     def __init__(self) -> None:
         self._items: OrderedDict[int, tuple[int, Item]] = OrderedDict()  # age -> (length, item), oldest first
-        self._lengths: list[tuple[int, int]] = []  # (length, age), sorted
+        self._lengths: list[tuple[int, int]] = []  # (length, -age), sorted: of equal lengths the oldest is last
         self._next_age = 0
         self.total = 0  # sum of the lengths
 
@@ -35,7 +35,7 @@ class BestFitPool(Generic[Item]):
         """Add an item, as the youngest."""
         assert length > 0
         self._items[self._next_age] = (length, item)
-        insort(self._lengths, (length, self._next_age))
+        insort(self._lengths, (length, -self._next_age))
         self._next_age += 1
         self.total += length
 
@@ -46,18 +46,15 @@ class BestFitPool(Generic[Item]):
     def pop_best(self, space: int) -> tuple[int, Item] | None:
         """Remove and return the longest item of at most `space`, or None if nothing fits."""
         end = bisect_left(self._lengths, (space + 1,))
-        return self._pop(self._oldest_of(self._lengths[end - 1][0])) if end else None
+        return self._pop(-self._lengths[end - 1][1]) if end else None
 
     def pop_longest(self) -> tuple[int, Item]:
         """Remove and return the longest item."""
-        return self._pop(self._oldest_of(self._lengths[-1][0]))
-
-    def _oldest_of(self, length: int) -> int:
-        return self._lengths[bisect_left(self._lengths, (length,))][1]
+        return self._pop(-self._lengths[-1][1])
 
     def _pop(self, age: int) -> tuple[int, Item]:
         length, item = self._items.pop(age)
-        del self._lengths[bisect_left(self._lengths, (length, age))]
+        del self._lengths[bisect_left(self._lengths, (length, -age))]
         self.total -= length
         return length, item
 

@@ -84,32 +84,27 @@ def is_text(kind: pa.DataType) -> bool:
 
 def read_row_group(path: Source, index: int, source: str) -> list[Document]:
     """The documents of one row group. The file is opened and closed here, so nothing of it stays held."""
-    with open_parquet(path) as file:
-        try:
-            table = file.read_row_group(index, columns=text_columns(path, file), use_threads=False)
-            return list(table_documents(table, source))
-        except UnicodeDecodeError as error:
-            before = sum(file.metadata.row_group(i).num_rows for i in range(index))
-            raise not_utf8(path, table, before) from error
-        except (pa.ArrowException, OSError) as error:
-            raise damaged(path, error) from error
+    return list(parquet_documents(path, source, index))
 
 
-def parquet_documents(path: Source, source: str) -> Iterator[Document]:
-    """All documents of a parquet file, streamed even within a huge row group."""
+def parquet_documents(path: Source, source: str, row_group: int | None = None) -> Iterator[Document]:
+    """All documents of a parquet file, or of one row group, streamed even within a huge row group."""
     with open_parquet(path) as file:
-        rows_before = 0
+        groups = range(file.num_row_groups) if row_group is None else [row_group]
+        rows_before = sum(file.metadata.row_group(i).num_rows for i in range(row_group or 0))
         try:
-            for batch in file.iter_batches(STREAM_ROWS, columns=text_columns(path, file), use_threads=False):
+            for batch in file.iter_batches(STREAM_ROWS, groups, text_columns(path, file), use_threads=False):
                 yield from table_documents(batch, source)
                 rows_before += batch.num_rows
         except UnicodeDecodeError as error:
             raise not_utf8(path, batch, rows_before) from error
         except (pa.ArrowException, OSError) as error:
-            raise damaged(path, error) from error
+            if is_machine_error(error):
+                raise
+            raise BadShard(f"{path} is damaged ({first_line(error)}); copy or download it again", path) from error
 
 
-def table_documents(table: pa.Table | pa.RecordBatch, source: str) -> list[Document]:
+def table_documents(table: pa.RecordBatch, source: str) -> list[Document]:
     """The rows as documents; null and blank texts are dropped, a missing source becomes `source`."""
     texts = table.column("text").to_pylist()
     if "source" not in table.schema.names:
@@ -126,14 +121,7 @@ def is_machine_error(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS
 
 
-def damaged(path: Source, error: Exception) -> Exception:
-    """The error to raise for a file whose footer could be read but not its pages."""
-    if is_machine_error(error):
-        return error
-    return BadShard(f"{path} is damaged ({first_line(error)}); copy or download it again", path)
-
-
-def not_utf8(path: Source, table: pa.Table | pa.RecordBatch, rows_before: int) -> UserError:
+def not_utf8(path: Source, table: pa.RecordBatch, rows_before: int) -> UserError:
     """The error that names the row, counted from 1, that is not UTF-8: Arrow does not check strings as it reads."""
     for name in table.schema.names:
         for row, value in enumerate(table.column(name), rows_before + 1):
