@@ -161,9 +161,7 @@ class Prefetcher(Generic[Item]):
         for _ in range(depth):
             self._request_one()
         stop = threading.Event()
-        thread = threading.Thread(
-            target=_work, args=(produce, self._todo, stop), name="nanochat-prefetch", daemon=True
-        )
+        thread = threading.Thread(target=_work, args=(produce, self._todo, stop), name="nanochat-prefetch", daemon=True)
         self._end = weakref.finalize(self, _end_thread, thread, self._todo, stop)  # also runs at interpreter exit
         thread.start()
 

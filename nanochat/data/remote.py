@@ -10,19 +10,18 @@ import io
 import itertools
 import threading
 import time
-import weakref
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
+from concurrent.futures import Future, wait
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from queue import PriorityQueue
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
+
+from fsspec.spec import AbstractBufferedFile
 
 from nanochat.common import BadShard, UserError, get_cache_bytes, get_cache_dir, get_network_seconds, warn
 from nanochat.data.filesystems import brief, classify, list_files, open_filesystem, version_of
@@ -34,7 +33,7 @@ Result = TypeVar("Result")
 CHUNK_BYTES = 8 * 2**20  # of what is outside the ranges that a reader names
 TAIL_BYTES = 64 * 2**10  # first read from a parquet file's end; a larger footer takes a second read
 BUFFER_BYTES = 2**20  # of an open file
-THREADS = 16  # that fetch
+FETCHES_AHEAD = 16  # at a time
 MAX_PENDING = 256  # ranges prefetched and not read yet
 MAX_FOOTERS = 256  # kept in memory
 FOOTER_CACHE_BYTES = 2**40  # no limit: footers are small, and read at every start
@@ -42,7 +41,6 @@ UNREACHED_PATIENCE_SECONDS = 10.0  # until the server has answered once: the add
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 10.0
 WARN_SECONDS = 10.0  # between two warnings about a failing network
 POLL_SECONDS = 0.2  # between checks for a stop request
-URGENT, AHEAD = 0, 1  # priorities; smaller first
 
 Range = tuple[int, int]  # start and end in bytes
 RangesOf = Callable[[bytes], list[Range]]  # a file's footer -> its ranges to be fetched whole
@@ -108,11 +106,12 @@ class RemoteFile:
 Source = Path | RemoteFile  # a file on disk or behind a URL; both have a name, and str() gives the full address
 
 
-class RangeReader(io.RawIOBase):
+class RangeReader(AbstractBufferedFile):
     """Reads a RemoteFile. Given ranges come whole and are kept on disk; the rest in chunks, one ahead of the reader."""
 
     def __init__(self, file: RemoteFile, whole: Sequence[Range]) -> None:
-        self.file, self.position = file, 0
+        super().__init__(file.remote.fs, file.path, cache_type="none", size=file.size)
+        self.file = file
         borders = sorted({0, file.size, *(border for pair in whole for border in pair)})
         given = set(whole)
         self.ranges: list[tuple[int, int, bool]] = []  # start, end, whole
@@ -122,32 +121,15 @@ class RangeReader(io.RawIOBase):
         self.starts = [start for start, _, _ in self.ranges]
         self.held: tuple[int, bytes] = (-1, b"")  # the last range read
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.file.size}[whence]
-        self.position = max(0, origin + offset)
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        """Up to the end of the range at the position; 0 at the end of the file."""
-        if self.position >= self.file.size:
-            return 0
-        number = bisect_right(self.starts, self.position) - 1
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        """Bytes from `start` to `end`, or only to the end of the range that holds `start`; none at the file's end."""
+        if start >= self.size:
+            return b""
+        number = bisect_right(self.starts, start) - 1
         if self.held[0] != number:
             self.held = number, self._read_range(number)
-        start = self.position - self.starts[number]
-        data = self.held[1][start : start + len(buffer)]
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
+        first = self.starts[number]
+        return self.held[1][start - first : end - first]
 
     def _read_range(self, number: int) -> bytes:
         start, end, whole = self.ranges[number]
@@ -176,17 +158,15 @@ class Remote:
         self.authorized = False  # something was read
         self.warned_at = 0.0
         # See RemoteFile.footer, and the ranges of a file as computed from it; of the latest files.
-        self.footer = lru_cache(MAX_FOOTERS)(lambda file: self.wait(self._submit(URGENT, partial(self._footer, file))))
+        self.footer = lru_cache(MAX_FOOTERS)(lambda file: self.wait(self._start(partial(self._footer, file))))
         self.ranges = lru_cache(MAX_FOOTERS)(lambda file, ranges_of: ranges_of(self.footer(file)))
-        self.work: PriorityQueue[Any] = PriorityQueue()
-        self.number = itertools.count()
-        self.threads = 0
+        self.ahead = threading.BoundedSemaphore(FETCHES_AHEAD)
 
     def read(self, file: RemoteFile, start: int, end: int, keep: bool = False) -> bytes:
         """Bytes start to end of a file. `keep` them in the cache on disk."""
         with self.lock:
             future = self.pending.pop((file, start, end), None)
-        return self.wait(future or self._submit(URGENT, partial(self._cached, file, start, end, keep)))
+        return self.wait(future or self._start(partial(self._cached, file, start, end, keep)))
 
     def prefetch(self, file: RemoteFile, start: int, end: int, keep: bool = False) -> None:
         """Start fetching what read() will be asked for, unless that is under way."""
@@ -194,25 +174,22 @@ class Remote:
         with self.lock:
             if key in self.pending:
                 return
-            self.pending[key] = self._submit(AHEAD, partial(self._cached, file, start, end, keep))
+            self.pending[key] = self._start(partial(self._cached, file, start, end, keep), self.ahead)
             if len(self.pending) > MAX_PENDING:
                 self.pending.popitem(last=False)[1].cancel()
 
     def fetch_footers(self, files: Sequence[RemoteFile]) -> None:
         """Fetch the footers of all files in parallel. Errors about a file are raised when it is opened."""
-        for future in [self._submit(AHEAD, partial(self._footer, file)) for file in files]:
-            with suppress(BadShard):
-                self.wait(future)
+        for first in range(0, len(files), FETCHES_AHEAD):
+            for future in [self._start(partial(self._footer, file)) for file in files[first : first + FETCHES_AHEAD]]:
+                with suppress(BadShard):
+                    self.wait(future)
 
     def wait(self, future: "Future[Result]") -> Result:
         """The future's result. Raises StopRequested if this thread is asked to stop meanwhile."""
-        while True:
-            try:
-                return future.result(timeout=POLL_SECONDS)
-            except FutureTimeout:
-                if future.done():
-                    raise
-                raise_if_stop_requested()
+        while not wait([future], POLL_SECONDS).done:
+            raise_if_stop_requested()
+        return future.result()
 
     def retry(self, action: Callable[[], Result], url: str) -> Result:
         """action(), repeated while the network fails. Raises as the class says; `url` is for the message."""
@@ -286,33 +263,20 @@ class Remote:
             return b""
         return self.footers.get(file.key, fetch, self.patience_seconds) if file.version else fetch()
 
-    def _submit(self, priority: int, action: Callable[[], Result]) -> "Future[Result]":
+    def _start(self, action: Callable[[], Result], slots: threading.Semaphore | None = None) -> "Future[Result]":
+        """Run `action` on a daemon thread, unlike an executor's: the program's exit does not wait for a network."""
         future: Future[Result] = Future()
-        self.work.put((priority, next(self.number), future, action))
-        if self.threads == 0:
-            self.threads = THREADS
-            for _ in range(THREADS):  # daemons, unlike an executor's: the program's exit does not wait for a network
-                threading.Thread(target=_work, args=(self.work,), name="nanochat-fetch", daemon=True).start()
-            weakref.finalize(self, _end_threads, self.work)
+
+        def work() -> None:
+            with slots or nullcontext():
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(action())
+                    except BaseException as error:
+                        future.set_exception(error)
+
+        threading.Thread(target=work, name="nanochat-fetch", daemon=True).start()
         return future
-
-
-def _work(work: "PriorityQueue[Any]") -> None:
-    while True:
-        _, _, future, action = work.get()
-        if future is None:
-            return
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(action())
-            except BaseException as error:
-                future.set_exception(error)
-        del future, action  # they would keep their Remote alive
-
-
-def _end_threads(work: "PriorityQueue[Any]") -> None:
-    for number in range(THREADS):
-        work.put((-1, number, None, None))
 
 
 # ---------------------------------------------------------------------------------------------------
