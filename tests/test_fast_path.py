@@ -241,6 +241,8 @@ def hook(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
 def narrow_mlp(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
     mlp = model.blocks[0].mlp
     mlp.c_fc, mlp.c_proj = gpt.Linear(64, 96), gpt.Linear(96, 64)
+    for parameter in mlp.parameters():
+        torch.nn.init.zeros_(parameter)
     stir(mlp, 0.2)
 
 

@@ -89,7 +89,7 @@ def draw_tokens(logits: torch.Tensor, params: Sequence[SamplingParams], rngs: Se
 
     Raises FloatingPointError if the logits are not finite.
     """
-    in_c = c_can_draw(params) if kernels.in_use(logits.device) and c_agrees() else [False] * len(params)
+    in_c = c_can_draw(params) if kernels.in_use(logits.device) else [False] * len(params)
     groups: dict[SamplingParams | None, list[int]] = {}  # rows with the same settings; None: all rows drawn in C
     for row, (settings, quick) in enumerate(zip(params, in_c)):
         groups.setdefault(None if quick else replace(settings, seed=0), []).append(row)
@@ -132,10 +132,7 @@ def _check_finite(values: torch.Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------
 # The fast path on a CPU
 
-C_FUNCTIONS = {
-    "SamplingParams.distribution": "5a697931",
-    "_draw_group": "6bca06df",
-}  # what sampling.c computes (fast_path.py)
+C_FUNCTIONS = {"SamplingParams.distribution": "5a697931", "_draw_group": "6bca06df"}  # see fast_path.changed
 C_FIELDS = ("temperature", "top_k", "top_p", "seed")  # fields of SamplingParams that sampling.c implements
 
 
@@ -143,6 +140,7 @@ def c_can_draw(params: Sequence[SamplingParams]) -> list[bool]:
     """Whether sampling.c implements each of the settings: not top_p, which needs a sort, nor any field it lacks."""
     if edited := changed(C_FUNCTIONS, sys.modules[__name__]):
         warn_once(f"drawing tokens in PyTorch, slower: sampling.c does not implement the changed {', '.join(edited)}")
+    if edited or not c_agrees():
         return [False] * len(params)
     unknown = [f for f in fields(SamplingParams) if f.name not in C_FIELDS]
     return [
