@@ -156,12 +156,6 @@ class ConversationPacker:
             self.cursor = now._replace(rows=now.rows + 1, tokens=now.tokens + before - self.pool.total)
         return rows
 
-    def count_rows(self) -> int:
-        """Rows in the whole stream, which must end."""
-        while self.next_rows():
-            pass
-        return self.cursor.rows
-
     def _refill(self) -> None:
         """Fill the pool with the next conversations that have a target."""
         while len(self.pool) < POOL_CONVERSATIONS and (index := self._next_index()) is not None:
@@ -254,7 +248,9 @@ class ConversationLoader(PrefetchingLoader[ConversationState]):
 
     def _count_rows(self, get: Callable[[int], tuple[np.ndarray | None, bool]], size: int, epochs: int) -> int:
         packer = ConversationPacker(get, size, row_tokens=self.row_tokens, seed=self.seed, num_epochs=epochs)
-        return packer.count_rows()
+        while packer.next_rows():
+            pass
+        return packer.cursor.rows
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The position of the stream after the last batch handed out. The same on every rank."""

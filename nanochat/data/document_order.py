@@ -7,8 +7,9 @@ integers: (epoch, slice, document). Resuming needs nothing else.
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +64,15 @@ class PlacedSegment(NamedTuple):
     epoch: int
     row_group: int
     number: int  # in the row group
+
+
+class Visit(NamedTuple):
+    """A stream's `slice_number`-th slice in `epoch`: slice `which` of a row group."""
+
+    epoch: int
+    slice_number: int
+    row_group: int
+    which: int
 
 
 class Cursor(NamedTuple):
@@ -125,37 +135,27 @@ class DocumentOrder:
         taken: list[PlacedSegment] = []
         chars = 0
         epoch, number, document = cursor
-        while True:
-            position = self._position(stream, epoch, number)
-            if position >= self.num_slices:
+        for visit in self._visits(stream, cursor):
+            if visit.epoch > epoch:
                 if taken:
-                    return taken, Cursor(epoch, number, document)
-                epoch, number, document = epoch + 1, 0, 0
+                    break
                 if not self._sizes.any():
                     raise self._no_text()
-                continue
-            group, which = divmod(int(self._permutation(epoch)[position]), self.slices_per_group)
-            for index in self._indices_of(epoch, group, which)[document:]:
-                text = self._read(group)[index]
-                taken.append(PlacedSegment(text, epoch, group, int(index)))
+            epoch, number = visit.epoch, visit.slice_number
+            for index in self._indices_of(epoch, visit.row_group, visit.which)[document:]:
+                text = self._read(visit.row_group)[index]
+                taken.append(PlacedSegment(text, epoch, visit.row_group, int(index)))
                 chars += len(text)
                 document += 1
                 if len(taken) == max_documents or chars >= max_chars:
                     return taken, Cursor(epoch, number, document)
             number, document = number + 1, 0
+        return taken, Cursor(epoch, number, document)
 
     def prefetch(self, stream: int, cursor: Cursor) -> None:
         """Have the corpus fetch the row groups the stream will want next."""
-        epoch, number, _ = cursor
-        groups: list[int] = []
-        for _ in range(PREFETCH_SLICES):
-            if self._position(stream, epoch, number) >= self.num_slices:
-                epoch, number = epoch + 1, 0
-            position = self._position(stream, epoch, number)
-            if position < self.num_slices:
-                groups.append(int(self._permutation(epoch)[position]) // self.slices_per_group)
-            number += 1
-        self.reader.prefetch(self.split, [group for group in dict.fromkeys(groups) if group not in self._cache])
+        groups = dict.fromkeys(visit.row_group for visit in islice(self._visits(stream, cursor), PREFETCH_SLICES))
+        self.reader.prefetch(self.split, [group for group in groups if group not in self._cache])
 
     def forget(self) -> None:
         """Drop the cache, after the corpus has begun to skip more shards."""
@@ -164,9 +164,13 @@ class DocumentOrder:
         self._sizes[:] = np.where(self._sizes == 0, 0, -1)
         self._indices_of.cache_clear()
 
-    def _position(self, stream: int, epoch: int, number: int) -> int:
-        """Where in the epoch's permutation a stream's `number`-th slice stands; num_slices or more if it has ended."""
-        return (stream - epoch) % self.num_streams + number * self.num_streams
+    def _visits(self, stream: int, cursor: Cursor) -> Iterator[Visit]:
+        """The slices that a stream reads from a position on, without end. Some epochs may have none for it."""
+        for epoch in count(cursor.epoch):
+            own = self._permutation(epoch)[(stream - epoch) % self.num_streams :: self.num_streams]
+            first = cursor.slice_number if epoch == cursor.epoch else 0
+            for number in range(first, len(own)):
+                yield Visit(epoch, number, *divmod(int(own[number]), self.slices_per_group))
 
     def _make_permutation(self, epoch: int) -> np.ndarray:
         """An epoch's slices in the order in which they are dealt to the streams, (num_slices,) int64."""

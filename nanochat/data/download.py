@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import huggingface_hub  # imports its parts when they are used
 from filelock import FileLock, Timeout
 
 from nanochat.common import UserError, first_line, sha256_file, warn
@@ -150,10 +151,8 @@ class Downloader:
 
     def attempt(self, target: Path) -> int:
         """Ask for the file's size and hash, fetch what is missing, check it, rename it. Returns its size in bytes."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-        url = hf_hub_url(self.hub.repo_id, target.name, repo_type="dataset", endpoint=self.endpoint)
-        remote = get_hf_file_metadata(url, timeout=STALL_SECONDS, endpoint=self.endpoint)
+        url = huggingface_hub.hf_hub_url(self.hub.repo_id, target.name, repo_type="dataset", endpoint=self.endpoint)
+        remote = huggingface_hub.get_hf_file_metadata(url, timeout=STALL_SECONDS, endpoint=self.endpoint)
         self.reached = True
         etag = remote.etag or ""
         # The partial file is named after the content: one of an older version is not continued.
@@ -161,27 +160,21 @@ class Downloader:
         for other in target.parent.glob(f".{target.name}.*.part"):
             if other != partial:
                 other.unlink()
-        if remote.size is None or not partial.exists() or partial.stat().st_size != remote.size:
-            self.append_body(url, partial)
+        have = partial.stat().st_size if partial.exists() else 0
+        if remote.size is None or have < remote.size:
+            self.append_body(url, partial, have)
         self.check(partial, remote.size, etag)
         size = partial.stat().st_size
         os.replace(partial, target)
         return size
 
-    def append_body(self, url: str, partial: Path) -> None:
-        """Continue the partial file where it ends, or start it over if the server does not support ranges."""
-        from huggingface_hub import get_session
-        from huggingface_hub.utils import build_hf_headers
-
-        have = partial.stat().st_size if partial.exists() else 0
-        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+    def append_body(self, url: str, partial: Path, have: int) -> None:
+        """Continue the partial file after its `have` bytes; start it over if the server does not support ranges."""
+        headers = huggingface_hub.utils.build_hf_headers() | {"Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
         request: dict[str, Any] = {"headers": headers, "timeout": STALL_SECONDS, "follow_redirects": True}
-        with get_session().stream("GET", url, **request) as response:
-            if response.status_code == 416:  # nothing follows `have`: the partial file is too long
-                partial.unlink()
-                raise BadDownload("the partial file on disk does not fit")
+        with huggingface_hub.get_session().stream("GET", url, **request) as response:
             response.raise_for_status()
             continues = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             with open(partial, "ab" if response.status_code == 206 and continues else "wb") as file:
@@ -211,9 +204,7 @@ class Downloader:
 
     def explain(self, name: str, error: Exception) -> str:
         """One line for the user: what failed, and the fix."""
-        from huggingface_hub import constants
-
-        host = urlsplit(self.endpoint or constants.ENDPOINT).netloc or self.endpoint
+        host = urlsplit(self.endpoint or huggingface_hub.constants.ENDPOINT).netloc or self.endpoint
         status = status_of(error)
         if status in (401, 403):
             return f"{host} does not give out {self.hub.repo_id} ({status}); log in with: hf auth login"

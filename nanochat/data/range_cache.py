@@ -9,17 +9,14 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from nanochat.common import atomic_write, warn
 
 DIGEST_BYTES = 16
 EVICTED_SHARE = 0.75  # of the limit that is left after an eviction: room to write before the next one
 COUNT_SHARE = 0.01  # of the limit: after writing so much, a process measures the folder again
-LOCKS = 1024  # so that two processes seldom wait for each other over different ranges
 ABANDONED_SECONDS = 3600.0  # age at which a temporary file is a dead process's
 
 
@@ -35,28 +32,12 @@ class RangeCache:
         self.failed = False
         self.lock = threading.Lock()
 
-    def get(self, name: str, fetch: Callable[[], bytes], lock_timeout: float) -> bytes:
-        """The range `name`, from disk or else from fetch(), which one process at a time calls."""
-        if self.max_bytes <= 0:
-            return fetch()
-        data = self.load(name)
-        if data is not None:
-            return data
-        if self.failed:
-            return fetch()
-        with ExitStack() as stack:
-            number = int(hashlib.blake2b(name.encode(), digest_size=4).hexdigest(), 16) % LOCKS
-            try:
-                (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(self.folder / ".locks" / f"{number:04d}", timeout=lock_timeout))
-            except Timeout:
-                pass  # the network fails for the process that holds it, too
-            except OSError as error:
-                self._fail(error)
-                return fetch()
-            data = self.load(name)
-            if data is None:
-                data = fetch()
+    def get(self, name: str, fetch: Callable[[], bytes]) -> bytes:
+        """The range `name`, from disk or else from fetch()."""
+        data = self.load(name) if self.max_bytes > 0 else None
+        if data is None:
+            data = fetch()
+            if self.max_bytes > 0 and not self.failed:
                 self.store(name, data)
         return data
 

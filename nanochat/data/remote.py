@@ -199,8 +199,6 @@ class Remote:
                 result = action()
                 self.answered_at = time.monotonic()
                 return result
-            except (BadShard, UserError):
-                raise
             except Exception as error:
                 self._raise_unless_temporary(error, began, url)
             time.sleep(delay)
@@ -226,15 +224,16 @@ class Remote:
                 f"{url}: no answer for {patience:g} seconds ({brief(error)}); check the network and the address, and "
                 "start again"
             ) from error
-        if now - self.warned_at > WARN_SECONDS:
-            self.warned_at = now
-            warn(f"{url}: {brief(error)}; trying again for {patience:g} seconds")
+        with self.lock:
+            if now - self.warned_at > WARN_SECONDS:
+                self.warned_at = now
+                warn(f"{url}: {brief(error)}; trying again for {patience:g} seconds")
 
     def _cached(self, file: RemoteFile, start: int, end: int, keep: bool) -> bytes:
         fetch = partial(self._fetch, file, start, end)
         if not (keep and file.version):  # without a version the cached bytes could be old
             return fetch()
-        return self.cache.get(f"{file.key}-{start}-{end}", fetch, self.patience_seconds)
+        return self.cache.get(f"{file.key}-{start}-{end}", fetch)
 
     def _fetch(self, file: RemoteFile, start: int, end: int) -> bytes:
         def fetch() -> bytes:
@@ -261,7 +260,7 @@ class Remote:
 
         if not file.size:
             return b""
-        return self.footers.get(file.key, fetch, self.patience_seconds) if file.version else fetch()
+        return self.footers.get(file.key, fetch) if file.version else fetch()
 
     def _start(self, action: Callable[[], Result], slots: threading.Semaphore | None = None) -> "Future[Result]":
         """Run `action` on a daemon thread, unlike an executor's: the program's exit does not wait for a network."""

@@ -40,13 +40,10 @@ def stem_of(path: Source) -> str:
 
 def file_documents(path: Source) -> Iterator[Document]:
     """All documents of a file of any accepted kind, in order; warns if there is none."""
-    kind = kind_of(path) or ""
-    readers = {".parquet": parquet_documents, ".txt": txt_documents, ".jsonl": jsonl_documents}
-    reader = next((reader for name, reader in readers.items() if kind.startswith(name)), None)
-    if reader is None:
-        raise UserError(f"{path} is no parquet, .jsonl or .txt file")
+    readers = {"parquet": parquet_documents, "txt": txt_documents, "jsonl": jsonl_documents}
+    _, name, *_ = (kind_of(path) or "").split(".")  # .txt.gz -> txt
     empty = True
-    for document in reader(path, stem_of(path)):
+    for document in readers[name](path, stem_of(path)):
         empty = False
         yield document
     if empty:
