@@ -4,7 +4,6 @@ Optional: base_train finds the token files by itself, and makes the same batches
 """
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from nanochat.common import BadShard, UserError, format_count, format_seconds, g
 from nanochat.data.corpus import SPLITS
 from nanochat.data.pretokenized import is_valid, token_path
 from nanochat.data.shards import ShardCorpus
-from nanochat.data.tokenize_shards import WorkerLost, tokenize_shards
+from nanochat.data.tokenize_shards import tokenize_shards
 from nanochat.dataset import resolve_corpus
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import _cli
@@ -111,11 +110,7 @@ def tokenize_into(folder: Path, corpus: ShardCorpus, tokenizer: RustBPETokenizer
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, tokenise."""
-    try:
-        return tokenize(_cli.parse(Config, argv))
-    except WorkerLost as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return tokenize(_cli.parse(Config, argv))
 
 
 if __name__ == "__main__":

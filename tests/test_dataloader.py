@@ -120,9 +120,10 @@ def test_no_token_is_lost_or_repeated(T):
         return texts, cursor
 
     order.take = spy
-    packer = RowPacker(order, FakeTokenizer(), [0, 1], sequence_len=T, num_threads=1)
+    packer = RowPacker(order, FakeTokenizer(), [0, 1], sequence_len=T, rows_per_stream=3000 // T)
     seen = Counter()
-    rows, _ = packer.next_rows(3000 // T)
+    batch, _ = packer.next_step()
+    rows = torch.cat([batch.inputs, batch.targets[:, -1:]], 1)
     seen.update(rows[rows != BOS].tolist())
     for state in packer.state():
         for segment in state.segments:

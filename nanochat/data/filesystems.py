@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from nanochat.common import UserError
+from nanochat.common import UserError, first_line
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 
@@ -114,5 +114,4 @@ def classify(error: Exception) -> str | None:
 
 def brief(error: Exception) -> str:
     """The first line of the error, or of its cause where fsspec's own has only the address; at most 120 characters."""
-    lines = str(error.__cause__ or error).strip().splitlines()
-    return (lines[0].rstrip(". ") if lines and lines[0] else type(error).__name__)[:120]
+    return first_line(error.__cause__ or error)

@@ -80,8 +80,7 @@ def tally_in_place(path: Source, tally: Tally) -> None:
 def find_files(data: str, base_dir: Path, known_names: Sequence[str] = ()) -> Sequence[Source]:
     """The usable files that a path, folder, glob or URL stands for, sorted. Raises UserError if there are none."""
     accepted = "parquet, .jsonl or .txt (the latter two also as .gz or .zst)"
-    if data.startswith("file://"):
-        data = data.removeprefix("file://")
+    data = data.removeprefix("file://")
     if is_url(data):
         remote = find_remote(data, kind_of, base_dir)
         if not remote:

@@ -181,27 +181,22 @@ class RowPacker:
         ]
 
     def next_step(self) -> tuple[Batch, list[StreamState]]:
-        """The next `rows_per_stream` rows of each stream as a batch, and the streams' states after it."""
-        rows, sources = self.next_rows(self.rows_per_stream)
-        rows_tensor = torch.from_numpy(rows)  # (N, T+1)
-        inputs, targets = rows_tensor[:, :-1].contiguous(), rows_tensor[:, 1:].contiguous()  # (N, T) each
-        first, last = self.streams[0].index, self.streams[-1].index
-        origin = f"{describe_sources(sources)}, {len(self.streams)} streams from {first} to {last}"
-        return Batch(inputs, targets, None, origin), self.state()
+        """The next `rows_per_stream` rows of each stream as a batch, and the streams' states after it.
 
-    def next_rows(self, rows_per_stream: int) -> tuple[np.ndarray, set[tuple[int, int]]]:
-        """The next rows of all streams, (rows_per_stream * streams, T+1) int64, stream by stream within each round.
-
-        With them, the (epoch, row group) of everything in them.
+        The N = rows_per_stream * streams rows have one of each stream, then the next of each, and so on.
         """
-        rows = np.empty((rows_per_stream, len(self.streams), self.row_tokens), np.int64)
-        sources: set[tuple[int, int]] = set()
+        rows = np.empty((self.rows_per_stream, len(self.streams), self.row_tokens), np.int64)
+        sources: set[tuple[int, int]] = set()  # (epoch, row group) of everything in the rows
         for round_of_rows in rows:
             due = [stream for stream in self.streams if stream.counts.rows % REFILL_ROWS == 0]
             self._refill(due)  # all at once, so that the tokenizer's threads have enough to share
             for stream, row in zip(self.streams, round_of_rows):
                 self._pack(stream, row, sources)
-        return rows.reshape(-1, self.row_tokens), sources
+        rows_tensor = torch.from_numpy(rows).flatten(0, 1)  # (N, T+1)
+        inputs, targets = rows_tensor[:, :-1].contiguous(), rows_tensor[:, 1:].contiguous()  # (N, T) each
+        first, last = self.streams[0].index, self.streams[-1].index
+        origin = f"{describe_sources(sources)}, {len(self.streams)} streams from {first} to {last}"
+        return Batch(inputs, targets, None, origin), self.state()
 
     def _pack(self, stream: RowStream, row: np.ndarray, sources: set[tuple[int, int]]) -> None:
         """Write a stream's next row into `row`, (T+1,)."""

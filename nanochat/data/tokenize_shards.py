@@ -18,10 +18,6 @@ from nanochat.data.shards import Shard
 Result = int | str  # the number of tokens, or why the shard is bad
 
 
-class WorkerLost(RuntimeError):
-    """A worker process was killed."""
-
-
 class Stopped(Exception):
     """The pool is closing: a worker abandons its shard."""
 
@@ -30,7 +26,7 @@ def tokenize_shards(paths: dict[Shard, Path], tokenizer: Any, workers: int) -> I
     """Write the token file of each shard; yields each with its result as it is done.
 
     One worker is this process. Closing the iterator abandons the shards under way, of which no file is left. Raises
-    WorkerLost.
+    MemoryError if a worker was killed.
     """
     if workers == 1:
         for shard, path in paths.items():
@@ -47,7 +43,7 @@ def tokenize_shards(paths: dict[Shard, Path], tokenizer: Any, workers: int) -> I
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool as error:
-        raise WorkerLost("a worker was killed (out of memory?); the same command continues from here") from error
+        raise MemoryError("a worker was killed; the same command continues from here") from error
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
