@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -18,7 +18,6 @@ from nanochat.runtime import Runtime
 from scripts import _cli
 from scripts._chat import noted_interrupts, printable, terminal_reader
 
-SOURCES = ("base", "sft", "rl")
 HELP = """/clear         start a new conversation
 /system TEXT   start a new conversation with this system message; without TEXT: with none
 /quit          leave (or Ctrl-D)
@@ -29,7 +28,7 @@ Ctrl-C stops an answer; pressed twice at the prompt, it leaves. Alt-Enter starts
 class Config:
     """Talk to a model. A base model continues your text; sft and rl models answer it."""
 
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    source: Annotated[Literal["base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
     """Which model: base, sft or rl."""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
     """Tag of the run; empty takes the latest."""
@@ -55,8 +54,6 @@ class Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    if config.source not in SOURCES:
-        raise UserError(f"-i must be one of {', '.join(SOURCES)}, got {config.source!r}")
     sampling = SamplingParams().override(config)
     if config.python:
         choose_level("")  # raises now if there is no sandbox

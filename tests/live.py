@@ -60,7 +60,7 @@ class Live:
         until(
             lambda: (
                 self.api.pool.stats()["rows_running"] == self.api.pool.stats()["requests_waiting"] == 0
-                and self.api.admission.active == 0
+                and self.api.active == 0
             )
         )
 

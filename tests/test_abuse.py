@@ -251,8 +251,8 @@ def test_client_that_does_not_read_is_dropped(short_timeouts: None) -> None:
     """Its connection is closed, its unsent data discarded, its place among the active requests freed."""
     with Live(app_of(SETTINGS), send_bytes=4096) as live, live.connect(receive_bytes=4096) as connection:
         connection.sendall(post(CHAT, chat(**BIG), KEY))
-        until(lambda: live.api.admission.active == 1)
-        until(lambda: live.api.admission.active == 0)
+        until(lambda: live.api.active == 1)
+        until(lambda: live.api.active == 0)
         live.settle()
         assert b"[DONE]" not in rest(connection)
 

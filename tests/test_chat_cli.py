@@ -116,7 +116,7 @@ def test_no_model_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: s
     [
         (["-g", "d99"], "d2"),
         (["-s", "8"], "7"),
-        (["-i", "other"], "base, sft, rl"),
+        (["-i", "other"], "base.*sft.*rl"),
         (["-t", "-1"], "temperature"),
         (["-k", "-1"], "top_k"),
         (["--top-p", "0"], "top_p"),

@@ -123,8 +123,8 @@ def test_rolling_restart(url: str, servers: list[Live], monkeypatch: pytest.Monk
 
     thread = threading.Thread(target=stream)
     thread.start()
-    until(lambda: any(live.api.admission.active for live in servers))
-    (busy,) = [live for live in servers if live.api.admission.active]
+    until(lambda: any(live.api.active for live in servers))
+    (busy,) = [live for live in servers if live.api.active]
     busy.server.handle_exit(signal.SIGTERM, None)
     answers = [httpx.post(url + CHAT, json=chat(max_tokens=3), timeout=90) for _ in range(10)]
     assert [answer.status_code for answer in answers] == [200] * 10

@@ -3,14 +3,15 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 from fastapi.responses import Response
 from sse_starlette.sse import EventSourceResponse
+from typing_extensions import TypedDict
 
 from nanochat.serve.errors import ApiError
-from nanochat.serve.generation import Generation
+from nanochat.serve.generation import Generation, Usage
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 EVENTS: dict[str, Any] = {"text/event-stream": {"schema": EVENT}}
@@ -20,33 +21,55 @@ PING_SECONDS = 15
 json_text = json.JSONEncoder(ensure_ascii=False).encode
 
 
+class Answer(TypedDict):
+    """The fields of every whole answer but its choices."""
+
+    id: str
+    created: int
+    model: str
+    usage: Usage
+
+
 def whole_or_streamed(model: Any) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that answers with `model`, or streams where the request says so."""
     return {200: {"model": model, "content": EVENTS, "description": "The answer; with stream: true, its events"}}
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def now() -> int:
-    """Unix time in seconds."""
-    return int(time.time())
-
-
 def head(generation: Generation, prefix: str, kind: str) -> dict[str, Any]:
-    """The first fields of every chunk of a stream."""
-    return {"id": new_id(prefix), "object": kind, "created": now(), "model": generation.api.settings.model_name}
+    """The first fields of a whole answer and of every chunk of a stream."""
+    model = generation.api.settings.model_name
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-async def whole(generation: Generation, make_answer: Callable[[], Mapping[str, Any]]) -> Response:
-    """Generate everything, then answer as JSON. Raises ApiError."""
+async def whole(generation: Generation, prefix: str, kind: str, choices: Callable[[], Iterable[Any]]) -> Response:
+    """Generate everything, then answer with `choices()` as JSON. Raises ApiError."""
 
     def encode() -> bytes:
-        return b"".join(piece.encode() for piece in json_pieces(make_answer(), ANSWER_LEVELS))
+        answer = {**head(generation, prefix, kind), "choices": choices(), "usage": generation.usage()}
+        return b"".join(piece.encode() for piece in json_pieces(answer, ANSWER_LEVELS))
 
     await generation.run()
     return Response(await generation.api.run_in_thread(encode), media_type="application/json")
+
+
+async def chunks(
+    generation: Generation,
+    prefix: str,
+    kind: str,
+    choices: AsyncIterator[Any],
+    include_usage: bool,
+    null_usage: bool = False,
+) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of a stream, one for each of `choices`; with `include_usage`, a last one with the number of tokens.
+
+    `null_usage`: the others then have the field as well, as null.
+    """
+    base = head(generation, prefix, kind)
+    usage = {"usage": None} if include_usage and null_usage else {}
+    async for choice in choices:
+        yield {**base, "choices": [choice], **usage}
+    if include_usage:
+        yield {**base, "choices": [], "usage": generation.usage()}
 
 
 def stream(generation: Generation, events: AsyncIterator[Any], done: bool = True) -> Response:
@@ -69,7 +92,8 @@ def stream(generation: Generation, events: AsyncIterator[Any], done: bool = True
 def json_pieces(value: Any, levels: int) -> Iterator[str]:
     """JSON of a value, with iterators as lists, in pieces; values `levels` deep are one piece each.
 
-    With log probabilities an answer has megabytes: encoding it in one call would block all other threads meanwhile.
+    With log probabilities an answer has megabytes: encoding it in one call would block all other threads meanwhile, and
+    json's own `iterencode` takes eight times as long.
     """
     if levels and isinstance(value, dict):
         yield "{"

@@ -79,14 +79,6 @@ class ServerMetrics:
             gauge.set_function(lambda key=key: pool.stats()[key])  # type: ignore[misc]
 
 
-@dataclass
-class Admission:
-    """Requests for answers: how many are active, and whether new ones are refused since the server shuts down."""
-
-    active: int = 0
-    closing: bool = False
-
-
 class LoopBudget:
     """Limits how long all answers together keep the event loop busy in one iteration of it.
 
@@ -117,7 +109,8 @@ class Api:
     tokenizer: Any
     settings: Settings
     metrics: ServerMetrics
-    admission: Admission = field(default_factory=Admission)
+    active: int = 0  # requests that are being answered
+    closing: bool = False  # shutting down: new requests are refused
     budget: LoopBudget = field(default_factory=LoopBudget)
     started: float = field(default_factory=time.time)
 

@@ -81,21 +81,20 @@ class Guard:
     @contextlib.contextmanager
     def admit(self, scope: Any) -> Iterator[None]:
         """Count a generating request as active. Raises ApiError if it is refused, before its body is read."""
-        admission = self.api.admission
         if scope["path"] not in self.generating_paths or scope["method"] != "POST":
             yield
             return
-        if admission.closing:
+        if self.api.closing:
             retry = {"Retry-After": "5"}
             raise ApiError(503, "the server is shutting down", "server_error", code="unavailable", headers=retry)
-        if admission.active >= self.api.settings.max_requests:
+        if self.api.active >= self.api.settings.max_requests:
             retry = {"Retry-After": "1"}
             raise ApiError(429, "too many requests are active", "rate_limit_error", code="server_busy", headers=retry)
-        admission.active += 1
+        self.api.active += 1
         try:
             yield
         finally:
-            admission.active -= 1
+            self.api.active -= 1
 
 
 class RequestBody:

@@ -7,9 +7,9 @@ Finished.
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from nanochat.common import warn
 from nanochat.inference.request import GenerationRequest, Token
@@ -73,14 +73,10 @@ def count_groups(handles: Iterable[RequestHandle]) -> int:
     return len({handle.request.group or id(handle) for handle in handles})
 
 
-class Waiting(Sized, Iterable[RequestHandle], Protocol):
-    """The requests that count against max_waiting."""
-
-
 class Replica(ABC):
     """A model that decodes requests: Service in this process, RemoteService in another."""
 
-    _waiting: Waiting
+    _waiting: Iterable[RequestHandle]  # count against max_waiting
     request_seconds = 0.2  # estimated for each waiting request, for Retry-After
 
     def __init__(self, max_context: int, max_waiting: int) -> None:
@@ -107,7 +103,7 @@ class Replica(ABC):
             if self._closing or not self.alive:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
             if not admitted and count_groups(self._waiting) >= self.max_waiting:
-                raise Busy(len(self._waiting) * self.request_seconds)
+                raise Busy(len(list(self._waiting)) * self.request_seconds)
             self.load += request.num_samples
             self._enqueue(handle)
         return handle

@@ -13,7 +13,7 @@ from nanochat.inference.request import GenerationRequest, Token
 from nanochat.serve import answers
 from nanochat.serve.api import Api, ApiDependency
 from nanochat.serve.errors import ApiError
-from nanochat.serve.generation import Generation, Usage
+from nanochat.serve.generation import Generation
 from nanochat.serve.request_models import (
     MAX_CHARS,
     Body,
@@ -117,13 +117,9 @@ class ChatChoice(TypedDict):
     finish_reason: FinishReason
 
 
-class ChatAnswer(TypedDict):
-    id: str
+class ChatAnswer(answers.Answer):
     object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: list[ChatChoice]
-    usage: Usage
 
 
 def logprob_entries(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> Iterator[ChosenLogprob]:
@@ -140,9 +136,8 @@ def logprob_entries(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> 
             yield {**entry(token.id, token.logprobs.logprob), "top_logprobs": top_logprobs}
 
 
-def chat_answer(generation: Generation, body: ChatRequest) -> ChatAnswer:
-    """The whole answer; its log probabilities are iterators (answers.json_pieces)."""
-    choices: list[ChatChoice] = []
+def chat_choices(generation: Generation, body: ChatRequest) -> Iterator[ChatChoice]:
+    """The choices of a whole answer; their log probabilities are iterators."""
     for sample in generation.samples[0]:
         message: AssistantMessage = {"role": "assistant", "content": sample.text, "refusal": None}
         if tools := [tool(kind, text) for kind, text in sample.pieces if kind != "text"]:
@@ -150,41 +145,27 @@ def chat_answer(generation: Generation, body: ChatRequest) -> ChatAnswer:
         entries = logprob_entries(generation.api.tokenizer, sample.tokens, body.top_logprobs or 0)
         logprobs: ChatLogprobs | None = {"content": entries} if body.logprobs else None
         reason = sample.finish_reason or "length"
-        choices.append({"index": sample.choice, "message": message, "logprobs": logprobs, "finish_reason": reason})
-    return {
-        "id": answers.new_id("chatcmpl"),
-        "object": "chat.completion",
-        "created": answers.now(),
-        "model": generation.api.settings.model_name,
-        "choices": choices,
-        "usage": generation.usage(),
-    }
+        yield {"index": sample.choice, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
-async def chat_events(generation: Generation, body: ChatRequest) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a streamed answer. A tool call is not part of its text: it has a field of its own, which our page
-    shows."""
-    base = answers.head(generation, "chatcmpl", "chat.completion.chunk")
-    usage = {"usage": None} if body.include_usage else {}
+async def streamed_choices(generation: Generation, body: ChatRequest) -> AsyncIterator[dict[str, Any]]:
+    """The choice of each chunk. A tool call is not part of the text: it has its own field, which our page shows."""
 
-    def chunk(index: int, delta: Any, logprobs: ChatLogprobs | None, reason: FinishReason | None = None) -> Any:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return {**base, "choices": [choice], **usage}
+    def choice(index: int, delta: Any, logprobs: Any = None, reason: FinishReason | None = None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     for index in range(body.n):
-        yield chunk(index, {"role": "assistant", "content": ""}, None)
+        yield choice(index, {"role": "assistant", "content": ""})
     async for update in generation.updates():
         index, logprobs = update.sample.choice, None
         if body.logprobs:
             entries = logprob_entries(generation.api.tokenizer, update.tokens, body.top_logprobs or 0)
-            logprobs = ChatLogprobs(content=list(entries))
+            logprobs = {"content": list(entries)}
         for kind, text in update.pieces or ([("text", "")] if logprobs and logprobs["content"] else []):
-            yield chunk(index, {"content": text} if kind == "text" else {"tool": tool(kind, text)}, logprobs)
+            yield choice(index, {"content": text} if kind == "text" else {"tool": tool(kind, text)}, logprobs)
             logprobs = None
         if update.sample.finish_reason:
-            yield chunk(index, {}, None, update.sample.finish_reason)
-    if body.include_usage:
-        yield {**base, "choices": [], "usage": generation.usage()}
+            yield choice(index, {}, None, update.sample.finish_reason)
 
 
 async def published_events(generation: Generation) -> AsyncIterator[dict[str, Any]]:
@@ -209,8 +190,11 @@ async def chat(body: ChatRequest, http: Request, api: ApiDependency) -> Any:
     request = await api.run_in_thread(lambda: generation_request(api, body))
     generation = Generation(api, http, [request], body.stop, api.settings.chat_model)
     if body.stream:
-        return answers.stream(generation, chat_events(generation, body))
-    return await answers.whole(generation, lambda: chat_answer(generation, body))
+        choices = streamed_choices(generation, body)
+        kind = "chat.completion.chunk"
+        chunks = answers.chunks(generation, "chatcmpl", kind, choices, body.include_usage, null_usage=True)
+        return answers.stream(generation, chunks)
+    return await answers.whole(generation, "chatcmpl", "chat.completion", lambda: chat_choices(generation, body))
 
 
 @router.post("/chat/completions", response_class=EventSourceResponse)

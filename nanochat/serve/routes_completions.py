@@ -14,7 +14,7 @@ from nanochat.inference.request import GenerationRequest, TokenLogprobs
 from nanochat.serve import answers
 from nanochat.serve.api import Api, ApiDependency
 from nanochat.serve.errors import ApiError
-from nanochat.serve.generation import Generation, Usage
+from nanochat.serve.generation import Generation
 from nanochat.serve.replica import RequestHandle
 from nanochat.serve.request_models import MAX_CHARS, MAX_SAMPLES, TOKEN_LIMIT, Flag, GenerationBody
 from nanochat.serve.sample import FinishReason
@@ -126,13 +126,9 @@ class CompletionChoice(TypedDict):
     finish_reason: FinishReason
 
 
-class CompletionAnswer(TypedDict):
-    id: str
+class CompletionAnswer(answers.Answer):
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: Usage
 
 
 class TextOffsets:
@@ -188,9 +184,9 @@ def echoed(handle: RequestHandle) -> list[int]:
     return handle.request.prompt[1:]
 
 
-def completion_answer(generation: Generation, body: CompletionRequest) -> CompletionAnswer:
+def completion_choices(generation: Generation, body: CompletionRequest) -> Iterator[CompletionChoice]:
+    """The choices of a whole answer."""
     tokenizer = generation.api.tokenizer
-    choices: list[CompletionChoice] = []
     for handle, samples in zip(generation.handles, generation.samples):
         prompt = echoed(handle) if body.echo else []
         for sample in samples:
@@ -202,15 +198,7 @@ def completion_answer(generation: Generation, body: CompletionRequest) -> Comple
                 found = [*handle.sequences[0].prompt_logprobs, *(token.logprobs for token in sample.tokens)]
                 logprobs = completion_logprobs(tokenizer, [*prompt, *ids], found, [*offsets, *positions.of(ids)])
             text, reason = tokenizer.decode(prompt) + sample.text, sample.finish_reason or "length"
-            choices.append({"index": sample.choice, "text": text, "logprobs": logprobs, "finish_reason": reason})
-    return {
-        "id": answers.new_id("cmpl"),
-        "object": "text_completion",
-        "created": answers.now(),
-        "model": generation.api.settings.model_name,
-        "choices": choices,
-        "usage": generation.usage(),
-    }
+            yield {"index": sample.choice, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 def echo_parts(
@@ -230,14 +218,13 @@ def echo_parts(
         yield text[start : offsets.end], completion_logprobs(tokenizer, ids[part], logprobs[part], positions)
 
 
-async def completion_events(generation: Generation, body: CompletionRequest) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a streamed answer."""
-    base = answers.head(generation, "cmpl", "text_completion")
+async def streamed_choices(generation: Generation, body: CompletionRequest) -> AsyncIterator[dict[str, Any]]:
+    """The choice of each chunk."""
 
-    def chunk(
+    def choice(
         index: int, text: str, logprobs: CompletionLogprobs | None = None, reason: FinishReason | None = None
     ) -> dict[str, Any]:
-        return {**base, "choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}]}
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     tokenizer, with_logprobs = generation.api.tokenizer, body.logprobs is not None
     offsets: dict[int, TextOffsets] = {}  # by choice
@@ -247,19 +234,17 @@ async def completion_events(generation: Generation, body: CompletionRequest) -> 
             offsets[index] = TextOffsets(tokenizer)
             if body.echo:
                 for text, part in echo_parts(tokenizer, update.handle, offsets[index], with_logprobs):
-                    yield chunk(index, text, part)
+                    yield choice(index, text, part)
                     await generation.api.budget.wait()
         logprobs = None
         if with_logprobs and update.tokens:
             ids, found = [t.id for t in update.tokens], [t.logprobs for t in update.tokens]
             logprobs = completion_logprobs(tokenizer, ids, found, offsets[index].of(ids))
         for _, text in update.pieces or ([("text", "")] if logprobs else []):
-            yield chunk(index, text, logprobs)
+            yield choice(index, text, logprobs)
             logprobs = None
         if update.sample.finish_reason:
-            yield chunk(index, "", None, update.sample.finish_reason)
-    if body.include_usage:
-        yield {**base, "choices": [], "usage": generation.usage()}
+            yield choice(index, "", None, update.sample.finish_reason)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -272,5 +257,7 @@ async def complete(body: CompletionRequest, http: Request, api: ApiDependency) -
     requests = await api.run_in_thread(lambda: generation_requests(api, body))
     generation = Generation(api, http, requests, body.stop, chat=False)
     if body.stream:
-        return answers.stream(generation, completion_events(generation, body))
-    return await answers.whole(generation, lambda: completion_answer(generation, body))
+        choices = streamed_choices(generation, body)
+        chunks = answers.chunks(generation, "cmpl", "text_completion", choices, body.include_usage)
+        return answers.stream(generation, chunks)
+    return await answers.whole(generation, "cmpl", "text_completion", lambda: completion_choices(generation, body))

@@ -139,7 +139,7 @@ async def tokenizer_info(api: ApiDependency) -> TokenizerInfo:
 @router.get("/stats")
 def stats(api: ApiDependency) -> dict[str, Any]:
     seconds_up = time.time() - api.started
-    return {**api.pool.stats(), "requests_under_way": api.admission.active, "seconds_up": seconds_up}
+    return {**api.pool.stats(), "requests_under_way": api.active, "seconds_up": seconds_up}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -161,7 +161,7 @@ UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": Health}}
 @open_router.get("/health", response_model=Health, responses=UNHEALTHY)
 @open_router.get("/health/ready", response_model=Health, responses=UNHEALTHY)
 async def ready(api: ApiDependency) -> Any:
-    fine = api.pool.alive and not api.pool.failing and not api.admission.closing
+    fine = api.pool.alive and not api.pool.failing and not api.closing
     return JSONResponse({"status": "ok" if fine else "unavailable"}, 200 if fine else 503)
 
 

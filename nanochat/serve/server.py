@@ -36,7 +36,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        api.admission.closing = True
+        api.closing = True
         await asyncio.to_thread(pool.close, api.settings.drain_seconds)
 
     app = FastAPI(

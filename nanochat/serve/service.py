@@ -4,14 +4,13 @@ Service     a replica in this process: a model, its running batch, its queue, it
 WorkerPool  several replicas; each request goes to the least loaded, a dead replica is replaced
 """
 
-import contextlib
 import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nanochat.common import UserError, warn
+from nanochat.common import warn
 from nanochat.conversation import Tokenizer, end_tokens
 from nanochat.gpt import GPT
 from nanochat.inference.decoding import RunningBatch
@@ -202,8 +201,6 @@ class WorkerPool:
     """Replicas that share the requests. `make(index)` starts a replica; called again for one that died."""
 
     def __init__(self, make: Callable[[int], Replica], size: int = 1) -> None:
-        if size < 1:
-            raise UserError(f"--num-gpus must be at least 1, got {size}")
         self._make = make
         self._lock = threading.Lock()
         self._first = itertools.cycle(range(size))  # of equally loaded replicas
@@ -257,5 +254,4 @@ class WorkerPool:
         for thread in threads:
             thread.start()
         for thread in threads:
-            with contextlib.suppress(RuntimeError):
-                thread.join()
+            thread.join()

@@ -11,7 +11,6 @@ import logging
 import socket
 import sys
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,7 +26,6 @@ CHECK_SECONDS = 1.0  # between two checks of a connection
 DEFAULT_PORT = 8000
 PORTS_TRIED = 20
 BACKLOG = 2048
-TCP_LISTEN = "0A"  # state in /proc/net/tcp
 
 FLUSH_SECONDS = 0.2  # for the last errors to be sent, before connections are closed
 
@@ -84,7 +82,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         drain_seconds = self.api.settings.drain_seconds if self.drain_until is None else 0.0
-        self.api.admission.closing = True
+        self.api.closing = True
         self.drain_until = time.monotonic() + drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
@@ -94,7 +92,7 @@ class Server(uvicorn.Server):
                 await asyncio.to_thread(self.api.pool.close, 0.0)
                 await asyncio.sleep(FLUSH_SECONDS)
                 self.should_exit = True
-            self.should_exit = self.should_exit or self.api.admission.active == 0
+            self.should_exit = self.should_exit or self.api.active == 0
         return await super().on_tick(counter)
 
 
@@ -108,41 +106,19 @@ def limit_pauses() -> None:
 
 def open_socket(host: str, port: int) -> socket.socket:
     """A listening socket. A requested port must be free; -1 takes the first free one from DEFAULT_PORT on."""
+    ipv6 = ":" in host
     candidates = [port] if port != -1 else range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED)
     for candidate in candidates:
-        listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind((host, candidate))
-            listening.listen(BACKLOG)
-            return listening
-        except OSError as error:
-            listening.close()
-            taken = error.errno == errno.EADDRINUSE
+            return socket.create_server(
+                (host, candidate),
+                family=socket.AF_INET6 if ipv6 else socket.AF_INET,
+                dualstack_ipv6=ipv6 and socket.has_dualstack_ipv6(),
+                backlog=BACKLOG,
+            )
+        except OSError as error:  # its text names the address
             if port != -1:
-                by = f", by {owner}" if taken and (owner := port_owner(candidate)) else ""
-                raise UserError(
-                    f"cannot listen on {host}:{candidate} ({error.strerror}{by}); give another --port, "
-                    "or none for a free one"
-                ) from error
-            if not isinstance(error, PermissionError) and not taken:
-                raise UserError(f"cannot listen on {host}: {error.strerror}") from error
+                raise UserError(f"cannot listen: {error.strerror}; give another --port, or none for a free one") from error
+            if not isinstance(error, PermissionError) and error.errno != errno.EADDRINUSE:
+                raise UserError(f"cannot listen: {error.strerror}") from error
     raise UserError(f"no port from {candidates[0]} to {candidates[-1]} is free; give one with --port")
-
-
-def port_owner(port: int) -> str:
-    """The process that listens on a port, as `python (process 1234)`; empty if it cannot be found (only on Linux)."""
-    inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
-        except OSError:
-            continue
-        inodes |= {f"socket:[{r[9]}]" for r in rows if r[3] == TCP_LISTEN and int(r[1].rpartition(":")[2], 16) == port}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if any(str(fd.readlink()) in inodes for fd in process.glob("fd/*")):
-                return f"{(process / 'comm').read_text().strip()} (process {process.name})"
-        except OSError:
-            continue
-    return ""
