@@ -118,7 +118,9 @@ def open_socket(host: str, port: int) -> socket.socket:
             )
         except OSError as error:  # its text names the address
             if port != -1:
-                raise UserError(f"cannot listen: {error.strerror}; give another --port, or none for a free one") from error
+                raise UserError(
+                    f"cannot listen: {error.strerror}; give another --port, or none for a free one"
+                ) from error
             if not isinstance(error, PermissionError) and error.errno != errno.EADDRINUSE:
                 raise UserError(f"cannot listen: {error.strerror}") from error
     raise UserError(f"no port from {candidates[0]} to {candidates[-1]} is free; give one with --port")
