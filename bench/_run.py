@@ -11,11 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.table import Table
-
 from bench._common import Flags, circumstances
 from nanochat.common import UserError, say, warn
+from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
 from scripts import _cli
 
@@ -35,13 +33,7 @@ class Result:
 
     def show(self) -> None:
         """Print the table, then the numbers as one line of JSON."""
-        table = Table(*self.columns, title=self.title, show_header=any(self.columns))
-        for row in self.rows:
-            table.add_row(*row)
-        console = Console()
-        with console.capture() as drawn:
-            console.print(table)
-        say(drawn.get(), end="")
+        print_table(self.title, self.rows, self.columns)
         say(json.dumps(self.values, allow_nan=False))
 
 

@@ -29,7 +29,7 @@ from filelock import FileLock
 
 from nanochat.common import UserError, atomic_write, read_json, warn, write_json
 from nanochat.reporting.machine import describe_machine
-from nanochat.reporting.pages import render_html, render_markdown
+from nanochat.reporting.pages import render, report_context
 from nanochat.reporting.view import SPECIAL_KEYS, STAGES, Record, stages_of, wilson_interval
 
 
@@ -100,9 +100,10 @@ def render_report(base_dir: Path) -> Path:
 
 def _draw(base_dir: Path, report: Record) -> Path:
     folder = report_dir(base_dir)
-    for name, draw in (("report.md", render_markdown), ("report.html", render_html)):
+    values = report_context(report, base_dir)
+    for name in ("report.md", "report.html"):
         with atomic_write(folder / name, "w") as file:
-            file.write(draw(report, base_dir))
+            file.write(render(f"{name}.j2", **values).rstrip() + "\n")
     return folder / "report.html"
 
 

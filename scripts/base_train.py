@@ -14,7 +14,7 @@ from nanochat.evals.core_run import open_bundle
 from nanochat.evals.samples import continuations
 from nanochat.gpt import GPT
 from nanochat.planning.hardware import usual_price
-from nanochat.planning.outcome import plan_and_outcome
+from nanochat.planning.planner import plan_and_outcome
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, describe
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -44,7 +44,10 @@ def train(config: Config, runtime: Runtime) -> int:
     with open_run("base_train", folder, config, runtime) as run:
         config = run.config
         tokenizer = run.checkpoint.tokenizer() if run.checkpoint else get_tokenizer()
-        corpus = open_corpus(config.data, base_dir, runtime, skip_bad=config.skip_bad_shards, saved=saved_corpus(run))
+        saved = None
+        if checkpoint := run.checkpoint:  # to find the same shards again
+            saved = SavedCorpus.load(folder, checkpoint.step, checkpoint.meta["corpus"], checkpoint.loader_state())
+        corpus = open_corpus(config.data, base_dir, runtime, skip_bad=config.skip_bad_shards, saved=saved)
         bundle = open_bundle(config.eval_bundle, base_dir, runtime) if config.core_metric_every > 0 else None
         model = build_model(run, tokenizer)
         runtime.print0(f"{runtime.describe()}\ndata: {corpus.name}; run folder: {folder}")
@@ -80,13 +83,6 @@ def train(config: Config, runtime: Runtime) -> int:
         if code == 0 and runtime.is_main:
             report(run, trainer, plan)
         return code
-
-
-def saved_corpus(run: Run[Config]) -> SavedCorpus | None:
-    """The corpus that a resumed run was trained on, to find the same shards again."""
-    if (saved := run.checkpoint) is None:
-        return None
-    return SavedCorpus.load(run.folder, saved.step, saved.meta["corpus"], saved.loader_state())
 
 
 def make_hooks(config: Config, corpus: Corpus, tokenizer: RustBPETokenizer, runtime: Runtime) -> list[Hook]:

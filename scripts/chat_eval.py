@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import UserError, get_base_dir, say, sha256_file
@@ -17,6 +14,7 @@ from nanochat.engine import Engine
 from nanochat.execution import choose_level
 from nanochat.ranges import Range
 from nanochat.report import accuracy_values, load_report, record_stage
+from nanochat.reporting.console import print_table
 from nanochat.reporting.view import wilson_interval
 from nanochat.runtime import Runtime
 from nanochat.train.run import command_line
@@ -26,8 +24,7 @@ from tasks.evaluation import (
     CHATCORE,
     AskFlags,
     ChatCore,
-    Outcome,
-    ask,
+    ask_on_all_ranks,
     chat_core,
     constant_share,
     pass_rates,
@@ -126,11 +123,13 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
     guesses: dict[str, float] = {}
     samples: list[dict[str, str]] = []
     rows = []
+    flags = AskFlags(config.num_samples, config.batch_size, config.max_new_tokens, config.temperature, config.top_k)
     for name, task in tasks.items():
-        rights, outcomes = run_task(config, task, engine, tokenizer, runtime)
+        total = len(task) if config.max_problems < 0 else min(config.max_problems, len(task))
+        rights, outcomes = ask_on_all_ranks(task, total, engine, flags, runtime)
         per_item = 1 if task.eval_type == "categorical" else config.num_samples
         shares[name] = [right / per_item for right in rights]
-        right, total = sum(rights) / per_item, len(rights)
+        right = sum(rights) / per_item
         right = int(right) if right.is_integer() else right
         results[name] = (right, total)
         low, high = wilson_interval(right, total)
@@ -210,32 +209,12 @@ def earlier_shares(base_dir: Path, stage: str, checkpoint: str) -> dict[str, lis
     return found
 
 
-def run_task(
-    config: Config, task: Task, engine: Engine, tokenizer: Any, runtime: Runtime
-) -> tuple[list[int], list[Outcome]]:
-    """(right answers by item, over all processes; this process's items). The items are shared out."""
-    total = len(task) if config.max_problems < 0 else min(config.max_problems, len(task))
-    flags = AskFlags(config.num_samples, config.batch_size, config.max_new_tokens, config.temperature, config.top_k)
-    outcomes = ask(task, range(total)[runtime.rank :: runtime.world_size], engine, tokenizer, flags)
-    rights = torch.zeros(total, dtype=torch.float32)
-    for outcome in outcomes:
-        rights[outcome.index] = outcome.num_right
-    rights = runtime.all_reduce_sum(rights.to(runtime.device), "summing right answers").cpu()
-    return [int(right) for right in rights.tolist()], outcomes
-
-
 def show(rows: Sequence[tuple[str, ...]], core: ChatCore | None) -> None:
     """The results as a table, and ChatCORE."""
     columns = ["task", "split", "right", "of", "accuracy", "95% interval", "guessing"]
     if any(row[-1] for row in rows):
         columns.append("of several answers")
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row[: len(columns)])
-    console = Console()
-    with console.capture() as drawn:
-        console.print(table)
-    say(drawn.get(), end="")
+    print_table("", [row[: len(columns)] for row in rows], columns)
     if core:
         partial = f"; partial, without {', '.join(core.missing)}" if core.missing else ""
         say(f"ChatCORE {core.value:.4f} (95% {core.low:.4f} to {core.high:.4f}{partial})")

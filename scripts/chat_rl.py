@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-
 from nanochat.common import UserError, atomic_write, get_base_dir, say
 from nanochat.engine import Engine
 from nanochat.ranges import Range
@@ -23,7 +21,7 @@ from nanochat.train.step import TrainStep
 from nanochat.trainer import Hook, Record, Trainer
 from scripts import _cli
 from tasks.common import Task
-from tasks.evaluation import AskFlags, ask, pass_rates, write_transcripts
+from tasks.evaluation import AskFlags, ask_on_all_ranks, pass_rates, write_transcripts
 from tasks.registry import REWARDED, known_name, make_levels
 
 GUESSED_STEPS = 100  # of a run that the clock ends, until its pace is known
@@ -185,16 +183,12 @@ def evaluate(trainer: Trainer, tasks: Sequence[Task], engine: Engine, config: Co
     accuracies: dict[str, float] = {}
     found: Record = {}
     for task in tasks:
-        items = range(min(config.eval_examples, len(task)))
+        total = min(config.eval_examples, len(task))
         sampled = [(config.eval_samples, 1.0)] if config.eval_samples > 1 else []
         for samples, temperature in [(1, 0.0), *sampled]:
             flags = AskFlags(samples, 32, config.max_new_tokens, temperature, config.top_k, config.seed)
-            outcomes = ask(task, items[runtime.rank :: runtime.world_size], engine, engine.tokenizer, flags)
-            rights = torch.zeros(len(items))
-            for outcome in outcomes:
-                rights[outcome.index] = outcome.num_right
-            rights = runtime.all_reduce_sum(rights.to(runtime.device), "summing right answers")
-            rates = pass_rates([int(n) for n in rights.tolist()], samples)
+            rights, outcomes = ask_on_all_ranks(task, total, engine, flags, runtime)
+            rates = pass_rates(rights, samples)
             if samples == 1:
                 accuracies[task.name] = found[f"accuracy/{task.name}"] = rates[1]
                 name = task.name.replace("/", "_") + (f".rank{runtime.rank}" if runtime.world_size > 1 else "")

@@ -22,7 +22,7 @@ from nanochat.ranges import Range
 from nanochat.recipe import recipe_rules
 from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
-from nanochat.scaling import Plan, align_batch, make_plan
+from nanochat.scaling import align_batch, make_plan
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train.device_batch import choose_device_batch
 from nanochat.train.pace import choose_depth, measure_pace, this_machine
@@ -68,7 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     any_depth = here and config.depth == -1 and config.minutes > 0  # to be chosen once the machine is measured
     model_config = config.network(config.vocab_size)(2 if any_depth else config.depth)
     make_plan(model_config, **horizon(config, num_steps=1))  # refuse wrong flags before measuring
-    run = plan_here(config, model_config) if here else plan_on_preset(config, model_config)
+    if here:
+        run = plan_here(config, model_config)
+    else:  # a GPU known by name, with the speed expected from published runs
+        gpu = find_gpu(config.gpu, config.fp8)
+        run = plan_with_pace(config, model_config, gpu, expected_pace(model_config, gpu), max(1, config.num_gpus))
     if config.minutes > 0 and config.num_iterations == -1:
         run.wall_seconds = 60 * config.minutes
         run.assumptions.append(
@@ -104,13 +108,6 @@ def horizon(config: Config, num_steps: int = -1) -> dict[str, Any]:
     }
 
 
-def plan_on_preset(config: Config, model_config: GPTConfig) -> RunPlan:
-    """Plan for a GPU known by name, with the speed expected from published runs."""
-    gpu = find_gpu(config.gpu, config.fp8)
-    pace = expected_pace(model_config, gpu)
-    return plan_with_pace(config, model_config, gpu, pace, max(1, config.num_gpus))
-
-
 def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
     """Plan for this machine, with its speed measured by a few training steps."""
     if config.fp8:
@@ -137,12 +134,22 @@ def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
 def plan_with_pace(
     config: Config, model_config: GPTConfig, gpu: Gpu, pace: Pace, num_gpus: int, max_rows: int | None = None
 ) -> RunPlan:
-    """Plan for a machine whose speed is known."""
+    """Plan for a machine whose speed is known; with --minutes as many steps as fit, of base_train's batch."""
     if config.dollars_per_gpu_hour >= 0:
         gpu = replace(gpu, dollars_per_hour=config.dollars_per_gpu_hour)
+    by_time, steps = config.minutes > 0 and config.num_iterations == -1, -1
+    if by_time:
+        if config.total_batch_size == -1:
+            config = replace(config, total_batch_size=batch_for_minutes(gpu.device_type))
+        T = model_config.sequence_len
+        rows = align_batch(config.total_batch_size, T) // T
+        steps = steps_in(config.minutes, pace.step_seconds(math.ceil(rows / num_gpus) * T))
+    plan = make_plan(model_config, **horizon(config, steps))
+    if by_time:
+        plan.horizon = f"--minutes={config.minutes:g}"
     return plan_run(
         model_config,
-        fix_steps(config, model_config, gpu, pace, num_gpus),
+        plan,
         gpu,
         pace,
         num_gpus=num_gpus,
@@ -150,20 +157,6 @@ def plan_with_pace(
         device_batch_size=config.device_batch_size,
         law=Law.load(),
     )
-
-
-def fix_steps(config: Config, model_config: GPTConfig, gpu: Gpu, pace: Pace, num_gpus: int) -> Plan:
-    """The plan for the requested horizon; with --minutes as many steps as fit, of base_train's batch."""
-    if config.minutes <= 0 or config.num_iterations > 0:
-        return make_plan(model_config, **horizon(config))
-    if config.total_batch_size == -1:
-        config = replace(config, total_batch_size=batch_for_minutes(gpu.device_type))
-    T = model_config.sequence_len
-    rows = align_batch(config.total_batch_size, T) // T
-    steps = steps_in(config.minutes, pace.step_seconds(math.ceil(rows / num_gpus) * T))
-    plan = make_plan(model_config, **horizon(config, steps))
-    plan.horizon = f"--minutes={config.minutes:g}"
-    return plan
 
 
 if __name__ == "__main__":

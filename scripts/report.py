@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, say
 from nanochat.report import load_report, render_report
 from nanochat.reporting.compare import write_comparison
+from nanochat.reporting.console import print_table
 from nanochat.reporting.view import (
     STAGE_COLUMNS,
     Record,
@@ -44,31 +41,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(write_comparison(base_dir, config.compare))
         return 0
     page = render_report(base_dir)
-    print_summary(load_report(base_dir), Console())
+    print_summary(load_report(base_dir))
     print(page)
     return 0
 
 
-def print_summary(report: Record, console: Console) -> None:
+def print_summary(report: Record) -> None:
     """Headline, time by stage and skills with their intervals."""
-    if headline(report):
-        console.print(" · ".join(f"{label} [bold]{escape(text)}[/bold]" for label, text in headline(report)))
+    if found := headline(report):
+        say(" · ".join(f"{label} {text}" for label, text in found))
     for note in mixed_runs(report):
-        console.print(escape(note))
-    times = Table(*STAGE_COLUMNS, box=None, header_style="dim")
-    for row in stage_times(report):
-        times.add_row(*map(escape, row))
-    console.print(times)
+        say(note)
+    print_table("", stage_times(report), STAGE_COLUMNS)
     for _, title, values in stages_of(report):
-        if not (skills := skills_of(values)):
-            continue
-        table = Table(escape(title), "accuracy", "95% interval", "guessing", "right", box=None, header_style="dim")
-        for s in skills:
-            guessing = "" if s.baseline is None else f"{s.baseline:.1%}"
-            table.add_row(
-                escape(s.name), f"{s.accuracy:.1%}", f"{s.low:.1%} – {s.high:.1%}", guessing, f"{s.passed}/{s.total}"
+        rows = [
+            (
+                s.name,
+                f"{s.accuracy:.1%}",
+                f"{s.low:.1%} – {s.high:.1%}",
+                "" if s.baseline is None else f"{s.baseline:.1%}",
+                f"{s.passed}/{s.total}",
             )
-        console.print(table)
+            for s in skills_of(values)
+        ]
+        if rows:
+            print_table("", rows, (title, "accuracy", "95% interval", "guessing", "right"))
 
 
 if __name__ == "__main__":

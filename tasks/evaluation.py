@@ -20,6 +20,7 @@ from nanochat.gpt import GPT
 from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
 from nanochat.loss_head import head_logits
+from nanochat.runtime import Runtime
 from tasks.answers import number_after_marker, parse_number, reference_text, text_of
 from tasks.common import Task
 from tasks.registry import TASKS
@@ -76,6 +77,18 @@ def ask(task: Task, indices: Sequence[int], engine: Engine, tokenizer: Tokenizer
     else:
         samples = sample_answers(task, conversations, engine, tokenizer, flags, indices)
     return [Outcome(*one) for one in zip(indices, conversations, samples)]
+
+
+def ask_on_all_ranks(
+    task: Task, total: int, engine: Engine, flags: AskFlags, runtime: Runtime
+) -> tuple[list[int], list[Outcome]]:
+    """(number of right answers to each of the first `total` items, this rank's outcomes). Collective."""
+    outcomes = ask(task, range(total)[runtime.rank :: runtime.world_size], engine, engine.tokenizer, flags)
+    rights = torch.zeros(total)
+    for outcome in outcomes:
+        rights[outcome.index] = outcome.num_right
+    rights = runtime.all_reduce_sum(rights.to(runtime.device), "summing right answers")
+    return [int(right) for right in rights.tolist()], outcomes
 
 
 def sample_answers(

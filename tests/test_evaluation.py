@@ -17,7 +17,16 @@ from nanochat.runtime import Runtime
 from scripts import chat_eval, contamination
 from tasks.arc import ARC
 from tasks.common import Task
-from tasks.evaluation import CHATCORE, chat_core, choose_letters, constant_share, pass_at_k, pass_rates
+from tasks.evaluation import (
+    CHATCORE,
+    AskFlags,
+    ask_on_all_ranks,
+    chat_core,
+    choose_letters,
+    constant_share,
+    pass_at_k,
+    pass_rates,
+)
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
 from tasks.multiple_choice import mc_conversation
@@ -233,7 +242,7 @@ def test_contamination_names_the_items(
 
 def test_ranks_share_the_items(finetuned: Path) -> None:
     """Three processes' parts make up what one would have asked."""
-    config = chat_eval.Config(max_problems=5, max_new_tokens=3)
+    flags = AskFlags(max_new_tokens=3)
     from nanochat.checkpoint_manager import load_model
     from nanochat.engine import Engine
 
@@ -242,10 +251,10 @@ def test_ranks_share_the_items(finetuned: Path) -> None:
         "sft", runtime, base_dir=finetuned, model_tag="tiny", step=None, compute_dtype=torch.float32
     )
     engine = Engine(model, tokenizer)
-    alone, _ = chat_eval.run_task(config, Yes(), engine, tokenizer, runtime)
+    alone, _ = ask_on_all_ranks(Yes(), 5, engine, flags, runtime)
     parts = []
     for rank in range(3):
         part = Runtime(runtime.device, runtime.dtype, "", 0, rank=rank, local_rank=rank, world_size=3)
         part.all_reduce_sum = lambda x, name: x  # type: ignore[method-assign]
-        parts.append(chat_eval.run_task(config, Yes(), engine, tokenizer, part)[0])
+        parts.append(ask_on_all_ranks(Yes(), 5, engine, flags, part)[0])
     assert [sum(column) for column in zip(*parts)] == alone

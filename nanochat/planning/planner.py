@@ -14,7 +14,9 @@ from nanochat.gpt import GPTConfig
 from nanochat.planning.hardware import Gpu, Pace
 from nanochat.planning.law import Forecast, Law
 from nanochat.planning.memory import choose_rows, memory_by_kind
+from nanochat.runtime import process_age
 from nanochat.scaling import Plan, describe, scaling_params
+from nanochat.train.progress import Progress
 
 MAX_EXTRAPOLATION = 1000.0  # beyond this many times the FLOPs of the law's largest run, no forecast is given
 USABLE_MEMORY = 0.9  # the rest goes to the CUDA context, allocator fragmentation and temporaries of the update
@@ -200,3 +202,22 @@ def assumptions(run: RunPlan) -> Iterator[str]:
         yield f"loss: no forecast: no fitted law, or a run beyond {MAX_EXTRAPOLATION:g} times the largest one fitted"
     else:
         yield f"loss: {run.forecast.basis}"
+
+
+def plan_and_outcome(plan: Plan, progress: Progress, minutes: float) -> list[dict[str, Any]]:
+    """What was planned beside the outcome, as rows of the report's table.
+
+    Steps, tokens, the time if `minutes` was given, bits per byte if there is a law.
+    """
+    rows: list[dict[str, Any]] = [
+        {"": "steps", "planned": f"{plan.num_steps:,}", "outcome": f"{progress.step:,}"},
+        {"": "tokens", "planned": format_count(plan.tokens), "outcome": format_count(progress.tokens)},
+    ]
+    if minutes > 0:
+        seconds = max(process_age(), progress.wall_seconds)  # the latter counts earlier sessions too
+        rows.append({"": "time", "planned": format_seconds(60 * minutes), "outcome": format_seconds(seconds)})
+    law = Law.load()
+    if law and progress.val_bpb is not None:
+        forecast = law.forecast(scaling_params(plan.params), plan.tokens)
+        rows.append({"": "bits per byte", "planned": str(forecast), "outcome": f"{progress.val_bpb:.4f}"})
+    return rows

@@ -32,16 +32,6 @@ from nanochat.reporting.view import (
 REFRESH_SECONDS = 15  # of a page that shows a running stage
 
 
-def render_html(report: Record, base_dir: Path) -> str:
-    """The report as one HTML page; curves come from the metrics files in base_dir."""
-    return render("report.html.j2", **_context(report, base_dir))
-
-
-def render_markdown(report: Record, base_dir: Path) -> str:
-    """The report as Markdown, with curves as sparklines."""
-    return render("report.md.j2", **_context(report, base_dir)).rstrip() + "\n"
-
-
 def render(template: str, *, refresh: bool, **values: Any) -> str:
     """The named template with these values; `refresh` makes the page reload itself."""
     return _environment().get_template(template).render(refresh=REFRESH_SECONDS if refresh else None, **values)
@@ -70,8 +60,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _context(report: Record, base_dir: Path) -> dict[str, Any]:
-    """The values of report.html.j2 and report.md.j2; an empty one leaves its section out."""
+def report_context(report: Record, base_dir: Path) -> dict[str, Any]:
+    """The values of report.html.j2 and report.md.j2; an empty one leaves its section out. Curves are in base_dir."""
     stages = stages_of(report)
     machine = {name: value for name, value in (report.get("machine") or {}).items() if value is not None}
     details = []

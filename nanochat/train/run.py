@@ -176,13 +176,11 @@ def lock_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)  # beside the folder, which may be moved
     try:
-        lock.acquire()
+        held = lock.acquire()
     except Timeout:
         raise UserError(f"another process is training in {folder}; wait for it, or give another --model-tag") from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def choose_checkpoint(folder: Path, config: TrainConfig, runtime: Runtime) -> Checkpoint | None:
