@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -76,6 +77,15 @@ def test_text_files_are_converted_to_the_same_shards(bucket: Path, tmp_path: Pat
     )
     assert far.fingerprint == near.fingerprint and sorted(both(far)) == sorted(TEXTS)
     np.testing.assert_array_equal(rows_of(far, 20), rows_of(near, 20))
+
+
+def test_files_go_to_worker_processes(bucket: Path, tmp_path: Path) -> None:
+    """A copy of a file reads the same, and the copies of one process share the threads and the cache."""
+    corpus = resolve_corpus("bucket://data", tmp_path / "base")
+    shards = corpus.shards["train"]
+    first, second = (pickle.loads(pickle.dumps(shard)) for shard in shards[:2])
+    assert first == shards[0] and first.path.remote is second.path.remote
+    assert parquet.read_row_group(first.path, 1, "") == parquet.read_row_group(shards[0].path, 1, "")
 
 
 def test_a_shard_is_read_by_row_group_and_none_before_it_is_needed(bucket: Path, tmp_path: Path) -> None:

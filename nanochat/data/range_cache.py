@@ -66,7 +66,10 @@ class RangeCache:
                 if self.counted < 0 or self.written > COUNT_SHARE * self.max_bytes:
                     self.counted, self.written = self._evict(), 0
         except OSError as error:
-            self._fail(error)
+            if not self.failed:
+                problem = f"({error.strerror or error}): continuing without a cache"
+                warn(f"cannot cache fetched data in {self.folder} {problem}")
+            self.failed = True
 
     def path(self, name: str) -> Path:
         """The file of a range."""
@@ -94,11 +97,6 @@ class RangeCache:
                     os.unlink(path)
                 total -= size
         return total
-
-    def _fail(self, error: OSError) -> None:
-        if not self.failed:
-            warn(f"cannot cache fetched data in {self.folder} ({error.strerror or error}): continuing without a cache")
-        self.failed = True
 
 
 def digest(data: bytes) -> bytes:

@@ -64,9 +64,6 @@ class RemoteFile:
     def __str__(self) -> str:
         return self.url
 
-    def __reduce__(self) -> tuple[Any, ...]:  # into a worker process, which reads through a Remote of its own
-        return _reopen, (self.url, self.size, self.version, self.path, str(self.remote.base_dir))
-
     def __lt__(self, other: "RemoteFile") -> bool:
         return self._path.split("/") < other._path.split("/")  # as paths compare
 
@@ -161,6 +158,9 @@ class Remote:
         self.footer = lru_cache(MAX_FOOTERS)(lambda file: self.wait(self._start(partial(self._footer, file))))
         self.ranges = lru_cache(MAX_FOOTERS)(lambda file, ranges_of: ranges_of(self.footer(file)))
         self.ahead = threading.BoundedSemaphore(FETCHES_AHEAD)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # into a worker process, which has one of its own for all files
+        return _remote_of, (self.fs, self.base_dir)
 
     def read(self, file: RemoteFile, start: int, end: int, keep: bool = False) -> bytes:
         """Bytes start to end of a file. `keep` them in the cache on disk."""
@@ -278,6 +278,11 @@ class Remote:
         return future
 
 
+@lru_cache(maxsize=16)
+def _remote_of(fs: Any, base_dir: Path) -> Remote:
+    return Remote(fs, base_dir)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Listing
 
@@ -303,13 +308,3 @@ def find_remote(data: str, usable: Callable[[PurePosixPath], Any], base_dir: Pat
     if found and not files:
         raise UserError(f"--data {data}: its server does not tell sizes; download it and give its path")
     return sorted(files)
-
-
-def _reopen(url: str, size: int, version: str, path: str, base_dir: str) -> RemoteFile:
-    root = "/".join(url.split("/")[:3])
-    return RemoteFile(url, size, version, path, _remote_of(root, base_dir))
-
-
-@lru_cache(maxsize=16)
-def _remote_of(root: str, base_dir: str) -> Remote:
-    return Remote(open_filesystem(root)[0], Path(base_dir))
