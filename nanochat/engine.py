@@ -14,7 +14,7 @@ from typing import Any
 from nanochat.common import warn
 from nanochat.conversation import Message, Tokenizer, end_tokens, fit_prompt, parse_answer
 from nanochat.gpt import GPT
-from nanochat.inference.answer_text import AnswerStream, TextStream
+from nanochat.inference.answer_text import AnswerStream
 from nanochat.inference.calculator import use_calculator
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
@@ -23,7 +23,7 @@ from nanochat.inference.request import GenerationRequest, Token, TokenSequence
 from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import DEFAULT_TOOLS, Tool, ToolTable
 
-__all__ = ["AnswerStream", "Chat", "Engine", "KVCache", "TextStream", "use_calculator"]
+__all__ = ["AnswerStream", "Chat", "Engine", "KVCache", "use_calculator"]
 
 Column = tuple[list[int], list[int]]  # a token per sample, and a mask per sample
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stubs import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, SPECIAL, START, TOKENIZER, Scripted, chain, stir
 
 from nanochat.conversation import parse_answer
-from nanochat.engine import AnswerStream, Engine, TextStream
+from nanochat.engine import AnswerStream, Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import prefill
 from nanochat.inference.decoding import RunningBatch
@@ -379,16 +379,21 @@ def test_decoding_weights_follow_the_optimizer() -> None:
 @given(st.text(max_size=40))
 @settings(max_examples=50, deadline=None)
 def test_streaming_never_splits_a_character(text: str) -> None:
-    stream = TextStream(TOKENIZER)
-    pieces = [stream.feed(token) for token in text.encode(errors="ignore")]
-    assert "".join(pieces) == text.encode(errors="ignore").decode() and stream.finish() == ""
+    stream = AnswerStream(TOKENIZER, chat=False)
+    pieces = [piece for token in text.encode(errors="ignore") for _, piece in stream.feed(token)]
+    assert "".join(pieces) == text.encode(errors="ignore").decode() and stream.finish() == []
     assert all(len(piece) <= 1 for piece in pieces)  # a byte completes at most one character
 
 
 def test_an_incomplete_character_becomes_a_replacement_character() -> None:
-    stream = TextStream(TOKENIZER)
-    assert [stream.feed(byte) for byte in "€".encode()[:2]] == ["", ""]
-    assert stream.finish() == "\N{REPLACEMENT CHARACTER}" and stream.feed(65) == "A"
+    stream = AnswerStream(TOKENIZER, chat=False)
+    assert [stream.feed(byte) for byte in "€".encode()[:2]] == [[], []]
+    assert stream.finish() == [("text", "\N{REPLACEMENT CHARACTER}")] and stream.feed(65) == [("text", "A")]
+
+
+def test_text_of_a_base_model_has_special_tokens_by_name() -> None:
+    stream = AnswerStream(TOKENIZER, chat=False)
+    assert stream.feed(BOS) == [("text", "<|bos|>")] and stream.feed(65) == [("text", "A")]
 
 
 TOKENS = st.one_of(st.integers(0, 255), st.sampled_from(sorted(set(SPECIAL.values()) - {BOS, END})))

@@ -65,23 +65,19 @@ def describe_validation_error(error: RequestValidationError, content_type: str) 
     return ApiError(400, f"{param}: {message}" if param else message, param=param)
 
 
-def to_api_error(request: Request, error: Exception) -> ApiError:
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, RequestValidationError):
-        return describe_validation_error(error, request.headers.get("content-type", ""))
-    if isinstance(error, HTTPException):
-        message = "the body cannot be read as JSON in UTF-8" if error.status_code == 400 else str(error.detail)
-        return ApiError(error.status_code, message, headers=error.headers)
-    if isinstance(error, RecursionError):
-        return ApiError(400, "the JSON is nested too deeply")
-    if isinstance(error, UnicodeDecodeError):
-        return ApiError(400, "the body is not UTF-8")
-    return ApiError(500, "the server failed on this request", "server_error")  # uvicorn logs the traceback
-
-
 async def handle_error(request: Request, error: Exception) -> Response:
-    return to_api_error(request, error).response()
+    if isinstance(error, RequestValidationError):
+        error = describe_validation_error(error, request.headers.get("content-type", ""))
+    elif isinstance(error, HTTPException):
+        message = "the body cannot be read as JSON in UTF-8" if error.status_code == 400 else str(error.detail)
+        error = ApiError(error.status_code, message, headers=error.headers)
+    elif isinstance(error, RecursionError):
+        error = ApiError(400, "the JSON is nested too deeply")
+    elif isinstance(error, UnicodeDecodeError):
+        error = ApiError(400, "the body is not UTF-8")
+    elif not isinstance(error, ApiError):  # uvicorn logs the traceback
+        error = ApiError(500, "the server failed on this request", "server_error")
+    return error.response()
 
 
 ERROR_HANDLERS: dict[int | type[Exception], Any] = dict.fromkeys(

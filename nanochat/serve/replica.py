@@ -68,11 +68,6 @@ class RequestHandle:
             self.replica.release(self)
 
 
-def count_groups(handles: Iterable[RequestHandle]) -> int:
-    """The number of groups; a request without one is its own."""
-    return len({handle.request.group or id(handle) for handle in handles})
-
-
 class Replica(ABC):
     """A model that decodes requests: Service in this process, RemoteService in another."""
 
@@ -102,8 +97,10 @@ class Replica(ABC):
         with self._changed:
             if self._closing or not self.alive:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
-            if not admitted and count_groups(self._waiting) >= self.max_waiting:
-                raise Busy(len(list(self._waiting)) * self.request_seconds)
+            waiting = list(self._waiting)
+            groups = {other.request.group or id(other) for other in waiting}  # a request without one is its own
+            if not admitted and len(groups) >= self.max_waiting:
+                raise Busy(len(waiting) * self.request_seconds)
             self.load += request.num_samples
             self._enqueue(handle)
         return handle

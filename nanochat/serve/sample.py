@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nanochat.conversation import Tokenizer
-from nanochat.inference.answer_text import AnswerStream, TextStream
+from nanochat.inference.answer_text import AnswerStream
 from nanochat.inference.request import Token
 
 Piece = tuple[str, str]  # (kind, text); kinds are text, python, python_output
@@ -26,7 +26,7 @@ class Sample:
     tokens: list[Token] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._stream = AnswerStream(self.tokenizer) if self.chat else TextStream(self.tokenizer)
+        self._stream = AnswerStream(self.tokenizer, self.chat)
         self._withheld = ""
 
     @property
@@ -45,9 +45,9 @@ class Sample:
         """The rest, when no more tokens come."""
         return [] if self.stopped else self._finalize(self._stream.finish(), last=True)
 
-    def _finalize(self, decoded: str | list[Piece], last: bool = False) -> list[Piece]:
+    def _finalize(self, decoded: list[Piece], last: bool = False) -> list[Piece]:
         final: list[Piece] = []
-        for kind, text in [("text", decoded)] if isinstance(decoded, str) else decoded:
+        for kind, text in decoded:
             if kind != "text":  # a stop string does not extend over a tool call
                 final += [("text", self._withheld), (kind, text)]
                 self._withheld = ""
