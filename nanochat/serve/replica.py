@@ -80,13 +80,17 @@ class Replica(ABC):
         self.load = 0  # samples of unfinished requests
         self.tokens_made = 0
         self.requests_lost = 0  # unfinished when it died
-        self.error: Exception | None = None  # what it died of; Closed if it was shut down
+        self.error: Exception | None = None  # why it has ended; Closed if it was shut down
         self._closing = False
         self._changed = threading.Condition()  # guards the queue and the fields above
 
     @property
     def alive(self) -> bool:
         return self.error is None
+
+    @property
+    def died(self) -> bool:
+        return not isinstance(self.error, Closed | None)
 
     def submit(self, request: GenerationRequest, deliver: Deliver, admitted: bool = False) -> RequestHandle:
         """Queue a request. `admitted`: its group is, so that it is never refused for a full queue.
@@ -97,10 +101,11 @@ class Replica(ABC):
         with self._changed:
             if self._closing or not self.alive:
                 raise Closed("the service is shutting down" if self._closing else f"the service died: {self.error!r}")
-            waiting = list(self._waiting)
-            groups = {other.request.group or id(other) for other in waiting}  # a request without one is its own
-            if not admitted and len(groups) >= self.max_waiting:
-                raise Busy(len(waiting) * self.request_seconds)
+            if not admitted:
+                waiting = list(self._waiting)
+                groups = {other.request.group or id(other) for other in waiting}  # a request without one is its own
+                if len(groups) >= self.max_waiting:
+                    raise Busy(len(waiting) * self.request_seconds)
             self.load += request.num_samples
             self._enqueue(handle)
         return handle

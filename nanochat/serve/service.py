@@ -66,10 +66,6 @@ class Service(Replica):
 
     # -- from any thread ------------------------------------------------------------------------------
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive() and self.error is None
-
     def _enqueue(self, handle: RequestHandle) -> None:
         self._waiting.add(handle.request.client, handle)
         self._changed.notify()
@@ -116,7 +112,8 @@ class Service(Replica):
         except Exception as error:  # the batch is in an unknown state: end all requests, the pool makes a new replica
             self.error = self.error or error
         finally:
-            self._finish_all(self.error or Closed("the service was shut down"))
+            self.error = self.error or Closed("the service was shut down")
+            self._finish_all(self.error)
 
     def _update_batch(self) -> bool:
         """Wait for work; cancel and submit sequences. False if the thread is to end."""
@@ -218,12 +215,12 @@ class WorkerPool:
             try:
                 return chosen.submit(request, deliver, admitted)
             except Closed:
-                if chosen.error is None or isinstance(chosen.error, Closed):
+                if not chosen.died:
                     raise  # else it died since the check above
 
     def _replace_dead(self) -> None:
         for index, replica in enumerate(self.replicas):
-            if not replica.alive and replica.error is not None and not isinstance(replica.error, Closed):
+            if replica.died:
                 warn(f"replica {index} died ({replica.error!r}) and is replaced")
                 if any(each.tokens_made for each in self.replicas):
                     self._crashes = 0
@@ -235,7 +232,7 @@ class WorkerPool:
     @property
     def alive(self) -> bool:
         """Whether a request could be taken now, by a new replica if need be."""
-        return any(replica.alive or not isinstance(replica.error, Closed | None) for replica in self.replicas)
+        return any(replica.alive or replica.died for replica in self.replicas)
 
     @property
     def failing(self) -> bool:
