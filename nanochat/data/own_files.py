@@ -4,7 +4,6 @@ import glob
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 
 from nanochat.common import BadShard, UserError
@@ -22,7 +21,7 @@ def open_own_files(data: str, opener: ShardOpener, known_names: Sequence[str] = 
     """The corpus of the files, folders or URLs that `data` stands for.
 
     Converted shards hold one split each; files read in place hold both, told apart by document hash. `known_names` are
-    suggested where nothing is found.
+    listed where nothing is found.
     """
     bad = opener.bad_shards
     paths = [path for path in find_files(data, opener.base_dir, known_names) if path not in bad]
@@ -92,20 +91,14 @@ def find_files(data: str, base_dir: Path, known_names: Sequence[str] = ()) -> Se
         paths = [path for match in matches for path in (walk(match) if match.is_dir() else [match])]
     except OSError as error:
         raise UserError(f"--data {data}: cannot read it ({error.strerror})") from error
+    if not matches:
+        names = ", ".join(known_names)
+        raise UserError(f"--data {data}: no such file or folder; give a path, a glob or one of {names}")
     usable = sorted({path for path in paths if kind_of(path)})
     if not usable:
         found = "the folder is empty" if not paths else f"none of {len(paths)} file(s) is {accepted}"
-        raise UserError(f"--data {data}: {found if matches else explain_no_match(data, known_names)}")
+        raise UserError(f"--data {data}: {found}")
     return usable
-
-
-def explain_no_match(data: str, known_names: Sequence[str]) -> str:
-    """Why `data` matches no file, with the name that may have been meant."""
-    if glob.has_magic(data):
-        return "no file matches"
-    close = get_close_matches(data, known_names, 1)
-    hint = f"did you mean {close[0]}?" if close else f"give a path, a glob or one of {', '.join(known_names)}"
-    return f"no such file or folder; {hint}"
 
 
 def walk(folder: Path) -> list[Path]:
