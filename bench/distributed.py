@@ -24,9 +24,8 @@ from nanochat.gpt import GPT
 from nanochat.planning.hardware import Gpu
 from nanochat.planning.memory import memory_by_kind
 from nanochat.runtime import Runtime
-from nanochat.train.build import make_optimizer
+from nanochat.train.build import make_optimizer, random_batch
 from nanochat.train.config import TrainConfig
-from nanochat.train.device_batch import random_batch
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep
 from scripts import _cli

@@ -23,7 +23,7 @@ from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, make_plan
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.device_batch import random_batch
+from nanochat.train.build import random_batch
 from nanochat.train.pretraining import PretrainConfig, build_step, plan_arguments
 from nanochat.train.step import TrainStep
 from nanochat.trainer import Trainer

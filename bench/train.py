@@ -29,9 +29,8 @@ from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import make_plan
-from nanochat.train.build import compiled_loss, make_optimizer
+from nanochat.train.build import compiled_loss, make_optimizer, random_batch
 from nanochat.train.config import TrainConfig
-from nanochat.train.device_batch import random_batch
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep
 from nanochat.train.timing import measure_peak_flops

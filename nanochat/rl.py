@@ -14,10 +14,9 @@ step alone, whatever the world size.
 Shapes: N rows, T tokens.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +26,6 @@ from nanochat.data.batches import Batch, Loader, seeded_rng
 from nanochat.engine import Engine
 from nanochat.inference.request import GenerationRequest, TokenSequence
 from nanochat.inference.sampling import SamplingParams
-from nanochat.ranges import Range, check_ranges
 from nanochat.runtime import Runtime
 
 RL_RNG = 7  # purpose of the generator that picks prompts (batches.seeded_rng)
@@ -99,14 +97,11 @@ class Group:
 class Sampler:
     """How answers are sampled in training."""
 
-    num_samples: Annotated[int, Range(2)] = 16  # they are compared with each other
-    max_new_tokens: Annotated[int, Range(1)] = 256
-    temperature: Annotated[float, Range(above=0, below=math.inf)] = 1.0
-    top_k: Annotated[int, Range(0)] = 50
-    batch_size: Annotated[int, Range(1)] = 32  # rows decoded together; does not change the answers
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+    num_samples: int = 16  # at least 2: they are compared with each other
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 50
+    batch_size: int = 32  # rows decoded together; does not change the answers
 
 
 class RolloutLoader(Loader):

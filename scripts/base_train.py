@@ -4,6 +4,7 @@ The flags, and how model, plan and training step follow from them, are in nanoch
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from nanochat.checkpoint_manager import run_dir
 from nanochat.common import UserError, get_base_dir, say
@@ -18,7 +19,7 @@ from nanochat.planning.planner import plan_and_outcome
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, describe
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.train.hooks import core_hook, estimate_core_seconds, sample_hook, validation_hook
+from nanochat.train.hooks import estimate_core_seconds, evaluate_core, sample_hook, validate
 from nanochat.train.pretraining import PretrainConfig as Config
 from nanochat.train.pretraining import build_model, build_step, fix_plan
 from nanochat.train.run import Run, open_run
@@ -69,7 +70,7 @@ def train(config: Config, runtime: Runtime) -> int:
         trainer.hooks = make_hooks(config, corpus, tokenizer, runtime)
         if bundle:
             core = tokenizer, bundle, config.core_metric_max_per_task
-            trainer.hooks.append(core_hook(*core, config.core_metric_every))
+            trainer.hooks.append(Hook(lambda trainer: evaluate_core(trainer, *core), config.core_metric_every))
             if config.minutes > 0:  # leave time for it
                 trainer.hooks[-1].seconds = estimate_core_seconds(trainer, *core)
 
@@ -97,7 +98,10 @@ def make_hooks(config: Config, corpus: Corpus, tokenizer: RustBPETokenizer, runt
     def complete(model: GPT) -> list[dict[str, str]]:
         return continuations(model, tokenizer, prompts, max_tokens=24)
 
-    return [validation_hook(measure, config.eval_every, tokens), sample_hook(complete, config.sample_every)]
+    return [
+        Hook(partial(validate, measure=measure), config.eval_every, tokens=tokens),
+        sample_hook(complete, config.sample_every),
+    ]
 
 
 def report(run: Run[Config], trainer: Trainer, plan: Plan) -> None:

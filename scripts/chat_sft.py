@@ -15,10 +15,9 @@ from nanochat.recipe import get_recipe
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, batch_lr_scale, scaled_weight_decay
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.build import create_step
+from nanochat.train.build import create_step, random_batch
 from nanochat.train.config import OnResume, TrainConfig
-from nanochat.train.device_batch import random_batch
-from nanochat.train.hooks import sample_hook, validation_hook
+from nanochat.train.hooks import sample_hook, validate
 from nanochat.train.run import open_run
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.starting_model import StartingModel, finetuning_dir, open_starting_model
@@ -208,7 +207,7 @@ def make_hooks(
         return loader_bpb(trainer.model, data.make_validation, tokenizer, runtime, steps, rows)
 
     return [
-        validation_hook(measure, config.eval_every, tokens),
+        Hook(partial(validate, measure=measure), config.eval_every, tokens=tokens),
         sample_hook(partial(answers, tokenizer=tokenizer), config.sample_every),
     ]
 

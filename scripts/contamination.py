@@ -48,19 +48,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     corpus = resolve_corpus(config.data, base_dir, skip_bad=config.skip_bad_shards)
     index = Index(benchmarks)
     count = index.check(documents(corpus, config.max_documents))
-    rows = []
-    for name, overlap in index.overlaps.items():
-        checked = overlap.items - overlap.too_short
-        share = len(overlap.found) / checked if checked else 0.0
-        rows.append(
-            {
-                "benchmark": name,
-                "items": overlap.items,
-                "too short to check": overlap.too_short,
-                "found in training text": len(overlap.found),
-                "share": share,
-            }
-        )
+    rows = [
+        {
+            "benchmark": name,
+            "items": overlap.items,
+            "too short to check": overlap.too_short,
+            "found in training text": len(overlap.found),
+            "share": len(overlap.found) / max(1, overlap.items - overlap.too_short),
+        }
+        for name, overlap in index.overlaps.items()
+    ]
     print_table(
         f"benchmark items in {count:,} documents of {corpus.name}",
         [

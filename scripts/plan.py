@@ -24,7 +24,7 @@ from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, make_plan
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train.device_batch import choose_device_batch
+from nanochat.train.build import choose_device_batch
 from nanochat.train.pace import choose_depth, measure_pace, this_machine
 from nanochat.train.pretraining import ModelFlags
 from nanochat.train.timing import batch_for_minutes, steps_in

@@ -23,8 +23,8 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.loss_head import head_loss
 from nanochat.optim import OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime, pick_dtype
-from nanochat.train import device_batch, progress
-from nanochat.train.device_batch import find_device_batch
+from nanochat.train import build, progress
+from nanochat.train.build import find_device_batch
 from nanochat.train.progress import Progress
 from nanochat.trainer import Trainer
 
@@ -230,18 +230,18 @@ def test_ranks_use_the_smallest_fitting_size(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_search_runs_on_gpus_only_and_changes_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
     t = make_trainer(device_batch_size=8)
-    monkeypatch.setattr(device_batch, "find_device_batch", lambda *args: 3)
-    device_batch.fit_device_batch(t.step, -1, 16)
+    monkeypatch.setattr(build, "find_device_batch", lambda *args: 3)
+    build.fit_device_batch(t.step, -1, 16)
     assert t.step.device_batch_size == 8
     t.step.runtime = GPU
-    device_batch.fit_device_batch(t.step, 8, 16)
+    build.fit_device_batch(t.step, 8, 16)
     assert t.step.device_batch_size == 8  # as requested
-    device_batch.fit_device_batch(t.step, -1, 16)
+    build.fit_device_batch(t.step, -1, 16)
     assert t.step.device_batch_size == 3
     t.step.runtime, before, random = CPU, weights_of(t), torch.get_rng_state()
     seen: list[tuple[int, ...]] = []
     t.step.loss_fn = lambda inputs, *rest: seen.append(tuple(inputs.shape)) or t.model.loss(inputs, *rest)
-    device_batch.try_micro_batches(t.step, 5, T=16)
+    build.try_micro_batches(t.step, 5, T=16)
     assert seen == [(5, 16), (5, 16)] and torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(before[n], v) for n, v in weights_of(t).items())
     assert all(p.grad is None for p in t.model.parameters()) and t.loader.served == 0  # type: ignore[attr-defined]

@@ -289,9 +289,8 @@ def held_by_rank(runtime: Runtime, dtype: str) -> tuple[dict[str, int], dict[str
     from torch.autograd.profiler import profile  # torch.profiler.profile imports the compiler
 
     from bench._common import tensor_bytes
-    from nanochat.train.build import make_optimizer
+    from nanochat.train.build import make_optimizer, random_batch
     from nanochat.train.config import TrainConfig
-    from nanochat.train.device_batch import random_batch
     from nanochat.train.schedules import ScheduleConfig
     from nanochat.train.step import TrainStep
 

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.inference.request import TokenSequence
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
-from nanochat.rl import Curriculum, Group, RolloutLoader, Sampler, as_batch
+from nanochat.rl import Curriculum, Group, RolloutLoader, as_batch
 from nanochat.runtime import Runtime
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep
@@ -340,14 +339,14 @@ def test_flags_that_chat_rl_does_not_use_are_refused(flag: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "part"),
+    ("flag", "part"),
     [
-        ({"num_samples": 1}, "--num-samples.*2"),
-        ({"temperature": 0.0}, "--temperature"),
-        ({"temperature": math.nan}, "--temperature"),
-        ({"max_new_tokens": 0}, "--max-new-tokens.*1"),
+        ("--num-samples=1", "--num-samples.*2"),
+        ("--temperature=0", "--temperature"),
+        ("--temperature=nan", "--temperature"),
+        ("--max-new-tokens=0", "--max-new-tokens.*1"),
     ],
 )
-def test_sampler_checks_its_ranges(settings: dict[str, Any], part: str) -> None:
+def test_ranges_of_the_sampling_flags(flag: str, part: str) -> None:
     with pytest.raises(UserError, match=part):
-        Sampler(**settings)
+        chat_rl.main([flag])

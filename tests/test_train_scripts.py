@@ -23,8 +23,8 @@ from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.scaling import make_plan
 from nanochat.train import pretraining
+from nanochat.train.build import find_device_batch, try_micro_batches
 from nanochat.train.deadline import Deadline
-from nanochat.train.device_batch import find_device_batch, try_micro_batches
 from nanochat.train.run import Run, saved_plan
 from nanochat.train.starting_model import StartingModel, finetuning_dir
 from nanochat.trainer import Interrupted, Trainer

@@ -17,8 +17,8 @@ from toy_training import CONFIG, CPU, RandomBatches, make_trainer
 from nanochat.dataloader import Batch
 from nanochat.distributed.rank_checks import NonFiniteLoss
 from nanochat.gpt import GPT
+from nanochat.train.build import choose_device_batch
 from nanochat.train.config import OnResume, merge_saved_config, resume_rules
-from nanochat.train.device_batch import choose_device_batch
 from nanochat.train.metrics import cut_metrics
 from nanochat.train.run import run_to_end
 from nanochat.trainer import Hook, Interrupted, Trainer

@@ -11,7 +11,7 @@ from nanochat.evals.bits_per_byte import EVAL_ROWS
 from nanochat.evals.scoring import GPTScorer, Scorer
 from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.runtime import Runtime
-from nanochat.train.device_batch import choose_device_batch
+from nanochat.train.build import choose_device_batch
 
 
 @dataclass

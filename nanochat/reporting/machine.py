@@ -16,11 +16,10 @@ def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory, GPUs, versions and the code's commit; None for what is unknown."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    memory = memory_bytes()
     return {
         "processor": device_name(torch.device("cpu")),
         "cores": cores,
-        "memory": f"{memory / 2**30:.1f} GiB" if memory else None,
+        "memory": f"{memory_bytes() / 2**30:.1f} GiB",
         "gpus": ", ".join(f"{gpus.count(name)} x {name}" for name in sorted(set(gpus))) or None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
@@ -30,12 +29,9 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def memory_bytes() -> int | None:
+def memory_bytes() -> int:
     """Memory this process may use: the machine's, or the limit of its control group if that is lower."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):

@@ -2,14 +2,13 @@
 
 run.py             folder, lock, resuming, exit codes: the way from a trainer to a finished run. Start here.
 config.py          the flags of every training stage, and which of them a resumed run may change
-build.py           from a model to its step: optimizer, device batch, compiled loss
+build.py           from a model to its step: optimizer, compiled loss, rows per micro-batch
 step.py            one optimizer step: micro-batches, gradients, update
 schedules.py       learning rate, momentum and weight decay over the run
 progress.py        counters and averages that checkpoints keep
 snapshot.py        copying the state for a save, restoring it
 hooks.py           evaluations and samples during training
 metrics.py         metrics.jsonl, the console line, wandb, tensorboard
-device_batch.py    rows per micro-batch
 timing.py, deadline.py, pace.py    how long steps take, and ending on time
 starting_model.py  the earlier model that a stage starts from
 """

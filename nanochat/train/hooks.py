@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from nanochat.common import say
@@ -17,13 +16,8 @@ from nanochat.gpt import GPT
 from nanochat.trainer import Hook, Record, Trainer
 
 
-def validation_hook(measure: Callable[[Trainer], float], every: int, tokens: int) -> Hook:
-    """Validation bits per byte; `measure` evaluates about `tokens` tokens, on all ranks."""
-    return Hook(partial(validate, measure=measure), every, tokens=tokens)
-
-
 def validate(trainer: Trainer, measure: Callable[[Trainer], float]) -> Record:
-    """Store the result in the run's progress and return it as val_bpb.
+    """Measure validation bits per byte, on all ranks; store it in the run's progress and return it as val_bpb.
 
     Returns nothing, with a warning, if a stop signal arrived or no data could be read (such as the only, bad, shard).
     """
@@ -55,12 +49,8 @@ def sample_hook(complete: Callable[[GPT], list[dict[str, str]]], every: int) -> 
     return Hook(sample, every)
 
 
-def core_hook(tokenizer: Any, bundle: Bundle, max_per_task: int, every: int) -> Hook:
-    """CORE in its published form; nothing if a stop signal arrives meanwhile."""
-    return Hook(partial(evaluate_core, tokenizer=tokenizer, bundle=bundle, max_per_task=max_per_task), every)
-
-
 def evaluate_core(trainer: Trainer, tokenizer: Any, bundle: Bundle, max_per_task: int) -> Record:
+    """CORE in its published form; nothing if a stop signal arrives meanwhile."""
     try:
         with without_fp8(trainer.model):
             result = run_core(

@@ -19,8 +19,7 @@ from nanochat.planning.law import Choice, Law, candidates_by_depth
 from nanochat.planning.memory import memory_by_kind
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, align_batch, estimate
-from nanochat.train.build import compiled_loss, make_optimizer
-from nanochat.train.device_batch import choose_device_batch, random_batch
+from nanochat.train.build import choose_device_batch, compiled_loss, make_optimizer, random_batch
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep
 from nanochat.train.timing import batch_for_minutes, measure_peak_flops, steps_in

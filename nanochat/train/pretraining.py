@@ -14,9 +14,8 @@ from nanochat.recipe import get_recipe, recipe_rules
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, derive_sizes, make_plan
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.build import create_step
+from nanochat.train.build import create_step, random_batch
 from nanochat.train.config import OnResume, TrainConfig
-from nanochat.train.device_batch import random_batch
 from nanochat.train.pace import choose_depth
 from nanochat.train.run import Run
 from nanochat.train.starting_model import check_source, open_source

@@ -30,8 +30,8 @@ from nanochat.report import record_stage
 from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.build import fit_device_batch
 from nanochat.train.config import Config, TrainConfig, may_resume, merge_saved_config
-from nanochat.train.device_batch import fit_device_batch
 from nanochat.train.metrics import Metrics, check_sinks, cut_metrics, open_sinks
 from nanochat.train.snapshot import restore_trainer, take_snapshot
 from nanochat.train.timing import deadline_for, measure_peak_flops

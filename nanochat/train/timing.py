@@ -11,9 +11,9 @@ from nanochat.data.batches import Batch
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import REFERENCE_BATCH_TOKENS
+from nanochat.train.build import fit_device_batch
 from nanochat.train.config import TrainConfig
 from nanochat.train.deadline import Deadline
-from nanochat.train.device_batch import fit_device_batch
 from nanochat.train.step import TrainStep
 from nanochat.trainer import Trainer
 
