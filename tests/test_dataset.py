@@ -402,6 +402,22 @@ def test_paths_without_usable_files(own: Path, base: Path) -> None:
     assert "broken.txt" in error_of(own, base)
 
 
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        ("One.\n\nTwo\nlines.\n\n\n\nThree.\n", ["One.", "Three.", "Two\nlines."]),
+        ("One.\nTwo lines.\nThree.", ["One.", "Three.", "Two lines."]),
+    ],
+)
+def test_a_lone_short_text_is_split_to_have_something_to_validate_on(
+    text: str, documents: list[str], own: Path, base: Path
+) -> None:
+    (own / "notes.txt").write_text(text)
+    corpus = resolve_corpus(str(own / "notes.txt"), base)
+    held_out, trained = ([d.text for d in corpus.iter_documents(split)] for split in ("val", "train"))
+    assert len(held_out) == 1 and sorted(held_out + trained) == documents
+
+
 def test_files_without_text(own: Path, base: Path, capsys) -> None:
     for name in ("a.txt", "b.jsonl"):
         (own / name).write_bytes(b"")

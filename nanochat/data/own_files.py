@@ -11,7 +11,7 @@ from nanochat.data.corpus import Corpus
 from nanochat.data.parquet import open_parquet, parquet_documents, text_columns
 from nanochat.data.remote import RemoteFile, Source, find_remote, is_url
 from nanochat.data.shards import ShardOpener
-from nanochat.data.textfiles import MAX_TEXT_BYTES, MIB, kind_of
+from nanochat.data.textfiles import MIB, kind_of
 from nanochat.data.to_parquet import Tally, convert
 
 MAX_GROUP_ROWS, MAX_GROUP_BYTES = 8192, 64 * MIB  # parquet with larger row groups is converted
@@ -37,10 +37,7 @@ def open_own_files(data: str, opener: ShardOpener, known_names: Sequence[str] = 
         tally = tally if path in bad else with_path
     if tally.smallest >= tally.largest and not opener.recorded:
         count = "no document" if tally.largest < 0 else "only one document"
-        raise UserError(
-            f"--data {data}: {count} found; need two different ones, to train on and to validate (a .txt of up to "
-            f"{MAX_TEXT_BYTES // 1024} KiB is one document)"
-        )
+        raise UserError(f"--data {data}: {count} found; need two different ones, to train on and to validate")
     shared = opener.open(in_place, by_hash=True)
     if tally.train and tally.val:
         return opener.corpus(data, shared + opener.open(train), shared + opener.open(val))

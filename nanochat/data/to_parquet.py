@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from filelock import FileLock
 from nanochat.common import BadShard, atomic_path, read_json, write_json
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
 from nanochat.data.remote import RemoteFile, Source
-from nanochat.data.textfiles import MIB, file_documents
+from nanochat.data.textfiles import MIB, file_documents, kind_of
 
 GROUP_DOCUMENTS, GROUP_CHARS = 1024, 16 * MIB  # a row group is full at either
 SHARD_ROW_GROUPS = 64
@@ -110,9 +111,21 @@ def write_shards(folder: Path, paths: Sequence[Source]) -> Tally:
     train, val = ShardWriter(folder, "train"), ShardWriter(folder, "val")
     documents = (document for path in paths for document in file_documents(path))
     with train, val:
-        for document in shuffled(documents):
+        for document in shuffled(split_lone_text(paths, documents)):
             (val if tally.count(document.text) else train).add(document)
     return tally
+
+
+def split_lone_text(paths: Sequence[Source], documents: Iterator[Document]) -> Iterator[Document]:
+    """The documents; but a lone document of a lone text file is split into its paragraphs, or else its lines, so that
+    there is something to validate on."""
+    first = list(islice(documents, 2))
+    if len(first) != 1 or len(paths) != 1 or not (kind_of(paths[0]) or "").startswith(".txt"):
+        yield from chain(first, documents)
+        return
+    (whole,) = first
+    texts = next((t for border in ("\n\n", "\n") if len(t := whole.text.split(border)) > 1), [whole.text])
+    yield from (Document(text.strip("\n"), whole.source) for text in texts if text.strip())
 
 
 def shuffled(documents: Iterable[Document], seed: int = 0) -> Iterator[Document]:
