@@ -119,10 +119,10 @@ class ToolSession:
         """Follow a token that the model chose. At the end of a call, force the result, or return a slow call to run."""
         if token in self._table.by_start:
             self._start, self._call = token, []
-        elif self._call is not None and token in self._table.ends[self._start]:
-            ids, self._call = self._call, None
-            return self._run(ids, room)
         elif self._call is not None:
+            if token in self._table.ends[self._start]:
+                ids, self._call = self._call, None
+                return self._run(ids, room)
             self._call.append(token)
         return None
 
@@ -150,19 +150,15 @@ class ToolSession:
         return functools.partial(self._first_result, rest, text) if rest else None
 
     def _first_result(self, tools: Sequence[Tool], text: str) -> str | None:
-        """The result of the first tool that understands the call, None if none does."""
+        """The result of the first tool that understands the call, None if none does or the session is closed."""
         for tool in tools:
-            runner = self._runner(tool)
+            with self._lock:
+                if tool.name not in self._runners and not self._closed:  # made at its first call
+                    self._runners[tool.name] = tool.open()
+                runner = self._runners.get(tool.name)
             if runner and (result := runner(text)) is not None:
                 return result[: tool.max_output_chars]
         return None
-
-    def _runner(self, tool: Tool) -> Runner | None:
-        """The runner of a tool, made at its first call; None once closed."""
-        with self._lock:
-            if tool.name not in self._runners and not self._closed:
-                self._runners[tool.name] = tool.open()
-            return self._runners.get(tool.name)
 
 
 @functools.cache

@@ -34,15 +34,12 @@ class FairQueue(Generic[T]):
             self._of[client] = items
         return item
 
-    def remove(self, client: str, item: T) -> bool:
-        """Remove `item`; returns whether it was in the queue."""
-        items = self._of.get(client)
-        if items is None or item not in items:
-            return False
-        del items[item]
+    def remove(self, client: str, item: T) -> None:
+        """Remove `item`, if it is in the queue."""
+        items = self._of.get(client, OrderedDict())
+        items.pop(item, None)
         if not items:
-            del self._of[client]
-        return True
+            self._of.pop(client, None)
 
     def clear(self) -> None:
         self._of.clear()

@@ -23,8 +23,7 @@ from nanochat.common import UserError
 REQUEST_SECONDS = 30.0  # for a whole request to arrive, from the connection's or the request's first byte
 UNREAD_SECONDS = 30.0  # that a client may leave its answer unread
 CHECK_SECONDS = 1.0  # between two checks of a connection
-DEFAULT_PORT = 8000
-PORTS_TRIED = 20
+DEFAULT_PORTS = range(8000, 8020)
 BACKLOG = 2048
 
 FLUSH_SECONDS = 0.2  # for the last errors to be sent, before connections are closed
@@ -105,9 +104,9 @@ def limit_pauses() -> None:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket. A requested port must be free; -1 takes the first free one from DEFAULT_PORT on."""
+    """A listening socket. A requested port must be free; -1 takes the first free one of DEFAULT_PORTS."""
     ipv6 = ":" in host
-    candidates = [port] if port != -1 else range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED)
+    candidates = [port] if port != -1 else DEFAULT_PORTS
     for candidate in candidates:
         try:
             return socket.create_server(
