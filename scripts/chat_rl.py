@@ -78,10 +78,6 @@ class Config(TrainConfig):
             if getattr(self, name) != getattr(TrainConfig, name):
                 raise UserError(f"--{name.replace('_', '-')} is not for chat_rl: {reason}")
 
-    def task_names(self) -> list[str]:
-        """The registered names of --tasks, each once."""
-        return list(dict.fromkeys(known_name(name.strip(), REWARDED) for name in self.tasks.split(",") if name.strip()))
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
@@ -130,7 +126,7 @@ def train(config: Config, runtime: Runtime) -> int:
 
 def open_tasks(config: Config) -> tuple[list[list[Task]], list[Task]]:
     """(the levels of each task to train on, held-out tasks to evaluate on)."""
-    names = config.task_names()
+    names = list(dict.fromkeys(known_name(n.strip(), REWARDED) for n in config.tasks.split(",") if n.strip()))
     if not names:
         raise UserError(f"--tasks is empty; choose from {', '.join(REWARDED)}")
     levels = [make_levels(name, "train", seed=config.seed) for name in names]

@@ -58,7 +58,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(folder / "fit.json", {**study._asdict(), "optima": optima, "errors": law.errors})
         plot_isoflops(runs, study, folder / "scaling_laws.svg")
     else:
-        print_table(f"{len(runs)} runs", [series_row(run) for run in sorted(runs, key=lambda run: run.flops)])
+        rows = [
+            (
+                f"depth {run.depth}",
+                format_count(run.params),
+                format_count(run.tokens),
+                f"{run.flops:.2e}",
+                f"{run.seconds:.0f}",
+                f"{run.bpb:.4f}",
+            )
+            for run in sorted(runs, key=lambda run: run.flops)
+        ]
+        print_table(f"{len(runs)} runs", rows, ("", "parameters", "tokens", "FLOPs", "seconds", "bits per byte"))
         plot_series(runs, Law.load(), folder / "miniseries.svg")
     say(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
@@ -119,14 +130,6 @@ def law_rows(law: Law, study: Study) -> Iterator[tuple[str, str]]:
         ratio = f"{o.ratio:.2g} ± {o.ratio * o.ratio_error:.1g} tokens per parameter"
         size = f"N {format_count(o.params)} ± {o.params_error:.0%}"
         yield f"best at {o.flops:.1e} FLOPs", f"{size}, {ratio}, bpb {o.bpb:.4f}{by_curve}"
-
-
-def series_row(run: Run) -> tuple[str, str]:
-    return (
-        f"depth {run.depth}",
-        f"{format_count(run.params)} parameters, {format_count(run.tokens)} tokens, "
-        f"{run.flops:.2e} FLOPs, {run.seconds:.0f} s: bpb {run.bpb:.4f}",
-    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from nanochat.train.build import create_step, random_batch
 from nanochat.train.config import OnResume, TrainConfig
 from nanochat.train.pace import choose_depth
 from nanochat.train.run import Run
-from nanochat.train.starting_model import check_source, open_source
+from nanochat.train.starting_model import open_source
 from nanochat.train.step import TrainStep
 from nanochat.train.timing import batch_for_minutes, steps_for_minutes
 
@@ -117,10 +117,9 @@ def build_model(run: Run[PretrainConfig], tokenizer: RustBPETokenizer) -> GPT:
 
     Fills in the depth and the context that the flags left to derive.
     """
-    config, runtime = run.config, run.runtime
-    source = open_source(config.init_from, get_base_dir()) if config.init_from and not run.checkpoint else None
-    if source:
-        check_source(source, tokenizer, config.max_seq_len)
+    config, runtime, source = run.config, run.runtime, None
+    if config.init_from and not run.checkpoint:
+        source = open_source(config.init_from, get_base_dir(), tokenizer, config.max_seq_len)
     if saved := run.checkpoint or source:
         model_config = GPTConfig.from_dict(saved.meta["model_config"])
     else:

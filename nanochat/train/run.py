@@ -96,7 +96,7 @@ class Run(Generic[Config]):
         metrics = self._open_metrics(trainer)
         trainer.log = partial(self._log, metrics=metrics)
         try:
-            code = run_to_end(trainer, self.folder, self.command(resume=True))
+            code = run_to_end(trainer, self.folder, command_line(self.script, config, resume=True))
             if code and runtime.is_main and trainer.progress.step:
                 record_so_far(self.script, self.figures(trainer) | {"stopped_early": True})
             return code
@@ -128,12 +128,8 @@ class Run(Generic[Config]):
             "num_params": trainer.model.num_scaling_params()["total"],
             "loader": trainer.loader.stats(),
             "metrics": os.path.relpath(self.folder / "metrics.jsonl", get_base_dir()),
-            "command": self.command(),
+            "command": command_line(self.script, self.config),
         }
-
-    def command(self, **extra: Any) -> str:
-        """The command that starts this run, or with resume=True resumes it."""
-        return command_line(self.script, self.config, **extra)
 
     def _open_metrics(self, trainer: Trainer) -> Metrics:
         path, runtime = self.folder / "metrics.jsonl", self.runtime

@@ -14,21 +14,21 @@ from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.config import TrainConfig
 
 
-def open_source(init_from: str, base_dir: Path) -> Checkpoint:
-    """The checkpoint that base_train's --init-from names: a run's tag, its folder, or the folder of one step."""
-    path = Path(init_from)
+def open_source(init_from: str, base_dir: Path, tokenizer: RustBPETokenizer, max_seq_len: int) -> Checkpoint:
+    """The checkpoint that base_train's --init-from names: a run's tag, its folder, or the folder of one step.
+
+    Raises UserError if a pretraining run cannot start from it: another tokenizer, another context.
+    """
+    path, step = Path(init_from), None
     if path.is_dir() and path.name.isdigit() and (path / "manifest.json").exists():
-        return open_checkpoint(path.parent, int(path.name))
-    return open_checkpoint(path if path.is_dir() else run_dir(base_dir, "base", init_from))
-
-
-def check_source(source: Checkpoint, tokenizer: RustBPETokenizer, max_seq_len: int) -> None:
-    """Raise UserError if a pretraining run cannot start from `source`: another tokenizer, another context."""
+        path, step = path.parent, int(path.name)
+    source = open_checkpoint(path if path.is_dir() else run_dir(base_dir, "base", init_from), step)
     if source.tokenizer().hash != tokenizer.hash:
         raise UserError(f"--init-from: {source.path} was trained with another tokenizer")
     context = source.meta["model_config"]["sequence_len"]
     if max_seq_len not in (-1, context):
         raise UserError(f"--init-from: that model's context is {context}, not {max_seq_len}; leave --max-seq-len out")
+    return source
 
 
 @dataclass
