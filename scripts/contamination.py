@@ -1,4 +1,4 @@
-"""Which benchmark items stand in the training text: `python -m scripts.contamination --data=starter`."""
+"""Find benchmark items in the training text: `python -m scripts.contamination --data=starter`."""
 
 import re
 import time
@@ -17,24 +17,24 @@ from scripts import _cli
 from tasks.hub import HubTask
 from tasks.registry import TASKS, make_task
 
-LINE_SECONDS = 10.0
-ANNOUNCED = re.compile(r"^\s*(?:question|passage|context)\s*:\s*", re.IGNORECASE)
+LOG_SECONDS = 10.0  # between progress lines
+QUESTION_PREFIX = re.compile(r"^\s*(?:question|passage|context)\s*:\s*", re.IGNORECASE)
 
 
 @dataclass
 class Config:
-    """Look for benchmark items in the training text: runs of thirteen words in common."""
+    """Find benchmark items in the training text by shared runs of thirteen words."""
 
     data: str = ""
     """As for base_train."""
     skip_bad_shards: bool = False
-    """Go on without files of the data that are missing or damaged, and say which."""
+    """Skip data files that are missing or damaged, and name them."""
     tasks: str = ""
     """Benchmarks, separated by commas; empty: all whose data is at hand."""
     eval_bundle: str = ""
     """Folder of the CORE bundle; empty: eval_bundle/ in the base folder, if it is there."""
     max_documents: int = -1
-    """Training documents to look through; -1 takes all."""
+    """Training documents to check; -1 takes all."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,57 +48,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     corpus = resolve_corpus(config.data, base_dir, skip_bad=config.skip_bad_shards)
     index = Index(benchmarks)
     count = index.check(documents(corpus, config.max_documents))
-    rows = [
-        {
-            "benchmark": name,
-            "items": overlap.items,
-            "too short to check": overlap.too_short,
-            "found in training text": len(overlap.found),
-            "share": len(overlap.found) / max(1, overlap.items - overlap.too_short),
-        }
-        for name, overlap in index.overlaps.items()
+    found_path = base_dir / "contamination" / "found.json"
+    write_json(found_path, {name: overlap.found for name, overlap in index.overlaps.items()})
+    rows = [overlap.table_row(name) for name, overlap in index.overlaps.items()]
+    cells = [
+        (
+            str(row["benchmark"]),
+            f"{row['found in training text']} of {row['items']} ({row['share']:.2%}); "
+            f"{row['too short to check']} too short",
+        )
+        for row in rows
     ]
-    print_table(
-        f"benchmark items in {count:,} documents of {corpus.name}",
-        [
-            (
-                str(r["benchmark"]),
-                f"{r['found in training text']} of {r['items']} ({r['share']:.2%}); "
-                f"{r['too short to check']} too short",
-            )
-            for r in rows
-        ],
-    )
-    folder = base_dir / "contamination"
-    write_json(folder / "found.json", {name: overlap.found for name, overlap in index.overlaps.items()})
-    say(f"each found item with its document: {folder / 'found.json'}")
-    record_stage(
-        base_dir,
-        "contamination",
-        {
-            "seconds": time.perf_counter() - started,
-            "documents": count,
-            "words_in_common": NGRAM,
-            "corpus": corpus.name,
-            "tables": {"Benchmark items found in the training text": rows},
-        },
-    )
+    print_table(f"benchmark items in {count:,} documents of {corpus.name}", cells)
+    say(f"each found item with its document: {found_path}")
+    values = {
+        "seconds": time.perf_counter() - started,
+        "documents": count,
+        "words_in_common": NGRAM,
+        "corpus": corpus.name,
+        "tables": {"Benchmark items found in the training text": rows},
+    }
+    record_stage(base_dir, "contamination", values)
 
 
-def documents(corpus: Corpus, most: int) -> Iterator[str]:
-    """The training documents, with a line now and then."""
-    said = time.perf_counter()
+def documents(corpus: Corpus, max_documents: int) -> Iterator[str]:
+    """The texts of the training documents (all if `max_documents` is negative), with progress lines."""
+    last_line = time.perf_counter()
     for number, document in enumerate(corpus.iter_documents("train")):
-        if 0 <= most <= number:
+        if 0 <= max_documents <= number:
             return
-        if time.perf_counter() - said > LINE_SECONDS:
-            said = time.perf_counter()
-            say(f"{number:,} documents looked through")
+        if time.perf_counter() - last_line > LOG_SECONDS:
+            last_line = time.perf_counter()
+            say(f"{number:,} documents checked")
         yield document.text
 
 
 def read_benchmarks(config: Config, base_dir: Path) -> tuple[dict[str, list[list[str]]], list[str]]:
-    """(each item's telltale texts by benchmark, reasons why others are left out)."""
+    """(for each benchmark the texts that identify each item, reasons why others are skipped)."""
     wanted = [name.strip() for name in config.tasks.split(",") if name.strip()]
     if own := [name for name in wanted if name in TASKS and TASKS[name].starter]:
         raise UserError(f"--tasks: {', '.join(own)} is made by this system, not a public benchmark")
@@ -135,10 +121,10 @@ def hub_texts(name: str, split: str) -> list[list[str]]:
 
 
 def texts_of_core_item(item: dict[str, Any]) -> list[str]:
-    """The same of an item of the CORE bundle, without the word that some questions are announced with."""
+    """The texts that identify an item of the CORE bundle, without a leading "Question:" or the like."""
     if "context_options" in item:
         return [f"{item['context_options'][item['gold']]} {item['continuation']}"]
-    question = ANNOUNCED.sub("", item.get("query") or item.get("context") or "")
+    question = QUESTION_PREFIX.sub("", item.get("query") or item.get("context") or "")
     answer = item["choices"][item["gold"]] if "choices" in item else item["continuation"]
     return [question, f"{question} {answer}"]
 

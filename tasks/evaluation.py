@@ -20,6 +20,8 @@ from nanochat.gpt import GPT
 from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
 from nanochat.loss_head import head_logits
+from nanochat.report import load_report
+from nanochat.reporting.view import wilson_interval
 from nanochat.runtime import Runtime
 from tasks.answers import number_after_marker, parse_number, reference_text, text_of
 from tasks.common import Task
@@ -27,6 +29,8 @@ from tasks.registry import TASKS
 
 BATCH_TOKENS = 8192  # of questions answered by a letter, padding included
 RESAMPLES = 1000
+GUESSING_ITEMS = 2000  # a frequent answer is looked for among so many, even if fewer are asked
+TABLE_COLUMNS = ["task", "split", "right", "of", "accuracy", "95% interval", "guessing"]
 # The published tasks of ChatCORE, and the accuracy of guessing.
 CHATCORE = {
     name: TASKS[name].baseline for name in ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
@@ -91,6 +95,56 @@ def ask_on_all_ranks(
     return [int(right) for right in rights.tolist()], outcomes
 
 
+@dataclass
+class TaskScore:
+    """A task's result over its first items."""
+
+    split: str
+    rights: list[int]  # number of right answers, by item
+    answers_per_item: int
+    guessing: float  # accuracy of guessing
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of right answers, by item."""
+        return [right / self.answers_per_item for right in self.rights]
+
+    @property
+    def total(self) -> int:
+        return len(self.rights)
+
+    @property
+    def right(self) -> float:
+        """Items answered right; an item with several answers counts by its share of right ones."""
+        right = sum(self.rights) / self.answers_per_item
+        return int(right) if right.is_integer() else right
+
+    def table_row(self, name: str) -> tuple[str, ...]:
+        """Cells for the columns of TABLE_COLUMNS and, with several answers per item, pass@k."""
+        low, high = wilson_interval(self.right, self.total)
+        rates = pass_rates(self.rights, self.answers_per_item)
+        return (
+            name,
+            self.split,
+            f"{self.right:g}",
+            str(self.total),
+            f"{self.right / self.total:.1%}",
+            f"{low:.1%} - {high:.1%}",
+            f"{self.guessing:.1%}",
+            "  ".join(f"pass@{k} {rate:.1%}" for k, rate in rates.items() if k > 1),
+        )
+
+
+def score_task(
+    name: str, task: Task, split: str, max_items: int, engine: Engine, flags: AskFlags, runtime: Runtime
+) -> tuple[TaskScore, list[Outcome]]:
+    """(the score over the first `max_items` items, all if negative; this rank's outcomes). Collective."""
+    total = len(task) if max_items < 0 else min(max_items, len(task))
+    rights, outcomes = ask_on_all_ranks(task, total, engine, flags, runtime)
+    answers_per_item = 1 if task.eval_type == "categorical" else flags.num_samples
+    return TaskScore(split, rights, answers_per_item, guessing_accuracy(name, task)), outcomes
+
+
 def sample_answers(
     task: Task,
     conversations: Sequence[Conversation],
@@ -153,6 +207,16 @@ def constant_share(conversations: Sequence[Conversation]) -> float | None:
     return max(counts.values()) / len(answers) if counts else None
 
 
+def guessing_accuracy(name: str, task: Task) -> float:
+    """The accuracy of guessing, or of always giving the most frequent answer if that is higher.
+
+    Tasks of fewer than 50 items use the former: among a few items, any answer is frequent.
+    """
+    items = min(len(task), GUESSING_ITEMS)
+    constant = constant_share([task[i] for i in range(items)]) if items >= 50 else None
+    return max(TASKS[name].baseline, constant or 0.0)
+
+
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """Probability that at least one of k samples drawn without replacement is right (arXiv 2107.03374)."""
     assert 1 <= k <= num_samples and 0 <= num_right <= num_samples
@@ -175,6 +239,13 @@ class ChatCore:
     tasks: list[str]
     missing: list[str]
 
+    def describe(self) -> str:
+        partial = f"; partial, without {', '.join(self.missing)}" if self.missing else ""
+        return f"ChatCORE {self.value:.4f} (95% {self.low:.4f} to {self.high:.4f}{partial})"
+
+    def report_values(self) -> dict[str, Any]:
+        return {"chatcore": self.value, "chatcore_interval": [self.low, self.high], "chatcore_missing": self.missing}
+
 
 def chat_core(shares: Mapping[str, Sequence[float]], seed: int = 0) -> ChatCore | None:
     """ChatCORE from each task's shares of right answers by item; None if none of its tasks was run."""
@@ -189,6 +260,23 @@ def chat_core(shares: Mapping[str, Sequence[float]], seed: int = 0) -> ChatCore 
         values.append((item.mean() - chance) / (1 - chance))
     low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
     return ChatCore(float(np.mean(values)), float(low), float(high), tasks, [n for n in CHATCORE if n not in tasks])
+
+
+def earlier_shares(base_dir: Path, stage: str, checkpoint: str) -> dict[str, list[float]]:
+    """Shares of right answers that the report holds for the same checkpoint, so that ChatCORE can be evaluated one
+    task per command. Empty if there is no report or it is about another checkpoint."""
+    try:
+        known = load_report(base_dir).get(stage) or {}
+    except UserError:  # no report yet
+        return {}
+    if known.get("checkpoint") != checkpoint:
+        return {}
+    found = {}
+    for name, (right, total) in known["counts"].items():
+        whole = int(right)  # the report keeps only the sum: of several answers per item, one item gets the remainder
+        if total and name in CHATCORE:
+            found[name] = ([1.0] * whole + [right - whole] + [0.0] * total)[:total]
+    return found
 
 
 def write_transcripts(path: Path, task: str, split: str, outcomes: Sequence[Outcome]) -> None:

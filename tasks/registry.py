@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from nanochat.common import UserError
+from nanochat.execution import choose_level
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
 from tasks.code import Code
@@ -87,3 +88,26 @@ def known_name(name: str, known: Iterable[str]) -> str:
         if candidate.lower() == name.lower():
             return candidate
     raise UserError(f"there is no task {name!r}; choose from {', '.join(known)}")
+
+
+def open_tasks(
+    names: Iterable[str], split: str | None, sample: bool, sandbox: str, skip_missing: bool
+) -> tuple[dict[str, Task], list[str]]:
+    """(tasks by name, reasons why others were skipped). `sample`: the embedded items of public benchmarks.
+
+    Raises UserError if a task has no such data, split or sandbox, unless `skip_missing`, or if none is left.
+    """
+    tasks, missing = {}, []
+    for name in names:
+        try:
+            extra: dict[str, Any] = {"sample": True} if sample and not TASKS[name].starter else {}
+            if name == "HumanEval":
+                extra["sandbox"] = choose_level(sandbox)
+            tasks[name] = make_task(name, split, **extra)
+        except UserError as error:
+            if not skip_missing:
+                raise
+            missing.append(str(error))
+    if not tasks:
+        raise UserError("nothing to evaluate: " + "; ".join(missing))
+    return tasks, missing

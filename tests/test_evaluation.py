@@ -15,6 +15,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
 from scripts import chat_eval, contamination
+from tasks import registry
 from tasks.arc import ARC
 from tasks.common import Task
 from tasks.evaluation import (
@@ -24,6 +25,7 @@ from tasks.evaluation import (
     chat_core,
     choose_letters,
     constant_share,
+    earlier_shares,
     pass_at_k,
     pass_rates,
 )
@@ -93,8 +95,8 @@ def test_results_of_earlier_commands_join_only_for_the_same_weights(tmp_path: Pa
     """And with the interval that one command would have given."""
     values = {"counts": {"ARC-Easy": [40, 100], "Arithmetic": [1, 9]}, "splits": {"ARC-Easy": "validation"}}
     record_stage(tmp_path, "chat_eval", {"checkpoint": "sft/a/5/abc", **values})
-    assert chat_eval.earlier_shares(tmp_path, "chat_eval", "sft/a/5/def") == {}
-    earlier = chat_eval.earlier_shares(tmp_path, "chat_eval", "sft/a/5/abc")
+    assert earlier_shares(tmp_path, "chat_eval", "sft/a/5/def") == {}
+    earlier = earlier_shares(tmp_path, "chat_eval", "sft/a/5/abc")
     assert list(earlier) == ["ARC-Easy"] and sum(earlier["ARC-Easy"]) == 40 and len(earlier["ARC-Easy"]) == 100
     alone = chat_core({"ARC-Easy": [1.0] * 40 + [0.0] * 60})
     joined = chat_core(earlier)
@@ -139,7 +141,7 @@ def finetuned(copied: Path) -> Path:
 def test_chat_eval_writes_every_answer(
     finetuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(chat_eval, "make_task", lambda name, split: Yes())
+    monkeypatch.setattr(registry, "make_task", lambda name, split: Yes())
     assert chat_eval.main(["-a", "GSM8K", "-n", "4", "-t", "1", "-m", "4", "-x", "3", "--device-type=cpu"]) == 0
     said = capsys.readouterr().out
     assert "pass@4" in said and "ChatCORE" in said and "partial" in said

@@ -1,7 +1,7 @@
-"""Which benchmark items stand in the training text: runs of thirteen words in common (GPT-3, arXiv 2005.14165, C).
+"""Find benchmark items in the training text by shared runs of thirteen words (GPT-3, arXiv 2005.14165, appendix C).
 
-A model that has read the question, or worse the answer, is not being tested. Items are compared as words, letters
-and digits only, without case.
+An item that the model was trained on measures memory, not skill. Texts are compared as words of letters and digits,
+ignoring case.
 """
 
 import re
@@ -10,16 +10,26 @@ from dataclasses import dataclass, field
 
 WORD = re.compile(r"[^\W_]+")
 NGRAM = 13  # words
-SHORTEST = 8  # words; a shorter item is too common a phrase to be told from chance
+MIN_WORDS = 8  # shorter texts match by chance
 
 
 @dataclass
 class Overlap:
-    """What was found of one benchmark."""
+    """The items of one benchmark that occur in the training text."""
 
     items: int
     too_short: int  # items that cannot be checked
-    found: dict[int, str] = field(default_factory=dict)  # item -> beginning of the first document that holds it
+    found: dict[int, str] = field(default_factory=dict)  # item -> beginning of the first document that contains it
+
+    def table_row(self, name: str) -> dict[str, str | int | float]:
+        """A row of the report's table."""
+        return {
+            "benchmark": name,
+            "items": self.items,
+            "too short to check": self.too_short,
+            "found in training text": len(self.found),
+            "share": len(self.found) / max(1, self.items - self.too_short),
+        }
 
 
 def words_of(text: str) -> list[str]:
@@ -28,19 +38,19 @@ def words_of(text: str) -> list[str]:
 
 
 class Index:
-    """The word runs of all benchmark items, to hold training documents against."""
+    """Hash index of the word runs of all benchmark items."""
 
     def __init__(self, benchmarks: Mapping[str, Sequence[Sequence[str]]]) -> None:
-        """`benchmarks`: for each item the texts any of which gives it away, such as its question and its answer.
+        """`benchmarks`: for each item the texts any of which identifies it, such as its question and its answer.
 
-        Templates that prompts add must not be in them: no document has those.
+        Without the templates that prompts add: training documents do not contain those.
         """
         self.overlaps = {name: Overlap(len(items), 0) for name, items in benchmarks.items()}
-        self.runs: dict[int, list[tuple[str, int]]] = {}  # hash of a run -> the items that hold it
+        self.runs: dict[int, list[tuple[str, int]]] = {}  # hash of a run -> (benchmark, item) that contain it
         self.lengths: set[int] = set()
         for name, items in benchmarks.items():
             for number, texts in enumerate(items):
-                long_enough = [words for text in texts if len(words := words_of(text)) >= SHORTEST]
+                long_enough = [words for text in texts if len(words := words_of(text)) >= MIN_WORDS]
                 self.overlaps[name].too_short += not long_enough
                 for words in long_enough:
                     self._add(words, (name, number))
@@ -54,7 +64,7 @@ class Index:
                 owners.append(owner)
 
     def check(self, documents: Iterable[str]) -> int:
-        """Look through documents; returns how many there were."""
+        """Record in `overlaps` the items that occur in the documents; returns the number of documents."""
         count = 0
         for text in documents:
             count += 1
@@ -67,5 +77,5 @@ class Index:
 
 
 def runs_of(words: Sequence[str], length: int) -> Iterable[tuple[str, ...]]:
-    """All runs of so many neighbouring words."""
+    """All runs of `length` consecutive words."""
     return zip(*(words[i:] for i in range(length)))
