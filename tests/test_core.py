@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from stubs import stir
+from core_helpers import BOS, Letters, random_task, small_model, task, write_bundle
 
 from nanochat.common import UserError
 from nanochat.core_eval import (
@@ -31,17 +31,6 @@ from nanochat.runtime import Runtime
 
 GOLDEN = published_gpt2()
 CPU = Runtime.create("cpu")
-BOS = 256
-
-
-class Letters:
-    """A token per byte, so that spans can be counted by hand."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def get_bos_token_id(self) -> int:
-        return BOS
 
 
 class Pairs(Letters):
@@ -54,10 +43,6 @@ class Pairs(Letters):
             ids.append(1000 + pair[1] if len(pair) == 2 and pair[0] == 32 else pair[0])
             i += 2 if ids[-1] >= 1000 else 1
         return ids
-
-
-def task(kind: str, items: list[dict[str, Any]], shots: int = 0, delimiter: str = " ") -> CoreTask:
-    return CoreTask("t", kind, shots, delimiter, 0.25, items)
 
 
 def scored_text(example: Example) -> list[str]:
@@ -168,28 +153,6 @@ def test_long_prompts_lose_their_beginning() -> None:
 # Scoring
 
 
-def stirred(config: GPTConfig) -> GPT:
-    return stir(GPT.create(config, seed=3), 0.05)
-
-
-def made_up(kind: str, count: int, shots: int) -> CoreTask:
-    draw = torch.Generator().manual_seed(len(kind))
-
-    def text(low: int, high: int) -> str:
-        length = int(torch.randint(low, high, (), generator=draw))
-        return "".join(chr(97 + int(c)) for c in torch.randint(20, (length,), generator=draw))
-
-    items = []
-    for _ in range(count):
-        if kind == "multiple_choice":
-            items.append({"query": text(5, 60), "choices": [text(1, 9) for _ in range(4)], "gold": 2})
-        elif kind == "schema":
-            items.append({"context_options": [text(5, 60) for _ in range(2)], "continuation": text(2, 9), "gold": 0})
-        else:
-            items.append({"context": text(5, 60), "continuation": text(1, 3)})
-    return task(kind, items, shots)
-
-
 @torch.no_grad()
 def brute_force(model: GPT, example: Example) -> list[Score]:
     """One sequence at a time, softmax in float64."""
@@ -207,8 +170,8 @@ def brute_force(model: GPT, example: Example) -> list[Score]:
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
 def test_batched_scores_are_the_plain_ones(kind: str, shots: int, form: Any) -> None:
     """Prompts beyond the window and beyond the context among them; 50 items."""
-    model = stirred(form(sequence_len=192, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=32))
-    examples = list(make_examples(made_up(kind, 50, shots), Letters(), 192))
+    model = small_model(form(sequence_len=192, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=32))
+    examples = list(make_examples(random_task(kind, 50, shots), Letters(), 192))
     assert shots == 0 or any(e.cropped for e in examples)
     assert (kind, shots) != ("multiple_choice", 4) or any(shared_tokens(e) > 100 for e in examples)
     scorer = GPTScorer(model, batch_tokens=1000)
@@ -255,8 +218,8 @@ def test_models_with_known_answers() -> None:
 
 
 def test_ranks_share_the_items_and_get_the_same_result() -> None:
-    model = stirred(GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
-    t, scorer = made_up("multiple_choice", 11, 0), GPTScorer(model)
+    model = small_model(GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
+    t, scorer = random_task("multiple_choice", 11, 0), GPTScorer(model)
     alone = evaluate_task(scorer, t, Letters(), CPU)
     parts: list[torch.Tensor] = []
 
@@ -310,26 +273,6 @@ def test_centred() -> None:
 
 # ---------------------------------------------------------------------------------------------------
 # Bundles
-
-
-def write_bundle(folder: Path) -> Path:
-    (folder / "eval_data").mkdir(parents=True)
-    (folder / "core.yaml").write_text(
-        "icl_tasks:\n"
-        "- {label: pick, dataset_uri: pick.jsonl, num_fewshot: [2], icl_task_type: multiple_choice,"
-        ' continuation_delimiter: "\\nAnswer: "}\n'
-        "- {label: pronoun, dataset_uri: pronoun.jsonl, num_fewshot: [0], icl_task_type: schema}\n"
-        "- {label: go_on, dataset_uri: go_on.jsonl, num_fewshot: [1], icl_task_type: language_modeling}\n"
-    )
-    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\npick,25\npronoun,50\ngo_on,0\n")
-    data = {
-        "pick": made_up("multiple_choice", 6, 0),
-        "pronoun": made_up("schema", 5, 0),
-        "go_on": made_up("language_modeling", 4, 0),
-    }
-    for name, t in data.items():
-        (folder / "eval_data" / f"{name}.jsonl").write_text("".join(json.dumps(i) + "\n" for i in t.items))
-    return folder
 
 
 def test_a_bundle_is_read_and_evaluated(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from core_helpers import write_bundle
 from stubs import TOKENIZER, stir
 
 from nanochat.evals.contamination import Index, words_of
@@ -222,8 +223,6 @@ def test_questions_are_compared_as_published_not_as_asked() -> None:
 def test_contamination_names_the_items(
     base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from test_core import write_bundle
-
     bundle = write_bundle(tmp_path / "b")
     question = "which of these nine words would you choose to hide in a text"
     (bundle / "eval_data" / "pick.jsonl").write_text(json.dumps({"query": question, "choices": ["x", "y"], "gold": 0}))
@@ -243,7 +242,7 @@ def test_contamination_names_the_items(
 
 
 def test_ranks_share_the_items(finetuned: Path) -> None:
-    """Three processes' parts make up what one would have asked."""
+    """The shares of three ranks make up the items of one."""
     flags = AskFlags(max_new_tokens=3)
     from nanochat.checkpoint_manager import load_model
     from nanochat.engine import Engine

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_core import Letters, made_up, stirred
+from core_helpers import Letters, random_task, small_model
 
 from nanochat.common import UserError
 from nanochat.evals.core_prompts import make_examples
@@ -25,7 +25,7 @@ class FakeModel(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gpt = stirred(CONFIG)
+        self.gpt = small_model(CONFIG)
         self.config = SimpleNamespace(max_position_embeddings=None, n_positions=96)
 
     def forward(self, idx: torch.Tensor) -> Any:
@@ -56,7 +56,7 @@ class FakeTokenizer:
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
 def test_the_same_model_scores_the_same(kind: str) -> None:
     model = FakeModel()
-    examples = list(make_examples(made_up(kind, 20, 2), Letters(), 96))
+    examples = list(make_examples(random_task(kind, 20, 2), Letters(), 96))
     ours = GPTScorer(model.gpt).score(examples)
     theirs = HFModel(model, 96, torch.device("cpu")).score(examples)
     for a, b in zip(ours, theirs):
