@@ -1,7 +1,7 @@
 """The CORE bundle on disk, as published: core.yaml, eval_meta_data.csv, eval_data/**/*.jsonl.
 
-Everything is checked when read, and a mistake is named by file and line: a wrong gold answer would only show as a
-score that is a little too low.
+Everything is validated on reading, and errors name file and line: a wrong gold answer would otherwise only lower the
+score a little.
 """
 
 import csv
@@ -40,7 +40,7 @@ class CoreTask:
 
 @dataclass
 class Bundle:
-    """The tasks whose data is here, the labels of those whose data is not, and of those that were not asked for."""
+    """The tasks that were read, the labels of tasks without data, and the labels of tasks that were not requested."""
 
     tasks: list[CoreTask]
     missing: list[str]
@@ -50,7 +50,7 @@ class Bundle:
 def read_bundle(folder: Path, baselines: str = "v1", only: str = "") -> Bundle:
     """Read a bundle. `only`: labels separated by commas. `baselines`: v1 or v2.
 
-    Raises UserError for a folder that is none, a task that does not exist, or data that is not as it should be.
+    Raises UserError if the folder is not a bundle, a task does not exist, or data is invalid.
     """
     config_file, meta_file = folder / "core.yaml", folder / "eval_meta_data.csv"
     for file in (config_file, meta_file):
@@ -88,7 +88,7 @@ def read_bundle(folder: Path, baselines: str = "v1", only: str = "") -> Bundle:
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
-    """The tasks of core.yaml, checked."""
+    """The tasks of core.yaml, validated."""
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
         for entry in entries:
@@ -128,7 +128,7 @@ def read_baselines(path: Path, version: str) -> dict[str, float]:
 
 
 def read_items(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The items of a task's jsonl, checked."""
+    """The items of a task's jsonl, validated."""
     items = []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -146,7 +146,7 @@ def read_items(path: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def check_item(item: Any, kind: str) -> dict[str, Any]:
-    """The item, if it is one of that kind. Raises ValueError."""
+    """The item. Raises ValueError unless it is a valid item of that kind."""
     texts = {"multiple_choice": ("query",), "schema": ("continuation",), "language_modeling": ("context",)}[kind]
     if not isinstance(item, dict):
         raise ValueError("not a JSON object")

@@ -1,4 +1,4 @@
-"""Fetching the CORE bundle, where there is internet."""
+"""Download the CORE bundle."""
 
 import shutil
 import tempfile
@@ -12,7 +12,7 @@ from filelock import FileLock
 from nanochat.common import UserError, say
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-PATIENCE_SECONDS = 30.0  # without a byte
+TIMEOUT_SECONDS = 30.0  # without a byte
 
 
 def bundle_folder(given: str, base_dir: Path, url: str = BUNDLE_URL) -> Path:
@@ -29,15 +29,15 @@ def bundle_folder(given: str, base_dir: Path, url: str = BUNDLE_URL) -> Path:
 
 
 def download_bundle(folder: Path, url: str) -> None:
-    """Download and unpack; `folder` appears when all of it is there."""
+    """Download and unpack; `folder` appears only when complete."""
     say(f"downloading the CORE bundle from {url}")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".eval_bundle.") as work:
         archive = Path(work) / "bundle.zip"
         try:
-            with urllib.request.urlopen(url, timeout=PATIENCE_SECONDS) as source, open(archive, "wb") as file:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as source, open(archive, "wb") as file:
                 shutil.copyfileobj(source, file)
             with zipfile.ZipFile(archive) as bundle:
-                bundle.extractall(Path(work) / "unpacked")  # names that lead elsewhere are made to stay inside
+                bundle.extractall(Path(work) / "unpacked")  # zipfile confines absolute paths and .. to the folder
         except (urllib.error.URLError, TimeoutError, ConnectionError, zipfile.BadZipFile, OSError) as error:
             raise UserError(
                 f"cannot download the CORE bundle from {url} ({error}); get it where there is a network, "
