@@ -1,6 +1,6 @@
 """Compare the tokenizer with GPT-2's and GPT-4's: `python -m scripts.tok_eval`.
 
-Reports bytes per token on validation text, by source. scripts/_ranks.py finds the published BPE ranks.
+Reports bytes per token on validation text, by source. scripts/_bpe_ranks.py finds the published BPE ranks.
 """
 
 import time
@@ -19,7 +19,7 @@ from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.tokenizer import get_tokenizer
 from scripts import _cli
-from scripts._ranks import GPT2, GPT4, Counter, find_reference
+from scripts._bpe_ranks import GPT2, GPT4, Counter, find_reference
 
 OURS, OTHERS, ALL = "nanochat", "(other sources)", "all"
 MAX_SOURCES, BATCH_DOCUMENTS = 30, 512

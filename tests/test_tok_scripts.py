@@ -10,7 +10,7 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.tokenizer import get_tokenizer
-from scripts import _ranks, tok_eval, tok_train
+from scripts import _bpe_ranks, tok_eval, tok_train
 
 TEXTS = ["the cat sat on the mat, then there was été", "bananas for 1234 other mothers 漢字漢字", "aaaa don't"]
 
@@ -54,7 +54,7 @@ def test_tok_train_mistakes(base_dir: Path, data: str, flag: str) -> None:
 def test_tok_eval_without_ranks_says_so(
     base_dir: Path, data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_ranks.Reference, "places", lambda self, base_dir: iter(()))
+    monkeypatch.setattr(_bpe_ranks.Reference, "places", lambda self, base_dir: iter(()))
     with pytest.raises(UserError, match="tok_train"):
         tok_eval.main([f"--data={data}"])
     tok_train.main([f"--data={data}", "--vocab-size=300"])
@@ -84,30 +84,30 @@ GPT2_MERGES = [b" t", b" th", "é".encode()]
 
 def test_ranks_in_both_published_forms(tmp_path: Path) -> None:
     (tmp_path / "vocab.bpe").write_text(VOCAB_BPE, encoding="utf-8")
-    ranks = _ranks.parse_ranks(tmp_path / "vocab.bpe")
+    ranks = _bpe_ranks.parse_ranks(tmp_path / "vocab.bpe")
     assert ranks[b"!"] == 0 and ranks[b"~"] == 93 and ranks[b"\x00"] == 188 and ranks[b" "] == 220
     assert [token for token, rank in ranks.items() if rank >= 256] == GPT2_MERGES
     lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
     (tmp_path / "gpt2.tiktoken").write_bytes(b"".join(lines))
-    assert _ranks.parse_ranks(tmp_path / "gpt2.tiktoken") == ranks
+    assert _bpe_ranks.parse_ranks(tmp_path / "gpt2.tiktoken") == ranks
 
 
 def test_finding_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = dataclasses.replace(_ranks.GPT2, num_ranks=259, package="no_such_package_here")
+    small = dataclasses.replace(_bpe_ranks.GPT2, num_ranks=259, package="no_such_package_here")
     folder = tmp_path / "tokenizer_ranks"
     folder.mkdir()
-    assert _ranks.find_reference(dataclasses.replace(small, urls=()), "", tmp_path) is None
+    assert _bpe_ranks.find_reference(dataclasses.replace(small, urls=()), "", tmp_path) is None
     (folder / "vocab.bpe").write_text(VOCAB_BPE, encoding="utf-8")
     for flag in ("", str(folder), str(folder / "vocab.bpe")):
-        counter = _ranks.find_reference(small, flag, tmp_path)
+        counter = _bpe_ranks.find_reference(small, flag, tmp_path)
         assert counter and counter([" the", "é", " " * 1_000_000]) == 2 + 1 + 1_000_000
     with pytest.raises(UserError, match=r"--gpt2-ranks.*259 .*50,256"):
-        _ranks.find_reference(_ranks.GPT2, str(folder), tmp_path)
+        _bpe_ranks.find_reference(_bpe_ranks.GPT2, str(folder), tmp_path)
     with pytest.raises(UserError, match="nowhere"):
-        _ranks.find_reference(small, str(tmp_path / "nowhere"), tmp_path)
+        _bpe_ranks.find_reference(small, str(tmp_path / "nowhere"), tmp_path)
     (folder / "vocab.bpe").write_text("not ranks at all", encoding="utf-8")
     with pytest.raises(UserError, match=r"vocab.bpe.*GPT-2"):
-        _ranks.find_reference(small, str(folder), tmp_path)
+        _bpe_ranks.find_reference(small, str(folder), tmp_path)
     capsys.readouterr()
-    assert _ranks.find_reference(dataclasses.replace(small, urls=()), "", tmp_path) is None
+    assert _bpe_ranks.find_reference(dataclasses.replace(small, urls=()), "", tmp_path) is None
     assert "vocab.bpe" in capsys.readouterr().err

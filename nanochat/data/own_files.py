@@ -68,7 +68,7 @@ def tally_in_place(path: Source, tally: Tally) -> None:
     """Count documents until both splits have one: a few row groups, or all of a small corpus."""
     if not (tally.train and tally.val):
         for document in parquet_documents(path, ""):
-            tally.count(document.text)
+            tally.assign(document.text)
             if tally.train and tally.val:
                 return
 

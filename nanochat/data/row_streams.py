@@ -7,7 +7,7 @@ far ahead of need they are made.
 The rest of a cropped document returns to the pool as a segment with a bos of its own. With inputs row[:-1] and targets
 row[1:], every token of every document is a target exactly once.
 
-Saved states keep their first names: "lane" for a stream, "pieces" for segments.
+Saved states keep their first names: "lane" for a stream, "pieces" for segments, "parts" for slices per row group.
 """
 
 from typing import Any, NamedTuple, Protocol

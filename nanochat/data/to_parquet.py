@@ -43,8 +43,8 @@ class Tally:
     smallest: int = 2**64
     largest: int = -1
 
-    def count(self, text: str) -> bool:
-        """Count one document; True if it is for validation."""
+    def assign(self, text: str) -> bool:
+        """True if the document is for validation (one in a hundred, by its hash); counts it."""
         hash = document_hash(text)
         self.smallest, self.largest = min(self.smallest, hash), max(self.largest, hash)
         is_val = hash < VAL_LIMIT
@@ -112,7 +112,7 @@ def write_shards(folder: Path, paths: Sequence[Source]) -> Tally:
     documents = (document for path in paths for document in file_documents(path))
     with train, val:
         for document in shuffled(split_lone_text(paths, documents)):
-            (val if tally.count(document.text) else train).add(document)
+            (val if tally.assign(document.text) else train).add(document)
     return tally
 
 
