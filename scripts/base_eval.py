@@ -86,7 +86,9 @@ def evaluate(config: Config, evaluations: list[str], runtime: Runtime) -> int:
     if "bpb" in evaluations:
         corpus = open_evaluation_corpus(subject, config.data, config.skip_bad_shards, runtime, base_dir)
         values |= evaluate_bpb(subject, corpus, config.split_tokens, runtime)
-    if "sample" in evaluations and subject.meta and runtime.is_main:
+    if "sample" in evaluations and not subject.meta:
+        runtime.print0("no samples: --eval=sample is for nanochat models")
+    elif "sample" in evaluations and runtime.is_main:
         values["samples"] = samples(subject)
         for item in values["samples"]:
             say(f"  {item['prompt']}{item['text']}")
