@@ -172,7 +172,7 @@ class CpuDecoder:
     """Decodes with the weights of `model`: matrices from `packed`, other parameters in place."""
 
     def __init__(self, model: GPT, cache: KVCache, packed: PackedWeights) -> None:
-        """`model` has its matrices in its compute dtype (decoding.DecodingWeights)."""
+        """`model` has its matrices in its compute dtype (decoding_weights.DecodingWeights)."""
         assert cache.max_tokens <= model.cos.size(0)
         self.cache, self.vocab_size = cache, model.config.vocab_size
         self._max_tokens = SHORT_PROMPT // 2 if packed.int8 else SHORT_PROMPT

@@ -1,5 +1,13 @@
 """The chat service: HTTP API, request queue, replicas.
 
-Called by `scripts/chat_web.py`.
-A message's way: `routes_chat.py` -> `generation.py` -> `service.py` (queue, batch). `server.py` puts them together.
+Called by `scripts/chat_web.py`. A message's way, and back:
+
+routes_chat.py    the request's fields, the conversation as a GenerationRequest, the answer's fields
+generation.py     one HTTP request: submits its prompts, receives tokens on the event loop
+service.py        one replica: the queue and the running batch (nanochat/inference/decoding.py) on a thread
+sample.py         tokens of one sample to text: whole characters, stop strings, tool calls
+answers.py        whole JSON answers and server-sent events
+
+server.py puts the application together; guard.py checks keys, limits and bodies before it; remote_service.py runs a
+replica in a process of its own.
 """
