@@ -272,6 +272,11 @@ class GPT(nn.Module):
         """A model on `device` whose weights and tables are uninitialised; call init_weights or load_model next."""
         with torch.device("meta"):
             model = cls(config, compute_dtype)
+        if (
+            tied := {n for n, _ in model.named_parameters(remove_duplicate=False)}
+            - dict(model.named_parameters()).keys()
+        ):
+            raise ValueError(f"{', '.join(sorted(tied))}: a shared parameter would get memory of its own here")
         # As model.to_empty(device) does, which imports sympy for it: half a second at every start.
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         return model
@@ -284,9 +289,18 @@ class GPT(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         seed: int = 42,
     ) -> "GPT":
-        """A model on `device`, every tensor initialised from `seed`."""
+        """A model on `device`, every tensor initialised from `seed`.
+
+        ValueError names parameters that init_weights leaves out: what a module's __init__ set is lost, as it ran
+        without memory.
+        """
         model = cls.allocate(config, device, compute_dtype)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(math.nan)
         model.init_weights(seed)
+        if missed := [name for name, p in model.named_parameters() if p.isnan().any()]:
+            raise ValueError(f"init_weights leaves {', '.join(missed[:5])} uninitialised: set them there")
         return model
 
     @torch.no_grad()

@@ -112,7 +112,9 @@ def converse(chat: Chat, read: Callable[[], str]) -> int:
 def say(chat: Chat, text: str) -> bool:
     """Stream the model's answer to the terminal; False if Ctrl-C stopped it."""
     interrupts: list[int] = []
-    pieces = printable(chat.stream(text, should_stop=lambda: bool(interrupts)), chat.engine.tools.tools[-1].name)
+    tools = chat.engine.tools.tools
+    label = tools[0].name if len(tools) == 1 else "tool"  # the pieces do not say which tool answered
+    pieces = printable(chat.stream(text, should_stop=lambda: bool(interrupts)), label)
     with noted_interrupts(interrupts):
         for piece in pieces:
             print(piece, end="", flush=True)

@@ -274,8 +274,22 @@ def test_a_changed_model_generates_what_it_computes(
     # In bfloat16, sums in another order may decide between two almost equal tokens later on.
     same = len(found) if dtype == torch.float32 else 4
     assert len(found) >= 4 and found[:same] == wanted[:same]
-    lines = [line for line in capsys.readouterr().err.splitlines() if "C decoder" in line]
-    assert len(lines) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("C decoder" in line for line in lines) == 1 and not any("kv_cache.py" in line for line in lines)
+
+
+def shifted_mlp(self: gpt.MLP, x: torch.Tensor) -> torch.Tensor:
+    """Mixes each token with the one before, and keeps nothing in the cache."""
+    return self.c_proj(F.relu(self.c_fc(x + F.pad(x, (0, 0, 1, 0))[:, :-1])))
+
+
+def test_a_changed_model_that_cannot_be_decoded_token_by_token_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpt.MLP, "forward", shifted_mlp)
+    for _ in range(2):
+        Engine(small(), ByteTokenizer())
+    assert sum("kv_cache.py" in line for line in capsys.readouterr().err.splitlines()) == 1
 
 
 @needs_compiler

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from stubs import stir
 
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, MLP, GPTConfig
 
 FORMS = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
 
@@ -397,3 +397,28 @@ def test_explicit_sizes_express_the_published_d24() -> None:
         counts = GPT(GPTConfig(n_layer=24, n_embd=1024, n_head=8, n_kv_head=8)).num_scaling_params()
     assert counts["total"] == pytest.approx(8e8, rel=0.05)
     assert counts["value_embeds"] == 12 * 32768 * 1024
+
+
+def test_a_parameter_that_init_weights_leaves_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What __init__ sets is lost: the model is built without memory. Untouched memory must not be trained on."""
+    built = MLP.__init__
+
+    def with_gain(self: MLP, config: GPTConfig) -> None:
+        built(self, config)
+        self.gain = torch.nn.Parameter(torch.ones(config.n_embd))
+
+    monkeypatch.setattr(MLP, "__init__", with_gain)
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.gain"):
+        GPT.create(GPTConfig(16, 64, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+
+
+def test_a_shared_parameter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = GPT.__init__
+
+    def tied(self: GPT, *args: Any) -> None:
+        built(self, *args)
+        self.lm_head.weight = self.wte.weight
+
+    monkeypatch.setattr(GPT, "__init__", tied)
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        GPT.create(GPTConfig(16, 64, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))

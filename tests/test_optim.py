@@ -332,6 +332,13 @@ def test_parameters_that_are_no_matrices_get_the_rate_of_the_residual_scalars() 
     )
 
 
+def test_a_large_parameter_that_is_no_matrix_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    model = GPT.create(GPTConfig(vocab_size=64, sequence_len=16, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
+    model.blocks[0].experts = torch.nn.Parameter(torch.ones(4, 32, 32))
+    build_param_groups(model, OptimizerConfig(), ns_dtype=torch.float32)
+    assert "transformer.h.0.experts (4, 32, 32)" in capsys.readouterr().err
+
+
 class SignedMomentum(UpdateRule):
     """A rule such as someone may add (Lion, arXiv 2302.06675): elementwise, one state tensor."""
 

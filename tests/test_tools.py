@@ -151,7 +151,8 @@ def test_limits_of_a_tool() -> None:
             assert tokens[-6:] == [*wanted.encode(), OUT_END]
 
 
-def test_a_failing_tool_does_not_end_the_answer() -> None:
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_failing_tool_does_not_end_the_answer(slow: bool) -> None:
     class Broken:
         def __call__(self, text: str) -> str:
             raise RuntimeError("broken")
@@ -159,7 +160,7 @@ def test_a_failing_tool_does_not_end_the_answer() -> None:
         def close(self) -> None:
             pass
 
-    tool = Tool("broken", "<|python_start|>", "<|python_end|>", Broken, slow=True)
+    tool = Tool("broken", "<|python_start|>", "<|python_end|>", Broken, slow=slow)
     engine = Engine(calls("ab"), TOKENIZER, tools=(tool,))  # type: ignore[arg-type]
     assert answers(engine, [[ord("?")]], max_tokens=30, temperature=0.0) == [[START, *b"ab", STOP]]
 

@@ -97,13 +97,18 @@ def supported(model: GPT) -> bool:
         return False
     if not kernels.in_use(model.device):
         return False
-    unknown = unknown_parts(model)
-    if not unknown and not agrees(probe_config(config), dtype):
-        unknown = ["its result for a small example, which differs from PyTorch's"]
-    if unknown:
+    if unknown := differences(model):
         parts = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         warn_once(f"the C decoder does not implement this model ({parts}): decoding in PyTorch, slower")
     return not unknown
+
+
+def differences(model: GPT) -> list[str]:
+    """How the model differs from what decode.c computes, in words; where the C kernels are in use also by example."""
+    unknown = unknown_parts(model)
+    if not unknown and kernels.in_use(model.device) and not agrees(probe_config(model.config), model.compute_dtype):
+        return ["its result for a small example, which differs from PyTorch's"]
+    return unknown
 
 
 def unknown_parts(model: GPT) -> list[str]:

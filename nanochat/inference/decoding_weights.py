@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError, warn
+from nanochat.fast_path import warn_once
 from nanochat.gpt import GPT
 from nanochat.inference import cpu_decoder
 from nanochat.inference.cpu_decoder import CpuDecoder
@@ -31,7 +32,9 @@ class DecodingWeights:
             self._copy = cast_copy(model) if int8 or needs_cast else model
             self.packed = PackedWeights(self._copy, int8) if int8 or cpu_decoder.supported(model) else None
         if int8 and not cpu_decoder.supported(model):
-            warn("int8 saves no memory here: without a C compiler, or for this model size, the C decoder is not used")
+            warn("int8 saves no memory here: without a C compiler, or for this model, the C decoder is not used")
+        if self.packed is None and isinstance(model, GPT) and cpu_decoder.differences(model):
+            check_cached_decoding(self._copy)
         self._versions = self._current_versions()
         self._lock = threading.Lock()
 
@@ -57,6 +60,26 @@ class DecodingWeights:
         """Address and write count of each parameter. Writes to `p.data` and to inference tensors are not counted: they
         need a new DecodingWeights."""
         return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+
+
+@torch.inference_mode()
+def check_cached_decoding(model: GPT) -> None:
+    """Compare decoding with a cache with the whole sequence at once, and warn if they differ.
+
+    For models whose code was changed: a layer that looks at other positions has to find them in the cache.
+    """
+    T = min(8, model.config.sequence_len)
+    tokens = torch.arange(T, device=model.device)[None] % model.config.vocab_size
+    cache = KVCache(model.config, 1, T, model.device, model.compute_dtype)
+    pieces = [tokens[:, : T // 2], *tokens[:, T // 2 :].split(1, dim=1)]
+    cached = torch.cat([model(piece, kv_cache=cache) for piece in pieces], dim=1)
+    whole = model(tokens)
+    error = float((cached - whole).norm() / whole.norm().clamp_min(1e-9))
+    if not error < (1e-3 if model.compute_dtype == torch.float32 else 0.1):
+        warn_once(
+            f"decoding is wrong for this changed model: token by token its logits differ by {error:.0%} from those of "
+            "the whole sequence; what looks at other positions must keep them in the cache (inference/kv_cache.py)"
+        )
 
 
 def cast_copy(model: GPT) -> GPT:

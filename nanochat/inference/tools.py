@@ -150,14 +150,20 @@ class ToolSession:
         return functools.partial(self._first_result, rest, text) if rest else None
 
     def _first_result(self, tools: Sequence[Tool], text: str) -> str | None:
-        """The result of the first tool that understands the call, None if none does or the session is closed."""
+        """The result of the first tool that understands the call, None if none does or the session is closed.
+
+        A tool that raises is reported and counts as one that does not understand: other sequences share the batch.
+        """
         for tool in tools:
-            with self._lock:
-                if tool.name not in self._runners and not self._closed:  # made at its first call
-                    self._runners[tool.name] = tool.open()
-                runner = self._runners.get(tool.name)
-            if runner and (result := runner(text)) is not None:
-                return result[: tool.max_output_chars]
+            try:
+                with self._lock:
+                    if tool.name not in self._runners and not self._closed:  # made at its first call
+                        self._runners[tool.name] = tool.open()
+                    runner = self._runners.get(tool.name)
+                if runner and (result := runner(text)) is not None:
+                    return result[: tool.max_output_chars]
+            except Exception as error:
+                warn(f"the tool {tool.name} failed: {error!r}")
         return None
 
 
@@ -167,13 +173,5 @@ def call_threads() -> ThreadPoolExecutor:
 
 
 def start_call(call: Call) -> "Future[str | None]":
-    """Run a slow call on a thread. An exception there must not end the batch: it is reported and the result is None."""
-
-    def guarded() -> str | None:
-        try:
-            return call()
-        except Exception as error:
-            warn(f"a tool failed: {error!r}")
-            return None
-
-    return call_threads().submit(guarded)
+    """Run a slow call on a thread."""
+    return call_threads().submit(call)

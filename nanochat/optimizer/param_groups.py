@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import UserError, warn
 from nanochat.gpt import GPT
 from nanochat.optimizer.update_rules import RULES
 
@@ -110,7 +110,10 @@ def build_param_groups(
             matrices.setdefault(tuple(p.shape), []).append(p)
     placed = {p for group in groups for p in group["params"]}.union(*matrices.values())
     # Whatever else a model has, such as learnable gains: they scale activations as the residual scalars do.
-    groups.append(scalars([p for p in model.parameters() if p not in placed], scalar_lr * 0.01, betas))
+    others = {name: p for name, p in model.named_parameters() if p not in placed}
+    if large := [f"{name} {tuple(p.shape)}" for name, p in others.items() if p.dim() > 1]:
+        warn(f"not matrices of a block, so updated as scalars and not counted in FLOPs: {', '.join(large[:3])}")
+    groups.append(scalars(list(others.values()), scalar_lr * 0.01, betas))
     rule = RULES[config.matrix_rule]
     for shape in sorted(matrices):
         rates = {"lr": config.matrix_lr * lr_scale, "weight_decay": weight_decay}
