@@ -85,7 +85,12 @@ def test_rule_layer_and_source_train_and_generate(patched: Path, copied: Path, t
         connection.executemany("INSERT INTO documents VALUES (?)", texts)
     kept = [flag for flag in TINY if not flag.startswith(("--num-iterations", "--n-embd", "--head-dim"))]
     sizes = ["--n-embd=32", "--head-dim=16", "--num-iterations=4", "--save-every=2", "--sample-every=4"]
-    flags = [*kept, *sizes, "--recipe=default,matrix_rule=lion,matrix_lr=0.001,mlp=swiglu", f"--data=sqlite://{database}"]
+    flags = [
+        *kept,
+        *sizes,
+        "--recipe=default,matrix_rule=lion,matrix_lr=0.001,mlp=swiglu",
+        f"--data=sqlite://{database}",
+    ]
     done = run(patched, "-m", "scripts.base_train", *flags, base=copied)
     # The C decoder does not know the layer, says so once, and PyTorch samples.
     assert done.stderr.count("SwiGLU") == int(kernels.in_use(torch.device("cpu")))
