@@ -109,10 +109,11 @@ class Run(Generic[Config]):
         """Put the finished stage into the report, and print a summary."""
         record_stage(get_base_dir(), self.script, self.figures(trainer) | values)
         now = trainer.progress
-        bpb = "val bpb not measured" if now.val_bpb is None else f"val bpb {now.val_bpb:.4f}"
+        bpb = "not measured" if now.val_bpb is None else f"{now.val_bpb:.4f}"
+        validation = f"val bpb {bpb}; " if any(hook.tokens for hook in trainer.hooks) else ""
         say(
             f"{now.step} steps, {format_count(now.tokens)} trained tokens in {format_seconds(now.wall_seconds)}; "
-            f"{bpb}; saved in {self.folder}"
+            f"{validation}saved in {self.folder}"
         )
 
     def figures(self, trainer: Trainer) -> dict[str, Any]:
