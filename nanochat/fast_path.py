@@ -82,7 +82,8 @@ def modified_modules(model: Any, known: Iterable[type]) -> list[str]:
         kind = type(module)
         if kind not in known:
             found.append(f"{name or 'the model'} ({kind.__qualname__})")
-        found += [f"{name}.{hidden}".lstrip(".") for hidden in vars(module).keys() & vars(kind).keys() - {"__doc__"}]
+        hidden = [key for key in vars(module) if callable(getattr(kind, key, None)) and key != "__doc__"]
+        found += [f"{name}.{key}".lstrip(".") for key in hidden]
         if module._forward_hooks or module._forward_pre_hooks:
             found.append(f"a hook on {name or 'the model'}")
     return found

@@ -50,7 +50,8 @@ def convert(model: GPT, recipe: str, runtime: Runtime) -> None:
     )
     for name in names:
         model.blocks.get_submodule(name).is_fp8 = True
-    if (error := conversion_error(model.blocks.get_submodule(names[0]))) > MAX_ERROR:
+    error = conversion_error(model.blocks.get_submodule(names[0]))
+    if not error <= MAX_ERROR:  # NaN is not
         warn(f"--fp8: a layer's result differs from bfloat16's (relative error {error:.2g}): training in bfloat16")
         for parent, name, layer in converted_layers(model):
             setattr(parent, name, plain(layer))
@@ -63,7 +64,7 @@ def conversion_error(layer: nn.Module) -> float:
     x = torch.randn(MULTIPLE, layer.in_features, generator=draw).to(layer.weight.device, torch.bfloat16)
     with torch.no_grad():
         wanted = plain(layer)(x).float()
-        return float((layer(x).float() - wanted).norm() / wanted.norm())
+        return float((layer(x).float() - wanted).norm() / wanted.norm().clamp_min(1e-9))
 
 
 def check(model: GPT, recipe: str, runtime: Runtime) -> None:

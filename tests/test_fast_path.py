@@ -234,6 +234,12 @@ def one_instance(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
     mlp.forward = lambda x: 2 * gpt.MLP.forward(mlp, x)
 
 
+def inherited_method(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
+    """nn.Embedding's forward, which gpt.Embedding does not define itself."""
+    wte = model.wte
+    wte.forward = lambda idx: F.embedding(idx, wte.weight) * torch.linspace(-1, 1, 64)
+
+
 def hook(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
     model.blocks[1].register_forward_hook(lambda module, args, out: out * 0.5)
 
@@ -251,7 +257,7 @@ def gain(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
     model.blocks[0].register_forward_pre_hook(lambda block, args: (args[0] * block.gain.to(args[0].dtype), *args[1:]))
 
 
-CHANGES = [gelu_mlp, layer_norm, half_residual, unknown_field, subclass, one_instance, hook, narrow_mlp, gain]
+CHANGES = [gelu_mlp, layer_norm, half_residual, unknown_field, subclass, one_instance, inherited_method, hook, narrow_mlp, gain]
 
 
 @needs_compiler
@@ -300,6 +306,18 @@ def test_an_unchanged_model_is_decoded_in_c(
     calls, model = decoded_in_c(monkeypatch), small(dtype)
     answers(Engine(model, ByteTokenizer()), [[5, 6, 7, 8]], max_tokens=12, temperature=0)
     assert calls and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype, n_embd", [(torch.float16, 32), (torch.float32, 40)])
+def test_dtypes_and_sizes_without_c_code_never_reach_the_decoder(
+    dtype: torch.dtype, n_embd: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even to compare an example: C would read past the end of a head."""
+    monkeypatch.setattr(cpu_decoder, "_agrees", {})
+    monkeypatch.setattr(cpu_decoder, "CpuDecoder", None)
+    config = GPTConfig(sequence_len=32, vocab_size=265, n_layer=2, n_head=2, n_kv_head=1, n_embd=n_embd)
+    Engine(GPT.create(config, compute_dtype=dtype), ByteTokenizer())
+    assert not capsys.readouterr().err
 
 
 @needs_compiler

@@ -336,10 +336,11 @@ def test_layers_of_another_class_stay_as_they_are(hopper: None, capsys: pytest.C
     assert "0.mlp.c_fc" in line
 
 
+@pytest.mark.parametrize("factor", [2.0, math.nan])
 def test_a_conversion_with_wrong_results_is_undone(
-    hopper: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    factor: float, hopper: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(FakeFloat8, "factor", 2.0)
+    monkeypatch.setattr(FakeFloat8, "factor", factor)
     model, tokens = stir(GPT.create(WIDE, compute_dtype=torch.bfloat16), 0.05), torch.arange(32).view(2, 16)
     plain = model(tokens)
     fp8.convert(model, "tensorwise", GPU)

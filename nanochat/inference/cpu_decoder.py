@@ -92,10 +92,7 @@ FIELDS = (
 def supported(model: GPT) -> bool:
     """Whether decode.c can decode this model: on a CPU with a compiler, of a dtype and sizes that it handles, and
     computing what it computes. Warns once of what it does not know."""
-    config, dtype = model.config, model.compute_dtype
-    if dtype not in (torch.float32, torch.bfloat16) or config.n_embd % 16 or config.head_dim % 16:
-        return False
-    if not kernels.in_use(model.device):
+    if not handles(model):
         return False
     if unknown := differences(model):
         parts = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
@@ -103,10 +100,17 @@ def supported(model: GPT) -> bool:
     return not unknown
 
 
+def handles(model: GPT) -> bool:
+    """Whether decode.c is there for the model's device, dtype and sizes."""
+    config, dtype = model.config, model.compute_dtype
+    sizes_fit = config.n_embd % 16 == 0 and config.head_dim % 16 == 0
+    return dtype in (torch.float32, torch.bfloat16) and sizes_fit and kernels.in_use(model.device)
+
+
 def differences(model: GPT) -> list[str]:
-    """How the model differs from what decode.c computes, in words; where the C kernels are in use also by example."""
+    """How the model differs from what decode.c computes, in words; where decode.c handles it also by example."""
     unknown = unknown_parts(model)
-    if not unknown and kernels.in_use(model.device) and not agrees(probe_config(model.config), model.compute_dtype):
+    if not unknown and handles(model) and not agrees(probe_config(model.config), model.compute_dtype):
         return ["its result for a small example, which differs from PyTorch's"]
     return unknown
 
