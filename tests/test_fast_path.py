@@ -257,7 +257,18 @@ def gain(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
     model.blocks[0].register_forward_pre_hook(lambda block, args: (args[0] * block.gain.to(args[0].dtype), *args[1:]))
 
 
-CHANGES = [gelu_mlp, layer_norm, half_residual, unknown_field, subclass, one_instance, inherited_method, hook, narrow_mlp, gain]
+CHANGES = [
+    gelu_mlp,
+    layer_norm,
+    half_residual,
+    unknown_field,
+    subclass,
+    one_instance,
+    inherited_method,
+    hook,
+    narrow_mlp,
+    gain,
+]
 
 
 @needs_compiler
