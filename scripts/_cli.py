@@ -80,7 +80,8 @@ def one_line(box: str) -> str:
     words = " ".join(line for line in lines if line)
     words = re.sub(r"^Value error (Error parsing \w+: )?", "", words)
     words = words.replace("Unrecognized options Unrecognized", "unrecognized")
-    return re.sub(r" (Argument helptext:|For full helptext,).*$", "", words) + "; see --help"
+    words = words.replace("Invalid choice invalid", "invalid")
+    return re.sub(r" (Argument helptext:|For full helptext,).*$", "", words).rstrip(".") + "; see --help"
 
 
 def run(main: Callable[[], int | None]) -> None:
