@@ -102,7 +102,7 @@ class PretrainLoader(PrefetchingLoader[list[StreamState]]):
 
     @property
     def _layout(self) -> dict[str, int]:
-        """What a saved state is valid for."""
+        """The sizes, seed and data that a saved state is valid for."""
         return {
             "version": 1,
             "lanes": self.num_streams,

@@ -83,7 +83,7 @@ def check(model: GPT, recipe: str, runtime: Runtime) -> None:
         raise UserError(f"--fp8 needs a GPU of compute capability 8.9 or newer, this one has {found}; leave it out")
     if model.compute_dtype != torch.bfloat16:
         raise UserError(
-            f"--fp8 works beside bfloat16, not {str(model.compute_dtype).removeprefix('torch.')}; unset NANOCHAT_DTYPE"
+            f"--fp8 works with bfloat16, not {str(model.compute_dtype).removeprefix('torch.')}; unset NANOCHAT_DTYPE"
         )
     if model.config.sequence_len % MULTIPLE:
         raise UserError(f"--fp8 needs --max-seq-len divisible by {MULTIPLE}, got {model.config.sequence_len}")

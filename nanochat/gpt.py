@@ -402,4 +402,4 @@ class AttentionCache(Protocol):
 
 
 class AllStored(Exception):
-    """Raised by a cache at its `stop_layer`: everything that the forward pass was to leave is stored."""
+    """Raised by a cache at its `stop_layer`, once the keys and values of all layers are stored."""

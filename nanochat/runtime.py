@@ -85,12 +85,12 @@ class Runtime:
             say(text)
 
     def warn0(self, message: str) -> None:
-        """Warn on rank 0 only, of something that all ranks know."""
+        """Warn on rank 0 only. For a warning that all ranks would print."""
         if self.is_main:
             warn(message)
 
     def error0(self, text: str) -> None:
-        """Print on rank 0's standard error only, what all ranks know."""
+        """Print on rank 0's standard error only. For an error that all ranks would print."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 

@@ -233,7 +233,7 @@ class Trainer:
         diverged = find_diverged_ranks(self.runtime, self.model)
         if diverged:
             raise RanksDiverged(
-                f"the weights of rank {', '.join(map(str, diverged))} are not the others' after step "
+                f"the weights of rank {', '.join(map(str, diverged))} differ from the other ranks' after step "
                 f"{self.progress.step}: faulty hardware, or code that treats ranks differently; the last "
                 f"good checkpoint is step {self.saver.last_step}"
             )

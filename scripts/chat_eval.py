@@ -38,15 +38,15 @@ class Config:
     source: Annotated[Literal["sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
     """Which model: sft or rl."""
     task_name: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""
-    """Tasks separated by | or commas; empty runs the embedded skills, all whatever data is at hand."""
+    """Tasks separated by | or commas; empty: those that need no download; all: also benchmarks whose data is found."""
     split: str = ""
-    """Another split than the one that a task is meant to be evaluated on, such as validation."""
+    """Split of each task, such as validation; empty: the one that the task is meant to be evaluated on."""
     embedded_sample: bool = False
-    """Of public benchmarks, use the few embedded items: to try the code, not to report a score."""
+    """Use only the few items of public benchmarks that are in the package: to try the code, not to report a score."""
     max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"]), Range(1, unset=-1)] = 200
     """Items per task; -1 takes all."""
     num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(1)] = 1
-    """Answers per item (with -t above 0); an item counts by its share of right ones, pass@k is shown beside."""
+    """Answers per item, with -t above 0; an item scores its share of right answers, and pass@k is reported too."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"]), Range(1)] = 32
     """Items decoded together."""
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"]), Range(1)] = 128

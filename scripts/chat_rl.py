@@ -57,9 +57,9 @@ class Config(TrainConfig):
     max_new_tokens: Annotated[int, Range(1)] = 256
     """Longest answer."""
     temperature: Annotated[float, Range(above=0)] = 1.0
-    """Of the answers trained on."""
+    """Sampling temperature of the answers trained on."""
     top_k: Annotated[int, Range(0)] = 50
-    """Of the answers trained on; 0 is off."""
+    """The answers trained on are sampled among the k most likely tokens; 0 is off."""
     init_lr_frac: Annotated[float, Range(above=0)] = 0.05
     """All rates are multiplied by this; they fall linearly to zero over the run."""
     weight_decay: Annotated[float, Range(0)] = 0.0
@@ -211,7 +211,7 @@ def keep_rollouts(step: int, groups: list[Group], folder: Path, every: int, runt
 
 
 def report(run: Run[Config], trainer: Trainer, plan: list[tuple[str, str]], before: Record, started_from: str) -> None:
-    """Put the run's figures into the report, the accuracies before and after beside each other."""
+    """Put the run's figures into the report, with the accuracies before and after."""
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last: Record = next((line for line in reversed(lines) if any(k.startswith("accuracy/") for k in line)), {})
     values: Record = {"model": run.folder.name, "started_from": started_from}

@@ -83,7 +83,7 @@ def _results(function: Callable[..., Any], form: CForm) -> list[torch.Tensor]:
 
 
 def _waves(*shape: int) -> torch.Tensor:
-    """Numbers from -1 to 1 without order, the same every time."""
+    """Irregular numbers in [-1, 1], the same every time."""
     return torch.arange(math.prod(shape), dtype=torch.float32, device="cpu").mul_(7.1).sin_().view(shape)
 
 

@@ -105,7 +105,7 @@ class Corpus(ABC):
         """
 
     def prefetch(self, split: str, indices: Iterable[int]) -> None:  # noqa: B027 (optional)
-        """Start fetching row groups that read() will be asked for soon. Does nothing unless overridden."""
+        """Start fetching row groups that read() will need soon. Does nothing unless overridden."""
 
     def record(self) -> Record:
         """What a later session needs to open the same corpus again, kept in the run's folder as JSON."""

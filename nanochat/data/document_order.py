@@ -22,7 +22,7 @@ MIN_SLICES_PER_STREAM = 8  # in an epoch
 CACHE_BYTES = 256 * 2**20  # of text or tokens, in row groups kept for the next visit
 PREFETCH_SLICES = 3  # of each stream
 FEW_ROW_GROUPS = 4  # a corpus with no more is read before its row groups are cut into slices
-PERMUTATION_CACHE = 2**18  # slices, of epochs beside the last four
+PERMUTATION_CACHE = 2**18  # slices, of epochs besides the last four
 MAX_SEGMENT_CHARS = 2**20  # a longer document is tokenised in several segments
 ORDER_OF_SLICES, ORDER_IN_ROW_GROUP = 1, 2  # purposes of random numbers (batches.seeded_rng)
 
@@ -53,7 +53,7 @@ class SegmentReader:
         return [segment for document in self.corpus.read(split, index) for segment in split_text(document.text)]
 
     def prefetch(self, split: str, indices: Iterable[int]) -> None:
-        """Start fetching row groups that read() will be asked for soon."""
+        """Start fetching row groups that read() will need soon."""
         self.corpus.prefetch(split, indices)
 
 
@@ -87,7 +87,7 @@ class DocumentOrder:
     """Reads one split of a corpus for any number of streams, on one thread; caches row groups.
 
     own_streams: how many of the streams are read through this object; bounds the cache. empty_if_bad: where bad shards
-    may be skipped, read them as empty (for evaluation, which has no say in what is skipped).
+    may be skipped, read them as empty (for evaluation, which must not change what training skips).
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class DocumentOrder:
         return taken, Cursor(epoch, number, document)
 
     def prefetch(self, stream: int, cursor: Cursor) -> None:
-        """Have the corpus fetch the row groups the stream will want next."""
+        """Start fetching the row groups that the stream reads next."""
         groups = dict.fromkeys(visit.row_group for visit in islice(self._visits(stream, cursor), PREFETCH_SLICES))
         self.reader.prefetch(self.split, [group for group in groups if group not in self._cache])
 

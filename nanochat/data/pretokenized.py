@@ -106,7 +106,7 @@ def token_path(folder: Path, shard: Shard, tokenizer: Any) -> Path:
 
 
 def metadata(shard: Shard, tokenizer: Any) -> dict[bytes, bytes]:
-    """What a token file says it belongs to."""
+    """The metadata of a token file: version, tokenizer and shard."""
     texts = {"version": VERSION, "tokenizer": tokenizer.hash, "shard": shard.digest.hex()}
     return {f"nanochat.{name}".encode(): text.encode() for name, text in texts.items()}
 

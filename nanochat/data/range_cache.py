@@ -100,5 +100,5 @@ class RangeCache:
 
 
 def digest(data: bytes) -> bytes:
-    """Stored before a range's bytes."""
+    """The checksum stored before a range's bytes."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()

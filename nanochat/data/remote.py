@@ -169,7 +169,7 @@ class Remote:
         return self.wait(future or self._start(partial(self._cached, file, start, end, keep)))
 
     def prefetch(self, file: RemoteFile, start: int, end: int, keep: bool = False) -> None:
-        """Start fetching what read() will be asked for, unless that is under way."""
+        """Start fetching what read() will need, unless that is under way."""
         key = (file, start, end)
         with self.lock:
             if key in self.pending:

@@ -239,7 +239,7 @@ def describe_sources(sources: set[tuple[int, int]]) -> str:
 
 
 def layout_arrays(prefix: str, layout: dict[str, int]) -> dict[str, np.ndarray]:
-    """What a saved state is only valid for (sizes, seed, data), as arrays."""
+    """The sizes, seed and data that a saved state is valid for, as arrays."""
     return {f"{prefix}.{name}": np.array(value, np.int64) for name, value in layout.items()}
 
 

@@ -51,7 +51,7 @@ class catch_signals:
 
 
 class StopRequested(Exception):
-    """A thread was told to stop waiting for data: a Prefetcher's that is being closed, or one inside stop_when()."""
+    """Raised in a thread that must stop waiting for data: a closing Prefetcher's, or one whose stop_when() is true."""
 
 
 _this_thread = threading.local()

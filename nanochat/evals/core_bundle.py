@@ -94,7 +94,8 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
         for entry in entries:
             entry["num_fewshot"] = int(entry["num_fewshot"][0])
             if entry["num_fewshot"] < 0:
-                raise UserError(f"{path}: {entry['label']} asks for {entry['num_fewshot']} examples")
+                label, count = entry["label"], entry["num_fewshot"]
+                raise UserError(f"{path}: {label} takes {count} examples: num_fewshot must be 0 or more")
             if not isinstance(entry.get("continuation_delimiter", " "), str):
                 raise UserError(f"{path}: the continuation_delimiter of {entry['label']} must be text")
             if entry["icl_task_type"] not in KINDS:

@@ -73,7 +73,7 @@ def core_line(result: CoreResult) -> str:
 
 
 def report_values(result: CoreResult) -> dict[str, Any]:
-    """The report's values: each task's accuracy beside chance, and the metric."""
+    """The report's values: each task's accuracy and its chance level, and the metric."""
     by_task = {t.label: (sum(t.right), len(t.right)) for t in result.tasks}
     values = accuracy_values(by_task, {t.label: t.baseline for t in result.tasks})
     published = published_gpt2()["accuracy"]

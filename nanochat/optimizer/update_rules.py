@@ -1,7 +1,7 @@
 """Update rules: what a step does to a parameter, and the state it keeps. One object per rule, in RULES.
 
 To add a rule: a subclass of UpdateRule here, an entry in RULES, and a recipe that sets matrix_rule (recipe.py). The
-optimizer, its ZeRO-2 form, checkpoints, the planner and the schedules ask the object.
+optimizer, its ZeRO-2 form, checkpoints, the planner and the schedules know a rule by these methods only.
 
 Muon keeps a momentum, replaces it by the nearest semi-orthogonal matrix (Polar Express), evens out its rows or columns
 by their running second moment (NorMuon), and decays only weights that the update also shrinks (cautious decay).
@@ -66,7 +66,7 @@ class UpdateRule:
     """True: each number is updated by itself, so ranks may split a tensor anywhere and state has the parameter's shape.
     False: equal-shaped parameters are stacked, and a rank gets whole ones."""
     defaults: ClassVar[dict[str, Any]]
-    """Settings of a parameter group beside "kind", "params" and "lr". With "momentum" among them the schedule sets it;
+    """Settings of a parameter group besides "kind", "params" and "lr". The schedule sets "momentum" if it is there;
     with decay_scheduled the weight decay follows the schedule too."""
 
     def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

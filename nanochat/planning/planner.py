@@ -205,7 +205,7 @@ def assumptions(run: RunPlan) -> Iterator[str]:
 
 
 def plan_and_outcome(plan: Plan, progress: Progress, minutes: float) -> list[dict[str, Any]]:
-    """What was planned beside the outcome, as rows of the report's table.
+    """Planned and achieved figures, as rows of the report's table.
 
     Steps, tokens, the time if `minutes` was given, bits per byte if there is a law.
     """

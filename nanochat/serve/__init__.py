@@ -1,6 +1,6 @@
 """The chat service: HTTP API, request queue, replicas.
 
-Called by `scripts/chat_web.py`. A message's way, and back:
+Called by `scripts/chat_web.py`. The modules in the order of a message and its answer:
 
 routes_chat.py    the request's fields, the conversation as a GenerationRequest, the answer's fields
 generation.py     one HTTP request: submits its prompts, receives tokens on the event loop

@@ -69,7 +69,7 @@ class ServerMetrics:
         }
 
     def observe(self, name: str, value: float) -> None:
-        """For Service(observe=...). Thread-safe."""
+        """Record a value of Service(observe=...). Thread-safe."""
         self.histograms[name].observe(value)
 
     def watch(self, pool: WorkerPool) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from nanochat.common import warn
 from nanochat.inference.request import GenerationRequest, Token
 
-MAX_RETRY_SECONDS = 60.0  # a client told to wait longer would not come back
+MAX_RETRY_SECONDS = 60.0  # a client would not come back after a longer wait
 
 
 class Busy(Exception):
@@ -93,7 +93,7 @@ class Replica(ABC):
         return not isinstance(self.error, Closed | None)
 
     def submit(self, request: GenerationRequest, deliver: Deliver, admitted: bool = False) -> RequestHandle:
-        """Queue a request. `admitted`: its group is, so that it is never refused for a full queue.
+        """Queue a request. `admitted`: another request of its group is in the queue, so a full queue does not refuse it.
 
         Raises Busy, Closed, or ValueError if the prompt is longer than the context.
         """

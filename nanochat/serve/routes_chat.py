@@ -1,4 +1,4 @@
-"""Chat: POST /v1/chat/completions as OpenAI has it, and POST /chat/completions, the form published first."""
+"""Chat: POST /v1/chat/completions in OpenAI's form, and POST /chat/completions in the published project's."""
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NotRequired

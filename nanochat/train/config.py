@@ -110,7 +110,7 @@ def merge_saved_config(given: Config, saved: dict[str, Any]) -> Config:
         rule = rules.get(name)
         if name not in values or rule is OnResume.NEW:
             continue
-        if values[name] not in (value, -1, getattr(defaults, name)):  # -1 asks to derive it
+        if values[name] not in (value, -1, getattr(defaults, name)):  # -1: derive it
             if rule is OnResume.IF_GIVEN:
                 continue
             warn(f"resuming: --{name.replace('_', '-')} stays {value!r} as in the saved run, not {values[name]!r}")

@@ -83,7 +83,7 @@ class PretrainConfig(ModelFlags, TrainConfig):
     data: Annotated[str, OnResume.IF_GIVEN] = ""
     """starter, fineweb-edu, climbmix, or a path, glob or URL of parquet, jsonl or txt; empty: what is there."""
     skip_bad_shards: Annotated[bool, OnResume.NEW] = False
-    """Go on without files of the data that are missing or damaged, and say which."""
+    """Continue without data files that are missing or damaged, and name them."""
     depth: int = 12
     """The one dial: layers. Width, heads, horizon, batch and rates follow. -1 with --minutes: what fits the time."""
     max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
@@ -95,7 +95,7 @@ class PretrainConfig(ModelFlags, TrainConfig):
     warmdown_ratio: Annotated[float, Range(0, 1, unset=-1)] = -1.0
     """Share of the run over which the rates fall linearly; -1 takes the recipe's, here and below."""
     final_lr_frac: Annotated[float, Range(0, unset=-1)] = -1.0
-    """Where they end, as a share of the peak."""
+    """Final rates, as a share of the peak."""
     lr_scale: Annotated[float, Range(0)] = 1.0
     """All rates are multiplied by this: short runs on small batches want more than the square root of the batch."""
     init_from: str = ""
