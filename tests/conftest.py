@@ -25,7 +25,7 @@ os.environ.setdefault("NANOCHAT_KERNELS_DIR", str(get_kernels_dir()))
 GOLDENS = Path(__file__).parent / "goldens"
 
 
-# Few tests, but long ones, that mostly wait for processes of their own: first, lest one core idles at the end.
+# Few tests, but long ones, that mostly wait for processes of their own: first, so that no core idles at the end.
 LONG = ("test_network", "test_elastic", "test_resume", "test_same_answer", "test_bench", "test_bad_shards")
 
 

@@ -65,7 +65,7 @@ def rows_of(corpus: Any, steps: int, rank: int = 0, world_size: int = 1, tokeniz
 
 
 class Bucket(AbstractFileSystem):
-    """A folder on disk as if it were far away: counts reads, and fails, waits or says no as it is told to."""
+    """A folder on disk that behaves like a remote store: counts reads, and fails, waits or denies access as configured."""
 
     protocol = "bucket"
     root_marker = ""  # paths in it have no leading slash
