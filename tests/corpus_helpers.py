@@ -65,7 +65,7 @@ def rows_of(corpus: Any, steps: int, rank: int = 0, world_size: int = 1, tokeniz
 
 
 class Bucket(AbstractFileSystem):
-    """A folder on disk that behaves like a remote store: counts reads, and fails, waits or denies access as configured."""
+    """A folder on disk that behaves like a remote store: counts reads; fails, waits or denies access as set."""
 
     protocol = "bucket"
     root_marker = ""  # paths in it have no leading slash

@@ -1,4 +1,4 @@
-"""runs/slurm.sh, ssh.sh and sky.yaml start the same launcher on every machine; stand-ins record each one's arguments."""
+"""runs/slurm.sh, ssh.sh and sky.yaml start the same launcher on every machine; stand-ins record its arguments."""
 
 import os
 import shlex
