@@ -41,7 +41,7 @@ class ReplicaConfig:
     prefix_mib: Annotated[int, Range(0)] = 256
     """Memory for the prefix cache of prompts, per replica."""
     python: bool = False
-    """Let the model run Python in the sandbox (dev/SANDBOX.md), beside the calculator."""
+    """Let the model run Python in the sandbox (dev/SANDBOX.md), besides the calculator."""
     int8: bool = False
     """Decode with int8 weights, on a CPU: faster for models larger than its cache."""
 

@@ -62,8 +62,7 @@ class Config:
     device_type: str = ""
     """cuda, mps or cpu; empty picks the best there is."""
     sandbox: str = ""
-    """Where HumanEval runs the model's code: bubblewrap, landlock or, protecting from nothing, unsafe; empty takes the
-    strongest of the first two."""
+    """For HumanEval: bubblewrap, landlock or unsafe (no protection); empty takes the first available of the first two."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,7 +37,10 @@ UNUSED = {
 
 @dataclass
 class Config(TrainConfig):
-    """Train a chat model on its own answers, by how good they are. -1 means "derive it" or "off"."""
+    """Train a chat model on its own answers, by how good they are. -1 means "derive it" or "off".
+
+    --total-batch-size, --sample-every, --eval-tokens and --compile do not apply here.
+    """
 
     source: Literal["sft", "rl"] = "sft"
     """Which model to start from: sft, or rl to train one further."""
@@ -46,8 +49,7 @@ class Config(TrainConfig):
     model_step: int = -1
     """Its step; -1 takes the last."""
     tasks: str = "WordProblems"
-    """What to train on, separated by commas: WordProblems, GSM8K, Arithmetic, LetterCounting, Spelling, Identity,
-    Format, Code."""
+    """Separated by commas: WordProblems, GSM8K, Arithmetic, LetterCounting, Spelling, Identity, Format, Code."""
     num_epochs: Annotated[int, Range(1)] = 1
     """Passes over the tasks' training items, unless --num-iterations or --minutes says otherwise."""
     examples_per_step: Annotated[int, Range(1)] = 16

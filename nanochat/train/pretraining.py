@@ -46,8 +46,7 @@ class ModelFlags:
     window_pattern: str = "SSSL"
     """Per layer, tiled: S short window, L full context; the last layer is always L."""
     recipe: str = "default"
-    """Model features and rates: default, published, later (smear, backout, quarter windows, …) or plain (no extras);
-    changes may follow, as in default,smear=False,matrix_lr=0.03."""
+    """default, published, later or plain; changes may follow: default,smear=False,matrix_lr=0.03 (docs/training.md)."""
     target_flops: float = -1.0
     """Horizon in training FLOPs."""
     target_param_data_ratio: float = 10.5
