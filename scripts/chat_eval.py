@@ -62,7 +62,7 @@ class Config:
     device_type: str = ""
     """cuda, mps or cpu; empty picks the best there is."""
     sandbox: str = ""
-    """For HumanEval: bubblewrap, landlock or unsafe (no protection); empty takes the first available of the first two."""
+    """For HumanEval: bubblewrap, landlock or unsafe (no protection); empty: bubblewrap, else landlock."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
