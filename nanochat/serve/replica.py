@@ -93,7 +93,7 @@ class Replica(ABC):
         return not isinstance(self.error, Closed | None)
 
     def submit(self, request: GenerationRequest, deliver: Deliver, admitted: bool = False) -> RequestHandle:
-        """Queue a request. `admitted`: another request of its group is in the queue, so a full queue does not refuse it.
+        """Queue a request. `admitted`: a request of its group is in the queue, so a full queue does not refuse it.
 
         Raises Busy, Closed, or ValueError if the prompt is longer than the context.
         """
