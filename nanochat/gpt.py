@@ -289,15 +289,11 @@ class GPT(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         seed: int = 42,
     ) -> "GPT":
-        """A model on `device`, every tensor initialised from `seed`.
-
-        ValueError names parameters that init_weights leaves out: what a module's __init__ set is lost, as it ran
-        without memory.
-        """
+        """A model on `device`, initialised from `seed`. ValueError names a parameter that init_weights leaves out:
+        what __init__ sets is lost, as it runs without memory."""
         model = cls.allocate(config, device, compute_dtype)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.fill_(math.nan)
+        for p in model.parameters():
+            p.detach().fill_(math.nan)
         model.init_weights(seed)
         if missed := [name for name, p in model.named_parameters() if p.isnan().any()]:
             raise ValueError(f"init_weights leaves {', '.join(missed[:5])} uninitialised: set them there")
