@@ -90,6 +90,8 @@ def draw_tokens(logits: torch.Tensor, params: Sequence[SamplingParams], rngs: Se
     Raises FloatingPointError if the logits are not finite.
     """
     in_c = c_can_draw(params) if kernels.in_use(logits.device) else [False] * len(params)
+    if in_c and all(in_c):
+        return _draw_in_c(logits, params, rngs)
     groups: dict[SamplingParams | None, list[int]] = {}  # rows with the same settings; None: all rows drawn in C
     for row, (settings, quick) in enumerate(zip(params, in_c)):
         groups.setdefault(None if quick else replace(settings, seed=0), []).append(row)
@@ -142,11 +144,15 @@ def c_can_draw(params: Sequence[SamplingParams]) -> list[bool]:
         warn_once(f"drawing tokens in PyTorch, slower: sampling.c does not implement the changed {', '.join(edited)}")
     if edited or not c_agrees():
         return [False] * len(params)
-    unknown = [f for f in fields(SamplingParams) if f.name not in C_FIELDS]
-    return [
-        type(p) is SamplingParams and p.top_p in (None, 1) and all(getattr(p, f.name) == f.default for f in unknown)
-        for p in params
-    ]
+    return [_in_c(p, C_FIELDS) for p in params]
+
+
+@functools.lru_cache(maxsize=1024)  # asked at every step
+def _in_c(params: SamplingParams, known: tuple[str, ...]) -> bool:
+    """Whether C, which knows these fields, implements the settings."""
+    unknown = (f for f in fields(params) if f.name not in known)
+    plain = type(params) is SamplingParams and params.top_p in (None, 1)
+    return plain and all(getattr(params, f.name) == f.default for f in unknown)
 
 
 @functools.cache
