@@ -32,11 +32,11 @@ share() { python -c "print(round($MINUTES * $1, 3))"; }
 if [ -n "$SMOKE" ]; then
   export NANOCHAT_BASE_DIR="$(mktemp -d)"
   trap 'rm -rf "$NANOCHAT_BASE_DIR"' EXIT
-  VOCAB=1024 CHARS=1000000 CONTEXT=128 DEPTH=2 BATCH=1024
+  VOCAB=1024 CHARS=1000000 CONTEXT=128 DEPTH=2 BATCH=1024 SPLIT=4096
   BASE="--num-iterations=20 --eval-tokens=4096" SFT="--num-iterations=20 --eval-tokens=4096" EVAL="-x 8 -m 32"
   RL="--num-iterations=2 --examples-per-step=2 --num-samples=4 --max-new-tokens=16 --eval-examples=4"
 else
-  VOCAB=4096 CHARS=20000000 CONTEXT=512 DEPTH=-1 BATCH=4096
+  VOCAB=4096 CHARS=20000000 CONTEXT=512 DEPTH=-1 BATCH=4096 SPLIT=65536
   BASE="--minutes=$(share 0.31) --eval-every=150 --save-every=100 --eval-tokens=32768"
   SFT="--minutes=$(share 0.44) --eval-every=300 --save-every=100 --eval-tokens=32768" EVAL="-x 200"
   RL="--minutes=$(share 0.12) --init-lr-frac=0.02 --examples-per-step=24 --max-new-tokens=64 --eval-every=50 --save-every=50"
@@ -59,7 +59,7 @@ done_file base_train || FRESH=1
 stage base_train python -m scripts.base_train --resume --data=starter --model-tag=cpu --depth=$DEPTH --head-dim=64 --max-seq-len=$CONTEXT \
   --total-batch-size=$BATCH --sample-every=-1 $BASE
 [ -z "${FRESH:-}" ] || share 1.0 > "$NANOCHAT_BASE_DIR/.done/minutes"
-stage base_eval  python -m scripts.base_eval --data=starter --split-tokens=65536
+stage base_eval  python -m scripts.base_eval --data=starter --split-tokens=$SPLIT
 stage chat_sft   python -m scripts.chat_sft --resume --model-tag=cpu --total-batch-size=$BATCH --init-lr-frac=2 $SFT
 stage chat_eval  python -m scripts.chat_eval -i sft $EVAL
 stage chat_rl    python -m scripts.chat_rl --resume --model-tag=cpu --tasks=WordProblems,LetterCounting,Spelling,Arithmetic,Identity $RL
