@@ -361,8 +361,7 @@ class GPT(nn.Module):
         return {**counts, "scalars": total - sum(counts.values()), "total": total}
 
     def estimate_flops(self) -> int:
-        """Training FLOPs per token: 6 per matmul weight (PaLM, arXiv 2204.02311, appendix B), and attention's
-        12 * H * D per key a token can see. Embedding look-ups are free."""
+        """Training FLOPs per token: 6 per matmul weight (arXiv 2204.02311, appendix B), 12 * H * D per key in view."""
         counts = self.num_scaling_params()
         matmul = counts["transformer_matrices"] + counts["lm_head"]
         matmul += self.smear_gate.weight.numel() if self.config.smear else 0
@@ -374,7 +373,7 @@ class Embedding(nn.Embedding):
     """A look-up table that GPT.init_weights fills."""
 
     def reset_parameters(self) -> None:
-        """Do nothing: the default draws numbers that are then overwritten, and imports the compiler to do so."""
+        """Do nothing: the default's numbers would be overwritten, and it imports the compiler."""
 
 
 def init_uniform(weight: torch.Tensor, config: GPTConfig, generator: torch.Generator, scale: float = 1.0) -> None:

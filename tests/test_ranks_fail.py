@@ -150,7 +150,7 @@ def save_every_other_step(trainer: Trainer, run: Path, tokenizer: str, keep_last
     trainer.save_every = 2
 
 
-def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit: int, repaired: bool) -> Any:
+def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, bad_rank: int, repaired: bool) -> Any:
     """Save at every other step of ten; the storage breaks before the second save, and is repaired before the third."""
     trainer, storage = make_trainer(runtime, 10), Storage(Path(run))
     save_every_other_step(trainer, Path(run), tokenizer, keep_last=1)
@@ -162,7 +162,7 @@ def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit
             if t.saver.writing:  # let the write before the fault, or the one it affects, end first
                 wait([t.saver.writing[1]])
             runtime.barrier("test")
-            if runtime.rank == culprit:
+            if runtime.rank == bad_rank:
                 getattr(storage, fault)(record["step"] == 3)
             runtime.barrier("test")
 
@@ -170,14 +170,14 @@ def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = run_to_end(trainer, Path(run), "again")
     trainer.saver.close()
-    if runtime.rank == culprit and not repaired:
+    if runtime.rank == bad_rank and not repaired:
         getattr(storage, fault)(False)
     return stderr.getvalue(), (code, trainer.progress.step, saved[-1], trainer.saver.last_step)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits on files")
 @pytest.mark.parametrize(
-    ("fault", "culprit", "repaired", "reason"),
+    ("fault", "bad_rank", "repaired", "reason"),
     [
         ("limit", 0, True, "File too large"),
         ("limit", 1, True, "rank 1: .*File too large"),
@@ -189,10 +189,10 @@ def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, culprit
     ],
 )
 def test_storage_that_fails_on_one_rank_fails_the_save_on_all(
-    fault: str, culprit: int, repaired: bool, reason: str, tmp_path: Path
+    fault: str, bad_rank: int, repaired: bool, reason: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    both = run_ranks(2, save_through, str(run), train_tokenizer(tmp_path), fault, culprit, repaired)
+    both = run_ranks(2, save_through, str(run), train_tokenizer(tmp_path), fault, bad_rank, repaired)
     (stderr, _), results = both[0], [result for _, result in both]
     assert re.search(f"warning: .*step 4: .*({reason}).* step 2", stderr), stderr
     if repaired:
