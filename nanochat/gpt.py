@@ -361,7 +361,7 @@ class GPT(nn.Module):
         return {**counts, "scalars": total - sum(counts.values()), "total": total}
 
     def estimate_flops(self) -> int:
-        """Training FLOPs per token: 6 per matmul weight (arXiv 2204.02311, appendix B), 12 * H * D per key in view."""
+        """Training FLOPs per token: 6 a matmul weight (arXiv 2204.02311, app. B), 12*H*D a key seen. Look-ups: 0."""
         counts = self.num_scaling_params()
         matmul = counts["transformer_matrices"] + counts["lm_head"]
         matmul += self.smear_gate.weight.numel() if self.config.smear else 0
