@@ -1,9 +1,12 @@
 """The calculator against Python's own arithmetic, and against hostile input."""
 
+import math
 import random
 import threading
 import time
 import tracemalloc
+from collections import Counter
+from decimal import Decimal
 from fractions import Fraction
 
 import pytest
@@ -40,6 +43,29 @@ from nanochat.inference.calculator import MAX_SOURCE_CHARS, use_calculator
         ('"1,234".count(",")', 1),
         ('"a(b)".count("(") * 2', 2),
         ('"abc".count("z")', 0),
+        # whole results are exact, however large
+        ("12345678901234/2", 6172839450617),
+        ("1000000000001/1", 1000000000001),
+        ("10**30/10", 10**29),
+        ("1e20+1", 10**20 + 1),
+        ("12345678987654321**0.5", 111111111),
+        ("27**(1/3)", 3),
+        ("(1/3)*3", 1),
+        ("1.005*200-201", 0),
+        # decimals are decimal fractions
+        ("0.3//0.1", 3),
+        ("1%0.1", 0),
+        ("0.7%0.1", 0),
+        ("-0.7//0.2", -4),
+        ("0.1*3", 0.3),
+        ("1.1*1.1-1.21", 0),
+        ("1234567890.1234+0.0001", 1234567890.1235),
+        ("1e-7*3", 3e-7),
+        ("1000*1.005**360", 6022.57521226),
+        # a rounded result is not shown as a whole number
+        ("0.9999999999999999", 1.0),
+        ("(2**0.5)**2", 2.0),
+        ("10000000000001/3", 3333333333333.67),
     ],
 )
 def test_values(source: str, value: int | float) -> None:
@@ -48,16 +74,41 @@ def test_values(source: str, value: int | float) -> None:
     assert str(result) == str(value)  # what the model is shown
 
 
-def test_agrees_with_exact_fractions() -> None:
-    rng = random.Random(7)
-    for _ in range(300):
-        numbers = [rng.randint(1, 999) for _ in range(4)]
-        a, b, c, d = numbers
-        exact = Fraction(a) + Fraction(b) * c / d - a
-        result = use_calculator(f"{a}+{b}*{c}/{d}-{a}")
-        assert result == pytest.approx(float(exact), rel=1e-9, abs=1e-6)
-        if exact.denominator == 1:
-            assert isinstance(result, int)
+def random_expression(rng: random.Random, depth: int) -> tuple[str, Fraction]:
+    """An expression in parentheses and its value."""
+    if depth == 0:
+        digits, places = rng.randint(1, 14), rng.choice([0, 0, 1, 2, 5])
+        text = str(Decimal(rng.randrange(10**digits)).scaleb(-places))
+        return text, Fraction(text)
+    (left, a), (right, b) = random_expression(rng, depth - 1), random_expression(rng, rng.randrange(depth))
+    value = {"+": a + b, "-": a - b, "*": a * b}
+    if b:
+        value |= {"/": a / b, "//": Fraction(math.floor(a / b)), "%": a - b * math.floor(a / b)}
+    sign = rng.choice(list(value))
+    return f"({left}{sign}{right})", value[sign]
+
+
+def test_agrees_with_fractions() -> None:
+    """Whole results are exact, short decimals too; others are the nearest decimal of 12 to 15 digits."""
+    rng, kinds = random.Random(7), Counter[str]()
+    for _ in range(3000):
+        source, exact = random_expression(rng, rng.randint(1, 3))
+        result = use_calculator(source)
+        if result is None:
+            assert abs(exact) >= 10**13 and exact.denominator > 1, source
+            kinds["refused"] += 1
+        elif exact.denominator == 1:
+            assert result == exact and isinstance(result, int), source
+            kinds["whole"] += 1
+        else:
+            shown = Fraction(str(result))  # what the model is shown
+            digits = len(Decimal(str(result)).as_tuple().digits)
+            assert isinstance(result, float) and digits <= 15, source
+            half_unit = Fraction(10) ** (math.floor(math.log10(abs(exact))) - 11) / 2
+            assert abs(shown - exact) <= half_unit, source
+            assert exact * 10**5 % 1 or shown == exact or abs(exact) >= 10**10, source
+            kinds["exact" if shown == exact else "rounded"] += 1
+    assert min(kinds[kind] for kind in ("refused", "whole", "exact", "rounded")) > 100, kinds
 
 
 HOSTILE = [
@@ -173,6 +224,12 @@ HOSTILE = [
     "1e-300**2",
     "1e-200*1e-200",
     "1e-200/1e200",
+    "1e-999999999",
+    "1e999999999",
+    "1e-200*1e-1",
+    "10**15/7",  # a float would not show two decimals
+    "1000000000000000.5",
+    "(10**60+1)**0.5",
 ]
 
 # Large but lawful, or refused late: whichever it is, at no cost. Chains, nesting, floats at their edges, long strings.
@@ -221,6 +278,10 @@ COSTLY = [
     "1" + "0" * 300 + ".5",
     "0." + "0" * 400 + "1",
     "1" * 480 + "e1",
+    "*".join(["7**.3"] * 60),
+    "+".join(["1.0000001**999"] * 17),
+    "%".join(["1.001**300"] * 40),
+    "+".join(f"1/{n}**9" for n in range(101, 143)),
     "'" + "a" * 490 + "'.count('')",
     "'" + "a" * 240 + "'.count('" + "a" * 240 + "')",
     "'" + "ab" * 120 + "'.count('" + "ab" * 60 + "b')",
