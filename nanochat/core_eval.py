@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -29,18 +30,27 @@ class TaskResult:
     """The result of one task."""
 
     label: str
-    right: list[bool]
+    groups: list[list[bool]]  # whether each item is right; by category, if the accuracy is the mean over categories
     baseline: float
     cropped: int = 0  # items whose prompt exceeded the context
     examples: list[dict[str, Any]] = field(default_factory=list)  # a few, to read
 
     @property
+    def right(self) -> list[bool]:
+        return [right for group in self.groups for right in group]
+
+    @property
     def accuracy(self) -> float:
-        return sum(self.right) / len(self.right)
+        return mean(sum(group) / len(group) for group in self.groups)
 
     @property
     def centered(self) -> float:
         return centered(self.accuracy, self.baseline)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, bootstrapped."""
+        return float(bootstrap_means(self.groups, np.random.default_rng(0)).std())
 
 
 @dataclass
@@ -74,7 +84,7 @@ class CoreResult:
                     "accuracy": t.accuracy,
                     "centered": t.centered,
                     "items": len(t.right),
-                    "standard_error": bootstrap_error(t.right),
+                    "standard_error": t.standard_error,
                     "chance": t.baseline,
                     "cropped": t.cropped,
                 }
@@ -93,15 +103,11 @@ def published_gpt2() -> dict[str, Any]:
     return json.loads(resources.files("nanochat.evals").joinpath("core_gpt2.json").read_text(encoding="utf-8"))
 
 
-def bootstrap_means(right: Sequence[bool], rng: np.random.Generator) -> np.ndarray:
-    """(BOOTSTRAP,) accuracies of the items resampled with replacement."""
+def bootstrap_means(groups: Sequence[Sequence[bool]], rng: np.random.Generator) -> np.ndarray:
+    """(BOOTSTRAP,) accuracies of the items resampled with replacement, within each group."""
     # Resampling items that are right or wrong is drawing the number of right ones.
-    return rng.binomial(len(right), sum(right) / len(right), BOOTSTRAP) / len(right)
-
-
-def bootstrap_error(right: Sequence[bool], seed: int = 0) -> float:
-    """Standard error of the accuracy."""
-    return float(bootstrap_means(right, np.random.default_rng(seed)).std())
+    draws = [rng.binomial(len(group), sum(group) / len(group), BOOTSTRAP) / len(group) for group in groups]
+    return np.mean(draws, axis=0)
 
 
 def evaluate_task(
@@ -128,7 +134,10 @@ def evaluate_task(
                 losses = [score.mean_loss for score in scores]
                 kept.append({"prompt": example.texts[0], "gold": example.gold, "right": right, "losses": losses})
     outcome = runtime.all_reduce_sum(outcome.to(runtime.device), "summing CORE results").cpu()
-    return TaskResult(task.label, [bool(x) for x in outcome[0].tolist()], task.baseline, int(outcome[1].sum()), kept)
+    groups: dict[str, list[bool]] = {}
+    for (_, example), right in zip(items, outcome[0].tolist()):
+        groups.setdefault(example.category, []).append(bool(right))
+    return TaskResult(task.label, list(groups.values()), task.baseline, int(outcome[1].sum()), kept)
 
 
 def evaluate_core(
@@ -154,7 +163,7 @@ def evaluate_core(
 def summarize(results: list[TaskResult], missing: list[str], mode: str, baselines: str, seconds: float) -> CoreResult:
     """The metric and its interval, each task's items resampled independently."""
     rng = np.random.default_rng(0)
-    draws = np.stack([centered(bootstrap_means(r.right, rng), r.baseline) for r in results])  # (tasks, BOOTSTRAP)
+    draws = np.stack([centered(bootstrap_means(r.groups, rng), r.baseline) for r in results])  # (tasks, BOOTSTRAP)
     low, high = np.quantile(draws.mean(0), (0.025, 0.975))
     core = sum(r.centered for r in results) / len(results)
     return CoreResult(results, missing, mode, baselines, core, float(low), float(high), seconds)

@@ -47,7 +47,7 @@ def random_task(kind: str, count: int, shots: int) -> CoreTask:
         elif kind == "schema":
             items.append({"context_options": [text(5, 60) for _ in range(2)], "continuation": text(2, 9), "gold": 0})
         else:
-            items.append({"context": text(5, 60), "continuation": text(1, 3)})
+            items.append({"context": text(5, 60), "continuation": text(1, 3), "category": "letters"})
     return task(kind, items, shots)
 
 
@@ -59,7 +59,8 @@ def write_bundle(folder: Path) -> Path:
         "- {label: pick, dataset_uri: pick.jsonl, num_fewshot: [2], icl_task_type: multiple_choice,"
         ' continuation_delimiter: "\\nAnswer: "}\n'
         "- {label: pronoun, dataset_uri: pronoun.jsonl, num_fewshot: [0], icl_task_type: schema}\n"
-        "- {label: go_on, dataset_uri: go_on.jsonl, num_fewshot: [1], icl_task_type: language_modeling}\n"
+        "- {label: go_on, dataset_uri: go_on.jsonl, num_fewshot: [1], icl_task_type: language_modeling,"
+        " has_categories: true}\n"
     )
     (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\npick,25\npronoun,50\ngo_on,0\n")
     data = {

@@ -4,8 +4,10 @@ import csv
 import http.server
 import json
 import math
+import random
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,7 +18,7 @@ from core_helpers import BOS, Letters, random_task, small_model, task, write_bun
 
 from nanochat.common import UserError
 from nanochat.core_eval import (
-    bootstrap_error,
+    TaskResult,
     centered,
     evaluate_core,
     evaluate_task,
@@ -135,10 +137,110 @@ def test_dclm_prompts_are_tokenised_apart() -> None:
     items = [{"query": " q0 ", "choices": ["aa", "ab"], "gold": 1}, {"query": "q1", "choices": ["c", "d"], "gold": 0}]
     t = task("multiple_choice", items, shots=1, delimiter="\nAnswer: ")
     by_query = {e.texts[0]: e for e in make_examples(t, Letters(), 999, mode="dclm")}
-    example = by_query["q1\nAnswer: c\nq0\nAnswer: aa"]
-    assert scored_text(example) == [" aa", " ab"] and example.gold == 1  # also the "a" that both begin with
+    example = by_query["q1\nAnswer: c\nq0\nAnswer:aa"]
+    assert scored_text(example) == ["aa", "ab"] and example.gold == 1  # also the "a" that both begin with
     schema = task("schema", [{"context_options": ["x", "yy"], "continuation": "z.", "gold": 1}])
-    assert scored_text(first(schema, mode="dclm")) == [" z.", " z."]
+    assert scored_text(first(schema, mode="dclm")) == ["z.", "z."]
+    assert first(schema, Pairs(), mode="dclm").sequences[0].ids == [BOS, ord("x"), 1000 + ord("z"), ord(".")]
+
+
+class LlamaLike(Letters):
+    """Puts a space before every text, as Llama 2's normalizer does; a space and a letter are a token."""
+
+    def encode(self, text: str) -> list[int]:
+        return Pairs().encode(" " + text)
+
+
+def harness(task: CoreTask, encode: Any, bos: int) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """What DCLM's harness feeds to the model, by the item's own texts: (context ids, continuation ids) of each option.
+
+    Written from the description of that program: a data set for each category, each with a generator of its own.
+    """
+    blank = " " if len(encode(" a")) == 1 else ""
+    found = {}
+    for name in sorted({i.get("category", "") for i in task.items}) if task.has_categories else [None]:
+        rows = [i for i in task.items if name is None or i.get("category", "") == name]
+        rows = [{k: v.strip() if isinstance(v, str) else v for k, v in row.items()} for row in rows]
+        rng = random.Random(1234)
+        for number, row in enumerate(rows):
+            wanted = min(len(rows) - 1, task.num_fewshot)
+            chosen = set(rng.sample(range(len(rows)), wanted))
+            if number in chosen:
+                chosen.discard(number)
+                while len(chosen) < wanted:
+                    chosen |= {rng.choice(range(len(rows)))} - {number}
+            shots = ""
+            for shot in chosen:
+                shots += "\n" if shots else ""
+                if task.kind == "multiple_choice":
+                    shots += rows[shot]["query"] + task.delimiter + rows[shot]["choices"][rows[shot]["gold"]]
+                elif task.kind == "schema":
+                    options, gold = rows[shot]["context_options"], rows[shot]["gold"]
+                    shots += options[gold] + task.delimiter + rows[shot]["continuation"]
+                else:
+                    shots += rows[shot]["context"] + task.delimiter + rows[shot]["continuation"]
+            start, line_break = [bos, *(encode(shots) if shots else [])], "\n" if shots else ""
+            if task.kind == "multiple_choice":
+                context = encode((line_break + row["query"] + task.delimiter).rstrip())
+                pairs = [(start + context, encode(blank + choice)) for choice in row["choices"]]
+            elif task.kind == "schema":
+                after = task.delimiter.rstrip() if shots else ""
+                contexts = [encode(line_break + option + after) for option in row["context_options"]]
+                pairs = [(start + context, encode(blank + row["continuation"])) for context in contexts]
+            else:
+                context = encode((line_break + row["context"] + task.delimiter).rstrip())
+                pairs = [(start + context, encode(blank + row["continuation"]))]
+            found[json.dumps(row)] = pairs
+    return found
+
+
+@pytest.mark.parametrize("tokenizer", [Letters(), Pairs(), LlamaLike()], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("categories", [False, True])
+@pytest.mark.parametrize("shots", [0, 3])
+@pytest.mark.parametrize("delimiter", [" ", "\nAnswer: "])
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
+def test_dclm_is_the_harness(kind: str, delimiter: str, shots: int, categories: bool, tokenizer: Any) -> None:
+    t = random_task(kind, 12, shots)
+    for number, item in enumerate(t.items):
+        item["category"] = "xyz"[number % 3]
+    t = replace(t, delimiter=delimiter, has_categories=categories)
+    expected = harness(t, tokenizer.encode, BOS)
+    examples = list(make_examples(t, tokenizer, 9999, mode="dclm"))
+    got = [[(s.ids[: s.start], s.ids[s.start : s.end]) for s in e.sequences] for e in examples]
+    assert sorted(got) == sorted(expected.values()) and len(got) == 12
+    assert {e.category for e in examples} == ({"x", "y", "z"} if categories else {""})
+
+
+class Continues:
+    """A scorer that knows the text `whole`, and continues it by its tokens."""
+
+    max_tokens = 1000
+
+    def __init__(self, whole: list[int]) -> None:
+        self.whole = whole
+
+    def score(self, examples: Any) -> list[list[Score]]:
+        return [[Score(1.0, s.ids[: s.end] == self.whole) for s in e.sequences] for e in examples]
+
+
+@pytest.mark.parametrize("tokenizer", [Pairs(), LlamaLike()], ids=lambda t: type(t).__name__)
+def test_a_model_is_right_whichever_way_its_tokenizer_treats_spaces(tokenizer: Any) -> None:
+    t = task("language_modeling", [{"context": "the cat", "continuation": "sat"}])
+    scorer = Continues([BOS, *tokenizer.encode("the cat sat")])
+    assert evaluate_task(scorer, t, tokenizer, CPU, mode="dclm").accuracy == 1.0
+
+
+def test_accuracy_is_the_mean_over_categories() -> None:
+    items = [{"context": f"c{i}", "continuation": "x", "category": "big" if i < 9 else "small"} for i in range(10)]
+    t = replace(task("language_modeling", items, shots=2), has_categories=True)
+
+    class KnowsTheSmall(Answers):
+        def score(self, examples: Any) -> list[list[Score]]:
+            return [[Score(1.0, e.category == "small")] for e in examples]
+
+    result = evaluate_task(KnowsTheSmall("gold"), t, Letters(), CPU, mode="dclm")
+    assert result.accuracy == 0.5 and sum(result.right) == 1 and len(result.right) == 10
+    assert evaluate_task(KnowsTheSmall("gold"), t, Letters(), CPU).accuracy == 0.0  # reference: no categories
 
 
 def test_long_prompts_lose_their_beginning() -> None:
@@ -235,8 +337,13 @@ def test_ranks_share_the_items_and_get_the_same_result() -> None:
 
 
 def test_bootstrap_error_is_that_of_a_share() -> None:
-    assert bootstrap_error([True] * 30 + [False] * 70) == pytest.approx(math.sqrt(0.3 * 0.7 / 100), rel=0.08)
-    assert bootstrap_error([True] * 9) == 0.0
+    def error(*groups: list[bool]) -> float:
+        return TaskResult("t", list(groups), 0.0).standard_error
+
+    thirty_right = [True] * 30 + [False] * 70
+    assert error(thirty_right) == pytest.approx(math.sqrt(0.3 * 0.7 / 100), rel=0.08)
+    assert error([True] * 9) == 0.0
+    assert error(thirty_right, [True] * 9) == pytest.approx(math.sqrt(0.3 * 0.7 / 100) / 2, rel=0.08)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -310,7 +417,8 @@ def test_missing_data_is_listed_and_marks_the_mean(tmp_path: Path) -> None:
         ("pick.jsonl", '{"query": 1, "choices": ["a", "b"], "gold": 0}', "'query' must be text"),
         ("pick.jsonl", '["a"]', "not a JSON object"),
         ("pick.jsonl", "\n \n", "pick.jsonl is empty"),
-        ("go_on.jsonl", '{"context": "c", "continuation": " "}', "line 1: 'continuation'"),
+        ("go_on.jsonl", '{"context": "c", "continuation": " ", "category": ""}', "line 1: 'continuation'"),
+        ("go_on.jsonl", '{"context": "c", "continuation": "x"}', "line 1: 'category'"),
         ("pronoun.jsonl", '{"context_options": ["a", 3], "continuation": "x", "gold": 0}', "context_options"),
         ("../core.yaml", "icl_tasks: 3", "core.yaml is not a list"),
         ("../core.yaml", "a: [", "core.yaml is not a list"),

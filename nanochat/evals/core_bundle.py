@@ -28,7 +28,7 @@ REVISED_BASELINES = {
 @dataclass
 class CoreTask:
     """One of the 22 tasks. `items` hold, by kind: query, choices, gold; context_options, continuation, gold;
-    context, continuation."""
+    context, continuation; and category, if the task has categories."""
 
     label: str
     kind: str
@@ -36,6 +36,7 @@ class CoreTask:
     delimiter: str  # between context and continuation
     baseline: float  # accuracy of guessing, 0 to 1
     items: list[dict[str, Any]]
+    has_categories: bool = False  # DCLM's harness averages over them
 
 
 @dataclass
@@ -76,9 +77,10 @@ def read_bundle(folder: Path, baselines: str = "v1", only: str = "") -> Bundle:
             continue
         if label not in chances:
             raise UserError(f"{meta_file} has no random baseline for {label}")
-        kind, shots = entry["icl_task_type"], entry["num_fewshot"]
-        items = read_items(path, kind)
-        tasks.append(CoreTask(label, kind, shots, entry.get("continuation_delimiter", " "), chances[label], items))
+        kind, shots, categories = entry["icl_task_type"], entry["num_fewshot"], entry.get("has_categories", False)
+        items = read_items(path, kind, categories)
+        delimiter = entry.get("continuation_delimiter", " ")
+        tasks.append(CoreTask(label, kind, shots, delimiter, chances[label], items, categories))
     if not tasks:
         raise UserError(
             f"{folder} holds no data of {', '.join(missing)}: was the download interrupted? Delete the "
@@ -128,7 +130,7 @@ def read_baselines(path: Path, version: str) -> dict[str, float]:
     return {label: percent / 100 for label, percent in found.items()}
 
 
-def read_items(path: Path, kind: str) -> list[dict[str, Any]]:
+def read_items(path: Path, kind: str, has_categories: bool = False) -> list[dict[str, Any]]:
     """The items of a task's jsonl, validated."""
     items = []
     try:
@@ -138,7 +140,7 @@ def read_items(path: Path, kind: str) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                items.append(check_item(json.loads(line), kind))
+                items.append(check_item(json.loads(line), kind, has_categories))
             except (json.JSONDecodeError, ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
     if not items:
@@ -146,12 +148,12 @@ def read_items(path: Path, kind: str) -> list[dict[str, Any]]:
     return items
 
 
-def check_item(item: Any, kind: str) -> dict[str, Any]:
+def check_item(item: Any, kind: str, has_categories: bool = False) -> dict[str, Any]:
     """The item. Raises ValueError unless it is a valid item of that kind."""
     texts = {"multiple_choice": ("query",), "schema": ("continuation",), "language_modeling": ("context",)}[kind]
     if not isinstance(item, dict):
         raise ValueError("not a JSON object")
-    for key in texts:
+    for key in (*texts, "category") if has_categories else texts:
         if not isinstance(item.get(key), str):
             raise ValueError(f"{key!r} must be text")
     if kind == "language_modeling":

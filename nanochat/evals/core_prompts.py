@@ -4,8 +4,9 @@ Two prompt formats:
 
 reference  that of this system's published results: few-shot examples drawn per item and separated by a blank line,
            the whole prompt tokenized at once, the span found by comparing the options
-dclm       that of DCLM's evaluation harness (llm-foundry): examples drawn from one stream over all items and separated
-           by a line break, texts stripped, context and continuation tokenized separately, the span the continuation
+dclm       that of DCLM's evaluation harness (llm-foundry): examples drawn from one stream over all items, or over
+           those of a category, and separated by a line break, texts stripped, context and continuation tokenized
+           separately, the span the continuation
 
 Their scores differ by about a point on small models; compare only within one format.
 """
@@ -46,6 +47,7 @@ class Example:
     gold: int = 0
     texts: list[str] = field(default_factory=list)  # the prompts, to read
     cropped: bool = False  # the prompt exceeded the context
+    category: str = ""  # where the task's accuracy is the mean over categories
 
 
 def shuffled(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -141,34 +143,37 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def dclm_shots(task: CoreTask, max_items: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(item, few-shot examples), drawn from one stream over the items in file order.
+    """(item, few-shot examples), drawn from one stream over the items in file order; one for each category, if any.
 
     Yields the same items as the reference format, but makes the draws of all items, so that each gets the examples of
     a complete evaluation.
     """
-    items = [stripped(item) for item in task.items]
     selected = set(map(id, shuffled(task.items)[: slice_end(max_items)]))
-    rng, count = random.Random(FEWSHOT_SEED), len(items)
-    for index, item in enumerate(items):
-        drawn = set(rng.sample(range(count), min(count - 1, task.num_fewshot)))
-        if index in drawn:
-            drawn.remove(index)
-            while len(drawn) < min(count - 1, task.num_fewshot):
-                if (other := rng.choice(range(count))) != index:
-                    drawn.add(other)
-        if id(task.items[index]) in selected:
-            yield item, [items[i] for i in drawn]
+    for group in by_category(task):
+        items, count = [stripped(item) for item in group], len(group)
+        rng = random.Random(FEWSHOT_SEED)
+        for index, item in enumerate(items):
+            drawn = set(rng.sample(range(count), min(count - 1, task.num_fewshot)))
+            if index in drawn:
+                drawn.remove(index)
+                while len(drawn) < min(count - 1, task.num_fewshot):
+                    if (other := rng.choice(range(count))) != index:
+                        drawn.add(other)
+            if id(group[index]) in selected:
+                yield item, [items[i] for i in drawn]
+
+
+def by_category(task: CoreTask) -> list[list[dict[str, Any]]]:
+    """The items of each category; all of them where the task has none."""
+    if not task.has_categories:
+        return [task.items]
+    names = sorted({item["category"] for item in task.items})
+    return [[item for item in task.items if item["category"] == name] for name in names]
 
 
 def stripped(item: dict[str, Any]) -> dict[str, Any]:
-    """The item with its texts stripped."""
-
-    def strip(value: Any) -> Any:
-        if isinstance(value, str):
-            return value.strip()
-        return [strip(x) for x in value] if isinstance(value, list) else value
-
-    return {key: strip(value) for key, value in item.items()}
+    """The item with its texts stripped, but not those in lists: as the harness does."""
+    return {key: value.strip() if isinstance(value, str) else value for key, value in item.items()}
 
 
 def dclm_example(task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any]], tokenizer: TextEncoder) -> Example:
@@ -184,11 +189,15 @@ def dclm_example(task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any
         "language_modeling": lambda x: x["continuation"],
     }[task.kind]
     before = "\n".join(question(shot) + task.delimiter + answer(shot) for shot in shots)
-    contexts = item["context_options"] if task.kind == "schema" else [question(item)]
-    # A trailing space would be an unusual token of its own; the continuation has a leading one.
-    contexts = [(("\n" if before else "") + context + task.delimiter).rstrip() for context in contexts]
+    gap = "\n" if before else ""
+    if task.kind == "schema":
+        delimiter = task.delimiter.rstrip() if before else ""
+        contexts = [gap + context + delimiter for context in item["context_options"]]
+    else:  # a trailing space would be an unusual token of its own
+        contexts = [(gap + question(item) + task.delimiter).rstrip()]
     answers = item["choices"] if task.kind == "multiple_choice" else [answer(item)]
-    answers = [text if text.startswith(" ") else " " + text for text in answers]
+    if puts_space_into_words(tokenizer):
+        answers = [text if text.startswith(" ") else " " + text for text in answers]
     head = [tokenizer.get_bos_token_id(), *(tokenizer.encode(before) if before else [])]
     sequences, texts = [], []
     for context in contexts:
@@ -197,4 +206,11 @@ def dclm_example(task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any
             ids = [*start, *(tokenizer.encode(text) or [tokenizer.get_bos_token_id()])]
             sequences.append(Scored(ids, len(start), len(ids)))
             texts.append(before + context + text)
-    return Example(task.kind, sequences, item.get("gold", 0), texts)
+    category = item["category"] if task.has_categories else ""
+    return Example(task.kind, sequences, item.get("gold", 0), texts, category=category)
+
+
+def puts_space_into_words(tokenizer: TextEncoder) -> bool:
+    """Whether a word's token begins with its space, as in GPT-2's vocabulary. Llama 2's tokenizer, say, adds the space
+    itself, and another one would be a token of its own."""
+    return len(tokenizer.encode(" a")) == 1

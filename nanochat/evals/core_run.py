@@ -9,7 +9,6 @@ from nanochat.core_eval import (
     CoreResult,
     Scorer,
     TaskResult,
-    bootstrap_error,
     evaluate_core,
     published_gpt2,
 )
@@ -50,7 +49,7 @@ def run_core(
         if runtime.is_main:
             cropped = f", {result.cropped} prompts cropped" if result.cropped else ""
             say(
-                f"  {result.label:<34}{result.accuracy:7.4f} ± {bootstrap_error(result.right):.4f}   "
+                f"  {result.label:<34}{result.accuracy:7.4f} ± {result.standard_error:.4f}   "
                 f"centred {result.centered:7.4f}   ({len(result.right)} items, {seconds:.1f} s{cropped})"
             )
         after_task()
@@ -76,12 +75,13 @@ def report_values(result: CoreResult) -> dict[str, Any]:
     """The report's values: each task's accuracy and its chance level, and the metric."""
     by_task = {t.label: (sum(t.right), len(t.right)) for t in result.tasks}
     values = accuracy_values(by_task, {t.label: t.baseline for t in result.tasks})
+    values |= {t.label: t.accuracy for t in result.tasks}  # of a task with categories, the mean over them
     published = published_gpt2()["accuracy"]
     rows = [
         {
             "task": t.label,
             "accuracy": t.accuracy,
-            "standard error": bootstrap_error(t.right),
+            "standard error": t.standard_error,
             "centred": t.centered,
             "items": len(t.right),
             "cropped": t.cropped,

@@ -45,9 +45,9 @@ def use_calculator(expr: str) -> Number | None:
 
     Accepts integers and decimals, also with thousands commas (`1,234+5`), `+ - * / // % **`, parentheses, and
     `"strawberry".count("r")`, which may be part of an expression. The arithmetic is exact: decimals are decimal
-    fractions (`0.3//0.1` is 3), and only roots are rounded. A whole result is an int (`84/7` is 12), another one a float:
-    the exact decimal if it has up to 15 digits, else rounded (`1/3` is 0.333333333333). None if it would be rounded
-    before the second decimal. The model sees `str()` of the result.
+    fractions (`0.3//0.1` is 3), and only roots are rounded. A whole result is an int (`84/7` is 12), another one a
+    float: the exact decimal if it has up to 15 digits, else rounded (`1/3` is 0.333333333333). None if it would be
+    rounded before the second decimal. The model sees `str()` of the result.
     """
     if not isinstance(expr, str) or not 0 < len(expr) <= MAX_SOURCE_CHARS:
         return None
