@@ -33,6 +33,7 @@ from nanochat.common import UserError, debug_enabled, get_base_dir, read_json, w
 from nanochat.data.corpus import SPLITS, BadShards, Corpus, Record
 from nanochat.data.download import DEFAULT_SET, HUB_SETS, HubSet, download_shards, hub_folder
 from nanochat.data.own_files import open_own_files
+from nanochat.data.parquet import TextOptions
 from nanochat.data.shards import ShardCorpus, ShardOpener, open_shard
 from nanochat.runtime import Runtime
 
@@ -45,6 +46,7 @@ def resolve_corpus(
     data: str,
     base_dir: Path,
     *,
+    text_field: str = "text",
     skip_bad: bool = False,
     skipped: dict[str, str] | None = None,
     recorded: Record | None = None,
@@ -63,7 +65,7 @@ def resolve_corpus(
     if not data:
         downloaded = (name for name in HUB_SETS if any(hub_folder(name, base_dir).glob("shard_*.parquet")))
         data = next(downloaded, "starter")
-    opener = ShardOpener(base_dir, BadShards(skip_bad, dict(skipped or {})), recorded)
+    opener = ShardOpener(base_dir, BadShards(skip_bad, dict(skipped or {})), recorded, TextOptions(text_field))
     if data == "starter":
         return starter_corpus(base_dir)
     if data in HUB_SETS:

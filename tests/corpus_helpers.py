@@ -116,7 +116,7 @@ def fill_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         extra = {"url": [f"http://{i}/{n}" for n in range(400)]}
         write_parquet(folder / "data" / f"s{i}.parquet", TEXTS[i::3], 40, **extra)
     (folder / "data" / ".hidden.parquet").write_bytes(b"no")
-    (folder / "data" / "readme.md").write_bytes(b"no")
+    (folder / "data" / "readme.pdf").write_bytes(b"no")
     monkeypatch.setattr(Bucket, "folder", folder)
     monkeypatch.setattr(Bucket, "reads", Counter())
     monkeypatch.setattr(Bucket, "fail", staticmethod(lambda path, start, end: None))

@@ -221,10 +221,10 @@ def train_on_rank(runtime: Runtime, given: list[str], broken_on: int) -> list[fl
 
     real = shards.read_row_group
 
-    def read(path: Path, group: int, source: str) -> Any:
+    def read(path: Path, group: int, *args: Any) -> Any:
         if path.name == "s1.parquet" and runtime.rank == broken_on:
             raise BadShard(f"{path} is damaged here", path)
-        return real(path, group, source)
+        return real(path, group, *args)
 
     shards.read_row_group = read  # type: ignore[assignment]
     try:

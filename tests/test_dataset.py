@@ -19,7 +19,7 @@ from corpus_helpers import WORDS, both, jsonl, make_texts, texts_of, write_parqu
 
 from nanochat import dataset
 from nanochat.common import UserError
-from nanochat.data import own_files, parquet, shards, textfiles, to_parquet
+from nanochat.data import own_files, parquet, shards, text_stream, textfiles, to_parquet
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
 from nanochat.dataset import resolve_corpus
 
@@ -253,9 +253,9 @@ def test_validation_documents_of_mixed_files_are_cached_within_limits(own: Path,
         monkeypatch.setattr(shards, "VAL_CACHE_CHARS", limit)
         reads: list[int] = []
 
-        def spy(path: Path, index: int, source: str, reads: list[int] = reads) -> list[Document]:
+        def spy(path: Path, index: int, *args: object, reads: list[int] = reads) -> list[Document]:
             reads.append(index)
-            return parquet.read_row_group(path, index, source)
+            return parquet.read_row_group(path, index, *args)
 
         monkeypatch.setattr(shards, "read_row_group", spy)
         corpus = resolve_corpus(str(own), base)
@@ -395,9 +395,9 @@ def test_paths_without_usable_files(own: Path, base: Path) -> None:
     assert "fineweb-edu" in error_of("fineweb", base)
     assert "*.jsonl" in error_of(own / "*.jsonl", base)
     assert "empty" in error_of(own, base)
-    (own / "a.csv").write_text("text\nhello\n")
+    (own / "a.docx").write_text("text\nhello\n")
     assert " 1 " in error_of(own, base) and ".jsonl" in error_of(own, base)
-    assert ".jsonl" in error_of(own / "a.csv", base)
+    assert ".jsonl" in error_of(own / "a.docx", base)
     (own / "broken.txt").symlink_to(own / "gone")
     assert "broken.txt" in error_of(own, base)
 
@@ -460,7 +460,7 @@ def test_damaged_parquet(own: Path, base: Path) -> None:
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', ["line 2", "UTF-8", "iconv"]),
         (b'{"text": "a"}\n{"text": "\\ud800"}\n', ["line 2", "\\ud800"]),
         (b'{"text": "a", "source": "\\udfff"}\n', ["line 1", "\\udfff"]),
-        ('{"text": "a"}\n'.encode("utf-16"), ["line 1", "UTF-8"]),
+        ('{"text": "a"}\n'.encode("utf-16"), ["UTF-16", "iconv", "UTF-8"]),
         (b'{"text": ' + b"[" * 100_000 + b"\n", ["line 1", "JSON"]),
     ],
 )
@@ -474,7 +474,7 @@ def test_broken_jsonl(content: bytes, expected: list[str], own: Path, base: Path
 
 
 def test_a_line_without_end_is_refused(own: Path, base: Path, monkeypatch) -> None:
-    monkeypatch.setattr(textfiles, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(text_stream, "MAX_LINE_BYTES", 2**20)
     (own / "a.jsonl").write_bytes(b"x" * (2**20 + 2**17))
     assert "a.jsonl" in error_of(own, base) and "MiB" in error_of(own, base)
 

@@ -89,6 +89,8 @@ class Corpus(ABC):
     fingerprint it was saved with. bad_shards: a source that cannot have any leaves it as it is.
     """
 
+    files = ""  # which files of --data are used and which are not, by kind; shown to the user
+
     def __init__(self, name: str, fingerprint: str, bad_shards: BadShards | None = None) -> None:
         self.name, self.fingerprint = name, fingerprint
         self.bad_shards = bad_shards or BadShards()

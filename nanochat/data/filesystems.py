@@ -1,8 +1,9 @@
 """Differences between fsspec's file systems: open one, list its files, classify its errors."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,8 +33,15 @@ def open_filesystem(data: str) -> tuple[Any, str]:
     return fs, path
 
 
-def list_files(fs: Any, path: str, usable: Callable[[PurePosixPath], Any]) -> dict[str, dict[str, Any]]:
-    """Path -> info of the usable files. FileNotFoundError if the path does not exist."""
+def ending_of(path: PurePath) -> str:
+    """What to call the kind of a file that cannot be used: its ending."""
+    return path.suffix.lower() or "without an ending"
+
+
+def list_files(
+    fs: Any, path: str, usable: Callable[[PurePosixPath], Any]
+) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
+    """(path -> info of the usable files, how many others of each kind). FileNotFoundError if there is no such path."""
     web = "http" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
     fixed = None  # of a pattern, the folder before its first wildcard
     if any(c in path for c in "*[") and not (web and fs.exists(path)):
@@ -44,6 +52,7 @@ def list_files(fs: Any, path: str, usable: Callable[[PurePosixPath], Any]) -> di
     else:
         matches = {path: fs.info(path)}
     found: dict[str, dict[str, Any]] = {}
+    unused: Counter[str] = Counter()
     for match, info in matches.items():
         if info["type"] != "directory":
             below = {match: info}
@@ -52,11 +61,15 @@ def list_files(fs: Any, path: str, usable: Callable[[PurePosixPath], Any]) -> di
         for name, details in below.items():
             plain = PurePosixPath(urlsplit(name).path if web else name)
             below_given = name.removeprefix(match if fixed is None else fixed).split("/")
-            if usable(plain) and not any(part.startswith(".") for part in below_given):
+            if any(part.startswith(".") for part in below_given):
+                unused["hidden"] += 1
+            elif usable(plain):
                 found[name] = details
+            else:
+                unused[ending_of(plain)] += 1
     if web:  # a page with links has no sizes
         found = {name: fs.info(name) if info.get("size") is None else info for name, info in found.items()}
-    return found
+    return found, unused
 
 
 def linked_files(fs: Any, folder: str) -> dict[str, dict[str, Any]]:

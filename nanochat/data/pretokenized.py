@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from nanochat.common import BadShard, atomic_path, first_line, warn
 from nanochat.data.corpus import Corpus, document_hash
 from nanochat.data.document_order import SegmentReader, Tokens, split_text
-from nanochat.data.parquet import is_machine_error, read_row_group
+from nanochat.data.parquet import is_machine_error
 from nanochat.data.row_streams import token_dtype
 from nanochat.data.shards import Shard, ShardCorpus
 from nanochat.data.to_parquet import stamp
@@ -101,7 +101,8 @@ class TokenReader(SegmentReader):
 def token_path(folder: Path, shard: Shard, tokenizer: Any) -> Path:
     """The token file of a shard; a shard written again has another path."""
     size, version = stamp(shard.path)
-    key = hashlib.blake2b(shard.digest + f"{size} {version}".encode(), digest_size=12).hexdigest()
+    reading = " clean" if shard.options.clean else ""
+    key = hashlib.blake2b(shard.digest + f"{size} {version}{reading}".encode(), digest_size=12).hexdigest()
     return folder / tokenizer.hash[:16] / f"{key}.parquet"
 
 
@@ -149,7 +150,7 @@ def write_token_file(shard: Shard, tokenizer: Any, path: Path, check: Callable[[
     settings: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, **settings) as writer:
         for number in range(shard.row_groups):
-            documents = read_row_group(shard.path, number, shard.source)
+            documents = shard.read(number)
             segments = [(document_hash(d.text), segment) for d in documents for segment in split_text(d.text)]
             encoded = tokenizer.encode([segment for _, segment in segments], num_threads=1)
             num_tokens += sum(map(len, encoded))

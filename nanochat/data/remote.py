@@ -11,7 +11,7 @@ import itertools
 import threading
 import time
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import nullcontext, suppress
@@ -287,13 +287,17 @@ def _remote_of(fs: Any, base_dir: Path) -> Remote:
 # Listing
 
 
-def find_remote(data: str, usable: Callable[[PurePosixPath], Any], base_dir: Path) -> list[RemoteFile]:
-    """The usable files that a URL of a file, a folder or a glob stands for, sorted by path, without hidden ones.
-    Raises UserError if it does not exist or cannot be listed."""
+def find_remote(
+    data: str, usable: Callable[[PurePosixPath], Any], base_dir: Path
+) -> tuple[list[RemoteFile], Counter[str]]:
+    """(usable files, sorted by path; how many others of each kind) of the URL of a file, a folder or a glob.
+
+    Hidden files are not used. Raises UserError if the URL does not exist or cannot be listed.
+    """
     fs, path = open_filesystem(data)
     remote = Remote(fs, base_dir)
     try:
-        found = remote.retry(partial(list_files, fs, path, usable), data)
+        found, unused = remote.retry(partial(list_files, fs, path, usable), data)
     except BadShard as error:
         raise UserError(f"--data {data}: there is no such file, folder or bucket") from error
     except UserError:
@@ -307,4 +311,4 @@ def find_remote(data: str, usable: Callable[[PurePosixPath], Any], base_dir: Pat
     ]
     if found and not files:
         raise UserError(f"--data {data}: its server does not tell sizes; download it and give its path")
-    return sorted(files)
+    return sorted(files), unused

@@ -10,18 +10,29 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from nanochat.common import BadShard
 from nanochat.data.corpus import SPLITS, VAL_LIMIT, BadShards, Corpus, Document, Record, document_hash
-from nanochat.data.parquet import open_parquet, read_row_group, text_columns, text_ranges
+from nanochat.data.parquet import (
+    CLEANED,
+    UNCHANGED,
+    TextOptions,
+    open_parquet,
+    read_row_group,
+    text_columns,
+    text_ranges,
+)
 from nanochat.data.remote import RemoteFile, Source
-from nanochat.data.textfiles import MIB, stem_of
+from nanochat.data.text_stream import MIB
+from nanochat.data.textfiles import stem_of
 
 Result = TypeVar("Result")
 
+LISTING_VERSION = 2  # in a record; 1, not written: only the kinds of OLD_KINDS were read, and no linked folders
 VAL_CACHE_CHARS = 64 * MIB  # of validation documents kept in memory
 
 
@@ -33,32 +44,41 @@ class Shard:
     source: str  # of documents that do not name their own
     row_groups: int
     by_hash: bool = False  # it holds both splits, told apart by document hash while reading
-    digest: bytes = b""  # of its name, size and footer
+    digest: bytes = b""  # of its name, size and footer, and of the text's column if that is not `text`
+    options: TextOptions = UNCHANGED
 
     def to_dict(self) -> dict[str, Any]:
-        """The shard as JSON, from which a later session can hold its place without the file."""
+        """The shard as JSON, from which a later session can hold its place without the file, and read it alike."""
         return {
             "path": str(self.path),
             "source": self.source,
             "blocks": self.row_groups,
             "by_hash": self.by_hash,
             "digest": self.digest.hex(),
+            **self.options._asdict(),
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Shard":
         """The inverse of to_dict, for a shard that is not going to be read."""
         digest = bytes.fromhex(values["digest"])
-        return cls(values["path"], values["source"], values["blocks"], values["by_hash"], digest)
+        options = TextOptions(values.get("field", "text"), values.get("clean", False))  # older records have neither
+        return cls(values["path"], values["source"], values["blocks"], values["by_hash"], digest, options)
+
+    def read(self, row_group: int) -> list[Document]:
+        """The documents of a row group, of both splits. Raises BadShard."""
+        return read_row_group(self.path, row_group, self.source, self.options)
 
 
-def open_shard(path: Source, source: str | None = None, by_hash: bool = False) -> Shard:
+def open_shard(
+    path: Source, source: str | None = None, by_hash: bool = False, options: TextOptions = UNCHANGED
+) -> Shard:
     """Read a parquet file's footer: columns, row groups, digest.
 
     Raises BadShard if the file is missing or damaged, UserError if it holds no text.
     """
-    with open_parquet(path) as file:
-        text_columns(path, file)
+    with open_parquet(path, options.field) as file:
+        text_columns(path, file, options.field)
         row_groups = file.metadata.num_row_groups
         footer_bytes = file.metadata.serialized_size
     if isinstance(path, RemoteFile):
@@ -69,7 +89,9 @@ def open_shard(path: Source, source: str | None = None, by_hash: bool = False) -
             raw.seek(max(0, size - footer_bytes - 8))
             footer = raw.read()
     digest = hashlib.blake2b(os.fsencode(path.name) + f"\0{size}\0".encode() + footer, digest_size=16)
-    return Shard(path, source or stem_of(path), row_groups, by_hash, digest.digest())
+    if options.field != "text":
+        digest.update(b"\0" + options.field.encode("utf-8", "surrogateescape"))
+    return Shard(path, source or stem_of(path), row_groups, by_hash, digest.digest(), options)
 
 
 class ShardCorpus(Corpus):
@@ -118,7 +140,7 @@ class ShardCorpus(Corpus):
         if split == "val" and index in self._val_cache:
             return list(self._val_cache[index])
         try:
-            documents = read_row_group(shard.path, number, shard.source)
+            documents = shard.read(number)
         except BadShard as error:
             raise self.bad_shards.with_hint(error) from error
         if not shard.by_hash:
@@ -134,12 +156,13 @@ class ShardCorpus(Corpus):
         for index in indices:
             shard, number = self.locate(split, index)
             if isinstance(shard.path, RemoteFile) and shard.path not in self.bad_shards:
-                shard.path.prefetch(text_ranges, number)
+                shard.path.prefetch(text_ranges(shard.options.field), number)
 
     def record(self) -> Record:
         """The shards of each split, so that they get the same places in a later session."""
         splits = {split: [shard.to_dict() for shard in self.shards[split]] for split in SPLITS}
-        return {"fingerprint": self.fingerprint, "val_limit": str(self.val_limit), **splits}
+        known = {"fingerprint": self.fingerprint, "val_limit": str(self.val_limit), "listing": LISTING_VERSION}
+        return known | splits
 
 
 @dataclass
@@ -152,6 +175,7 @@ class ShardOpener:
     base_dir: Path
     bad_shards: BadShards
     recorded: Record | None = None
+    options: TextOptions = CLEANED  # of the user's own files
 
     def attempt(self, action: Callable[..., Result], path: Source, *args: Any) -> Result | None:
         """action(path, *args), or None if the shard is bad and skipped."""
@@ -161,9 +185,10 @@ class ShardOpener:
             self.bad_shards.skip(error)
             return None
 
-    def open(self, paths: Iterable[Source], source: str | None = None, by_hash: bool = False) -> list[Shard]:
-        """The shards that are not skipped."""
-        opened = (self.attempt(open_shard, path, source, by_hash) for path in paths if path not in self.bad_shards)
+    def open(self, paths: Iterable[Source], *args: Any, **kwargs: Any) -> list[Shard]:
+        """open_shard(path, ...) of each path, without shards that are skipped."""
+        good = (path for path in paths if path not in self.bad_shards)
+        opened = (self.attempt(partial(open_shard, **kwargs), path, *args) for path in good)
         return [shard for shard in opened if shard]
 
     def corpus(self, name: str, train: list[Shard], val: list[Shard], val_limit: int = VAL_LIMIT) -> ShardCorpus:
@@ -196,4 +221,4 @@ class ShardOpener:
             problem = "is gone" if now is None else "has changed"
             self.bad_shards.skip(BadShard(f"{path} {problem} since the run began", path))
             return recorded
-        return replace(now, by_hash=recorded.by_hash)
+        return replace(now, by_hash=recorded.by_hash, options=recorded.options)

@@ -1,35 +1,28 @@
-"""Parse files into documents: .jsonl and .txt, plain or compressed, and parquet, as a stream.
+"""Parse files into documents: text, JSON, CSV and parquet, plain or compressed, as a stream.
 
 Every reader yields one Document after another and holds a bounded part of the file. Errors name the file, the line or
 row, and the fix.
 """
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
-from pathlib import PurePath
-from typing import Any, BinaryIO
+from functools import partial
 
-import zstandard
-
-from nanochat.common import BadShard, UserError, first_line, warn
+from nanochat.common import BadShard, UserError, warn
 from nanochat.data.corpus import Document
-from nanochat.data.parquet import parquet_documents
-from nanochat.data.remote import RemoteFile, Source
+from nanochat.data.listing import kind_among, with_compressions
+from nanochat.data.parquet import CLEANED, TextOptions, parquet_documents
+from nanochat.data.remote import Source
+from nanochat.data.rows import ROW_KINDS, Row, file_rows
+from nanochat.data.text_stream import KIB, clean, decode, text_chunks
 
-KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
+TEXT_KINDS = with_compressions(".txt", ".md")
+KINDS = (*TEXT_KINDS, *ROW_KINDS)
 
-KIB, MIB = 1024, 1024 * 1024
 TEXT_BYTES = 8 * KIB  # of a document cut from a .txt, about
 MAX_TEXT_BYTES = 16 * KIB  # a longer .txt is cut into several documents
-MAX_LINE_BYTES = 256 * MIB  # of a .jsonl: without a limit one line could fill the memory
 
 
-def kind_of(path: Source | PurePath) -> str | None:
-    """The entry of KINDS that the file's name ends in, or None."""
-    name = path.name.lower()
-    return next((kind for kind in KINDS if name.endswith(kind)), None)
+kind_of = partial(kind_among, KINDS)  # the entry of KINDS that a file's name ends in, or None
 
 
 def stem_of(path: Source) -> str:
@@ -38,130 +31,72 @@ def stem_of(path: Source) -> str:
     return name[: len(name) - len(kind_of(path) or "")] or name
 
 
-def file_documents(path: Source) -> Iterator[Document]:
+class NoTextField(UserError):
+    """The first row of a file has no field with the text: it may be something else than data, such as settings."""
+
+
+def file_documents(path: Source, options: TextOptions = CLEANED) -> Iterator[Document]:
     """All documents of a file of any accepted kind, in order; warns if there is none."""
-    readers = {"parquet": parquet_documents, "txt": txt_documents, "jsonl": jsonl_documents}
-    _, name, *_ = (kind_of(path) or "").split(".")  # .txt.gz -> txt
+    kind = kind_of(path)
     empty = True
-    for document in readers[name](path, stem_of(path)):
+    if kind == ".parquet":
+        documents = parquet_documents(path, stem_of(path), options)
+    elif kind in TEXT_KINDS:
+        documents = txt_documents(path, stem_of(path))
+    else:
+        documents = row_documents(path, stem_of(path), options.field)
+    for document in documents:
         empty = False
         yield document
     if empty:
         warn(f"{path} holds no text; skipped")
 
 
-def read_chunks(path: Source) -> Iterator[bytes]:
-    """The decompressed bytes of a text file in chunks; BadShard names one that is damaged or unreadable."""
-    kind = kind_of(path) or ""
-    try:
-        if kind.endswith(".zst"):
-            yield from read_zstd(path)
-            return
-        with open_bytes(path) as raw, gzip.open(raw) if kind.endswith(".gz") else raw as file:
-            while chunk := file.read(64 * KIB):
-                yield chunk
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        reason = f"is damaged or cut short ({first_line(error)})"
-        raise BadShard(f"{path} {reason}; copy or download it again", path) from error
-    except OSError as error:
-        raise BadShard(f"cannot read {path}: {error.strerror or error}", path) from error
-
-
-def open_bytes(path: Source) -> BinaryIO:
-    """The file's bytes, to be read from the beginning."""
-    return path.open() if isinstance(path, RemoteFile) else open(path, "rb")
-
-
-def read_zstd(path: Source) -> Iterator[bytes]:
-    """Decompress frame after frame. The library's own stream reader takes a truncated frame for the end."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    with open_bytes(path) as file:
-        frame = None
-        while data := file.read(4 * KIB):  # small, as a few bytes can decompress to very many
-            while data:
-                frame = frame or decompressor.decompressobj()
-                yield frame.decompress(data)
-                data = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-        if frame is not None:
-            raise EOFError("the last zstd frame has no end")
-
-
-def decode(path: Source, line: int, raw: bytes) -> str:
-    """Decode bytes that begin on line `line` (from 1); BadShard names the line that is not UTF-8."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        fix = "convert the file, for instance with iconv -t UTF-8"
-        raise BadShard(f"{path}, line {line}: not valid UTF-8 ({error.reason}); {fix}", path) from error
-
-
-def read_lines(path: Source) -> Iterator[bytes]:
-    """Lines of bytes without their line feeds."""
-    unfinished: list[bytes] = []  # chunks of the line that has not ended yet
-    size = 0
-    for chunk in read_chunks(path):
-        *ended, rest = chunk.split(b"\n")
-        for line in ended:
-            yield b"".join([*unfinished, line])
-            unfinished, size = [], 0
-        unfinished.append(rest)
-        size += len(rest)
-        if size > MAX_LINE_BYTES:
-            limit = f"a line is longer than {MAX_LINE_BYTES // MIB} MiB"
-            raise UserError(f"{path}: {limit}; JSON Lines has one document a line")
-    if size:
-        yield b"".join(unfinished)
-
-
-def jsonl_documents(path: Source, source: str) -> Iterator[Document]:
-    """One JSON object per line, with a string under "text" and perhaps one under "source". Blank lines are ignored."""
-    for number, raw in enumerate(read_lines(path), 1):
-        line = decode(path, number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
-        if not line or line.isspace():
-            continue
+def row_documents(path: Source, source: str, field: str = "text") -> Iterator[Document]:
+    """The strings in `field` of each row of a JSON or CSV file; under "source" the row may name another source."""
+    for index, row in enumerate(file_rows(path)):
+        if row.error:
+            raise BadShard(f"{path}, {row.where}: {row.error}", path)
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-            problem = f"{path}, line {number}: not JSON ({reason})"
-            raise BadShard(f"{problem}; each line must be one whole object", path) from error
-        text = text_field(path, number, row)
+            text = text_of_row(path, row, field)
+        except NoTextField as error:
+            if index == 0:
+                raise
+            raise UserError(str(error)) from error
         if text and not text.isspace():
-            given = row.get("source")
-            yield Document(text, encodable(path, number, given) if isinstance(given, str) and given else source)
+            given = row.value.get("source") if field != "source" else None
+            yield Document(text, encodable(path, row, given) if isinstance(given, str) and given else source)
 
 
-def text_field(path: Source, number: int, row: Any) -> str:
-    """The "text" of a parsed line; null counts as blank, as in parquet."""
-    where = f"{path}, line {number}"
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: expected an object like {{"text": "..."}}, found a {type(row).__name__}')
-    if "text" not in row:
-        hint = "conversations are for chat_sft --data" if "messages" in row else "rename the one with the text"
-        raise UserError(f'{where}: no "text" (its fields: {", ".join(row) or "none"}); {hint}')
-    text = "" if row["text"] is None else row["text"]
+def text_of_row(path: Source, row: Row, field: str) -> str:
+    """The text of a parsed row; null counts as blank, as in parquet. NoTextField if the row has no such field."""
+    where, value = f"{path}, {row.where}", row.value
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: expected an object like {{"{field}": "..."}}, found a {type(value).__name__}')
+    if field not in value:
+        hint = "conversations are for chat_sft --data" if "messages" in value else "name the one with --text-field=NAME"
+        raise NoTextField(f'{where}: no "{field}" (its fields: {", ".join(value) or "none"}); {hint}')
+    text = "" if value[field] is None else value[field]
     if not isinstance(text, str):
-        raise UserError(f'{where}: "text" must be a string, found {type(text).__name__}')
-    return encodable(path, number, text)
+        raise UserError(f'{where}: "{field}" must be a string, found {type(text).__name__}')
+    return encodable(path, row, clean(text, path))
 
 
-def encodable(path: Source, line: int, text: str) -> str:
+def encodable(path: Source, row: Row, text: str) -> str:
     """`text`; raises UserError if it holds half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         problem = f"\\u{ord(text[error.start]):04x} is half of a surrogate pair, not a character"
-        raise UserError(f"{path}, line {line}: {problem}; write the line again as UTF-8") from error
+        raise UserError(f"{path}, {row.where}: {problem}; write it again as UTF-8") from error
     return text
 
 
 def txt_documents(path: Source, source: str) -> Iterator[Document]:
     """A text file as one document; a long one is cut at paragraph borders into several, as it is read."""
     buffer, line = b"", 1
-    for chunk in read_chunks(path):
-        buffer = (buffer + chunk).replace(b"\r\n", b"\n")
+    for chunk in text_chunks(path):
+        buffer += chunk
         while len(buffer) > MAX_TEXT_BYTES:
             at = cut_position(buffer)
             yield from txt_document(path, line, buffer[:at], source)
@@ -185,6 +120,6 @@ def cut_position(buffer: bytes) -> int:
 
 def txt_document(path: Source, line: int, raw: bytes, source: str) -> Iterator[Document]:
     """The bytes as a document, unless they are blank."""
-    text = decode(path, line, raw).removeprefix("\ufeff" if line == 1 else "").strip("\n")
+    text = decode(path, line, raw).strip("\n")
     if text and not text.isspace():
         yield Document(text, source)

@@ -21,10 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from nanochat.common import BadShard, atomic_path, read_json, write_json
+from nanochat.common import BadShard, atomic_path, read_json, warn, write_json
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
+from nanochat.data.parquet import TextOptions
 from nanochat.data.remote import RemoteFile, Source
-from nanochat.data.textfiles import MIB, file_documents, kind_of
+from nanochat.data.rows import LINE_KINDS
+from nanochat.data.text_stream import MIB
+from nanochat.data.textfiles import TEXT_KINDS, NoTextField, file_documents, kind_of
 
 GROUP_DOCUMENTS, GROUP_CHARS = 1024, 16 * MIB  # a row group is full at either
 SHARD_ROW_GROUPS = 64
@@ -36,12 +39,13 @@ CONVERSION_VERSION = 2  # part of the key: raise it when the same files would gi
 
 @dataclass
 class Tally:
-    """Documents counted per split, and the extreme hashes."""
+    """Documents counted per split, the extreme hashes, and the files that were left out."""
 
     train: int = 0
     val: int = 0
     smallest: int = 2**64
     largest: int = -1
+    without_field: int = 0  # files without a field of text
 
     def assign(self, text: str) -> bool:
         """True if the document is for validation (one in a hundred, by its hash); counts it."""
@@ -53,27 +57,29 @@ class Tally:
         return is_val
 
 
-def convert(paths: Sequence[Source], base_dir: Path) -> tuple[list[Path], list[Path], Tally]:
+def convert(paths: Sequence[Source], base_dir: Path, field: str = "text") -> tuple[list[Path], list[Path], Tally]:
     """Shards (train, val) with the documents of `paths`, made now unless they were made before.
 
-    One process converts, under a lock, and others wait for it. The shards appear under $BASE/converted/KEY in one
-    rename: a folder by that name is complete. Files of the same names, sizes and times are not read again. Raises
-    BadShard for a file that cannot be read to its end.
+    Files of rows have the text in `field`. One process converts, under a lock, and others wait for it. The shards
+    appear under $BASE/converted/KEY in one rename: a folder by that name is complete. Files of the same names, sizes
+    and times are not read again. Raises BadShard for a file that cannot be read to its end.
     """
-    key = conversion_key(paths)
+    key = conversion_key(paths, field)
     folder = base_dir / "converted" / key
     if not (folder / MANIFEST).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{key}.lock"):
             if not (folder / MANIFEST).exists():
-                convert_into(folder, paths)
+                convert_into(folder, paths, field)
     tally = Tally(**read_json(folder / MANIFEST)["tally"])
     return sorted(folder.glob("train_*.parquet")), sorted(folder.glob("val_*.parquet")), tally
 
 
-def conversion_key(paths: Sequence[Source]) -> str:
-    """16 hex digits that change when a file is added, removed, renamed or rewritten."""
+def conversion_key(paths: Sequence[Source], field: str = "text") -> str:
+    """16 hex digits that change when a file is added, removed, renamed or rewritten, or another field is read."""
     digest = hashlib.blake2b(str(CONVERSION_VERSION).encode(), digest_size=8)
+    if field != "text":
+        digest.update(f"\0{field}\0".encode("utf-8", "surrogateescape"))
     for path in paths:
         place = path.url.encode() if isinstance(path, RemoteFile) else os.fsencode(path.resolve())
         size, version = stamp(path)
@@ -92,7 +98,7 @@ def stamp(path: Source) -> tuple[int, str]:
     return stat.st_size, str(stat.st_mtime_ns)
 
 
-def convert_into(folder: Path, paths: Sequence[Source]) -> None:
+def convert_into(folder: Path, paths: Sequence[Source], field: str) -> None:
     """Write the shards and their manifest to a temporary neighbour of `folder`, then rename it."""
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a conversion that was killed
         shutil.rmtree(leftover)
@@ -101,26 +107,38 @@ def convert_into(folder: Path, paths: Sequence[Source]) -> None:
         print(f"converting {len(paths)} files ({megabytes:,.0f} MB) to parquet in {folder}, once", flush=True)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        tally = asdict(write_shards(temporary, paths))
+        tally = asdict(write_shards(temporary, paths, field))
         write_json(temporary / MANIFEST, {"version": CONVERSION_VERSION, "tally": tally})
 
 
-def write_shards(folder: Path, paths: Sequence[Source]) -> Tally:
+def write_shards(folder: Path, paths: Sequence[Source], field: str) -> Tally:
     """Stream all documents, shuffled, into train and validation shards; returns their counts."""
     tally = Tally()
     train, val = ShardWriter(folder, "train"), ShardWriter(folder, "val")
-    documents = (document for path in paths for document in file_documents(path))
+    documents = documents_of(paths, TextOptions(field), tally)
     with train, val:
         for document in shuffled(split_lone_text(paths, documents)):
             (val if tally.assign(document.text) else train).add(document)
     return tally
 
 
+def documents_of(paths: Sequence[Source], options: TextOptions, tally: Tally) -> Iterator[Document]:
+    """All documents. Among several files, a JSON or CSV file of something else is left out with a warning."""
+    for path in paths:
+        try:
+            yield from file_documents(path, options)
+        except NoTextField as error:
+            if len(paths) == 1 or kind_of(path) in LINE_KINDS:
+                raise
+            tally.without_field += 1
+            warn(f"{error}; the file is left out")
+
+
 def split_lone_text(paths: Sequence[Source], documents: Iterator[Document]) -> Iterator[Document]:
     """The documents; but a lone document of a lone text file is split into its paragraphs, or else its lines, so that
     there is something to validate on."""
     first = list(islice(documents, 2))
-    if len(first) != 1 or len(paths) != 1 or not (kind_of(paths[0]) or "").startswith(".txt"):
+    if len(first) != 1 or len(paths) != 1 or kind_of(paths[0]) not in TEXT_KINDS:
         yield from chain(first, documents)
         return
     (whole,) = first

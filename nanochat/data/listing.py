@@ -1,0 +1,167 @@
+"""List the files that --data names, and count by kind what is used and what is not.
+
+Used for text (own_files.py) and for conversations alike; each says which kinds of file it can read.
+"""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePath
+
+from nanochat.common import UserError
+from nanochat.data.filesystems import ending_of
+from nanochat.data.remote import Source, find_remote, is_url
+
+COMPRESSIONS = ("", ".gz", ".zst")
+
+
+def with_compressions(*kinds: str) -> tuple[str, ...]:
+    """`.txt` -> `.txt`, `.txt.gz`, `.txt.zst`"""
+    return tuple(kind + compression for kind in kinds for compression in COMPRESSIONS)
+
+
+def kind_among(kinds: Sequence[str], path: Source | PurePath) -> str | None:
+    """The entry of `kinds` that the file's name ends in, whatever its case, or None."""
+    name = path.name.lower()
+    return next((kind for kind in kinds if name.endswith(kind)), None)
+
+
+@dataclass
+class FileListing:
+    """What --data stands for: the files to read, sorted within each entry, and how many others of each kind."""
+
+    files: list[Source] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)  # of `files`
+    unused: Counter[str] = field(default_factory=Counter)  # ending, or another reason -> files
+
+    def describe(self) -> str:
+        """`12 files: 10 .jsonl, 2 .md; not used: 3 .pdf, 1 hidden`"""
+        used = f"{len(self.files):,} file{'' if len(self.files) == 1 else 's'}: {counts(self.kinds)}"
+        return f"{used}; not used: {unused}" if (unused := counts(self.unused)) else used
+
+
+def counts(kinds: Counter[str]) -> str:
+    """`10 .jsonl, 2 .md`, the most frequent first."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common() if count)
+
+
+def list_data(
+    data: str, kinds: Sequence[str], base_dir: Path, *, known_names: Sequence[str] = (), follow_links: bool = True
+) -> FileListing:
+    """The files of the given kinds that --data stands for: paths, folders, globs and URLs, separated by commas.
+
+    A folder is read with its subfolders, linked ones too, without hidden files. Raises UserError for an entry that
+    names nothing, and where no file can be used; `known_names` are listed there.
+    """
+    listing = FileListing()
+    for entry in split_entries(data, known_names):
+        entry = entry.removeprefix("file://")
+        files: Sequence[Source]
+        if is_url(entry):
+            files, unused = find_remote(entry, partial(kind_among, kinds), base_dir)
+        else:
+            files, unused = find_local(entry, kinds, known_names, follow_links)
+        if not files:
+            found = f"none of these can be used: {counts(unused)}" if unused else "the folder is empty"
+            raise UserError(f"--data {entry}: {found}; the kinds read are {', '.join(kinds)}")
+        seen = set(listing.files)
+        listing.files += [file for file in files if file not in seen]
+        listing.unused += unused
+    if not listing.files:
+        raise UserError(f"--data {data}: it names no file")
+    listing.kinds = Counter(kind_among(kinds, file) or "" for file in listing.files)
+    return listing
+
+
+def split_entries(data: str, known_names: Sequence[str] = ()) -> list[str]:
+    """The entries of a comma-separated list. A comma inside a path that exists, or inside a URL, separates nothing."""
+    entries: list[str] = []
+    parts = data.split(",")
+    while parts:
+        if entries and is_url(entries[-1]) and not is_own_entry(parts[0], known_names):
+            entries[-1] += f",{parts.pop(0)}"
+            continue
+        ends = range(len(parts), 1, -1)
+        taken = next((end for end in ends if "://" not in parts[0] and exists(",".join(parts[:end]))), 1)
+        entries.append(",".join(parts[:taken]))
+        del parts[:taken]
+    return [entry for entry in (entry if exists(entry) else entry.strip() for entry in entries) if entry]
+
+
+def is_own_entry(part: str, known_names: Sequence[str]) -> bool:
+    """Whether what follows a comma after a URL is another entry rather than more of the URL."""
+    return is_url(part) or part.strip() in known_names or exists(part) or bool(glob.glob(part, recursive=True))
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file or folder."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, an unknown ~user
+        return False
+
+
+def find_local(
+    entry: str, kinds: Sequence[str], known_names: Sequence[str], follow_links: bool
+) -> tuple[list[Path], Counter[str]]:
+    """(usable files, sorted; counts of the others) of one path, folder or glob. UserError if it names nothing."""
+    unused: Counter[str] = Counter()
+    try:
+        given = Path(entry).expanduser()
+        matches = [given] if given.exists() else [Path(match) for match in glob.glob(str(given), recursive=True)]
+        paths: set[Path] = set()
+        for match in matches:
+            found = walk(match, unused, follow_links) if match.is_dir() else regular([match], unused)
+            paths.update(found)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--data {entry}: cannot read it ({reason})") from error
+    if not matches:
+        names = ", ".join(("a glob", "a URL", *known_names))
+        raise UserError(f"--data {entry}: no such file or folder; give a path or one of: {names}")
+    usable = [path for path in paths if kind_among(kinds, path)]
+    unused.update(ending_of(path) for path in paths if not kind_among(kinds, path))
+    return sorted(usable), unused
+
+
+def regular(paths: Iterable[Path], unused: Counter[str]) -> Iterator[Path]:
+    """Those that can be opened without waiting for another program, unlike pipes and devices."""
+    for path in paths:
+        if path.is_file() or path.is_symlink():  # a link to nothing is an error when it is read
+            yield path
+        else:
+            unused["not a regular file"] += 1
+
+
+def walk(folder: Path, unused: Counter[str], follow_links: bool) -> Iterator[Path]:
+    """All files below a folder except hidden ones. Raises OSError for a folder that may not be read.
+
+    Linked folders come last, so that a folder reached in two ways has the path without links, and each once.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting, links = [folder], list[Path]()
+    while waiting or links:
+        here = waiting.pop() if waiting else links.pop(0)
+        stat = here.stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            unused["linked folder read already"] += 1
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        with os.scandir(here) as entries:
+            for item in entries:
+                path = here / item.name
+                if item.name.startswith("."):
+                    unused["hidden"] += 1
+                elif item.is_dir(follow_symlinks=False):
+                    waiting.append(path)
+                elif item.is_dir() and follow_links:
+                    links.append(path)
+                elif item.is_dir():
+                    unused["linked folder"] += 1
+                elif item.is_file() or item.is_symlink():
+                    yield path
+                else:
+                    unused["not a regular file"] += 1
