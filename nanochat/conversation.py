@@ -1,4 +1,4 @@
-"""Conversations: validation, rendering to token ids and a training mask, parsing of answers, fitting into a length.
+"""Conversations: validation, rendering to token ids and a training mask, parsing of answers.
 
 A conversation is a dict with a list of messages: an optional system message, then user and assistant turns in
 alternation, the user first:
@@ -16,14 +16,14 @@ is 1 on the tokens between brackets, which the assistant must produce:
     [<|python_start|>2+2<|python_end|>]<|output_start|>4<|output_end|>[It is 4.<|assistant_end|>]
 
 Text is always encoded as ordinary text and only this module writes special tokens, so a user cannot forge a turn by
-typing one.
+typing one. Messages whose roles do not alternate are brought into this form by `merge_messages`.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate, takewhile
 from typing import Any, Protocol
 
-from nanochat.common import SPECIAL_TOKENS, UserError
+from nanochat.common import SPECIAL_TOKENS
 
 Message = dict[str, Any]
 Conversation = dict[str, Any]
@@ -112,6 +112,51 @@ def _kind(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------
+# Messages in any order
+
+
+def merge_messages(messages: Sequence[Message]) -> list[Message]:
+    """Messages of the roles system, user and assistant in any order, as those of a conversation.
+
+    System messages become one at the front, neighbours of one role become one, both joined by blank lines; assistant
+    messages without content are left out; an empty user turn precedes an assistant who speaks first, or stands where
+    nobody does. "merged" counts the given messages that each is made of.
+    """
+    merged: list[Message] = []
+    for message in sorted(messages, key=lambda message: message["role"] != "system"):  # keeps the order otherwise
+        role, content, count = message["role"], message["content"], message.get("merged", 1)
+        if merged and merged[-1]["role"] == role:
+            before = merged[-1]
+            merged[-1] = {
+                **before,
+                "content": _join_contents(before["content"], content),
+                "merged": before["merged"] + count,
+            }
+        elif content or role == "user":
+            if role == "assistant" and (not merged or merged[-1]["role"] == "system"):
+                merged.append({"role": "user", "content": "", "merged": 0})
+            merged.append({**message, "merged": count})
+    if not merged or merged[-1]["role"] == "system":
+        merged.append({"role": "user", "content": "", "merged": 0})
+    return merged
+
+
+def _join_contents(first: Any, second: Any) -> Any:
+    if not first or not second:
+        return first or second
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}\n\n{second}"
+    first, second = ([{"type": "text", "text": c}] if isinstance(c, str) else c for c in (first, second))
+    blank_line = [{"type": "text", "text": "\n\n"}] if first[-1]["type"] == second[0]["type"] == "text" else []
+    return [*first, *blank_line, *second]
+
+
+def plain_text(content: str | Sequence[dict[str, str]]) -> str:
+    """A message's content without tool calls and their results."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
+
+
+# ---------------------------------------------------------------------------------------------------
 # Rendering
 
 
@@ -122,30 +167,34 @@ def render(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | N
     conversation.
     """
     validate_conversation(conversation)
-    turns = _turns(conversation["messages"])
+    turns = join_system(conversation["messages"])
     if not turns:
         raise ValueError("there is only a system message")
-    ids, mask = _join(tokenizer, [_render_turn(tokenizer, turn) for turn in turns])
+    ids, mask = _join(tokenizer, [render_turn(tokenizer, turn) for turn in turns])
     return ids[:max_tokens], mask[:max_tokens]
 
 
-def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message], continue_last: bool = False) -> list[int]:
     """Prompt ids for the assistant's next turn; they end in <|assistant_start|>.
 
-    A trailing assistant turn is left out: it is the answer to be generated. Raises ValueError if these are not the
-    messages of a conversation or have no user turn.
+    A trailing assistant turn is left out: it is the answer to be generated. With `continue_last` the prompt ends with
+    that turn, without its end token: the answer goes on from there. Raises ValueError if these are not the messages of
+    a conversation, have no user turn, or there is no assistant turn to continue.
     """
     validate_messages(messages)
-    turns = _turns(messages)
-    if turns and turns[-1]["role"] == "assistant":
+    turns = join_system(messages)
+    answered = bool(turns) and turns[-1]["role"] == "assistant"
+    if continue_last and not answered:
+        raise ValueError(f"the last message must have role 'assistant', not {messages[-1]['role']!r}")
+    if answered and not continue_last:
         turns = turns[:-1]
     if not turns:
         raise ValueError("there is no user message to answer")
-    ids, _ = _join(tokenizer, [_render_turn(tokenizer, turn) for turn in turns])
-    return [*ids, tokenizer.encode_special("<|assistant_start|>")]
+    ids, _ = _join(tokenizer, [render_turn(tokenizer, turn) for turn in turns])
+    return ids[:-1] if continue_last else [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
 
-def _turns(messages: Sequence[Message]) -> list[Message]:
+def join_system(messages: Sequence[Message]) -> list[Message]:
     """The messages, a system message joined to the first user turn by a blank line."""
     if messages[0]["role"] != "system":
         return list(messages)
@@ -164,7 +213,7 @@ def _join(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> Rendered:
     return ids, mask
 
 
-def _render_turn(tokenizer: Tokenizer, turn: Message) -> Rendered:
+def render_turn(tokenizer: Tokenizer, turn: Message) -> Rendered:
     """One turn with its start and end tokens. The assistant produces its end token, but not its start."""
     role, content = turn["role"], turn["content"]
     spoken = int(role == "assistant")
@@ -212,7 +261,7 @@ def parse_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str | list[dict[st
 
 
 # ---------------------------------------------------------------------------------------------------
-# Fitting into a length by whole turns
+# Fitting into a length by whole turns, for training (for chatting: inference/chat_prompt.py)
 
 
 def truncate_turns(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int) -> Conversation | None:
@@ -222,8 +271,8 @@ def truncate_turns(tokenizer: Tokenizer, conversation: Conversation, max_tokens:
     """
     validate_conversation(conversation)
     messages = conversation["messages"]
-    turns = _turns(messages)
-    lengths = accumulate((len(_render_turn(tokenizer, turn)[0]) for turn in turns), initial=1)  # 1 for bos
+    turns = join_system(messages)
+    lengths = accumulate((len(render_turn(tokenizer, turn)[0]) for turn in turns), initial=1)  # 1 for bos
     fitting = sum(length <= max_tokens for length in list(lengths)[1:])
     fitting -= fitting % 2  # the assistant has the even turns: end on one
     if fitting == 0:
@@ -231,47 +280,3 @@ def truncate_turns(tokenizer: Tokenizer, conversation: Conversation, max_tokens:
     if fitting == len(turns):
         return conversation
     return {**conversation, "messages": list(messages[: len(messages) - len(turns) + fitting])}
-
-
-def drop_oldest_turns(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int) -> list[Message]:
-    """The messages that render to a prompt of at most max_tokens: for chatting.
-
-    The oldest exchanges are dropped first; the system message and the last user turn are kept. Raises ValueError if the
-    messages do not end with a user turn, UserError if these two alone are too long.
-    """
-    validate_messages(messages)
-    if messages[-1]["role"] != "user":
-        raise ValueError(f"the last message must have role 'user', not {messages[-1]['role']!r}")
-    system = list(messages[:1]) if messages[0]["role"] == "system" else []
-    turns = list(messages[len(system) :])
-    lengths = [len(_render_turn(tokenizer, turn)[0]) for turn in turns]
-    system_length = len(tokenizer.encode(system[0]["content"])) if system else 0
-    for start in range(0, len(turns), 2):
-        rest = 2 + sum(lengths[start + 1 :])  # 2 for bos and assistant_start
-        needed = rest + lengths[start] + system_length
-        if rest + system_length // 2 > max_tokens:
-            continue  # before encoding a long system message with each turn that may come first
-        needed = rest + len(_render_turn(tokenizer, _turns([*system, turns[start]])[0])[0])
-        if needed <= max_tokens:
-            return [*system, *turns[start:]]
-    raise UserError(
-        f"the last message{' with the system message' if system else ''} takes {needed} tokens "
-        f"and only {max_tokens} fit; shorten it"
-    )
-
-
-def fit_prompt(
-    tokenizer: Tokenizer, messages: Sequence[Message], max_context: int, max_tokens: int, chat_model: bool = True
-) -> tuple[list[int], list[Message]]:
-    """Prompt ids for an answer of up to max_tokens, and the messages they contain.
-
-    The answer reserves max_tokens, but at most half of the context. The oldest exchanges that do not fit into the rest
-    are dropped (drop_oldest_turns). A base model (chat_model False) continues the end of the last message. Raises
-    ValueError and UserError as drop_oldest_turns does.
-    """
-    limit = max_context - min(max_tokens, max_context // 2)
-    if chat_model:
-        kept = drop_oldest_turns(tokenizer, messages, limit)
-        return render_prompt(tokenizer, kept), kept
-    ids = tokenizer.encode(messages[-1]["content"])
-    return [tokenizer.encode_special("<|bos|>"), *ids[-(limit - 1) :]], list(messages[-1:])

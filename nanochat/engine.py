@@ -12,10 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 from nanochat.common import warn
-from nanochat.conversation import Message, Tokenizer, end_tokens, fit_prompt, parse_answer
+from nanochat.conversation import Message, Tokenizer, end_tokens, parse_answer
 from nanochat.gpt import GPT
 from nanochat.inference.answer_text import AnswerStream
 from nanochat.inference.calculator import use_calculator
+from nanochat.inference.chat_prompt import fit_prompt
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.kv_cache import KVCache
@@ -135,9 +136,13 @@ class Engine:
 class Chat:
     """A conversation with a model. `stream` an answer, then `remember` as much of it as was shown."""
 
-    def __init__(self, engine: Engine, sampling: SamplingParams, max_tokens: int, chat_model: bool = True) -> None:
-        """`chat_model`: finetuned to answer; a base model continues the text instead."""
-        self.engine, self.sampling, self.max_tokens, self.chat_model = engine, sampling, max_tokens, chat_model
+    def __init__(
+        self, engine: Engine, sampling: SamplingParams, max_tokens: int | None = None, chat_model: bool = True
+    ) -> None:
+        """`max_tokens` of an answer; None: what the prompt leaves of the context. `chat_model`: finetuned to answer; a
+        base model continues the text instead."""
+        self.engine, self.sampling, self.chat_model = engine, sampling, chat_model
+        self.max_tokens = engine.max_context if max_tokens is None else max_tokens
         self.system = ""
         self.clear()
 
@@ -154,8 +159,7 @@ class Chat:
         Raises UserError, and leaves `text` out of the conversation, if it is too long for the model.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        context = self.engine.max_context
-        prompt, kept = fit_prompt(self.engine.tokenizer, messages, context, self.max_tokens, self.chat_model)
+        prompt, kept = fit_prompt(self.engine.tokenizer, messages, self.engine.max_context, self.chat_model)
         if self.chat_model:
             self.messages, self.dropped = kept, len(messages) - len(kept)
         sampling = replace(self.sampling, seed=self.sampling.seed + self.turn)

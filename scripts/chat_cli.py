@@ -42,8 +42,8 @@ class Config:
     """Sample among the k most likely tokens; 0 is off."""
     top_p: float = 1.0
     """Sample among the fewest tokens whose probabilities sum to this; 1 is off."""
-    max_tokens: Annotated[int, Range(1)] = 512
-    """Tokens of the longest answer."""
+    max_tokens: Annotated[int, Range(1, unset=-1)] = -1
+    """Tokens of the longest answer; -1: what the conversation leaves of the context."""
     seed: int = 42
     """The same conversation with the same seed gets the same answers."""
     python: bool = False
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Runtime.create(config.device_type) as runtime:
         model, tokenizer, meta = load(config, runtime)
         engine = Engine(model, tokenizer, tools=WITH_PYTHON if config.python else DEFAULT_TOOLS)
-        chat = Chat(engine, sampling, config.max_tokens, chat_model=config.source != "base")
+        max_tokens = None if config.max_tokens < 0 else config.max_tokens
+        chat = Chat(engine, sampling, max_tokens, chat_model=config.source != "base")
         if config.prompt:
             return 0 if say(chat, config.prompt) else 130
         if sys.stdin.isatty() and sys.stdout.isatty():

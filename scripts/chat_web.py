@@ -36,8 +36,8 @@ class Config(ReplicaConfig):
     """Default of requests; 0 takes the most likely token."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
     """Default of requests; 0 is off."""
-    max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"]), Range(1)] = 512
-    """Longest answer in tokens; default of requests."""
+    max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"]), Range(1, unset=-1)] = -1
+    """Longest answer in tokens, also of requests for more; -1: what the prompt leaves of the context."""
     port: Annotated[int, tyro.conf.arg(aliases=["-p"]), Range(1, 65535, unset=-1)] = -1
     """Port; -1 takes 8000 or the next free one."""
     host: str = "127.0.0.1"
@@ -88,7 +88,7 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
         pool = remote_pool(plan, config.workers, max_context, metrics.observe)
     else:
         pool = local_pool(plan, config.num_gpus, model, tokenizer, runtime, metrics.observe)
-    app = create_app(pool, tokenizer, settings_of(config, keys, run.name, max_context), metrics)
+    app = create_app(pool, tokenizer, settings_of(config, keys, run.name), metrics)
     say(f"{runtime.describe()}\n{config.source} model {run.name}, step {meta['step']}, context {max_context}")
     host, port = listening.getsockname()[:2]
     announce(host, port, keys)
@@ -96,14 +96,13 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
     Server(app, log_requests=config.log_requests).run(sockets=[listening])
 
 
-def settings_of(config: Config, keys: list[str], model_name: str, max_context: int) -> Settings:
+def settings_of(config: Config, keys: list[str], model_name: str) -> Settings:
     return Settings(
         model_name=model_name,
         api_keys=keys,
         cors_origins=config.cors,
         sampling=SamplingParams(config.temperature, config.top_k),
-        max_tokens=config.max_tokens,
-        max_tokens_limit=max(config.max_tokens, max_context),
+        max_tokens=None if config.max_tokens < 0 else config.max_tokens,
         request_seconds=config.request_seconds,
         chat_model=config.source != "base",
     )

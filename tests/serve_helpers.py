@@ -23,7 +23,7 @@ CHAT = "/v1/chat/completions"
 MODEL = make_model(vocab_size=265)
 TOKENIZER = RustBPETokenizer(".+?|\n", [bytes([i]) for i in range(256)])  # a token per byte
 assert TOKENIZER.encode_special("<|bos|>") == SPECIAL["<|bos|>"]
-SETTINGS = Settings(max_tokens=8, max_tokens_limit=60, request_seconds=20, drain_seconds=2)
+SETTINGS = Settings(request_seconds=20, drain_seconds=2)
 
 
 def app_of(settings: Settings = SETTINGS, **service: Any) -> Any:
@@ -35,7 +35,7 @@ def app_of(settings: Settings = SETTINGS, **service: Any) -> Any:
 
 def chat(**changes: Any) -> dict[str, Any]:
     """The body of a chat request."""
-    return {"messages": [{"role": "user", "content": "hi"}], "seed": 7, "temperature": 1.0, **changes}
+    return {"messages": [{"role": "user", "content": "hi"}], "seed": 7, "temperature": 1.0, "max_tokens": 8, **changes}
 
 
 def events(response: Any) -> list[Any]:

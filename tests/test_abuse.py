@@ -23,9 +23,7 @@ from nanochat.serve.routes_chat import ChatRequest
 from nanochat.serve.routes_completions import CompletionRequest
 from nanochat.serve.routes_info import DetokenizeRequest
 
-SETTINGS = Settings(
-    api_keys=["right"], max_tokens=8, max_tokens_limit=60, request_seconds=90, drain_seconds=60, body_bytes=100_000
-)
+SETTINGS = Settings(api_keys=["right"], request_seconds=90, drain_seconds=60, body_bytes=100_000)
 KEY = "Authorization: Bearer right"
 
 
@@ -163,7 +161,7 @@ def test_invalid_http(live: Live, request_bytes: bytes) -> None:
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": -Infinity}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "top_p": -0.1}', 400),
-        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -1}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -2}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "seed": 1e400}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 90_000 + b"}", 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 99999999999999999999}', 400),
@@ -401,7 +399,7 @@ def test_signal_finishes_answers_and_refuses_new_ones(monkeypatch: pytest.Monkey
 
 
 def test_answer_longer_than_the_drain_time_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Live(app_of(Settings(max_tokens=60, drain_seconds=0.2))) as live, live.connect() as connection:
+    with Live(app_of(Settings(drain_seconds=0.2))) as live, live.connect() as connection:
         slow(live, monkeypatch, 0.1)
         connection.sendall(post(CHAT, chat(max_tokens=50, stream=True)))
         connection.recv(100)

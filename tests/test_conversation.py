@@ -3,52 +3,18 @@
 import base64
 import copy
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from conversation_helpers import SPELLED, TOOL_ANSWER, spell, talk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import conversation as conv
-from nanochat.common import SPECIAL_TOKENS, UserError
+from nanochat.common import SPECIAL_TOKENS
 from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "conversations.json").read_text(encoding="utf-8"))
-
-
-class Spelled:
-    """A tokenizer of one id per character, special tokens below zero: ids can be read back as a template."""
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(character) for character in text]
-
-    def encode_special(self, name: str) -> int:
-        return -1 - SPECIAL_TOKENS.index(name)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(SPECIAL_TOKENS[-1 - i] if i < 0 else chr(i) for i in ids)
-
-
-SPELLED = Spelled()
-TOOL_ANSWER = [
-    {"type": "text", "text": "Let me see. "},
-    {"type": "python", "text": "2+2"},
-    {"type": "python_output", "text": "4"},
-    {"type": "text", "text": "It is 4."},
-]
-
-
-def talk(*contents: object, system: str | None = None) -> dict:
-    """A conversation of alternating turns, the user first."""
-    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return {"messages": messages}
-
-
-def spell(ids: Sequence[int]) -> str:
-    return SPELLED.decode(ids).replace("<|", "<").replace("|>", ">")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -242,53 +208,3 @@ def test_truncate_turns_returns_the_same_object_or_none() -> None:
     assert conv.truncate_turns(SPELLED, talk("a"), 1000) is None
     assert conv.truncate_turns(SPELLED, talk(system="s"), 1000) is None
     assert conv.truncate_turns(SPELLED, talk("a" * 5000, "b"), 100) is None, "an exchange longer than a row is dropped"
-
-
-@pytest.mark.parametrize("system", [None, "be so brief"])
-def test_drop_oldest_turns_keeps_all_late_exchanges_that_fit(system: str | None) -> None:
-    contents = ["first", "answer", "q", TOOL_ANSWER, "third question", "yes", "last"]
-    messages = talk(*contents, system=system)["messages"]
-    candidates = [talk(*contents[start:], system=system)["messages"] for start in range(0, len(contents), 2)]
-    lengths = [len(conv.render_prompt(SPELLED, candidate)) for candidate in candidates]
-    for limit in range(lengths[-1], lengths[0] + 3):
-        expected = next(candidate for candidate, length in zip(candidates, lengths) if length <= limit)
-        assert conv.drop_oldest_turns(SPELLED, messages, limit) == expected
-    with pytest.raises(UserError, match=rf"{lengths[-1]} tokens.* {lengths[-1] - 1} "):
-        conv.drop_oldest_turns(SPELLED, messages, lengths[-1] - 1)
-
-
-def test_a_long_system_message_is_not_encoded_for_every_turn() -> None:
-    encoded = []
-
-    class Counting:
-        def encode(self, text: str) -> list[int]:
-            encoded.append(len(text))
-            return SPELLED.encode(text)
-
-        def encode_special(self, name: str) -> int:
-            return SPELLED.encode_special(name)
-
-    messages = [{"role": "system", "content": "a" * 5000}, *talk(*["b"] * 301)["messages"]]
-    with pytest.raises(UserError, match="1000"):
-        conv.drop_oldest_turns(Counting(), messages, 1000)  # type: ignore[arg-type]
-    assert sum(length >= 5000 for length in encoded) == 1
-    assert len(conv.drop_oldest_turns(Counting(), messages, 5200)) > 40  # type: ignore[arg-type]
-
-
-def test_drop_oldest_turns_needs_a_user_turn_last() -> None:
-    with pytest.raises(ValueError, match="'assistant'"):
-        conv.drop_oldest_turns(SPELLED, talk("a", "b")["messages"], 100)
-
-
-@pytest.mark.parametrize(("max_tokens", "reserved"), [(0, 0), (10, 10), (50, 50), (1000, 50)])
-def test_fit_prompt_reserves_room_for_the_answer_up_to_half_the_context(max_tokens: int, reserved: int) -> None:
-    messages = talk(*["q", "a"] * 40, "q", system="S")["messages"]
-    ids, kept = conv.fit_prompt(SPELLED, messages, 100, max_tokens)
-    assert kept == conv.drop_oldest_turns(SPELLED, messages, 100 - reserved)
-    assert ids == conv.render_prompt(SPELLED, kept) and len(ids) <= 100 - reserved
-    text = "".join(chr(97 + i % 26) for i in range(300))
-    ids, kept = conv.fit_prompt(SPELLED, talk("x", "y", text)["messages"], 100, max_tokens, chat_model=False)
-    assert spell(ids) == "<bos>" + text[-(99 - reserved) :]
-    assert kept == talk(text)["messages"]
-    short, _ = conv.fit_prompt(SPELLED, talk("ab")["messages"], 100, max_tokens, chat_model=False)
-    assert spell(short) == "<bos>ab"

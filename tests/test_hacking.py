@@ -42,7 +42,7 @@ assert set(drawn) == {2, 3}, drawn
 assert KERNELS == 0 or c_can_draw([params, SamplingParams()]) == [False, True]
 
 with TestClient(app_of()) as client:
-    assert client.get("/v1/limits").json()["max_tokens"] == 60
+    assert client.get("/v1/limits").json()["max_tokens"] == 64
     assert client.post("/v1/chat/completions", json=chat(min_p=1.5)).status_code == 400
 """
 

@@ -26,7 +26,7 @@ CONTEXT = MODEL.config.sequence_len
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    with Live(app_of(Settings(max_tokens=8, max_tokens_limit=60))) as made:
+    with Live(app_of(Settings())) as made:
         yield made
 
 

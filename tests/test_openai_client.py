@@ -15,7 +15,7 @@ from nanochat.serve.api import Settings
 openai = pytest.importorskip("openai")
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
-SETTINGS = Settings(api_keys=["key"], max_tokens=8, max_tokens_limit=60, request_seconds=90, drain_seconds=2)
+SETTINGS = Settings(api_keys=["key"], request_seconds=90, drain_seconds=2)
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,7 @@ def test_close_drains_for_the_given_time() -> None:
 def live() -> Iterator[Live]:
     metrics = ServerMetrics()
     pool = WorkerPool(lambda index: remote(0.03, metrics.observe), 2)
-    settings = Settings(max_tokens=20, max_tokens_limit=60, drain_seconds=60)
+    settings = Settings(drain_seconds=60)
     with Live(create_app(pool, REAL_TOKENIZER, settings, metrics)) as it:
         until(lambda: all(service.ready.is_set() for service in pool.replicas))
         yield it

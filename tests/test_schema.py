@@ -37,7 +37,7 @@ OPERATIONS += [
 
 @pytest.fixture(scope="module")
 def described() -> Iterator[Any]:
-    with Live(app_of(Settings(max_tokens=4, max_tokens_limit=60))) as live:
+    with Live(app_of(Settings(max_tokens=4))) as live:
         yield schemathesis.openapi.from_url(f"{live.url}/openapi.json")
 
 

@@ -49,6 +49,8 @@ def test_chat_answers_as_the_engine(client: TestClient) -> None:
         "prompt_tokens": len(prompt),
         "completion_tokens": made,
         "total_tokens": len(prompt) + made,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "dropped_messages": 0,
     }
 
 
@@ -238,7 +240,8 @@ def test_security_headers(client: TestClient) -> None:
         ("chat/completions", chat(n=0), "n"),
         ("chat/completions", chat(n=1000), "n"),
         ("chat/completions", chat(max_tokens=0), "max_tokens"),
-        ("chat/completions", chat(max_tokens=61), "max_tokens"),
+        ("chat/completions", chat(max_tokens=-2), "max_tokens"),
+        ("chat/completions", chat(continue_final_message=True, add_generation_prompt=True), None),
         ("chat/completions", chat(stop=[""]), "stop.0"),
         ("chat/completions", chat(stop=list("abcdefghi")), "stop"),
         ("chat/completions", chat(top_logprobs=21), "top_logprobs"),
@@ -250,14 +253,15 @@ def test_security_headers(client: TestClient) -> None:
         ("completions", {"prompt": "x" * 64}, "prompt"),
         ("completions", {"prompt": "x", "logprobs": 21}, "logprobs"),
         ("completions", {"prompt": "x", "n": 2, "best_of": 3}, "best_of"),
-        ("chat/completions", chat(max_completion_tokens=61), "max_completion_tokens"),
+        ("chat/completions", chat(max_completion_tokens=0), "max_completion_tokens"),
+        ("completions", {"prompt": "x", "max_tokens": -2}, "max_tokens"),
     ],
 )
-def test_errors_name_the_field(client: TestClient, path: str, body: dict[str, Any], param: str) -> None:
+def test_errors_name_the_field(client: TestClient, path: str, body: dict[str, Any], param: str | None) -> None:
     response = client.post(f"/v1/{path}", json=body)
     error = response.json()["error"]
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
-    assert error["param"] == param or error["param"].startswith(param + "."), error
+    assert error["param"] == param or error["param"].startswith(f"{param}."), error
 
 
 @pytest.mark.parametrize(
@@ -357,7 +361,7 @@ def test_busy_server_sends_retry_after() -> None:
 
 
 def test_request_timeout_frees_the_batch_slot() -> None:
-    app = app_of(Settings(max_tokens=60, request_seconds=0.0))
+    app = app_of(Settings(request_seconds=0.0))
     with TestClient(app) as client:
         assert client.post("/v1/chat/completions", json=chat()).status_code == 504
         stream = events(client.post("/v1/chat/completions", json=chat(stream=True)))
@@ -435,7 +439,7 @@ def test_request_without_output_survives_a_dead_replica(good_steps: int, capsys:
 
 
 def test_shutdown_finishes_active_answers() -> None:
-    app, answers = app_of(Settings(max_tokens=50, drain_seconds=20)), []
+    app, answers = app_of(Settings(drain_seconds=20)), []
     with TestClient(app) as client:
         thread = threading.Thread(target=lambda: answers.append(client.post("/v1/chat/completions", json=chat())))
         thread.start()

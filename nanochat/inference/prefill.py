@@ -39,6 +39,8 @@ class Prefill:
         prefixes = None if with_logprobs else self.prefixes  # cached chunks have no logits
         if start == 0 and prefixes:
             start = prefixes.fill(self.cache, prompt)
+            if not sequence.tokens:
+                sequence.cached_tokens = start
         end = min(start + PREFILL_CHUNK, len(prompt))
         decoder = self._cpu_decoder if end == len(prompt) and not with_logprobs else None
         if decoder and decoder.takes(start, end - start):

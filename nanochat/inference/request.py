@@ -7,7 +7,19 @@ Token              one decoded token of a sequence; TokenLogprobs, its log proba
 
 from dataclasses import dataclass, field, replace
 
+from nanochat.common import UserError
 from nanochat.inference.sampling import SamplingParams, make_rng
+
+
+class ContextExceeded(UserError):
+    """A prompt that is longer than the model's context, or leaves no token of it for an answer."""
+
+    def __init__(self, what: str, num_tokens: int, max_context: int) -> None:
+        # Clients recognise the error by "maximum context length is N tokens".
+        super().__init__(
+            f"This model's maximum context length is {max_context} tokens, answer included; "
+            f"{what} takes {num_tokens}. Shorten it."
+        )
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,7 @@ class GenerationRequest:
     first_index: int = 0  # sample i draws the random numbers of sample first_index + i of the seed
     client: str = ""  # clients that wait are served in turn
     group: str = ""  # requests of one group take one place in the queue
+    dropped_messages: int = 0  # of the conversation, left out of the prompt: for the answer's usage
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -33,10 +46,10 @@ class GenerationRequest:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
 
     def fit(self, max_context: int) -> "GenerationRequest":
-        """This request with max_tokens limited to the room after the prompt. Raises ValueError if the prompt is longer
-        than the context."""
+        """This request with max_tokens limited to the room after the prompt. Raises ContextExceeded if the prompt is
+        longer than the context."""
         if len(self.prompt) > max_context:
-            raise ValueError(f"the prompt has {len(self.prompt)} tokens, the context {max_context}; shorten it")
+            raise ContextExceeded("the prompt", len(self.prompt), max_context)
         return replace(self, max_tokens=min(self.max_tokens, max_context - len(self.prompt)))
 
     def sequences(self) -> list["TokenSequence"]:
@@ -63,6 +76,7 @@ class TokenSequence:
     end: int | None = None  # the end token the model chose; None while running, and at the token limit
     logprob: float = 0.0  # sum over the tokens that the model chose, where the request has top_logprobs
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens but the first
+    cached_tokens: int = 0  # of the prompt, taken from the prefix cache
 
     def __post_init__(self) -> None:
         self.rng = make_rng(self.request.sampling.seed, self.index)
@@ -91,3 +105,8 @@ class Token:
     id: int
     mask: int
     logprobs: TokenLogprobs | None = None
+
+    @property
+    def is_end(self) -> bool:
+        """Whether this is the end token that the model chose."""
+        return bool(self.mask) and self.id == self.sequence.end

@@ -49,7 +49,8 @@ async def whole(generation: Generation, prefix: str, kind: str, choices: Callabl
         return b"".join(piece.encode() for piece in json_pieces(answer, ANSWER_LEVELS))
 
     await generation.run()
-    return Response(await generation.api.run_in_thread(encode), media_type="application/json")
+    content = await generation.api.run_in_thread(encode)
+    return Response(content, media_type="application/json", headers=generation.headers)
 
 
 async def chunks(
@@ -86,7 +87,8 @@ def stream(generation: Generation, events: AsyncIterator[Any], done: bool = True
         finally:
             generation.close()
 
-    return EventSourceResponse(lines(), ping=PING_SECONDS, sep="\n", headers={"X-Accel-Buffering": "no"})
+    headers = {"X-Accel-Buffering": "no", **generation.headers}
+    return EventSourceResponse(lines(), ping=PING_SECONDS, sep="\n", headers=headers)
 
 
 def json_pieces(value: Any, levels: int) -> Iterator[str]:

@@ -41,8 +41,7 @@ class Settings:
     api_keys: Sequence[str] = ()  # each is valid; empty: no key is required
     cors_origins: Sequence[str] = ()
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(0.8, 50))  # unless a request has its own
-    max_tokens: int = 512  # of a chat's answer, unless the request has its own
-    max_tokens_limit: int = 4096  # the largest max_tokens of a request
+    max_tokens: int | None = None  # of any answer; None: what the prompt leaves of the context
     request_seconds: float = 300.0
     body_bytes: int = 4 * 2**20
     max_requests: int = 256  # being answered at once, including streams that wait for their reader
@@ -134,9 +133,9 @@ class Api:
                 code="model_not_found",
             )
 
-    def check_max_tokens(self, value: int, param: str) -> None:
-        if value > self.settings.max_tokens_limit:
-            raise ApiError(400, f"at most {self.settings.max_tokens_limit} tokens can be requested", param=param)
+    def limit_tokens(self, *limits: int | None) -> int:
+        """The smallest of a request's limits on its answer, the operator's, and the context."""
+        return min(limit for limit in (*limits, self.settings.max_tokens, self.max_context) if limit is not None)
 
     def check_token_ids(self, ids: Sequence[int], param: str) -> None:
         size = self.tokenizer.get_vocab_size()

@@ -1,12 +1,13 @@
 """Errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}, whatever their cause."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from typing_extensions import TypedDict
 
 
@@ -62,13 +63,36 @@ def describe_validation_error(error: RequestValidationError, content_type: str) 
         message = "the body must be a JSON object" + (
             "" if "json" in content_type else " with Content-Type: application/json"
         )
-    return ApiError(400, f"{param}: {message}" if param else message, param=param)
+    where = f"{param}{role_of_message(error.body, path)}"
+    return ApiError(400, f"{where}: {message}" if param else message, param=param)
+
+
+def role_of_message(body: Any, path: Sequence[str]) -> str:
+    """ " (role 'user')" if the field at `path` is a message's, and it has a role."""
+    try:
+        role = body[path[0]][int(path[1])]["role"]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return ""
+    return f" (role {str(role)[:40]!r})"
+
+
+def wrong_path(request: Request) -> ApiError:
+    """404; names the path that is there with /v1 before it, or less before it."""
+    path = request.url.path
+    for candidate in ("/v1" + path, path[path.rfind("/v1/") :], path.removeprefix("/v1")):
+        scope = {**request.scope, "path": candidate}
+        if candidate != path and any(route.matches(scope)[0] != Match.NONE for route in request.app.router.routes):
+            hint = f"{candidate} is meant: an OpenAI client's base URL ends in one /v1"
+            return ApiError(404, f"there is no {path[:200]!r}; probably {hint}", code="unknown_path")
+    return ApiError(404, f"there is no {path[:200]!r}; OpenAI's API is at /v1", code="unknown_path")
 
 
 async def handle_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         error = describe_validation_error(error, request.headers.get("content-type", ""))
     elif isinstance(error, HTTPException):
+        if error.status_code == 404:
+            return wrong_path(request).response()
         message = "the body cannot be read as JSON in UTF-8" if error.status_code == 400 else str(error.detail)
         error = ApiError(error.status_code, message, headers=error.headers)
     elif isinstance(error, RecursionError):

@@ -19,12 +19,21 @@ from nanochat.serve.sample import Piece, Sample
 
 MAX_UNREAD_TOKENS = 2048  # kept for a client that has not read for UNREAD_SECONDS; then its request is cancelled
 UNREAD_SECONDS = 5.0
+DROPPED_HEADER = "X-Nanochat-Dropped-Messages"  # how many, if any
+
+
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int  # taken from the prefix cache
 
 
 class Usage(TypedDict):
+    """Tokens of an answer. The token that ends a sample does not count."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    dropped_messages: int  # of the conversation, for which the context had no room
 
 
 @dataclass
@@ -133,7 +142,7 @@ class Generation:
             sample, sequence = self.samples[number][token.sequence.index], token.sequence
             if sample.finish_reason is not None or len(sample.tokens) >= handle.request.max_tokens:
                 continue
-            if token.mask and token.id == sequence.end:  # has no text
+            if token.is_end:  # has no text
                 if token.logprobs is not None and not sample.chat:  # evaluation harnesses count on its log probability
                     sample.tokens.append(token)
                     yield Update(sample, handle, [], [token])
@@ -194,8 +203,24 @@ class Generation:
 
     def usage(self) -> Usage:
         prompt = sum(len(handle.request.prompt) for handle in self.handles)
-        completion = sum(len(sample.tokens) for samples in self.samples for sample in samples)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        completion = sum(not token.is_end for samples in self.samples for sample in samples for token in sample.tokens)
+        cached = sum(max(sequence.cached_tokens for sequence in handle.sequences) for handle in self.handles)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "dropped_messages": self.dropped_messages,
+        }
+
+    @property
+    def dropped_messages(self) -> int:
+        return sum(handle.request.dropped_messages for handle in self.handles)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer, whole or streamed."""
+        return {DROPPED_HEADER: str(self.dropped_messages)} if self.dropped_messages else {}
 
 
 async def wait_for_disconnect(http: Request) -> None:

@@ -137,6 +137,7 @@ class RemoteService(Replica):
                 del self._handles[message["id"]]
             handle.deliver(Finished(Closed("the service was shut down") if message["finished"] == "closed" else None))
             return
+        handle.sequences[0].cached_tokens = message.get("cached_tokens", handle.sequences[0].cached_tokens)
         if "prompt_logprobs" in message:
             handle.sequences[0].prompt_logprobs = [TokenLogprobs(*found) for found in message["prompt_logprobs"]]
         tokens = []
@@ -210,10 +211,10 @@ def submit(
     id = message.pop("submit")
     request = GenerationRequest(**{**message, "sampling": SamplingParams(**message["sampling"])})
     submitted = threading.Event()  # `deliver` may be called before service.submit has returned
-    prompt_logprobs_due = request.prompt_logprobs  # with the first tokens
+    first_tokens = True  # what is known of the prompt goes with them
 
     def deliver(message: list[Token] | Finished) -> None:
-        nonlocal prompt_logprobs_due
+        nonlocal first_tokens
         submitted.wait()
         if isinstance(message, Finished):
             closed = isinstance(message.error, Closed)
@@ -224,9 +225,11 @@ def submit(
             send({"id": id, "finished": "closed" if closed else "done"})
             return
         answer: WireMessage = {"id": id, "tokens": [token_to_wire(token) for token in message]}
-        if prompt_logprobs_due:
-            answer["prompt_logprobs"] = list(map(logprobs_to_wire, handles[id].sequences[0].prompt_logprobs))
-            prompt_logprobs_due = False
+        if first_tokens:
+            first_tokens = False
+            answer["cached_tokens"] = max(sequence.cached_tokens for sequence in handles[id].sequences)
+            if request.prompt_logprobs:
+                answer["prompt_logprobs"] = list(map(logprobs_to_wire, handles[id].sequences[0].prompt_logprobs))
         send(answer)
 
     handles[id] = service.submit(request, deliver, admitted=True)
@@ -234,8 +237,13 @@ def submit(
 
 
 def token_to_wire(token: Token) -> list[Any]:
-    is_end = bool(token.mask) and token.id == token.sequence.end
-    return [token.sequence.index, token.id, token.mask, is_end, token.logprobs and logprobs_to_wire(token.logprobs)]
+    return [
+        token.sequence.index,
+        token.id,
+        token.mask,
+        token.is_end,
+        token.logprobs and logprobs_to_wire(token.logprobs),
+    ]
 
 
 def logprobs_to_wire(logprobs: TokenLogprobs) -> list[Any]:

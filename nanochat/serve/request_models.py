@@ -1,12 +1,10 @@
 """Request bodies, checked field by field: what several endpoints share. Names and meanings are OpenAI's; top_k is our
 own."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-MAX_MESSAGES = 500
 MAX_CHARS = 200_000  # of all messages together, or of a prompt
 MAX_SAMPLES = 32
 MAX_STOPS = 8
@@ -22,13 +20,20 @@ def null_means(default: Any, declared: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: default if value is None else value, json_schema_input_type=declared)
 
 
+def max_tokens_or_none(value: int | None) -> int | None:
+    """-1 is sent for "as many as there is room for"; so is a larger number than that."""
+    if value == 0:
+        raise ValueError("must be at least 1; -1 or no value gives the answer what the prompt leaves of the context")
+    return None if value == -1 else value
+
+
 Flag = Annotated[bool, null_means(False, bool | None)]
 Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 Temperature = Annotated[float | None, Field(ge=0, le=10, allow_inf_nan=False)]
 TopK = Annotated[int | None, Field(ge=0, le=1_000_000)]
-MaxTokens = Annotated[int | None, Field(ge=1, le=TOKEN_LIMIT)]
+MaxTokens = Annotated[int | None, Field(ge=-1), AfterValidator(max_tokens_or_none)]
 
 
 class Body(BaseModel):
@@ -68,36 +73,3 @@ class GenerationBody(Body):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str = Field(max_length=MAX_CHARS)
-
-
-def check_parts(value: Any) -> Any:
-    """Report the first wrong part only: pydantic would write an error or two for each of a million."""
-    if isinstance(value, list):
-        for number, part in enumerate(value):
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise ValueError(f'part {number} must be an object with the type "text" and a string "text"')
-    return value
-
-
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | list[TextPart] | None, BeforeValidator(check_parts)] = Field(None)
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-
-
-def to_conversation(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages as nanochat.conversation has them: a developer message is a system message."""
-    return [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]

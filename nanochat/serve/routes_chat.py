@@ -3,29 +3,17 @@
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NotRequired
 
-from fastapi import APIRouter, Request
-from pydantic import AfterValidator, Field
-from sse_starlette.sse import EventSourceResponse
+from fastapi import APIRouter, Request, Response
+from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
-from nanochat.conversation import Tokenizer, fit_prompt
+from nanochat.conversation import Tokenizer
 from nanochat.inference.request import GenerationRequest, Token
 from nanochat.serve import answers
 from nanochat.serve.api import Api, ApiDependency
-from nanochat.serve.errors import ApiError
 from nanochat.serve.generation import Generation
-from nanochat.serve.request_models import (
-    MAX_CHARS,
-    Body,
-    Flag,
-    GenerationBody,
-    MaxTokens,
-    Message,
-    Messages,
-    Temperature,
-    TopK,
-    to_conversation,
-)
+from nanochat.serve.messages import Messages, chat_request
+from nanochat.serve.request_models import Body, Flag, GenerationBody, MaxTokens, Temperature, TopK, null_means
 from nanochat.serve.sample import FinishReason
 
 router = APIRouter()
@@ -34,48 +22,59 @@ router = APIRouter()
 # Requests
 
 
-def check_length(messages: list[Message]) -> list[Message]:
-    if sum(len(message.text) for message in messages) > MAX_CHARS:
-        raise ValueError(f"the messages have more than {MAX_CHARS} characters together")
-    return messages
-
-
-ChatMessages = Annotated[Messages, AfterValidator(check_length)]
-
-
 class ChatRequest(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: ChatMessages
+    messages: Messages
     max_tokens: MaxTokens = None
     max_completion_tokens: MaxTokens = None
     logprobs: Flag = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    continue_final_message: Flag = False
+    add_generation_prompt: bool | None = None  # false, as vLLM and llama.cpp want it beside continue_final_message
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> "ChatRequest":
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        return self
 
 
 class PublishedChatRequest(Body):
-    """POST /chat/completions, the published form."""
+    """POST /chat/completions, the published form. What has other fields is an OpenAI client's."""
 
-    messages: ChatMessages
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    messages: Messages
     temperature: Temperature = None
     max_tokens: MaxTokens = None
     top_k: TopK = None
+    stream: Annotated[bool, null_means(True, bool | None)] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (other := [name for name in value if name not in cls.model_fields]):
+            raise ValueError(
+                f"/chat/completions is the published project's form, which has no {other[0][:100]!r}; "
+                "OpenAI's is /v1/chat/completions: let the client's base URL end in /v1"
+            )
+        return value
 
     def to_chat(self) -> ChatRequest:
-        return ChatRequest.model_validate({**self.model_dump(), "stream": True})
+        return ChatRequest.model_validate(self.model_dump())
 
 
 def generation_request(api: Api, body: ChatRequest) -> GenerationRequest:
-    """The conversation as a prompt; its oldest turns are dropped if it is too long. Raises ApiError."""
-    max_tokens = body.max_completion_tokens or body.max_tokens or api.settings.max_tokens
-    api.check_max_tokens(max_tokens, "max_completion_tokens" if body.max_completion_tokens else "max_tokens")
-    try:
-        messages = to_conversation(body.messages)
-        prompt, _ = fit_prompt(api.tokenizer, messages, api.max_context, max_tokens, api.settings.chat_model)
-    except ValueError as error:
-        raise ApiError(400, str(error), param="messages") from error
-    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return GenerationRequest(prompt, max_tokens, api.sampling(body), body.n, top_logprobs)
+    """Raises ApiError."""
+    return chat_request(
+        api,
+        body,
+        body.messages,
+        api.limit_tokens(body.max_tokens, body.max_completion_tokens),
+        continue_last=body.continue_final_message or body.add_generation_prompt is False,
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -169,10 +168,11 @@ async def streamed_choices(generation: Generation, body: ChatRequest) -> AsyncIt
 
 
 async def published_events(generation: Generation) -> AsyncIterator[dict[str, Any]]:
-    """The published form: {"token": text} for each piece, then {"done": true}."""
+    """The published form: {"token": text} for each piece of text, then {"done": true}."""
     async for update in generation.updates():
-        for _, text in update.pieces:
-            yield {"token": text, "gpu": 0}
+        for kind, text in update.pieces:
+            if kind == "text":
+                yield {"token": text, "gpu": 0}
     yield {"done": True}
 
 
@@ -187,18 +187,29 @@ def tool(kind: str, text: str) -> Tool:
 @router.post("/v1/chat/completions", responses=answers.whole_or_streamed(ChatAnswer))
 async def chat(body: ChatRequest, http: Request, api: ApiDependency) -> Any:
     api.check_model(body.model)
-    request = await api.run_in_thread(lambda: generation_request(api, body))
-    generation = Generation(api, http, [request], body.stop, api.settings.chat_model)
+    generation = await generate(body, http, api)
     if body.stream:
         choices = streamed_choices(generation, body)
         kind = "chat.completion.chunk"
         chunks = answers.chunks(generation, "chatcmpl", kind, choices, body.include_usage, null_usage=True)
         return answers.stream(generation, chunks)
-    return await answers.whole(generation, "chatcmpl", "chat.completion", lambda: chat_choices(generation, body))
+    return await whole_answer(generation, body)
 
 
-@router.post("/chat/completions", response_class=EventSourceResponse)
+@router.post("/chat/completions", responses=answers.whole_or_streamed(ChatAnswer))
 async def published_chat(body: PublishedChatRequest, http: Request, api: ApiDependency) -> Any:
-    request = await api.run_in_thread(lambda: generation_request(api, body.to_chat()))
-    generation = Generation(api, http, [request], (), api.settings.chat_model)
-    return answers.stream(generation, published_events(generation), done=False)
+    """Streamed unless the request says otherwise."""
+    request = body.to_chat()
+    generation = await generate(request, http, api)
+    if body.stream:
+        return answers.stream(generation, published_events(generation), done=False)
+    return await whole_answer(generation, request)
+
+
+async def generate(body: ChatRequest, http: Request, api: Api) -> Generation:
+    request = await api.run_in_thread(lambda: generation_request(api, body))
+    return Generation(api, http, [request], body.stop, api.settings.chat_model)
+
+
+async def whole_answer(generation: Generation, body: ChatRequest) -> Response:
+    return await answers.whole(generation, "chatcmpl", "chat.completion", lambda: chat_choices(generation, body))

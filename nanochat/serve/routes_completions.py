@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from typing_extensions import TypedDict
 
 from nanochat.conversation import Tokenizer
-from nanochat.inference.request import GenerationRequest, TokenLogprobs
+from nanochat.inference.request import ContextExceeded, GenerationRequest, TokenLogprobs
 from nanochat.serve import answers
 from nanochat.serve.api import Api, ApiDependency
 from nanochat.serve.errors import ApiError
@@ -56,7 +56,7 @@ class CompletionRequest(GenerationBody):
     """POST /v1/completions. A prompt is text or token ids; there may be several."""
 
     prompt: Annotated[Text | list[int] | list[Text] | list[list[int]], BeforeValidator(check_prompts)] = ""
-    max_tokens: int | None = Field(16, ge=0, le=TOKEN_LIMIT)
+    max_tokens: int | None = Field(16, ge=-1)  # -1: what the prompt leaves of the context
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Flag = False
     best_of: int | None = Field(None, ge=1, le=MAX_SAMPLES)
@@ -77,8 +77,7 @@ class CompletionRequest(GenerationBody):
 
 def generation_requests(api: Api, body: CompletionRequest) -> list[GenerationRequest]:
     """A request for each prompt. Raises ApiError."""
-    max_tokens = 16 if body.max_tokens is None else body.max_tokens
-    api.check_max_tokens(max_tokens, "max_tokens")
+    max_tokens = api.limit_tokens({None: 16, -1: None}.get(body.max_tokens, body.max_tokens))
     prompt_logprobs = body.echo and body.logprobs is not None
     return [
         GenerationRequest(
@@ -97,12 +96,8 @@ def encode_prompt(api: Api, prompt: str | list[int]) -> list[int]:
         api.check_token_ids(prompt, "prompt")
         ids = list(prompt) if prompt[:1] == [bos] else [bos, *prompt]
     if len(ids) > api.max_context:
-        raise ApiError(
-            400,
-            f"the prompt has {len(ids)} tokens, the model's context is {api.max_context}",
-            param="prompt",
-            code="context_length_exceeded",
-        )
+        error = ContextExceeded("the prompt", len(ids), api.max_context)
+        raise ApiError(400, str(error), param="prompt", code="context_length_exceeded")
     return ids
 
 

@@ -18,7 +18,8 @@ from nanochat.common import SPECIAL_TOKENS
 from nanochat.conversation import render_prompt
 from nanochat.serve.api import Api, ApiDependency
 from nanochat.serve.errors import ApiError
-from nanochat.serve.request_models import MAX_CHARS, TOKEN_LIMIT, Body, Messages, to_conversation
+from nanochat.serve.messages import Messages, to_conversation
+from nanochat.serve.request_models import MAX_CHARS, TOKEN_LIMIT, Body
 
 CONTENT_POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
@@ -56,6 +57,7 @@ def served_model(api: Api) -> Model:
     }
 
 
+@router.get("/v1/models/", include_in_schema=False)
 @router.get("/v1/models")
 async def models(api: ApiDependency) -> Models:
     return {"object": "list", "data": [served_model(api)]}

@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from nanochat.serve import routes_chat, routes_completions, routes_info
 from nanochat.serve.api import Api, ServerMetrics, Settings
 from nanochat.serve.errors import ERROR_HANDLERS, ERROR_RESPONSES
+from nanochat.serve.generation import DROPPED_HEADER
 from nanochat.serve.guard import Guard
 from nanochat.serve.service import WorkerPool
 
@@ -60,6 +61,6 @@ def create_app(
             allow_origins=list(api.settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", DROPPED_HEADER],
         )
     return app

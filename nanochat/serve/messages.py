@@ -1,0 +1,198 @@
+"""The messages of a chat as clients send them, and the GenerationRequest that they become.
+
+system, developer  joined into the system message, wherever they stand
+user               neighbours are joined; names are written before the text where there are several
+assistant          `tool_calls` and `function_call` become the parts that this model calls its tools with
+tool, function     the output after the call that they answer
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from nanochat.conversation import merge_messages
+from nanochat.inference.chat_prompt import fit_prompt
+from nanochat.inference.request import ContextExceeded, GenerationRequest
+from nanochat.inference.tools import WITH_PYTHON
+from nanochat.serve.api import Api
+from nanochat.serve.errors import ApiError
+from nanochat.serve.request_models import MAX_CHARS, Body, GenerationBody
+
+MAX_MESSAGES = 500
+MAX_CALLS = 128  # of tools, in one message
+OWN_TOOLS = {tool.name for tool in WITH_PYTHON}  # called with a text; other functions have named arguments
+TEXT_PARTS = ("text", "refusal")
+
+# ---------------------------------------------------------------------------------------------------
+# The request's fields
+
+
+def check_parts(value: Any) -> Any:
+    """The text of a list of parts. Reports the first wrong part only: pydantic would write an error or two for each of
+    a million."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for number, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in TEXT_PARTS:
+            raise ValueError(f"part {number} is of type {kind[:40]!r}: this model reads text only")
+        if kind is None or not isinstance(part.get(kind), str):
+            raise ValueError(f'part {number} must be an object with the type "text" and a string "text"')
+        texts.append(part[kind])
+    return "".join(texts)
+
+
+class Part(Body):
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+
+Content = Annotated[str | None, BeforeValidator(check_parts, json_schema_input_type=str | list[Part] | None)]
+
+
+class FunctionCall(Body):
+    name: str = Field(max_length=200)
+    arguments: str | dict[str, Any] = ""  # JSON
+
+    @property
+    def text(self) -> str:
+        """The call as this model writes it: code, or an expression; name(key=value) for tools that it does not know."""
+        arguments = self.arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                return arguments if self.name in OWN_TOOLS else f"{self.name}({arguments})"
+        if not isinstance(arguments, dict):
+            return f"{self.name}({arguments})"
+        if self.name in OWN_TOOLS and len(arguments) == 1:
+            return str(next(iter(arguments.values())))
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+
+
+class ToolCall(Body):
+    id: str = Field("", max_length=200)
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content = None
+    name: str | None = Field(None, max_length=200)
+    refusal: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None = None
+    function_call: FunctionCall | None = None
+    tool_call_id: str | None = Field(None, max_length=200)
+    prefix: bool | None = None  # continue this message
+    audio: None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "Message":
+        if self.content is None and self.role in ("system", "developer", "user"):
+            raise ValueError("it has no content")
+        return self
+
+    @property
+    def text(self) -> str:
+        return self.content or self.refusal or ""
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        old = [ToolCall(id="", function=self.function_call)] if self.function_call else []
+        return [*(self.tool_calls or ()), *old] if self.role == "assistant" else []
+
+
+def check_length(messages: list[Message]) -> list[Message]:
+    if sum(len(m.text) + sum(len(call.function.text) for call in m.calls) for m in messages) > MAX_CHARS:
+        raise ValueError(f"the messages have more than {MAX_CHARS} characters together")
+    return messages
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(check_length)]
+
+# ---------------------------------------------------------------------------------------------------
+# As a conversation
+
+
+def message_error(field: str, number: int, message: Message, reason: str) -> ApiError:
+    return ApiError(400, f"{field}.{number} (role {message.role!r}): {reason}", param=f"{field}.{number}")
+
+
+def to_conversation(messages: Sequence[Message], field: str = "messages") -> list[dict[str, Any]]:
+    """Messages as nanochat.conversation has them, see the top of this file. Raises ApiError, which names the message as
+    `field`.number."""
+    names = {message.name for message in messages if message.role == "user" and message.name}
+    found: list[dict[str, Any]] = []
+    calls: list[tuple[str, dict[str, str]]] = []  # (id, part) of the last assistant's calls without an output
+    for number, message in enumerate(messages):
+        text = message.text
+        if message.role in ("tool", "function"):
+            answered = next((call for call in calls if message.tool_call_id in (None, call[0]) or not call[0]), None)
+            if answered is None:
+                raise message_error(field, number, message, "it answers no call of the assistant message before it")
+            calls.remove(answered)
+            parts = found[-1]["content"]
+            after = next(i for i, part in enumerate(parts) if part is answered[1]) + 1
+            parts.insert(after, {"type": "python_output", "text": text})
+            found[-1]["merged"] += 1
+            continue
+        calls = [(call.id, {"type": "python", "text": call.function.text}) for call in message.calls]
+        role = "system" if message.role == "developer" else message.role
+        content: Any = f"{message.name}: {text}" if role == "user" and message.name and len(names) > 1 else text
+        if calls:
+            content = [*([{"type": "text", "text": text}] if text else []), *(part for _, part in calls)]
+        found.append({"role": role, "content": content, "merged": 1})
+    return merge_messages(found)
+
+
+def continues_last(
+    conversation: Sequence[dict[str, Any]], messages: Sequence[Message], asked: bool, field: str = "messages"
+) -> bool:
+    """Whether the answer continues the last assistant turn: after the output of a tool, and where the client asks for
+    it. Raises ApiError if there is none, or one of which the client does not say so."""
+    number, last = len(messages) - 1, messages[-1]
+    if conversation[-1]["role"] == "assistant":
+        if not asked and not last.prefix and last.role not in ("tool", "function"):
+            reason = "end with a user message, or continue this one with continue_final_message: true"
+            raise message_error(field, number, last, reason)
+        return True
+    if asked and last.role != "assistant":
+        raise message_error(field, number, last, "only an assistant message can be continued")
+    return False
+
+
+def chat_request(
+    api: Api,
+    body: GenerationBody,
+    messages: Sequence[Message],
+    max_tokens: int | None = None,
+    *,
+    continue_last: bool = False,
+    top_logprobs: int | None = None,
+    field: str = "messages",
+) -> GenerationRequest:
+    """The answer to `messages`, of which the oldest are dropped if they are too long together. Raises ApiError.
+
+    max_tokens None: what the prompt leaves of the context. continue_last: the client asks for the last assistant
+    message to be continued. `field`: the name of the messages in errors.
+    """
+    chat_model, conversation = api.settings.chat_model, to_conversation(messages, field)
+    continued = chat_model and continues_last(conversation, messages, continue_last, field)
+    try:
+        prompt, kept = fit_prompt(api.tokenizer, conversation, api.max_context, chat_model, continued)
+    except ContextExceeded as error:
+        raise ApiError(400, str(error), param=field, code="context_length_exceeded") from error
+    dropped = sum(message["merged"] for message in conversation) - sum(message["merged"] for message in kept)
+    return GenerationRequest(
+        prompt,
+        api.limit_tokens(max_tokens),
+        api.sampling(body),
+        body.n,
+        top_logprobs,
+        dropped_messages=dropped,
+    )
