@@ -12,10 +12,10 @@ is verified when it is read: nanochat/checkpoint/.
 import contextlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from nanochat.checkpoint.manifest import (
     VERSION,
     DamagedCheckpoint,
     Manifest,
+    check_step,
     check_version,
     file_record,
 )
@@ -37,6 +38,8 @@ from nanochat.distributed.rank_checks import non_finite
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
+
+Result = TypeVar("Result")
 
 CHECKPOINT_FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
 
@@ -156,7 +159,7 @@ def _write_rest(folder: Path, step: int, meta: dict[str, Any], tokenizer: Any, s
     tokenizer.save(folder)
     fsync(folder / "tokenizer.json")
     files["tokenizer.json"] = file_record(folder / "tokenizer.json")
-    Manifest(folder, files).write()
+    Manifest(folder, files, step).write()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -171,6 +174,11 @@ class Checkpoint:
     step: int
     meta: dict[str, Any]
     manifest: Manifest = field(repr=False)
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of the file of the model's parameters."""
+        return str(self.manifest.files["model.safetensors"]["sha256"])
 
     def model_state(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         """The model's parameters by name."""
@@ -230,23 +238,54 @@ def open_checkpoint(run: Path, step: int | None = None, verify: bool | Collectio
     unknown version.
     """
     run = Path(run)
-    steps = list_steps(run)
-    if step is not None and step in steps:
+    if step is not None and step in list_steps(run):
         return _open_step(run, step, verify)
-    if step is not None or not steps:
-        existing = f"it has: {', '.join(map(str, steps))}" if steps else "it has no complete step"
-        requested = f"step {step}" if step is not None else "a checkpoint"
-        if step is not None and step_path(run, step).is_dir():
-            raise DamagedCheckpoint(f"{step_path(run, step)} has no {MANIFEST}, so it was never completed; {existing}")
-        raise UserError(f"{run} does not have {requested}: {existing if run.is_dir() else 'there is no such folder'}")
-    damage = []
-    for candidate in reversed(steps):
+    tried: list[int] = []
+    damage: list[DamagedCheckpoint] = []
+    while step is None and (steps := [found for found in list_steps(run) if found not in tried]):
+        tried.append(steps[-1])
         try:
-            return _open_step(run, candidate, verify)
-        except DamagedCheckpoint as error:
-            warn(f"skipping step {candidate}: {error}")
+            return _open_step(run, steps[-1], verify)
+        except UserError as error:
+            if not step_path(run, steps[-1]).exists():  # the run deleted it meanwhile, and has saved a newer one
+                continue
+            if not isinstance(error, DamagedCheckpoint):
+                raise
+            warn(f"skipping step {steps[-1]}: {error}")
             damage.append(error)
-    raise DamagedCheckpoint(f"every checkpoint in {run} is damaged; the latest: {damage[0]}")
+    if damage:
+        raise DamagedCheckpoint(f"every checkpoint in {run} is damaged; the latest: {damage[0]}")
+    steps = list_steps(run)
+    existing = f"it has: {', '.join(map(str, steps))}" if steps else "it has no complete step"
+    if step is not None and step_path(run, step).is_dir():
+        raise DamagedCheckpoint(f"{step_path(run, step)} has no {MANIFEST}, so it was never completed; {existing}")
+    requested = f"step {step}" if step is not None else "a checkpoint"
+    raise UserError(f"{run} does not have {requested}: {existing if run.is_dir() else 'there is no such folder'}")
+
+
+def read_checkpoint(
+    run: Path,
+    step: int | None,
+    read: Callable[[Checkpoint], Result],
+    verify: Collection[str],
+    runtime: Runtime,
+) -> Result:
+    """read(checkpoint) of step `step` of `run`, or None for the latest good one, the same on all ranks. Collective.
+
+    If a run in progress deletes that one meanwhile (--keep-last), `read` is called again with the newer one. `verify`
+    and errors are as in open_checkpoint.
+    """
+    while True:
+        chosen = runtime.broadcast(lambda: open_checkpoint(run, step, verify).step, "choosing a checkpoint")
+        result = None
+        try:
+            result = read(open_checkpoint(run, chosen, verify=False))
+        except UserError:
+            if step is not None or step_path(run, chosen).exists():
+                raise
+        if not runtime.all_reduce_max(float(result is None), "reading a checkpoint"):
+            assert result is not None
+            return result
 
 
 def _open_step(run: Path, step: int, verify: bool | Collection[str]) -> Checkpoint:
@@ -258,6 +297,7 @@ def _open_step(run: Path, step: int, verify: bool | Collection[str]) -> Checkpoi
             manifest.check_hash(name)
     meta = read_json(path / "meta.json")
     check_version(path / "meta.json", meta)
+    check_step(path, meta["step"])
     return Checkpoint(path, step, meta, manifest)
 
 
@@ -276,15 +316,21 @@ def load_model(
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
     """Load (model in eval mode, tokenizer, meta): of the latest run without a tag, its latest good step without a step.
 
-    Raises UserError as find_run, open_checkpoint and load_model_state do.
+    With a Runtime of several ranks collective: all load the same step. meta["weights"] is the hash of the parameters'
+    file. Raises UserError as find_run, open_checkpoint and load_model_state do.
     """
-    device = runtime_or_device.device if isinstance(runtime_or_device, Runtime) else torch.device(runtime_or_device)
+    runtime = runtime_or_device
+    if not isinstance(runtime, Runtime):
+        runtime = Runtime(torch.device(runtime), compute_dtype, "", seed=0)
+
+    def read(checkpoint: Checkpoint) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
+        model = GPT.allocate(GPTConfig.from_dict(checkpoint.meta["model_config"]), runtime.device, compute_dtype)
+        model.init_rotary()  # computed, never saved
+        load_model_state(model, checkpoint.model_state(), checkpoint.path)
+        return model.eval(), checkpoint.tokenizer(), checkpoint.meta | {"weights": checkpoint.weights_hash}
+
     run = find_run(base_dir or get_base_dir(), source, model_tag)
-    checkpoint = open_checkpoint(run, step, verify=("model.safetensors", "tokenizer.json"))
-    model = GPT.allocate(GPTConfig.from_dict(checkpoint.meta["model_config"]), device, compute_dtype)
-    model.init_rotary()  # computed, never saved
-    load_model_state(model, checkpoint.model_state(), checkpoint.path)
-    return model.eval(), checkpoint.tokenizer(), checkpoint.meta
+    return read_checkpoint(run, step, read, ("model.safetensors", "tokenizer.json"), runtime)
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], where: Path | str) -> None:

@@ -5,11 +5,13 @@ Imports nothing from nanochat. This module and runtime.py are the only readers o
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -143,6 +145,22 @@ def atomic_write(path: Path | str, mode: str = "wb", durable: bool = True) -> It
         yield file
 
 
+def delete_leftovers(folder: Path, min_age: float = 0.0) -> None:
+    """Delete the temporary files and folders of atomic_path that killed processes left anywhere below `folder`.
+
+    Only under the lock that their writers hold; or, where they hold none, those older than `min_age` seconds.
+    """
+    for path in list(folder.rglob(".*.tmp")) if folder.is_dir() else ():
+        with contextlib.suppress(OSError):  # it stays until the next time
+            if time.time() - path.stat().st_mtime >= min_age:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def free_name(path: Path, word: str) -> Path:
+    """`path` with `.WORD1` appended, or the first number that is not taken yet, to move something aside to."""
+    return next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{word}{n}")).exists())
+
+
 def fsync(path: Path) -> None:
     """Flush a file, or a folder's entries, to the disk."""
     if os.name == "nt" and path.is_dir():
@@ -167,8 +185,13 @@ def read_json(path: Path | str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); it may be cut short") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({first_line(error)}); it may be cut short") from error
+
+
+def json_hash(value: Any) -> str:
+    """Hex SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_file(path: Path | str) -> str:

@@ -29,7 +29,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from nanochat.common import UserError, debug_enabled, get_base_dir, read_json, write_json
+from nanochat.common import UserError, debug_enabled, get_base_dir, json_hash, read_json, warn, write_json
 from nanochat.data.corpus import SPLITS, BadShards, Corpus, Record
 from nanochat.data.download import DEFAULT_SET, HUB_SETS, HubSet, download_shards, hub_folder
 from nanochat.data.own_files import open_own_files
@@ -83,15 +83,31 @@ class SavedCorpus(NamedTuple):
 
     @classmethod
     def load(cls, run: Path, step: int, fingerprint: str, loader_state: Mapping[str, Any]) -> "SavedCorpus":
-        """From the run's folder and the checkpoint of `step`. A record of another corpus is not used."""
-        record = read_json(run / RECORD) if (run / RECORD).exists() else None
+        """From the run's folder and the checkpoint of `step`. A damaged or another corpus's record is not used."""
+        record = load_record(run / RECORD)
         record = record if record and record["fingerprint"] == fingerprint else None
         return cls(step, fingerprint, BadShards.from_arrays(loader_state), record)
 
 
 def save_record(corpus: Corpus, run: Path) -> None:
-    """Keep in a new run's folder what later sessions need to open the same corpus."""
-    write_json(run / RECORD, corpus.record())
+    """Keep in a run's folder what later sessions need to open the same corpus."""
+    record = corpus.record()
+    write_json(run / RECORD, {**record, "checksum": json_hash(record)})
+
+
+def load_record(path: Path) -> Record | None:
+    """The record in a run's folder; None if there is none, or, with a warning, if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        record = read_json(path)
+        checksum = record.pop("checksum", None)  # absent in those of older runs
+        intact = "fingerprint" in record and checksum in (None, json_hash(record))
+    except (UserError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        warn(f"{path} is damaged: resuming without it, which needs every file of the data that the run began with")
+    return record if intact else None
 
 
 def open_corpus(

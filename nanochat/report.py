@@ -27,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from nanochat.common import UserError, atomic_write, read_json, warn, write_json
+from nanochat.common import UserError, atomic_write, delete_leftovers, free_name, read_json, warn, write_json
 from nanochat.reporting.machine import describe_machine
 from nanochat.reporting.pages import render, report_context
 from nanochat.reporting.view import SPECIAL_KEYS, STAGES, Record, stages_of, wilson_interval
@@ -64,11 +64,12 @@ def record_stage(base_dir: Path, stage: str, values: Mapping[str, Any]) -> None:
     time_key = "updated_at" if new.get("status") == "running" else "finished_at"
     new[time_key] = datetime.now(UTC).isoformat(timespec="seconds")
     with FileLock(folder / ".lock"):
+        delete_leftovers(folder)
         report = _load_or_set_aside(base_dir)
         if "plan" in new:
             report["plan"] = new.pop("plan")
         report["machine"] = describe_machine()
-        report[stage] = _merge(report.get(stage) or {}, new)
+        report[stage] = _merge(report.get(stage, {}), new)
         report["total_seconds"] = sum(v.get("seconds") or 0.0 for _, _, v in stages_of(report))
         write_json(folder / "report.json", report)
         try:
@@ -86,8 +87,8 @@ def load_report(base_dir: Path) -> Record:
     if not path.is_file():
         raise UserError(f"no report in {path.parent}: run a stage first, or set NANOCHAT_BASE_DIR to its base folder")
     report = read_json(path)
-    if not isinstance(report, dict):
-        raise UserError(f"{path} is not a report: a JSON object is expected")
+    if not isinstance(report, dict) or not all(isinstance(report.get(stage, {}), dict) for stage in STAGES):
+        raise UserError(f"{path} is not a report: JSON objects are expected")
     return report
 
 
@@ -115,7 +116,7 @@ def _load_or_set_aside(base_dir: Path) -> Record:
     try:
         return load_report(base_dir)
     except UserError as error:
-        damaged = path.with_suffix(".damaged.json")
+        damaged = free_name(path, "damaged")
         os.replace(path, damaged)
         warn(f"{error}; moved to {damaged.name}, starting a new report")
         return {}

@@ -10,7 +10,6 @@ import torch
 import tyro
 
 from nanochat.checkpoint.folder import step_path
-from nanochat.checkpoint.manifest import Manifest
 from nanochat.checkpoint_manager import load_model, run_dir
 from nanochat.common import UserError, get_base_dir
 from nanochat.gpt import GPT
@@ -70,11 +69,10 @@ class ReplicaPlan(ReplicaConfig):
             step=None if self.step < 0 else self.step,
             compute_dtype=runtime.dtype,
         )
-        path = step_path(run_dir(base_dir, self.source, self.model_tag), meta["step"])
-        weights = Manifest.read(path).files["model.safetensors"]["sha256"]
-        if self.weights not in ("", weights):
+        if self.weights not in ("", meta["weights"]):
+            path = step_path(run_dir(base_dir, self.source, self.model_tag), meta["step"])
             raise UserError(f"{path} has changed since this server was started; restart the server")
-        self.step, self.weights = meta["step"], weights
+        self.step, self.weights = meta["step"], meta["weights"]
         return model, tokenizer, meta
 
     def service(self, model: Any, tokenizer: Any, observe: Observe) -> Service:

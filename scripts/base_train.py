@@ -65,7 +65,7 @@ def train(config: Config, runtime: Runtime) -> int:
         )
         trainer = Trainer(build_step(config, plan, model, runtime), loader)
         run.begin(plan.num_steps, describe(model.config, plan))
-        if runtime.is_main and not run.checkpoint:
+        if runtime.is_main and not (saved and saved.record):
             save_record(corpus, folder)
         trainer.hooks = make_hooks(config, corpus, tokenizer, runtime)
         if bundle:

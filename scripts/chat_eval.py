@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nanochat.checkpoint_manager import find_run, load_model
-from nanochat.common import UserError, get_base_dir, say, sha256_file
+from nanochat.common import UserError, get_base_dir, say
 from nanochat.engine import Engine
 from nanochat.ranges import Range
 from nanochat.report import accuracy_values, record_stage
@@ -105,9 +105,8 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
         write_transcripts(folder / f"{name}{suffix}.jsonl", name, split, outcomes)
     if runtime.is_main:
         say(f"every question and answer: {folder}")
-        # The manifest's hash: another model of the same name and step has other weights, and its own figures.
-        saved = sha256_file(run / f"{meta['step']:06d}" / "manifest.json")[:12]
-        checkpoint = f"{config.source}/{run.name}/{meta['step']}/{saved}"
+        # Another model of the same name and step has other weights, and its own figures.
+        checkpoint = f"{config.source}/{run.name}/{meta['step']}/{meta['weights'][:12]}"
         values = {"seconds": time.perf_counter() - started, "model": run.name, "step": meta["step"]}
         report(config, scores, checkpoint, values, samples)
     return 0

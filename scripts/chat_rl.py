@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from nanochat.common import UserError, atomic_write, get_base_dir, say
+from nanochat.common import UserError, atomic_write, say
 from nanochat.engine import Engine
 from nanochat.ranges import Range
+from nanochat.reporting.curves import read_metrics
 from nanochat.rl import Curriculum, Group, RolloutLoader, Sampler
 from nanochat.runtime import Runtime
 from nanochat.train.build import create_step
@@ -89,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, runtime: Runtime) -> int:
     """One RL run, fresh or resumed, to its end. Returns the exit code."""
-    base_dir = get_base_dir()
-    folder = finetuning_dir("rl", config.source, config, config.source_tag, base_dir)
+    folder = finetuning_dir("rl", config.source, config, config.source_tag, runtime)
     with open_run("chat_rl", folder, config, runtime) as run:
         config, checkpoint = run.config, run.checkpoint
         start = open_starting_model(checkpoint, config.source, folder, config.source_tag, config.model_step, runtime)
@@ -214,7 +214,7 @@ def keep_rollouts(step: int, groups: list[Group], folder: Path, every: int, runt
 
 def report(run: Run[Config], trainer: Trainer, plan: list[tuple[str, str]], before: Record, started_from: str) -> None:
     """Put the run's figures into the report, with the accuracies before and after."""
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(run.folder / "metrics.jsonl")
     last: Record = next((line for line in reversed(lines) if any(k.startswith("accuracy/") for k in line)), {})
     values: Record = {"model": run.folder.name, "started_from": started_from}
     for key in before:

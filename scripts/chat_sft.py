@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, NamedTuple
 
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError
 from nanochat.dataloader import ConversationLoader
 from nanochat.evals.bits_per_byte import loader_bpb
 from nanochat.evals.samples import continuations
@@ -66,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, runtime: Runtime) -> int:
     """One finetuning run, fresh or resumed, to its end. Returns the exit code."""
-    base_dir = get_base_dir()
-    folder = finetuning_dir("sft", "base", config, config.base_tag, base_dir)
+    folder = finetuning_dir("sft", "base", config, config.base_tag, runtime)
     with open_run("chat_sft", folder, config, runtime) as run:
         config = run.config
         start = open_starting_model(run.checkpoint, "base", folder, config.base_tag, config.model_step, runtime)

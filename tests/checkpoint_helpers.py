@@ -35,10 +35,10 @@ def config():
     return GPTConfig.later(vocab_size=tokenizer().get_vocab_size(), **sizes)
 
 
-def save_model(run, step, model_state, with_tokenizer=None, **meta):
+def save_model(run, step, model_state, with_tokenizer=None, keep_last=0, **meta):
     """A checkpoint of a model of `config()`, without the state of training."""
-    meta = {"model_config": config().to_dict(), **meta}
-    return save_checkpoint(run, step, model_state=model_state, meta=meta, tokenizer=with_tokenizer or tokenizer())
+    meta, tokenize = {"model_config": config().to_dict(), **meta}, with_tokenizer or tokenizer()
+    return save_checkpoint(run, step, model_state=model_state, meta=meta, tokenizer=tokenize, keep_last=keep_last)
 
 
 def save_small(run, step, value=None, with_tokenizer=None, **kwargs):

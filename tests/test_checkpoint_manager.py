@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ from checkpoint_helpers import (
     truncate,
     value_of,
 )
+from ranks import run_ranks
 from stubs import stir
 
+from nanochat import checkpoint_manager
 from nanochat.checkpoint.manifest import DamagedCheckpoint, Manifest
 from nanochat.checkpoint_manager import (
     CHECKPOINT_FOLDERS,
@@ -327,6 +330,77 @@ def test_another_version_is_an_error_not_damage(tmp_path, name):
     seal(path, content if name == "manifest.json" else None)
     for step in (2, None):  # the newer step is not skipped in favour of the older
         assert_one_line_error(lambda step=step: open_checkpoint(tmp_path, step), name, "version 99", "version 1")
+
+
+def test_a_folder_that_holds_another_steps_files_is_damaged(tmp_path, capsys):
+    for step in (10, 20):
+        save_small(tmp_path, step)
+    shutil.rmtree(tmp_path / "000020")
+    shutil.copytree(tmp_path / "000010", tmp_path / "000020")
+    manifest = json.loads((tmp_path / "000020" / "manifest.json").read_text())
+    for old_format in (False, True):
+        if old_format:  # whose manifests had no step
+            seal(tmp_path / "000020", {name: value for name, value in manifest.items() if name != "step"})
+        assert_one_line_error(lambda: open_checkpoint(tmp_path, 20), "000020", "step 10", kind=DamagedCheckpoint)
+        assert open_checkpoint(tmp_path).step == 10
+        assert "step 20" in capsys.readouterr().err
+    (tmp_path / "000020" / "manifest.json").write_text(json.dumps(manifest))
+    save_small(tmp_path, 30, keep_last=2)
+    assert list_steps(tmp_path) == [10, 20, 30], "it does not count as kept"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading while a run saves and deletes
+
+
+@pytest.fixture
+def pruned(tmp_path, monkeypatch):
+    """A run with step 1; once a reader has hashed NAME of it, step 2 replaces it. Calling it sets NAME."""
+    run, real, moment = run_dir(tmp_path, "base", "tiny"), Manifest.check_hash, []
+
+    def check_hash(self, name, sha256=None):
+        real(self, name, sha256)
+        if [name] == moment:
+            moment.clear()
+            save_model(run, 2, GPT.create(config(), seed=2).state_dict(), keep_last=1)
+
+    save_model(run, 1, GPT.create(config(), seed=1).state_dict())
+    monkeypatch.setattr(Manifest, "check_hash", check_hash)
+    return run, moment.append
+
+
+@pytest.mark.parametrize("name", ["meta.json", "model.safetensors", "tokenizer.json"])
+def test_a_reader_whose_step_is_deleted_takes_the_newer_one(tmp_path, capsys, pruned, name):
+    run, set_moment = pruned
+    set_moment(name)
+    model, _, meta = load_model("base", "cpu", base_dir=tmp_path)
+    expected = GPT.create(config(), seed=meta["step"])
+    assert_same_bits(model.state_dict(), expected.state_dict())
+    assert list_steps(run) == [2] and not capsys.readouterr().err
+
+
+def test_a_step_that_was_requested_and_is_deleted_meanwhile_is_named(tmp_path, pruned):
+    pruned[1]("meta.json")
+    assert_one_line_error(lambda: load_model("base", "cpu", base_dir=tmp_path, step=1), "000001")
+
+
+def load_after_a_save(runtime, base, gate):
+    """The step that this rank loads; before rank 1 reads, step 2 is saved."""
+    real = checkpoint_manager.open_checkpoint
+
+    def later(run, step=None, verify=True):
+        if runtime.rank == 1 and verify is False and not (run / "000002").exists():
+            save_model(run, 2, GPT.create(config(), seed=2).state_dict(), keep_last=gate)
+        return real(run, step, verify)
+
+    checkpoint_manager.open_checkpoint = later
+    return load_model("base", runtime, base_dir=base)[2]["step"]
+
+
+@pytest.mark.parametrize(("keep_last", "step"), [(0, 1), (1, 2)])
+def test_all_ranks_load_the_same_step(tmp_path, keep_last, step):
+    save_model(run_dir(tmp_path, "base", "tiny"), 1, GPT.create(config(), seed=1).state_dict())
+    assert run_ranks(2, load_after_a_save, tmp_path, keep_last) == [step, step]
 
 
 # ---------------------------------------------------------------------------------------------------

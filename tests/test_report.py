@@ -252,7 +252,18 @@ def test_damaged_report_json_is_renamed(tmp_path: Path, capsys: pytest.CaptureFi
         load_report(tmp_path)
     record_stage(tmp_path, "chat_sft", {"seconds": 2})
     assert load_report(tmp_path)["total_seconds"] == 2
-    assert (path.parent / "report.damaged.json").exists() and "report.damaged.json" in capsys.readouterr().err
+    assert (path.parent / "report.json.damaged1").exists() and "report.json.damaged1" in capsys.readouterr().err
+    path.write_text('{"chat_sft": [1]}')  # valid JSON, but not a report
+    record_stage(tmp_path, "chat_sft", {"seconds": 3})
+    assert load_report(tmp_path)["total_seconds"] == 3
+    assert (path.parent / "report.json.damaged2").exists(), "the first is kept"
+
+
+def test_leftovers_of_a_killed_stage_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / ".report.json.0123abcd.tmp").write_text("{")
+    record_stage(tmp_path, "chat_sft", {"seconds": 3})
+    assert not list((tmp_path / "report").glob(".*.tmp"))
 
 
 def test_numbers_survive_a_page_that_cannot_be_drawn(
@@ -266,9 +277,14 @@ def test_numbers_survive_a_page_that_cannot_be_drawn(
     assert load_report(tmp_path)["chat_sft"]["seconds"] == 2 and "No space left" in capsys.readouterr().err
 
 
-def test_metrics_reader_stops_at_a_torn_line_and_skips_what_is_not_finite(tmp_path: Path) -> None:
+def test_metrics_reader_skips_damaged_lines_and_what_is_not_finite(tmp_path: Path) -> None:
     path = write_metrics(tmp_path)
     assert len(read_metrics(tmp_path / path)) == 120
+    lines = (tmp_path / path).read_bytes().splitlines(keepends=True)
+    lines[3] = lines[3].replace(b'"step"', b'"st\xe5p"')
+    lines[5] = b"[1]\n"
+    (tmp_path / path).write_bytes(b"".join(lines))
+    assert [line["step"] for line in read_metrics(tmp_path / path)][:5] == [1, 2, 3, 5, 7]
     assert read_metrics(tmp_path / "none.jsonl") == []
     (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 1.0}\n')
     (curve,) = curves_of({"metrics": "m.jsonl"}, tmp_path)

@@ -68,14 +68,15 @@ def finish(stage: str, argv: list[str], base: Path) -> None:
     assert process.exitcode == 0, (base / "log.txt").read_text()[-3000:]
 
 
-def result(base: Path, folder: str) -> tuple[str, str, list[tuple[int, float, float | None]]]:
-    """Hashes of the final weights and optimizer state, and (step, loss, val_bpb) of every metrics line."""
+def result(base: Path, folder: str) -> tuple[str, str, str, list[tuple[int, float, float | None]]]:
+    """Hashes of the final weights, optimizer state and generators, and (step, loss, val_bpb) of every metrics line."""
     run = base / folder / "tiny"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = run / f"{STEPS:06d}"
     return (
         sha256_file(last / "model.safetensors"),
         sha256_file(last / "optimizer.safetensors"),
+        sha256_file(last / "rng.safetensors"),
         [(line["step"], line["loss"], line.get("val_bpb")) for line in lines],
     )
 
@@ -204,5 +205,6 @@ def test_killed_reinforcement_learning_ends_like_one_never_killed(straight: Path
             [{key: value for key, value in json.loads(line).items() if "second" not in key} for line in lines]
         )
     assert figures[0] == figures[1] and len(figures[0]) == 9 and figures[0][3]["answer_tokens"] > 0
-    hashes = [sha256_file(base / "chatrl_checkpoints" / "tiny" / "000009" / "model.safetensors") for base in bases]
-    assert hashes[0] == hashes[1]
+    for name in ("model.safetensors", "rng.safetensors"):
+        hashes = [sha256_file(base / "chatrl_checkpoints" / "tiny" / "000009" / name) for base in bases]
+        assert hashes[0] == hashes[1]

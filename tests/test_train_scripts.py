@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from ranks import run_ranks
 from stubs import TINY
-from toy_training import make_trainer
+from toy_training import CPU, make_trainer
 
 from nanochat.checkpoint_manager import list_steps, open_checkpoint, run_dir
 from nanochat.common import UserError, read_json
@@ -73,7 +73,7 @@ def test_sft_tags(copied: Path, chats: str) -> None:
     assert saved.meta["base"] == {"tag": "tiny", "step": 1, "recipe": "default"}
     assert base_train.main([*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=newer"]) == 0
     asked = [chat_sft.Config(resume=True), chat_sft.Config(), chat_sft.Config(model_tag="tiny")]
-    assert [finetuning_dir("sft", "base", config, "", copied).name for config in asked] == ["mine", "newer", "tiny"]
+    assert [finetuning_dir("sft", "base", config, "", CPU).name for config in asked] == ["mine", "newer", "tiny"]
 
 
 def test_sft_resumes_without_its_base_model(copied: Path, chats: str) -> None:
@@ -178,6 +178,43 @@ def test_a_run_killed_before_its_first_save_keeps_its_plan(tmp_path: Path) -> No
     assert saved_plan(None, asked, tmp_path) == (77, chosen)
     assert saved_plan(None, replace(asked, minutes=6), tmp_path) is None
     assert saved_plan(None, replace(asked, resume=False), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "content", ['{"num_steps": 77, "us', "[]", '{"num_steps": null, "user_config": {}}', "\xff" * 9]
+)
+def test_a_damaged_plan_is_made_anew(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.json").write_bytes(content.encode("latin-1"))
+    assert saved_plan(None, base_train.Config(resume=True), tmp_path) is None
+    assert "plan.json" in capsys.readouterr().err
+
+
+def spoil(path: Path) -> None:
+    """Flip a bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [spoil, lambda path: path.write_text("[1]"), lambda path: path.write_text("")])
+def test_damaged_files_beside_the_checkpoints_do_not_stop_a_resume(
+    damage: Callable[[Path], None], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """plan.json, corpus.json and metrics.jsonl are written anew; the weights end like those of an undamaged run."""
+    run, flags = copied / "base_checkpoints" / "kept", [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=kept"]
+    assert base_train.main([*flags, "--num-iterations=4", "--save-every=2"]) == 0
+    before, whole = read_json(run / "corpus.json"), open_checkpoint(run, 4).model_state()
+    for name in ("plan.json", "corpus.json", "metrics.jsonl"):
+        damage(run / name)
+    (run / ".metrics.jsonl.0123abcd.tmp").write_text("of a killed session")
+    capsys.readouterr()
+    assert base_train.main([*flags, "--resume-from-step=2"]) == 0
+    warnings = capsys.readouterr().err
+    assert "corpus.json" in warnings and (damage is not spoil or "metrics.jsonl.damaged1" in warnings)
+    assert read_json(run / "corpus.json") == before and read_json(run / "plan.json")["num_steps"] == 4
+    assert all((open_checkpoint(run, 4).model_state()[name] == whole[name]).all() for name in whole)
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-2:] == [3, 4]
+    assert not list(run.glob(".*.tmp"))
 
 
 def plan_of(copied: Path, tag: str) -> dict[str, Any]:

@@ -222,6 +222,37 @@ def test_cut_metrics_drops_later_steps_and_a_broken_last_line(tmp_path: Path) ->
     path.write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in range(1, 8)) + '{"step": 8, "lo')
     cut_metrics(path, 5)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"], "a line cut short is usual: no copy"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 2, "lo\xf3s": 1.0}',
+        b'{"step": 2, "loss": 1.0',
+        b"[1, 2]",
+        b"7",
+        b'{"loss": 1.0}',
+        b'{"step": "2"}',
+        b'{"step": null}',
+        b"not JSON",
+        b"[" * 100_000,
+        b'\x00{"step": 2}',
+        b'{"step": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_a_damaged_line_of_the_metrics_is_dropped_and_a_copy_kept(
+    line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, good = tmp_path / "metrics.jsonl", [b'{"step": %d, "loss": 1.0}' % step for step in (1, 3, 4)]
+    for copy in (1, 2):
+        before = b"\n".join([good[0], line, *good[1:]]) + b"\n"
+        path.write_bytes(before)
+        cut_metrics(path, 3)
+        assert path.read_bytes() == good[0] + b"\n" + good[1] + b"\n"
+        assert (tmp_path / f"metrics.jsonl.damaged{copy}").read_bytes() == before
+        warning = capsys.readouterr().err
+        assert "line 2)" in warning and f"metrics.jsonl.damaged{copy}" in warning
 
 
 def test_a_resumed_run_keeps_what_could_change_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,11 @@
 """The manifest of one step: size and SHA-256 of each of its files. A step that has its manifest is complete."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, fsync, sha256_file, write_json
+from nanochat.common import UserError, fsync, json_hash, sha256_file, write_json
 
 FORMAT, VERSION = "nanochat-checkpoint", 1
 MANIFEST = "manifest.json"
@@ -22,27 +21,31 @@ class Manifest:
 
     folder: Path
     files: dict[str, dict[str, Any]]
+    step: int | None = None  # None in manifests written before they had it
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read a step's manifest. Its own checksum tells a damaged one (DamagedCheckpoint) from another version's
-        (UserError)."""
+        """Read the manifest of the step that `folder` is named after.
+
+        Its own checksum tells a damaged one (DamagedCheckpoint) from another version's (UserError).
+        """
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_bytes())
             checksum = content.pop("checksum")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DamagedCheckpoint(f"{path} is missing or damaged ({error}); choose another step") from error
-        if checksum != _checksum(content):
+        if checksum != json_hash(content):
             raise DamagedCheckpoint(f"{path} is damaged (sha256 mismatch); choose another step")
         check_version(path, content)
-        return cls(folder, content["files"])
+        check_step(folder, content.get("step"))
+        return cls(folder, content["files"], content.get("step"))
 
     def write(self) -> None:
         """Declare the step complete. All its files are on the disk already."""
         fsync(self.folder)
-        content = {"format": FORMAT, "version": VERSION, "files": self.files}
-        write_json(self.folder / MANIFEST, {**content, "checksum": _checksum(content)})
+        content = {"format": FORMAT, "version": VERSION, "step": self.step, "files": self.files}
+        write_json(self.folder / MANIFEST, {**content, "checksum": json_hash(content)})
         fsync(self.folder)
 
     def check_size(self, name: str) -> None:
@@ -66,16 +69,21 @@ class Manifest:
             raise DamagedCheckpoint(f"{path} is damaged (sha256 mismatch); choose another step")
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def check_version(path: Path, content: dict[str, Any]) -> None:
     """Raise UserError if `content`, read from `path`, was written by another version of this format."""
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise UserError(
             f"{path} is of format {content.get('format')} version {content.get('version')}, this nanochat reads "
             f"{FORMAT} version {VERSION}; use the nanochat that wrote it"
+        )
+
+
+def check_step(folder: Path, step: int | None) -> None:
+    """Raise DamagedCheckpoint if `folder` is not named after `step`, which its files were saved as."""
+    if step is not None and folder.name != f"{step:06d}":
+        raise DamagedCheckpoint(
+            f"{folder} holds the files of step {step}: it was copied or renamed; choose another step, or name the "
+            f"folder {step:06d} if that one is missing"
         )
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from markupsafe import Markup
 
-from nanochat.common import UserError, atomic_write, format_count, format_seconds, read_json
+from nanochat.common import UserError, atomic_write, format_count, format_seconds, read_json, warn
 from nanochat.reporting.charts import Line, draw_chart, limits_around
 from nanochat.reporting.curves import CHARTS, Record, is_number, read_curve, read_metrics
 from nanochat.reporting.pages import render
@@ -47,10 +48,22 @@ def read_run(base_dir: Path, name: str) -> RunRecord:
             f"no run {name!r} in {path.parent}; base runs there: {', '.join(known) or 'none'}; "
             "SFT and RL runs are sft/TAG and rl/TAG, or give a folder"
         )
-    plan = read_json(path / "plan.json") if (path / "plan.json").is_file() else {}
-    saved = sorted(path.glob("[0-9]*/meta.json"))
-    steps = read_json(saved[-1])["plan"]["num_steps"] if saved else plan.get("num_steps", 0)
+    plan = read_object(path / "plan.json")
+    saved = [meta for found in sorted(path.glob("[0-9]*/meta.json")) if (meta := read_object(found).get("plan"))]
+    steps = (saved[-1] if saved else plan).get("num_steps", 0)
     return RunRecord(name, plan.get("user_config", {}), steps, read_metrics(path / "metrics.jsonl"))
+
+
+def read_object(path: Path) -> Record:
+    """A JSON object of a run's folder; empty if it is missing, or, with a warning, if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = read_json(path)
+        return value if isinstance(value, dict) else {}
+    except UserError as error:  # damaged, or the run has deleted this step meanwhile
+        warn(str(error))
+        return {}
 
 
 def write_comparison(base_dir: Path, names: Sequence[str]) -> Path:
@@ -62,7 +75,7 @@ def write_comparison(base_dir: Path, names: Sequence[str]) -> Path:
     runs = [read_run(base_dir, name) for name in names]
     path = base_dir / "report" / "compare.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "w") as file:
+    with FileLock(path.parent / ".lock"), atomic_write(path, "w") as file:  # as record_stage
         file.write(render_comparison(runs))
     return path
 

@@ -47,19 +47,20 @@ class Curve:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The lines of a metrics.jsonl up to the first incomplete one, which a run in progress may leave; [] if missing."""
-    lines: list[Record] = []
+    """The readable lines of a metrics.jsonl; [] if it is missing. A run in progress may leave an incomplete one."""
     if not path.is_file():
-        return lines
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if isinstance(value, dict) and isinstance(value.get("step"), int):
-                lines.append(value)
-    return lines
+        return []
+    with open(path, "rb") as file:
+        return [record for line in file if (record := parse_record(line))]
+
+
+def parse_record(line: bytes) -> Record | None:
+    """A line of metrics.jsonl; None if it is damaged or something else."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and type(value.get("step")) is int else None
 
 
 def curves_of(values: Record, base_dir: Path) -> list[Curve]:

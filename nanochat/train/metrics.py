@@ -3,12 +3,14 @@
 import contextlib
 import importlib.util
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from nanochat.common import UserError, atomic_write, format_count, format_seconds, on_terminal, say, warn
+from nanochat.common import UserError, atomic_write, format_count, format_seconds, free_name, on_terminal, say, warn
+from nanochat.reporting.curves import parse_record
 from nanochat.runtime import Runtime
 from nanochat.train.config import TrainConfig
 from nanochat.trainer import Record, Trainer
@@ -79,16 +81,23 @@ class Metrics:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines past `step`, which a resumed run will write again, and a last line cut short by a kill."""
+    """Drop the lines past `step`, which a resumed run will write again, and a last line cut short by a kill.
+
+    Lines that cannot be read are dropped too, with a warning; the file as it was is kept beside it.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    with atomic_write(path, "w") as file:
-        file.writelines(line + "\n" for line in kept)
+    *lines, rest = path.read_bytes().split(b"\n")
+    records = [parse_record(line) for line in lines] + [parse_record(rest)]
+    if damaged := [number for number, (line, record) in enumerate(zip(lines, records), 1) if line and not record]:
+        copy = free_name(path, "damaged")
+        shutil.copy(path, copy)
+        numbers = ", ".join(map(str, damaged[:5])) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
+        warn(f"{path}: dropped what cannot be read (line {numbers}); the file as it was is {copy.name}")
+    with atomic_write(path) as file:
+        for line, record in zip([*lines, rest], records):
+            if record and record["step"] <= step:
+                file.write(line + b"\n")
 
 
 def check_sinks(config: TrainConfig) -> None:

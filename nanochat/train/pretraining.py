@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
+import torch
+
 from nanochat import fp8
 from nanochat.checkpoint_manager import load_model_state
 from nanochat.common import UserError, format_count, get_base_dir
@@ -18,7 +20,7 @@ from nanochat.train.build import create_step, random_batch
 from nanochat.train.config import OnResume, TrainConfig
 from nanochat.train.pace import choose_depth
 from nanochat.train.run import Run
-from nanochat.train.starting_model import open_source
+from nanochat.train.starting_model import read_source
 from nanochat.train.step import TrainStep
 from nanochat.train.timing import batch_for_minutes, steps_for_minutes
 
@@ -117,8 +119,9 @@ def build_model(run: Run[PretrainConfig], tokenizer: RustBPETokenizer) -> GPT:
     Fills in the depth and the context that the flags left to derive.
     """
     config, runtime, source = run.config, run.runtime, None
+    weights: dict[str, torch.Tensor] = {}
     if config.init_from and not run.checkpoint:
-        source = open_source(config.init_from, get_base_dir(), tokenizer, config.max_seq_len)
+        source, weights = read_source(config.init_from, get_base_dir(), tokenizer, config.max_seq_len, runtime)
     if saved := run.checkpoint or source:
         model_config = GPTConfig.from_dict(saved.meta["model_config"])
     else:
@@ -126,7 +129,7 @@ def build_model(run: Run[PretrainConfig], tokenizer: RustBPETokenizer) -> GPT:
     config.depth, config.max_seq_len = model_config.n_layer, model_config.sequence_len
     model = GPT.create(model_config, device=runtime.device, compute_dtype=runtime.dtype, seed=config.seed)
     if source:
-        load_model_state(model, source.model_state(runtime.device), source.path)
+        load_model_state(model, weights, source.path)
         runtime.print0(f"weights from {source.path}; its sizes are kept, the schedules start anew")
     return model
 

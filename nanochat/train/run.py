@@ -23,7 +23,18 @@ from filelock import FileLock, Timeout
 
 from nanochat.checkpoint.async_save import SaveFailed
 from nanochat.checkpoint_manager import Checkpoint, list_steps, open_checkpoint
-from nanochat.common import UserError, format_count, format_seconds, get_base_dir, read_json, say, warn, write_json
+from nanochat.common import (
+    UserError,
+    delete_leftovers,
+    format_count,
+    format_seconds,
+    free_name,
+    get_base_dir,
+    read_json,
+    say,
+    warn,
+    write_json,
+)
 from nanochat.distributed.collectives import BackgroundGroup, CollectiveFailed
 from nanochat.distributed.rank_checks import DataError, NonFiniteLoss, RanksDiverged
 from nanochat.report import record_stage
@@ -177,6 +188,7 @@ def lock_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
     except Timeout:
         raise UserError(f"another process is training in {folder}; wait for it, or give another --model-tag") from None
     with held:
+        delete_leftovers(folder)
         yield
 
 
@@ -209,9 +221,14 @@ def saved_plan(checkpoint: Checkpoint | None, config: TrainConfig, folder: Path)
         plan = checkpoint.meta["plan"]
         return plan.get("planned_steps", plan["num_steps"]), checkpoint.meta["user_config"]
     if config.resume and (folder / "plan.json").exists():
-        plan = read_json(folder / "plan.json")
-        if may_resume(config, plan["user_config"]):
-            return plan["num_steps"], plan["user_config"]
+        try:
+            plan = read_json(folder / "plan.json")
+            num_steps, flags = int(plan["num_steps"]), dict(plan["user_config"])
+        except (LookupError, TypeError, ValueError):
+            warn(f"{folder / 'plan.json'} is damaged: as nothing is saved yet, the run is planned anew")
+            return None
+        if may_resume(config, flags):
+            return num_steps, flags
     return None
 
 
@@ -219,7 +236,7 @@ def move_aside(folder: Path, runtime: Runtime) -> None:
     """Rename the folder of an earlier run. Collective."""
     runtime.barrier("checking the run's folder")
     if runtime.is_main and list_steps(folder):
-        aside = next(p for n in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old{n}")).exists())
+        aside = free_name(folder, "old")
         folder.rename(aside)
         say(f"the earlier run {folder.name} was moved aside to {aside.name}; --resume would have continued it")
     runtime.barrier("moving the earlier run aside")

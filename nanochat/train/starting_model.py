@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nanochat.checkpoint.folder import list_steps
-from nanochat.checkpoint_manager import Checkpoint, find_run, load_model, open_checkpoint, run_dir
+from nanochat.checkpoint_manager import Checkpoint, find_run, load_model, read_checkpoint, run_dir
 from nanochat.common import UserError, get_base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
@@ -14,21 +16,30 @@ from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.config import TrainConfig
 
 
-def open_source(init_from: str, base_dir: Path, tokenizer: RustBPETokenizer, max_seq_len: int) -> Checkpoint:
-    """The checkpoint that base_train's --init-from names: a run's tag, its folder, or the folder of one step.
+def read_source(
+    init_from: str, base_dir: Path, tokenizer: RustBPETokenizer, max_seq_len: int, runtime: Runtime
+) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
+    """The checkpoint that base_train's --init-from names (a run's tag, its folder, or the folder of one step), and its
+    weights. Collective.
 
     Raises UserError if a pretraining run cannot start from it: another tokenizer, another context.
     """
     path, step = Path(init_from), None
     if path.is_dir() and path.name.isdigit() and (path / "manifest.json").exists():
         path, step = path.parent, int(path.name)
-    source = open_checkpoint(path if path.is_dir() else run_dir(base_dir, "base", init_from), step)
-    if source.tokenizer().hash != tokenizer.hash:
-        raise UserError(f"--init-from: {source.path} was trained with another tokenizer")
-    context = source.meta["model_config"]["sequence_len"]
-    if max_seq_len not in (-1, context):
-        raise UserError(f"--init-from: that model's context is {context}, not {max_seq_len}; leave --max-seq-len out")
-    return source
+
+    def read(source: Checkpoint) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
+        if source.tokenizer().hash != tokenizer.hash:
+            raise UserError(f"--init-from: {source.path} was trained with another tokenizer")
+        context = source.meta["model_config"]["sequence_len"]
+        if max_seq_len not in (-1, context):
+            raise UserError(
+                f"--init-from: that model's context is {context}, not {max_seq_len}; leave --max-seq-len out"
+            )
+        return source, source.model_state(runtime.device)
+
+    run = path if path.is_dir() else run_dir(base_dir, "base", init_from)
+    return read_checkpoint(run, step, read, ("model.safetensors", "tokenizer.json"), runtime)
 
 
 @dataclass
@@ -48,13 +59,20 @@ class StartingModel:
         return {"tag": self.tag, "step": self.step, "recipe": self.recipe}
 
 
-def finetuning_dir(stage: str, source: str, config: TrainConfig, source_tag: str, base_dir: Path) -> Path:
-    """The run's folder: named by --model-tag, else (resuming) the latest of its stage, else named like its source."""
-    tag = config.model_tag
-    if not tag and not source_tag and (config.resume or config.resume_from_step >= 0):
-        with contextlib.suppress(UserError):  # nothing to resume yet
-            tag = find_run(base_dir, stage, None).name
-    return run_dir(base_dir, stage, tag or find_run(base_dir, source, source_tag or None).name)
+def finetuning_dir(stage: str, source: str, config: TrainConfig, source_tag: str, runtime: Runtime) -> Path:
+    """The run's folder: named by --model-tag, else (resuming) the latest of its stage, else named like its source.
+
+    Collective: the main rank chooses, as another run may save meanwhile.
+    """
+    base_dir = get_base_dir()
+
+    def choose() -> str:
+        if not source_tag and (config.resume or config.resume_from_step >= 0):
+            with contextlib.suppress(UserError):  # nothing to resume yet
+                return find_run(base_dir, stage, None).name
+        return find_run(base_dir, source, source_tag or None).name
+
+    return run_dir(base_dir, stage, config.model_tag or runtime.broadcast(choose, "choosing a run"))
 
 
 def open_starting_model(
@@ -72,7 +90,7 @@ def open_starting_model(
         return StartingModel(model, checkpoint.tokenizer(), base["tag"], base["step"], base["recipe"], total)
     base_dir = get_base_dir()
     tag = tag or (run.name if list_steps(run_dir(base_dir, source, run.name)) else "")
-    name = find_run(base_dir, source, tag or None).name
+    name = runtime.broadcast(lambda: find_run(base_dir, source, tag or None).name, "choosing a model")
     model, tokenizer, meta = load_model(
         source, runtime, base_dir=base_dir, model_tag=name, step=None if step < 0 else step, compute_dtype=runtime.dtype
     )

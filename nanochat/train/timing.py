@@ -21,7 +21,8 @@ from nanochat.trainer import Trainer
 def measure_peak_flops(runtime: Runtime, seconds: float = 0.3) -> float:
     """FLOP/s of large matrix products on this machine, now: the reference for "share of peak"."""
     size = 1024 if runtime.device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=runtime.device, dtype=runtime.dtype)
+    draw = torch.Generator(runtime.device).manual_seed(0)  # a resumed run's global generator stays as it was saved
+    a = torch.randn(size, size, generator=draw, device=runtime.device, dtype=runtime.dtype)
     a @ a
     runtime.synchronize()
     started, count = time.perf_counter(), 0
