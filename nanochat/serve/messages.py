@@ -18,7 +18,7 @@ from nanochat.inference.request import ContextExceeded, GenerationRequest
 from nanochat.inference.tools import WITH_PYTHON
 from nanochat.serve.api import Api
 from nanochat.serve.errors import ApiError
-from nanochat.serve.request_models import MAX_CHARS, Body, GenerationBody
+from nanochat.serve.request_models import MAX_CHARS, Body, Flag, GenerationBody
 
 MAX_MESSAGES = 500
 MAX_CALLS = 128  # of tools, in one message
@@ -114,6 +114,24 @@ def check_length(messages: list[Message]) -> list[Message]:
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(check_length)]
+
+
+class PromptEnding(Body):
+    """How the prompt ends: with a new assistant turn, or with the last message, which the answer then continues."""
+
+    continue_final_message: Flag = False
+    add_generation_prompt: bool | None = None  # false, as vLLM and llama.cpp want it beside continue_final_message
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> "PromptEnding":
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        return self
+
+    @property
+    def continue_last(self) -> bool:
+        return self.continue_final_message or self.add_generation_prompt is False
+
 
 # ---------------------------------------------------------------------------------------------------
 # As a conversation

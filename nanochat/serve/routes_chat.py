@@ -12,7 +12,7 @@ from nanochat.inference.request import GenerationRequest, Token
 from nanochat.serve import answers
 from nanochat.serve.api import Api, ApiDependency
 from nanochat.serve.generation import Generation
-from nanochat.serve.messages import Messages, chat_request
+from nanochat.serve.messages import Messages, PromptEnding, chat_request
 from nanochat.serve.request_models import Body, Flag, GenerationBody, MaxTokens, Temperature, TopK, null_means
 from nanochat.serve.sample import FinishReason
 
@@ -22,7 +22,7 @@ router = APIRouter()
 # Requests
 
 
-class ChatRequest(GenerationBody):
+class ChatRequest(GenerationBody, PromptEnding):
     """POST /v1/chat/completions."""
 
     messages: Messages
@@ -30,14 +30,6 @@ class ChatRequest(GenerationBody):
     max_completion_tokens: MaxTokens = None
     logprobs: Flag = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    continue_final_message: Flag = False
-    add_generation_prompt: bool | None = None  # false, as vLLM and llama.cpp want it beside continue_final_message
-
-    @model_validator(mode="after")
-    def _one_ending(self) -> "ChatRequest":
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        return self
 
 
 class PublishedChatRequest(Body):
@@ -72,7 +64,7 @@ def generation_request(api: Api, body: ChatRequest) -> GenerationRequest:
         body,
         body.messages,
         api.limit_tokens(body.max_tokens, body.max_completion_tokens),
-        continue_last=body.continue_final_message or body.add_generation_prompt is False,
+        continue_last=body.continue_last,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
 

@@ -18,7 +18,7 @@ from nanochat.common import SPECIAL_TOKENS
 from nanochat.conversation import render_prompt
 from nanochat.serve.api import Api, ApiDependency
 from nanochat.serve.errors import ApiError
-from nanochat.serve.messages import Messages, to_conversation
+from nanochat.serve.messages import Messages, PromptEnding, continues_last, to_conversation
 from nanochat.serve.request_models import MAX_CHARS, TOKEN_LIMIT, Body
 
 CONTENT_POLICY = (
@@ -73,7 +73,7 @@ async def model(name: str, api: ApiDependency) -> Model:
 # Tokenizer
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(PromptEnding):
     """POST /tokenize: of a text, or of a conversation as the model is given it.
 
     `prompt` is what evaluation harnesses send: a text, of which a special token's name alone is that token."""
@@ -114,10 +114,9 @@ def tokenize(body: TokenizeRequest, api: ApiDependency) -> Tokens:
     elif body.messages is None:
         tokens = api.tokenizer.encode(body.text or body.prompt or "")
     else:
-        try:
-            tokens = render_prompt(api.tokenizer, to_conversation(body.messages))
-        except ValueError as error:
-            raise ApiError(400, str(error), param="messages") from error
+        conversation = to_conversation(body.messages)
+        continued = continues_last(conversation, body.messages, body.continue_last)
+        tokens = render_prompt(api.tokenizer, conversation, continued)
     return {"tokens": tokens, "count": len(tokens)}
 
 
