@@ -9,7 +9,8 @@ alternation, the user first:
                                                     {"type": "python_output", "text": "4"},
                                                     {"type": "text", "text": "It is 4."}]}]}
 
-User and system content is a string; an assistant's is a string or a list of such parts. It renders as below; the mask
+User and system content is a string; an assistant's is a string or a list of such parts. An assistant message with
+"weight": 0 is context, not trained on. It renders as below; the mask
 is 1 on the tokens between brackets, which the assistant must produce:
 
     <|bos|><|user_start|>Be brief.\\n\\n2+2?<|user_end|><|assistant_start|>
@@ -88,6 +89,8 @@ def validate_messages(messages: Any) -> None:
                     f"{where} must have role {expected!r}, not {message['role']!r}: "
                     "user and assistant alternate after an optional system message"
                 )
+        if message.get("weight") not in (None, 0, 1):
+            raise ValueError(f"{where}: the weight must be 0 (not trained on) or 1, not {_kind(message['weight'])}")
         _validate_content(message["role"], message["content"], where)
 
 
@@ -216,7 +219,7 @@ def _join(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> Rendered:
 def render_turn(tokenizer: Tokenizer, turn: Message) -> Rendered:
     """One turn with its start and end tokens. The assistant produces its end token, but not its start."""
     role, content = turn["role"], turn["content"]
-    spoken = int(role == "assistant")
+    spoken = int(role == "assistant" and turn.get("weight") != 0)
     ids, mask = [tokenizer.encode_special(f"<|{role}_start|>")], [0]
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         opening, closing, supervised = PART_TOKENS[part["type"]]

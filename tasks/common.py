@@ -46,6 +46,10 @@ class Task:
         """Conversation `index` of the whole data; its last message is the reference answer."""
         raise NotImplementedError
 
+    def place(self, index: int) -> str:
+        """Where example `index` of the slice comes from, for messages."""
+        return f"{self.name}, conversation {self.indices()[index] + 1}"
+
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether `completion` (the model's turn as text, tool tokens included) is correct."""
         raise NotImplementedError(f"{self.name} has no reference answers to check against")
@@ -88,6 +92,30 @@ class GeneratedTask(Task):
         return keyed_random(type(self).__name__, self.seed, self.split, index)
 
 
+class TaskSubset(Task):
+    """The examples of another task at `indices`."""
+
+    def __init__(self, task: Task, indices: Sequence[int] | np.ndarray, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.task, self.chosen = task, np.asarray(indices, dtype=np.int64)
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    def num_examples(self) -> int:
+        return len(self.chosen)
+
+    def get_example(self, index: int) -> Conversation:
+        return self.task[int(self.chosen[index])]
+
+    def place(self, index: int) -> str:
+        return self.task.place(int(self.chosen[self.indices()[index]]))
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return self.task.evaluate(conversation, completion)
+
+
 class TaskMixture(Task):
     """Several tasks shuffled into one, identically on every machine. A task listed twice is seen twice."""
 
@@ -105,6 +133,10 @@ class TaskMixture(Task):
 
     def get_example(self, index: int) -> Conversation:
         return self.tasks[self.owner[index]][int(self.local[index])]
+
+    def place(self, index: int) -> str:
+        number = self.indices()[index]
+        return self.tasks[self.owner[number]].place(int(self.local[number]))
 
     def task_of(self, index: int) -> Task:
         """The task that example `index` comes from."""

@@ -1,15 +1,16 @@
-"""Mixtures of tasks for supervised finetuning."""
+"""Mixtures of tasks for supervised finetuning: the sources that --data names, and what each trains and validates on."""
 
-from collections import Counter
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from nanochat.common import UserError
+from nanochat.conversation import Conversation
+from nanochat.data.listing import split_entries, split_weight
 from tasks.arithmetic import Arithmetic
-from tasks.common import Task
-from tasks.customjson import CustomJSON
+from tasks.common import Task, TaskSubset, permutation
+from tasks.customjson import NAMED, CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.hub import DatasetMissing
 from tasks.mmlu import MMLU
@@ -18,55 +19,87 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.starter import StarterChat
 from tasks.wordproblems import LEVELS, WordProblems
 
-# The published mixture: (name, builder) by split; a task listed twice is seen twice.
-PUBLISHED: dict[str, list[tuple[str, Callable[[], Task]]]] = {
+# The published mixture: (name, builder, passes) by split.
+PUBLISHED: dict[str, list[tuple[str, Callable[[], Task], int]]] = {
     "train": [
-        ("SmolTalk", partial(SmolTalk, "train")),
-        ("MMLU auxiliary", partial(MMLU, "auxiliary_train", "train")),
-        ("GSM8K", partial(GSM8K, "main", "train")),
-        ("GSM8K again", partial(GSM8K, "main", "train")),
-        ("SimpleSpelling", partial(SimpleSpelling, 200_000, "train")),
-        ("SpellingBee", partial(SpellingBee, 80_000, "train")),
-        ("identity", partial(StarterChat, "train", "identity")),
-        ("identity again", partial(StarterChat, "train", "identity")),
+        ("SmolTalk", partial(SmolTalk, "train"), 1),
+        ("MMLU auxiliary", partial(MMLU, "auxiliary_train", "train"), 1),
+        ("GSM8K", partial(GSM8K, "main", "train"), 2),
+        ("SimpleSpelling", partial(SimpleSpelling, 200_000, "train"), 1),
+        ("SpellingBee", partial(SpellingBee, 80_000, "train"), 1),
+        ("identity", partial(StarterChat, "train", "identity"), 2),
     ],
     "val": [
-        ("SmolTalk", partial(SmolTalk, "test", stop=24_000)),
-        ("MMLU auxiliary", partial(MMLU, "all", "test", stop=5_200)),
-        ("GSM8K", partial(GSM8K, "main", "test", stop=420)),
-        ("identity", partial(StarterChat, "val", "identity")),
+        ("SmolTalk", partial(SmolTalk, "test", stop=24_000), 1),
+        ("MMLU auxiliary", partial(MMLU, "all", "test", stop=5_200), 1),
+        ("GSM8K", partial(GSM8K, "main", "test", stop=420), 1),
+        ("identity", partial(StarterChat, "val", "identity"), 1),
     ],
 }
 
 
 @dataclass
 class Part:
-    """A task of a mixture; listed twice means two passes over it."""
+    """A task of a mixture, seen `passes` times in each epoch; half a pass is half of its conversations."""
 
     name: str
     task: Task
+    passes: float = 1
+
+    def tasks(self, seed: int) -> list[Task]:
+        """The task once for each pass; first whole passes, then the share of the last."""
+        share, whole = math.modf(self.passes)
+        some = permutation(len(self.task), (seed,))[: math.ceil(share * len(self.task))]
+        return [self.task] * int(whole) + ([TaskSubset(self.task, some)] if len(some) else [])
 
 
-def load_mixture(data: str, seed: int) -> tuple[list[Part], list[Part], list[str]]:
-    """(training parts, validation parts, reasons why others are missing) of chat_sft's --data: "starter", "published"
-    or the path of a .jsonl file."""
-    if data == "starter":
-        return starter_mixture("train", seed), starter_mixture("val", seed), []
-    if data == "published":
+@dataclass
+class Source:
+    """An entry of --data: parts to train on and to validate on; or conversations of one's own, not split yet."""
+
+    name: str
+    passes: float = 1
+    train: list[Part] = field(default_factory=list)
+    val: list[Part] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # reasons why parts are not at hand
+    own: CustomJSON | None = None
+
+    def split(self, usable: Callable[[Conversation], bool], by_tail: bool) -> None:
+        """Hold out a part of one's own conversations, by their content, or as older runs did (`by_tail`)."""
+        if self.own is not None:
+            train, val = self.own.split_tail() if by_tail else self.own.split(usable)
+            self.train, self.val = [Part(self.name, train, self.passes)], [Part(self.name, val)]
+
+
+def open_sources(data: str, seed: int) -> list[Source]:
+    """The sources of chat_sft's --data: "starter", "published", and files, folders, globs and URLs of conversations,
+    separated by commas, each with its passes in an epoch after a colon if it is not 1 (`starter,mine.jsonl:3`).
+
+    Raises UserError for an entry that cannot be used. Bad conversations do not raise: see CustomJSON.bad.
+    """
+    entries = split_entries(data, NAMED)
+    if not entries:
+        raise UserError(f"--data is empty; give {', '.join(NAMED)}, or files of conversations")
+    return [open_source(*split_weight(entry), seed) for entry in entries]
+
+
+def open_source(name: str, passes: float, seed: int) -> Source:
+    """One entry of --data without its number of passes."""
+    if name == "starter":
+        source = Source(name, passes, starter_mixture("train", seed), starter_mixture("val", seed))
+    elif name == "published":
         train, missing = published_mixture("train")
-        return train, published_mixture("val")[0], missing
-    return *own_conversations(Path(data).expanduser()), []
-
-
-def describe_parts(parts: list[Part]) -> list[tuple[str, str]]:
-    """(name, "number of conversations (share of the whole)") of each part."""
-    total = sum(len(part.task) for part in parts)
-    rows = []
-    for name, times in Counter(part.name for part in parts).items():
-        size = next(len(part.task) for part in parts if part.name == name)
-        passes = f" x {times}" if times > 1 else ""
-        rows.append((name, f"{size:,} conversations{passes} ({size * times / total:.0%})"))
-    return rows
+        val, missing_val = published_mixture("val")
+        source = Source(name, passes, train, val, missing + [f"to validate on, {reason}" for reason in missing_val])
+        if not source.train or not source.val:
+            reason = "set NANOCHAT_DATASETS_DIR to a mirror, or use --data=starter"
+            raise UserError(f"--data={name}: no public data set is at hand: {reason}")
+    else:
+        short = name.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or name
+        return Source(short, passes, own=CustomJSON(name, strict=False))
+    for part in source.train:
+        part.passes *= passes
+    return source
 
 
 def starter_mixture(split: str, seed: int = 42) -> list[Part]:
@@ -86,25 +119,15 @@ def starter_mixture(split: str, seed: int = 42) -> list[Part]:
         Part("small talk", StarterChat(split, source="smalltalk")),
         Part("questions", StarterChat(split, source="qa")),
     ]
-    repeats = 4 if train else 1
-    return parts + [Part("identity", StarterChat(split, source="identity"))] * repeats
+    return [*parts, Part("identity", StarterChat(split, source="identity"), passes=4 if train else 1)]
 
 
 def published_mixture(split: str) -> tuple[list[Part], list[str]]:
     """The available parts of the published mixture, and the reason for each missing part."""
     parts, missing = [], []
-    for name, build in PUBLISHED[split]:
+    for name, build, passes in PUBLISHED[split]:
         try:
-            parts.append(Part(name, build()))
+            parts.append(Part(name, build(), passes))
         except DatasetMissing as error:
             missing.append(f"{name}: {error}")
     return parts, missing
-
-
-def own_conversations(path: Path) -> tuple[list[Part], list[Part]]:
-    """A .jsonl file, one JSON array of messages per line; the last fiftieth is for validation."""
-    size = len(CustomJSON(path))
-    if size < 2:
-        raise UserError(f"{path} holds {size} conversation: at least two are needed, one of them for validation")
-    num_train = size - max(1, size // 50)
-    return [Part(path.name, CustomJSON(path, stop=num_train))], [Part(path.name, CustomJSON(path, start=num_train))]

@@ -6,7 +6,7 @@ import torch
 
 from nanochat.common import SPECIAL_TOKENS, UserError
 from nanochat.conversation import render
-from nanochat.data import conversation_loader
+from nanochat.data import conversation_loader, rendered
 from nanochat.data.conversation_loader import ConversationLoader
 
 BOS = 256
@@ -275,7 +275,7 @@ def test_another_runs_state_is_refused_by_name(change):
 def test_rendering_again_gives_the_same(monkeypatch):
     dataset = chats(60)
     kept = take_all(make_loader(dataset, num_epochs=2))
-    monkeypatch.setattr(conversation_loader, "CACHE_TOKENS", 500)
+    monkeypatch.setattr(rendered, "CACHE_TOKENS", 500)
     loader = make_loader(dataset, num_epochs=2)
     for one, other in zip(kept, take_all(loader), strict=True):
         assert torch.equal(one.inputs, other.inputs)

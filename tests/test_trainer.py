@@ -285,7 +285,7 @@ def test_which_flags_a_resumed_run_may_change() -> None:
     core = {"skip_bad_shards", "core_metric_every", "core_metric_max_per_task", "eval_bundle"}
     for config, new, if_given in (
         (base_train.Config(), common | core, {"data", "keep_last"}),
-        (chat_sft.Config(), common, {"data", "keep_last"}),
+        (chat_sft.Config(), common | {"strict"}, {"data", "keep_last"}),
         (chat_rl.Config(), common, {"keep_last"}),
     ):
         rules = resume_rules(config)

@@ -4,33 +4,24 @@ Every rank packs the whole stream, for which it needs only the lengths, and buil
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from nanochat.common import UserError
-from nanochat.conversation import render, truncate_turns
 from nanochat.data.batches import Batch, PrefetchingLoader, seeded_rng
 from nanochat.data.packing import BestFitPool, fill_row_whole
+from nanochat.data.rendered import TRUNCATED, Dataset, Rendered, RenderedConversations
 from nanochat.data.row_streams import check_layout, layout_arrays
 
 POOL_CONVERSATIONS = 256  # to choose the best fit from
-CACHE_TOKENS = 32 * 2**20  # rendered conversations kept in memory, 4 bytes each
-CACHE_ENTRY_TOKENS = 64  # overhead of an entry of the cache
 EXACT_CONVERSATIONS = 200_000  # num_steps() packs all of a data set up to this size, of a larger one a sample
 SAMPLE_CONVERSATIONS = 20_000
 SAMPLE_MARGIN = 0.98  # of the estimate: several times its standard error, so that the data outlasts the steps
 PREFETCH_STEPS = 4
 COUNT_ROWS = 1000  # per step when rows are only counted
 ORDER_OF_CONVERSATIONS, SAMPLE = 3, 4  # purposes of random numbers (batches.seeded_rng)
-
-
-class Dataset(Protocol):
-    """The part of a task that loading needs."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class ConversationCursor(NamedTuple):
@@ -51,53 +42,11 @@ class ConversationState(NamedTuple):
     pool: Sequence[int] = ()  # conversations in the pool, oldest first
 
 
-class Rendered(NamedTuple):
-    """A conversation in the pool. ids: int32, `id` where it is a target and `~id` elsewhere."""
+class Pooled(NamedTuple):
+    """A conversation in the pool."""
 
     number: int
-    ids: np.ndarray
-
-
-class RenderedConversations:
-    """The conversations of a data set as token ids that fit a row, rendered when first needed.
-
-    One int32 array holds ids and mask: `id` where the assistant must produce the token, `~id` elsewhere. The first
-    CACHE_TOKENS are kept, the others rendered again in every epoch.
-    """
-
-    def __init__(self, dataset: Dataset, tokenizer: Any, row_tokens: int) -> None:
-        self.dataset, self.tokenizer, self.row_tokens = dataset, tokenizer, row_tokens
-        self._cache: dict[int, tuple[np.ndarray | None, bool]] = {}
-        self._cached_tokens = 0
-
-    def get(self, index: int) -> tuple[np.ndarray | None, bool]:
-        """(ids, or None if a row's length holds no target, whether the conversation was truncated)."""
-        if index in self._cache:
-            return self._cache[index]
-        try:
-            result = self._render(index)
-        except ValueError as error:
-            raise UserError(f"conversation {index + 1} of {len(self.dataset)}: {error}") from error
-        size = CACHE_ENTRY_TOKENS + (0 if result[0] is None else len(result[0]))
-        if self._cached_tokens + size <= CACHE_TOKENS:
-            self._cache[index] = result
-            self._cached_tokens += size
-        return result
-
-    def _render(self, index: int) -> tuple[np.ndarray | None, bool]:
-        conversation = self.dataset[index]
-        ids, mask = render(self.tokenizer, conversation)
-        truncated = len(ids) > self.row_tokens
-        if truncated:
-            shorter = truncate_turns(self.tokenizer, conversation, self.row_tokens)
-            if shorter is None:
-                return None, False
-            ids, mask = render(self.tokenizer, shorter)
-        if not any(mask[1:]):
-            return None, False
-        signed = np.array(ids, np.int32)
-        np.invert(signed, out=signed, where=np.array(mask) == 0)
-        return signed, truncated
+    ids: np.ndarray  # int32, the mask in the sign (rendered.py)
 
 
 class ConversationPacker:
@@ -105,7 +54,7 @@ class ConversationPacker:
 
     def __init__(
         self,
-        get: Callable[[int], tuple[np.ndarray | None, bool]],
+        get: Callable[[int], Rendered],
         size: int,
         *,
         row_tokens: int,
@@ -128,12 +77,12 @@ class ConversationPacker:
     def restore(self, state: ConversationState) -> None:
         """Continue from a state."""
         self.cursor = state.cursor
-        self.pool: BestFitPool[Rendered] = BestFitPool()
+        self.pool: BestFitPool[Pooled] = BestFitPool()
         self._order_epoch, self._order = -1, np.empty(0, np.int64)
         for index in state.pool:
-            ids, _ = self.get(index)
+            ids = self.get(index).ids
             assert ids is not None, f"conversation {index} was usable when the state was saved"
-            self.pool.add(len(ids), Rendered(index, ids))
+            self.pool.add(len(ids), Pooled(index, ids))
 
     def next_step(self) -> tuple[Batch, ConversationState]:
         """The rank's rows of the next step. Raises StopIteration when there is none left."""
@@ -142,9 +91,9 @@ class ConversationPacker:
             raise StopIteration
         return build_batch(rows[self.rank :: self.world_size], self.row_tokens, self.pad), self.state()
 
-    def next_rows(self) -> list[list[Rendered]]:
+    def next_rows(self) -> list[list[Pooled]]:
         """The rows of the next step: rows_per_step, fewer at the end of the data, then none."""
-        rows: list[list[Rendered]] = []
+        rows: list[list[Pooled]] = []
         while len(rows) < self.rows_per_step:
             self._refill()
             before = self.pool.total
@@ -159,12 +108,12 @@ class ConversationPacker:
     def _refill(self) -> None:
         """Fill the pool with the next conversations that have a target."""
         while len(self.pool) < POOL_CONVERSATIONS and (index := self._next_index()) is not None:
-            ids, truncated = self.get(index)
+            ids, use = self.get(index)
             if ids is None:
                 self.cursor = self.cursor._replace(skipped=self.cursor.skipped + 1)
                 continue
-            self.cursor = self.cursor._replace(truncated=self.cursor.truncated + truncated)
-            self.pool.add(len(ids), Rendered(index, ids))
+            self.cursor = self.cursor._replace(truncated=self.cursor.truncated + (use == TRUNCATED))
+            self.pool.add(len(ids), Pooled(index, ids))
 
     def _next_index(self) -> int | None:
         """The next conversation of the stream, None at its end. UserError if the first epoch had no usable one."""
@@ -218,9 +167,9 @@ class ConversationLoader(PrefetchingLoader[ConversationState]):
         assert 0 <= rank < world_size and (num_epochs is None or num_epochs > 0)
         self.rows_per_step, self.sequence_len = rows_per_step, sequence_len
         self.seed, self.num_epochs, self.size, self.row_tokens = seed, num_epochs, len(dataset), sequence_len + 1
-        self._get = RenderedConversations(dataset, tokenizer, self.row_tokens).get
+        self.rendered = RenderedConversations(dataset, tokenizer, self.row_tokens)
         packer = ConversationPacker(
-            self._get,
+            self.rendered.get,
             self.size,
             row_tokens=self.row_tokens,
             seed=seed,
@@ -241,12 +190,12 @@ class ConversationLoader(PrefetchingLoader[ConversationState]):
         """
         epochs = self.num_epochs or 1
         if self.size <= EXACT_CONVERSATIONS:
-            return -(-self._count_rows(self._get, self.size, epochs) // self.rows_per_step)
+            return -(-self._count_rows(self.rendered.get, self.size, epochs) // self.rows_per_step)
         chosen = seeded_rng(SAMPLE, self.seed).choice(self.size, SAMPLE_CONVERSATIONS, replace=False).tolist()
-        rows = self._count_rows(lambda i: self._get(chosen[i]), SAMPLE_CONVERSATIONS, 1)
+        rows = self._count_rows(lambda i: self.rendered.get(chosen[i]), SAMPLE_CONVERSATIONS, 1)
         return max(1, int(SAMPLE_MARGIN * rows * self.size / SAMPLE_CONVERSATIONS * epochs / self.rows_per_step))
 
-    def _count_rows(self, get: Callable[[int], tuple[np.ndarray | None, bool]], size: int, epochs: int) -> int:
+    def _count_rows(self, get: Callable[[int], Rendered], size: int, epochs: int) -> int:
         packer = ConversationPacker(get, size, row_tokens=self.row_tokens, seed=self.seed, num_epochs=epochs)
         while packer.next_rows():
             pass
@@ -265,10 +214,13 @@ class ConversationLoader(PrefetchingLoader[ConversationState]):
         self._restore(ConversationState(cursor, np.asarray(state["conversations.waiting"]).tolist()))
 
     def stats(self) -> dict[str, float]:
-        """Over all ranks, up to the last batch handed out; conversations counts what was read for it."""
+        """Over all ranks, up to the last batch handed out. `conversations` are those read for it, `trained` those in
+        its rows and the rows before."""
         now = self._state.cursor
+        read = now.epoch * self.size + now.position
         return {
-            "conversations": now.epoch * self.size + now.position,
+            "conversations": read,
+            "trained": read - now.skipped - len(self._state.pool),
             "truncated": now.truncated,
             "skipped": now.skipped,
             "rows": now.rows,
@@ -278,15 +230,15 @@ class ConversationLoader(PrefetchingLoader[ConversationState]):
         }
 
 
-def build_batch(rows: list[list[Rendered]], row_tokens: int, pad: int) -> Batch:
+def build_batch(rows: list[list[Pooled]], row_tokens: int, pad: int) -> Batch:
     """(N, T) inputs and targets; padding is `pad` with target -1. Every row has a target."""
     signed = np.full((len(rows), row_tokens), ~pad, np.int32)
     for line, row in zip(signed, rows):
-        joined = np.concatenate([rendered.ids for rendered in row])
+        joined = np.concatenate([conversation.ids for conversation in row])
         line[: len(joined)] = joined
     inputs, targets = signed[:, :-1].astype(np.int64), signed[:, 1:].astype(np.int64)  # (N, T) each
     np.invert(inputs, out=inputs, where=inputs < 0)
     targets[targets < 0] = -1
     assert (targets >= 0).any(axis=1).all(), "a row without a target"
-    origin = f"conversations {' '.join(str(rendered.number) for row in rows for rendered in row)}"
+    origin = f"conversations {' '.join(str(conversation.number) for row in rows for conversation in row)}"
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), None, origin)

@@ -5,6 +5,7 @@ Used for text (own_files.py) and for conversations alike; each says which kinds 
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from nanochat.data.filesystems import ending_of
 from nanochat.data.remote import Source, find_remote, is_url
 
 COMPRESSIONS = ("", ".gz", ".zst")
+WEIGHT, MAX_WEIGHT = re.compile(r"\d*\.?\d+"), 1000
 
 
 def with_compressions(*kinds: str) -> tuple[str, ...]:
@@ -91,8 +93,19 @@ def split_entries(data: str, known_names: Sequence[str] = ()) -> list[str]:
     return [entry for entry in (entry if exists(entry) else entry.strip() for entry in entries) if entry]
 
 
+def split_weight(entry: str) -> tuple[str, float]:
+    """`mine.jsonl:3` -> (`mine.jsonl`, 3.0). 1 without a number, for a path that exists, and for a URL's port."""
+    name, colon, number = entry.rpartition(":")
+    if not colon or not WEIGHT.fullmatch(number) or exists(entry) or re.fullmatch(r"\w+://[^/]*", name):
+        return entry, 1.0
+    if not 0 < float(number) <= MAX_WEIGHT:
+        raise UserError(f"--data {entry}: the number after the colon must be above 0 and at most {MAX_WEIGHT}")
+    return name, float(number)
+
+
 def is_own_entry(part: str, known_names: Sequence[str]) -> bool:
     """Whether what follows a comma after a URL is another entry rather than more of the URL."""
+    part = split_weight(part)[0]
     return is_url(part) or part.strip() in known_names or exists(part) or bool(glob.glob(part, recursive=True))
 
 

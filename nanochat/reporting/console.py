@@ -1,12 +1,17 @@
-"""Tables on the console."""
+"""Tables and rendered conversations on the console."""
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from nanochat.common import say
+from nanochat.common import on_terminal, say
+from nanochat.conversation import Conversation, Tokenizer, render
+
+PREVIEW_TOKENS = 300
 
 
 def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ()) -> None:
@@ -18,3 +23,25 @@ def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str
     with console.capture() as drawn:
         console.print(table)
     say(drawn.get(), end="")
+
+
+def print_conversation(tokenizer: Tokenizer, conversation: Conversation) -> None:
+    """Print a conversation as the model sees it. What it does not learn to say is dimmed; in a log, where nothing can
+    be, what it learns to say stands in [[ ]]."""
+    ids, mask = render(tokenizer, conversation)
+    live, text = on_terminal(), Text()
+    for learnt, run in groupby(zip(ids[:PREVIEW_TOKENS], mask), key=lambda pair: pair[1]):
+        piece = "".join(visible(character) for character in tokenizer.decode([token for token, _ in run]))
+        text.append(piece if live or not learnt else f"[[{piece}]]", style="" if learnt else "dim")
+    if len(ids) > PREVIEW_TOKENS:
+        text.append(f" … ({len(ids):,} tokens)", style="dim")
+    marks = "what it learns to say is bright" if live else "it learns to say what is in [[ ]]"
+    console = Console()
+    with console.capture() as drawn:
+        console.print(f"the first conversation as the model sees it; {marks}:", text, sep="\n", soft_wrap=True)
+    say(drawn.get(), end="")
+
+
+def visible(character: str) -> str:
+    """The character; a control character, which a terminal would obey, as an escape such as \\x1b."""
+    return character if character.isprintable() or character == "\n" else repr(character)[1:-1]

@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
@@ -59,6 +59,7 @@ class Run(Generic[Config]):
     runtime: Runtime
     checkpoint: Checkpoint | None = None  # to resume from
     planned_steps: int | None = None  # of an earlier session: rates and decay follow from it, so it stays
+    shown: dict[str, Any] = field(default_factory=dict)  # values for the report besides the figures
 
     def begin(self, num_steps: int, plan: list[tuple[str, str]]) -> None:
         """Take the folder, now that every flag has been checked; print and keep the plan."""
@@ -141,6 +142,7 @@ class Run(Generic[Config]):
             "loader": trainer.loader.stats(),
             "metrics": os.path.relpath(self.folder / "metrics.jsonl", get_base_dir()),
             "command": command_line(self.script, self.config),
+            **self.shown,
         }
 
     def _open_metrics(self, trainer: Trainer) -> Metrics:

@@ -1,0 +1,161 @@
+"""Conversations as data sets write them, brought into the form of nanochat/conversation.py.
+
+    messages, or a bare list     [{"role": "user", "content": "Hi"}, …], also with content as a list of text parts
+    ShareGPT                     {"conversations": [{"from": "human", "value": "Hi"}, …]}
+    Alpaca and its relatives     {"instruction": …, "input": …, "output": …}, with "system" and "history" if given
+    prompt and completion        {"prompt": …, "completion": …}, texts or lists of messages
+
+Fields without a meaning here (an id, a source) are ignored. What would be lost, such as a picture or a function call,
+is an error.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from nanochat.conversation import PART_TOKENS, Conversation, Message, merge_messages, validate_conversation
+
+LISTS = ("messages", "conversations", "conversation")
+QUESTIONS = ("instruction", "prompt", "question", "query", "input")  # "input" is a context beside any of the others
+CONTEXTS = ("input", "context")
+ANSWERS = ("output", "completion", "response", "answer")
+SYSTEMS = ("system", "system_prompt")
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "developer": "system",
+}
+TEXT_TYPES = ("text", "input_text", "output_text")
+
+
+def to_conversation(row: Any) -> Conversation:
+    """The conversation that `row`, a parsed line of JSON or a row of a table, stands for.
+
+    Raises ValueError, with the reason in one line, if it is none, or has nothing to train on.
+    """
+    messages = [plain_message(number, message) for number, message in enumerate(messages_of(row), 1)]
+    try:
+        validate_conversation({"messages": messages}, for_training=True)
+    except ValueError:
+        if not messages or not all(is_mergeable(message) for message in messages):
+            raise
+        merged = merge_messages(messages)
+        messages = [{key: value for key, value in message.items() if key != "merged"} for message in merged]
+        validate_conversation({"messages": messages}, for_training=True)
+    check_encodable(messages)
+    return {"messages": messages}
+
+
+def is_mergeable(message: Message) -> bool:
+    """Whether messages such as this one may be merged, so that the roles alternate."""
+    known = message.get("role") in ("system", "user", "assistant") and isinstance(message.get("content"), str | list)
+    return known and bool(message["content"] or message["role"] != "assistant") and "weight" not in message
+
+
+def check_encodable(messages: list[Message]) -> None:
+    """Raise ValueError for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        json.dumps(messages, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair, not a character"
+        ) from None
+
+
+def is_message(value: Any) -> bool:
+    """Whether this is a single message rather than a conversation."""
+    return isinstance(value, dict) and bool({"role", "from"} & set(value)) and not set(LISTS) & set(value)
+
+
+def messages_of(row: Any) -> list[Any]:
+    """The messages of a row of any format, as they are."""
+    if isinstance(row, list):
+        return row
+    if not isinstance(row, dict):
+        raise ValueError(f"a conversation is a list of messages or an object, not {type(row).__name__}")
+    fields = {name: value for name, value in row.items() if value not in (None, "")}
+    if name := only(fields, LISTS):
+        messages = as_messages(fields[name], "")
+    elif (answer := only(fields, ANSWERS)) and (question := only(fields, QUESTIONS[:-1]) or only(fields, QUESTIONS)):
+        messages = exchange(fields, question, answer)
+    else:
+        found = ", ".join(map(repr, row)) or "nothing"
+        raise ValueError(f"no conversation: it needs 'messages', or 'prompt' and 'completion'; found {found}")
+    if system := only(fields, SYSTEMS):
+        messages = [*as_messages(fields[system], "system"), *messages]
+    return messages
+
+
+def exchange(fields: dict[str, Any], question: str, answer: str) -> list[Any]:
+    """The messages of a question and its answer, after the exchanges of "history"."""
+    asked = fields[question]
+    context = only(fields, [name for name in CONTEXTS if name != question])
+    if context:
+        if not isinstance(asked, str) or not isinstance(fields[context], str):
+            raise ValueError(f"{question!r} and {context!r} must be strings")
+        asked = f"{asked}\n\n{fields[context]}"
+    messages = []
+    for pair in as_list(fields.get("history", []), "history"):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError("'history' must be a list of pairs: a question and its answer")
+        messages += [*as_messages(pair[0], "user"), *as_messages(pair[1], "assistant")]
+    return [*messages, *as_messages(asked, "user"), *as_messages(fields[answer], "assistant")]
+
+
+def only(fields: dict[str, Any], names: Iterable[str]) -> str:
+    """The one of `names` that is a field; "" if none is. ValueError if several are: which is meant?"""
+    present = [name for name in names if name in fields]
+    if len(present) > 1:
+        raise ValueError(f"it has both {present[0]!r} and {present[1]!r}: leave one out")
+    return present[0] if present else ""
+
+
+def as_messages(value: Any, role: str) -> list[Any]:
+    """A list of messages, also one written as JSON in a string; with a role, a text becomes one message of it."""
+    if isinstance(value, str):
+        if role:
+            return [{"role": role, "content": value}]
+        try:
+            value = json.loads(value)  # a column of a table
+        except ValueError:
+            raise ValueError(f"expected a list of messages, found the text {value[:40]!r}") from None
+    return as_list(value, "messages")
+
+
+def as_list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{what!r} must be a list, not {type(value).__name__}")
+    return value
+
+
+def plain_message(number: int, message: Any) -> Message:
+    """The message with a "role" and "content" of ours; its other fields stay. Errors that remain are validation's."""
+    if not isinstance(message, dict):
+        raise ValueError(f"message {number} must be an object with 'role' and 'content', not {type(message).__name__}")
+    names = {"from": "role", "value": "content"} if "role" not in message else {}
+    plain = {str(names.get(key, key)): value for key, value in message.items()}
+    if plain.get("tool_calls") or plain.get("function_call"):
+        raise ValueError(f"message {number} calls a function; the tools known here are parts of the content")
+    role, content = plain.get("role"), plain.get("content")
+    if isinstance(role, str):
+        plain["role"] = role = ROLES.get(role, role)
+    if isinstance(content, list):
+        plain["content"] = plain_content(content, role, f"message {number}")
+    return plain
+
+
+def plain_content(content: list[Any], role: Any, where: str) -> Any:
+    """A list of text parts as one string; an assistant's list of our own parts as it is."""
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
+    if role == "assistant" and all(kind in PART_TOKENS for kind in kinds):
+        return content
+    if other := [kind for kind in kinds if kind not in TEXT_TYPES]:
+        raise ValueError(f"{where}: a part of type {other[0]!r} cannot be learnt; text can")
+    texts = [part.get("text") for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{where}: a text part needs a string 'text'")
+    return "".join(texts)
