@@ -473,10 +473,10 @@ def test_customjson(tmp_path: Path) -> None:
         (b"[]", "empty"),
         (b'{"turns": []}', "messages"),
         (b'[{"role": "user", "content": "Hi"}]', "no assistant message"),
-        (b'[{"role": "assistant", "content": "Hi"}]', "role 'user'"),
+        (b'[{"role": "narrator", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]', "narrator"),
         (b'[{"role": "user"}, {"role": "assistant", "content": "Hi"}]', "content"),
         (b'[{"role": "user", "content": 3}, {"role": "assistant", "content": "Hi"}]', "string"),
-        (b'[{"role": "user", "content": "\xff"}]', "not UTF-8"),
+        (b'[{"role": "user", "content": "\xff"}]', "UTF-8"),
         (b"[" * 100_000, "not JSON"),
     ],
 )

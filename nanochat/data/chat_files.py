@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from nanochat.data.chat_formats import is_message, to_conversation
 from nanochat.data.listing import FileListing, kind_among, list_data
 from nanochat.data.remote import Source
-from nanochat.data.rows import JSON_KINDS, ROW_KINDS, Row, file_rows, json_lines
+from nanochat.data.rows import JSON_KINDS, ROW_KINDS, Row, file_rows, json_lines, parse_line
+from nanochat.data.text_stream import text_chunks
 
 
 @dataclass
@@ -49,18 +50,20 @@ def read_chats(entry: str, base_dir: Path, known_names: Sequence[str] = ()) -> C
 def chat_rows(path: Source) -> Iterator[Row]:
     """The rows of a file. A .json file that is one list of messages is one row."""
     kind = kind_among(ROW_KINDS, path)
-    rows = file_rows(path) if kind else json_lines(path)
+    if not kind or (kind in JSON_KINDS and has_json_lines(path)):
+        yield from json_lines(path)
+        return
+    rows = file_rows(path)
     first = next(rows, None)
-    if first is None:
-        return
-    if kind in JSON_KINDS and first.where.startswith("item") and is_message(first.value):
-        messages: list[Any] = [first.value]
-        for row in rows:
-            messages.append(row.value)
-            if row.error:
-                yield row
-                return
-        yield Row("its only conversation", messages)
-        return
-    yield first
-    yield from rows
+    if first and kind in JSON_KINDS and is_message(first.value):
+        found = [first, *rows]
+        error = next((row.error for row in found if row.error), "")
+        yield Row("its only conversation", [row.value for row in found], error)
+    elif first:
+        yield from chain([first], rows)
+
+
+def has_json_lines(path: Source) -> bool:
+    """Whether the first of several lines is a whole JSON value, whatever the file's name."""
+    line, _, rest = next(text_chunks(path), b"").partition(b"\n")
+    return bool(rest.strip()) and not parse_line(path, 1, line).error
