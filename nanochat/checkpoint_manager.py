@@ -28,11 +28,12 @@ from nanochat.checkpoint.manifest import (
     DamagedCheckpoint,
     Manifest,
     check_step,
-    check_version,
+    damaged,
     file_record,
 )
-from nanochat.checkpoint.tensor_file import read_tensors, tensor_chunks, write_file
-from nanochat.common import UserError, fsync, get_base_dir, read_json, warn
+from nanochat.checkpoint.meta import Meta
+from nanochat.checkpoint.tensor_file import read_shapes, read_tensors, tensor_chunks, write_file
+from nanochat.common import UserError, fsync, get_base_dir, warn
 from nanochat.distributed.collectives import BackgroundGroup
 from nanochat.distributed.rank_checks import non_finite
 from nanochat.gpt import GPT, GPTConfig
@@ -40,6 +41,7 @@ from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 
 Result = TypeVar("Result")
+Shapes = Mapping[str, tuple[int, ...]]
 
 CHECKPOINT_FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
 
@@ -172,13 +174,23 @@ class Checkpoint:
 
     path: Path
     step: int
-    meta: dict[str, Any]
+    meta: dict[str, Any]  # a Meta
     manifest: Manifest = field(repr=False)
 
     @property
     def weights_hash(self) -> str:
         """SHA-256 of the file of the model's parameters."""
-        return str(self.manifest.files["model.safetensors"]["sha256"])
+        return self.manifest.files["model.safetensors"]["sha256"]
+
+    def model_config(self) -> GPTConfig:
+        """The network, checked against the shapes of the saved weights before there is memory for any."""
+        config = GPTConfig.from_dict(self.meta["model_config"], self.path / "meta.json")
+        expected = {name: tuple(p.shape) for name, p in GPT.allocate(config, "meta", torch.float32).named_parameters()}
+        self._check("model.safetensors")
+        with damaged():
+            found = {name: tuple(shape) for name, shape in read_shapes(self.path / "model.safetensors").items()}
+        check_shapes(expected, found, self.path)
+        return config
 
     def model_state(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         """The model's parameters by name."""
@@ -203,13 +215,19 @@ class Checkpoint:
 
     def tokenizer(self) -> RustBPETokenizer:
         """The tokenizer the model was trained with. Raises UserError if the file holds another one."""
-        self.manifest.check_size("tokenizer.json")
+        self._check("tokenizer.json")
         self.manifest.check_hash("tokenizer.json")
         tokenizer = RustBPETokenizer.from_directory(self.path)
         if tokenizer.hash != self.meta["tokenizer_hash"]:
             raise UserError(
                 f"the tokenizer in {self.path} is not the one its model was trained with "
                 f"(hash {tokenizer.hash[:12]}, expected {self.meta['tokenizer_hash'][:12]}); use another checkpoint"
+            )
+        size = tokenizer.get_vocab_size()
+        if self.meta["model_config"].get("vocab_size", size) != size:
+            raise UserError(
+                f"the tokenizer in {self.path} has {size:,} tokens, its model "
+                f"{self.meta['model_config']['vocab_size']:,}; use another checkpoint"
             )
         return tokenizer
 
@@ -218,14 +236,16 @@ class Checkpoint:
         shares = [name for name in self.manifest.files if re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", name)]
         return sorted(shares) or [f"{stem}.safetensors"]
 
-    def _read(self, name: str, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    def _check(self, name: str) -> None:
+        """Raise UserError unless the step has this file, in its size."""
         if name not in self.manifest.files:
             raise UserError(f"{self.path} was saved without {name}; choose another step or start fresh")
         self.manifest.check_size(name)
-        try:
+
+    def _read(self, name: str, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        self._check(name)
+        with damaged():
             tensors, sha256 = read_tensors(self.path / name, device)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise DamagedCheckpoint(f"{self.path / name} is damaged ({error}); choose another step") from error
         self.manifest.check_hash(name, sha256)
         return tensors
 
@@ -291,12 +311,11 @@ def read_checkpoint(
 def _open_step(run: Path, step: int, verify: bool | Collection[str]) -> Checkpoint:
     path = step_path(run, step)
     manifest = Manifest.read(path)
-    for name in manifest.files:
+    for name in {**manifest.files, "meta.json": None}:
         manifest.check_size(name)
         if name == "meta.json" or (verify if isinstance(verify, bool) else name in verify):
             manifest.check_hash(name)
-    meta = read_json(path / "meta.json")
-    check_version(path / "meta.json", meta)
+    meta = Meta.read(path / "meta.json")
     check_step(path, meta["step"])
     return Checkpoint(path, step, meta, manifest)
 
@@ -324,10 +343,11 @@ def load_model(
         runtime = Runtime(torch.device(runtime), compute_dtype, "", seed=0)
 
     def read(checkpoint: Checkpoint) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-        model = GPT.allocate(GPTConfig.from_dict(checkpoint.meta["model_config"]), runtime.device, compute_dtype)
+        model = GPT.allocate(checkpoint.model_config(), runtime.device, compute_dtype)
         model.init_rotary()  # computed, never saved
         load_model_state(model, checkpoint.model_state(), checkpoint.path)
-        return model.eval(), checkpoint.tokenizer(), checkpoint.meta | {"weights": checkpoint.weights_hash}
+        checkpoint.meta["weights"] = checkpoint.weights_hash
+        return model.eval(), checkpoint.tokenizer(), checkpoint.meta
 
     run = find_run(base_dir or get_base_dir(), source, model_tag)
     return read_checkpoint(run, step, read, ("model.safetensors", "tokenizer.json"), runtime)
@@ -339,19 +359,10 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
     Raises UserError if a parameter is missing, extra, of another shape, or not finite.
     """
     parameters = dict(model.named_parameters())
-    problems = [f"{name} is missing" for name in parameters if name not in state]
-    problems += [f"{name} is not in the model" for name in state if name not in parameters]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, the model's has {tuple(p.shape)}"
-        for name, p in parameters.items()
-        if name in state and state[name].shape != p.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"the weights in {where} do not fit the model: {'; '.join(problems[:3])}{more}; "
-            "they were saved with another model config"
-        )
+    expected, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (parameters, state))
+    check_shapes(expected, found, where)
+    if other := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise UserError(f"the weights in {where} are not floating-point numbers: {other[0]}")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(state[name])
@@ -359,4 +370,21 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
         raise UserError(
             f"the weights in {where} are not finite ({', '.join(bad[:3])}): that run diverged; "
             "use an earlier step, if there is one"
+        )
+
+
+def check_shapes(expected: Shapes, found: Shapes, where: Path | str) -> None:
+    """Raise UserError if a parameter is missing in `found`, extra, or of another shape."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not in the model" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {found[name]}, the model's has {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"the weights in {where} do not fit the model: {'; '.join(problems[:3])}{more}; "
+            "they were saved with another model config"
         )

@@ -179,16 +179,6 @@ def write_json(path: Path | str, value: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: Path | str) -> Any:
-    """Read a JSON file; raises UserError naming the file if it is missing or not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({first_line(error)}); it may be cut short") from error
-
-
 def json_hash(value: Any) -> str:
     """Hex SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

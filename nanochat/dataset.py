@@ -29,12 +29,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from nanochat.common import UserError, debug_enabled, get_base_dir, json_hash, read_json, warn, write_json
+from nanochat.common import UserError, debug_enabled, get_base_dir, json_hash, warn, write_json
 from nanochat.data.corpus import SPLITS, BadShards, Corpus, Record
 from nanochat.data.download import DEFAULT_SET, HUB_SETS, HubSet, download_shards, hub_folder
 from nanochat.data.own_files import open_own_files
 from nanochat.data.parquet import TextOptions
 from nanochat.data.shards import ShardCorpus, ShardOpener, open_shard
+from nanochat.files import read_json
 from nanochat.runtime import Runtime
 
 __all__ = ["Corpus", "SavedCorpus", "open_corpus", "resolve_corpus", "save_record", "starter_corpus"]

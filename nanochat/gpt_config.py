@@ -1,9 +1,11 @@
 """GPTConfig: everything that defines the network, checked when made."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 from nanochat.common import UserError
+from nanochat.files import check_value
+from nanochat.ranges import Range, check_ranges
 
 
 @dataclass
@@ -13,32 +15,28 @@ class GPTConfig:
     The defaults are the published form; `later()` and `plain()` are the two others people compare with.
     """
 
-    sequence_len: int = 2048
-    vocab_size: int = 32768
-    n_layer: int = 12
-    n_head: int = 6
-    n_kv_head: int = 6
-    n_embd: int = 768
+    sequence_len: Annotated[int, Range(2, 2**20)] = 2048
+    vocab_size: Annotated[int, Range(1, 2**22)] = 32768
+    n_layer: Annotated[int, Range(1, 1024)] = 12
+    n_head: Annotated[int, Range(1, 1024)] = 6
+    n_kv_head: Annotated[int, Range(1, 1024)] = 6
+    n_embd: Annotated[int, Range(1, 2**17)] = 768
     window_pattern: str = "SSSL"  # tiled over the layers: S short window, L full context; the last layer is always L
-    short_window_divisor: int = 2  # S = sequence_len / divisor; above 2 rounded up to a multiple of 128
-    rope_base: float = 10_000.0
-    qk_scale: float = 1.0  # on q and on k, after their norm
-    softcap: float = 15.0
+    short_window_divisor: Annotated[int, Range(1)] = 2  # S = sequence_len / divisor; above 2 to a multiple of 128
+    rope_base: Annotated[float, Range(above=0, max=1e12)] = 10_000.0
+    qk_scale: Annotated[float, Range(above=0, max=1e6)] = 1.0  # on q and on k, after their norm
+    softcap: Annotated[float, Range(above=0, max=1e6)] = 15.0
     value_embeds: bool = True  # on every other layer, the last one included
-    value_gate_channels: int = 32
-    value_gate_scale: float = 2.0
+    value_gate_channels: Annotated[int, Range(1)] = 32
+    value_gate_scale: Annotated[float, Range(-1e6, 1e6)] = 2.0
     residual_scalars: bool = True  # per layer: x = resid_lambda * x + x0_lambda * x0
     smear: bool = False  # each token takes a gated bit of its predecessor's embedding
-    smear_channels: int = 24
+    smear_channels: Annotated[int, Range(1)] = 24
     backout: bool = False  # the middle layer's residual is subtracted before the head
     init: str = "published"  # or "later": smaller embeddings and c_fc, scalars graded over depth, gates not zero
 
     def __post_init__(self) -> None:
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.sequence_len < 2:
-            raise UserError(f"sequence_len must be at least 2, got {self.sequence_len}")
+        check_ranges(self, flags=False)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one of them")
         if self.n_head % self.n_kv_head:
@@ -47,13 +45,8 @@ class GPTConfig:
             raise UserError(f"the head size n_embd/n_head must be even for rotary embeddings, got {self.head_dim}")
         if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
             raise UserError(f"window_pattern takes the letters S and L, got {self.window_pattern!r}")
-        if self.short_window_divisor < 1:
-            raise UserError(f"short_window_divisor must be at least 1, got {self.short_window_divisor}")
         if self.init not in ("published", "later"):
             raise UserError(f"init must be 'published' or 'later', got {self.init!r}")
-        for name in ("softcap", "rope_base", "qk_scale", "value_gate_channels", "smear_channels"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         self.value_gate_channels = min(self.value_gate_channels, self.n_embd)
         self.smear_channels = min(self.smear_channels, self.n_embd)
 
@@ -107,9 +100,6 @@ class GPTConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":
-        """Read a saved config; a field this version does not know is an error, not a guess."""
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise UserError(f"the checkpoint's model config has unknown fields: {', '.join(sorted(unknown))}")
-        return cls(**values)
+    def from_dict(cls, values: dict[str, Any], where: object = "the checkpoint's model config") -> "GPTConfig":
+        """Read a saved config. Raises UserError for a wrong value, and for a field this version does not know."""
+        return check_value(values, where, cls, extra="forbid")

@@ -6,7 +6,7 @@ an experiment is one flag, and the checkpoint records it. `bench/recipe.py` meas
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from nanochat.common import UserError
 from nanochat.gpt_config import GPTConfig
@@ -117,7 +117,8 @@ def recipe_rules(text: str) -> dict[str, Any]:
 
 def _types(owner: Any) -> dict[str, Any]:
     """The fields of a dataclass that a recipe may set, and their types."""
-    return {f.name: f.type for f in fields(owner) if f.name not in SIZES}
+    hints = get_type_hints(owner)
+    return {f.name: hints[f.name] for f in fields(owner) if f.name not in SIZES}
 
 
 def _read(key: str, value: str, kind: Any) -> Any:

@@ -27,7 +27,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from nanochat.common import UserError, atomic_write, delete_leftovers, free_name, read_json, warn, write_json
+from nanochat.common import UserError, atomic_write, delete_leftovers, free_name, warn, write_json
+from nanochat.files import read_json
 from nanochat.reporting.machine import describe_machine
 from nanochat.reporting.pages import render, report_context
 from nanochat.reporting.view import SPECIAL_KEYS, STAGES, Record, stages_of, wilson_interval

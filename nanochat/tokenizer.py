@@ -17,8 +17,9 @@ from typing import Any, overload
 import rustbpe
 import tiktoken
 
-from nanochat.common import SPECIAL_TOKENS, UserError, atomic_write, get_base_dir, read_json, warn
+from nanochat.common import SPECIAL_TOKENS, UserError, atomic_write, get_base_dir, warn
 from nanochat.conversation import Conversation, Rendered, render, render_prompt
+from nanochat.files import read_json
 
 # GPT-4's split pattern, with digits in groups of at most two: a small vocabulary has no room for a thousand
 # three-digit tokens.

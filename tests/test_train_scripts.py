@@ -18,7 +18,8 @@ from stubs import TINY
 from toy_training import CPU, make_trainer
 
 from nanochat.checkpoint_manager import list_steps, open_checkpoint, run_dir
-from nanochat.common import UserError, read_json
+from nanochat.common import UserError
+from nanochat.files import read_json
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.scaling import make_plan

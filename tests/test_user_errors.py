@@ -147,7 +147,11 @@ def test_flags_of_sft(flag: str, copied: Path, capsys: pytest.CaptureFixture[str
 def test_sizes_beyond_any_memory_exit_1(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         data = f"--data={copied / 'text.jsonl'}"
-        _cli.run(lambda: base_train.main([*TINY, data, "--max-seq-len=1000000000000", "--model-tag=vast"]))
+        _cli.run(
+            lambda: base_train.main(
+                [*TINY, data, "--depth=100", "--n-embd=131072", "--head-dim=128", "--model-tag=vast"]
+            )
+        )
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "memory" in error and "Traceback" not in error
 

@@ -1,26 +1,56 @@
 """The manifest of one step: size and SHA-256 of each of its files. A step that has its manifest is complete."""
 
-import json
+import contextlib
+import hashlib
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import NonNegativeInt, StringConstraints
+from typing_extensions import TypedDict
 
 from nanochat.common import UserError, fsync, json_hash, sha256_file, write_json
+from nanochat.files import check_value, open_file, read_json
 
 FORMAT, VERSION = "nanochat-checkpoint", 1
 MANIFEST = "manifest.json"
+
+PlainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=255)]
+
+
+class FileRecord(TypedDict):
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+    bytes: NonNegativeInt
 
 
 class DamagedCheckpoint(UserError):
     """A checkpoint whose files are not what was written. The search for the latest good one skips it."""
 
 
+class Content(TypedDict):
+    """The manifest's own fields, beside format, version and checksum."""
+
+    files: dict[PlainName, FileRecord]
+    step: NotRequired[int | None]
+
+
+@contextlib.contextmanager
+def damaged() -> Iterator[None]:
+    """Turn a UserError of the block, which reads a checkpoint's file, into a DamagedCheckpoint."""
+    try:
+        yield
+    except UserError as error:
+        raise DamagedCheckpoint(f"{error}; choose another step") from error
+
+
 @dataclass
 class Manifest:
-    """The files in `folder`: name -> {"sha256", "bytes"}. The checks raise DamagedCheckpoint, which names the file."""
+    """The files in `folder`: plain names of regular files. The checks raise DamagedCheckpoint, which names the file."""
 
     folder: Path
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileRecord]
     step: int | None = None  # None in manifests written before they had it
 
     @classmethod
@@ -30,14 +60,13 @@ class Manifest:
         Its own checksum tells a damaged one (DamagedCheckpoint) from another version's (UserError).
         """
         path = folder / MANIFEST
-        try:
-            content = json.loads(path.read_bytes())
-            checksum = content.pop("checksum")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedCheckpoint(f"{path} is missing or damaged ({error}); choose another step") from error
-        if checksum != json_hash(content):
-            raise DamagedCheckpoint(f"{path} is damaged (sha256 mismatch); choose another step")
+        with damaged():
+            content = read_json(path, dict[str, Any], follow_links=False)
+            if content.pop("checksum", None) != json_hash(content):
+                raise UserError(f"{path} is damaged (sha256 mismatch)")
         check_version(path, content)
+        with damaged():
+            content = check_value(content, path, Content)
         check_step(folder, content.get("step"))
         return cls(folder, content["files"], content.get("step"))
 
@@ -52,19 +81,21 @@ class Manifest:
         """Compare a file's size with the record."""
         path, expected = self.folder / name, self.files[name]["bytes"]
         try:
-            size = path.stat().st_size
+            found = path.lstat()
         except OSError as error:
             raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror}); choose another step") from error
-        if size != expected:
+        if not stat.S_ISREG(found.st_mode):
+            raise DamagedCheckpoint(f"{path} is not a regular file; choose another step, or replace it by a copy")
+        if found.st_size != expected:
+            size = found.st_size
             raise DamagedCheckpoint(f"{path} is damaged: it has {size:,} bytes of {expected:,}; choose another step")
 
     def check_hash(self, name: str, sha256: str | None = None) -> None:
         """Compare a file's SHA-256, `sha256` if it is known already, with the record."""
         path = self.folder / name
-        try:
-            sha256 = sha256 or sha256_file(path)
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror}); choose another step") from error
+        if sha256 is None:
+            with damaged(), open_file(path, follow_links=False) as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != self.files[name]["sha256"]:
             raise DamagedCheckpoint(f"{path} is damaged (sha256 mismatch); choose another step")
 
@@ -87,6 +118,6 @@ def check_step(folder: Path, step: int | None) -> None:
         )
 
 
-def file_record(path: Path) -> dict[str, Any]:
+def file_record(path: Path) -> FileRecord:
     """A file's entry in the manifest."""
     return {"sha256": sha256_file(path), "bytes": path.stat().st_size}

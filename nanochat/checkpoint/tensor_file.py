@@ -2,20 +2,25 @@
 
 Not the safetensors library, for three reasons: it reports a full disk as its own exception instead of an OSError; it
 memory-maps files when reading, so that a file truncated meanwhile kills the process; and read from bytes instead, a
-file is in memory twice. Here the bytes that were hashed are the bytes that the caller holds. Imports nothing from
-nanochat.
+file is in memory twice. Here the bytes that were hashed are the bytes that the caller holds.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from nanochat.common import UserError, first_line
+from nanochat.files import check_value, open_file, parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -72,32 +77,68 @@ def tensor_chunks(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> Iterator[
         yield flat.as_strided((flat.numel(),), (1,), flat.storage_offset()).view(torch.uint8).numpy()
 
 
+MAX_HEADER_BYTES = 16 * 2**20  # of some hundred thousand tensors
+MAX_SIZE = 2**48  # of a dimension, or of a file
+
+Size = Annotated[int, Field(ge=0, le=MAX_SIZE)]
+
+
+class Entry(TypedDict):
+    """A tensor in the header. Its bytes are [begin, end) of what follows the header."""
+
+    dtype: Literal[*DTYPES]  # type: ignore[valid-type]
+    shape: Annotated[list[Size], Field(max_length=16)]
+    data_offsets: tuple[Size, Size]
+
+
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of a file's tensors by name, from its header alone. Raises UserError as read_tensors does."""
+    with open_file(path, follow_links=False) as file:
+        return {name: entry["shape"] for name, entry in _read_header(path, file)[0].items()}
+
+
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, torch.Tensor], str]:
     """Read a file; returns its tensors, each with its own storage, and the SHA-256 of the bytes they were read from.
 
-    Raises ValueError, KeyError or TypeError if it is not a safetensors file.
+    Raises UserError if it is not a regular file, or not a safetensors file.
     """
-    digest, tensors, position = hashlib.sha256(), {}, 0
-    with open(path, "rb") as file:
-        length = file.read(8)
-        header = file.read(min(int.from_bytes(length, "little"), os.fstat(file.fileno()).st_size))
-        digest.update(length + header)
-        entries = json.loads(header)
-        if not isinstance(entries, dict):
-            raise ValueError("its header is not an object")
-        entries.pop("__metadata__", None)
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+    with open_file(path, follow_links=False) as file:
+        entries, header = _read_header(path, file)
+        digest, tensors = hashlib.sha256(header), {}
+        for name, entry in entries.items():
             begin, end = entry["data_offsets"]
-            shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
-            if begin != position or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"its header is inconsistent at {name}")
-            flat = torch.empty(min(end, os.fstat(file.fileno()).st_size) - begin, dtype=torch.uint8)
-            data = flat.numpy().data
-            if file.readinto(data) != end - begin:
-                raise ValueError(f"it ends inside {name}")
+            try:
+                flat = torch.empty(end - begin, dtype=torch.uint8)
+                tensors[name] = flat.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+                data = flat.numpy().data
+                if file.readinto(data) != end - begin:
+                    raise UserError(f"{path} is damaged: it ends inside {name}")
+            except (RuntimeError, OSError) as error:  # no memory for it, or the disk fails
+                raise UserError(f"{path}: {name} cannot be read: {first_line(error)}") from error
             digest.update(data)
-            tensors[name] = flat.view(dtype).view(shape).to(device)
-            position = end
+            tensors[name] = tensors[name].to(device)
         if file.read(1):
-            raise ValueError("it continues after its last tensor")
+            raise UserError(f"{path} is damaged: it continues after its last tensor")
     return tensors, digest.hexdigest()
+
+
+def _read_header(path: Path, file: io.BufferedReader) -> tuple[dict[str, Entry], bytes]:
+    """The tensors' entries in the order of their bytes, which are those that follow in the file; and the header."""
+    length = file.read(8)
+    size = int.from_bytes(length, "little")
+    if len(length) < 8 or size > MAX_HEADER_BYTES:
+        raise UserError(f"{path} is not a safetensors file: its header cannot have {size:,} bytes")
+    text = file.read(size)
+    entries = parse_json(text, path, dict[str, Any])
+    entries.pop("__metadata__", None)
+    entries = check_value(entries, path, dict[str, Entry])
+    position, left = 0, os.fstat(file.fileno()).st_size - file.tell()
+    ordered = dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
+    for name, entry in ordered.items():
+        begin, end = entry["data_offsets"]
+        if begin != position or end - begin != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
+            raise UserError(f"{path} is damaged: its header is inconsistent at {name}")
+        position = end
+    if position > left:
+        raise UserError(f"{path} is damaged: its tensors have {position:,} bytes, of which it holds {left:,}")
+    return ordered, length + text

@@ -21,13 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from nanochat.common import BadShard, atomic_path, read_json, warn, write_json
+from nanochat.common import BadShard, atomic_path, warn, write_json
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
 from nanochat.data.parquet import TextOptions
 from nanochat.data.remote import RemoteFile, Source
 from nanochat.data.rows import LINE_KINDS
 from nanochat.data.text_stream import MIB
 from nanochat.data.textfiles import TEXT_KINDS, NoTextField, file_documents, kind_of
+from nanochat.files import read_json
 
 GROUP_DOCUMENTS, GROUP_CHARS = 1024, 16 * MIB  # a row group is full at either
 SHARD_ROW_GROUPS = 64

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochat.common import UserError, read_json, write_json
+from nanochat.common import UserError, write_json
+from nanochat.files import read_json
 from nanochat.gpt_config import GPTConfig
 from nanochat.scaling import estimate, scaling_params
 

@@ -8,7 +8,8 @@ from typing import Any
 from filelock import FileLock
 from markupsafe import Markup
 
-from nanochat.common import UserError, atomic_write, format_count, format_seconds, read_json, warn
+from nanochat.common import UserError, atomic_write, format_count, format_seconds, warn
+from nanochat.files import read_json
 from nanochat.reporting.charts import Line, draw_chart, limits_around
 from nanochat.reporting.curves import CHARTS, Record, is_number, read_curve, read_metrics
 from nanochat.reporting.pages import render

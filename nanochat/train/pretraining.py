@@ -123,7 +123,7 @@ def build_model(run: Run[PretrainConfig], tokenizer: RustBPETokenizer) -> GPT:
     if config.init_from and not run.checkpoint:
         source, weights = read_source(config.init_from, get_base_dir(), tokenizer, config.max_seq_len, runtime)
     if saved := run.checkpoint or source:
-        model_config = GPTConfig.from_dict(saved.meta["model_config"])
+        model_config = saved.model_config()
     else:
         model_config = new_network(config, tokenizer, runtime)
     config.depth, config.max_seq_len = model_config.n_layer, model_config.sequence_len

@@ -30,13 +30,13 @@ from nanochat.common import (
     format_seconds,
     free_name,
     get_base_dir,
-    read_json,
     say,
     warn,
     write_json,
 )
 from nanochat.distributed.collectives import BackgroundGroup, CollectiveFailed
 from nanochat.distributed.rank_checks import DataError, NonFiniteLoss, RanksDiverged
+from nanochat.files import read_json
 from nanochat.report import record_stage
 from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime

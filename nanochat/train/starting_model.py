@@ -10,7 +10,7 @@ import torch
 from nanochat.checkpoint.folder import list_steps
 from nanochat.checkpoint_manager import Checkpoint, find_run, load_model, read_checkpoint, run_dir
 from nanochat.common import UserError, get_base_dir
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.config import TrainConfig
@@ -31,7 +31,7 @@ def read_source(
     def read(source: Checkpoint) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
         if source.tokenizer().hash != tokenizer.hash:
             raise UserError(f"--init-from: {source.path} was trained with another tokenizer")
-        context = source.meta["model_config"]["sequence_len"]
+        context = source.model_config().sequence_len
         if max_seq_len not in (-1, context):
             raise UserError(
                 f"--init-from: that model's context is {context}, not {max_seq_len}; leave --max-seq-len out"
@@ -85,7 +85,7 @@ def open_starting_model(
     """
     if checkpoint:
         meta, base = checkpoint.meta, checkpoint.meta["base"]
-        model = GPT.create(GPTConfig.from_dict(meta["model_config"]), runtime.device, runtime.dtype)
+        model = GPT.create(checkpoint.model_config(), runtime.device, runtime.dtype)
         total = meta["plan"]["total_batch_tokens"]
         return StartingModel(model, checkpoint.tokenizer(), base["tag"], base["step"], base["recipe"], total)
     base_dir = get_base_dir()

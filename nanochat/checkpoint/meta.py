@@ -1,0 +1,85 @@
+"""meta.json: what a step says about its model and its run."""
+
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from nanochat.checkpoint.manifest import check_version, damaged
+from nanochat.common import UserError
+from nanochat.files import check_value, read_json
+
+Step = Annotated[int, Field(ge=0, le=2**40)]
+Count = Annotated[int, Field(ge=1, le=2**40)]
+Number = int | float | None
+
+
+class Plan(TypedDict):
+    num_steps: Count  # a deadline may have moved it
+    planned_steps: NotRequired[Count]  # before the first step
+    total_batch_tokens: Count
+
+
+class RuntimeSettings(TypedDict):
+    """See numeric_settings in train/snapshot.py."""
+
+    device_batch_size: Annotated[int, Field(ge=1, le=2**20)]
+    num_threads: Annotated[int, Field(ge=1, le=2**12)]
+    dtype: str
+    device: str
+    kernels: bool | str
+    world_size: NotRequired[Count]
+
+
+class SourceModel(TypedDict):
+    """The model that a finetuning run started from."""
+
+    tag: str
+    step: Step
+    recipe: str
+
+
+class Flags(TypedDict, total=False):
+    """Of the run's flags, those that are read by themselves."""
+
+    recipe: str
+    data: str
+    target_flops: float
+
+
+class Fields(TypedDict):
+    """Only what save_checkpoint adds must be there; training adds the rest, and a caller of its own what it likes."""
+
+    step: Step
+    tokenizer_hash: str
+    model_config: dict[str, Any]  # of GPTConfig
+    optimizer_steps: NotRequired[dict[str, Step]]
+    plan: NotRequired[Plan]
+    progress: NotRequired[dict[str, Number]]  # of Progress
+    runtime: NotRequired[RuntimeSettings]
+    user_config: NotRequired[Flags]
+    base: NotRequired[SourceModel]
+    corpus: NotRequired[str]
+    data: NotRequired[str]
+    before: NotRequired[dict[str, Number]]  # RL: the figures before the first step
+
+
+class Meta(dict[str, Any]):
+    """The values of meta.json. To ask for one that is not there is a UserError: it was saved for another purpose."""
+
+    def __init__(self, values: dict[str, Any], where: object) -> None:
+        super().__init__(values)
+        self.where = where
+
+    @classmethod
+    def read(cls, path: Path) -> "Meta":
+        """Read the file. Raises DamagedCheckpoint, or UserError for another version's."""
+        with damaged():
+            content = read_json(path, dict[str, Any], follow_links=False)
+        check_version(path, content)
+        with damaged():
+            return cls(check_value(content, path, Fields, extra="allow"), path)
+
+    def __missing__(self, name: str) -> Any:
+        raise UserError(f"{self.where} has no {name!r}, which is needed here; choose another step or start fresh")
