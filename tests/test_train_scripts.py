@@ -191,9 +191,9 @@ def test_a_damaged_plan_is_made_anew(content: str, tmp_path: Path, capsys: pytes
 
 
 def spoil(path: Path) -> None:
-    """Flip a bit in the middle of a file."""
+    """Flip a bit in the middle of a file, which makes it no UTF-8."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 16
+    data[len(data) // 2] ^= 128
     path.write_bytes(data)
 
 
