@@ -30,6 +30,7 @@ from nanochat.runtime import Runtime
 
 RL_RNG = 7  # purpose of the generator that picks prompts (batches.seeded_rng)
 OTHER_LEVELS_SHARE = 0.3  # of prompts from passed levels or the next one, so that they are not unlearnt
+SILENT_STEPS = 10  # one after the other draw a warning
 REWARD_DECAY = 0.9  # of the running mean of a level's reward, per step
 
 
@@ -80,6 +81,7 @@ class Group:
     rows: list[TokenSequence] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    cut: bool = False  # the prompt was longer than the context: only its end is left
 
     @property
     def advantages(self) -> list[float]:
@@ -140,8 +142,8 @@ class RolloutLoader(Loader):
         curriculum = int(rng.integers(len(self.curricula)))
         task, index = self.curricula[curriculum].draw(rng)
         conversation = task[index]
-        prompt = self.engine.tokenizer.render_for_completion(conversation)
-        return Group(curriculum, task, index, conversation, prompt[-(self.engine.max_context - 1) :])
+        prompt, room = self.engine.tokenizer.render_for_completion(conversation), self.engine.max_context - 1
+        return Group(curriculum, task, index, conversation, prompt[-room:], cut=len(prompt) > room)
 
     def _answer(self, groups: list[Group], numbers: Sequence[int]) -> None:
         """Fill in every group's samples, all decoded in one running batch, and their rewards."""
@@ -178,11 +180,12 @@ class RolloutLoader(Loader):
             -sum(row.logprob for row in rows),
             sum(row.end is None for row in rows),
             sum(group.silent for group in groups),
+            sum(group.cut for group in groups),
             len(groups),
         ]
         values = torch.tensor([*counts, *per_level.flatten()]).float().to(self.runtime.device)
         values = self.runtime.all_reduce_sum(values, "summing the rewards").cpu()
-        reward, samples, tokens, chosen, surprisal, cut_off, silent, num_groups = values[: len(counts)].tolist()
+        reward, samples, tokens, chosen, surprisal, cut_off, silent, cut, num_groups = values[: len(counts)].tolist()
         for curriculum, (total, number) in zip(self.curricula, values[len(counts) :].view(-1, 2).tolist()):
             curriculum.update(total / number if number else None)
         levels = [c for c in self.curricula if len(c.levels) > 1]
@@ -192,6 +195,7 @@ class RolloutLoader(Loader):
             "entropy": surprisal / max(chosen, 1),
             "cut_off": cut_off / samples,
             "groups_without_signal": silent / num_groups,
+            "prompts_cut": cut / num_groups,
             **{f"level/{c.levels[0].name.partition('/')[0]}": float(c.level + 1) for c in levels},
         }
 
@@ -213,6 +217,36 @@ class RolloutLoader(Loader):
     def stats(self) -> dict[str, float]:
         """Figures of the last batch, over all ranks."""
         return dict(self.figures)
+
+
+class SignalWatch:
+    """A hook: the figures of each step's samples, and a warning while steps have nothing to learn from."""
+
+    def __init__(self, loader: RolloutLoader, runtime: Runtime) -> None:
+        self.loader, self.runtime = loader, runtime
+        self.recent: list[dict[str, float]] = []  # the latest steps, as long as none has a signal
+
+    def __call__(self, trainer: Any) -> dict[str, float]:
+        figures = self.loader.stats()
+        self.recent = [*self.recent, figures] if figures["groups_without_signal"] == 1 else []
+        if len(self.recent) == SILENT_STEPS:
+            self.runtime.warn0(what_was_learnt(self.recent))
+            self.recent = []
+        return figures
+
+
+def what_was_learnt(records: Sequence[dict[str, Any]]) -> str:
+    """Why nothing was learnt in the steps of these records; "" if some answers to a prompt were better than others."""
+    steps = [record for record in records if "groups_without_signal" in record]
+    if not steps or any(record["groups_without_signal"] < 1 for record in steps):
+        return ""
+    rewards, cut_off = [record["reward"] for record in steps], sum(record["cut_off"] for record in steps) / len(steps)
+    text = f"nothing was learnt in {len(steps)} step(s): "
+    if max(rewards) > 0:
+        return f"{text}the answers to each prompt all scored the same ({sum(rewards) / len(steps):.2g} on average)"
+    if cut_off > 0.5:
+        return f"{text}no answer earned a reward; {cut_off:.0%} of them were cut off: raise --max-new-tokens"
+    return f"{text}no answer earned a reward: finetune on the task first (chat_sft), or choose an easier one"
 
 
 def as_batch(groups: Sequence[Group], origin: str) -> Batch:

@@ -1,7 +1,11 @@
 """Policy gradient against a worked example, on a bandit, and over ranks; rewards, curricula, resuming."""
 
+import json
 import math
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +17,12 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.inference.request import TokenSequence
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
-from nanochat.rl import Curriculum, Group, RolloutLoader, as_batch
+from nanochat.report import load_report
+from nanochat.rl import SILENT_STEPS, Curriculum, Group, RolloutLoader, SignalWatch, as_batch, what_was_learnt
 from nanochat.runtime import Runtime
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep
-from scripts import chat_rl
+from scripts import chat_rl, chat_sft
 from tasks.common import keyed_random
 from tasks.formats import Format
 from tasks.registry import REWARDED, make_levels
@@ -350,3 +355,79 @@ def test_flags_that_chat_rl_does_not_use_are_refused(flag: str) -> None:
 def test_ranges_of_the_sampling_flags(flag: str, part: str) -> None:
     with pytest.raises(UserError, match=part):
         chat_rl.main([flag])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Nothing to learn
+
+
+def steps_with(count: int = 3, **figures: float) -> list[dict[str, float]]:
+    return [{"step": i, "reward": 0.0, "cut_off": 0.0, "groups_without_signal": 1.0} | figures for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("records", "part"),
+    [
+        (steps_with(), "no answer earned a reward.*chat_sft"),
+        (steps_with(cut_off=0.9), "90%.*--max-new-tokens"),
+        (steps_with(reward=1.0), "same.*1 on average"),
+    ],
+)
+def test_a_run_without_signal_says_why_nothing_was_learnt(records: list[dict[str, float]], part: str) -> None:
+    assert re.search(part, what_was_learnt(records))
+    assert what_was_learnt([*records, *steps_with(1, groups_without_signal=0.9)]) == ""
+    assert what_was_learnt([{"step": 1, "loss": 2.0}]) == what_was_learnt([]) == ""
+
+
+def test_steps_without_signal_draw_a_warning_meanwhile(runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
+    loader = loader_for(tiny(), runtime)
+    watch = SignalWatch(loader, runtime)
+    for silent in ([1.0] * (SILENT_STEPS - 1) + [0.5]) * 2:
+        loader.figures = steps_with(1, groups_without_signal=silent)[0]
+        assert watch(None) == loader.figures
+    assert not capsys.readouterr().err
+    for _ in range(SILENT_STEPS):
+        loader.figures = steps_with(1)[0]
+        watch(None)
+    assert f"{SILENT_STEPS} step" in capsys.readouterr().err
+
+
+def test_prompts_that_are_cut_are_counted(runtime: Runtime) -> None:
+    class Long(Bandit):
+        def __getitem__(self, index: int) -> Any:
+            long = {"role": "user", "content": "x" * (200 if index % 2 else 5)}
+            return {"messages": [long, {"role": "assistant", "content": "b"}]}
+
+    loader = loader_for(tiny(), runtime, [Curriculum([Long()])], groups=40)
+    loader.next_batch()
+    assert 0.1 < loader.stats()["prompts_cut"] < 0.9
+    other = loader_for(tiny(), runtime)
+    other.next_batch()
+    assert other.stats()["prompts_cut"] == 0
+
+
+def test_a_run_whose_every_reward_is_0_says_so_in_log_and_report(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One new token is no answer: all are cut off."""
+    chats = copied / "chats.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats.write_text((json.dumps(turns) + "\n") * 2)
+    common = ["--device-type=cpu", "--num-iterations=2"]
+    assert chat_sft.main([f"--data={chats}", "--total-batch-size=16", "--eval-tokens=16", *common]) == 0
+    sizes = ["--examples-per-step=2", "--num-samples=2", "--max-new-tokens=1", "--eval-examples=1", "--eval-samples=1"]
+    assert chat_rl.main(["--tasks=Identity", *sizes, *common]) == 0
+    output = capsys.readouterr()
+    learnt = load_report(copied)["chat_rl"]["learnt"]
+    assert "--max-new-tokens" in learnt and learnt in output.err
+    last = next(line for line in reversed(output.out.splitlines()) if line.startswith("step 2/2"))
+    assert "nothing to learn" in last and "tok/s" not in last
+
+
+def test_tasks_are_checked_before_the_model_is_loaded(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copied / "chatsft_checkpoints").mkdir()
+    shutil.copytree(copied / "base_checkpoints" / "tiny", copied / "chatsft_checkpoints" / "tiny")
+    monkeypatch.setattr(chat_rl, "open_starting_model", lambda *_: pytest.fail("the model was loaded"))
+    for tasks in ("Juggling", ","):
+        with pytest.raises(UserError, match="WordProblems"):
+            chat_rl.main([f"--tasks={tasks}", "--device-type=cpu"])

@@ -51,8 +51,8 @@ class Metrics:
             self.write_failed = True
         for sink in self.sinks:
             sink(record["step"], record)
-        rate = record["tokens_per_second"]
-        self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
+        if rate := record["tokens_per_second"]:  # 0: nothing to train on, see groups_without_signal
+            self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
         important = trainer.finished or "val_bpb" in record
         now = time.monotonic()
         if self.live:
@@ -67,12 +67,13 @@ class Metrics:
         left = (time.perf_counter() - trainer.started) / max(now.step, 1) * (total - now.step)
         bpb = f" | bpb {now.val_bpb:.4f}" if now.val_bpb is not None else ""
         reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
+        if record.get("groups_without_signal") == 1:
+            reward += ", the same for all answers to a prompt: nothing to learn"
         share = self.rate * self.flops_per_token / self.peak_flops / self.runtime.world_size if self.peak_flops else 0
+        speed = f" | {format_count(self.rate)} tok/s" if self.rate else ""
         peak = f" | {share:.0%} of peak" if share else ""
-        return (
-            f"step {now.step}/{total} | loss {now.debiased_loss():.4f}{bpb}{reward} | "
-            f"{format_count(self.rate)} tok/s{peak} | {format_seconds(left)} left"
-        )
+        loss = f"step {now.step}/{total} | loss {now.debiased_loss():.4f}"
+        return f"{loss}{bpb}{reward}{speed}{peak} | {format_seconds(left)} left"
 
     def close(self) -> None:
         if self.file is not None:
