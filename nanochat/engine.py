@@ -166,6 +166,11 @@ class Chat:
         self.turn, self.answer = self.turn + 1, []
         return self._pieces(GenerationRequest(prompt, self.max_tokens, sampling), should_stop)
 
+    @property
+    def cut(self) -> bool:
+        """Whether the answer has ended at its limit of tokens, or was stopped, before the model ended it."""
+        return bool(self.answer) and self.answer[-1] not in self.engine.end_tokens
+
     def _pieces(self, request: GenerationRequest, should_stop: Callable[[], bool]) -> Iterator[tuple[str, str]]:
         text = AnswerStream(self.engine.tokenizer)
         for (token,), _ in self.engine.stream(request, should_stop):

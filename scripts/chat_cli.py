@@ -125,6 +125,8 @@ def say(chat: Chat, text: str) -> bool:
         print(flush=True)
     if chat.dropped:
         print(f"(the context is full: the first {chat.dropped} messages were forgotten)", file=sys.stderr)
+    if chat.chat_model and chat.cut and not interrupts:
+        print("(the answer was cut: it reached --max-tokens, or the end of the context)", file=sys.stderr)
     return not interrupts
 
 

@@ -15,10 +15,10 @@ class ContextExceeded(UserError):
     """A prompt that is longer than the model's context, or leaves no token of it for an answer."""
 
     def __init__(self, what: str, num_tokens: int, max_context: int) -> None:
-        # Clients recognise the error by "maximum context length is N tokens".
+        # Clients recognise the error by "this model's maximum context length is" and "prompt is too long".
         super().__init__(
-            f"This model's maximum context length is {max_context} tokens, answer included; "
-            f"{what} takes {num_tokens}. Shorten it."
+            f"The prompt is too long: {what} takes {num_tokens} tokens, and this model's maximum context length is "
+            f"{max_context} tokens, answer included. Shorten it."
         )
 
 
@@ -49,7 +49,7 @@ class GenerationRequest:
         """This request with max_tokens limited to the room after the prompt. Raises ContextExceeded if the prompt is
         longer than the context."""
         if len(self.prompt) > max_context:
-            raise ContextExceeded("the prompt", len(self.prompt), max_context)
+            raise ContextExceeded("it", len(self.prompt), max_context)
         return replace(self, max_tokens=min(self.max_tokens, max_context - len(self.prompt)))
 
     def sequences(self) -> list["TokenSequence"]:

@@ -96,7 +96,7 @@ def encode_prompt(api: Api, prompt: str | list[int]) -> list[int]:
         api.check_token_ids(prompt, "prompt")
         ids = list(prompt) if prompt[:1] == [bos] else [bos, *prompt]
     if len(ids) > api.max_context:
-        error = ContextExceeded("the prompt", len(ids), api.max_context)
+        error = ContextExceeded("it", len(ids), api.max_context)
         raise ApiError(400, str(error), param="prompt", code="context_length_exceeded")
     return ids
 
