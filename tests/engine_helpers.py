@@ -10,9 +10,9 @@ from nanochat.inference.request import GenerationRequest, TokenSequence
 from nanochat.inference.sampling import SamplingParams
 
 
-def make_model(form: Any = GPTConfig, vocab_size: int = 300) -> GPT:
-    """A small model with a context of 64 tokens, short and full windows, and no weight of zero."""
-    config = form(sequence_len=64, vocab_size=vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
+def make_model(form: Any = GPTConfig, vocab_size: int = 300, sequence_len: int = 64) -> GPT:
+    """A small model with a small context, short and full windows, and no weight of zero."""
+    config = form(sequence_len, vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
     return stir(GPT.create(config, seed=3))
 
 

@@ -190,6 +190,16 @@ def test_a_message_too_long_is_refused_and_the_chat_goes_on(monkeypatch: pytest.
     assert "xx" not in prompts(model)[-1] and "two" in prompts(model)[-1]
 
 
+@pytest.mark.parametrize(("flags", "answer"), [([], "Yes."), (["--max-tokens=4"], "Yes."), (["--max-tokens=3"], "Yes")])
+def test_an_answer_that_was_cut_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, flags: list[str], answer: str
+) -> None:
+    script(monkeypatch, answering("Yes."))
+    assert chat_cli.main([*flags, "-p", "hm"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{answer}\n" and ("--max-tokens" in said.err) == bool(flags)
+
+
 def test_invalid_utf8_input(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     script(monkeypatch, answering("Yes."))
     typed(monkeypatch, b"\xff\xfe caf\xe9", "ok")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,14 +13,13 @@ from serve_helpers import MODEL as SMALL
 from stubs import OUTPUT_END, PYTHON, PYTHON_END, START, Scripted, chain
 
 from nanochat.engine import Engine
-from nanochat.gpt import GPTConfig
 from nanochat.inference.chat_prompt import answer_reserve
 from nanochat.serve.api import Settings
 from nanochat.serve.server import create_app
 from nanochat.serve.service import Service, WorkerPool
 
 CONTEXT = 512
-MODEL = make_model(lambda **config: GPTConfig(**{**config, "sequence_len": CONTEXT}), vocab_size=265)
+MODEL = make_model(vocab_size=265, sequence_len=CONTEXT)
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": None}
 
 
@@ -377,6 +377,32 @@ def test_other_than_text_is_refused_by_name(client: TestClient, kind: str) -> No
 def test_calls_count_against_the_length_of_messages(client: TestClient) -> None:
     messages = [user(), assistant(None, tool_calls=[call("f", "x" * 300_000)]), output("x")]
     assert error_of(client, chat(messages=messages))["param"] == "messages"
+
+
+def test_answers_are_the_same_alone_together_and_cached(client: TestClient) -> None:
+    """Every kind of prompt, asked one after the other, then again at the same time, streamed and whole."""
+    calls = [call("python", '{"code": "1"}')]
+    kinds: list[list[dict[str, Any]]] = [
+        [user("a"), user("b"), system("S")],
+        [user("q"), assistant(None, tool_calls=calls), output("1")],
+        [user("q"), assistant("So ", prefix=True)],
+        [user("x" * 300), assistant("y" * 100), user("z" * 60)],
+        [system("c" * 300), user("d")],
+    ]
+
+    def ask(number: int) -> tuple[str, int]:
+        body = chat(messages=kinds[number % 5], max_tokens=15, seed=number, stream=number % 10 >= 5)
+        response = client.post(CHAT, json={**body, "stream_options": {"include_usage": True}})
+        if not body["stream"]:
+            answer = response.json()
+            return answer["choices"][0]["message"]["content"], answer["usage"]["total_tokens"]
+        *chunks, last, _ = events(response)
+        text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        return text, last["usage"]["total_tokens"]
+
+    alone = [ask(number) for number in range(10)]
+    with ThreadPoolExecutor(20) as threads:
+        assert list(threads.map(ask, [*range(10), *range(10)])) == alone * 2
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from nanochat.serve.remote_service import serve_replica
 from nanochat.serve.service import Service
 
 def make(observe):
-    service = Service(make_model(vocab_size=265), TOKENIZER, max_rows=4, observe=observe)
+    service = Service(make_model(vocab_size=265, sequence_len={max_context}), TOKENIZER, max_rows=4, observe=observe)
     step = service.batch.step
     def slow(**settings):
         time.sleep({pause})
@@ -57,9 +57,9 @@ serve_replica(make, int(sys.argv[-1]))
 """
 
 
-def remote(pause: float = 0.0, observe: Any = lambda name, value: None) -> RemoteService:
-    code = CHILD.format(root=str(TESTS.parent), tests=str(TESTS), pause=pause)
-    return RemoteService([sys.executable, "-c", code], 64, 8, observe)
+def remote(pause: float = 0.0, observe: Any = lambda name, value: None, max_context: int = 64) -> RemoteService:
+    code = CHILD.format(root=str(TESTS.parent), tests=str(TESTS), pause=pause, max_context=max_context)
+    return RemoteService([sys.executable, "-c", code], max_context, 8, observe)
 
 
 INCOMPLETE_LINE = """
@@ -101,6 +101,16 @@ def test_same_tokens_as_the_engine(service: RemoteService) -> None:
             ends = [sequence.end] if sequence.end is not None else []
             assert prompt + [t.id for t in receiver.tokens if t.sequence is sequence] == whole + ends
     assert service.load == 0 and service.stats()["rows_running"] == 0 and service.stats()["tokens"] > 20
+
+
+def test_cached_tokens_are_sent() -> None:
+    service = remote(max_context=512)
+    for cached in (0, 256):
+        receiver = Receiver()
+        handle = service.submit(make_request("x" * 300, num_samples=2), receiver)
+        receiver.wait()
+        assert max(sequence.cached_tokens for sequence in handle.sequences) == cached
+    service.close()
 
 
 def test_log_probabilities_are_sent(service: RemoteService) -> None:
