@@ -1,5 +1,5 @@
-/* Draws the next token of each row from logits: temperature and top_k of SamplingParams (inference/sampling.py) without
-   top_p, which needs a sort. It gets only settings whose fields are listed in C_FIELDS there. */
+/* Draws the next token of each row from logits: temperature, top_k and min_p of SamplingParams (inference/sampling.py)
+   without top_p, which needs a sort. It gets only settings whose fields are listed in C_FIELDS there. */
 
 #include "kernels.h"
 
@@ -77,7 +77,7 @@ static long at_share(const float *p, long n, double uniform, double *block_sums)
 typedef struct { double *block_sums; float *p, *maxima; int *ids; } Work; /* blocks, V, blocks, V */
 
 /* The next token for logits x (V); -1 if these are not finite. */
-static long draw_row(const float *x, long V, float temperature, long k, double uniform, Work w) {
+static long draw_row(const float *x, long V, float temperature, long k, float log_min_p, double uniform, Work w) {
     float most = -INFINITY;
     int bad = 0;
 #pragma omp simd reduction(max : most) reduction(| : bad)
@@ -91,9 +91,10 @@ static long draw_row(const float *x, long V, float temperature, long k, double u
         while (x[best] != most) best++;
         return best;
     }
+    const float least = log_min_p > -87 ? log_min_p : -87;
     SIMD for (long i = 0; i < V; i++) {
         float power = (x[i] - most) / temperature;
-        w.p[i] = power < -87 ? 0 : fast_exp(power);
+        w.p[i] = power < least ? 0 : fast_exp(power);
     }
     if (k >= V) return at_share(w.p, V, uniform, w.block_sums);
     keep_largest(w.p, w.ids, V, k, w.maxima);
@@ -101,8 +102,8 @@ static long draw_row(const float *x, long V, float temperature, long k, double u
 }
 
 /* logits (B, V) -> tokens (B); top_k from 1 (the most likely token) to V (all); uniform (B) in [0, 1). */
-void draw_rows(const float *logits, const float *temperatures, const long *top_k, const double *uniform, long *tokens,
-               long B, long V) {
+void draw_rows(const float *logits, const float *temperatures, const long *top_k, const float *log_min_p,
+               const double *uniform, long *tokens, long B, long V) {
     const long blocks = (V + BLOCK - 1) / BLOCK;
 #pragma omp parallel if (B > 1)
     {
@@ -111,7 +112,8 @@ void draw_rows(const float *logits, const float *temperatures, const long *top_k
         Work work = {memory, p, p + V, (int *)(p + V + blocks)};
 #pragma omp for schedule(static)
         for (long b = 0; b < B; b++)
-            tokens[b] = memory ? draw_row(logits + b * V, V, temperatures[b], top_k[b], uniform[b], work) : -1;
+            tokens[b] = memory ? draw_row(logits + b * V, V, temperatures[b], top_k[b], log_min_p[b], uniform[b], work)
+                               : -1;
         free(memory);
     }
 }

@@ -16,8 +16,11 @@ from concurrent.futures import Future, wait
 
 import torch
 
+from nanochat.common import warn
 from nanochat.inference.decoding_weights import DecodingWeights
+from nanochat.inference.grammar import grammar_compiler
 from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.logit_rules import LogitRules
 from nanochat.inference.prefill import Prefill, token_logprobs
 from nanochat.inference.prefix_cache import PrefixCache
 from nanochat.inference.request import Token, TokenLogprobs, TokenSequence
@@ -50,6 +53,7 @@ class RunningBatch:
         self.running: list[TokenSequence] = []  # running[i] is in slot i of the cache
         self.calling: dict[TokenSequence, Future[str | None]] = {}  # sequences that wait for a slow tool
         self._tools_of: dict[TokenSequence, ToolSession] = {}  # of every sequence that is not done
+        self._rules_of: dict[TokenSequence, LogitRules] = {}  # of those that have some
 
     @property
     def idle(self) -> bool:
@@ -57,18 +61,24 @@ class RunningBatch:
 
     def submit(self, group: Sequence[TokenSequence]) -> None:
         """Queue sequences with the same prompt. It is prefilled once, with log probabilities if the first requests
-        them."""
+        them. Raises UserError for a grammar that cannot be followed."""
         group = [sequence for sequence in group if not sequence.done]
         if group:
+            self._rules_of |= {sequence: self._rules(sequence) for sequence in group if LogitRules.needed(sequence)}
             self._tools_of |= {sequence: ToolSession(self.tools) for sequence in group}
             self.waiting.append(group)
+
+    def _rules(self, sequence: TokenSequence) -> LogitRules:
+        grammar = sequence.request.grammar
+        guide = None if grammar is None else grammar_compiler(self.tools.tokenizer).guide(grammar)
+        return LogitRules(sequence, self.end_tokens, guide)
 
     def cancel(self, sequence: TokenSequence) -> None:
         """Remove a sequence, waiting, running or calling; a call under way is ended."""
         sequence.done = True
         if future := self.calling.pop(sequence, None):
             future.cancel()  # if it has not begun; closing the session ends one that has
-        self._close_tools(sequence)
+        self._forget(sequence)
         first = self.waiting[0] if self.waiting else []
         groups = ([s for s in group if not s.done] for group in self.waiting)
         self.waiting = deque(group for group in groups if group)
@@ -131,7 +141,8 @@ class RunningBatch:
         if len(free) < len(sequences):
             logits = logits[torch.tensor(free, dtype=torch.long, device=logits.device)]
         drawing = [sequences[i] for i in free]
-        ids = draw_tokens(logits, [s.request.sampling for s in drawing], [s.rng for s in drawing])
+        changed = self._apply_rules(drawing, logits)
+        ids = draw_tokens(changed, [s.request.sampling for s in drawing], [s.rng for s in drawing])
         logprobs = _requested_logprobs(drawing, ids, logits)
         drawn = iter([Token(s, id, 1, logprob) for s, id, logprob in zip(drawing, ids, logprobs)])
         tokens = [Token(s, queue.popleft(), 0) if queue else next(drawn) for s, queue in zip(sequences, forced)]
@@ -140,15 +151,27 @@ class RunningBatch:
         self._free_slots()
         return tokens
 
+    def _apply_rules(self, sequences: list[TokenSequence], logits: torch.Tensor) -> torch.Tensor:
+        """The logits (B, V) to draw from: a changed copy if any of the sequences has rules."""
+        rules = [(row, self._rules_of[s]) for row, s in enumerate(sequences) if s in self._rules_of]
+        if rules:
+            logits = logits.clone()
+            for row, each in rules:
+                each.apply(logits[row])
+        return logits
+
     def _append(self, token: Token) -> None:
         sequence = token.sequence
         sequence.logprob += token.logprobs.logprob if token.logprobs else 0.0
-        if token.mask and token.id in self.end_tokens:
+        if token.mask and (token.id in self.end_tokens or token.id in sequence.request.stop_token_ids):
             sequence.end, sequence.done = token.id, True
             return
         sequence.tokens.append(token.id)
         sequence.mask.append(token.mask)
         sequence.done = sequence.room <= 0
+        if (rules := self._rules_of.get(sequence)) and not sequence.done and not rules.advance(token.id):
+            warn("an answer was ended early: its grammar became too complex to follow")
+            sequence.done = True
         call = self._tools_of[sequence].observe(token.id, sequence.room) if token.mask else None
         if call and not sequence.done:
             self.calling[sequence] = start_call(call)
@@ -168,13 +191,14 @@ class RunningBatch:
         for i in reversed(range(len(self.running))):
             sequence = self.running[i]
             if sequence.done:
-                self._close_tools(sequence)
+                self._forget(sequence)
             if sequence.done or sequence in self.calling:
                 self.cache.leave(i)  # moves the last slot here
                 self.running[i] = self.running[-1]
                 self.running.pop()
 
-    def _close_tools(self, sequence: TokenSequence) -> None:
+    def _forget(self, sequence: TokenSequence) -> None:
+        self._rules_of.pop(sequence, None)
         if session := self._tools_of.pop(sequence, None):
             session.close()
 

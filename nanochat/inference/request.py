@@ -1,10 +1,12 @@
 """A request for text and the sequences that come of it: what enters the running batch (decoding.py).
 
-GenerationRequest  prompt ids, how many tokens and samples, how to draw them, which log probabilities
+GenerationRequest  prompt ids, how many tokens and samples, how to draw them and within which grammar, which log
+                   probabilities
 TokenSequence      one sample of a request while it is decoded
 Token              one decoded token of a sequence; TokenLogprobs, its log probability and the alternatives
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from nanochat.common import UserError
@@ -36,6 +38,10 @@ class GenerationRequest:
     client: str = ""  # clients that wait are served in turn
     group: str = ""  # requests of one group take one place in the queue
     dropped_messages: int = 0  # of the conversation, left out of the prompt: for the answer's usage
+    grammar: str | None = None  # the answer matches it: inference/grammar.py; no tools are called then
+    stop_token_ids: Sequence[int] = ()  # end the answer as an end token does
+    min_tokens: int = 0  # no end token and none of stop_token_ids before the answer has so many
+    ignore_eos: bool = False  # no end token at all
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -44,6 +50,8 @@ class GenerationRequest:
             raise ValueError(f"max_tokens must be 0 or more, got {self.max_tokens}")
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+        if self.grammar is not None and (self.min_tokens or self.ignore_eos):
+            raise ValueError("min_tokens and ignore_eos cannot be combined with a grammar, which says where to end")
 
     def fit(self, max_context: int) -> "GenerationRequest":
         """This request with max_tokens limited to the room after the prompt. Raises ContextExceeded if the prompt is
@@ -73,7 +81,7 @@ class TokenSequence:
     index: int = 0  # of the sample, for its random numbers
     tokens: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)  # 1 where the model chose the token, 0 where a tool forced it
-    end: int | None = None  # the end token the model chose; None while running, and at the token limit
+    end: int | None = None  # the end or stop token the model chose; None while running, and at the token limit
     logprob: float = 0.0  # sum over the tokens that the model chose, where the request has top_logprobs
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens but the first
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache

@@ -1,7 +1,8 @@
 """Drawing the next token from logits.
 
 SamplingParams holds the settings; a subclass or a new field changes `distribution`, the PyTorch definition. On a CPU,
-sampling.c draws for the settings it implements (C_FIELDS); all others take the PyTorch path.
+sampling.c draws for the settings it implements (C_FIELDS); all others take the PyTorch path. The settings that need the
+sequence and not only its logits, LOGIT_FIELDS, change the logits before the draw (logit_rules.py).
 
 A draw takes one uniform number and walks the cumulative probabilities, so a row's random numbers depend on its seed
 and on how many tokens it has drawn: not on its neighbours, nor on the size of the vocabulary.
@@ -11,9 +12,10 @@ Shapes: B rows, V vocabulary, K candidate tokens.
 
 import ctypes
 import functools
+import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -27,33 +29,58 @@ NOT_FINITE = "the model's logits are not finite: its weights are damaged or dive
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw. Applied in this order: temperature, top_k, then top_p among what is left.
+    """How to draw. Applied in this order: the changes to the logits, temperature, top_k, min_p, then top_p among what
+    is left.
 
     Raises UserError, a ValueError, for a value out of range.
     """
 
     temperature: float = 1.0  # 0 takes the most likely token; at most a million, where all tokens are equally likely
-    top_k: int | None = None  # only the k most likely tokens; None or 0 is off
-    top_p: float | None = None  # only the fewest tokens whose probabilities sum to this; None or 1 is off
+    top_k: int | None = None  # only the k most likely tokens; None, 0 or -1 is off
+    top_p: float | None = None  # only the fewest tokens whose probabilities sum to this, at least one; None or 1 is off
     seed: int = 42
+    min_p: float = 0.0  # only tokens at least this likely compared with the likeliest (arXiv 2407.01082); 0 is off
+    repetition_penalty: float = 1.0  # divides the positive logits of tokens in prompt and answer, multiplies negative
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the answer
+    frequency_penalty: float = 0.0  # the same, for each time that the token is there
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit); also from a mapping
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 1e6:
             raise UserError(f"temperature must be a number from 0 to 1,000,000, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 0:
-            raise UserError(f"top_k must be 0 (off) or more, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1 (off), got {self.top_p}")
+        if self.top_k is not None and self.top_k < -1:
+            raise UserError(f"top_k must be -1 or 0 (off) or more, got {self.top_k}")
+        if self.top_p is not None and not 0 <= self.top_p <= 1:
+            raise UserError(f"top_p must be from 0 to 1 (off), got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must be from 0 (off) to 1, got {self.min_p}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(f"repetition_penalty must be from 0.01 to 100, got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UserError(f"{name} must be from -2 to 2, got {getattr(self, name)}")
+        if self.logit_bias:
+            pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+            object.__setattr__(self, "logit_bias", tuple(sorted((int(token), float(bias)) for token, bias in pairs)))
+        if not all(-100 <= bias <= 100 for _, bias in self.logit_bias):
+            raise UserError("the values of logit_bias must be from -100 to 100")
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
 
     def override(self, values: object) -> "SamplingParams":
         """These settings, replaced by the attributes of `values` that have a field's name and are not None."""
         given = {f.name: getattr(values, f.name, None) for f in fields(self)}
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
+    @functools.cached_property
+    def changes_logits(self) -> bool:
+        """Whether the logits are to be changed before the draw."""
+        return any(getattr(self, f.name) != f.default for f in fields(self) if f.name in LOGIT_FIELDS)
+
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken: float32 has no smaller temperature than this."""
-        return self.temperature < 1e-37 or self.top_k == 1
+        return self.temperature < 1e-37 or self.top_k == 1 or self.top_p == 0
 
     def distribution(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """logits (B, V) -> (probabilities (B, K) that need not sum to 1, token ids (B, K)), for temperature above 0.
@@ -65,7 +92,10 @@ class SamplingParams:
         if self.top_k and self.top_k < logits.size(-1):
             ids = logits.topk(self.top_k, dim=-1, sorted=False).indices.sort(dim=-1).values  # (B, K)
             logits = logits.gather(-1, ids)
-        probs = torch.softmax(logits / self.temperature, dim=-1)
+        logits = logits / self.temperature
+        if self.min_p:
+            logits = logits.masked_fill(logits < math.log(self.min_p), -torch.inf)  # the likeliest has the logit 0
+        probs = torch.softmax(logits, dim=-1)
         if self.top_p is not None and self.top_p < 1:
             probs = keep_nucleus(probs, self.top_p)
         return probs, ids
@@ -134,8 +164,9 @@ def _check_finite(values: torch.Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------
 # The fast path on a CPU
 
-C_FUNCTIONS = {"SamplingParams.distribution": "5a697931", "_draw_group": "6bca06df"}  # see fast_path.changed
-C_FIELDS = ("temperature", "top_k", "top_p", "seed")  # fields of SamplingParams that sampling.c implements
+C_FUNCTIONS = {"SamplingParams.distribution": "d09c701d", "_draw_group": "6bca06df"}  # see fast_path.changed
+LOGIT_FIELDS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")  # see logit_rules.py
+C_FIELDS = ("temperature", "top_k", "top_p", "seed", "min_p", *LOGIT_FIELDS)  # that sampling.c implements or can ignore
 
 
 def c_can_draw(params: Sequence[SamplingParams]) -> list[bool]:
@@ -151,7 +182,7 @@ def c_can_draw(params: Sequence[SamplingParams]) -> list[bool]:
 def _in_c(params: SamplingParams, known: tuple[str, ...]) -> bool:
     """Whether C, which knows these fields, implements the settings."""
     unknown = (f for f in fields(params) if f.name not in known)
-    plain = type(params) is SamplingParams and params.top_p in (None, 1)
+    plain = type(params) is SamplingParams and (params.top_p in (None, 1) or params.greedy)
     return plain and all(getattr(params, f.name) == f.default for f in unknown)
 
 
@@ -159,7 +190,7 @@ def _in_c(params: SamplingParams, known: tuple[str, ...]) -> bool:
 def c_agrees() -> bool:
     """Whether sampling.c draws the tokens that PyTorch draws for a small input; if not, warns once."""
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
-    for params in (SamplingParams(), SamplingParams(0.7, 20), SamplingParams(0.0)):
+    for params in (SamplingParams(), SamplingParams(0.7, 20), SamplingParams(0.0), SamplingParams(min_p=0.05)):
         rngs = [make_rng(0, i) for i in range(16)], [make_rng(0, i) for i in range(16)]
         if _draw_in_c(logits.expand(16, -1), [params] * 16, rngs[0]) != _draw_group(
             logits.expand(16, -1), params, rngs[1]
@@ -181,6 +212,7 @@ def _draw_in_c(logits: torch.Tensor, params: Sequence[SamplingParams], rngs: Seq
         ctypes.c_void_p(logits.data_ptr()),
         (ctypes.c_float * B)(*(p.temperature for p in params)),
         (ctypes.c_long * B)(*(1 if p.greedy else min(p.top_k or V, V) for p in params)),
+        (ctypes.c_float * B)(*(math.log(p.min_p) if p.min_p else -math.inf for p in params)),
         (ctypes.c_double * B)(*uniform),
         tokens,
         ctypes.c_long(B),

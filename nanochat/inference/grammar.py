@@ -1,0 +1,220 @@
+"""Grammars: which tokens may come next so that the whole answer matches a JSON schema, a regular expression or one of
+several choices.
+
+A grammar is a string that travels with a GenerationRequest; `json_grammar`, `regex_grammar` and `choice_grammar` make
+one. A sequence follows it with a Guide: llguidance gives a mask of the vocabulary for every token (5 to 400 µs). The
+end token is allowed exactly where the text so far matches; other special tokens, which have no text, never are.
+
+Whatever a client sends must compile in about a second and keep a step short: see LIMITS and the checks of a schema.
+Shapes: V vocabulary.
+"""
+
+import functools
+import json
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanochat.common import SPECIAL_TOKENS, UserError
+from nanochat.conversation import Tokenizer, end_tokens
+
+MAX_GRAMMAR_CHARS = 50_000  # the time to compile grows with the square of an object's properties
+MAX_MULTIPLE = 100_000  # least common multiple of all multipleOf: llguidance builds an automaton of as many states
+CACHED_GRAMMARS = 16  # compiled
+LIMITS = {  # of the work for a grammar and for a token; beyond them a grammar is refused, or ends the answer
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 20_000,  # about 10 ms
+    "step_max_items": 10_000,
+    "max_lexer_states": 20_000,  # of 1 to 2 KB each
+    "max_grammar_size": 60_000,
+    "verbose_errors": False,
+}
+WHITESPACE = r" |\n {0,20}"  # between the elements of JSON; without a bound small models write nothing but blanks
+
+CONSTRAINTS = """anyOf oneOf allOf $ref const enum type items additionalItems prefixItems minItems maxItems properties
+additionalProperties patternProperties required minProperties maxProperties minLength maxLength pattern format minimum
+maximum exclusiveMinimum exclusiveMaximum multipleOf"""  # that llguidance implements; it refuses what it does in part
+ANNOTATIONS = """$anchor $defs definitions $schema $id id $comment title description default readOnly writeOnly deprecated
+example examples contentMediaType contentEncoding discriminator"""  # say nothing about which values are valid
+KEYWORDS = frozenset([*CONSTRAINTS.split(), *ANNOTATIONS.split()])  # of schemas
+
+
+# ---------------------------------------------------------------------------------------------------
+# Making grammars
+
+
+def json_grammar(schema: dict[str, Any] | bool) -> str:
+    """The grammar of JSON values that match a schema. Raises UserError for a keyword that cannot be followed."""
+    from llguidance import LLMatcher
+
+    if schema is False:
+        raise UserError("the schema false matches nothing")
+    schema = {} if schema is True else schema
+    check_schema(schema)
+    overrides: Any = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": WHITESPACE}
+    try:
+        return LLMatcher.grammar_from_json_schema(_checked_size(json.dumps(schema), "schema"), overrides=overrides)
+    except ValueError as error:
+        raise UserError(f"the schema cannot be followed: {_first_line(str(error))}") from error
+
+
+def regex_grammar(pattern: str) -> str:
+    """The grammar of texts that match a regular expression (Rust's syntax) from beginning to end."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_regex(_checked_size(pattern, "regular expression"))
+
+
+def choice_grammar(choices: Sequence[str]) -> str:
+    """The grammar of these texts."""
+    from llguidance import LLMatcher
+
+    alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    return LLMatcher.grammar_from_lark(_checked_size(f"start: {alternatives}", "list of choices"))
+
+
+def check_schema(schema: dict[str, Any]) -> None:
+    """Raise UserError for what llguidance would ignore, get wrong or need too long for."""
+    multiple = 1
+    for path, part in subschemas(schema):
+        for keyword in part:
+            vendor = keyword.startswith("x-") and keyword != "x-guidance"  # the latter would set llguidance's options
+            if keyword not in KEYWORDS and not vendor:
+                raise UserError(f"the schema keyword {keyword!r} at {path} is not supported")
+        least, required = part.get("minProperties"), part.get("required")
+        # Names that the schema does not list may be written twice, which counts once.
+        if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
+            raise UserError(f"the schema keyword 'minProperties' at {path} is supported up to the number of 'required'")
+        if isinstance(step := part.get("multipleOf"), int | float) and math.isfinite(step) and step > 0:
+            multiple = math.lcm(multiple, int("".join(map(str, Decimal(str(step)).normalize().as_tuple().digits))))
+    if multiple > MAX_MULTIPLE:
+        raise UserError(f"the schema keyword 'multipleOf' is supported up to {MAX_MULTIPLE:,}, for all values together")
+
+
+def subschemas(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, schema) of a schema and of all within it. Not recursive, as a client chooses the depth."""
+    stack: list[tuple[str, Any]] = [("#", schema)]
+    while stack:
+        path, part = stack.pop()
+        if not isinstance(part, dict):
+            continue
+        yield path, part
+        for keyword, value in part.items():
+            here = f"{path}/{keyword}"
+            if keyword in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, dict):
+                stack += [(f"{here}/{name}", each) for name, each in value.items()]
+            elif keyword in ("anyOf", "oneOf", "allOf", "prefixItems", "items") and isinstance(value, list):
+                stack += [(f"{here}/{index}", each) for index, each in enumerate(value)]
+            elif keyword in ("items", "additionalItems", "additionalProperties"):
+                stack.append((here, value))
+
+
+def _checked_size(text: str, name: str) -> str:
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise UserError(f"the {name} has {len(text):,} characters, at most {MAX_GRAMMAR_CHARS:,} are supported")
+    return text
+
+
+def _first_line(error: str) -> str:
+    lines = [line.removeprefix("error: ") for line in error.splitlines() if line.strip() and "non-verbose" not in line]
+    reasons = [line for line in lines if line.endswith("supported")] or lines or ["unknown error"]
+    return reasons[0][:300]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Following grammars
+
+
+def _error(matcher: Any) -> str:
+    return _first_line(matcher.get_error()) if matcher.is_error() else ""
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance takes it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id = tokenizer.encode_special("<|assistant_end|>")
+        self.special_token_ids = [tokenizer.encode_special(name) for name in SPECIAL_TOKENS]
+        self.tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.get_vocab_size())]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode("utf-8", errors="replace"))
+
+
+class Guide:
+    """The position of one sequence in its grammar. `forbidden` (V): tokens that must not come next."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+        self.forbidden = self._mask()
+
+    def advance(self, token: int) -> bool:
+        """Follow a token. False if llguidance's limits were reached, so that the grammar cannot be followed on."""
+        self._matcher.consume_token(token)
+        self.forbidden = self._mask()
+        return not self.error and not bool(self.forbidden.all())
+
+    @property
+    def error(self) -> str:
+        return _error(self._matcher)
+
+    def _mask(self) -> torch.Tensor:
+        return torch.from_numpy(np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) == 0)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer, and keeps the last ones. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from llguidance import LLParserLimits, LLTokenizer
+
+        vocabulary: Any = _Vocabulary(tokenizer)
+        self._ends = end_tokens(tokenizer)
+        self._tokenizer = LLTokenizer(vocabulary, eos_token=sorted(self._ends))
+        self._limits = LLParserLimits(**LIMITS)  # type: ignore[arg-type]
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def guide(self, grammar: str) -> Guide:
+        """A guide at the beginning of the grammar. Raises UserError if it cannot be followed."""
+        with self._lock:
+            if matcher := self._compiled.get(grammar):
+                self._compiled.move_to_end(grammar)
+                return Guide(matcher.deep_copy())
+        matcher = self._compile(grammar)  # not under the lock, it may take a second
+        with self._lock:
+            self._compiled[grammar] = matcher
+            while len(self._compiled) > CACHED_GRAMMARS:
+                self._compiled.popitem(last=False)
+            return Guide(matcher.deep_copy())
+
+    def _compile(self, grammar: str) -> Any:
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        error = _error(matcher)
+        if not error:  # llguidance works lazily: try the first token
+            guide = Guide(matcher.deep_copy())
+            first = int((~guide.forbidden).nonzero()[0])
+            error = guide.error or (first not in self._ends and not guide.advance(first) and guide.error) or ""
+        if error == "NoExtensionBias":
+            raise UserError("nothing matches the grammar")
+        if error:
+            raise UserError(f"the grammar cannot be followed: {error}")
+        return matcher
+
+
+@functools.lru_cache(maxsize=4)
+def grammar_compiler(tokenizer: Any) -> GrammarCompiler:
+    """The compiler of a tokenizer, shared by all who have the tokenizer."""
+    return GrammarCompiler(tokenizer)
