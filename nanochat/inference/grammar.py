@@ -40,8 +40,8 @@ WHITESPACE = r" |\n {0,20}"  # between the elements of JSON; without a bound sma
 CONSTRAINTS = """anyOf oneOf allOf $ref const enum type items additionalItems prefixItems minItems maxItems properties
 additionalProperties patternProperties required minProperties maxProperties minLength maxLength pattern format minimum
 maximum exclusiveMinimum exclusiveMaximum multipleOf"""  # that llguidance implements; it refuses what it does in part
-ANNOTATIONS = """$anchor $defs definitions $schema $id id $comment title description default readOnly writeOnly deprecated
-example examples contentMediaType contentEncoding discriminator"""  # say nothing about which values are valid
+ANNOTATIONS = """$anchor $defs definitions $schema $id id $comment title description default readOnly writeOnly
+deprecated example examples contentMediaType contentEncoding discriminator"""  # say nothing about which values are valid
 KEYWORDS = frozenset([*CONSTRAINTS.split(), *ANNOTATIONS.split()])  # of schemas
 
 
@@ -215,6 +215,10 @@ class GrammarCompiler:
 
 
 @functools.lru_cache(maxsize=4)
-def grammar_compiler(tokenizer: Any) -> GrammarCompiler:
-    """The compiler of a tokenizer, shared by all who have the tokenizer."""
+def _compiler(tokenizer: Any) -> GrammarCompiler:
     return GrammarCompiler(tokenizer)
+
+
+def grammar_compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    """The compiler of a tokenizer, shared by all who have the tokenizer."""
+    return _compiler(tokenizer)
