@@ -26,7 +26,7 @@ from nanochat.conversation import Tokenizer, end_tokens
 
 MAX_GRAMMAR_CHARS = 50_000  # the time to compile grows with the square of an object's properties
 MAX_MULTIPLE = 100_000  # least common multiple of all multipleOf: llguidance builds an automaton of as many states
-CACHED_GRAMMARS = 16  # compiled
+CACHED_GRAMMARS = 64  # compiled
 LIMITS = {  # of the work for a grammar and for a token; beyond them a grammar is refused, or ends the answer
     "initial_lexer_fuel": 300_000,
     "step_lexer_fuel": 20_000,  # about 10 ms
@@ -41,7 +41,7 @@ CONSTRAINTS = """anyOf oneOf allOf $ref const enum type items additionalItems pr
 additionalProperties patternProperties required minProperties maxProperties minLength maxLength pattern format minimum
 maximum exclusiveMinimum exclusiveMaximum multipleOf"""  # that llguidance implements; it refuses what it does in part
 ANNOTATIONS = """$anchor $defs definitions $schema $id id $comment title description default readOnly writeOnly
-deprecated example examples contentMediaType contentEncoding discriminator"""  # say nothing about which values are valid
+deprecated example examples contentMediaType contentEncoding discriminator"""  # say nothing about validity
 KEYWORDS = frozenset([*CONSTRAINTS.split(), *ANNOTATIONS.split()])  # of schemas
 
 
@@ -221,4 +221,5 @@ def _compiler(tokenizer: Any) -> GrammarCompiler:
 
 def grammar_compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     """The compiler of a tokenizer, shared by all who have the tokenizer."""
-    return _compiler(tokenizer)
+    shared: Any = tokenizer
+    return _compiler(shared)

@@ -15,6 +15,7 @@ from nanochat.inference.sampling import SamplingParams
 from nanochat.serve.errors import ApiError
 from nanochat.serve.request_models import GenerationBody
 from nanochat.serve.service import WorkerPool
+from nanochat.serve.structured_output import answer_grammar
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 HISTOGRAMS = {  # the names that Service reports to `observe`
@@ -142,9 +143,23 @@ class Api:
         if any(not 0 <= i < size for i in ids):
             raise ApiError(400, f"token ids must be from 0 to {size - 1}", param=param)
 
-    def sampling(self, body: GenerationBody) -> SamplingParams:
-        """The body's settings; where it has none, the server's and a random seed."""
-        return replace(self.settings.sampling, seed=uuid.uuid4().int >> 65).override(body)
+    def decoding_fields(self, body: GenerationBody) -> dict[str, Any]:
+        """The fields of a GenerationRequest that say how to draw, within which grammar and where to end. Where the body
+        has none: the server's, and a random seed. Raises ApiError. Compiles a grammar: not for the event loop."""
+        self.check_token_ids([int(token) for token in body.logit_bias or ()], "logit_bias")
+        self.check_token_ids(body.stop_token_ids, "stop_token_ids")
+        grammar = answer_grammar(self.tokenizer, body)
+        for name in ("min_tokens", "ignore_eos"):
+            if grammar is not None and getattr(body, name):
+                raise ApiError(400, f"{name}: a grammar says where the answer ends; leave it out", param=name)
+        return {
+            "sampling": replace(self.settings.sampling, seed=uuid.uuid4().int >> 65).override(body),
+            "num_samples": body.n,
+            "grammar": grammar,
+            "stop_token_ids": body.stop_token_ids,
+            "min_tokens": body.min_tokens,
+            "ignore_eos": body.ignore_eos,
+        }
 
 
 async def get_api(request: Request) -> Api:

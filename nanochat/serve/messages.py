@@ -209,8 +209,7 @@ def chat_request(
     return GenerationRequest(
         prompt,
         api.limit_tokens(max_tokens),
-        api.sampling(body),
-        body.n,
-        top_logprobs,
+        top_logprobs=top_logprobs,
         dropped_messages=dropped,
+        **api.decoding_fields(body),
     )

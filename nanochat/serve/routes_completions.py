@@ -78,11 +78,9 @@ class CompletionRequest(GenerationBody):
 def generation_requests(api: Api, body: CompletionRequest) -> list[GenerationRequest]:
     """A request for each prompt. Raises ApiError."""
     max_tokens = api.limit_tokens({None: 16, -1: None}.get(body.max_tokens, body.max_tokens))
-    prompt_logprobs = body.echo and body.logprobs is not None
+    fields: dict[str, Any] = {"top_logprobs": body.logprobs, "prompt_logprobs": body.echo and body.logprobs is not None}
     return [
-        GenerationRequest(
-            encode_prompt(api, prompt), max_tokens, api.sampling(body), body.n, body.logprobs, prompt_logprobs
-        )
+        GenerationRequest(encode_prompt(api, prompt), max_tokens, **fields, **api.decoding_fields(body))
         for prompt in body.prompts()
     ]
 

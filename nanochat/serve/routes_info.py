@@ -6,7 +6,7 @@ import hashlib
 import re
 import time
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
@@ -18,8 +18,9 @@ from nanochat.common import SPECIAL_TOKENS
 from nanochat.conversation import render_prompt
 from nanochat.serve.api import Api, ApiDependency
 from nanochat.serve.errors import ApiError
+from nanochat.serve.known_fields import KnownFields
 from nanochat.serve.messages import Messages, PromptEnding, continues_last, to_conversation
-from nanochat.serve.request_models import MAX_CHARS, TOKEN_LIMIT, Body
+from nanochat.serve.request_models import MAX_CHARS, TOKEN_LIMIT
 
 CONTENT_POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
@@ -73,10 +74,16 @@ async def model(name: str, api: ApiDependency) -> Model:
 # Tokenizer
 
 
-class TokenizeRequest(PromptEnding):
+class TokenizeRequest(KnownFields, PromptEnding):
     """POST /tokenize: of a text, or of a conversation as the model is given it.
 
     `prompt` is what evaluation harnesses send: a text, of which a special token's name alone is that token."""
+
+    harmless = frozenset(["model"])
+    neutral: ClassVar = {
+        "add_special_tokens": (False,),
+        "return_token_strs": (False,),
+    }
 
     text: str | None = Field(None, max_length=MAX_CHARS)
     prompt: str | None = Field(None, max_length=MAX_CHARS)
@@ -88,8 +95,10 @@ class Tokens(TypedDict):
     count: int
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(KnownFields):
     """POST /detokenize."""
+
+    harmless = frozenset(["model"])
 
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], FailFast(), Field(max_length=TOKEN_LIMIT)]
 

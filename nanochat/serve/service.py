@@ -15,6 +15,7 @@ from nanochat.conversation import Tokenizer, end_tokens
 from nanochat.gpt import GPT
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
+from nanochat.inference.grammar import grammar_compiler
 from nanochat.inference.prefill import PREFILL_CHUNK
 from nanochat.inference.prefix_cache import PrefixCache
 from nanochat.inference.request import GenerationRequest, Token, TokenSequence
@@ -65,6 +66,11 @@ class Service(Replica):
         self._thread.start()
 
     # -- from any thread ------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, deliver: Deliver, admitted: bool = False) -> RequestHandle:
+        if request.grammar is not None:  # compiled here, once, since the batch would wait for it
+            grammar_compiler(self.batch.tools.tokenizer).guide(request.grammar)
+        return super().submit(request, deliver, admitted)
 
     def _enqueue(self, handle: RequestHandle) -> None:
         self._waiting.add(handle.request.client, handle)
