@@ -59,7 +59,7 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise UserError(f"{name} must be from -2 to 2, got {getattr(self, name)}")
-        if self.logit_bias:
+        if self.logit_bias != ():
             pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
             object.__setattr__(self, "logit_bias", tuple(sorted((int(token), float(bias)) for token, bias in pairs)))
         if not all(-100 <= bias <= 100 for _, bias in self.logit_bias):
