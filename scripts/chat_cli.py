@@ -40,8 +40,12 @@ class Config:
     """0 takes the most likely token; higher is more varied."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
     """Sample among the k most likely tokens; 0 is off."""
+    min_p: float = 0.0
+    """Sample among tokens at least this likely compared with the likeliest; 0 is off."""
     top_p: float = 1.0
     """Sample among the fewest tokens whose probabilities sum to this; 1 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that were there before, in the question too, become less likely."""
     max_tokens: Annotated[int, Range(1, unset=-1)] = -1
     """Tokens of the longest answer; -1: what the conversation leaves of the context."""
     seed: int = 42

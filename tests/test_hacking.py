@@ -34,8 +34,8 @@ for token in (PYTHON, *b"now", PYTHON_END):
 clock = TOKENIZER.decode(list(session.forced)[1:-1])
 assert session.forced[0] == OUTPUT and len(clock) == 5 and clock[2] == ":", clock
 
-params = SamplingParams().override(ChatRequest.model_validate(chat(min_p=0.5, seed=1)))
-assert params.min_p == 0.5 and params.seed == 1
+params = SamplingParams().override(ChatRequest.model_validate(chat(top_a=0.5, seed=1)))
+assert params.top_a == 0.5 and params.seed == 1
 logits = torch.tensor([[0.0, 0.5, 2.0, 2.1]]).expand(64, -1)
 drawn = draw_tokens(logits, [params] * 64, [make_rng(1, i) for i in range(64)])
 assert set(drawn) == {2, 3}, drawn
@@ -43,7 +43,7 @@ assert KERNELS == 0 or c_can_draw([params, SamplingParams()]) == [False, True]
 
 with TestClient(app_of()) as client:
     assert client.get("/v1/limits").json()["max_tokens"] == 64
-    assert client.post("/v1/chat/completions", json=chat(min_p=1.5)).status_code == 400
+    assert client.post("/v1/chat/completions", json=chat(top_a=1.5)).status_code == 400
 """
 
 
