@@ -70,6 +70,10 @@ ATTEMPTS = {
     "a file with holes, 1 TiB long": "lambda: os.truncate(os.open('holes', os.O_CREAT | os.O_RDWR), 1 << 40)",
     "fill the disk": "lambda: [open(f'fill{i}', 'wb').write(bytes(8 << 20)) for i in range(64)]",
     "another root": "os.chroot, '/tmp'",
+    "locks on parts of a file": "lambda: __import__('fcntl').lockf(os.open(os.__file__, os.O_RDONLY), 5, 1, 0)",
+    "its output once more": "os.open, '/proc/self/fd/1', os.O_RDONLY",
+    "its errors once more": "os.open, '/dev/fd/2', os.O_RDONLY",
+    "its output by another name": "os.open, '/dev/stdout', os.O_RDONLY",
     # processes and memory
     "the environment of the parent": "open, f'/proc/{PARENT}/environ'",
     "the memory of the parent": "open, f'/proc/{PARENT}/mem', 'rb'",
@@ -109,6 +113,9 @@ ATTEMPTS = {
     "spawn": "lambda: os.posix_spawn(sys.executable, ['python'], {})",
     "a process pool": "lambda: __import__('multiprocessing').get_context('fork').Process(target=print).start()",
     "a program from memory": "raw, 322, 281, 0, b'', None, None, 0x1000",
+    "a thread with descriptors of its own": "raw, 56, 220, 0x3D0B00, 0, 0, 0, 0",
+    "a thread with a folder of its own": "raw, 56, 220, 0x3D0D00, 0, 0, 0, 0",
+    "descriptors of its own": "raw, 436, 436, 60, 60, 2",
     "threads without end": "lambda: [threading.Thread(target=time.sleep, args=(9,), daemon=True).start() "
     "for _ in range(500)]",
     # network
@@ -245,6 +252,11 @@ PROGRAMS = {
     ),
     "a failure in a finaliser": ("success", "class D:\n def __del__(self): raise ValueError\nD()"),
     "interrupt": ("error", "raise KeyboardInterrupt"),
+    "an exception that hides": (
+        "error",
+        "class M(type):\n def __getattribute__(self, name): os._exit(0) if name == 'x' else 1 / 0\n"
+        "class E(BaseException, metaclass=M):\n def __getattribute__(self, name): 1 / 0\nraise E",
+    ),
     "an exception of its own kind": ("error", "class E(BaseException): pass\nraise E"),
     "a generator's exit": ("error", "raise GeneratorExit"),
     # forged verdicts
@@ -335,6 +347,20 @@ TESTED = {
     "an endless answer": ("timeout", "def f(x):\n while True: os.write(4, b'\\x03\\xff\\xff\\xff')"),
     "an answer too long": ("early_exit timeout", "def f(x): os.write(4, b'\\xff' * 8); time.sleep(60)"),
     "an exception that exits": ("error", "class SystemExit(Exception): pass\ndef f(x): raise SystemExit"),
+    "an exception whose text raises": (
+        "error",
+        "class E(Exception):\n def __str__(self): raise self\ndef f(x): raise E",
+    ),
+    "an exception while it answers": (
+        "error",
+        "import signal\ndef g(*_): raise ValueError\nsignal.signal(14, g); signal.setitimer(0, 0.01, 0.001)\n"
+        "def f(x):\n while True: pass",
+    ),
+    "an exception of no built-in class": (
+        "error",
+        "import nanochat.sandbox.program as p\np.describe = lambda error: {'raised': 'print', 'name': '', 'text': '',"
+        " 'arguments': []}\ndef f(x): 1 / 0",
+    ),
     "an exception by a big name": ("error", "def f(x): raise type('x' * 10000, (Exception,), {})"),
     "hanging up": ("timeout early_exit", "os.close(4)\ndef f(x): return 3"),
     "signals to the tests": (

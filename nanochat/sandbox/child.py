@@ -6,24 +6,32 @@ fork. If a program leaves files behind, the sandbox is not reused. Standard libr
 
 import contextlib
 import fcntl
+import gc
 import os
 import resource
 import select
 import signal
+import site
 import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nanochat.sandbox import lock, program
-from nanochat.sandbox.processes import ENDS, Child, Output, verdict_of
+from nanochat.sandbox.processes import ENDS, ESCAPED_STATUS, Child, Output, verdict_of
 from nanochat.sandbox.wire import Gone, frame_of, read_frame, write_frame
 
 REQUESTS, ANSWERS = 0, 1
 TICK_SECONDS, END_TICK_SECONDS = 0.05, 0.001  # poll interval while a program runs; and once it is about to exit
 MAX_FILES = 2000
-MAX_THREADS = 64
+MAX_THREADS = 64  # of a program, beside its first; of its tests as many
+OTHER_TASKS = 5  # in the namespace: of bubblewrap, two supervisors, the program and its tests
+MAX_STACK_BYTES = 8 << 20
+OWN_FRAMES = 9  # on the stack below a program's first
 MAX_DESCRIPTORS = 256
 PRELOADED = (
     "ast bisect collections copy datetime decimal fractions functools heapq itertools json math operator "
@@ -78,7 +86,8 @@ class Supervisor:
             os.kill(self.program.pid, signal.SIGCONT)
             self.program.ended, self.program.received = "", bytearray()
         verdict = self.send_requests(job, deadline) or self.watch(deadline)
-        continues = interactive and verdict in ("success", "error", "out_of_memory")
+        goes_on = verdict in ("success", "error", "out_of_memory") and self.program.status is None
+        continues = interactive and goes_on
         if continues:
             os.kill(self.program.pid, signal.SIGSTOP)  # so that no thread runs between cells
         else:
@@ -108,9 +117,10 @@ class Supervisor:
             try:
                 program.run_requests(self.limits["interactive"])
             finally:
-                os._exit(71)  # never return into the supervisor's code
+                os._exit(ESCAPED_STATUS)  # never return into the supervisor's code
         child_end.close()
-        return Child(pid, own_end)
+        listeners = socket.recv_fds(own_end, 1, 1)[1]  # waits until the process is locked
+        return Child(pid, own_end, listeners[0] if listeners else -1)
 
     def become_program(self, fds: list[int]) -> None:
         """In the forked process: keep descriptors 0 to 4, apply limits and filter. No untrusted code has run yet."""
@@ -121,31 +131,39 @@ class Supervisor:
         os.closerange(1 + len(high), MAX_DESCRIPTORS)
         for number, name in enumerate(("stdin", "stdout", "stderr")):
             mode = "r" if number == 0 else "w"
-            stream = os.fdopen(number, mode, 1, encoding="utf-8", errors="surrogateescape", closefd=False)
+            errors = "backslashreplace" if name == "stderr" else "surrogateescape"
+            stream = os.fdopen(number, mode, 1, encoding="utf-8", errors=errors, closefd=False)
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(self.settings.scratch or "/")
         os.setsid()
+        # All threads together take at most half of the address space.
+        threading.stack_size(min(MAX_STACK_BYTES, self.limits["memory_bytes"] // (2 * MAX_THREADS)))
         self.lock()
         sys.modules["random"].seed(0)  # deterministic runs
+        sys.setrecursionlimit(sys.getrecursionlimit() + OWN_FRAMES)
 
     def lock(self) -> None:
         """Apply limits, Landlock and, last, the filter, after which none of the others could be changed."""
-        settings, limits, tasks = self.settings, self.limits, MAX_THREADS
-        if settings.level == "unsafe":
-            tasks = 0  # the limit would count all processes of the user, and restrict them
-        elif settings.level == "landlock":
-            tasks += 0 if settings.uid else lock.tasks_of_user()
+        settings, limits, listeners = self.settings, self.limits, []
+        if settings.level == "landlock":
             lock.drop_privileges(settings.uid, settings.may_read)
+        # Without a namespace of its own, the limit of tasks would count all processes of the user.
+        tasks = MAX_THREADS * (1 + limits["tested"]) + OTHER_TASKS if settings.level == "bubblewrap" else 0
         lock.limit_resources(limits["cpu_seconds"], limits["memory_bytes"], limits["file_bytes"], tasks)
-        if settings.level == "unsafe":
-            return
-        lock.die_with_parent()
+        if settings.level != "unsafe":
+            lock.die_with_parent()
         if settings.level == "landlock":
             lock.restrict_files(settings.readable)
-        lock.filter_system_calls(files=bool(settings.scratch))
+            listeners.append(lock.ask_for_threads())
+        with socket.socket(fileno=os.dup(program.REPORT)) as report:
+            socket.send_fds(report, [b"\0"], listeners)  # before the filter, which forbids it
+        for fd in listeners:
+            os.close(fd)
+        if settings.level != "unsafe":
+            lock.install_filter(lock.build_filter(os.getpid(), files=bool(settings.scratch)))
 
     # -----------------------------------------------------------------------------------------------
     # Watching the program
@@ -171,17 +189,21 @@ class Supervisor:
     def watch(self, deadline: float) -> str:
         """Read output and reports until there is a verdict, and return it."""
         poller = select.poll()
-        reports = {child.report.fileno(): child for child in self.children}
-        for fd in (*self.output.texts, *reports, REQUESTS):
+        readers: dict[int, Callable[[], bool]] = {fd: partial(self.output.read, fd) for fd in self.output.texts}
+        for child in self.children:
+            readers[child.report.fileno()] = child.listen
+            if child.listener >= 0:
+                readers[child.listener] = partial(lock.permit_thread, child.listener, child.pid, MAX_THREADS)
+        for fd in (*readers, REQUESTS):
             poller.register(fd, select.POLLIN)
         tick = TICK_SECONDS
         while True:
-            for fd, _ in poller.poll(max(0.0, min(tick, deadline - time.monotonic())) * 1000):
+            for fd, event in poller.poll(max(0.0, min(tick, deadline - time.monotonic())) * 1000):
                 if fd == REQUESTS:
                     raise Gone("the parent")  # it sends nothing meanwhile, so this is the end of the pipe
-                if not (self.output.read(fd) if fd in self.output.texts else reports[fd].listen()):
+                if not (event & select.POLLIN and readers[fd]()):
                     poller.unregister(fd)
-                    tick = END_TICK_SECONDS if fd in reports else tick
+                    tick = tick if fd in self.output.texts else END_TICK_SECONDS
             if self.output.full:
                 return "output_limit"
             if time.monotonic() >= deadline:
@@ -230,13 +252,16 @@ def main() -> None:
     settings = Settings(**read_frame(REQUESTS))
     if settings.level != "unsafe":
         lock.hide_memory()
-        lock.build_filter(os.getpid(), files=True)  # raises Unsupported early
+        lock.build_filter(0, files=True)  # raises Unsupported early
         if settings.level == "landlock" and not lock.landlock_abi():
             raise lock.Unsupported("this kernel has no Landlock")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_DESCRIPTORS, hard))
     for name in PRELOADED.split():
         __import__(name)
+    for define in (site.setquit, site.setcopyright, site.sethelper):  # built-in functions that `python -S` lacks
+        define()
+    gc.freeze()  # collections in programs look at their own objects only
     write_frame(ANSWERS, {"ready": True})
     waiting = select.poll()
     waiting.register(REQUESTS, select.POLLIN)

@@ -5,8 +5,10 @@ on PyPI do not fit: pyseccomp needs a C library that it does not ship, landlock 
 sockets. tests/test_execution.py checks the numbers below against libseccomp, if installed.
 """
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import resource
@@ -17,7 +19,7 @@ from collections.abc import Iterable
 # sockets, new processes, other programs, ptrace, mounts, namespaces, keys, io_uring, bpf, memfd and the rest.
 ALLOWED = """
 read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, preadv 295 69, pwritev 296 70,
-preadv2 327 286, pwritev2 328 287, close 3 57, close_range 436 436, lseek 8 62, stat 4 -, fstat 5 80, lstat 6 -,
+preadv2 327 286, pwritev2 328 287, close 3 57, lseek 8 62, stat 4 -, fstat 5 80, lstat 6 -,
 newfstatat 262 79, statx 332 291, access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -, readlinkat 267 78,
 getcwd 79 17, getdents 78 -, getdents64 217 61, statfs 137 43, fstatfs 138 44, chdir 80 49, fchdir 81 50,
 fadvise64 221 223, dup 32 23, dup2 33 -, dup3 292 24, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72,
@@ -42,19 +44,22 @@ mkdir 83 -, mkdirat 258 34, rmdir 84 -, unlink 87 -, unlinkat 263 35, rename 82 
 link 86 -, linkat 265 37, symlink 88 -, symlinkat 266 36, chmod 90 -, fchmod 91 52, fchmodat 268 53, utime 132 -,
 utimes 235 -, utimensat 280 88, futimesat 261 -, flock 73 32, copy_file_range 326 285, sendfile 40 71
 """
-# Allowed if the argument at that index has one of these values: fcntl without owners, signals and leases; ioctl for
-# files and pipes; prctl for a thread's name.
+CLONE = "clone 56 220"
+# Allowed if the argument at that index has one of these values. They leave out what would reach other processes, and
+# kernel memory that no limit counts: a thread's own table of descriptors, record locks.
 VALUES: dict[str, tuple[int, tuple[int, ...]]] = {
-    "fcntl 72 25": (1, (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)),
-    "ioctl 16 29": (1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
-    "prctl 157 167": (0, (15, 16)),
+    CLONE: (0, (0x3D0F00, 0x7D0F00)),  # the flags of a thread that shares everything, by glibc and by musl
+    "close_range 436 436": (2, (0, 4)),  # not CLOSE_RANGE_UNSHARE
+    "fcntl 72 25": (1, (0, 1, 2, 3, 4, 1030, 1032)),  # no owners, signals, leases and record locks
+    "ioctl 16 29": (1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # for files and pipes
+    "prctl 157 167": (0, (15, 16)),  # a thread's name
     "prlimit64 302 261": (0, (0,)),  # on itself only
     "socketpair 53 199": (0, (1,)),  # AF_UNIX
     "sendto 44 206": (5, (0,)),  # to the connected end only: a datagram pair could send to any address
     "sched_getaffinity 204 123": (0, (0,)),
 }
 SELF_ONLY = ("kill 62 129", "tgkill 234 131")  # signals to its own process id only
-CLONE, CLONE3, CLONE_THREAD = "clone 56 220", "clone3 435 435", 0x10000
+CLONE3 = "clone3 435 435"  # its flags are in memory, which a filter cannot read; libc falls back to clone
 OPENS = {"open 2 -": 1, "openat 257 56": 2}  # with the index of their flags
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 ARCHITECTURES = {
@@ -63,8 +68,12 @@ ARCHITECTURES = {
 }  # column of the numbers above, AUDIT_ARCH of linux/audit.h
 NEWEST = 463  # higher numbers are calls newer than this list
 
+Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, operand
 LOAD, JUMP_EQ, JUMP_GE, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # classic BPF, linux/bpf_common.h
-ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x50000  # linux/seccomp.h; REFUSE has the errno in its low bits
+ALLOW, KILL, REFUSE, NOTIFY = 0x7FFF0000, 0x80000000, 0x50000, 0x7FC00000  # linux/seccomp.h; REFUSE | errno
+NEW_LISTENER = 8  # SECCOMP_FILTER_FLAG_NEW_LISTENER
+RECEIVE, SEND, CONTINUE = 0xC0502100, 0xC0182101, 1  # SECCOMP_IOCTL_NOTIF_*, SECCOMP_USER_NOTIF_FLAG_CONTINUE
+NOTICE_BYTES = 80  # struct seccomp_notif
 
 
 class Unsupported(Exception):
@@ -86,65 +95,75 @@ def _libc() -> ctypes.CDLL:
 # System call filter (man 2 seccomp)
 
 
-def build_filter(pid: int, files: bool, machine: str | None = None) -> bytes:
+def build_filter(pid: int, files: bool, machine: str = "") -> list[Instruction]:
     """The BPF program that restricts process `pid` to the calls above; `files` adds those that write files."""
     machine = machine or platform.machine()
     if machine not in ARCHITECTURES:
         raise Unsupported(f"no system call list for {machine}")
     column, architecture = ARCHITECTURES[machine]
-
-    def number(entry: str) -> int | None:
-        text = entry.split()[1 + column]
-        return None if text == "-" else int(text)
-
-    def argument(index: int) -> int:
-        return 16 + 8 * index  # low half: every checked argument is an int
-
+    names = ",".join([ALLOWED, FILES] if files else [ALLOWED]).split(",")
+    rules: dict[str, list[Instruction]] = {entry: [(RETURN, 0, 0, ALLOW)] for entry in names}
+    rules |= {entry: if_one_of(*value) for entry, value in VALUES.items()}
+    rules |= {entry: if_one_of(0, (pid,)) for entry in SELF_ONLY}
+    rules |= {} if files else {entry: unless_writing(index) for entry, index in OPENS.items()}
+    rules[CLONE3] = [(RETURN, 0, 0, REFUSE | errno.ENOSYS)]
     code = [(LOAD, 0, 0, 4), (JUMP_EQ, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-
-    def rule(entry: str, body: list[tuple[int, int, int, int]]) -> None:
-        if (nr := number(entry)) is not None:
-            code.extend([(JUMP_EQ, 0, len(body), nr), *body])
-
-    for entry in ",".join([ALLOWED, FILES] if files else [ALLOWED]).split(","):
-        rule(entry, [(RETURN, 0, 0, ALLOW)])
-    for entry, (index, values) in {**VALUES, **dict.fromkeys(SELF_ONLY, (0, (pid,)))}.items():
-        tests = [pair for v in values for pair in ((JUMP_EQ, 0, 1, v), (RETURN, 0, 0, ALLOW))]
-        rule(entry, [(LOAD, 0, 0, argument(index)), *tests, (RETURN, 0, 0, REFUSE | errno.EPERM)])
-    rule(
-        CLONE,
-        [
-            (LOAD, 0, 0, argument(0)),
-            (JUMP_SET, 0, 1, CLONE_THREAD),
-            (RETURN, 0, 0, ALLOW),
-            (RETURN, 0, 0, REFUSE | errno.EPERM),
-        ],
-    )
-    rule(
-        CLONE3, [(RETURN, 0, 0, REFUSE | errno.ENOSYS)]
-    )  # its flags are in memory, which a filter cannot read; libc falls back to clone
-    for entry, index in {} if files else OPENS.items():
-        rule(
-            entry,
-            [
-                (LOAD, 0, 0, argument(index)),
-                (JUMP_SET, 0, 1, WRITING),
-                (RETURN, 0, 0, REFUSE | errno.EACCES),
-                (RETURN, 0, 0, ALLOW),
-            ],
-        )
-    code += [(JUMP_GE, 0, 1, NEWEST), (RETURN, 0, 0, REFUSE | errno.ENOSYS), (RETURN, 0, 0, REFUSE | errno.EPERM)]
-    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+    for entry, body in rules.items():
+        if (number := entry.split()[1 + column]) != "-":
+            code += [(JUMP_EQ, 0, len(body), int(number)), *body]
+    return [*code, (JUMP_GE, 0, 1, NEWEST), (RETURN, 0, 0, REFUSE | errno.ENOSYS), (RETURN, 0, 0, REFUSE | errno.EPERM)]
 
 
-def filter_system_calls(files: bool) -> None:
-    """Restrict this process to the calls listed above, irrevocably."""
-    program = build_filter(os.getpid(), files)
+def load_argument(index: int) -> Instruction:
+    return LOAD, 0, 0, 16 + 8 * index  # low half: every checked argument is an int
+
+
+def if_one_of(index: int, values: Iterable[int]) -> list[Instruction]:
+    """Allow a call whose argument at `index` is one of `values`."""
+    tests = [pair for value in values for pair in ((JUMP_EQ, 0, 1, value), (RETURN, 0, 0, ALLOW))]
+    return [load_argument(index), *tests, (RETURN, 0, 0, REFUSE | errno.EPERM)]
+
+
+def unless_writing(index: int) -> list[Instruction]:
+    """Allow a call whose flags at `index` open a file for reading only."""
+    refusal = (RETURN, 0, 0, REFUSE | errno.EACCES)
+    return [load_argument(index), (JUMP_SET, 0, 1, WRITING), refusal, (RETURN, 0, 0, ALLOW)]
+
+
+def install_filter(code: list[Instruction], flags: int = 0) -> int:
+    """Apply a filter to this process, for good; the strictest of several counts. Returns its listener, if asked for."""
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
     buffer = ctypes.create_string_buffer(program, len(program))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer)))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer)))
     libc = _libc()
     _call(libc.prctl(38, 1, 0, 0, 0), "no_new_privs")
-    _call(libc.prctl(22, 2, header, 0, 0), "seccomp")
+    number = (317, 277)[ARCHITECTURES[platform.machine()][0]]
+    return _call(libc.syscall(number, 1, ctypes.c_uint(flags), header), "seccomp")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Counting threads where the process has no user namespace of its own, in which RLIMIT_NPROC would count them
+
+
+def ask_for_threads() -> int:
+    """Make each start of a thread by this process wait for permission; returns the descriptor that grants it."""
+    clone = int(CLONE.split()[1 + ARCHITECTURES[platform.machine()][0]])
+    code = [(LOAD, 0, 0, 0), (JUMP_EQ, 0, 1, clone), (RETURN, 0, 0, NOTIFY), (RETURN, 0, 0, ALLOW)]
+    return install_filter(code, NEW_LISTENER)
+
+
+def permit_thread(listener: int, pid: int, limit: int) -> bool:
+    """Answer a request of `pid`: it may start a thread while it has fewer than `limit` beside its first. True.
+
+    Requests that arrive together are answered by the same count, so a program can reach twice the limit.
+    """
+    notice = bytearray(NOTICE_BYTES)
+    with contextlib.suppress(OSError):  # killed meanwhile
+        fcntl.ioctl(listener, RECEIVE, notice)
+        others = os.stat(f"/proc/{pid}/task").st_nlink - 3  # beside the first, and two links of any folder
+        error, flags = (0, CONTINUE) if others < limit else (-errno.EAGAIN, 0)
+        fcntl.ioctl(listener, SEND, struct.pack("=8sqiI", notice[:8], 0, error, flags))
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -219,7 +238,7 @@ def drop_privileges(uid: int, may_read: bool) -> None:
 
 
 def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, tasks: int) -> None:
-    """Set rlimits (man 2 setrlimit); 0: no limit of CPU time or of tasks (threads of this user)."""
+    """Set rlimits (man 2 setrlimit); 0: no limit of CPU time or of tasks (threads of this user in its namespace)."""
     limits = {
         "AS": memory_bytes,
         "FSIZE": file_bytes,
@@ -245,15 +264,3 @@ def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, tasks:
                 raise
     if cpu_seconds:
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
-
-
-def tasks_of_user() -> int:
-    """Current number of threads of this user, over all its processes."""
-    uid, count = os.getuid(), 0
-    for name in os.listdir("/proc"):
-        try:
-            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid:
-                count += len(os.listdir(f"/proc/{name}/task"))
-        except OSError:
-            continue  # it has exited
-    return count

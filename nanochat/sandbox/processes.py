@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from nanochat.sandbox.wire import Gone, parse_frame
 
 MAX_REPORT_BYTES = 4096
+ESCAPED_STATUS = 71  # exit code after an exception that the process could not report
 ENDS = {"end": "success", "error": "error", "memory": "out_of_memory", "exit": "early_exit", "gone": "crashed"}
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGSYS, signal.SIGTRAP}
 
@@ -18,6 +19,7 @@ class Child:
 
     pid: int
     report: socket.socket
+    listener: int = -1  # where it asks for threads (lock.ask_for_threads); -1: it need not
     received: bytearray = field(default_factory=bytearray)
     ended: str = ""  # how it reported to have ended: a key of ENDS
     status: int | None = None  # exit code, or minus the signal; None while it runs
@@ -52,15 +54,21 @@ class Child:
 
 
 class Output:
-    """Pipes for stdout and stderr of the programs. Output beyond the cap is dropped."""
+    """Channels for stdout and stderr of the programs. Output beyond the cap is dropped.
+
+    Sockets, because a pipe could be opened once more for reading, through /proc/self/fd, which Landlock allows.
+    """
 
     def __init__(self, cap: int) -> None:
         self.cap = cap
-        pipes = os.pipe(), os.pipe()
-        self.write_ends = [pipe[1] for pipe in pipes]
-        self.texts = {pipe[0]: bytearray() for pipe in pipes}
-        for fd in self.texts:
-            os.set_blocking(fd, False)
+        self.texts: dict[int, bytearray] = {}
+        self.write_ends: list[int] = []
+        for _ in ("stdout", "stderr"):
+            own_end, child_end = socket.socketpair()
+            own_end.setblocking(False)
+            own_end.shutdown(socket.SHUT_WR)  # a program that reads from its output finds the end
+            self.texts[own_end.detach()] = bytearray()
+            self.write_ends.append(child_end.detach())
 
     @property
     def full(self) -> bool:
@@ -95,5 +103,5 @@ def verdict_of(child: Child) -> str:
     status = child.status or 0
     if status < 0:
         return "timeout" if -status == signal.SIGXCPU else "crashed" if -status in CRASHES else "killed"
-    verdict = ENDS.get(child.ended, "early_exit")
+    verdict = ENDS.get(child.ended, "error" if status == ESCAPED_STATUS else "early_exit")
     return "early_exit" if verdict == "success" and status != 0 else verdict

@@ -20,7 +20,14 @@ MODULES = ("child", "lock", "processes", "program", "wire")
 SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/lib", "/lib64")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 EXTRA_FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/tmp",
+    "USER": "nobody",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",
+    "MALLOC_ARENA_MAX": "1",  # glibc would reserve 64 MiB of the address space for each of a program's threads
+}
 BOOT = "import sys; sys.path.insert(0, {!r}); from nanochat.sandbox.child import main; del sys.path[0]; main()"
 DEFAULT_SIGNALS = (
     "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
@@ -64,57 +71,32 @@ def start_bubblewrap() -> Start:
     if not bwrap:
         raise Unavailable("bubblewrap is not installed")
     executable, files = python_files()
-    root = os.geteuid() == 0 and unused_uid() > 0
     settings = {"level": "bubblewrap", "uid": 0, "may_read": False, "readable": [], "scratch": "/tmp"}
-    start = Start([], settings, NOBODY if root else None)
+    start = Start([], settings)
     sources = {path: path for path in files}
-    before: list[str] = []
-    if root and not all(map(world_readable, files)):
-        # Root is exempt from process limits, so switch to nobody first. Files that nobody may not read are bound
-        # to another place before.
-        sources = {path: f"/tmp/{i}" for i, path in enumerate(files)}
-        setpriv = shutil.which("setpriv")
-        if not setpriv:
-            raise Unavailable("Python is installed where only root may read, and setpriv is missing")
-        before = [
-            bwrap,
-            "--dev-bind",
-            "/",
-            "/",
-            "--tmpfs",
-            "/tmp",
-            "--perms",
-            "0755",
-            "--dir",
-            "/tmp",
-            *(word for path in files for word in ("--ro-bind", path, sources[path])),
-            setpriv,
-            f"--reuid={NOBODY}",
-            f"--regid={NOBODY}",
-            "--clear-groups",
-        ]
-        start.user = None
+    if os.geteuid() == 0 and unused_uid() > 0:  # root is exempt from the limit of tasks
+        if all(map(world_readable, files)):
+            start.user = NOBODY
+        else:
+            sources = {path: f"/tmp/{i}" for i, path in enumerate(files)}
+            start.command = switch_user(bwrap, sources)
     start.info, info_writer = os.pipe()
     start.fds.append(info_writer)
-    start.command = [
-        *before,
-        bwrap,
-        *namespaces(bwrap),
-        *mounts(sources),
-        *modules(start),
-        "--remount-ro",
-        "/",
-        "--info-fd",
-        str(info_writer),
-        "--chdir",
-        "/tmp",
-        "--",
-        executable,
-        *PYTHON_FLAGS,
-        "-c",
-        BOOT.format("/sandbox"),
-    ]
+    start.command += [bwrap, *namespaces(bwrap), *mounts(sources), *modules(start)]
+    start.command += ["--remount-ro", "/", "--info-fd", str(info_writer), "--chdir", "/tmp", "--"]
+    start.command += [executable, *PYTHON_FLAGS, "-c", BOOT.format("/sandbox")]
     return start
+
+
+def switch_user(bwrap: str, sources: dict[str, str]) -> list[str]:
+    """Start of a command line that binds {path: another place} and then switches to nobody, who may not read `path`."""
+    setpriv = shutil.which("setpriv")
+    if not setpriv:
+        raise Unavailable("Python is installed where only root may read, and setpriv is missing")
+    command = [bwrap, "--dev-bind", "/", "/", "--tmpfs", "/tmp", "--perms", "0755", "--dir", "/tmp"]
+    for path, place in sources.items():
+        command += ["--ro-bind", path, place]
+    return [*command, setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 
 
 def namespaces(bwrap: str) -> list[str]:
@@ -193,7 +175,7 @@ def start_landlock() -> Start:
 
 
 def unused_uid() -> int:
-    """An unused user id, so that the limit of tasks counts only this sandbox's threads.
+    """A user id that owns no files and processes, for sandboxes of root.
 
     0 if root cannot switch to one: the namespace has no other id, or the capabilities for it were dropped.
     """

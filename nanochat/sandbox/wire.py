@@ -8,10 +8,29 @@ import os
 import select
 import struct
 import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 MAX_FRAME_BYTES = 64 << 20
-TAGS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+# {tag: (type, to a simpler value, and back)} of the values that JSON lacks
+TYPES: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "tuple": (tuple, list, tuple),
+    "dict": (dict, lambda value: list(map(list, value.items())), dict),
+    "set": (set, list, set),
+    "frozenset": (frozenset, list, frozenset),
+    "int": (int, hex, lambda text: int(text, 16)),
+    "bytes": (bytes, bytes.hex, bytes.fromhex),
+    "bytearray": (bytearray, bytes, bytearray),
+    "complex": (complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    "fraction": (Fraction, str, Fraction),
+    "decimal": (Decimal, str, Decimal),
+    "deque": (deque, lambda value: [list(value), value.maxlen], lambda parts: deque(*parts)),
+    "counter": (Counter, dict, Counter),
+    "ordered": (OrderedDict, dict, OrderedDict),
+}
 
 
 class Gone(Exception):
@@ -19,8 +38,8 @@ class Gone(Exception):
 
 
 def frame_of(value: Any) -> bytes:
-    """`value` as JSON after its length. Lone surrogates in text survive, escaped."""
-    body = json.dumps(value).encode("ascii")
+    """`value` as JSON after its length. Surrogates in text survive: JSON's escapes would join pairs of them."""
+    body = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return struct.pack(">I", len(body)) + body
 
 
@@ -39,8 +58,12 @@ def read_frame(fd: int, deadline: float | None = None) -> Any:
     (size,) = struct.unpack(">I", _read_exactly(fd, 4, deadline))
     if size > MAX_FRAME_BYTES:
         raise Gone(f"a frame of {size} bytes")
+    return _parse(_read_exactly(fd, size, deadline))
+
+
+def _parse(body: bytes) -> Any:
     try:
-        return json.loads(_read_exactly(fd, size, deadline))
+        return json.loads(body.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise Gone("invalid JSON") from error
 
@@ -68,32 +91,20 @@ def parse_frame(data: bytes) -> Any:
     if len(data) < 4:
         return None
     (size,) = struct.unpack(">I", data[:4])
-    if size > len(data) - 4:
-        return None
-    try:
-        return json.loads(data[4 : 4 + size])
-    except (ValueError, RecursionError) as error:
-        raise Gone("invalid JSON") from error
+    return _parse(data[4 : 4 + size]) if size <= len(data) - 4 else None
 
 
 def pack(value: Any) -> Any:
     """A plain value as JSON types. Exact types only, no subclasses: raises TypeError on anything else."""
-    if value is None or type(value) in (bool, float, str):
-        return value
-    if type(value) is int:
-        return value if value.bit_length() < 1000 else {"int": hex(value)}  # decimal conversion is slow, and limited
-    if type(value) is list:
+    kind = type(value)
+    if value is None or kind in (bool, float, str) or (kind is int and value.bit_length() < 1000):
+        return value  # JSON's conversion of long integers is slow, and limited
+    if kind is list:
         return [pack(item) for item in value]
-    if type(value) is dict:
-        return {"dict": [[pack(key), pack(item)] for key, item in value.items()]}
-    if type(value) is bytes:
-        return {"bytes": value.hex()}
-    if type(value) is complex:
-        return {"complex": [value.real, value.imag]}
-    for tag, kind in TAGS.items():
-        if type(value) is kind:
-            return {tag: [pack(item) for item in value]}
-    raise TypeError(f"{type(value).__name__} cannot be passed between a program and its tests: plain values only")
+    for tag, (tagged, take_apart, _) in TYPES.items():
+        if kind is tagged:
+            return {tag: pack(take_apart(value))}
+    raise TypeError(f"{kind.__name__} cannot be passed between a program and its tests: plain values only")
 
 
 def unpack(value: Any) -> Any:
@@ -103,14 +114,6 @@ def unpack(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     ((tag, content),) = value.items()
-    if tag == "dict":
-        return {unpack(key): unpack(item) for key, item in content}
-    if tag == "int":
-        return int(content, 16)
-    if tag == "bytes":
-        return bytes.fromhex(content)
-    if tag == "complex":
-        return complex(*content)
-    if tag not in TAGS:
+    if tag not in TYPES:
         raise ValueError(f"unknown tag {tag!r}")
-    return TAGS[tag]([unpack(item) for item in content])
+    return TYPES[tag][2](unpack(content))
