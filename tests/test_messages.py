@@ -140,6 +140,19 @@ def test_dropped_messages_are_reported(client: TestClient, stream: bool) -> None
     assert (found[1]["dropped_messages"], expected[1]["dropped_messages"]) == (7, 0)
 
 
+def test_a_chat_may_have_very_many_messages(client: TestClient) -> None:
+    turns = [message for number in range(999) for message in (user(f"{number}?"), assistant("x"))]
+    response = client.post(CHAT, json=chat(messages=[*turns, user("last?")]))
+    usage = response.json()["usage"]
+    assert (
+        usage["prompt_tokens"] + answer_reserve(CONTEXT)
+        <= CONTEXT
+        < usage["prompt_tokens"] + answer_reserve(CONTEXT) + 9
+    )
+    assert response.headers["x-nanochat-dropped-messages"] == str(usage["dropped_messages"])
+    assert error_of(client, chat(messages=[*turns, *turns, user("last?")]))["param"] == "messages"
+
+
 def test_what_leaves_no_room_is_refused_as_clients_expect(client: TestClient) -> None:
     last = client.post(CHAT, json=chat(messages=[user("x" * (CONTEXT - 5))], **GREEDY)).json()
     assert last["usage"]["completion_tokens"] == 1 and last["choices"][0]["finish_reason"] == "length"

@@ -33,14 +33,16 @@ def drop_oldest_turns(
     lengths = [len(render_turn(tokenizer, turn)[0]) for turn in turns]
     system_length = len(tokenizer.encode(system[0]["content"])) if system else 0
     around = 0 if continue_last else 2  # bos, and assistant_start or without the last turn's end token
-    starts = range(0, len(turns), 2)
-    for start in starts:
-        rest = around + sum(lengths[start + 1 :])
-        if rest + system_length // 2 > max_tokens:
-            continue  # before encoding a long system message with each turn that may come first
-        if rest + len(render_turn(tokenizer, join_system([*system, turns[start]])[0])[0]) <= max_tokens:
-            return [*system, *turns[start:]]
-    return [*system, *turns[starts[-1] :]]
+    length, last_start = around + sum(lengths), 2 * ((len(turns) - 1) // 2)
+    for start in range(0, last_start, 2):
+        rest = length - lengths[start]
+        # Not with a long system message at every turn that may come first: encoding it takes time.
+        if rest + system_length // 2 <= max_tokens:
+            first, *_ = join_system([*system, turns[start]])
+            if rest + len(render_turn(tokenizer, first)[0]) <= max_tokens:
+                return [*system, *turns[start:]]
+        length -= lengths[start] + lengths[start + 1]
+    return [*system, *turns[last_start:]]
 
 
 def answer_reserve(max_context: int) -> int:

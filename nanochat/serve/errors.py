@@ -76,6 +76,15 @@ def role_of_message(body: Any, path: Sequence[str]) -> str:
     return f" (role {str(role)[:40]!r})"
 
 
+def describe_http_error(request: Request, error: HTTPException) -> ApiError:
+    message = str(error.detail)
+    if error.status_code == 400:
+        message = "the body cannot be read as JSON in UTF-8"
+    elif error.status_code == 405 and error.headers:
+        message = f"{request.method} is not possible here; use {error.headers.get('Allow')}"
+    return ApiError(error.status_code, message, headers=error.headers)
+
+
 def wrong_path(request: Request) -> ApiError:
     """404; names the path that is there with /v1 before it, or less before it."""
     path = request.url.path
@@ -91,10 +100,7 @@ async def handle_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         error = describe_validation_error(error, request.headers.get("content-type", ""))
     elif isinstance(error, HTTPException):
-        if error.status_code == 404:
-            return wrong_path(request).response()
-        message = "the body cannot be read as JSON in UTF-8" if error.status_code == 400 else str(error.detail)
-        error = ApiError(error.status_code, message, headers=error.headers)
+        error = wrong_path(request) if error.status_code == 404 else describe_http_error(request, error)
     elif isinstance(error, RecursionError):
         error = ApiError(400, "the JSON is nested too deeply")
     elif isinstance(error, UnicodeDecodeError):

@@ -20,7 +20,7 @@ from nanochat.serve.api import Api
 from nanochat.serve.errors import ApiError
 from nanochat.serve.request_models import MAX_CHARS, Body, Flag, GenerationBody
 
-MAX_MESSAGES = 500
+MAX_MESSAGES = 2000
 MAX_CALLS = 128  # of tools, in one message
 OWN_TOOLS = {tool.name for tool in WITH_PYTHON}  # called with a text; other functions have named arguments
 TEXT_PARTS = ("text", "refusal")
