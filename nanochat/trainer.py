@@ -205,6 +205,7 @@ class Trainer:
     def _end_early(self) -> None:
         """Finish a run whose data ended before the schedule's last step."""
         warn(f"the data ended after step {self.progress.step} of {self.schedule.num_steps}")
+        self.schedule.num_steps = self.progress.step  # the run is finished, when it is resumed too
         for hook in self.hooks if self.progress.step else ():
             hook.run(self)
         self._save(final=True)

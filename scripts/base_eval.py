@@ -16,7 +16,7 @@ from nanochat.evals.subject import Subject, load_checkpoint, load_hf, open_evalu
 from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.runtime import Runtime
-from nanochat.train.run import command_line
+from nanochat.train.commands import command_line
 from scripts import _cli
 
 PROMPTS = (

@@ -14,7 +14,7 @@ from nanochat.ranges import Range
 from nanochat.report import accuracy_values, record_stage
 from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
-from nanochat.train.run import command_line
+from nanochat.train.commands import command_line
 from scripts import _cli
 from tasks.common import Task
 from tasks.evaluation import (

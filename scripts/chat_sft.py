@@ -38,15 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, runtime: Runtime) -> int:
     """One finetuning run, fresh or resumed, to its end. Returns the exit code."""
-    folder = finetuning_dir("sft", "base", config, config.base_tag, runtime)
+    folder = finetuning_dir("sft", config.source, config, config.base_tag, runtime)
     with open_run("chat_sft", folder, config, runtime) as run:
         config = run.config
         listing = folder.with_name(f"{folder.name}.left_out.txt")  # beside the folder, which may be moved
         sources = open_sources(config.data, config.seed)
         check_sources(sources, listing, config.strict, runtime)
-        start = open_starting_model(run.checkpoint, "base", folder, config.base_tag, config.model_step, runtime)
+        start = open_starting_model(run.checkpoint, config.source, folder, config.base_tag, config.model_step, runtime)
         model, tokenizer = start.model, start.tokenizer
-        runtime.print0(f"{runtime.describe()}\nbase model: {start.tag}, step {start.step}; run folder: {folder}")
+        runtime.print0(
+            f"{runtime.describe()}\n{config.source} model: {start.tag}, step {start.step}; run folder: {folder}"
+        )
 
         sizes = row_sizes(config, start)
         old = run.checkpoint is not None and run.checkpoint.meta.get("held_out") != SPLIT_BY_CONTENT
@@ -73,7 +75,7 @@ def train(config: Config, runtime: Runtime) -> int:
             total_batch_tokens=sizes.rows * sizes.T,
             meta={
                 "stage": "sft",
-                "base": start.record,
+                "base": start.record | {"source": config.source},
                 "data": data.fingerprint,
                 "held_out": "the last" if old else SPLIT_BY_CONTENT,
                 "conversations": data.table(),

@@ -1,6 +1,7 @@
 """base_train, chat_sft and chat_rl as scripts: starting models, run folders, resuming, exit."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cli_helpers import refused
 from ranks import run_ranks
 from stubs import TINY
 from toy_training import CPU, make_trainer
 
 from nanochat.checkpoint_manager import list_steps, open_checkpoint, run_dir
 from nanochat.common import UserError
+from nanochat.dataloader import ConversationLoader
 from nanochat.files import read_json
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
@@ -71,7 +74,7 @@ def test_sft_tags(copied: Path, chats: str) -> None:
     """A new tag finetunes the newest base run; resuming without a tag goes on with the newest finetuning run."""
     assert chat_sft.main([*SFT, chats, "--model-tag=mine"]) == 0
     saved = open_checkpoint(run_dir(copied, "sft", "mine"))
-    assert saved.meta["base"] == {"tag": "tiny", "step": 1, "recipe": "default"}
+    assert saved.meta["base"] == {"tag": "tiny", "step": 1, "recipe": "default", "source": "base"}
     assert base_train.main([*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=newer"]) == 0
     asked = [chat_sft.Config(resume=True), chat_sft.Config(), chat_sft.Config(model_tag="tiny")]
     assert [finetuning_dir("sft", "base", config, "", CPU).name for config in asked] == ["mine", "newer", "tiny"]
@@ -216,6 +219,54 @@ def test_damaged_files_beside_the_checkpoints_do_not_stop_a_resume(
     assert all((open_checkpoint(run, 4).model_state()[name] == whole[name]).all() for name in whole)
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-2:] == [3, 4]
     assert not list(run.glob(".*.tmp"))
+
+
+RL = ["--tasks=Format", "--examples-per-step=2", "--num-samples=2", "--max-new-tokens=4", "--eval-examples=1"]
+
+
+@pytest.mark.parametrize("stage", ["base", "sft", "rl"])
+def test_a_finished_run_says_how_to_train_on(
+    stage: str, copied: Path, chats: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked for more, a finished run changes nothing and exits with 2; the command it prints trains on."""
+    script, flags = {
+        "base": (base_train, [*TINY, f"--data={copied / 'text.jsonl'}", "--lr-scale=0"]),
+        "sft": (chat_sft, [*SFT, chats, "--embedding-lr=0"]),
+        "rl": (chat_rl, [*RL, "--device-type=cpu"]),
+    }[stage]
+    if stage == "rl":
+        assert chat_sft.main([*SFT, chats]) == 0
+    flags = [*flags, "--model-tag=done", "--num-iterations=2"]
+    assert script.main(flags) == 0
+    folder = run_dir(copied, stage, "done")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    message = refused(script.main, [*flags, "--num-iterations=5", "--resume"], capsys)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert "2 steps" in message and "--num-iterations=5" in message
+    words = shlex.split(message[message.index("python -m ") :])
+    assert words[2] == script.__name__ and {"--num-iterations=3", "--model-tag=done-2"} < set(words)
+    assert script.main(words[3:]) == 0
+    on = open_checkpoint(run_dir(copied, stage, "done-2"))
+    assert on.step == 3 and on.meta["model_config"] == open_checkpoint(folder).meta["model_config"]
+    if stage == "base":
+        first, second = open_checkpoint(folder).model_state(), on.model_state()
+        assert all((first[name] == second[name]).all() for name in first)
+    else:
+        assert (on.meta["base"]["tag"], on.meta["base"]["source"], on.meta["base"]["step"]) == ("done", stage, 2)
+    capsys.readouterr()
+    assert script.main([*flags, "--resume"]) == 0, "without a change it is done already"
+    assert "--model-tag=done-3" in capsys.readouterr().out and list_steps(folder) == [2]
+
+
+def test_a_run_whose_data_ended_early_is_finished(
+    copied: Path, chats: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [chats, "--model-tag=short", "--total-batch-size=16", "--eval-tokens=16", "--device-type=cpu"]
+    monkeypatch.setattr(ConversationLoader, "num_steps", lambda self: 50)
+    assert chat_sft.main(flags) == 0
+    (done,) = list_steps(run_dir(copied, "sft", "short"))
+    assert done < 50
+    assert f"{done} steps" in refused(chat_sft.main, [*flags, "--num-epochs=2", "--resume"], capsys)
 
 
 def plan_of(copied: Path, tag: str) -> dict[str, Any]:

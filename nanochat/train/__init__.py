@@ -1,6 +1,7 @@
 """A training run: everything around the loop in `nanochat.trainer`.
 
 run.py             folder, lock, resuming, exit codes: the way from a trainer to a finished run. Start here.
+commands.py        the commands shown to continue a run, or to train a finished one on
 config.py          the flags of every training stage, and which of them a resumed run may change
 build.py           from a model to its step: optimizer, compiled loss, rows per micro-batch
 step.py            one optimizer step: micro-batches, gradients, update

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from nanochat.common import warn
 from nanochat.optim import OptimizerConfig
 from nanochat.ranges import Range
 from nanochat.recipe import get_recipe
@@ -78,6 +77,10 @@ class TrainConfig:
         """True if the clock, not a number of steps, ends the run."""
         return self.minutes > 0 and self.num_iterations <= 0
 
+    def start_from(self, tag: str) -> dict[str, Any]:
+        """The flags that start a new run of this stage from the weights of its run `tag`, with their values."""
+        raise NotImplementedError
+
     def optimizer_config(self, recipe: str) -> OptimizerConfig:
         """The recipe's rates, overridden by those of the command line."""
         names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "adam_beta1", "adam_beta2")
@@ -91,6 +94,8 @@ class TrainConfig:
 
 
 Config = TypeVar("Config", bound=TrainConfig)
+HORIZON = frozenset({"num_iterations", "minutes", "num_epochs", "target_flops", "target_param_data_ratio"})
+"""The flags, of all stages, that say how long a run is."""
 
 
 def resume_rules(config: TrainConfig) -> dict[str, OnResume]:
@@ -100,21 +105,25 @@ def resume_rules(config: TrainConfig) -> dict[str, OnResume]:
     return {name: mark for name, found in marks.items() for mark in found if isinstance(mark, OnResume)}
 
 
-def merge_saved_config(given: Config, saved: dict[str, Any]) -> Config:
-    """The saved run's flags, with those that may change taken from `given`.
+def ignored_flags(given: TrainConfig, saved: dict[str, Any]) -> dict[str, Any]:
+    """The flags on the command line that a run resumed with the `saved` ones does not take, with their values."""
+    rules = resume_rules(given)
+    return {name: value for name, value in changed_flags(given, saved).items() if name not in rules}
 
-    A value on the command line that differs and may not change is ignored with a warning.
-    """
-    values, defaults, rules = asdict(given), type(given)(), resume_rules(given)
+
+def changed_flags(given: TrainConfig, saved: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given and differ from the saved ones; a default value counts as not given, -1 as "derive"."""
+    defaults = asdict(type(given)())
+    return {k: v for k, v in asdict(given).items() if k in saved and v not in (saved[k], -1, defaults[k])}
+
+
+def merge_saved_config(given: Config, saved: dict[str, Any]) -> Config:
+    """The saved run's flags, with those that may change taken from `given`."""
+    values, rules, changed = asdict(given), resume_rules(given), changed_flags(given, saved)
     for name, value in saved.items():
-        rule = rules.get(name)
-        if name not in values or rule is OnResume.NEW:
-            continue
-        if values[name] not in (value, -1, getattr(defaults, name)):  # -1: derive it
-            if rule is OnResume.IF_GIVEN:
-                continue
-            warn(f"resuming: --{name.replace('_', '-')} stays {value!r} as in the saved run, not {values[name]!r}")
-        values[name] = value
+        is_new = rules.get(name) is OnResume.NEW or (rules.get(name) is OnResume.IF_GIVEN and name in changed)
+        if name in values and not is_new:
+            values[name] = value
     return type(given)(**values)
 
 

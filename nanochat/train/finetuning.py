@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from nanochat.common import UserError
 from nanochat.dataloader import ConversationLoader
@@ -32,8 +32,10 @@ FEW_STEPS, ENOUGH_STEPS = 10, 50  # fewer steps than the first draw a warning, w
 class FinetuneConfig(TrainConfig):
     """Finetune a base model on conversations. Sizes and tokenizer are the base model's. -1 means "derive it"."""
 
+    source: Literal["base", "sft"] = "base"
+    """Which model to start from: base, or sft to train one further."""
     base_tag: str = ""
-    """Tag of the base run to start from; empty takes the latest."""
+    """Tag of its run; empty takes the one of this run's name, else the latest."""
     model_step: int = -1
     """Its step; -1 takes the last."""
     data: Annotated[str, OnResume.IF_GIVEN] = "starter"
@@ -54,6 +56,9 @@ class FinetuneConfig(TrainConfig):
     """Steps between sample answers; -1 only at the end."""
     weight_decay: Annotated[float, Range(0)] = 0.0
     """Cautious decay of the matrices at depth 12, scaled by (12/depth)^2 and to zero over the run."""
+
+    def start_from(self, tag: str) -> dict[str, Any]:
+        return {"source": "sft", "base_tag": tag, "model_step": -1}
 
     @property
     def epochs(self) -> int | None:

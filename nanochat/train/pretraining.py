@@ -112,6 +112,10 @@ class PretrainConfig(ModelFlags, TrainConfig):
     eval_bundle: Annotated[str, OnResume.NEW] = ""
     """Folder of the CORE bundle; empty: eval_bundle/ in the base folder, downloaded if it is not there."""
 
+    def start_from(self, tag: str) -> dict[str, Any]:
+        sizes = ("depth", "aspect_ratio", "head_dim", "n_embd", "n_head", "n_kv_head", "max_seq_len", "window_pattern")
+        return {name: getattr(PretrainConfig, name) for name in sizes} | {"init_from": tag}
+
 
 def build_model(run: Run[PretrainConfig], tokenizer: RustBPETokenizer) -> GPT:
     """A new model, or one with the weights of --init-from; a resumed run's weights are restored later.

@@ -4,7 +4,7 @@ What is learnt from is in nanochat/rl.py, the tasks in tasks/rl_tasks.py.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from nanochat.common import UserError
 from nanochat.ranges import Range
@@ -65,6 +65,9 @@ class RLConfig(TrainConfig):
     """Held-out items of each task and level."""
     eval_samples: Annotated[int, Range(1)] = 4
     """Answers to each of them at temperature 1, for pass@k; accuracy is that of the likeliest answer."""
+
+    def start_from(self, tag: str) -> dict[str, Any]:
+        return {"source": "rl", "source_tag": tag, "model_step": -1}
 
     def __post_init__(self) -> None:
         for name, reason in UNUSED.items():

@@ -11,7 +11,6 @@ before the first step).
 
 import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -42,7 +41,8 @@ from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.build import fit_device_batch
-from nanochat.train.config import Config, TrainConfig, may_resume, merge_saved_config
+from nanochat.train.commands import command_line, describe_flags, train_on_command
+from nanochat.train.config import HORIZON, Config, TrainConfig, ignored_flags, may_resume, merge_saved_config
 from nanochat.train.metrics import Metrics, check_sinks, cut_metrics, open_sinks
 from nanochat.train.snapshot import restore_trainer, take_snapshot
 from nanochat.train.timing import deadline_for, measure_peak_flops
@@ -61,6 +61,11 @@ class Run(Generic[Config]):
     planned_steps: int | None = None  # of an earlier session: rates and decay follow from it, so it stays
     shown: dict[str, Any] = field(default_factory=dict)  # values for the report besides the figures
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run was resumed after its last step."""
+        return self.checkpoint is not None and is_finished(self.checkpoint)
+
     def begin(self, num_steps: int, plan: list[tuple[str, str]]) -> None:
         """Take the folder, now that every flag has been checked; print and keep the plan."""
         check_sinks(self.config)
@@ -68,7 +73,8 @@ class Run(Generic[Config]):
             move_aside(self.folder, self.runtime)
         if self.runtime.is_main:
             write_json(self.folder / "plan.json", {"num_steps": num_steps, "user_config": asdict(self.config)})
-            print_table("plan", plan)
+            if not self.finished:
+                print_table("plan", plan)
 
     def train(
         self,
@@ -86,7 +92,11 @@ class Run(Generic[Config]):
         config, runtime, planned_steps = self.config, self.runtime, trainer.schedule.num_steps
         if self.checkpoint:
             restore_trainer(trainer, self.checkpoint)
-            runtime.print0(f"resumed at step {self.checkpoint.step} of {trainer.schedule.num_steps}")
+            left = ""
+            if self.finished:
+                command = train_on_command(self.script, self.folder, config, self.checkpoint.step)
+                left = f": the run is finished, nothing is left to train; to train its weights on:\n  {command}"
+            runtime.print0(f"resumed at step {self.checkpoint.step} of {trainer.schedule.num_steps}{left}")
         else:
             fit_device_batch(trainer.step, config.device_batch_size, sequence_len)
         meta = {
@@ -167,13 +177,16 @@ class Run(Generic[Config]):
 
 @contextlib.contextmanager
 def open_run(script: str, folder: Path, config: Config, runtime: Runtime) -> Iterator[Run[Config]]:
-    """Lock the run's folder and find what to resume. UserError if another process trains there, or nothing fits."""
+    """Lock the run's folder and find what to resume. UserError if another process trains there, or nothing fits, or if
+    the flags ask for something else of a run that is finished."""
     with lock_folder(folder, runtime):
         checkpoint = choose_checkpoint(folder, config, runtime)
         planned_steps = None
         if saved := saved_plan(checkpoint, config, folder):
             planned_steps, flags = saved
+            ignored = ignored_flags(config, flags)
             config = merge_saved_config(config, flags)
+            check_ignored(script, folder, config, ignored, checkpoint)
         yield Run(script, folder, config, runtime, checkpoint, planned_steps)
 
 
@@ -234,6 +247,28 @@ def saved_plan(checkpoint: Checkpoint | None, config: TrainConfig, folder: Path)
     return None
 
 
+def check_ignored(
+    script: str, folder: Path, config: TrainConfig, ignored: dict[str, Any], checkpoint: Checkpoint | None
+) -> None:
+    """Warn of the flags that a resumed run ignores. Raises UserError if the run is finished: nothing would be done."""
+    if not ignored:
+        return
+    if checkpoint and is_finished(checkpoint):
+        command = train_on_command(script, folder, config, checkpoint.step, ignored)
+        raise UserError(
+            f"the run {folder.name} is finished after {checkpoint.step} steps: {describe_flags(ignored)} would change "
+            f"nothing, and nothing was done. Train its weights on in a new run: {command}"
+        )
+    stays = describe_flags({name: getattr(config, name) for name in ignored})
+    later = "; docs/training.md says how to train on afterwards" if HORIZON.intersection(ignored) else ""
+    warn(f"resuming with {stays} as in the saved run, not {describe_flags(ignored)}{later}")
+
+
+def is_finished(checkpoint: Checkpoint) -> bool:
+    """Whether this is the last step of its run."""
+    return checkpoint.step >= int(checkpoint.meta["plan"]["num_steps"])
+
+
 def move_aside(folder: Path, runtime: Runtime) -> None:
     """Rename the folder of an earlier run. Collective."""
     runtime.barrier("checking the run's folder")
@@ -268,20 +303,6 @@ def run_to_end(trainer: Trainer, folder: Path, resume_command: str) -> int:
             f"{folder} is {'none' if saved is None else f'step {saved}'}"
         )
     return 1
-
-
-def command_line(script: str, config: Any, **extra: Any) -> str:
-    """The command that starts `script` with every non-default field of `config`, and `extra`."""
-    defaults = asdict(type(config)())
-    flags = {k: v for k, v in {**asdict(config), **extra}.items() if extra.get(k) is not None or v != defaults.get(k)}
-    words = []
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words.append(f"--{flag}={value}")
-    return shlex.join(["python", "-m", f"scripts.{script}", *words])
 
 
 def record_so_far(stage: str, values: dict[str, Any]) -> None:

@@ -1,0 +1,49 @@
+"""Commands to show the user: of this run, and of a new run that trains a finished one on."""
+
+import itertools
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from nanochat.train.config import HORIZON, TrainConfig
+
+
+def command_line(script: str, config: Any, **extra: Any) -> str:
+    """The command that starts `script` with every non-default field of `config`, and `extra`."""
+    defaults = asdict(type(config)())
+    flags = {k: v for k, v in {**asdict(config), **extra}.items() if extra.get(k) is not None or v != defaults.get(k)}
+    return f"python -m scripts.{script} {describe_flags(flags)}".rstrip()
+
+
+def describe_flags(flags: Mapping[str, Any]) -> str:
+    """The flags as on a command line, quoted where a shell needs it."""
+    words = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag}={value}")
+    return shlex.join(words)
+
+
+def train_on_command(
+    script: str, folder: Path, config: TrainConfig, steps: int, asked: Mapping[str, Any] | None = None
+) -> str:
+    """The command of a new run that starts from the weights of the one in `folder`, which finished after `steps`.
+
+    It has the flags `config` of the finished run, and those `asked` for in vain when that was resumed. A longer horizon
+    becomes what is left of it: 40 steps after 20 are 20 more.
+    """
+    new = next(p for n in itertools.count(2) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
+    values, horizon = dict(asked or {}), HORIZON.intersection(asked or {})
+    for name in horizon:
+        done = steps if name == "num_iterations" else getattr(config, name)
+        if values[name] > done > 0:
+            values[name] = round(values[name] - done, 6)
+    if horizon:
+        values = {"num_iterations": -1, "minutes": -1.0} | values
+    values |= {"model_tag": new.name, "resume": False, "resume_from_step": -1, **config.start_from(folder.name)}
+    return command_line(script, replace(config, **values))
