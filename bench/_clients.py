@@ -4,6 +4,7 @@ They use plain sockets, to cost little on the machine that they share with the s
 """
 
 import asyncio
+import functools
 import json
 import random
 import socket
@@ -134,6 +135,32 @@ async def sends_nonsense(port: int, rng: random.Random, seen: Seen) -> None:
         await read_head(reader, seen)
 
 
+@functools.cache
+def structures() -> list[bytes]:
+    """Bodies that take a parser and its checks long."""
+    return [
+        b"[" + b",".join([b'{"a":1}'] * 500_000) + b"]",
+        b'{"messages":[{"role":"user","content":[' + b",".join([b'{"type":"text","text":""}'] * 150_000) + b"]}]}",
+        b'{"messages":[' + b",".join([b"[]"] * 1_000_000) + b"]}",
+        b'{"prompt":[' + b",".join([b"1"] * 2_000_000) + b"]}",
+        b'{"logit_bias":{' + b",".join(b'"%d":1' % number for number in range(350_000)) + b"}}",
+        b'{"a":' * 800_000,
+    ]
+
+
+async def sends_structures(port: int, rng: random.Random, seen: Seen) -> None:
+    async with connect(port) as (reader, writer):
+        writer.write(request(rng.choice(structures())[: 4 * 2**20]))
+        await read_head(reader, seen)
+
+
+async def sends_chunks_of_a_byte(port: int, rng: random.Random, seen: Seen) -> None:
+    async with connect(port) as (reader, writer):
+        writer.write(request(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+        writer.write(b"1\r\n \r\n" * 50_000 + b"0\r\n\r\n")
+        await read_head(reader, seen)
+
+
 async def sends_too_much(port: int, rng: random.Random, seen: Seen) -> None:
     piece = b"x" * 65536
     async with connect(port) as (reader, writer):
@@ -171,6 +198,8 @@ HOSTILE = {
     leaves_in_the_middle: 3,
     leaves_at_once: 3,
     sends_nonsense: 3,
+    sends_structures: 1,
+    sends_chunks_of_a_byte: 1,
     sends_too_much: 1,
     does_not_read: 2,
     does_not_finish: 2,

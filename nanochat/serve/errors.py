@@ -87,7 +87,7 @@ def describe_http_error(request: Request, error: HTTPException) -> ApiError:
 
 def wrong_path(request: Request) -> ApiError:
     """404; names the path that is there with /v1 before it, or less before it."""
-    path = request.url.path
+    path = request.scope["path"]  # not of request.url, which fails on a Host that is no URL's
     for candidate in ("/v1" + path, path[path.rfind("/v1/") :], path.removeprefix("/v1")):
         scope = {**request.scope, "path": candidate}
         if candidate != path and any(route.matches(scope)[0] != Match.NONE for route in request.app.router.routes):
@@ -97,19 +97,24 @@ def wrong_path(request: Request) -> ApiError:
 
 
 async def handle_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, RequestValidationError | HTTPException | ApiError):
+        forget_frames(error)
     if isinstance(error, RequestValidationError):
         error = describe_validation_error(error, request.headers.get("content-type", ""))
     elif isinstance(error, HTTPException):
         error = wrong_path(request) if error.status_code == 404 else describe_http_error(request, error)
-    elif isinstance(error, RecursionError):
-        error = ApiError(400, "the JSON is nested too deeply")
-    elif isinstance(error, UnicodeDecodeError):
-        error = ApiError(400, "the body is not UTF-8")
     elif not isinstance(error, ApiError):  # uvicorn logs the traceback
         error = ApiError(500, "the server failed on this request", "server_error")
     return error.response()
 
 
+def forget_frames(error: BaseException | None) -> None:
+    """Break the cycle error -> traceback -> frame -> error, which would keep a refused body in memory until the garbage
+    collector finds it."""
+    while error is not None:
+        error.__traceback__, error = None, error.__context__
+
+
 ERROR_HANDLERS: dict[int | type[Exception], Any] = dict.fromkeys(
-    (ApiError, RequestValidationError, HTTPException, RecursionError, UnicodeDecodeError, Exception), handle_error
+    (ApiError, RequestValidationError, HTTPException, Exception), handle_error
 )

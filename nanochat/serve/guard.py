@@ -1,14 +1,15 @@
 """Middleware around every request: API keys, limits, security headers, counting."""
 
-import asyncio
 import contextlib
 import hmac
 from collections.abc import Container, Iterator
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 
 from nanochat.serve.api import Api
+from nanochat.serve.body import RequestBody, check_structure
 from nanochat.serve.errors import ApiError
 
 SECURITY_HEADERS = {
@@ -17,10 +18,8 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-LINGER_SECONDS = (
-    5.0  # to discard the body of a refused request: a client that is still sending does not read the reason
-)
-LINGER_BODIES = 16  # of the largest size
+SMALL_BODY = 64 * 2**10  # checked at once; larger ones on another thread
+
 
 
 class Guard:
@@ -50,12 +49,22 @@ class Guard:
             scope.setdefault("state", {})["client"] = self.identify(scope)
             with self.admit(scope):
                 await body.read()
+                await self.check(body)
                 await self.app(scope, body.receive, send_counted)
         except ApiError as error:
             response = error.response()
             if not await body.discard():
                 response.headers["Connection"] = "close"
             await response(scope, receive, send_counted)
+        except ClientDisconnect:
+            pass  # before the body was complete
+
+    async def check(self, body: RequestBody) -> None:
+        """Raises ApiError if the body's structure is refused."""
+        if len(body.content) <= SMALL_BODY:
+            check_structure(body.content)
+        else:
+            await self.api.run_in_thread(lambda: check_structure(body.content))
 
     def identify(self, scope: Any) -> str:
         """The client's name in the queue: the number of its key, or its address where no key is required.
@@ -95,44 +104,3 @@ class Guard:
             yield
         finally:
             self.api.active -= 1
-
-
-class RequestBody:
-    """A request's body: read whole, up to a limit, before the application gets it."""
-
-    def __init__(self, scope: Any, receive: Any, max_bytes: int) -> None:
-        self._receive, self.max_bytes = receive, max_bytes
-        self.headers = Headers(scope=scope)
-        self.content = bytearray()
-        self.complete = self.passed_on = False
-
-    async def _read_piece(self) -> bytes:
-        message = await self._receive()
-        self.complete = not message.get("more_body", False)
-        return message.get("body", b"")
-
-    async def read(self) -> None:
-        """Raises ApiError if the body is too large, announced or not."""
-        announced = self.headers.get("content-length", "0")
-        too_large = announced.isdecimal() and int(announced[:20]) > self.max_bytes
-        while not too_large and not self.complete:
-            self.content += await self._read_piece()
-            too_large = len(self.content) > self.max_bytes
-        if too_large:
-            raise ApiError(413, f"the request's body is larger than {self.max_bytes} bytes", code="request_too_large")
-
-    async def receive(self) -> Any:
-        """For the application: the whole body, then what else the server sends."""
-        if self.passed_on:
-            return await self._receive()
-        self.passed_on = True
-        return {"type": "http.request", "body": bytes(self.content), "more_body": False}
-
-    async def discard(self) -> bool:
-        """Read the rest, for a limited time and size; returns whether the body is complete."""
-        remaining = LINGER_BODIES * self.max_bytes
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                while not self.complete and remaining > 0 and "expect" not in self.headers:
-                    remaining -= len(await self._read_piece())
-        return self.complete

@@ -29,7 +29,7 @@ router = APIRouter()
 
 
 def all_are(values: list[Any], kind: type) -> bool:
-    return all(type(value) is kind for value in values)
+    return set(map(type, values)) <= {kind}
 
 
 def check_prompts(value: Any) -> Any:
@@ -42,10 +42,10 @@ def check_prompts(value: Any) -> Any:
     if type(value[0]) is not int and len(value) > MAX_PROMPTS:
         raise ValueError(f"at most {MAX_PROMPTS} prompts at a time, got {len(value)}")
     for prompt in value if isinstance(value[0], list) else [value]:
+        if isinstance(prompt, list) and len(prompt) > TOKEN_LIMIT:
+            raise ValueError(f"a prompt may have {TOKEN_LIMIT} tokens, got {len(prompt)}")
         if not isinstance(prompt, list) or not (all_are(prompt, int) or (prompt is value and all_are(prompt, str))):
             raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists")
-        if len(prompt) > TOKEN_LIMIT:
-            raise ValueError(f"a prompt may have {TOKEN_LIMIT} tokens, got {len(prompt)}")
     return value
 
 

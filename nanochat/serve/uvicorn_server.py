@@ -23,21 +23,38 @@ from nanochat.common import UserError
 REQUEST_SECONDS = 30.0  # for a whole request to arrive, from the connection's or the request's first byte
 UNREAD_SECONDS = 30.0  # that a client may leave its answer unread
 CHECK_SECONDS = 1.0  # between two checks of a connection
+READ_BYTES = 4 * 2**10  # at a time, of one connection
+HEAD_BYTES = 32 * 2**10  # of a request's line and headers
 DEFAULT_PORTS = range(8000, 8020)
 BACKLOG = 2048
 
 FLUSH_SECONDS = 0.2  # for the last errors to be sent, before connections are closed
 
 
-class Connection(H11Protocol):
-    """uvicorn's connection, with time limits."""
+class Connection(H11Protocol, asyncio.BufferedProtocol):
+    """uvicorn's connection, with time limits. It reads little at a time: a body sent in chunks of one byte takes h11 some
+    10 us a byte, during which other clients wait."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._buffer = bytearray(READ_BYTES)
         self._arriving_since: float | None = time.monotonic()  # None: no request is arriving
         self._read_since = time.monotonic()
         self._unread_bytes = 0
         self._check()
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(memoryview(self._buffer)[:nbytes]))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the timers: they would keep this connection, and at a thousand a second the garbage collector would move all
+        of them to its oldest generation, which it seldom looks at."""
+        super().connection_lost(exc)
+        self._next_check.cancel()
+        self._unset_keepalive_if_required()
 
     def _check(self) -> None:
         """Drop the connection if it is stuck, else schedule the next check."""
@@ -53,8 +70,8 @@ class Connection(H11Protocol):
         arriving = now - self._arriving_since if self._arriving_since is not None else 0.0
         if arriving > REQUEST_SECONDS or now - self._read_since > UNREAD_SECONDS:
             self.transport.abort()  # close() would wait for the client to read
-        elif self in self.connections or unread_bytes:
-            self.loop.call_later(CHECK_SECONDS, self._check)
+        else:
+            self._next_check = self.loop.call_later(CHECK_SECONDS, self._check)
 
 
 class Server(uvicorn.Server):
@@ -72,6 +89,7 @@ class Server(uvicorn.Server):
                 access_log=log_requests,
                 server_header=False,
                 timeout_graceful_shutdown=5,
+                h11_max_incomplete_event_size=HEAD_BYTES,
                 **config,
             )
         )
