@@ -8,7 +8,6 @@ service.py        one replica: the queue and the running batch (nanochat/inferen
 sample.py         tokens of one sample to text: whole characters, stop strings, tool calls
 answers.py        whole JSON answers and server-sent events
 
-server.py puts the application together; guard.py checks keys and limits before it,
-body.py bodies; remote_service.py runs a
-replica in a process of its own.
+server.py puts the application together; guard.py checks keys and limits before it, body.py bodies;
+remote_service.py runs a replica in a process of its own.
 """

@@ -21,7 +21,6 @@ SECURITY_HEADERS = {
 SMALL_BODY = 64 * 2**10  # checked at once; larger ones on another thread
 
 
-
 class Guard:
     """ASGI middleware. `open_paths` need no key; `generating_paths` are limited in number and refused while closing."""
 
