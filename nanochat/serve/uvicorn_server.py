@@ -32,8 +32,8 @@ FLUSH_SECONDS = 0.2  # for the last errors to be sent, before connections are cl
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
-    """uvicorn's connection, with time limits. It reads READ_BYTES at a time: h11 takes 10 us for a chunk of a body, also
-    for one of a single byte, and other clients wait meanwhile."""
+    """uvicorn's connection, with time limits. It reads READ_BYTES at a time: h11 takes 10 us for a chunk of a body,
+    also for one of a single byte, and other clients wait meanwhile."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -50,8 +50,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.data_received(bytes(memoryview(self._buffer)[:nbytes]))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the timers. They would keep this connection alive for seconds: long enough, under load, to move it to the
-        oldest generation of the garbage collector, which is rarely collected."""
+        """Cancel the timers. They would keep this connection alive for seconds: long enough, under load, to move it to
+        the oldest generation of the garbage collector, which is rarely collected."""
         super().connection_lost(exc)
         self._next_check.cancel()
         self._unset_keepalive_if_required()
