@@ -25,6 +25,7 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -55,8 +56,8 @@ def resolve_corpus(
     """The corpus that --data names.
 
     "" is the first public set with downloaded shards, else the starter corpus; "starter", "fineweb-edu" and "climbmix"
-    are those; anything else is a file, a folder (with its subfolders, hidden files left out) or a glob of parquet,
-    .jsonl and .txt files, the latter two also as .gz or .zst; or a URL of these.
+    are those; anything else is files of the kinds in textfiles.KINDS: paths, folders (with their subfolders, hidden
+    files left out), globs and URLs, separated by commas. `text_field` is the field or column with the text.
 
     Starter and public sets are split by file, own data by document hash (see document_hash). Raises UserError for
     data that is missing, empty or without text, BadShard for a damaged file unless skip_bad. `skipped` (shard -> why)
@@ -112,7 +113,13 @@ def load_record(path: Path) -> Record | None:
 
 
 def open_corpus(
-    data: str, base_dir: Path, runtime: Runtime, *, skip_bad: bool = False, saved: SavedCorpus | None = None
+    data: str,
+    base_dir: Path,
+    runtime: Runtime,
+    *,
+    text_field: str = "text",
+    skip_bad: bool = False,
+    saved: SavedCorpus | None = None,
 ) -> Corpus:
     """resolve_corpus() for a run: the same corpus on all ranks. Collective: every rank must call it.
 
@@ -122,15 +129,14 @@ def open_corpus(
     """
     skipped, recorded = (saved.skipped, saved.record) if saved else ({}, None)
     opened: list[Corpus] = []
+    resolve = partial(resolve_corpus, data, base_dir, text_field=text_field, skip_bad=skip_bad, recorded=recorded)
 
     def open_first() -> dict[str, str]:
-        opened.append(resolve_corpus(data, base_dir, skip_bad=skip_bad, skipped=skipped, recorded=recorded))
+        opened.append(resolve(skipped=skipped))
         return opened[0].bad_shards.skipped
 
     skipped = runtime.broadcast(open_first, "opening the data")
-    corpus = (
-        opened[0] if opened else resolve_corpus(data, base_dir, skip_bad=skip_bad, skipped=skipped, recorded=recorded)
-    )
+    corpus = opened[0] if opened else resolve(skipped=skipped)
     own = f"{corpus.fingerprint} {sorted(corpus.bad_shards.skipped)}"
     for rank, other in enumerate(found := runtime.all_gather(own, "comparing the data")):
         if other != found[0]:

@@ -192,7 +192,7 @@ def pick_dtype(device_type: str, requested: str = "") -> tuple[torch.dtype, str]
     that are fast in float16 only, else float32."""
     if requested:
         if requested not in DTYPES:
-            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r} (NANOCHAT_DTYPE?)")
+            raise UserError(f"NANOCHAT_DTYPE must be one of {', '.join(DTYPES)}, got {requested!r}")
         return DTYPES[requested], "as requested"
     if device_type == "cuda":
         capability = torch.cuda.get_device_capability()

@@ -4,25 +4,24 @@ Exit codes: 0 done, 1 failed, 2 a user error (one line, no traceback), 130 inter
 """
 
 import contextlib
+import difflib
 import errno
 import io
 import math
-import os
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import tyro
 
-from nanochat.common import UserError, debug_enabled, first_line, on_terminal, say
+from nanochat.common import UserError, debug_enabled, failsafe_output, first_line
 from nanochat.distributed.collectives import CollectiveFailed
 from nanochat.ranges import check_ranges
 
 Config = TypeVar("Config")
 EXPECTED_ERRNOS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
-LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between lines about progress, on a terminal and elsewhere
 
 MAX_INTEGER = 2**63  # the largest seed; no count comes near it
 # PyTorch's messages on a CPU, on a GPU, and for sizes beyond any memory.
@@ -37,6 +36,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] == ["--"]:
         args = args[1:]
+    args = join_repeated(args, "--data")
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -44,7 +44,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(one_line(stderr.getvalue())) from None
+        raise UserError(f"{unknown_flag(config, args) or one_line(stderr.getvalue())}; see --help") from None
     for name, value in vars(parsed).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
@@ -54,54 +54,83 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
     return parsed
 
 
-class ProgressLine:
-    """A line about progress, rewritten in place on a terminal and printed now and then elsewhere."""
-
-    def __init__(self, line: Callable[[], str]) -> None:
-        self.line, self.live, self.shown_at = line, on_terminal(), time.monotonic()
-
-    def show(self, last: bool = False) -> None:
-        """Show the line if it is time to, or the last time."""
-        if last or time.monotonic() - self.shown_at > (LIVE_SECONDS if self.live else PLAIN_SECONDS):
-            self.shown_at = time.monotonic()
-            say(f"\r\x1b[K{self.line()}" if self.live else self.line(), end="" if self.live and not last else "\n")
-
-
 def program_name() -> str:
     """The command as the user typed it: `python -m scripts.base_train`."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return f"python -m {spec.name}" if spec and spec.name.startswith("scripts.") else "nanochat"
 
 
+def join_repeated(args: list[str], flag: str) -> list[str]:
+    """The arguments with all values of a repeated flag in one, separated by commas: the parser would keep the last."""
+    values, others = [], list[str]()
+    rest = iter(args)
+    for arg in rest:
+        if arg == flag and (value := next(rest, None)) is not None:
+            values.append(value)
+        elif arg.startswith(f"{flag}="):
+            values.append(arg.removeprefix(f"{flag}="))
+        else:
+            others.append(arg)
+    return [f"{flag}={','.join(values)}", *others] if len(values) > 1 else args
+
+
+def unknown_flag(config: type[Any], args: Sequence[str]) -> str:
+    """What is wrong with the first flag that `config` does not have, or that takes no value; "" if there is none."""
+    names = ["help", *(f.name.replace("_", "-") for f in fields(config))]
+    switches = [f.name.replace("_", "-") for f in fields(config) if isinstance(f.default, bool)]
+    names += [f"no-{name}" for name in switches]
+    for arg in args:
+        name, equals, _ = arg.partition("=")
+        name = name.removeprefix("--").replace("_", "-")
+        if equals and name in switches:
+            return f"--{name} takes no value: give --{name} or --no-{name}"
+        if arg.startswith("--") and name not in names:
+            close = difflib.get_close_matches(name, names, 1, 0.7) or [n for n in names if n.startswith(name)][:1]
+            return f"there is no flag --{name}" + (f"; did you mean --{close[0]}?" if close else "")
+    return ""
+
+
+# The parser's messages, and ours.
+MESSAGES = (
+    (
+        r".*Error parsing \S*?(--[\w-]+): invalid literal for int\(\) with base 10: ('.*?')$",
+        r"\1 takes a whole number, got \2",
+    ),
+    (r".*Error parsing \S*?(--[\w-]+): could not convert string to float: ('.*?')$", r"\1 takes a number, got \2"),
+    (r".*Missing value for argument '\S*?(--[\w-]+)'.*", r"\1 needs a value"),
+    (r".*[Ii]nvalid choice '(.*?)' for argument '\S*?(--[\w-]+)'\. Expected one of \((.*)\)", r"\2 takes \3, got '\1'"),
+    (r".*Unrecognized options:", "unrecognized:"),
+    (r"^Value error (Error parsing \w+: )?", ""),
+)
+
+
 def one_line(box: str) -> str:
-    """The parser's framed, wrapped message without its frame."""
+    """The parser's framed, wrapped message without its frame, in plain words."""
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip(" │╭╮╰╯─|") for line in box.splitlines()]
     words = " ".join(line for line in lines if line)
-    words = re.sub(r"^Value error (Error parsing \w+: )?", "", words)
-    words = words.replace("Unrecognized options Unrecognized", "unrecognized")
-    words = words.replace("Invalid choice invalid", "invalid")
-    return re.sub(r" (Argument helptext:|For full helptext,).*$", "", words).rstrip(".") + "; see --help"
+    words = re.sub(r" (Argument helptext:|For full helptext,|Perhaps you meant:).*$", "", words).rstrip(".")
+    for theirs, ours in MESSAGES:
+        words = re.sub(theirs, ours, words)
+    return words
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit with the right code. Expected errors become one line; NANOCHAT_DEBUG=1 shows tracebacks."""
-    try:
-        code = main() or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        code = 130
-    except BrokenPipeError:  # the reader of the output left, as `| head` does
-        # Nothing may be left to flush at exit, where it would fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except Exception as error:
-        code, text = describe(error)
-        if debug_enabled() or not code:
-            raise
-        print(f"error: {text}", file=sys.stderr, flush=True)
-    if sys.stdout is not None:
-        sys.stdout.flush()
+    """Call `main` and exit with the right code. Expected errors become one line; NANOCHAT_DEBUG=1 shows tracebacks.
+
+    A reader of the output that leaves, as `| head` does, ends the output and not the work.
+    """
+    with failsafe_output():
+        try:
+            code = main() or 0
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            code = 130
+        except Exception as error:
+            code, text = describe(error)
+            if debug_enabled() or not code:
+                raise
+            print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -44,6 +44,8 @@ class Config:
     """Its step; -1 takes the last."""
     data: str = ""
     """As for base_train; empty: the model's training data."""
+    text_field: str = "text"
+    """The field or column of --data that holds the text."""
     skip_bad_shards: bool = False
     """Skip missing or damaged data files, with a warning."""
     split_tokens: int = -1
@@ -84,7 +86,9 @@ def evaluate(config: Config, evaluations: list[str], runtime: Runtime) -> int:
     subject = load_subject(config, runtime, base_dir)
     values = subject.report_values()
     if "bpb" in evaluations:
-        corpus = open_evaluation_corpus(subject, config.data, config.skip_bad_shards, runtime, base_dir)
+        corpus = open_evaluation_corpus(
+            subject, config.data, runtime, base_dir, text_field=config.text_field, skip_bad=config.skip_bad_shards
+        )
         values |= evaluate_bpb(subject, corpus, config.split_tokens, runtime)
     if "sample" in evaluations and not subject.meta:
         runtime.print0("no samples: --eval=sample is for nanochat models")

@@ -48,10 +48,17 @@ def train(config: Config, runtime: Runtime) -> int:
         saved = None
         if checkpoint := run.checkpoint:  # to find the same shards again
             saved = SavedCorpus.load(folder, checkpoint.step, checkpoint.meta["corpus"], checkpoint.loader_state())
-        corpus = open_corpus(config.data, base_dir, runtime, skip_bad=config.skip_bad_shards, saved=saved)
+        corpus = open_corpus(
+            config.data,
+            base_dir,
+            runtime,
+            text_field=config.text_field,
+            skip_bad=config.skip_bad_shards,
+            saved=saved,
+        )
         bundle = open_bundle(config.eval_bundle, base_dir, runtime) if config.core_metric_every > 0 else None
         model = build_model(run, tokenizer)
-        runtime.print0(f"{runtime.describe()}\ndata: {corpus.name}; run folder: {folder}")
+        runtime.print0(f"{runtime.describe()}\ndata: {corpus.describe()}; run folder: {folder}")
 
         plan = fix_plan(run, model)
         loader = PretrainLoader(

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError, get_base_dir, say, write_json
-from nanochat.dataset import Corpus, resolve_corpus
+from nanochat.dataset import Corpus
 from nanochat.evals.contamination import NGRAM, Index
 from nanochat.evals.core_bundle import read_bundle
 from nanochat.report import record_stage
 from nanochat.reporting.console import print_table
 from scripts import _cli
+from scripts._data import DataConfig
 from tasks.hub import HubTask
 from tasks.registry import TASKS, make_task
 
@@ -22,13 +23,9 @@ QUESTION_PREFIX = re.compile(r"^\s*(?:question|passage|context)\s*:\s*", re.IGNO
 
 
 @dataclass
-class Config:
+class Config(DataConfig):
     """Find benchmark items in the training text by shared runs of thirteen words."""
 
-    data: str = ""
-    """As for base_train."""
-    skip_bad_shards: bool = False
-    """Skip data files that are missing or damaged, and name them."""
     tasks: str = ""
     """Benchmarks, separated by commas; empty: all whose data is at hand."""
     eval_bundle: str = ""
@@ -41,11 +38,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = _cli.parse(Config, argv)
     base_dir, started = get_base_dir(), time.perf_counter()
     benchmarks, missing = read_benchmarks(config, base_dir)
-    if not benchmarks:
-        raise UserError("no benchmark is at hand: " + "; ".join(missing))
     for reason in missing:
         say(f"left out: {reason}")
-    corpus = resolve_corpus(config.data, base_dir, skip_bad=config.skip_bad_shards)
+    if not benchmarks:
+        raise UserError(
+            "no benchmark is at hand: connect to the internet, put their files under NANOCHAT_DATASETS_DIR, or give "
+            "the CORE bundle with --eval-bundle"
+        )
+    corpus = config.open_corpus(base_dir)
     index = Index(benchmarks)
     count = index.check(documents(corpus, config.max_documents))
     found_path = base_dir / "contamination" / "found.json"

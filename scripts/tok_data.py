@@ -11,24 +11,20 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nanochat.common import BadShard, UserError, format_count, format_seconds, get_base_dir, say
+from nanochat.common import BadShard, ProgressLine, UserError, format_count, format_seconds, get_base_dir, say
 from nanochat.data.corpus import SPLITS
 from nanochat.data.pretokenized import is_valid, token_path
 from nanochat.data.shards import ShardCorpus
 from nanochat.data.tokenize_shards import tokenize_shards
-from nanochat.dataset import resolve_corpus
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import _cli
+from scripts._data import DataConfig
 
 
 @dataclass
-class Config:
+class Config(DataConfig):
     """Tokenise a corpus before training, many shards at a time. If interrupted, the same command continues."""
 
-    data: str = ""
-    """As for base_train."""
-    skip_bad_shards: bool = False
-    """Continue without files of the data that are missing or damaged, and name them."""
     workers: int = -1
     """Processes; -1: one for each core. Each works on a shard of its own."""
 
@@ -63,7 +59,7 @@ class Progress:
 def tokenize(config: Config) -> int:
     """Tokenise the shards that have no token file yet. Returns the exit code."""
     tokenizer = get_tokenizer()
-    corpus = resolve_corpus(config.data, get_base_dir(), skip_bad=config.skip_bad_shards)
+    corpus = config.open_corpus(get_base_dir())
     if not isinstance(corpus, ShardCorpus) or corpus.token_folder is None:
         raise UserError(f"--data {config.data}: it is not read from files, so it is tokenised while training")
     folder = corpus.token_folder / tokenizer.hash[:16]
@@ -90,7 +86,7 @@ def tokenize_into(folder: Path, corpus: ShardCorpus, tokenizer: RustBPETokenizer
         "same command continues"
     )
     progress = Progress(len(paths), len(todo))
-    line = _cli.ProgressLine(progress.line)
+    line = ProgressLine(progress.line)
     for shard, result in tokenize_shards(todo, tokenizer, workers):
         progress.todo -= 1
         if isinstance(result, int):

@@ -14,25 +14,21 @@ from rich.table import Table
 
 from nanochat.common import get_base_dir
 from nanochat.data.corpus import Document
-from nanochat.dataset import resolve_corpus
 from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.tokenizer import get_tokenizer
 from scripts import _cli
 from scripts._bpe_ranks import GPT2, GPT4, Counter, find_reference
+from scripts._data import DataConfig
 
 OURS, OTHERS, ALL = "nanochat", "(other sources)", "all"
 MAX_SOURCES, BATCH_DOCUMENTS = 30, 512
 
 
 @dataclass
-class Config:
-    """Bytes per token by source, compared with GPT-2 and GPT-4."""
+class Config(DataConfig):
+    """Bytes per token of the validation split by source, compared with GPT-2 and GPT-4."""
 
-    data: str = ""
-    """As for tok_train; its validation split is measured."""
-    skip_bad_shards: bool = False
-    """Continue without files of the data that are missing or damaged, and name them."""
     max_chars: Annotated[int, Range(1)] = 1_000_000
     """Measure at most this many characters of each source."""
     gpt2_ranks: str = ""
@@ -93,7 +89,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     for reference, given in ((GPT2, config.gpt2_ranks), (GPT4, config.gpt4_ranks)):
         if counter := find_reference(reference, given, base_dir):
             counters[reference.name] = counter
-    corpus = resolve_corpus(config.data, base_dir, skip_bad=config.skip_bad_shards)
+    corpus = config.open_corpus(base_dir)
     counts = count_by_source(corpus.iter_documents("val"), counters, config.max_chars)
     print_table(counts, list(counters))
     ratios = {source: {name: row["bytes"] / max(1, row[name]) for name in counters} for source, row in counts.items()}

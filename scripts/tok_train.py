@@ -5,25 +5,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from nanochat.common import format_count, format_seconds, get_base_dir
+from nanochat.common import ProgressLine, format_count, format_seconds, get_base_dir
 from nanochat.data.corpus import Document
-from nanochat.dataset import resolve_corpus
 from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.tokenizer import MIN_VOCAB_SIZE, RustBPETokenizer
 from scripts import _cli
+from scripts._data import DataConfig
 
 SAMPLE_CHARS = 1_000_000  # of validation text, to measure compression on
 
 
 @dataclass
-class Config:
+class Config(DataConfig):
     """Train a byte-pair tokenizer on raw text."""
 
-    data: str = ""
-    """starter, fineweb-edu, climbmix, or a path, glob or URL of parquet, jsonl or txt; empty: downloaded or starter."""
-    skip_bad_shards: bool = False
-    """Continue without files of the data that are missing or damaged, and name them."""
     max_chars: Annotated[int, Range(1)] = 2_000_000_000
     """Stop reading after this many characters."""
     doc_cap: Annotated[int, Range(1)] = 10_000
@@ -40,7 +36,7 @@ class TrainingText:
         self.num_documents = self.num_chars = 0
 
     def __iter__(self) -> Iterator[str]:
-        progress = _cli.ProgressLine(self.line)
+        progress = ProgressLine(self.line)
         for document in self.documents:
             text = document.text[: min(self.config.doc_cap, self.config.max_chars - self.num_chars)]
             self.num_documents += 1
@@ -59,7 +55,7 @@ class TrainingText:
 def train(config: Config) -> dict[str, Any]:
     """Train, save, measure; returns the figures for the report (and prints them)."""
     base_dir = get_base_dir()
-    corpus = resolve_corpus(config.data, base_dir, skip_bad=config.skip_bad_shards)
+    corpus = config.open_corpus(base_dir)
     print(f"training a tokenizer on {corpus.name}", flush=True)
     start = time.monotonic()
     text = TrainingText(corpus.iter_documents("train"), config)

@@ -95,6 +95,10 @@ class Corpus(ABC):
         self.name, self.fingerprint = name, fingerprint
         self.bad_shards = bad_shards or BadShards()
 
+    def describe(self) -> str:
+        """The name, and which files are used."""
+        return f"{self.name} ({self.files})" if self.files else self.name
+
     @abstractmethod
     def num_row_groups(self, split: str) -> int:
         """How many row groups a split has. Constant, whatever is skipped."""

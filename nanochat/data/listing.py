@@ -36,12 +36,19 @@ class FileListing:
     """What --data stands for: the files to read, sorted within each entry, and how many others of each kind."""
 
     files: list[Source] = field(default_factory=list)
-    kinds: Counter[str] = field(default_factory=Counter)  # of `files`
     unused: Counter[str] = field(default_factory=Counter)  # ending, or another reason -> files
+    usable: Sequence[str] = ()  # the kinds that can be read
+
+    def leave_out(self, paths: Iterable[str], reason: str) -> None:
+        """Count these of the files, which turned out not to be usable, among the others."""
+        left_out = set(paths)
+        self.unused[reason] += sum(str(file) in left_out for file in self.files)
+        self.files = [file for file in self.files if str(file) not in left_out]
 
     def describe(self) -> str:
         """`12 files: 10 .jsonl, 2 .md; not used: 3 .pdf, 1 hidden`"""
-        used = f"{len(self.files):,} file{'' if len(self.files) == 1 else 's'}: {counts(self.kinds)}"
+        kinds = Counter(kind_among(self.usable, file) or "" for file in self.files)
+        used = f"{len(self.files):,} file{'' if len(self.files) == 1 else 's'}: {counts(kinds)}"
         return f"{used}; not used: {unused}" if (unused := counts(self.unused)) else used
 
 
@@ -58,7 +65,7 @@ def list_data(
     A folder is read with its subfolders, linked ones too, without hidden files. Raises UserError for an entry that
     names nothing, and where no file can be used; `known_names` are listed there.
     """
-    listing = FileListing()
+    listing = FileListing(usable=kinds)
     for entry in split_entries(data, known_names):
         entry = entry.removeprefix("file://")
         files: Sequence[Source]
@@ -74,7 +81,6 @@ def list_data(
         listing.unused += unused
     if not listing.files:
         raise UserError(f"--data {data}: it names no file")
-    listing.kinds = Counter(kind_among(kinds, file) or "" for file in listing.files)
     return listing
 
 

@@ -24,8 +24,8 @@ def open_own_files(data: str, opener: ShardOpener, known_names: Sequence[str] = 
     Converted shards hold one split each; files read in place hold both, told apart by document hash. `known_names` are
     listed where nothing is found.
     """
-    bad, options = opener.bad_shards, opener.options
     old = opener.recorded is not None and opener.recorded.get("listing") != LISTING_VERSION
+    bad, options = opener.bad_shards, opener.options._replace(clean=not old)
     listing = list_data(
         data, OLD_KINDS if old else KINDS, opener.base_dir, known_names=known_names, follow_links=not old
     )
@@ -35,7 +35,7 @@ def open_own_files(data: str, opener: ShardOpener, known_names: Sequence[str] = 
         system.fetch_footers([file for file in remote if file.remote is system])
     small = {p for p in paths if kind_of(p) == ".parquet" and opener.attempt(has_small_row_groups, p, options.field)}
     in_place = [path for path in paths if path in small and path not in bad]
-    train, val, tally = convert_good([path for path in paths if path not in small], opener)
+    train, val, tally = convert_good([path for path in paths if path not in small], opener, options)
     for path in in_place:
         with_path = replace(tally)  # a file that turns out to be bad half way does not count
         opener.attempt(tally_in_place, path, with_path, options)
@@ -50,17 +50,19 @@ def open_own_files(data: str, opener: ShardOpener, known_names: Sequence[str] = 
         # Small data, all on one side of the usual limit: the document with the smallest hash is for validation.
         shared += opener.open(train + val, by_hash=True)
         corpus = opener.corpus(data, shared, shared, val_limit=tally.smallest + 1)
-    listing.unused[f"without a field {options.field}"] += tally.without_field
+    listing.leave_out(tally.left_out, f"without a field {options.field}")
     corpus.files = listing.describe()
     return corpus
 
 
-def convert_good(paths: Sequence[Source], opener: ShardOpener) -> tuple[list[Path], list[Path], Tally]:
+def convert_good(
+    paths: Sequence[Source], opener: ShardOpener, options: TextOptions
+) -> tuple[list[Path], list[Path], Tally]:
     """convert(paths), repeated without each bad file if those may be skipped."""
     while True:
         paths = [path for path in paths if path not in opener.bad_shards]
         try:
-            return convert(paths, opener.base_dir, opener.options.field) if paths else ([], [], Tally())
+            return convert(paths, opener.base_dir, options) if paths else ([], [], Tally())
         except BadShard as error:
             opener.bad_shards.skip(error)
 

@@ -44,7 +44,7 @@ def file_documents(path: Source, options: TextOptions = CLEANED) -> Iterator[Doc
     elif kind in TEXT_KINDS:
         documents = txt_documents(path, stem_of(path))
     else:
-        documents = row_documents(path, stem_of(path), options.field)
+        documents = row_documents(path, stem_of(path), options)
     for document in documents:
         empty = False
         yield document
@@ -52,25 +52,25 @@ def file_documents(path: Source, options: TextOptions = CLEANED) -> Iterator[Doc
         warn(f"{path} holds no text; skipped")
 
 
-def row_documents(path: Source, source: str, field: str = "text") -> Iterator[Document]:
-    """The strings in `field` of each row of a JSON or CSV file; under "source" the row may name another source."""
+def row_documents(path: Source, source: str, options: TextOptions = CLEANED) -> Iterator[Document]:
+    """The text of each row of a JSON or CSV file; under "source" the row may name another source."""
     for index, row in enumerate(file_rows(path)):
         if row.error:
             raise BadShard(f"{path}, {row.where}: {row.error}", path)
         try:
-            text = text_of_row(path, row, field)
+            text = text_of_row(path, row, options)
         except NoTextField as error:
             if index == 0:
                 raise
             raise UserError(str(error)) from error
         if text and not text.isspace():
-            given = row.value.get("source") if field != "source" else None
+            given = row.value.get("source") if options.field != "source" else None
             yield Document(text, encodable(path, row, given) if isinstance(given, str) and given else source)
 
 
-def text_of_row(path: Source, row: Row, field: str) -> str:
+def text_of_row(path: Source, row: Row, options: TextOptions) -> str:
     """The text of a parsed row; null counts as blank, as in parquet. NoTextField if the row has no such field."""
-    where, value = f"{path}, {row.where}", row.value
+    where, value, field = f"{path}, {row.where}", row.value, options.field
     if not isinstance(value, dict):
         raise UserError(f'{where}: expected an object like {{"{field}": "..."}}, found a {type(value).__name__}')
     if field not in value:
@@ -79,7 +79,7 @@ def text_of_row(path: Source, row: Row, field: str) -> str:
     text = "" if value[field] is None else value[field]
     if not isinstance(text, str):
         raise UserError(f'{where}: "{field}" must be a string, found {type(text).__name__}')
-    return encodable(path, row, clean(text, path))
+    return encodable(path, row, clean(text, path) if options.clean else text)
 
 
 def encodable(path: Source, row: Row, text: str) -> str:

@@ -13,7 +13,7 @@ import random
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from nanochat.common import BadShard, atomic_path, warn, write_json
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
-from nanochat.data.parquet import TextOptions
+from nanochat.data.parquet import CLEANED, TextOptions
 from nanochat.data.remote import RemoteFile, Source
 from nanochat.data.rows import LINE_KINDS
 from nanochat.data.text_stream import MIB
@@ -35,7 +35,8 @@ SHARD_ROW_GROUPS = 64
 SHUFFLE_DOCUMENTS, SHUFFLE_CHARS = 16384, 64 * MIB
 FEW_MEGABYTES = 50  # converted without a message
 MANIFEST = "manifest.json"
-CONVERSION_VERSION = 2  # part of the key: raise it when the same files would give other shards
+CONVERSION_VERSION = 3  # part of the key: raise it when the same files would give other shards
+UNCLEANED_VERSION = 2  # of runs that began before texts were cleaned (TextOptions.clean)
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Tally:
     val: int = 0
     smallest: int = 2**64
     largest: int = -1
-    without_field: int = 0  # files without a field of text
+    left_out: list[str] = field(default_factory=list)  # files without a field of text
 
     def assign(self, text: str) -> bool:
         """True if the document is for validation (one in a hundred, by its hash); counts it."""
@@ -58,29 +59,32 @@ class Tally:
         return is_val
 
 
-def convert(paths: Sequence[Source], base_dir: Path, field: str = "text") -> tuple[list[Path], list[Path], Tally]:
+def convert(
+    paths: Sequence[Source], base_dir: Path, options: TextOptions = CLEANED
+) -> tuple[list[Path], list[Path], Tally]:
     """Shards (train, val) with the documents of `paths`, made now unless they were made before.
 
-    Files of rows have the text in `field`. One process converts, under a lock, and others wait for it. The shards
-    appear under $BASE/converted/KEY in one rename: a folder by that name is complete. Files of the same names, sizes
-    and times are not read again. Raises BadShard for a file that cannot be read to its end.
+    One process converts, under a lock, and others wait for it. The shards appear under $BASE/converted/KEY in one
+    rename: a folder by that name is complete. Files of the same names, sizes and times are not read again. Raises
+    BadShard for a file that cannot be read to its end.
     """
-    key = conversion_key(paths, field)
+    key = conversion_key(paths, options)
     folder = base_dir / "converted" / key
     if not (folder / MANIFEST).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{key}.lock"):
             if not (folder / MANIFEST).exists():
-                convert_into(folder, paths, field)
+                convert_into(folder, paths, options)
     tally = Tally(**read_json(folder / MANIFEST)["tally"])
     return sorted(folder.glob("train_*.parquet")), sorted(folder.glob("val_*.parquet")), tally
 
 
-def conversion_key(paths: Sequence[Source], field: str = "text") -> str:
-    """16 hex digits that change when a file is added, removed, renamed or rewritten, or another field is read."""
-    digest = hashlib.blake2b(str(CONVERSION_VERSION).encode(), digest_size=8)
-    if field != "text":
-        digest.update(f"\0{field}\0".encode("utf-8", "surrogateescape"))
+def conversion_key(paths: Sequence[Source], options: TextOptions = CLEANED) -> str:
+    """16 hex digits that change when a file is added, removed, renamed or rewritten, or read in another way."""
+    made_by = CONVERSION_VERSION if options.clean else UNCLEANED_VERSION
+    digest = hashlib.blake2b(str(made_by).encode(), digest_size=8)
+    if options.field != "text":
+        digest.update(f"\0{options.field}\0".encode("utf-8", "surrogateescape"))
     for path in paths:
         place = path.url.encode() if isinstance(path, RemoteFile) else os.fsencode(path.resolve())
         size, version = stamp(path)
@@ -99,7 +103,7 @@ def stamp(path: Source) -> tuple[int, str]:
     return stat.st_size, str(stat.st_mtime_ns)
 
 
-def convert_into(folder: Path, paths: Sequence[Source], field: str) -> None:
+def convert_into(folder: Path, paths: Sequence[Source], options: TextOptions) -> None:
     """Write the shards and their manifest to a temporary neighbour of `folder`, then rename it."""
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a conversion that was killed
         shutil.rmtree(leftover)
@@ -108,15 +112,15 @@ def convert_into(folder: Path, paths: Sequence[Source], field: str) -> None:
         print(f"converting {len(paths)} files ({megabytes:,.0f} MB) to parquet in {folder}, once", flush=True)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        tally = asdict(write_shards(temporary, paths, field))
+        tally = asdict(write_shards(temporary, paths, options))
         write_json(temporary / MANIFEST, {"version": CONVERSION_VERSION, "tally": tally})
 
 
-def write_shards(folder: Path, paths: Sequence[Source], field: str) -> Tally:
+def write_shards(folder: Path, paths: Sequence[Source], options: TextOptions) -> Tally:
     """Stream all documents, shuffled, into train and validation shards; returns their counts."""
     tally = Tally()
     train, val = ShardWriter(folder, "train"), ShardWriter(folder, "val")
-    documents = documents_of(paths, TextOptions(field), tally)
+    documents = documents_of(paths, options, tally)
     with train, val:
         for document in shuffled(split_lone_text(paths, documents)):
             (val if tally.assign(document.text) else train).add(document)
@@ -131,7 +135,7 @@ def documents_of(paths: Sequence[Source], options: TextOptions, tally: Tally) ->
         except NoTextField as error:
             if len(paths) == 1 or kind_of(path) in LINE_KINDS:
                 raise
-            tally.without_field += 1
+            tally.left_out.append(str(path))
             warn(f"{error}; the file is left out")
 
 

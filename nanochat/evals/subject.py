@@ -68,16 +68,17 @@ def load_hf(path: str, runtime: Runtime) -> Subject:
 
 
 def open_evaluation_corpus(
-    subject: Subject, data: str, skip_bad_shards: bool, runtime: Runtime, base_dir: Path
+    subject: Subject, data: str, runtime: Runtime, base_dir: Path, *, text_field: str, skip_bad: bool
 ) -> Corpus:
     """The corpus named by --data, else the one the model was trained on."""
     meta = subject.meta or {}
+    given, trained_on = data, meta.get("user_config", {})
+    if not given:
+        data, text_field = trained_on.get("data", ""), trained_on.get("text_field", text_field)
     try:
-        corpus = open_corpus(
-            data or meta.get("user_config", {}).get("data", ""), base_dir, runtime, skip_bad=skip_bad_shards
-        )
+        corpus = open_corpus(data, base_dir, runtime, text_field=text_field, skip_bad=skip_bad)
     except UserError as error:
-        if data or not meta:
+        if given or not meta:
             raise
         raise UserError(
             f"the model's training data cannot be read ({error}); give other text with --data, or --eval without bpb"

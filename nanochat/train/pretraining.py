@@ -82,7 +82,9 @@ class PretrainConfig(ModelFlags, TrainConfig):
     """Pretrain a base model from raw text. -1 means "off" or "derive it"."""
 
     data: Annotated[str, OnResume.IF_GIVEN] = ""
-    """starter, fineweb-edu, climbmix, or a path, glob or URL of parquet, jsonl or txt; empty: what is there."""
+    """starter, fineweb-edu, climbmix, or files, folders, globs and URLs, separated by commas; empty: what is there."""
+    text_field: str = "text"
+    """The field or column of your own data that holds the text."""
     skip_bad_shards: Annotated[bool, OnResume.NEW] = False
     """Continue without data files that are missing or damaged, and name them."""
     depth: int = 12
