@@ -5,7 +5,6 @@ Imports nothing from nanochat. This module and runtime.py are the only readers o
 
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -13,7 +12,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,9 +28,6 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 """In vocabulary order: their ids follow those of the merges."""
-
-
-LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between lines about progress, on a terminal and elsewhere
 
 
 class UserError(ValueError):
@@ -203,65 +199,9 @@ def on_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
-class OutputFile(io.FileIO):
-    """A file of output whose failure ends the output, not the program.
-
-    That is a pipe whose reader left (`| head`), a log on a full disk, or a terminal that is gone: all further output is
-    discarded. A warning says so, except for a pipe.
-    """
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            if not isinstance(error, BrokenPipeError):
-                warn(f"output is lost from here on ({error.strerror}); the program continues")
-            return len(data)
-
-
-@contextlib.contextmanager
-def failsafe_output() -> Iterator[None]:
-    """Replace standard output and error by streams on OutputFile, so that no print anywhere can end the program."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_failsafe(stream) for stream in before)
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
-        sys.stdout, sys.stderr = before
-
-
-def _failsafe(stream: Any) -> Any:
-    """The same stream, on an OutputFile; a stream without a file, as in tests, as it is."""
-    try:
-        stream.flush()
-        file = OutputFile(stream.fileno(), "w", closefd=False)
-        binary = io.BufferedWriter(file)
-        line_buffering, at_once = stream.line_buffering, stream.write_through
-        return io.TextIOWrapper(binary, stream.encoding, stream.errors, None, line_buffering, at_once)
-    except (AttributeError, OSError, ValueError):
-        return stream
-
-
 def say(text: str, end: str = "\n") -> None:
     """Print at once, for the lines of long runs, which are followed while they run."""
     print(text, end=end, flush=True)
-
-
-class ProgressLine:
-    """A line about progress, rewritten in place on a terminal and printed now and then elsewhere."""
-
-    def __init__(self, line: Callable[[], str]) -> None:
-        self.line, self.live, self.shown_at, self.shown = line, on_terminal(), time.monotonic(), False
-
-    def show(self, last: bool = False) -> None:
-        """Show the line if it is time to, or the last time."""
-        if last or time.monotonic() - self.shown_at > (LIVE_SECONDS if self.live else PLAIN_SECONDS):
-            self.shown_at, self.shown = time.monotonic(), True
-            say(f"\r\x1b[K{self.line()}" if self.live else self.line(), end="" if self.live and not last else "\n")
 
 
 def warn(message: str) -> None:

@@ -37,6 +37,7 @@ from nanochat.data.own_files import open_own_files
 from nanochat.data.parquet import TextOptions
 from nanochat.data.shards import ShardCorpus, ShardOpener, open_shard
 from nanochat.files import read_json
+from nanochat.output import failsafe_output
 from nanochat.runtime import Runtime
 
 __all__ = ["Corpus", "SavedCorpus", "open_corpus", "resolve_corpus", "save_record", "starter_corpus"]
@@ -230,4 +231,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with failsafe_output():
+        code = main()
+    sys.exit(code)

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import tyro
 
-from nanochat.common import UserError, debug_enabled, failsafe_output, first_line
+from nanochat.common import UserError, debug_enabled, first_line
 from nanochat.distributed.collectives import CollectiveFailed
+from nanochat.output import failsafe_output
 from nanochat.ranges import check_ranges
 
 Config = TypeVar("Config")

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nanochat.common import BadShard, ProgressLine, UserError, format_count, format_seconds, get_base_dir, say
+from nanochat.common import BadShard, UserError, format_count, format_seconds, get_base_dir, say
 from nanochat.data.corpus import SPLITS
 from nanochat.data.pretokenized import is_valid, token_path
 from nanochat.data.shards import ShardCorpus
 from nanochat.data.tokenize_shards import tokenize_shards
+from nanochat.output import ProgressLine
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import _cli
 from scripts._data import DataConfig

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from nanochat.common import ProgressLine, format_count, format_seconds, get_base_dir
+from nanochat.common import format_count, format_seconds, get_base_dir
 from nanochat.data.corpus import Document
+from nanochat.output import ProgressLine
 from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.tokenizer import MIN_VOCAB_SIZE, RustBPETokenizer

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Layers of nanochat, from the bottom: packages and top-level modules. A module imports from its own layer and lower
 # ones, and there are no import cycles.
 LAYERS = (
-    "common files ranges fast_path",
+    "common files output ranges fast_path",
     "distributed runtime conversation",
     "tokenizer data dataset dataloader cpu sandbox execution reporting report",
     "gpt gpt_config flash_attention loss_head fp8",

@@ -7,7 +7,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePath
@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from nanochat.common import UserError
 from nanochat.data.filesystems import ending_of
 from nanochat.data.remote import Source, find_remote, is_url
+from nanochat.output import ProgressLine
 
 COMPRESSIONS = ("", ".gz", ".zst")
 WEIGHT, MAX_WEIGHT = re.compile(r"\d*\.?\d+"), 1000
@@ -39,10 +40,9 @@ class FileListing:
     unused: Counter[str] = field(default_factory=Counter)  # ending, or another reason -> files
     usable: Sequence[str] = ()  # the kinds that can be read
 
-    def leave_out(self, paths: Iterable[str], reason: str) -> None:
-        """Count these of the files, which turned out not to be usable, among the others."""
-        left_out = set(paths)
-        self.unused[reason] += sum(str(file) in left_out for file in self.files)
+    def leave_out(self, left_out: Mapping[str, str]) -> None:
+        """Count among the others, by reason, these of the files, which turned out not to be usable."""
+        self.unused.update(left_out[str(file)] for file in self.files if str(file) in left_out)
         self.files = [file for file in self.files if str(file) not in left_out]
 
     def describe(self) -> str:
@@ -132,9 +132,11 @@ def find_local(
         given = Path(entry).expanduser()
         matches = [given] if given.exists() else [Path(match) for match in glob.glob(str(given), recursive=True)]
         paths: set[Path] = set()
+        progress = ProgressLine(lambda: f"found {len(paths):,} files in {entry}")
         for match in matches:
-            found = walk(match, unused, follow_links) if match.is_dir() else regular([match], unused)
-            paths.update(found)
+            for path in walk(match, unused, follow_links) if match.is_dir() else regular([match], unused):
+                paths.add(path)
+                progress.show()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--data {entry}: cannot read it ({reason})") from error

@@ -50,7 +50,7 @@ def open_own_files(data: str, opener: ShardOpener, known_names: Sequence[str] = 
         # Small data, all on one side of the usual limit: the document with the smallest hash is for validation.
         shared += opener.open(train + val, by_hash=True)
         corpus = opener.corpus(data, shared, shared, val_limit=tally.smallest + 1)
-    listing.leave_out(tally.left_out, f"without a field {options.field}")
+    listing.leave_out(tally.left_out)
     corpus.files = listing.describe()
     return corpus
 

@@ -7,7 +7,7 @@ row, and the fix.
 from collections.abc import Iterator
 from functools import partial
 
-from nanochat.common import BadShard, UserError, warn
+from nanochat.common import BadShard, UserError
 from nanochat.data.corpus import Document
 from nanochat.data.listing import kind_among, with_compressions
 from nanochat.data.parquet import CLEANED, TextOptions, parquet_documents
@@ -36,20 +36,13 @@ class NoTextField(UserError):
 
 
 def file_documents(path: Source, options: TextOptions = CLEANED) -> Iterator[Document]:
-    """All documents of a file of any accepted kind, in order; warns if there is none."""
+    """All documents of a file of any accepted kind, in order."""
     kind = kind_of(path)
-    empty = True
     if kind == ".parquet":
-        documents = parquet_documents(path, stem_of(path), options)
-    elif kind in TEXT_KINDS:
-        documents = txt_documents(path, stem_of(path))
-    else:
-        documents = row_documents(path, stem_of(path), options)
-    for document in documents:
-        empty = False
-        yield document
-    if empty:
-        warn(f"{path} holds no text; skipped")
+        return parquet_documents(path, stem_of(path), options)
+    if kind in TEXT_KINDS:
+        return txt_documents(path, stem_of(path))
+    return row_documents(path, stem_of(path), options)
 
 
 def row_documents(path: Source, source: str, options: TextOptions = CLEANED) -> Iterator[Document]:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from nanochat.common import BadShard, atomic_path, warn, write_json
+from nanochat.common import BadShard, atomic_path, format_count, warn, write_json
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
 from nanochat.data.parquet import CLEANED, TextOptions
 from nanochat.data.remote import RemoteFile, Source
@@ -29,11 +30,13 @@ from nanochat.data.rows import LINE_KINDS
 from nanochat.data.text_stream import MIB
 from nanochat.data.textfiles import TEXT_KINDS, NoTextField, file_documents, kind_of
 from nanochat.files import read_json
+from nanochat.output import ProgressLine
 
 GROUP_DOCUMENTS, GROUP_CHARS = 1024, 16 * MIB  # a row group is full at either
 SHARD_ROW_GROUPS = 64
 SHUFFLE_DOCUMENTS, SHUFFLE_CHARS = 16384, 64 * MIB
-FEW_MEGABYTES = 50  # converted without a message
+FEW_MEGABYTES, FEW_FILES = 50, 10_000  # converted without a message
+MAX_WARNINGS = 10  # about files that are left out
 MANIFEST = "manifest.json"
 CONVERSION_VERSION = 3  # part of the key: raise it when the same files would give other shards
 UNCLEANED_VERSION = 2  # of runs that began before texts were cleaned (TextOptions.clean)
@@ -47,7 +50,7 @@ class Tally:
     val: int = 0
     smallest: int = 2**64
     largest: int = -1
-    left_out: list[str] = field(default_factory=list)  # files without a field of text
+    left_out: dict[str, str] = field(default_factory=dict)  # path -> "without text" or the like
 
     def assign(self, text: str) -> bool:
         """True if the document is for validation (one in a hundred, by its hash); counts it."""
@@ -57,6 +60,14 @@ class Tally:
         self.val += is_val
         self.train += not is_val
         return is_val
+
+    def leave_out(self, path: Source, reason: str, message: str) -> None:
+        """Count a file as left out; warns, but not about thousands."""
+        self.left_out[str(path)] = reason
+        if len(self.left_out) <= MAX_WARNINGS:
+            warn(f"{message}; the file is left out")
+        elif len(self.left_out) == MAX_WARNINGS + 1:
+            warn("further files that are left out are only counted")
 
 
 def convert(
@@ -85,10 +96,20 @@ def conversion_key(paths: Sequence[Source], options: TextOptions = CLEANED) -> s
     digest = hashlib.blake2b(str(made_by).encode(), digest_size=8)
     if options.field != "text":
         digest.update(f"\0{options.field}\0".encode("utf-8", "surrogateescape"))
+    number = 0
+    progress = ProgressLine(lambda: f"looked at {number:,} of {len(paths):,} files")
+    real_folder = lru_cache(os.path.realpath)  # one for the many files of a folder
     for path in paths:
-        place = path.url.encode() if isinstance(path, RemoteFile) else os.fsencode(path.resolve())
+        if isinstance(path, RemoteFile):
+            place = path.url
+        elif path.is_symlink():
+            place = os.path.realpath(path)
+        else:
+            place = os.path.join(real_folder(path.parent), path.name)
         size, version = stamp(path)
-        digest.update(place + f"\0{size}\0{version}\0".encode())
+        digest.update(os.fsencode(place) + f"\0{size}\0{version}\0".encode())
+        number += 1
+        progress.show()
     return digest.hexdigest()
 
 
@@ -108,8 +129,8 @@ def convert_into(folder: Path, paths: Sequence[Source], options: TextOptions) ->
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a conversion that was killed
         shutil.rmtree(leftover)
     megabytes = sum(stamp(path)[0] for path in paths) / 1e6
-    if megabytes > FEW_MEGABYTES:
-        print(f"converting {len(paths)} files ({megabytes:,.0f} MB) to parquet in {folder}, once", flush=True)
+    if megabytes > FEW_MEGABYTES or len(paths) > FEW_FILES:
+        print(f"converting {len(paths):,} files ({megabytes:,.0f} MB) to parquet in {folder}, once", flush=True)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         tally = asdict(write_shards(temporary, paths, options))
@@ -128,15 +149,29 @@ def write_shards(folder: Path, paths: Sequence[Source], options: TextOptions) ->
 
 
 def documents_of(paths: Sequence[Source], options: TextOptions, tally: Tally) -> Iterator[Document]:
-    """All documents. Among several files, a JSON or CSV file of something else is left out with a warning."""
+    """All documents. Leaves out, with a warning, empty files and, among several, JSON and CSV of something else."""
+    number = 0
+
+    def line() -> str:
+        return f"imported {number:,} of {len(paths):,} files, {format_count(tally.train + tally.val)} documents"
+
+    progress = ProgressLine(line)
     for path in paths:
+        documents = 0
         try:
-            yield from file_documents(path, options)
+            for document in file_documents(path, options):
+                documents += 1
+                yield document
+            if not documents:
+                tally.leave_out(path, "without text", f"{path} holds no text")
         except NoTextField as error:
             if len(paths) == 1 or kind_of(path) in LINE_KINDS:
                 raise
-            tally.left_out.append(str(path))
-            warn(f"{error}; the file is left out")
+            tally.leave_out(path, f"without a field {options.field}", str(error))
+        number += 1
+        progress.show()
+    if progress.shown:
+        progress.show(last=True)
 
 
 def split_lone_text(paths: Sequence[Source], documents: Iterator[Document]) -> Iterator[Document]:
