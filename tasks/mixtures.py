@@ -45,6 +45,7 @@ class Part:
     name: str
     task: Task
     passes: float = 1
+    malformed: int = 0  # rows of its files that are no conversation
 
     def tasks(self, seed: int) -> list[Task]:
         """The task once for each pass; first whole passes, then the share of the last."""
@@ -68,7 +69,8 @@ class Source:
         """Hold out a part of one's own conversations, by their content, or as older runs did (`by_tail`)."""
         if self.own is not None:
             train, val = self.own.split_tail() if by_tail else self.own.split(usable)
-            self.train, self.val = [Part(self.name, train, self.passes)], [Part(self.name, val)]
+            self.train = [Part(self.name, train, self.passes, len(self.own.bad))]
+            self.val = [Part(self.name, val)]
 
 
 def open_sources(data: str, seed: int) -> list[Source]:
@@ -127,7 +129,8 @@ def published_mixture(split: str) -> tuple[list[Part], list[str]]:
     parts, missing = [], []
     for name, build, passes in PUBLISHED[split]:
         try:
-            parts.append(Part(name, build(), passes))
+            task = build()
+            parts.append(Part(name, task, passes, getattr(task, "skipped", 0)))
         except DatasetMissing as error:
             missing.append(f"{name}: {error}")
     return parts, missing

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,49 +27,44 @@ MANY_LEFT_OUT = 0.1  # of the conversations: a warning
 
 @dataclass
 class PartUse:
-    """What becomes of a part's conversations. `uses` counts those looked at, by rendered.USES."""
+    """What becomes of a part's conversations."""
 
-    name: str
-    conversations: int
-    passes: float
-    uses: Counter[str]
+    part: Part
+    uses: Counter[str]  # of those looked at, by rendered.USES
     tokens: int  # of those that were looked at and are used
     left_out: list[str]  # place and reason of each that was looked at and is not used
 
     @property
-    def looked_at(self) -> int:
-        return sum(self.uses.values())
-
-    @property
     def scale(self) -> float:
         """From what was looked at to an epoch."""
-        return self.passes * self.conversations / max(1, self.looked_at)
+        return self.part.passes * len(self.part.task) / max(1, self.uses.total())
 
     @property
     def used(self) -> float:
         """Conversations of an epoch that are used, whole or truncated."""
-        return self.scale * (self.looked_at - len(self.left_out))
+        return self.scale * (self.uses.total() - len(self.left_out))
 
     def describe(self, total: float) -> str:
-        """`490 conversations x 3 (12%): 40 whole, 9 truncated to whole turns, 441 left out (441 too long)`
+        """`490 conversations x 3 (12%): 40 whole, 9 truncated to whole turns, left out: 441 too long`
 
         The share is that of `total`, the conversations of an epoch that are used.
         """
-        passes = "" if self.passes == 1 else f" x {self.passes:g}"
-        text = f"{self.conversations:,} conversations{passes} ({self.used / max(1, total):.0%})"
-        if self.uses[WHOLE] == self.looked_at:
-            return text
-        sample = "" if self.looked_at == self.conversations else f"of {self.looked_at:,} looked at "
-        found = [f"{self.uses[WHOLE]:,} whole"]
-        found += [f"{self.uses[TRUNCATED]:,} truncated to whole turns"] if self.uses[TRUNCATED] else []
-        found += [f"left out: {reasons(self.uses)}"] if self.left_out else []
-        return f"{text}: {sample}{', '.join(found)}"
+        count, looked_at, passes = len(self.part.task), self.uses.total(), self.part.passes
+        text = f"{count:,} conversations{'' if passes == 1 else f' x {passes:g}'} ({self.used / max(1, total):.0%})"
+        if self.uses[WHOLE] < looked_at:
+            found = [f"{self.uses[WHOLE]:,} whole"]
+            found += [f"{self.uses[TRUNCATED]:,} truncated to whole turns"] if self.uses[TRUNCATED] else []
+            found += [f"left out: {reasons(self.uses)}"] if self.left_out else []
+            text += f": {'' if looked_at == count else f'of {looked_at:,} looked at '}{', '.join(found)}"
+        return f"{text}; {self.part.malformed:,} rows are no conversation" if self.part.malformed else text
 
     def record(self) -> dict[str, Any]:
         """For checkpoints and the report."""
-        sample = {} if self.looked_at == self.conversations else {"looked at": self.looked_at}
-        counts = {use: self.uses[use] for use in USES}
-        return {"source": self.name, "conversations": self.conversations, "passes": self.passes, **sample, **counts}
+        count, looked_at = len(self.part.task), self.uses.total()
+        sample = {} if looked_at == count else {"looked at": looked_at}
+        malformed = {"no conversation": self.part.malformed} if self.part.malformed else {}
+        source = {"source": self.part.name, "conversations": count, "passes": self.part.passes}
+        return source | sample | {use: self.uses[use] for use in USES} | malformed
 
 
 def reasons(uses: Counter[str]) -> str:
@@ -94,7 +88,7 @@ def count_uses(
         places = [
             f"{mixture.place(i)}: {conversation.use}" for i, conversation in looked.items() if conversation.ids is None
         ]
-        found.append(PartUse(part.name, len(part.task), part.passes, uses, tokens, places))
+        found.append(PartUse(part, uses, tokens, places))
         position += len(part.tasks(seed))
     return found
 
@@ -108,7 +102,7 @@ class SFTData:
     fingerprint: str
     parts: list[PartUse]
     held_out: list[PartUse]
-    bad: list[tuple[str, list[str]]]  # source; place and reason of its rows that are no conversation
+    bad: list[str]  # place and reason of each row that is no conversation
     preview: Conversation  # the first that is used
 
     @property
@@ -119,23 +113,21 @@ class SFTData:
     def plan_rows(self) -> list[tuple[str, str]]:
         """What is used of each part, and of the held-out conversations, as rows of the plan."""
         total = sum(part.used for part in self.parts)
-        rows = [(part.name, part.describe(total)) for part in self.parts]
-        rows += [(name, f"{len(bad):,} rows are no conversation, left out") for name, bad in self.bad]
-        count = sum(part.conversations for part in self.held_out)
+        rows = [(use.part.name, use.describe(total)) for use in self.parts]
+        count = sum(len(use.part.task) for use in self.held_out)
         used = round(sum(part.used for part in self.held_out))
         return [*rows, ("held out", f"{count:,} conversations" + (f", {used:,} of them used" if used < count else ""))]
 
     def table(self) -> list[dict[str, Any]]:
         """The same for checkpoints and the report, a row each."""
-        rows = [part.record() for part in self.parts]
-        rows += [part.record() | {"source": f"{part.name}, held out"} for part in self.held_out]
-        return [*rows, *({"source": name, "no conversation": len(bad)} for name, bad in self.bad)]
+        held_out = [use.record() | {"source": f"{use.part.name}, held out"} for use in self.held_out]
+        return [use.record() for use in self.parts] + held_out
 
     def name_left_out(self, listing: Path, strict: bool, runtime: Runtime) -> None:
         """Say how many conversations are left out, and write all of them to `listing`. UserError if `strict`."""
         parts = [*self.parts, *self.held_out]
         left_out = [line for part in parts for line in part.left_out]
-        write_listing(listing, [*chain.from_iterable(bad for _, bad in self.bad), *left_out], runtime)
+        write_listing(listing, [*self.bad, *left_out], runtime)
         if left_out:
             uses = sum((part.uses for part in parts), Counter[str]())
             count = f"{len(left_out):,} of {uses.total():,} conversations are left out"
@@ -225,7 +217,7 @@ def open_sft_data(
         mixture.fingerprint(),
         parts,
         held_parts,
-        [(source.name, source.own.bad) for source in sources if source.own is not None and source.own.bad],
+        [row for source in sources if source.own is not None for row in source.own.bad],
         next(conversation for conversation in own if usable(conversation)),
     )
 
@@ -233,11 +225,11 @@ def open_sft_data(
 def check_uses(parts: Sequence[PartUse], held_out: Sequence[PartUse], own: Sequence[str], T: int) -> None:
     """Raise UserError if there is nothing to train or to validate on, or nothing in a file of one's own."""
     groups = [("train", parts), ("validate", held_out)]
-    groups += [("train", [part]) for part in parts if part.name in own]
+    groups += [("train", [use]) for use in parts if use.part.name in own]
     for purpose, group in groups:
-        if not any(part.used for part in group):
-            uses = sum((part.uses for part in group), Counter[str]())
-            names = ", ".join(part.name for part in group)
+        if not any(use.used for use in group):
+            uses = sum((use.uses for use in group), Counter[str]())
+            names = ", ".join(use.part.name for use in group)
             raise UserError(
                 f"nothing to {purpose} on in {names}: of {uses.total():,} conversations {reasons(uses)} (a row holds "
                 f"{T} tokens): pretrain with a larger --max-seq-len, or shorten the conversations"

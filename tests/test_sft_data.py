@@ -5,6 +5,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from cli_helpers import refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from stubs import TOKENIZER
 
 from nanochat.checkpoint_manager import open_checkpoint, run_dir
-from nanochat.common import UserError, read_json
+from nanochat.common import UserError
 from nanochat.conversation import render
-from nanochat.data.chat_formats import to_conversation
+from nanochat.data.chat_formats import ANSWERS, LISTS, QUESTIONS, SYSTEMS, to_conversation
 from nanochat.data.listing import split_weight
 from nanochat.data.rendered import NO_ANSWER, TOO_LONG, TRUNCATED, WHOLE, render_row
 from nanochat.report import load_report
@@ -102,7 +105,6 @@ def test_formats(row: Any, messages: list[dict[str, str]]) -> None:
         ([HI[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "message 2 calls a function"),
         ([*HI, {"role": "tool", "content": "4"}], "'tool'"),
         ([HI[0], HI[1] | {"weight": 0.5}], "weight"),
-        ([HI[0], {"role": "assistant", "content": "\ud800"}], r"\ud800"),
     ],
 )
 def test_what_cannot_be_learnt_is_refused_with_the_reason(row: Any, reason: str) -> None:
@@ -190,14 +192,60 @@ def test_folders_globs_and_urls(tmp_path: Path, base: Path) -> None:
 
 
 def test_bad_rows_are_all_named(tmp_path: Path, base: Path) -> None:
-    path = write_lines(tmp_path / "mine.jsonl", [*numbered(3), {"text": "x"}, chat("alone"), *numbered(1)])
-    path.write_text(path.read_text() + "nope\n")
+    path = write_lines(tmp_path / "mine.jsonl", [*numbered(3), {"text": "x" * 9999}, chat("alone"), *numbered(1)])
+    path.write_text(path.read_text() + "nope\n" + json.dumps(chat("a", "\ud800")) + "\n" + '{"a":' * 9999 + "\n")
     task = CustomJSON(path, strict=False)
-    assert len(task) == 4 and len(task.bad) == 3
-    assert [line.split(": ")[0] for line in task.bad] == [f"{path}, line {n}" for n in (4, 5, 7)]
+    assert len(task) == 4 and len(task.bad) == 5
+    assert [line.split(": ")[0] for line in task.bad] == [f"{path}, line {n}" for n in (4, 5, 7, 8, 9)]
+    assert r"\ud800" in task.bad[3] and "JSON" in task.bad[4] and max(map(len, task.bad)) < 500
     assert task.place(3) == f"{path}, line 6"
-    with pytest.raises(UserError, match=r"line 4.*2 more"):
+    with pytest.raises(UserError, match=r"line 4.*4 more"):
         CustomJSON(path)
+
+
+def test_rows_of_a_table_with_all_columns(tmp_path: Path, base: Path) -> None:
+    """Fields that a row does not use are null; others, such as a date, are ignored."""
+    now = datetime(2026, 1, 1)
+    said = [{"from": "human", "value": "Hi", "role": None, "at": now}, {"from": "gpt", "value": "Ho", "role": None}]
+    rows = [
+        {"messages": None, "conversations": said, "prompt": None, "completion": None},
+        {"messages": None, "conversations": None, "prompt": "Hi", "completion": "Ho"},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "tool_calls": None}]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mine.parquet")
+    task = CustomJSON(tmp_path / "mine.parquet")
+    assert [[(m["role"], m["content"]) for m in c["messages"]] for c in task] == [
+        [("user", "Hi"), ("assistant", "Ho")]
+    ] * 3
+
+
+JSONS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                [*LISTS, *QUESTIONS, *ANSWERS, *SYSTEMS, "history", "role", "from", "content", "value", "type"]
+            )
+            | st.text(max_size=3),
+            inner | st.sampled_from(["user", "assistant", "human", "system", "text", "python"]),
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSONS)
+def test_any_json_is_a_conversation_or_has_a_reason(row: Any) -> None:
+    try:
+        conversation = to_conversation(row)
+    except ValueError as error:
+        assert str(error)
+    else:
+        ids, mask = render(TOKENIZER, conversation)
+        assert len(ids) == len(mask) and to_conversation(conversation) == conversation
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -406,7 +454,7 @@ def test_one_step_of_few_conversations_draws_a_warning(copied: Path, capsys: pyt
     assert "--total-batch-size=" in capsys.readouterr().err
     assert chat_sft.main([*flags, "--total-batch-size=32"]) == 0
     assert "--total-batch-size=" not in capsys.readouterr().err
-    assert read_json(copied / "chatsft_checkpoints" / "tiny" / "plan.json")["num_steps"] > 10
+    assert json.loads((copied / "chatsft_checkpoints" / "tiny" / "plan.json").read_text())["num_steps"] > 10
 
 
 def test_the_preview_marks_what_is_learnt_and_obeys_no_escape(

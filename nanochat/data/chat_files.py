@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from nanochat.conversation import Conversation
 from nanochat.data.chat_formats import is_message, to_conversation
 from nanochat.data.listing import FileListing, kind_among, list_data
 from nanochat.data.remote import Source
 from nanochat.data.rows import JSON_KINDS, ROW_KINDS, Row, file_rows, json_lines, parse_line
 from nanochat.data.text_stream import text_chunks
+
+MAX_REASON_CHARS = 300
 
 
 @dataclass
@@ -39,12 +42,20 @@ def read_chats(entry: str, base_dir: Path, known_names: Sequence[str] = ()) -> C
             try:
                 if row.error:
                     raise ValueError(row.error)
-                conversation = to_conversation(row.value)
-                chats.lines.append(json.dumps(conversation, ensure_ascii=False, sort_keys=True).encode("utf-8"))
+                chats.lines.append(as_line(to_conversation(row.value)))
                 chats.places.append(place)
-            except ValueError as error:
-                chats.bad.append(f"{place}: {error}")
+            except (ValueError, RecursionError) as error:
+                chats.bad.append(f"{place}: {' '.join(str(error).split())[:MAX_REASON_CHARS]}")
     return chats
+
+
+def as_line(conversation: Conversation) -> bytes:
+    """The conversation as JSON, the same for the same content. Raises ValueError if it cannot be written as UTF-8."""
+    try:
+        return json.dumps(conversation, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{found} is half of a surrogate pair, not a character") from None
 
 
 def chat_rows(path: Source) -> Iterator[Row]:

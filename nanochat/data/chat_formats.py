@@ -46,7 +46,6 @@ def to_conversation(row: Any) -> Conversation:
         merged = merge_messages(messages)
         messages = [{key: value for key, value in message.items() if key != "merged"} for message in merged]
         validate_conversation({"messages": messages}, for_training=True)
-    check_encodable(messages)
     return {"messages": messages}
 
 
@@ -54,16 +53,6 @@ def is_mergeable(message: Message) -> bool:
     """Whether messages such as this one may be merged, so that the roles alternate."""
     known = message.get("role") in ("system", "user", "assistant") and isinstance(message.get("content"), str | list)
     return known and bool(message["content"] or message["role"] != "assistant") and "weight" not in message
-
-
-def check_encodable(messages: list[Message]) -> None:
-    """Raise ValueError for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    try:
-        json.dumps(messages, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair, not a character"
-        ) from None
 
 
 def is_message(value: Any) -> bool:
@@ -136,8 +125,10 @@ def plain_message(number: int, message: Any) -> Message:
     """The message with a "role" and "content" of ours; its other fields stay. Errors that remain are validation's."""
     if not isinstance(message, dict):
         raise ValueError(f"message {number} must be an object with 'role' and 'content', not {type(message).__name__}")
-    names = {"from": "role", "value": "content"} if "role" not in message else {}
-    plain = {str(names.get(key, key)): value for key, value in message.items()}
+    plain = dict(message)
+    if plain.get("role") is None and "from" in plain:  # in a table, the fields of all formats may stand side by side
+        plain = {key: value for key, value in plain.items() if value is not None}
+        plain |= {name: plain.pop(key) for key, name in (("from", "role"), ("value", "content")) if key in plain}
     if plain.get("tool_calls") or plain.get("function_call"):
         raise ValueError(f"message {number} calls a function; the tools known here are parts of the content")
     role, content = plain.get("role"), plain.get("content")
