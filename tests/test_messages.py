@@ -282,6 +282,22 @@ def test_tool_messages_are_the_output_after_the_call(
     )
 
 
+def test_the_models_own_parts_are_taken_as_they_are(client: TestClient) -> None:
+    own = [
+        {"type": t, "text": x} for t, x in (("text", "So "), ("python", "2+2"), ("python_output", "4"), ("text", "!"))
+    ]
+    assert prompt_of(client, user("q"), assistant(own), user("ok")) == (
+        "<bos><user_start>q<user_end><assistant_start>So <python_start>2+2<python_end><output_start>4<output_end>!"
+        "<assistant_end><user_start>ok<user_end><assistant_start>"
+    )
+    assert prompt_of(client, user("q"), assistant(own[:2], tool_calls=[call("python", "3")]), output("3")) == (
+        "<bos><user_start>q<user_end><assistant_start>So <python_start>2+2<python_end>"
+        "<python_start>3<python_end><output_start>3<output_end>"
+    )
+    error = error_of(client, chat(messages=[user(own)]))
+    assert error["param"] == "messages.0" and "'user'" in error["message"]
+
+
 def test_parallel_calls_and_the_old_form(client: TestClient) -> None:
     calls = [call("python", '{"code": "1"}', "a"), call("python", '{"code": "2"}', "b")]
     asked = [user("q"), assistant("Let me see.", tool_calls=calls)]

@@ -358,6 +358,20 @@ def test_messages_that_no_longer_fit_are_counted(page: Any, served: Served) -> N
         assert served.pool.requests[-1].dropped_messages == dropped
 
 
+def test_tool_calls_are_sent_back_as_the_model_wrote_them(page: Any, served: Served) -> None:
+    said = [*b"So ", PYTHON, *b"12*3", PYTHON_END, OUTPUT, *b"36", OUTPUT_END, *"– it is 36.".encode()]
+    served.pool.script = lambda text: said
+    ask(page, "What is 12*3?")
+    page.reload()
+    ask(page, "And now?")
+    first, second = (request.prompt for request in served.pool.requests)
+    start, end, user, user_end = (
+        TOKENIZER.encode_special(f"<|{name}|>")
+        for name in ("assistant_start", "assistant_end", "user_start", "user_end")
+    )
+    assert second == [*first, *said, end, user, *b"And now?", user_end, start]
+
+
 def test_two_tabs_lose_nothing_of_each_other(page: Any, served: Served) -> None:
     ask(page, "first")
     other = page.context.new_page()

@@ -6,13 +6,14 @@ assistant          `tool_calls` and `function_call` become the parts that this m
 tool, function     the output after the call that they answer
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from nanochat.conversation import merge_messages
+from nanochat.conversation import PART_TOKENS, merge_messages, plain_text
 from nanochat.inference.chat_prompt import fit_prompt
 from nanochat.inference.request import ContextExceeded, GenerationRequest
 from nanochat.inference.tools import WITH_PYTHON
@@ -23,35 +24,41 @@ from nanochat.serve.request_models import MAX_CHARS, Body, Flag, GenerationBody
 MAX_MESSAGES = 2000
 MAX_CALLS = 128  # of tools, in one message
 OWN_TOOLS = {tool.name for tool in WITH_PYTHON}  # called with a text; other functions have named arguments
-TEXT_PARTS = ("text", "refusal")
+PARTS = {"refusal": "refusal"} | dict.fromkeys(PART_TOKENS, "text")  # types of parts, and where their text is
 
 # ---------------------------------------------------------------------------------------------------
 # The request's fields
 
 
 def check_parts(value: Any) -> Any:
-    """The text of a list of parts. Reports the first wrong part only: pydantic would write an error or two for each of
-    a million."""
+    """The text of a list of parts, or its parts as conversation.py has them if some are tool calls. Reports the first
+    wrong part only: pydantic would write an error or two for each of a million."""
     if not isinstance(value, list):
         return value
-    texts = []
+    parts = []
     for number, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind not in TEXT_PARTS:
+        if isinstance(kind, str) and kind not in PARTS:
             raise ValueError(f"part {number} is of type {kind[:40]!r}: this model reads text only")
-        if kind is None or not isinstance(part.get(kind), str):
+        text = part.get(PARTS[kind]) if isinstance(kind, str) else None
+        if not isinstance(text, str):
             raise ValueError(f'part {number} must be an object with the type "text" and a string "text"')
-        texts.append(part[kind])
-    return "".join(texts)
+        parts.append({"type": kind if kind in PART_TOKENS else "text", "text": text})
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
 
 
 class Part(Body):
-    type: Literal["text", "refusal"]
+    type: Literal["text", "refusal", "python", "python_output"]
     text: str | None = None
     refusal: str | None = None
 
 
-Content = Annotated[str | None, BeforeValidator(check_parts, json_schema_input_type=str | list[Part] | None)]
+Content = Annotated[
+    str | list[dict[str, str]] | None,
+    BeforeValidator(check_parts, json_schema_input_type=str | list[Part] | None),
+]
 
 
 class FunctionCall(Body):
@@ -61,15 +68,13 @@ class FunctionCall(Body):
     @property
     def text(self) -> str:
         """The call as this model writes it: code, or an expression; name(key=value) for tools that it does not know."""
-        arguments = self.arguments
+        arguments, own = self.arguments, self.name in OWN_TOOLS
         if isinstance(arguments, str):
-            try:
+            with contextlib.suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                return arguments if self.name in OWN_TOOLS else f"{self.name}({arguments})"
         if not isinstance(arguments, dict):
-            return f"{self.name}({arguments})"
-        if self.name in OWN_TOOLS and len(arguments) == 1:
+            return str(self.arguments) if own else f"{self.name}({self.arguments})"
+        if own and len(arguments) == 1:
             return str(next(iter(arguments.values())))
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
@@ -95,11 +100,16 @@ class Message(Body):
     def _has_content(self) -> "Message":
         if self.content is None and self.role in ("system", "developer", "user"):
             raise ValueError("it has no content")
+        if isinstance(self.content, list) and self.role != "assistant":
+            raise ValueError("only an assistant message has parts other than text")
         return self
 
     @property
-    def text(self) -> str:
-        return self.content or self.refusal or ""
+    def parts(self) -> list[dict[str, str]]:
+        """The content as parts, with tool calls."""
+        text = self.content or self.refusal or ""
+        parts = [{"type": "text", "text": text}] if text and isinstance(text, str) else list(text)
+        return [*parts, *({"type": "python", "text": call.function.text} for call in self.calls)]
 
     @property
     def calls(self) -> list[ToolCall]:
@@ -107,13 +117,7 @@ class Message(Body):
         return [*(self.tool_calls or ()), *old] if self.role == "assistant" else []
 
 
-def check_length(messages: list[Message]) -> list[Message]:
-    if sum(len(m.text) + sum(len(call.function.text) for call in m.calls) for m in messages) > MAX_CHARS:
-        raise ValueError(f"the messages have more than {MAX_CHARS} characters together")
-    return messages
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(check_length)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class PromptEnding(Body):
@@ -147,24 +151,29 @@ def to_conversation(messages: Sequence[Message], field: str = "messages") -> lis
     names = {message.name for message in messages if message.role == "user" and message.name}
     found: list[dict[str, Any]] = []
     calls: list[tuple[str, dict[str, str]]] = []  # (id, part) of the last assistant's calls without an output
+    num_chars = 0
     for number, message in enumerate(messages):
-        text = message.text
+        parts = message.parts
+        text = plain_text(parts)
+        num_chars += sum(len(part["text"]) for part in parts)
         if message.role in ("tool", "function"):
             answered = next((call for call in calls if message.tool_call_id in (None, call[0]) or not call[0]), None)
             if answered is None:
                 raise message_error(field, number, message, "it answers no call of the assistant message before it")
             calls.remove(answered)
-            parts = found[-1]["content"]
-            after = next(i for i, part in enumerate(parts) if part is answered[1]) + 1
-            parts.insert(after, {"type": "python_output", "text": text})
+            earlier = found[-1]["content"]
+            after = 1 + next(i for i, part in enumerate(earlier) if part is answered[1])
+            earlier.insert(after, {"type": "python_output", "text": text})
             found[-1]["merged"] += 1
             continue
-        calls = [(call.id, {"type": "python", "text": call.function.text}) for call in message.calls]
+        calls = list(zip([call.id for call in message.calls], parts[len(parts) - len(message.calls) :]))
         role = "system" if message.role == "developer" else message.role
-        content: Any = f"{message.name}: {text}" if role == "user" and message.name and len(names) > 1 else text
-        if calls:
-            content = [*([{"type": "text", "text": text}] if text else []), *(part for _, part in calls)]
+        content = parts if any(part["type"] != "text" for part in parts) else text
+        if role == "user" and message.name and len(names) > 1:
+            content = f"{message.name}: {text}"
         found.append({"role": role, "content": content, "merged": 1})
+    if num_chars > MAX_CHARS:
+        raise ApiError(400, f"{field}: more than {MAX_CHARS} characters together", param=field)
     return merge_messages(found)
 
 
