@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -193,6 +194,15 @@ def sha256_file(path: Path | str) -> str:
 # ---------------------------------------------------------------------------------------------------
 # Console
 
+LINE_ENDS = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
+# What a terminal obeys or what hides text: control characters, overrides of the direction, surrogates.
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Text of a model or of data for a terminal: any line end as \\n, control characters as escapes such as \\x1b."""
+    return OBEYED.sub(lambda found: repr(found[0])[1:-1], LINE_ENDS.sub("\n", text))
+
 
 def on_terminal() -> bool:
     """Whether standard output is a terminal, where a progress line can be redrawn."""
@@ -206,7 +216,7 @@ def say(text: str, end: str = "\n") -> None:
 
 def warn(message: str) -> None:
     """Print one warning line on standard error."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {visible(message)}", file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,23 +1,24 @@
-"""The terminal of a chat: printable text and keyboard input."""
+"""The terminal of a chat: printable text, commands, keyboard input."""
 
 import contextlib
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-# A terminal executes escape sequences, so a model must not be able to print one.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from nanochat.common import visible
+from nanochat.engine import Chat
 
 
 def printable(pieces: Iterable[tuple[str, str]], tool: str) -> Iterator[str]:
     """(kind, text) pieces as text for a terminal, tool calls as [calculator: 12*3 = 36]."""
-    before = "text"
+    before, last = "text", ""
     for kind, text in pieces:
         if kind != before:
             yield transition(before, kind, tool)
-        before = kind
-        yield CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+        yield visible(text.removeprefix("\n") if last == "\r" else text)  # a line end may be cut in two
+        before, last = kind, text[-1:]
     if before != "text":
         yield "]"
 
@@ -28,6 +29,36 @@ def transition(before: str, after: str, tool: str) -> str:
         return " = "
     opening = {"text": "", "python": f"[{tool}: ", "python_output": "[output: "}[after]
     return opening if before == "text" else "]" + opening
+
+
+# ---------------------------------------------------------------------------------------------------
+# Commands
+
+HELP = """/clear         start a new conversation
+/system TEXT   start a new conversation with this system message; without TEXT: with none
+/quit          leave (or Ctrl-D)
+Other lines are messages, also those that begin with a slash or a blank.
+Ctrl-C stops an answer; pressed twice at the prompt, it leaves. Alt-Enter starts a new line."""
+
+
+def command(chat: Chat, line: str) -> bool:
+    """Run a line that begins with a slash; False if it is a message, as "/etc/hosts is what?" is."""
+    name, rest = [*line.split(maxsplit=1), ""][:2]
+    if name == "/system":
+        chat.clear(system=rest)
+    elif rest and name in ("/clear", "/help", "/quit", "/exit"):
+        print(f"{name} takes no text; a blank before it makes the line a message", file=sys.stderr)
+    elif name == "/clear":
+        chat.clear()
+    elif name == "/help":
+        print(HELP)
+    elif not rest and re.fullmatch(r"/\w+", name):
+        print(
+            f"unknown command {name}; /help lists the commands; a blank before it makes it a message", file=sys.stderr
+        )
+    else:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from nanochat.common import UserError, debug_enabled, first_line
+from nanochat.common import UserError, debug_enabled, first_line, visible
 from nanochat.distributed.collectives import CollectiveFailed
 from nanochat.output import failsafe_output
 from nanochat.ranges import check_ranges
@@ -98,7 +98,7 @@ MESSAGES = (
         r"\1 takes a whole number, got \2",
     ),
     (r".*Error parsing \S*?(--[\w-]+): could not convert string to float: ('.*?')$", r"\1 takes a number, got \2"),
-    (r".*Missing value for argument '\S*?(--[\w-]+)'.*", r"\1 needs a value"),
+    (r".*Missing value for argument '\S*?(--[\w-]+)'.*", r"\1 needs a value (with a leading dash: \1=-...)"),
     (r".*[Ii]nvalid choice '(.*?)' for argument '\S*?(--[\w-]+)'\. Expected one of \((.*)\)", r"\2 takes \3, got '\1'"),
     (r".*Unrecognized options:", "unrecognized:"),
     (r"^Value error (Error parsing \w+: )?", ""),
@@ -131,7 +131,7 @@ def run(main: Callable[[], int | None]) -> None:
             code, text = describe(error)
             if debug_enabled() or not code:
                 raise
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            print(f"error: {visible(text)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

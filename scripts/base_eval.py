@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nanochat.common import UserError, get_base_dir, say
+from nanochat.common import UserError, get_base_dir, say, visible
 from nanochat.dataset import Corpus
 from nanochat.evals.bits_per_byte import bpb_by_source, corpus_bpb
 from nanochat.evals.core_bundle import Bundle
@@ -95,7 +95,7 @@ def evaluate(config: Config, evaluations: list[str], runtime: Runtime) -> int:
     elif "sample" in evaluations and runtime.is_main:
         values["samples"] = samples(subject)
         for item in values["samples"]:
-            say(f"  {item['prompt']}{item['text']}")
+            say(visible(f"  {item['prompt']}{item['text']}"))
     if bundle:
         core = evaluate_core(config, subject, bundle, runtime, base_dir)
         values |= core | {"tables": values.get("tables", {}) | core["tables"]}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError, get_base_dir, visible
 from nanochat.engine import Chat, Engine
 from nanochat.execution import choose_level
 from nanochat.inference.sampling import SamplingParams
@@ -16,12 +16,7 @@ from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
 from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from scripts import _cli
-from scripts._chat import noted_interrupts, printable, terminal_reader
-
-HELP = """/clear         start a new conversation
-/system TEXT   start a new conversation with this system message; without TEXT: with none
-/quit          leave (or Ctrl-D)
-Ctrl-C stops an answer; pressed twice at the prompt, it leaves. Alt-Enter starts a new line."""
+from scripts._chat import command, noted_interrupts, printable, terminal_reader
 
 
 @dataclass
@@ -68,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = Engine(model, tokenizer, tools=WITH_PYTHON if config.python else DEFAULT_TOOLS)
         max_tokens = None if config.max_tokens < 0 else config.max_tokens
         chat = Chat(engine, sampling, max_tokens, chat_model=config.source != "base")
+        if sys.stdin is None and not config.prompt:
+            raise UserError("standard input is closed: give one question as --prompt=...")
         if config.prompt:
             return 0 if say(chat, config.prompt) else 130
         if sys.stdin.isatty() and sys.stdout.isatty():
@@ -97,7 +94,7 @@ def converse(chat: Chat, read: Callable[[], str]) -> int:
     interrupted = False
     while True:
         try:
-            line = read().strip()
+            line = read()
         except EOFError:
             return 0
         except KeyboardInterrupt:
@@ -106,12 +103,13 @@ def converse(chat: Chat, read: Callable[[], str]) -> int:
             interrupted = True
             print("(press Ctrl-C again, Ctrl-D or type /quit to leave)", file=sys.stderr)
             continue
-        if line in ("/quit", "/exit", "quit", "exit"):
+        text = line.strip()
+        if text in ("/quit", "/exit", "quit", "exit"):
             return 0
         try:
-            interrupted = bool(line) and not (command(chat, line) if line.startswith("/") else say(chat, line))
+            interrupted = bool(text) and not ((line.startswith("/") and command(chat, text)) or say(chat, text))
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {visible(str(error))}", file=sys.stderr)
 
 
 def say(chat: Chat, text: str) -> bool:
@@ -132,20 +130,6 @@ def say(chat: Chat, text: str) -> bool:
     if chat.chat_model and chat.cut and not interrupts:
         print("(the answer was cut: it reached --max-tokens, or the end of the context)", file=sys.stderr)
     return not interrupts
-
-
-def command(chat: Chat, line: str) -> bool:
-    """Run a command, a line that starts with a slash."""
-    name, _, rest = line.partition(" ")
-    if name == "/clear":
-        chat.clear()
-    elif name == "/system":
-        chat.clear(system=rest.strip())
-    elif name == "/help":
-        print(HELP)
-    else:
-        print(f"unknown command {name}; /help lists the commands", file=sys.stderr)
-    return True
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from itertools import islice
 from typing import Annotated, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, visible
 from nanochat.data.corpus import Document
 from nanochat.ranges import Range
 from nanochat.report import record_stage
@@ -69,7 +70,7 @@ def print_table(counts: dict[str, dict[str, int]], names: Sequence[str]) -> None
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, row in counts.items():
         table.add_row(
-            source,
+            escape(visible(source)),
             f"{row['documents']:,}",
             f"{row['bytes'] / 1e6:.2f}",
             *(f"{row['bytes'] / max(1, row[name]):.2f}" for name in names),

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from stubs import BOS, END, OUTPUT_END, PYTHON, PYTHON_END, START, TOKENIZER, Scripted, chain, stir
 
 from nanochat.checkpoint_manager import run_dir, save_checkpoint
-from nanochat.common import UserError
+from nanochat.common import UserError, visible
 from nanochat.conversation import render_prompt
 from nanochat.engine import Chat, Engine
 from nanochat.gpt import GPT, GPTConfig
@@ -124,6 +125,7 @@ def test_no_model_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: s
         (["-p", "x" * 100], "64"),
         (["--nonsense"], "nonsense"),
         (["-t", "warm"], "warm"),
+        (["-p", "-what is this?"], "--prompt=-"),
     ],
 )
 def test_wrong_flags_get_one_line(base_dir: Path, argv: list[str], words: str) -> None:
@@ -169,6 +171,56 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert "/nonsense" in said.err
     asked = ["one", "two", "Be brief.\n\nthree", "Be brief.\n\nfour", "five"]
     assert prompts(model) == [f"<|bos|><|user_start|>{text}<|user_end|><|assistant_start|>" for text in asked]
+
+
+def test_only_commands_are_commands(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    model = script(monkeypatch, answering("Yes.", sequence_len=2000))
+    messages = [
+        "/etc/hosts is what?",
+        "/usr/bin",
+        "/ and \\",
+        "//",
+        "/clearly not",
+        " /clear",
+        "quit it",
+        "/system/bin",
+    ]
+    typed(monkeypatch, *messages, "/clear the table", "/help me", "/quit smoking?", "/foo", "/system", "quit")
+    assert chat_cli.main([]) == 0
+    said = capsys.readouterr()
+    assert said.out == "Yes.\n" * len(messages)
+    for text, prompt in zip(messages, prompts(model), strict=True):
+        assert prompt.endswith(f"<|user_start|>{text.strip()}<|user_end|><|assistant_start|>")
+    assert [line.split()[:3] for line in said.err.splitlines()] == [
+        ["/clear", "takes", "no"],
+        ["/help", "takes", "no"],
+        ["/quit", "takes", "no"],
+        ["unknown", "command", "/foo;"],
+    ]
+
+
+def test_pasted_lines_that_begin_with_a_path_are_one_message(capsys: Capture) -> None:
+    lines = iter(["/etc/hosts:\n127.0.0.1 localhost\n", "/system\nBe brief.\nAlways.", "hi"])
+    model = answering("Yes.")
+    chat_cli.converse(make_chat(model), lambda: next(lines, None) or "/quit")
+    first, second = prompts(model)
+    assert "<|user_start|>/etc/hosts:\n127.0.0.1 localhost<|user_end|>" in first
+    assert "<|user_start|>Be brief.\nAlways.\n\nhi<|user_end|>" in second
+
+
+@pytest.mark.parametrize("text", ["-5 plus 3?", "--help me", "/quit", "/etc/hosts is what?"])
+def test_one_question_may_begin_with_anything(monkeypatch: pytest.MonkeyPatch, capsys: Capture, text: str) -> None:
+    model = script(monkeypatch, answering("Yes."))
+    assert chat_cli.main([f"--prompt={text}"]) == 0
+    assert capsys.readouterr().out == "Yes.\n" and f"<|user_start|>{text}<|user_end|>" in prompts(model)[0]
+
+
+def test_closed_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    script(monkeypatch, answering("Yes."))
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="--prompt"):
+        chat_cli.main([])
+    assert chat_cli.main(["-p", "hi"]) == 0 and capsys.readouterr().out == "Yes.\n"
 
 
 def test_long_chats_drop_the_oldest_turns(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -231,8 +283,24 @@ def test_no_piece_cuts_a_character() -> None:
     assert shown(answering(text)) == list(text)  # a token is a byte here, a piece is a character
 
 
-def test_control_characters_are_not_printed() -> None:
-    assert "".join(shown(answering("a\x1b[2J\tb\n\x07"))) == "a\ufffd[2J\tb\n\ufffd"
+def test_control_characters_are_visible() -> None:
+    assert "".join(shown(answering("a\x1b[2J\tb\n\x07\x9b"))) == "a\\x1b[2J\tb\n\\x07\\x9b"
+
+
+def test_every_line_end_is_one() -> None:
+    pieces = [("text", character) for character in "a\rb\r\nc\n\rd\r\r\ne\vf\u2028g\r"]
+    assert "".join(_chat.printable(pieces, "tool")) == "a\nb\nc\n\nd\n\ne\nf\ng\n"
+    pieces = [("python", "1\r"), ("python_output", "\r"), ("python_output", "\n2"), ("text", "\r\n")]
+    assert "".join(_chat.printable(pieces, "tool")) == "[tool: 1\n = \n2]\n"
+
+
+def test_no_character_can_command_a_terminal() -> None:
+    text = visible("".join(map(chr, range(sys.maxunicode + 1))))
+    assert {c for c in set(text) if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")} == {"\n", "\t"}
+    directions = {unicodedata.bidirectional(c) for c in set(text)}
+    assert "R" in directions and not directions & {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    kept = "naïve – \u05e9\u05dc\u05d5\u05dd \u200f\u00a0👩\u200d🔬 日本"
+    assert visible(kept) == kept
 
 
 # ---------------------------------------------------------------------------------------------------

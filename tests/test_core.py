@@ -538,6 +538,18 @@ def test_core_during_training(copied: Path, tmp_path: Path) -> None:
     assert ["core" in line for line in lines] == [False, True, False, True]
 
 
+def test_samples_cannot_command_the_terminal(
+    copied: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts import base_eval
+
+    monkeypatch.setattr(base_eval, "samples", lambda subject: [{"prompt": "a", "text": "b\rc\x1b[2J"}])
+    assert base_eval.main(["--eval=sample", "--device-type=cpu"]) == 0
+    shown, report = capsys.readouterr().out, (copied / "report" / "report.md").read_text()
+    assert "  ab\nc\\x1b[2J\n" in shown and "\x1b" not in shown + report and "c\\x1b[2J" in report
+    assert json.loads((copied / "report" / "report.json").read_text())["base_eval"]["samples"][0]["text"][-4] == "\x1b"
+
+
 def test_bits_per_byte_are_of_the_text_that_the_model_was_trained_on(
     copied: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,13 @@ def test_counts_by_source() -> None:
     assert len(tok_eval.count_by_source(many, counters, 5)) <= tok_eval.MAX_SOURCES + 2, "a source a document"
 
 
+def test_sources_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = tok_eval.count_by_source([tok_eval.Document("xyz", "[/b]\r\x1b[2J")], {"nanochat": len}, 5)
+    tok_eval.print_table(counts, ["nanochat"])
+    shown = capsys.readouterr().out
+    assert "[/b]" in shown and "\\x1b[2J" in shown and "\r" not in shown and "\x1b[2J" not in shown
+
+
 # GPT-2's own bytes-as-characters table begins at "!" and writes the blank as Ġ and the byte 0xC3 as Ã.
 VOCAB_BPE = "#version: 0.2\nĠ t\nĠt h\nÃ ©\n"
 GPT2_MERGES = [b" t", b" th", "é".encode()]

@@ -164,6 +164,13 @@ def test_unknown_stage_and_task(base: Path, capsys: pytest.CaptureFixture[str]) 
     assert "--eval=core" in refused(base_eval.main, ["--core-tasks=piqa"], capsys)
 
 
+def test_an_error_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(argv: list[str]) -> int:
+        raise UserError(f"cannot read {argv[0]}")
+
+    assert refused(fail, ["a\x1b[2J\x9b\u202e"], capsys) == "cannot read a\\x1b[2J\\x9b\\u202e"
+
+
 def test_ctrl_c_while_python_imports_is_one_line() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", "import scripts, time; print(1, flush=True); time.sleep(60)"],

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from nanochat.common import on_terminal, say
+from nanochat.common import on_terminal, say, visible
 from nanochat.conversation import Conversation, Tokenizer, render
 
 PREVIEW_TOKENS = 300
@@ -16,9 +16,9 @@ PREVIEW_TOKENS = 300
 
 def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ()) -> None:
     """Print rows of text; without `columns` the table has no header, as for name/value rows."""
-    table = Table(*map(escape, columns), title=escape(title), show_header=any(columns))
+    table = Table(*map(escape, columns), title=escape(visible(title)), show_header=any(columns))
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(visible(cell)) for cell in row))
     console = Console()
     with console.capture() as drawn:
         console.print(table)
@@ -31,7 +31,7 @@ def print_conversation(tokenizer: Tokenizer, conversation: Conversation) -> None
     ids, mask = render(tokenizer, conversation)
     live, text = on_terminal(), Text()
     for learnt, run in groupby(zip(ids[:PREVIEW_TOKENS], mask), key=lambda pair: pair[1]):
-        piece = "".join(visible(character) for character in tokenizer.decode([token for token, _ in run]))
+        piece = visible(tokenizer.decode([token for token, _ in run]))
         text.append(piece if live or not learnt else f"[[{piece}]]", style="" if learnt else "dim")
     if len(ids) > PREVIEW_TOKENS:
         text.append(f" … ({len(ids):,} tokens)", style="dim")
@@ -40,8 +40,3 @@ def print_conversation(tokenizer: Tokenizer, conversation: Conversation) -> None
     with console.capture() as drawn:
         console.print(f"the first conversation as the model sees it; {marks}:", text, sep="\n", soft_wrap=True)
     say(drawn.get(), end="")
-
-
-def visible(character: str) -> str:
-    """The character; a control character, which a terminal would obey, as an escape such as \\x1b."""
-    return character if character.isprintable() or character == "\n" else repr(character)[1:-1]

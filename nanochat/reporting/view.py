@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import format_count, format_seconds
+from nanochat.common import format_count, format_seconds, visible
 from nanochat.reporting.curves import Record
 
 STAGES = {
@@ -217,4 +217,8 @@ def samples_by_stage(report: Record) -> list[tuple[str, list[Record]]]:
         "chat_eval_rl": "After reinforcement learning: held-out questions",
     }
     found = [(headings.get(key, title), values.get("samples") or []) for key, title, values in stages_of(report)]
-    return [(heading, samples) for heading, samples in found if samples]
+    return [
+        (heading, [{key: visible(text) for key, text in sample.items()} for sample in samples])
+        for heading, samples in found
+        if samples
+    ]
