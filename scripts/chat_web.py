@@ -1,5 +1,6 @@
 """Serve a model: the page and an OpenAI-compatible API, `python -m scripts.chat_web`."""
 
+import contextlib
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,11 @@ from nanochat.inference.sampling import SamplingParams
 from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from nanochat.serve.api import ServerMetrics, Settings
+from nanochat.serve.hosts import is_loopback
 from nanochat.serve.server import create_app
-from nanochat.serve.uvicorn_server import Server, limit_pauses, open_socket
+from nanochat.serve.uvicorn_server import Server, limit_pauses, open_sockets, url_host
 from scripts import _cli
 from scripts._replica import ReplicaConfig, ReplicaPlan, local_pool, remote_pool
-
-LOCAL_HOSTS = ("127.0.0.1", "::1")
 
 
 @dataclass
@@ -40,14 +40,16 @@ class Config(ReplicaConfig):
     """Longest answer in tokens, also of requests for more; -1: what the prompt leaves of the context."""
     port: Annotated[int, tyro.conf.arg(aliases=["-p"]), Range(1, 65535, unset=-1)] = -1
     """Port; -1 takes 8000 or the next free one."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 accepts other machines (then use --api-key-file)."""
+    host: str = "localhost"
+    """Address to listen on; localhost is this machine only, 0.0.0.0 accepts others (then use --api-key-file)."""
     device_type: str = ""
     """cuda, mps or cpu; empty picks the best available."""
     api_key_file: str = ""
     """File of API keys, one a line; requests must send one of them. Empty: no key is required."""
-    cors: list[str] = field(default_factory=list)
-    """Origins of other web pages that may use the API."""
+    cors: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Origin of other web pages that may use the API; repeatable."""
+    allow_host: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Without keys: a name, besides this machine's, by which clients may address the server; repeatable; * is any."""
     request_seconds: Annotated[float, Range(0.001)] = 300.0
     """Time limit of one request."""
     log_requests: bool = False
@@ -68,12 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.python:
         choose_level("")  # raises UserError now if there is no sandbox
     device_type = "cpu" if config.workers else config.device_type
-    with open_socket(config.host, config.port) as listening, Runtime.create(device_type) as runtime:
-        serve(config, keys, listening, runtime)
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(each) for each in open_sockets(config.host, config.port)]
+        serve(config, keys, sockets, opened.enter_context(Runtime.create(device_type)))
     return 0
 
 
-def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Runtime) -> None:
+def serve(config: Config, keys: list[str], sockets: list[socket.socket], runtime: Runtime) -> None:
     """Load the model, print the address, serve until a signal, finish the active answers."""
     run = find_run(get_base_dir(), config.source, config.model_tag or None)
     available = torch.cuda.device_count() if runtime.device.type == "cuda" else config.num_gpus
@@ -90,10 +93,10 @@ def serve(config: Config, keys: list[str], listening: socket.socket, runtime: Ru
         pool = local_pool(plan, config.num_gpus, model, tokenizer, runtime, metrics.observe)
     app = create_app(pool, tokenizer, settings_of(config, keys, run.name), metrics)
     say(f"{runtime.describe()}\n{config.source} model {run.name}, step {meta['step']}, context {max_context}")
-    host, port = listening.getsockname()[:2]
-    announce(host, port, keys)
+    host, port = sockets[0].getsockname()[:2]
+    announce(host if len(sockets) == 1 else "localhost", port, keys)
     limit_pauses()
-    Server(app, log_requests=config.log_requests).run(sockets=[listening])
+    Server(app, log_requests=config.log_requests).run(sockets=sockets)
 
 
 def settings_of(config: Config, keys: list[str], model_name: str) -> Settings:
@@ -101,6 +104,7 @@ def settings_of(config: Config, keys: list[str], model_name: str) -> Settings:
         model_name=model_name,
         api_keys=keys,
         cors_origins=config.cors,
+        allow_hosts=[config.host, *config.allow_host],
         sampling=SamplingParams(config.temperature, config.top_k),
         max_tokens=None if config.max_tokens < 0 else config.max_tokens,
         request_seconds=config.request_seconds,
@@ -110,12 +114,9 @@ def settings_of(config: Config, keys: list[str], model_name: str) -> Settings:
 
 def announce(host: str, port: int, keys: list[str]) -> None:
     """Print the addresses, and a warning if other machines can use the server without a key."""
-    shown = "localhost" if host in (*LOCAL_HOSTS, "0.0.0.0", "::") else host
-    say(
-        f"page: http://{shown}:{port}/    API: http://{shown}:{port}/v1\n"
-        "Ctrl-C stops the server after finishing active answers"
-    )
-    if host not in LOCAL_HOSTS and not keys:
+    base = f"http://{url_host(host)}:{port}"
+    say(f"page: {base}/    API: {base}/v1\nCtrl-C stops the server after finishing active answers")
+    if not is_loopback(host) and not keys:
         say("warning: other machines can use this server without a key; require one with --api-key-file=FILE")
 
 

@@ -23,7 +23,7 @@ from nanochat.serve.api import Settings
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/bin:/opt/homebrew/bin")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx: apt-get install nginx-light")
 CONF = Path(__file__).parent.parent / "runs" / "nginx.conf"
-SETTINGS = Settings(drain_seconds=60)
+SETTINGS = Settings(allow_hosts=(), drain_seconds=60)
 
 
 def free_port() -> int:

@@ -41,6 +41,7 @@ class Settings:
     model_name: str = "nanochat"
     api_keys: Sequence[str] = ()  # each is valid; empty: no key is required
     cors_origins: Sequence[str] = ()
+    allow_hosts: Sequence[str] = ("*",)  # names in Host besides this machine's, where no key is required; "*": any
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(0.8, 50))  # unless a request has its own
     max_tokens: int | None = None  # of any answer; None: what the prompt leaves of the context
     request_seconds: float = 300.0

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from nanochat.serve.api import Api
 from nanochat.serve.body import RequestBody, check_structure
 from nanochat.serve.errors import ApiError
+from nanochat.serve.hosts import check_addressed
 
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -68,9 +69,11 @@ class Guard:
     def identify(self, scope: Any) -> str:
         """The client's name in the queue: the number of its key, or its address where no key is required.
 
-        Raises ApiError if the key is wrong.
+        Raises ApiError if the key is wrong; without keys, if the request is not addressed to this machine.
         """
         keys = self.api.settings.api_keys
+        if not keys:
+            check_addressed(scope, self.api.settings)
         if not keys or scope["path"] in self.open_paths:
             return scope["client"][0] if scope.get("client") else ""
         scheme, _, given = Headers(scope=scope).get("Authorization", "").partition(" ")

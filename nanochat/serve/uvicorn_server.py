@@ -1,16 +1,20 @@
 """The HTTP server under the application: uvicorn, hardened against slow clients, with a two-step shutdown.
 
-A connection without progress is dropped: a request that does not arrive in time, an answer that is not read. On SIGTERM
-or Ctrl-C no new answers are begun and active ones are finished before the process exits.
+A connection without progress is dropped: a request that does not arrive in time, an answer that is not read. On Ctrl-C,
+SIGTERM or SIGHUP no new answers are begun and active ones are finished before the process exits.
 """
 
 import asyncio
+import contextlib
 import errno
 import gc
 import logging
+import signal
 import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -97,6 +101,21 @@ class Server(uvicorn.Server):
         self.api = app.state.api
         self.drain_until: float | None = None
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGHUP as well as uvicorn's signals: a closed terminal sends it. Under nohup it stays ignored."""
+        hangup = getattr(signal, "SIGHUP", None)
+        with super().capture_signals():
+            main = threading.current_thread() is threading.main_thread()
+            before = signal.getsignal(hangup) if hangup and main else signal.SIG_IGN
+            if before is not signal.SIG_IGN:
+                signal.signal(hangup, self.handle_exit)
+            try:
+                yield
+            finally:
+                if before is not signal.SIG_IGN:
+                    signal.signal(hangup, before)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         drain_seconds = self.api.settings.drain_seconds if self.drain_until is None else 0.0
         self.api.closing = True
@@ -121,23 +140,50 @@ def limit_pauses() -> None:
     sys.setswitchinterval(0.001)  # seconds
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket. A requested port must be free; -1 takes the first free one of DEFAULT_PORTS."""
-    ipv6 = ":" in host
+def open_sockets(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets, all at one port. A requested port must be free; -1 takes the first free one of DEFAULT_PORTS.
+
+    "localhost" is both loopbacks, since clients resolve it to either: 127.0.0.1, and ::1 where there is IPv6.
+    """
     candidates = [port] if port != -1 else DEFAULT_PORTS
     for candidate in candidates:
-        try:
-            return socket.create_server(
-                (host, candidate),
-                family=socket.AF_INET6 if ipv6 else socket.AF_INET,
-                dualstack_ipv6=ipv6 and socket.has_dualstack_ipv6(),
-                backlog=BACKLOG,
-            )
-        except OSError as error:  # its text names the address
-            if port != -1:
-                raise UserError(
-                    f"cannot listen: {error.strerror}; give another --port, or none for a free one"
-                ) from error
-            if not isinstance(error, PermissionError) and error.errno != errno.EADDRINUSE:
-                raise UserError(f"cannot listen: {error.strerror}") from error
+        with contextlib.ExitStack() as opened:
+            try:
+                sockets = [opened.enter_context(listen(host if host != "localhost" else "127.0.0.1", candidate))]
+                if host == "localhost" and has_ipv6_loopback():
+                    sockets.append(opened.enter_context(listen("::1", sockets[0].getsockname()[1])))
+                opened.pop_all()
+                return sockets
+            except OSError as error:  # its text names the address
+                if port != -1:
+                    raise UserError(
+                        f"cannot listen: {error.strerror}; give another --port, or none for a free one"
+                    ) from error
+                if not isinstance(error, PermissionError) and error.errno != errno.EADDRINUSE:
+                    raise UserError(f"cannot listen: {error.strerror}") from error
     raise UserError(f"no port from {candidates[0]} to {candidates[-1]} is free; give one with --port")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; "::" takes IPv4 as well. Raises OSError."""
+    ipv6 = ":" in host
+    return socket.create_server(
+        (host, port),
+        family=socket.AF_INET6 if ipv6 else socket.AF_INET,
+        dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
+        backlog=BACKLOG,
+    )
+
+
+def has_ipv6_loopback() -> bool:
+    try:
+        listen("::1", 0).close()
+    except OSError:
+        return False
+    return socket.has_ipv6
+
+
+def url_host(host: str) -> str:
+    """An address as it is written in a URL. For "all addresses" a loopback of the same family."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
