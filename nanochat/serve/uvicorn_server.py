@@ -104,17 +104,16 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """SIGHUP as well as uvicorn's signals: a closed terminal sends it. Under nohup it stays ignored."""
-        hangup = getattr(signal, "SIGHUP", None)
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        main = threading.current_thread() is threading.main_thread()
+        caught = [hangup] if main and signal.getsignal(hangup) is not signal.SIG_IGN else []
         with super().capture_signals():
-            main = threading.current_thread() is threading.main_thread()
-            before = signal.getsignal(hangup) if hangup and main else signal.SIG_IGN
-            if before is not signal.SIG_IGN:
-                signal.signal(hangup, self.handle_exit)
+            before = {number: signal.signal(number, self.handle_exit) for number in caught}
             try:
                 yield
             finally:
-                if before is not signal.SIG_IGN:
-                    signal.signal(hangup, before)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         drain_seconds = self.api.settings.drain_seconds if self.drain_until is None else 0.0
