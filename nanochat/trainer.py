@@ -113,7 +113,7 @@ class Trainer:
                     self._end_early()
                     break
                 record = self._take_step(batch)
-                self._follow_deadline()
+                self._follow_deadline(record)
                 self._observe(record)
                 self._save_if_due()
                 self._await_batch()
@@ -138,10 +138,15 @@ class Trainer:
         skipped = len(self.loader.skipped)
         return record | ({"skipped_shards": skipped} if skipped else {})
 
-    def _follow_deadline(self) -> None:
+    def _follow_deadline(self, record: Record) -> None:
         if self.deadline:
+            step = self.progress.step
             now = self.runtime.all_reduce_max(time.perf_counter() - self.started, "reading the clock")
-            self.schedule.num_steps = self.deadline.horizon(self.progress.step, self.schedule.num_steps, now)
+            self.schedule.num_steps = self.deadline.horizon(step, self.schedule.num_steps, now)
+            if record["lr_multiplier"] > 0.5:
+                self.deadline.last_high_step = step
+            if self.finished and (cut := self.deadline.cut(self.schedule)):
+                self.runtime.warn0(cut)
 
     def _observe(self, record: Record) -> None:
         """Run the hooks that are due, and log. If one of them fails, the steps so far are saved first."""

@@ -13,6 +13,7 @@ from nanochat.common import UserError, atomic_write, format_count, format_second
 from nanochat.reporting.curves import parse_record
 from nanochat.runtime import Runtime
 from nanochat.train.config import TrainConfig
+from nanochat.train.deadline import RecentPace
 from nanochat.trainer import Record, Trainer
 
 PLAIN_LINE_SECONDS = 10.0  # between lines in a log file
@@ -34,6 +35,7 @@ class Metrics:
         self.live = on_terminal()
         self.last_line = 0.0
         self.rate = 0.0  # smoothed tokens per second
+        self.pace = RecentPace()  # of this session, without its first step
         self.file = None
         self.write_failed = False
         if runtime.is_main:
@@ -51,6 +53,7 @@ class Metrics:
             self.write_failed = True
         for sink in self.sinks:
             sink(record["step"], record)
+        self.pace.add(record["step"], time.perf_counter())
         if rate := record["tokens_per_second"]:  # 0: nothing to train on, see groups_without_signal
             self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
         important = trainer.finished or "val_bpb" in record
@@ -62,9 +65,15 @@ class Metrics:
             say(self.line(trainer, record))
 
     def line(self, trainer: Trainer, record: Record) -> str:
-        """step 120/400 | loss 3.21 | bpb 1.43 | 5.2k tok/s | 41% of peak | 1m10s left"""
-        now, total = trainer.progress, trainer.schedule.num_steps
-        left = (time.perf_counter() - trainer.started) / max(now.step, 1) * (total - now.step)
+        """step 120/400 | loss 3.21 | bpb 1.43 | 5.2k tok/s | 41% of peak | 1m10s left
+
+        The number of steps and the time left are shown once they are known, see seconds_left.
+        """
+        now, deadline = trainer.progress, trainer.deadline
+        known = deadline is None or deadline.is_measured or trainer.finished
+        total = f"/{trainer.schedule.num_steps}" if known else ""
+        seconds = self.seconds_left(trainer)
+        left = "" if seconds is None else f" | {format_seconds(seconds)} left"
         bpb = f" | bpb {now.val_bpb:.4f}" if now.val_bpb is not None else ""
         reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
         if record.get("groups_without_signal") == 1:
@@ -72,8 +81,16 @@ class Metrics:
         share = self.rate * self.flops_per_token / self.peak_flops / self.runtime.world_size if self.peak_flops else 0
         speed = f" | {format_count(self.rate)} tok/s" if self.rate else ""
         peak = f" | {share:.0%} of peak" if share else ""
-        loss = f"step {now.step}/{total} | loss {now.debiased_loss():.4f}"
-        return f"{loss}{bpb}{reward}{speed}{peak} | {format_seconds(left)} left"
+        return f"step {now.step}{total} | loss {now.debiased_loss():.4f}{bpb}{reward}{speed}{peak}{left}"
+
+    def seconds_left(self, trainer: Trainer) -> float | None:
+        """What is left of --minutes; without it, of the remaining steps at this session's recent pace, or None before
+        that has been measured for a few seconds."""
+        if trainer.deadline:
+            return max(0.0, trainer.deadline.seconds - (time.perf_counter() - trainer.started))
+        if not self.pace.is_sound:
+            return None
+        return self.pace.seconds_per_step * (trainer.schedule.num_steps - trainer.progress.step)
 
     def close(self) -> None:
         if self.file is not None:

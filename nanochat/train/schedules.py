@@ -29,6 +29,11 @@ class ScheduleConfig:
         if self.decay_shape not in ("linear", "cosine"):
             raise UserError(f"decay_shape must be linear or cosine, got {self.decay_shape!r}")
 
+    @property
+    def warmdown_steps(self) -> int:
+        """The last steps of the run, over which the rates fall."""
+        return round(self.warmdown_ratio * self.num_steps)
+
     def apply(self, param_groups: list[dict[str, Any]], step: int) -> float:
         """Set the rates of MuonAdamW's groups for the update after `step` steps; returns the rates' multiplier."""
         multiplier = lr_multiplier(step, self.num_steps, self.warmup_steps, self.warmdown_ratio, self.final_lr_frac)

@@ -66,7 +66,10 @@ def steps_for_minutes(
     fit_device_batch(step, config.device_batch_size, batch.inputs.size(1))
     seconds = measure_step(step, batch, budget=min(10.0, config.minutes * 60 * 0.04))
     steps = steps_in(config.minutes, seconds)
-    runtime.print0(f"measured {seconds:.3f} s a step: about {steps} steps fit in {config.minutes:g} minutes")
+    runtime.print0(
+        f"timed a few steps on this machine, {seconds:.3g} s each: at this pace about {steps:,} fit in "
+        f"{config.minutes:g} minutes; the clock decides"
+    )
     return steps
 
 
