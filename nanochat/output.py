@@ -25,6 +25,11 @@ class ProgressLine:
             self.shown_at, self.shown = time.monotonic(), True
             say(f"\r\x1b[K{self.line()}" if self.live else self.line(), end="" if self.live and not last else "\n")
 
+    def close(self) -> None:
+        """Show the line a last time if it was shown at all."""
+        if self.shown:
+            self.show(last=True)
+
 
 class OutputFile(io.FileIO):
     """A file of output whose failure ends the output, not the program.

@@ -14,6 +14,7 @@ from nanochat.conversation import Conversation, Tokenizer
 from nanochat.data.batches import seeded_rng
 from nanochat.data.rendered import NO_ANSWER, TOO_LONG, TRUNCATED, USES, WHOLE, RenderedConversations, render_row
 from nanochat.dataloader import ConversationLoader
+from nanochat.output import ProgressLine
 from nanochat.runtime import Runtime
 from tasks.common import TaskMixture
 from tasks.mixtures import Part, Source
@@ -76,13 +77,18 @@ def count_uses(
     parts: Sequence[Part], mixture: TaskMixture, rendered: RenderedConversations, seed: int
 ) -> list[PartUse]:
     """What becomes of the conversations of each part of a mixture, in its first pass."""
-    found, position = [], 0  # of the part's first pass among the mixture's tasks
+    found: list[PartUse] = []
+    position = 0  # of the part's first pass among the mixture's tasks
+    progress = ProgressLine(lambda: f"looked at {len(looked):,} conversations of {part.name}: which fit a row?")
     for part in parts:
         indices = np.flatnonzero(mixture.owner == position)
         if len(indices) > COUNTED:
             indices = seeded_rng(COUNT_RNG, seed, position).choice(indices, COUNTED, replace=False)
         indices = indices[np.argsort(mixture.local[indices])]  # in the order of the file
-        looked = {index: rendered.get(index) for index in indices.tolist()}
+        looked = {}
+        for index in indices.tolist():
+            looked[index] = rendered.get(index)
+            progress.show()
         uses = Counter(conversation.use for conversation in looked.values())
         tokens = sum(len(conversation.ids) for conversation in looked.values() if conversation.ids is not None)
         places = [
@@ -90,6 +96,7 @@ def count_uses(
         ]
         found.append(PartUse(part, uses, tokens, places))
         position += len(part.tasks(seed))
+    progress.close()
     return found
 
 
@@ -205,8 +212,6 @@ def open_sft_data(
     )
     loader = make_loader(mixture, rows_per_step=rows, seed=seed, num_epochs=num_epochs)
     make_validation = partial(make_loader, held_out, rows_per_step=EVAL_ROWS, seed=0, num_epochs=1)
-    if len(mixture) > COUNTED:
-        runtime.print0(f"rendering conversations, up to {COUNTED:,} of each source, to see which fit {T} tokens")
     parts = count_uses(train, mixture, loader.rendered, seed)
     held_parts = count_uses(val, held_out, make_validation().rendered, seed)
     check_uses(parts, held_parts, [source.name for source in sources if source.own is not None], T)

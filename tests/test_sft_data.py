@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from nanochat.reporting.console import print_conversation
 from nanochat.train.run import Run
 from scripts import chat_sft
 from tasks.customjson import CustomJSON
-from tasks.mixtures import open_sources
+from tasks.mixtures import PUBLISHED, open_sources
 
 SFT = ["--num-iterations=1", "--total-batch-size=32", "--eval-tokens=16", "--device-type=cpu"]
 
@@ -296,6 +297,48 @@ def test_sources(tmp_path: Path, base: Path) -> None:
     for bad in ("", " , ", f"{one},nothing.jsonl", "stater"):
         with pytest.raises(UserError, match="--data"):
             open_sources(bad, seed=1)
+
+
+def test_published_parts_and_what_is_missing(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of the data sets are at hand, one of them with rows that are no conversation; one lacks its test split."""
+    mirror = copied / "mirror"
+    talks = [*numbered(30), chat("alone"), []]
+    for split_name in ("train", "test"):
+        as_parquet(data_file(mirror / "HuggingFaceTB/smol-smoltalk/data", split_name), talks)
+    sums = pa.table({"question": ["1+1?"] * 5, "answer": ["It is 2.\n#### 2"] * 5})
+    pq.write_table(sums, data_file(mirror / "openai/gsm8k/main", "train"))
+    monkeypatch.setenv("NANOCHAT_DATASETS_DIR", str(mirror))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("no network in tests"))
+    monkeypatch.setattr("tasks.hub.download_split", lambda *_: (None, "there is no network"))
+    source = open_sources("published:0.5", seed=1)[0]
+    assert {part.name: part.passes for part in source.train} == {
+        "SmolTalk": 0.5,
+        "GSM8K": 1,
+        "SimpleSpelling": 0.5,
+        "SpellingBee": 0.5,
+        "identity": 1,
+    }
+    assert [reason.split(":")[0] for reason in source.missing] == [
+        "MMLU auxiliary",
+        "to validate on, MMLU auxiliary",
+        "to validate on, GSM8K",
+    ]
+    monkeypatch.setattr("tasks.sft_data.COUNTED", 40)
+    fewer = [(name, partial(task.func, 50) if "Spelling" in name else task, n) for name, task, n in PUBLISHED["train"]]
+    monkeypatch.setitem(PUBLISHED, "train", fewer)
+    assert chat_sft.main([*SFT, "--data=published"]) == 0
+    assert "to validate on, GSM8K" in capsys.readouterr().out
+    table = {row["source"]: row for row in load_report(copied)["chat_sft"]["tables"]["Conversations"]}
+    assert table["SmolTalk"]["no conversation"] == 2 and table["SmolTalk"]["conversations"] == 30
+    assert table["SpellingBee"]["looked at"] == 40 and table["SpellingBee"]["too long"] == 40
+    assert table["GSM8K"]["passes"] == 2
+
+
+def data_file(folder: Path, split_name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{split_name}-00000-of-00001.parquet"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from nanochat.data.listing import FileListing, kind_among, list_data
 from nanochat.data.remote import Source
 from nanochat.data.rows import JSON_KINDS, ROW_KINDS, Row, file_rows, json_lines, parse_line
 from nanochat.data.text_stream import text_chunks
+from nanochat.output import ProgressLine
 
 MAX_REASON_CHARS = 300
 
@@ -36,8 +37,10 @@ def read_chats(entry: str, base_dir: Path, known_names: Sequence[str] = ()) -> C
         chats = ChatFiles(FileListing([lone]))
     else:
         chats = ChatFiles(list_data(entry, ROW_KINDS, base_dir, known_names=known_names))
+    progress = ProgressLine(lambda: f"read {len(chats.lines):,} conversations of {entry}")
     for path in chats.listing.files:
         for row in chat_rows(path):
+            progress.show()
             place = f"{path}, {row.where}"
             try:
                 if row.error:
@@ -46,6 +49,7 @@ def read_chats(entry: str, base_dir: Path, known_names: Sequence[str] = ()) -> C
                 chats.places.append(place)
             except (ValueError, RecursionError) as error:
                 chats.bad.append(f"{place}: {' '.join(str(error).split())[:MAX_REASON_CHARS]}")
+    progress.close()
     return chats
 
 

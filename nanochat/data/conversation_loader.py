@@ -14,6 +14,7 @@ from nanochat.data.batches import Batch, PrefetchingLoader, seeded_rng
 from nanochat.data.packing import BestFitPool, fill_row_whole
 from nanochat.data.rendered import TRUNCATED, Dataset, Rendered, RenderedConversations
 from nanochat.data.row_streams import check_layout, layout_arrays
+from nanochat.output import ProgressLine
 
 POOL_CONVERSATIONS = 256  # to choose the best fit from
 EXACT_CONVERSATIONS = 200_000  # num_steps() packs all of a data set up to this size, of a larger one a sample
@@ -197,8 +198,10 @@ class ConversationLoader(PrefetchingLoader[ConversationState]):
 
     def _count_rows(self, get: Callable[[int], Rendered], size: int, epochs: int) -> int:
         packer = ConversationPacker(get, size, row_tokens=self.row_tokens, seed=self.seed, num_epochs=epochs)
+        progress = ProgressLine(lambda: f"packed {packer.cursor.rows:,} rows to count the steps")
         while packer.next_rows():
-            pass
+            progress.show()
+        progress.close()
         return packer.cursor.rows
 
     def state_dict(self) -> dict[str, np.ndarray]:

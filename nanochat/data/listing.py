@@ -137,6 +137,7 @@ def find_local(
             for path in walk(match, unused, follow_links) if match.is_dir() else regular([match], unused):
                 paths.add(path)
                 progress.show()
+        progress.close()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--data {entry}: cannot read it ({reason})") from error

@@ -170,8 +170,7 @@ def documents_of(paths: Sequence[Source], options: TextOptions, tally: Tally) ->
             tally.leave_out(path, f"without a field {options.field}", str(error))
         number += 1
         progress.show()
-    if progress.shown:
-        progress.show(last=True)
+    progress.close()
 
 
 def split_lone_text(paths: Sequence[Source], documents: Iterator[Document]) -> Iterator[Document]:
