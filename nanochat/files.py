@@ -44,7 +44,8 @@ def open_file(path: Path | str, follow_links: bool = True) -> Iterator[io.Buffer
 def read_file(path: Path | str, max_bytes: int = JSON_BYTES, follow_links: bool = True) -> bytes:
     """The contents of a regular file of at most `max_bytes`; UserError for any other."""
     with open_file(path, follow_links) as file:
-        data = file.read(max_bytes + 1) if os.fstat(file.fileno()).st_size <= max_bytes else None
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size + 1) if size <= max_bytes else None  # read() allocates as much as it is asked for
     if data is None or len(data) > max_bytes:
         raise UserError(f"{path} is larger than {max_bytes:,} bytes: it cannot be what it is named")
     return data
