@@ -62,15 +62,20 @@ def program_name() -> str:
 
 
 def join_repeated(args: list[str], flag: str) -> list[str]:
-    """The arguments with all values of a repeated flag in one, separated by commas: the parser would keep the last."""
+    """The arguments with all values of a flag in one, separated by commas.
+
+    The flag may be repeated, where the parser would keep the last, or have several values, as the shell makes of
+    `--data *.txt`.
+    """
     values, others = [], list[str]()
-    rest = iter(args)
-    for arg in rest:
-        if arg == flag and (value := next(rest, None)) is not None:
-            values.append(value)
-        elif arg.startswith(f"{flag}="):
+    follows = False  # the flag itself came before, without a value or with one
+    for arg in args:
+        follows = arg == flag or (follows and not arg.startswith("-"))
+        if arg.startswith(f"{flag}="):
             values.append(arg.removeprefix(f"{flag}="))
-        else:
+        elif follows and arg != flag:
+            values.append(arg)
+        elif not follows:
             others.append(arg)
     return [f"{flag}={','.join(values)}", *others] if len(values) > 1 else args
 

@@ -145,20 +145,23 @@ def not_utf8(path: Source, raw: bytes) -> str:
         return f"{bad} bytes are not valid UTF-8; leave such bytes out: {conversion(path, 'UTF-8', '-c ')}"
     try:
         raw.decode("cp1252")
-        encoding = "CP1252" if any(0x80 <= byte < 0xA0 for byte in raw) else "ISO-8859-1"
+        encoding = "CP1252"  # Latin-1 with more characters, as Windows writes it
     except UnicodeDecodeError:
         encoding = "ISO-8859-1"
-    return f"not valid UTF-8, perhaps {encoding} (Latin-1); {conversion(path, encoding)}"
+    return f"not valid UTF-8 but perhaps Latin-1 ({encoding}); {conversion(path, encoding)}"
 
 
 def wide_encoding(sample: bytes) -> str:
     """iconv's name for the UTF-16 or UTF-32 that a file's beginning is in, with or without BOM; "" if in neither.
 
-    Without one, their NULs tell: characters below U+0100 have them, always on the same side.
+    Without one, their NULs tell: characters below U+0100 have them, always on the same side. One or two NULs tell
+    nothing.
     """
     for bom, name in WIDE_BOMS.items():
         if sample.startswith(bom):
             return name
+    if sample.count(0) < 3:
+        return ""
     if sample.count(0) > 0.6 * len(sample):
         return "UTF-32LE" if sample[::4].count(0) < sample[3::4].count(0) else "UTF-32BE"
     even, odd = sample[::2].count(0), sample[1::2].count(0)
