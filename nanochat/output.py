@@ -57,13 +57,14 @@ def failsafe_output() -> Iterator[None]:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         sys.stdout, sys.stderr = before
 
 
 def _failsafe(stream: Any) -> Any:
-    """The same stream, on an OutputFile; a stream without a file, as in tests, as it is."""
+    """The same stream, on an OutputFile; a stream without a file, as in tests, as it is; a closed one discards."""
+    if stream is None:
+        return open(os.devnull, "w")  # open to the end of the program
     try:
         stream.flush()
         file = OutputFile(stream.fileno(), "w", closefd=False)

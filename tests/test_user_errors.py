@@ -171,6 +171,15 @@ def test_an_error_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]
     assert refused(fail, ["a\x1b[2J\x9b\u202e"], capsys) == "cannot read a\\x1b[2J\\x9b\\u202e"
 
 
+def test_closed_output_is_discarded() -> None:
+    code = (
+        "import sys; from scripts import _cli\n"
+        "def main(): print(1); print(2, file=sys.stderr); assert input() == 'x'\n_cli.run(main)"
+    )
+    command = ["bash", "-c", 'exec "$0" "$@" >&- 2>&-', sys.executable, "-c", code]
+    assert subprocess.run(command, input=b"x\n", cwd=Path(__file__).parents[1]).returncode == 0
+
+
 def test_ctrl_c_while_python_imports_is_one_line() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", "import scripts, time; print(1, flush=True); time.sleep(60)"],
