@@ -259,6 +259,9 @@ def test_client_that_does_not_read_is_dropped(short_timeouts: None) -> None:
     ("kind", "body"),
     [
         (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 5000}]}),
+        (ChatRequest, {"messages": [{"a": 1}] * 5000}),
+        (ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [{}] * 999}]}),
+        (ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 9}] * 900}),
         (CompletionRequest, {"prompt": ["", *[None] * 200]}),
         (CompletionRequest, {"prompt": [[]] * 5000}),
         (CompletionRequest, {"prompt": [[1], [None] * 5000]}),

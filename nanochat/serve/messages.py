@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from nanochat.conversation import PART_TOKENS, merge_messages, plain_text
 from nanochat.inference.chat_prompt import fit_prompt
@@ -19,10 +19,10 @@ from nanochat.inference.request import ContextExceeded, GenerationRequest
 from nanochat.inference.tools import WITH_PYTHON
 from nanochat.serve.api import Api
 from nanochat.serve.errors import ApiError
-from nanochat.serve.request_models import MAX_CHARS, Body, Flag, GenerationBody
+from nanochat.serve.request_models import MAX_CHARS, Body, Flag, GenerationBody, null_means
 
 MAX_MESSAGES = 2000
-MAX_CALLS = 128  # of tools, in one message
+MAX_CALLS = 1000  # of tools, in all messages
 OWN_TOOLS = {tool.name for tool in WITH_PYTHON}  # called with a text; other functions have named arguments
 PARTS = {"refusal": "refusal"} | dict.fromkeys(PART_TOKENS, "text")  # types of parts, and where their text is
 
@@ -90,7 +90,9 @@ class Message(Body):
     content: Content = None
     name: str | None = Field(None, max_length=200)
     refusal: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], FailFast(), null_means([], list[ToolCall] | None)] = Field(
+        default_factory=list
+    )
     function_call: FunctionCall | None = None
     tool_call_id: str | None = Field(None, max_length=200)
     prefix: bool | None = None  # continue this message
@@ -114,10 +116,19 @@ class Message(Body):
     @property
     def calls(self) -> list[ToolCall]:
         old = [ToolCall(id="", function=self.function_call)] if self.function_call else []
-        return [*(self.tool_calls or ()), *old] if self.role == "assistant" else []
+        return [*self.tool_calls, *old] if self.role == "assistant" else []
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+def check_calls(value: Any) -> Any:
+    """Limit the calls of all messages together before they are validated one by one."""
+    if isinstance(value, list) and len(value) <= MAX_MESSAGES:
+        lists = (message.get("tool_calls") for message in value if isinstance(message, dict))
+        if sum(len(calls) for calls in lists if isinstance(calls, list)) > MAX_CALLS:
+            raise ValueError(f"the messages have more than {MAX_CALLS} tool_calls")
+    return value
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), BeforeValidator(check_calls)]
 
 
 class PromptEnding(Body):
