@@ -17,7 +17,14 @@ with warnings.catch_warnings():  # of other packages
 
 OPERATIONS = [
     ("POST", path)
-    for path in ("/v1/chat/completions", "/v1/completions", "/chat/completions", "/tokenize", "/detokenize")
+    for path in (
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/chat/completions",
+        "/tokenize",
+        "/detokenize",
+    )
 ]
 OPERATIONS += [
     ("GET", path)

@@ -44,9 +44,17 @@ def head(generation: Generation, prefix: str, kind: str) -> dict[str, Any]:
 async def whole(generation: Generation, prefix: str, kind: str, choices: Callable[[], Iterable[Any]]) -> Response:
     """Generate everything, then answer with `choices()` as JSON. Raises ApiError."""
 
+    def answer() -> dict[str, Any]:
+        return {**head(generation, prefix, kind), "choices": choices(), "usage": generation.usage()}
+
+    return await whole_json(generation, answer)
+
+
+async def whole_json(generation: Generation, answer: Callable[[], dict[str, Any]]) -> Response:
+    """Generate everything, then answer with `answer()` as JSON. Raises ApiError."""
+
     def encode() -> bytes:
-        answer = {**head(generation, prefix, kind), "choices": choices(), "usage": generation.usage()}
-        return b"".join(piece.encode() for piece in json_pieces(answer, ANSWER_LEVELS))
+        return b"".join(piece.encode() for piece in json_pieces(answer(), ANSWER_LEVELS))
 
     await generation.run()
     content = await generation.api.run_in_thread(encode)
@@ -74,12 +82,14 @@ async def chunks(
 
 
 def stream(generation: Generation, events: AsyncIterator[Any], done: bool = True) -> Response:
-    """Server-sent events; with `done`, [DONE] at the end. An error is the last event instead."""
+    """Server-sent events, named by their "type" if they have one; with `done`, [DONE] at the end. An error is the last
+    event instead."""
 
     async def lines() -> AsyncIterator[dict[str, str]]:
         try:
             async for event in events:
-                yield {"data": json_text(event)}
+                name = {"event": event["type"]} if "type" in event else {}
+                yield {**name, "data": json_text(event)}
             if done:
                 yield {"data": "[DONE]"}
         except ApiError as error:

@@ -113,6 +113,7 @@ class Api:
     active: int = 0  # requests that are being answered
     closing: bool = False  # shutting down: new requests are refused
     budget: LoopBudget = field(default_factory=LoopBudget)
+    recent_answers: dict[str, str] = field(default_factory=dict)  # of /v1/responses: texts by their items' ids
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:

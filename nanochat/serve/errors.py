@@ -46,6 +46,15 @@ class ApiError(Exception):
         self.status, self.headers = status, headers
         self.body: ErrorAnswer = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """This error with another name of the field at fault, where `names` has one."""
+        detail = self.body["error"]
+        name = detail["param"] or ""
+        message = detail["message"].replace(name, names.get(name, name), 1)
+        return ApiError(
+            self.status, message, detail["type"], names.get(name, name) or None, detail["code"], self.headers
+        )
+
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, self.headers)
 

@@ -15,14 +15,18 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from nanochat.serve import routes_chat, routes_completions, routes_info
+from nanochat.serve import routes_chat, routes_completions, routes_info, routes_responses
 from nanochat.serve.api import Api, ServerMetrics, Settings
 from nanochat.serve.errors import ERROR_HANDLERS, ERROR_RESPONSES
 from nanochat.serve.generation import DROPPED_HEADER
 from nanochat.serve.guard import Guard
 from nanochat.serve.service import WorkerPool
 
-GENERATING = (routes_chat.router, routes_completions.router)  # limited in number, refused while shutting down
+GENERATING = (
+    routes_chat.router,
+    routes_completions.router,
+    routes_responses.router,
+)  # limited in number, refused while shutting down
 OPEN = (routes_info.open_router,)  # need no API key
 OTHER = (routes_info.router,)
 
