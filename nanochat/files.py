@@ -62,9 +62,9 @@ def parse_json(data: bytes, where: object, shape: Any = Any, extra: Extra = None
         return adapter(shape).validate_json(data, strict=True, extra=extra)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))[:120]] if part)
+        place = repr(".".join(map(str, first["loc"])))[1:-1][:120]  # without line breaks and escapes
         reason = first_line(first.get("ctx", {}).get("error", first["msg"]))
-        raise UserError(f"{where} is not as expected: {place}{reason}") from error
+        raise UserError(f"{where} is damaged or of another version: {place and place + ': '}{reason}") from error
 
 
 def check_value(value: Any, where: object, shape: Any, extra: Extra = None) -> Any:

@@ -12,14 +12,16 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 import rustbpe
 import tiktoken
+from pydantic import FailFast, Field
+from typing_extensions import TypedDict
 
-from nanochat.common import SPECIAL_TOKENS, UserError, atomic_write, get_base_dir, warn
+from nanochat.common import SPECIAL_TOKENS, UserError, atomic_write, first_line, get_base_dir, warn
 from nanochat.conversation import Conversation, Rendered, render, render_prompt
-from nanochat.files import read_json
+from nanochat.files import check_value, read_json
 
 # GPT-4's split pattern, with digits in groups of at most two: a small vocabulary has no room for a thousand
 # three-digit tokens.
@@ -36,6 +38,14 @@ FORMAT, VERSION = "nanochat-tokenizer", 1
 MAX_WHITESPACE_RUN = 20_000
 GROUP_CHARS = 64_000  # given to a thread at a time: single documents would cost more to hand over than they gain
 LONG_WHITESPACE = re.compile(rf"\s{{{MAX_WHITESPACE_RUN}}}")
+
+
+class FileContent(TypedDict):
+    """The fields of the file that are read by themselves; the others follow from them."""
+
+    pattern: Annotated[str, Field(max_length=1000)]
+    special_tokens: Annotated[list[str], Field(max_length=1000)]
+    tokens: Annotated[list[tuple[str, int, str | None]], FailFast()]  # base64, bytes, text
 
 
 class RustBPETokenizer:
@@ -103,23 +113,24 @@ class RustBPETokenizer:
     def from_directory(cls, directory: Path | str) -> "RustBPETokenizer":
         """Load DIRECTORY/tokenizer.json. Raises UserError if it is missing, damaged or of another version."""
         path = Path(directory) / FILE_NAME
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{path} does not exist; train a tokenizer first: python -m scripts.tok_train")
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        content = read_json(path, dict[str, Any])
+        if content.get("format") != FORMAT:
             raise UserError(f"{path} is not a nanochat tokenizer; train one with python -m scripts.tok_train")
         if content.get("version") != VERSION:
             raise UserError(
-                f"{path} has version {content.get('version')!r}, this program reads version {VERSION}; "
+                f"{path} has version {content.get('version')!r:.40}, this program reads version {VERSION}; "
                 "train the tokenizer again, or use the program that wrote it"
             )
+        saved = check_value(content, path, FileContent)
         try:
-            tokens = [base64.b64decode(row[0], validate=True) for row in content["tokens"]]
-            tokenizer = cls(content["pattern"], tokens, content["special_tokens"])
+            tokens = [base64.b64decode(text, validate=True) for text, _, _ in saved["tokens"]]
+            tokenizer = cls(saved["pattern"], tokens, saved["special_tokens"])
+            tokenizer._check_pattern()
             expected = {**tokenizer._head(), "tokens": [_row(token) for token in tokens]}
-        except (LookupError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{path} is damaged ({reason}); restore it or train it again") from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({first_line(error)}); restore it or train it again") from error
         if content != expected:
             raise UserError(f"{path} is damaged: its contents do not match its hash; restore it or train it again")
         return tokenizer
@@ -131,6 +142,18 @@ class RustBPETokenizer:
             file.write(json.dumps(self._head(), indent=1).removesuffix("\n}"))
             file.write(',\n "tokens": [\n  ' + ",\n  ".join(map(_row_line, self._tokens)) + "\n ]\n}\n")
         return path
+
+    def _check_pattern(self) -> None:
+        """Raise ValueError if the pattern loses text; if it matches nothing at all, tiktoken panics."""
+        text = "The 2nd line's\n\n  end: naïve!"
+        try:
+            kept = self.decode(self.encode(text)) == text
+        except BaseException as error:
+            if isinstance(error, Exception | KeyboardInterrupt | SystemExit):
+                raise
+            kept = False
+        if not kept:
+            raise ValueError("its pattern loses text")
 
     def _head(self) -> dict[str, Any]:
         """The file's fields before the tokens."""

@@ -290,7 +290,9 @@ def assert_refused(path: Path, reason: str = "") -> None:
         ({"format": "other"}, "not a nanochat tokenizer"),
         ({"pattern": "("}, "damaged"),
         ({"pattern": 5}, "damaged"),
-        ({"pattern": "x+"}, "hash"),
+        ({"pattern": "x+"}, "pattern"),
+        ({"pattern": "x*"}, "pattern"),
+        ({"pattern": r"\s*\S+|\s+"}, "hash"),
         ({"tokens": None}, "damaged"),
         ({"tokens": [["QQ==", 1, "A"]]}, "damaged"),
         ({"tokens": [[5, 1, "A"]]}, "damaged"),
@@ -311,7 +313,8 @@ def test_a_wrong_byte_length_is_refused(tokenizer: RustBPETokenizer, tmp_path: P
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(', 4, " the"', ', 3, " the"'), encoding="utf-8")
     assert_refused(path, "hash")
-    path.write_text("[]", encoding="utf-8")
-    assert_refused(path, "not a nanochat tokenizer")
+    for text in ("[]", "[" * 100_000):
+        path.write_text(text, encoding="utf-8")
+        assert_refused(path, "damaged")
     path.unlink()
     assert_refused(path, "scripts.tok_train")

@@ -12,7 +12,8 @@ from pydantic import NonNegativeInt, StringConstraints
 from typing_extensions import TypedDict
 
 from nanochat.common import UserError, fsync, json_hash, sha256_file, write_json
-from nanochat.files import check_value, open_file, read_json
+from nanochat.files import JSON_BYTES, check_value, open_file, read_json
+from nanochat.reporting.machine import memory_bytes
 
 FORMAT, VERSION = "nanochat-checkpoint", 1
 MANIFEST = "manifest.json"
@@ -20,8 +21,11 @@ MANIFEST = "manifest.json"
 PlainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=255)]
 
 
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
 class FileRecord(TypedDict):
-    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+    sha256: Sha256
     bytes: NonNegativeInt
 
 
@@ -78,7 +82,7 @@ class Manifest:
         fsync(self.folder)
 
     def check_size(self, name: str) -> None:
-        """Compare a file's size with the record."""
+        """Compare a file's size with the record, and with what there can be memory for, before it is read."""
         path, expected = self.folder / name, self.files[name]["bytes"]
         try:
             found = path.lstat()
@@ -89,6 +93,9 @@ class Manifest:
         if found.st_size != expected:
             size = found.st_size
             raise DamagedCheckpoint(f"{path} is damaged: it has {size:,} bytes of {expected:,}; choose another step")
+        limit = JSON_BYTES if path.suffix == ".json" else memory_bytes()
+        if found.st_size > limit:
+            raise UserError(f"{path} has {found.st_size:,} bytes, of which there is room for {limit:,}")
 
     def check_hash(self, name: str, sha256: str | None = None) -> None:
         """Compare a file's SHA-256, `sha256` if it is known already, with the record."""
@@ -104,8 +111,8 @@ def check_version(path: Path, content: dict[str, Any]) -> None:
     """Raise UserError if `content`, read from `path`, was written by another version of this format."""
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise UserError(
-            f"{path} is of format {content.get('format')} version {content.get('version')}, this nanochat reads "
-            f"{FORMAT} version {VERSION}; use the nanochat that wrote it"
+            f"{path} is of format {content.get('format')!r:.40} version {content.get('version')!r:.40}, this nanochat "
+            f"reads {FORMAT} version {VERSION}; use the nanochat that wrote it"
         )
 
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from typing_extensions import TypedDict
 
-from nanochat.checkpoint.manifest import check_version, damaged
+from nanochat.checkpoint.manifest import Sha256, check_version, damaged
 from nanochat.common import UserError
 from nanochat.files import check_value, read_json
 
@@ -35,7 +35,7 @@ class RuntimeSettings(TypedDict):
 class SourceModel(TypedDict):
     """The model that a finetuning run started from."""
 
-    tag: str
+    tag: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=255)]
     step: Step
     recipe: str
 
@@ -52,7 +52,7 @@ class Fields(TypedDict):
     """Only what save_checkpoint adds must be there; training adds the rest, and a caller of its own what it likes."""
 
     step: Step
-    tokenizer_hash: str
+    tokenizer_hash: Sha256
     model_config: dict[str, Any]  # of GPTConfig
     optimizer_steps: NotRequired[dict[str, Step]]
     plan: NotRequired[Plan]

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from typing_extensions import TypedDict
 
 from nanochat.common import UserError, first_line
@@ -81,6 +81,7 @@ MAX_HEADER_BYTES = 16 * 2**20  # of some hundred thousand tensors
 MAX_SIZE = 2**48  # of a dimension, or of a file
 
 Size = Annotated[int, Field(ge=0, le=MAX_SIZE)]
+Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=300)]  # shown in errors
 
 
 class Entry(TypedDict):
@@ -131,7 +132,7 @@ def _read_header(path: Path, file: io.BufferedReader) -> tuple[dict[str, Entry],
     text = file.read(size)
     entries = parse_json(text, path, dict[str, Any])
     entries.pop("__metadata__", None)
-    entries = check_value(entries, path, dict[str, Entry])
+    entries = check_value(entries, path, dict[Name, Entry])
     position, left = 0, os.fstat(file.fileno()).st_size - file.tell()
     ordered = dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
     for name, entry in ordered.items():
