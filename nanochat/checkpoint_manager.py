@@ -207,7 +207,11 @@ class Checkpoint:
     def loader_state(self) -> dict[str, np.ndarray]:
         """The data loader's position, of all ranks."""
         shares = [self._read(name) for name in self._shares("loader")]
-        return {name: tensor.numpy() for share in shares for name, tensor in share.items()}
+        with damaged():
+            try:
+                return {name: tensor.numpy() for share in shares for name, tensor in share.items()}
+            except TypeError as error:  # bfloat16, say
+                raise UserError(f"{self.path} is damaged: the loader's state is no array ({error})") from error
 
     def rng_state(self) -> dict[str, torch.Tensor]:
         """The random generators' states."""

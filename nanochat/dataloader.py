@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import UserError, get_base_dir
-from nanochat.data.batches import Batch, Loader, PrefetchingLoader
+from nanochat.data.batches import Batch, Loader, PrefetchingLoader, saved_numbers
 from nanochat.data.conversation_loader import ConversationLoader
 from nanochat.data.corpus import BadShards, Corpus
-from nanochat.data.document_order import DocumentOrder
+from nanochat.data.document_order import MIN_SLICES_PER_STREAM, DocumentOrder
 from nanochat.data.pretokenized import segment_reader
 from nanochat.data.row_streams import (
     REFILL_ROWS,
@@ -141,9 +141,10 @@ class PretrainLoader(PrefetchingLoader[list[StreamState]]):
         check_layout("loader", state, self._layout)
         self.skip(BadShards.from_arrays(state))
         if "loader.parts" in state:
-            self._order.set_slices(int(state["loader.parts"]))
-        dtype = self.packer.dtype
-        self._restore([StreamState.from_arrays(state, f"lane{stream:02d}", dtype) for stream in self.streams])
+            most = MIN_SLICES_PER_STREAM * self.num_streams
+            self._order.set_slices(max(1, int(saved_numbers(state, "loader.parts", (), most + 1))))
+        size = self.packer.vocab_size
+        self._restore([StreamState.from_arrays(state, f"lane{stream:02d}", size) for stream in self.streams])
 
     def stats(self) -> dict[str, float]:
         """Of this rank's streams, up to the last batch handed out: documents begun, target tokens, the share of

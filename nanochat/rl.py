@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError
-from nanochat.data.batches import Batch, Loader, seeded_rng
+from nanochat.data.batches import Batch, Loader, saved_numbers, seeded_rng
 from nanochat.engine import Engine
 from nanochat.inference.request import GenerationRequest, TokenSequence
 from nanochat.inference.sampling import SamplingParams
@@ -210,9 +210,10 @@ class RolloutLoader(Loader):
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         if len(state["rl.level"]) != len(self.curricula):
             raise UserError("the checkpoint was trained on other tasks: give the same --tasks, or start a new run")
-        self.step = int(state["rl.step"][0])
-        for curriculum, level, mean in zip(self.curricula, state["rl.level"], state["rl.mean"]):
-            curriculum.level, curriculum.mean = int(level), float(mean)
+        self.step = int(saved_numbers(state, "rl.step", (1,))[0])
+        levels = saved_numbers(state, "rl.level", (-1,))
+        for curriculum, level, mean in zip(self.curricula, levels, state["rl.mean"], strict=True):
+            curriculum.level, curriculum.mean = min(int(level), len(curriculum.levels) - 1), float(mean)
 
     def stats(self) -> dict[str, float]:
         """Figures of the last batch, over all ranks."""

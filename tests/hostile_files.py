@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import socket
@@ -9,6 +10,9 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import safetensors.torch
+import torch
 
 from nanochat.common import json_hash
 
@@ -70,6 +74,30 @@ def mutate_tensors(data: bytes, rng: random.Random) -> bytes:
         return rng.choice([0, 1, size - 1, size + 8, 2**40, 2**64 - 1]).to_bytes(8, "little") + header + rest
     header = mutate_json(header, rng)
     return len(header).to_bytes(8, "little") + header + rest
+
+
+def mutate_values(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with other numbers, or another shape or type, in one of its tensors."""
+    tensors = safetensors.torch.load(data)
+    name = rng.choice(sorted(tensors))
+    flat = tensors[name].flatten().clone()
+    action = rng.random()
+    if action < 0.6 and flat.numel():
+        limits = (-1, 0, 1, 2, 255, 2**15, 2**31 - 1, 2**62) if not flat.is_floating_point() else (-1.0, 1e30, math.nan)
+        fits = [v for v in limits if flat.is_floating_point() or in_range(v, flat.dtype)]
+        flat[rng.randrange(flat.numel())] = rng.choice(fits)
+        tensors[name] = flat.view(tensors[name].shape)
+    elif action < 0.75:
+        tensors[name] = flat[: rng.randint(0, flat.numel())].contiguous()
+    elif action < 0.9:
+        tensors[name] = flat.to(rng.choice([torch.float32, torch.int64, torch.uint8, torch.bool, torch.bfloat16]))
+    else:
+        del tensors[name]
+    return safetensors.torch.save(tensors)
+
+
+def in_range(value: int, dtype: torch.dtype) -> bool:
+    return dtype is torch.bool or torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
@@ -138,8 +166,13 @@ def mutate_file(path: Path, rng: random.Random) -> None:
         rng.choice(ODD_FILES)(path)
     elif rng.random() < 0.3:
         path.write_bytes(mutate_bytes(data, rng))
+    elif path.suffix == ".json":
+        path.write_bytes(mutate_json(data, rng))
     else:
-        path.write_bytes((mutate_json if path.suffix == ".json" else mutate_tensors)(data, rng))
+        mutate = (
+            mutate_tensors if len(data) < 32 or rng.random() < 0.3 else mutate_values
+        )  # of the header, or of what follows
+        path.write_bytes(mutate(data, rng))
 
 
 def reseal(folder: Path, name: str) -> None:

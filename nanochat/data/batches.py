@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
+from nanochat.common import UserError
 from nanochat.distributed.signals import raise_if_stop_requested, stop_when
 
 Item = TypeVar("Item")
@@ -74,6 +75,18 @@ class Loader(Protocol):
     def close(self) -> None:
         """Stop reading ahead. The state stays readable, and next_batch() goes on from it."""
         return
+
+
+def saved_numbers(state: dict[str, np.ndarray], name: str, shape: tuple[int, ...], below: int = 2**40) -> np.ndarray:
+    """An array of a saved state, which must hold integers from 0 to `below`; -1 in `shape` is any length.
+
+    Raises UserError if there is none, or another.
+    """
+    array = np.asarray(state.get(name))
+    fits = len(array.shape) == len(shape) and all(want in (-1, size) for want, size in zip(shape, array.shape))
+    if not fits or array.dtype.kind not in "iu" or not np.all((array >= 0) & (array < below)):
+        raise UserError(f"the saved position in the data is damaged ({name}); choose another step")
+    return array
 
 
 class Packer(Protocol[State]):

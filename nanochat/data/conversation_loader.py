@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError
-from nanochat.data.batches import Batch, PrefetchingLoader, seeded_rng
+from nanochat.data.batches import Batch, PrefetchingLoader, saved_numbers, seeded_rng
 from nanochat.data.packing import BestFitPool, fill_row_whole
 from nanochat.data.rendered import TRUNCATED, Dataset, Rendered, RenderedConversations
 from nanochat.data.row_streams import check_layout, layout_arrays
@@ -213,8 +213,10 @@ class ConversationLoader(PrefetchingLoader[ConversationState]):
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         check_layout("conversations", state, self._layout)
-        cursor = ConversationCursor(*np.asarray(state["conversations.place"]).tolist())
-        self._restore(ConversationState(cursor, np.asarray(state["conversations.waiting"]).tolist()))
+        place = saved_numbers(state, "conversations.place", (len(ConversationCursor._fields),)).tolist()
+        waiting = saved_numbers(state, "conversations.waiting", (-1,), self.size).tolist()
+        cursor = ConversationCursor(*place)
+        self._restore(ConversationState(cursor._replace(position=min(cursor.position, self.size)), waiting))
 
     def stats(self) -> dict[str, float]:
         """Over all ranks, up to the last batch handed out. `conversations` are those read for it, `trained` those in

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError
-from nanochat.data.batches import Batch
+from nanochat.data.batches import Batch, saved_numbers
 from nanochat.data.document_order import Cursor, DocumentOrder, PlacedSegment, Tokens
 from nanochat.data.packing import BestFitPool, fill_row
 
@@ -114,15 +114,16 @@ class StreamState(NamedTuple):
         }
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], prefix: str, dtype: np.dtype) -> "StreamState":
-        """The inverse of to_arrays. KeyError if the stream is not there."""
-        place = np.asarray(arrays[f"{prefix}.place"]).tolist()
-        tokens = np.asarray(arrays[f"{prefix}.tokens"]).astype(dtype)
+    def from_arrays(cls, arrays: dict[str, np.ndarray], prefix: str, vocab_size: int) -> "StreamState":
+        """The inverse of to_arrays. UserError if the stream is not there, or damaged."""
+        place = saved_numbers(arrays, f"{prefix}.place", (len(Cursor._fields) + len(Counts._fields),)).tolist()
+        tokens = saved_numbers(arrays, f"{prefix}.tokens", (-1,), vocab_size).astype(token_dtype(vocab_size))
         segments, start = [], 0
-        for length, epoch, row_group, is_tail in np.asarray(arrays[f"{prefix}.pieces"]).tolist():
+        for length, epoch, row_group, is_tail in saved_numbers(arrays, f"{prefix}.pieces", (-1, 4)).tolist():
             segments.append(Segment(tokens[start : start + length].copy(), epoch, row_group, bool(is_tail)))
             start += length
-        assert start == len(tokens), f"{prefix}: {len(tokens)} tokens, its segments have {start}"
+        if start != len(tokens):
+            raise UserError(f"the saved position in the data is damaged ({prefix}: {len(tokens)} tokens, not {start})")
         return cls(Cursor(*place[:3]), Counts(*place[3:]), segments)
 
 
@@ -166,7 +167,8 @@ class RowPacker:
     ) -> None:
         self.order, self.rows_per_stream, self.row_tokens = order, rows_per_stream, sequence_len + 1
         self.bos = tokenizer.get_bos_token_id()
-        self.dtype = token_dtype(tokenizer.get_vocab_size())
+        self.vocab_size = tokenizer.get_vocab_size()
+        self.dtype = token_dtype(self.vocab_size)
         self.tokenizer = CachingTokenizer(tokenizer, self.dtype, num_threads)
         self.streams = [RowStream(index, self.row_tokens) for index in streams]
 

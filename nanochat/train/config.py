@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
+from nanochat.files import check_value
 from nanochat.optim import OptimizerConfig
-from nanochat.ranges import Range
+from nanochat.ranges import Range, check_ranges
 from nanochat.recipe import get_recipe
 from nanochat.runtime import TIMEOUT_SECONDS, Runtime
 
@@ -124,7 +125,9 @@ def merge_saved_config(given: Config, saved: dict[str, Any]) -> Config:
         is_new = rules.get(name) is OnResume.NEW or (rules.get(name) is OnResume.IF_GIVEN and name in changed)
         if name in values and not is_new:
             values[name] = value
-    return type(given)(**values)
+    merged = check_value(values, "the saved run's flags", type(given), extra="forbid")
+    check_ranges(merged)
+    return merged
 
 
 def may_resume(given: TrainConfig, saved: dict[str, Any]) -> bool:

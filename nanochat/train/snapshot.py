@@ -1,6 +1,7 @@
 """The complete state of a training run: copied for a save, put back for a resume."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 
 from nanochat.checkpoint_manager import Checkpoint, load_model_state, save_checkpoint
+from nanochat.common import UserError, first_line
 from nanochat.cpu import kernels
 from nanochat.distributed.collectives import BackgroundGroup
+from nanochat.files import check_value
 from nanochat.runtime import rng_state, set_rng_state
 from nanochat.train.progress import Progress
 from nanochat.trainer import Trainer
@@ -58,11 +61,16 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """
     device = trainer.runtime.device
     load_model_state(trainer.model, checkpoint.model_state(device), checkpoint.path)
+    where = checkpoint.path / "meta.json"
+    progress: Progress = check_value(checkpoint.meta["progress"], where, Progress, extra="forbid")
+    if progress.step != checkpoint.step:
+        raise UserError(f"{where} is damaged: its progress is of step {progress.step}; choose another step")
     names = {p: name for name, p in trainer.model.named_parameters()}
     trainer.step.optimizer.load_named_state(names, *checkpoint.optimizer_state())
-    trainer.loader.load_state_dict(checkpoint.loader_state())
-    set_rng_state(checkpoint.rng_state(), device)
-    trainer.step.progress = Progress(**checkpoint.meta["progress"])
+    with readable(checkpoint.path):
+        trainer.loader.load_state_dict(checkpoint.loader_state())
+        set_rng_state(checkpoint.rng_state(), device)
+    trainer.step.progress = progress
     trainer.schedule.num_steps = checkpoint.meta["plan"]["num_steps"]  # a deadline may have moved it
     trainer.saver.last_step = checkpoint.step
     saved = {"world_size": 1, **checkpoint.meta["runtime"]}
@@ -80,6 +88,18 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.runtime.warn0(
             f"resuming on another setup ({', '.join(changed)}): the numbers will not match an uninterrupted run exactly"
         )
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what a state of other names, types or sizes raises in the block into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"the state in {path} cannot be restored ({reason}); choose another step") from error
 
 
 def numeric_settings(trainer: Trainer) -> dict[str, Any]:
