@@ -115,7 +115,7 @@ def test_errors_map_to_client_exceptions(client: Any, live: Live) -> None:
     assert bad.value.param == "temperature" and bad.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError) as bad:
         ask(client, messages=[{"role": "user", "content": "x" * 99}])
-    assert bad.value.param == "messages"
+    assert bad.value.param == "messages" and bad.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError) as missing:
         ask(client, model="gpt-9")
     assert missing.value.code == "model_not_found"
@@ -123,6 +123,40 @@ def test_errors_map_to_client_exceptions(client: Any, live: Live) -> None:
     with pytest.raises(openai.AuthenticationError) as wrong:
         ask(stranger)
     assert wrong.value.code == "invalid_api_key"
+
+
+@pytest.mark.parametrize("base", ["", "/v1/v1"])
+def test_wrong_base_urls_are_named(live: Live, base: str) -> None:
+    with openai.OpenAI(base_url=live.url + base, api_key="key", max_retries=0, timeout=90) as client:
+        calls = (
+            lambda: client.models.list(),
+            lambda: ask(client),
+            lambda: ask(client, stream=True),
+            lambda: client.completions.create(model="nanochat", prompt="x"),
+        )
+        for call in calls:
+            with pytest.raises((openai.NotFoundError, openai.BadRequestError), match="/v1"):
+                call()
+
+
+def test_long_chats_tools_and_prefills(client: Any) -> None:
+    turns = [{"role": role, "content": "x" * 20} for role in ("user", "assistant")]
+    raw = client.chat.completions.with_raw_response.create(
+        model="nanochat", messages=[*turns, *turns, *HI], max_tokens=32_000, temperature=0
+    )
+    answer = raw.parse()
+    assert raw.headers["x-nanochat-dropped-messages"] == "2" and answer.usage.dropped_messages == 2
+    assert answer.choices[0].finish_reason == "length" and answer.usage.total_tokens == 64
+    call = {"id": "a", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1+1"}'}}
+    called = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert (
+        ask(client, messages=[*called, {"role": "tool", "tool_call_id": "a", "content": "2"}]).usage.prompt_tokens == 14
+    )
+    begun = [*HI, {"role": "assistant", "content": "So"}]
+    extra = {"continue_final_message": True, "add_generation_prompt": False}
+    assert ask(client, messages=begun, extra_body=extra).usage.prompt_tokens == 8
+    with pytest.raises(openai.BadRequestError, match=r"messages\.1"):
+        ask(client, messages=begun)
 
 
 def test_client_retries_when_the_server_is_busy(client: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
