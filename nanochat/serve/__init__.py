@@ -2,7 +2,8 @@
 
 Called by `scripts/chat_web.py`. The modules in the order of a message and its answer:
 
-routes_chat.py    the request's fields, the conversation as a GenerationRequest, the answer's fields
+routes_chat.py    the request's fields, the answer's fields
+messages.py       the messages as clients send them, as a conversation and a GenerationRequest
 generation.py     one HTTP request: submits its prompts, receives tokens on the event loop
 service.py        one replica: the queue and the running batch (nanochat/inference/decoding.py) on a thread
 sample.py         tokens of one sample to text: whole characters, stop strings, tool calls

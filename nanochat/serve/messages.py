@@ -35,6 +35,9 @@ def check_parts(value: Any) -> Any:
     wrong part only: pydantic would write an error or two for each of a million."""
     if not isinstance(value, list):
         return value
+    texts = [p["text"] for p in value if isinstance(p, dict) and p.get("type") == "text" and type(p.get("text")) is str]
+    if len(texts) == len(value):  # quick, since there may be 100,000
+        return "".join(texts)
     parts = []
     for number, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
