@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.common import UserError, atomic_write
+from nanochat.common import UserError, atomic_write, warn
 from nanochat.conversation import Conversation, Tokenizer
 from nanochat.data.batches import by_length
 from nanochat.engine import Engine
@@ -170,9 +170,14 @@ def sample_answers(
 def choose_letters(model: GPT, tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[str]:
     """For each question the letter that the model gives the highest logit, as the first token of its answer.
 
-    Questions longer than the context are cropped on the left. Raises UserError if a letter is not a single token.
+    Questions longer than the context are cropped on the left, with a warning. Raises UserError if a letter is not a
+    single token.
     """
-    prompts = [tokenizer.render_for_completion(c)[-model.config.sequence_len :] for c in conversations]
+    T = model.config.sequence_len
+    prompts = [tokenizer.render_for_completion(c) for c in conversations]
+    if overlong := sum(len(prompt) > T for prompt in prompts):
+        warn(f"{overlong} of {len(prompts)} questions are longer than the context ({T} tokens): only their end is used")
+    prompts = [prompt[-T:] for prompt in prompts]
     letter_ids = {letter: tokenizer.encode(letter) for c in conversations for letter in c["letters"]}
     if long := sorted(letter for letter, ids in letter_ids.items() if len(ids) != 1):
         raise UserError(f"this vocabulary has no token for the answers {', '.join(long)}: the task cannot be scored")

@@ -45,7 +45,7 @@ class Chats:
         return self.encode(conversation["messages"][0]["content"])
 
 
-def test_letters_are_chosen_by_their_logits_alone() -> None:
+def test_letters_are_chosen_by_their_logits_alone(capsys: pytest.CaptureFixture[str]) -> None:
     """Against one question at a time; other tokens may have higher logits."""
     config = GPTConfig(sequence_len=160, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
     model = stir(GPT.create(config, seed=3))
@@ -56,6 +56,8 @@ def test_letters_are_chosen_by_their_logits_alone() -> None:
         for i, own in enumerate(letters[i % 3] for i in range(40))
     ]
     chosen = choose_letters(model, Chats(), asked)
+    overlong = sum(len(Chats().render_for_completion(conversation)) > 160 for conversation in asked)
+    assert overlong > 0 and f"{overlong} of 40" in capsys.readouterr().err
     for conversation, letter in zip(asked, chosen):
         ids = Chats().render_for_completion(conversation)[-160:]
         logits = model(torch.tensor([ids]))[0, -1].detach()
