@@ -246,7 +246,7 @@ def what_was_learnt(records: Sequence[dict[str, Any]]) -> str:
     if max(rewards) > 0:
         return f"{text}the answers to each prompt all scored the same ({sum(rewards) / len(steps):.2g} on average)"
     if cut_off > 0.5:
-        return f"{text}no answer earned a reward; {cut_off:.0%} of them were cut off: raise --max-new-tokens"
+        return f"{text}no answer earned a reward; {cut_off:.0%} were cut off, by --max-new-tokens or the context"
     return f"{text}no answer earned a reward: finetune on the task first (chat_sft), or choose an easier one"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from nanochat.common import UserError, say
+from nanochat.data.conversation_loader import EXACT_CONVERSATIONS
 from nanochat.reporting.console import print_conversation
 from nanochat.runtime import Runtime
 from nanochat.train.finetuning import FinetuneConfig as Config
@@ -89,7 +90,8 @@ def train(config: Config, runtime: Runtime) -> int:
 def describe(data: SFTData, sizes: RowSizes, num_steps: int, epochs: int | None) -> list[tuple[str, str]]:
     """The plan, as (name, value) rows to print."""
     tokens_per_step = sizes.rows * sizes.T
-    passes = f"{epochs}" if epochs else f"at most about {num_steps * tokens_per_step / data.tokens:.2g}"
+    exact = epochs if data.loader.size <= EXACT_CONVERSATIONS else None
+    passes = f"{exact or f'at most about {num_steps * tokens_per_step / data.tokens:.2g}'}"
     return [
         *data.plan_rows(),
         ("row length", f"{sizes.T}"),

@@ -115,14 +115,14 @@ class SFTData:
     @property
     def tokens(self) -> float:
         """Tokens of an epoch, without padding; an estimate for large data."""
-        return sum(part.tokens * part.scale for part in self.parts)
+        return sum(use.tokens * use.scale for use in self.parts)
 
     def plan_rows(self) -> list[tuple[str, str]]:
         """What is used of each part, and of the held-out conversations, as rows of the plan."""
-        total = sum(part.used for part in self.parts)
+        total = sum(use.used for use in self.parts)
         rows = [(use.part.name, use.describe(total)) for use in self.parts]
         count = sum(len(use.part.task) for use in self.held_out)
-        used = round(sum(part.used for part in self.held_out))
+        used = round(sum(use.used for use in self.held_out))
         return [*rows, ("held out", f"{count:,} conversations" + (f", {used:,} of them used" if used < count else ""))]
 
     def table(self) -> list[dict[str, Any]]:
@@ -132,11 +132,11 @@ class SFTData:
 
     def name_left_out(self, listing: Path, strict: bool, runtime: Runtime) -> None:
         """Say how many conversations are left out, and write all of them to `listing`. UserError if `strict`."""
-        parts = [*self.parts, *self.held_out]
-        left_out = [line for part in parts for line in part.left_out]
+        uses_of_parts = [*self.parts, *self.held_out]
+        left_out = [line for use in uses_of_parts for line in use.left_out]
         write_listing(listing, [*self.bad, *left_out], runtime)
         if left_out:
-            uses = sum((part.uses for part in parts), Counter[str]())
+            uses = sum((use.uses for use in uses_of_parts), Counter[str]())
             count = f"{len(left_out):,} of {uses.total():,} conversations are left out"
             text = f"{count}: {reasons(uses)}; listed in {listing}"
             if strict:

@@ -82,6 +82,7 @@ HI = chat("Hi", "Ho")
         ([{"role": "developer", "content": "Be brief."}, *HI], chat("Hi", "Ho", system="Be brief.")),
         ([*chat("Hi"), *chat("there"), HI[1]], chat("Hi\n\nthere", "Ho")),
         ([{"from": "gpt", "value": "Ho"}], chat("", "Ho")),
+        ([{"role": "User", "content": "Hi"}, {"role": "MODEL", "content": "Ho"}], HI),
         ([*HI, {"role": "system", "content": "Be brief."}], chat("Hi", "Ho", system="Be brief.")),
     ],
 )

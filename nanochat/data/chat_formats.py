@@ -133,7 +133,7 @@ def plain_message(number: int, message: Any) -> Message:
         raise ValueError(f"message {number} calls a function; the tools known here are parts of the content")
     role, content = plain.get("role"), plain.get("content")
     if isinstance(role, str):
-        plain["role"] = role = ROLES.get(role, role)
+        plain["role"] = role = ROLES.get(role.lower(), role.lower())
     if isinstance(content, list):
         plain["content"] = plain_content(content, role, f"message {number}")
     return plain
