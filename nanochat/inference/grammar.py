@@ -91,10 +91,26 @@ def check_schema(schema: dict[str, Any]) -> None:
         # Names that the schema does not list may be written twice, which counts once.
         if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
             raise UserError(f"the schema keyword 'minProperties' at {path} is supported up to the number of 'required'")
+        if keyword := narrow_exclusive_bound(part):
+            raise UserError(f"the schema keyword {keyword!r} at {path} is not supported for bounds less than 1 apart")
         if isinstance(step := part.get("multipleOf"), int | float) and math.isfinite(step) and step > 0:
             multiple = math.lcm(multiple, int("".join(map(str, Decimal(str(step)).normalize().as_tuple().digits))))
     if multiple > MAX_MULTIPLE:
         raise UserError(f"the schema keyword 'multipleOf' is supported up to {MAX_MULTIPLE:,}, for all values together")
+
+
+def narrow_exclusive_bound(part: dict[str, Any]) -> str | None:
+    """A keyword that llguidance takes as inclusive: an exclusive whole bound with the other bound less than 1 away."""
+    for exclusive, others in (
+        ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
+        ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
+    ):
+        bound = part.get(exclusive)
+        if type(bound) in (int, float) and bound == int(bound):
+            other = [part[name] for name in others if type(part.get(name)) in (int, float)]
+            if any(0 < abs(value - bound) < 1 for value in other):
+                return exclusive
+    return None
 
 
 def subschemas(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
