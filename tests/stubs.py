@@ -44,6 +44,9 @@ class ByteTokenizer:
     def encode_special(self, name: str) -> int:
         return SPECIAL[name]
 
+    def get_vocab_size(self) -> int:
+        return 256 + len(SPECIAL)
+
 
 TOKENIZER = ByteTokenizer()
 

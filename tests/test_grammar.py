@@ -216,6 +216,9 @@ def test_a_model_with_more_ids_than_the_tokenizer() -> None:
         ({"type": "string", "minLength": 5, "maxLength": 3}, "minLength"),
         ({"type": "string", "pattern": "^(?=a)b$"}, "look"),
         (False, "false"),
+        ({"type": "number", "minimum": 1e999}, "schema"),
+        ({"type": "integer", "multipleOf": 10**400}, "multipleOf"),
+        ({"type": "number", "exclusiveMinimum": 10**400, "maximum": 0.5}, "schema"),
     ],
 )
 def test_schemas_that_cannot_be_followed_are_refused_by_name(schema: Any, words: str) -> None:
@@ -224,7 +227,7 @@ def test_schemas_that_cannot_be_followed_are_refused_by_name(schema: Any, words:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("pattern", ["(?=a)b", r"(a)\1", "[", "a{2}{", r"[^\s\S]"])
+@pytest.mark.parametrize("pattern", ["(?=a)b", r"(a)\1", "[", "a{2}{", r"[^\s\S]", "\ud800"])
 def test_wrong_regular_expressions(pattern: str) -> None:
     with pytest.raises(UserError):
         grammar_compiler(TOKENIZER).guide(regex_grammar(pattern))

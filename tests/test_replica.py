@@ -1,5 +1,6 @@
 """Replicas in processes of their own: same answers as the engine, and they may be killed at any time."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.inference.grammar import regex_grammar
 from nanochat.inference.sampling import SamplingParams
 from nanochat.runtime import Runtime
 from nanochat.serve.api import ServerMetrics, Settings
@@ -111,6 +113,29 @@ def test_cached_tokens_are_sent() -> None:
         receiver.wait()
         assert max(sequence.cached_tokens for sequence in handle.sequences) == cached
     service.close()
+
+
+def test_settings_and_grammars_are_sent(service: RemoteService) -> None:
+    """Every field of a request that changes the answer crosses the socket."""
+    sampling = SamplingParams(0.9, 40, 0.95, 3, 0.01, 1.2, 0.5, 0.7, {97: 3, 98: -2.5})  # type: ignore[arg-type]
+    assert all(getattr(sampling, f.name) != f.default for f in dataclasses.fields(sampling))
+    rules: list[dict[str, Any]] = [
+        {},
+        {"grammar": regex_grammar("[a-z]{2,8}")},
+        {"stop_token_ids": [98, 99], "min_tokens": 3},
+        {"ignore_eos": True},
+    ]
+    requests = [make_request("abc", 10, sampling=sampling, num_samples=2, **more) for more in rules]
+    receivers = [Receiver() for _ in rules]
+    handles = [service.submit(request, receiver) for request, receiver in zip(requests, receivers)]
+    expected = Engine(make_model(vocab_size=265), TOKENIZER).complete(requests)  # type: ignore[arg-type]
+    for handle, receiver in zip(handles, receivers):
+        assert receiver.wait().end == Finished()
+        for sequence in handle.sequences:
+            alone = expected.pop(0)
+            ends = [] if alone.end is None else [alone.end]
+            assert [t.id for t in receiver.tokens if t.sequence is sequence] == alone.tokens + ends
+            assert sequence.end == alone.end
 
 
 def test_log_probabilities_are_sent(service: RemoteService) -> None:

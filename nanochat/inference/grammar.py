@@ -59,7 +59,7 @@ def json_grammar(schema: dict[str, Any] | bool) -> str:
     check_schema(schema)
     overrides: Any = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": WHITESPACE}
     try:
-        return LLMatcher.grammar_from_json_schema(_checked_size(json.dumps(schema), "schema"), overrides=overrides)
+        return LLMatcher.grammar_from_json_schema(_checked(json.dumps(schema), "schema"), overrides=overrides)
     except ValueError as error:
         raise UserError(f"the schema cannot be followed: {_first_line(str(error))}") from error
 
@@ -68,7 +68,7 @@ def regex_grammar(pattern: str) -> str:
     """The grammar of texts that match a regular expression (Rust's syntax) from beginning to end."""
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_regex(_checked_size(pattern, "regular expression"))
+    return LLMatcher.grammar_from_regex(_checked(pattern, "regular expression"))
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
@@ -76,7 +76,7 @@ def choice_grammar(choices: Sequence[str]) -> str:
     from llguidance import LLMatcher
 
     alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-    return LLMatcher.grammar_from_lark(_checked_size(f"start: {alternatives}", "list of choices"))
+    return LLMatcher.grammar_from_lark(_checked(f"start: {alternatives}", "list of choices"))
 
 
 def check_schema(schema: dict[str, Any]) -> None:
@@ -91,10 +91,9 @@ def check_schema(schema: dict[str, Any]) -> None:
         # Names that the schema does not list may be written twice, which counts once.
         if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
             raise UserError(f"the schema keyword 'minProperties' at {path} is supported up to the number of 'required'")
-        if keyword := narrow_exclusive_bound(part):
-            raise UserError(f"the schema keyword {keyword!r} at {path} is not supported for bounds less than 1 apart")
-        if isinstance(step := part.get("multipleOf"), int | float) and math.isfinite(step) and step > 0:
-            multiple = math.lcm(multiple, int("".join(map(str, Decimal(str(step)).normalize().as_tuple().digits))))
+        if narrow := narrow_exclusive_bound(part):
+            raise UserError(f"the schema keyword {narrow!r} at {path} is not supported for bounds less than 1 apart")
+        multiple = math.lcm(multiple, _coefficient(part.get("multipleOf")))
     if multiple > MAX_MULTIPLE:
         raise UserError(f"the schema keyword 'multipleOf' is supported up to {MAX_MULTIPLE:,}, for all values together")
 
@@ -105,12 +104,23 @@ def narrow_exclusive_bound(part: dict[str, Any]) -> str | None:
         ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
         ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
     ):
-        bound = part.get(exclusive)
-        if type(bound) in (int, float) and bound == int(bound):
-            other = [part[name] for name in others if type(part.get(name)) in (int, float)]
-            if any(0 < abs(value - bound) < 1 for value in other):
-                return exclusive
+        bound: Any = part.get(exclusive)
+        near = (_is_number(part.get(name)) and 0 < abs(part[name] - bound) < 1 for name in others)
+        if _is_number(bound) and bound == int(bound) and any(near):
+            return exclusive
     return None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number, and not so large that the next one is 1 away."""
+    return type(value) in (int, float) and abs(value) < 2**53
+
+
+def _coefficient(number: Any) -> int:
+    """The digits of a positive number without its power of ten."""
+    if type(number) not in (int, float) or not number > 0:
+        return 1  # llguidance refuses it
+    return int("".join(map(str, Decimal(str(number)).normalize().as_tuple().digits))) if number < 2**53 else 2**53
 
 
 def subschemas(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -131,9 +141,11 @@ def subschemas(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                 stack.append((here, value))
 
 
-def _checked_size(text: str, name: str) -> str:
+def _checked(text: str, name: str) -> str:
     if len(text) > MAX_GRAMMAR_CHARS:
         raise UserError(f"the {name} has {len(text):,} characters, at most {MAX_GRAMMAR_CHARS:,} are supported")
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise UserError(f"the {name} has half a surrogate pair, which is no text")
     return text
 
 

@@ -60,6 +60,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
 }
 
+OTHER_NAMES = {  # of our fields on other servers and endpoints
+    "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "stop_sequences": "stop",
+    "json_schema": "response_format",
+    "messages": "prompt",
+    "prompt": "messages",
+}
+
 
 class Body(BaseModel):
     """Types are strict: "1" is not a number, 1 is not a boolean. Unknown fields are ignored."""
@@ -89,7 +101,8 @@ class KnownFields(Body):
                 off = " or ".join(map(repr, cls.neutral[name]))
                 message = f"{shown}: not supported; leave it out{f', or give {off}' if off else ''}"
             else:
-                near = difflib.get_close_matches(str(name)[:100], sorted(known), 1)
+                other = OTHER_NAMES.get(name)
+                near = [other] if other in known else difflib.get_close_matches(str(name)[:100], sorted(known), 1)
                 message = f"{shown}: there is no such field{f'; do you mean {near[0]}?' if near else ''}"
             raise ApiError(400, message, param=shown)
         return data
