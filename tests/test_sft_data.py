@@ -205,6 +205,20 @@ def test_bad_rows_are_all_named(tmp_path: Path, base: Path) -> None:
         CustomJSON(path)
 
 
+def test_a_damaged_file_costs_its_rest(tmp_path: Path, base: Path) -> None:
+    """And not the files beside it."""
+    as_gzip(tmp_path / "a.jsonl.gz", [chat(f"q{i}", f"{i * 7919 % 9973}" * 9) for i in range(5000)])
+    whole = (tmp_path / "a.jsonl.gz").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) * 2 // 3])
+    write_lines(tmp_path / "b.jsonl", numbered(3))
+    task = CustomJSON(tmp_path, strict=False)
+    assert 1000 < len(task) < 5003 and task.place(len(task) - 1).endswith("b.jsonl, line 3")
+    assert len(task.bad) == 1 and "a.jsonl.gz" in task.bad[0]
+    (tmp_path / "c.jsonl").write_bytes(json.dumps(chat("a", "b")).encode("utf-16"))
+    with pytest.raises(UserError, match="iconv"):
+        CustomJSON(tmp_path / "c.jsonl")
+
+
 def test_rows_of_a_table_with_all_columns(tmp_path: Path, base: Path) -> None:
     """Fields that a row does not use are null; others, such as a date, are ignored."""
     now = datetime(2026, 1, 1)

@@ -1,14 +1,16 @@
 """Conversations from files of rows; what is none is set aside with its place and the reason."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from nanochat.common import BadShard
 from nanochat.conversation import Conversation
 from nanochat.data.chat_formats import is_message, to_conversation
-from nanochat.data.listing import FileListing, kind_among, list_data
+from nanochat.data.listing import FileListing, exists, kind_among, list_data
 from nanochat.data.remote import Source
 from nanochat.data.rows import JSON_KINDS, ROW_KINDS, Row, file_rows, json_lines, parse_line
 from nanochat.data.text_stream import text_chunks
@@ -26,29 +28,35 @@ class ChatFiles:
     places: list[str] = field(default_factory=list)  # of each, such as "chats/mine.jsonl, line 3"
     bad: list[str] = field(default_factory=list)  # place and reason of each row that is no conversation
 
+    def add(self, place: str, row: Row) -> None:
+        """The row's conversation, or why it is none."""
+        try:
+            if row.error:
+                raise ValueError(row.error)
+            self.lines.append(as_line(to_conversation(row.value)))
+            self.places.append(place)
+        except (ValueError, RecursionError) as error:
+            self.bad.append(f"{place}: {' '.join(str(error).split())[:MAX_REASON_CHARS]}")
+
 
 def read_chats(entry: str, base_dir: Path, known_names: Sequence[str] = ()) -> ChatFiles:
-    """Read all conversations of a file, folder, glob or URL. UserError if there is no file; BadShard if one is damaged.
+    """Read all conversations of a file, folder, glob or URL. UserError if there is no file.
 
-    A single file of another name is read as JSON Lines. `known_names` are listed where there is no file.
+    A single file of another name is read as JSON Lines. Of a damaged file, what can be read is kept. `known_names` are
+    listed where there is no file.
     """
-    lone = Path(entry).expanduser()
-    if lone.is_file() and not kind_among(ROW_KINDS, lone):
-        chats = ChatFiles(FileListing([lone]))
+    if exists(entry) and (lone := Path(entry).expanduser()).is_file() and not kind_among(ROW_KINDS, lone):
+        chats = ChatFiles(FileListing([lone], Counter({"JSON Lines": 1})))
     else:
         chats = ChatFiles(list_data(entry, ROW_KINDS, base_dir, known_names=known_names))
     progress = ProgressLine(lambda: f"read {len(chats.lines):,} conversations of {entry}")
     for path in chats.listing.files:
-        for row in chat_rows(path):
-            progress.show()
-            place = f"{path}, {row.where}"
-            try:
-                if row.error:
-                    raise ValueError(row.error)
-                chats.lines.append(as_line(to_conversation(row.value)))
-                chats.places.append(place)
-            except (ValueError, RecursionError) as error:
-                chats.bad.append(f"{place}: {' '.join(str(error).split())[:MAX_REASON_CHARS]}")
+        try:
+            for row in chat_rows(path):
+                chats.add(f"{path}, {row.where}", row)
+                progress.show()
+        except BadShard as error:
+            chats.bad.append(f"{error}; what follows in it is left out")
     progress.close()
     return chats
 
