@@ -358,12 +358,14 @@ TESTED = {
     ),
     "an exception of no built-in class": (
         "error",
-        "import nanochat.sandbox.program as p\np.describe = lambda error: {'raised': 'exec', 'name': 'exec', 'text': '',"
+        "import nanochat.sandbox.program as p\n"
+        "p.describe = lambda error: {'raised': 'exec', 'name': 'exec', 'text': '',"
         " 'arguments': ['print(\"ESCAPED\")']}\ndef f(x): 1 / 0",
     ),
     "an argument changed into code": (
         "error",
-        "import nanochat.sandbox.program as p\np.pack = lambda value: {'eval': 'print(\"ESCAPED\")'}\ndef f(x): return x",
+        "import nanochat.sandbox.program as p\n"
+        "p.pack = lambda value: {'eval': 'print(\"ESCAPED\")'}\ndef f(x): return x",
     ),
     "an exception by a big name": ("error", "def f(x): raise type('x' * 10000, (Exception,), {})"),
     "hanging up": ("timeout early_exit", "os.close(4)\ndef f(x): return 3"),
