@@ -353,7 +353,7 @@ def load_model(
         checkpoint.meta["weights"] = checkpoint.weights_hash
         return model.eval(), checkpoint.tokenizer(), checkpoint.meta
 
-    run = find_run(base_dir or get_base_dir(), source, model_tag)
+    run = find_run(base_dir or get_base_dir(to_write=False), source, model_tag)
     return read_checkpoint(run, step, read, ("model.safetensors", "tokenizer.json"), runtime)
 
 

@@ -46,19 +46,29 @@ class BadShard(UserError):
         self.shard = str(shard)
 
 
-def get_base_dir() -> Path:
+def get_base_dir(to_write: bool = True) -> Path:
     """The folder of everything nanochat writes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat.
 
-    Created if missing. Raises UserError if it cannot be created or written to.
+    To write, it is created if missing; UserError if it cannot be created or written to. To read, it is taken as it is.
     """
-    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
+    try:
+        path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
+    except RuntimeError as error:  # neither HOME nor an entry in the list of users
+        raise UserError("there is no home folder to write to; set NANOCHAT_BASE_DIR to a folder") from error
+    if not to_write:
+        return path
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create the base folder {path}: {error.strerror}; set NANOCHAT_BASE_DIR") from error
-    if not os.access(path, os.W_OK | os.X_OK):
+    if not is_writable(path):
         raise UserError(f"the base folder {path} is not writable; set NANOCHAT_BASE_DIR to one that is")
     return path
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether this user may create files in a folder."""
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def get_datasets_dir() -> Path | None:
@@ -73,7 +83,7 @@ def get_cache_dir(base_dir: Path) -> Path:
 
 def get_kernels_dir() -> Path:
     """The compiled CPU kernels: $NANOCHAT_KERNELS_DIR, else in the base folder."""
-    return _path_from_env("NANOCHAT_KERNELS_DIR") or get_base_dir() / "kernels"
+    return _path_from_env("NANOCHAT_KERNELS_DIR") or get_base_dir(to_write=False) / "kernels"
 
 
 def get_cache_bytes() -> int:

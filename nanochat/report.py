@@ -27,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from nanochat.common import UserError, atomic_write, delete_leftovers, free_name, warn, write_json
+from nanochat.common import UserError, atomic_write, delete_leftovers, free_name, is_writable, warn, write_json
 from nanochat.files import read_json
 from nanochat.reporting.machine import describe_machine
 from nanochat.reporting.pages import render, report_context
@@ -56,9 +56,13 @@ def record_stage(base_dir: Path, stage: str, values: Mapping[str, Any]) -> None:
 
     The values replace the stage's earlier ones, or are merged with them if both name the same `checkpoint`, so that
     one task can be evaluated again alone. `plan` moves to the top level. Several processes may record at once. A
-    damaged report.json is renamed with a warning. Raises OSError if report.json cannot be written.
+    damaged report.json is renamed with a warning; in a read-only base folder nothing is recorded, with a warning.
+    Raises OSError if report.json cannot be written.
     """
     assert stage in STAGES, f"unknown stage {stage!r}; known: {', '.join(STAGES)}"
+    if Path(base_dir).exists() and not is_writable(base_dir):
+        warn(f"the base folder {base_dir} is read-only: these figures are not recorded")
+        return
     folder = report_dir(base_dir)
     folder.mkdir(parents=True, exist_ok=True)
     new = to_json(dict(values))

@@ -263,7 +263,7 @@ class RustBPETokenizer:
 
 def get_tokenizer(directory: Path | str | None = None) -> RustBPETokenizer:
     """The tokenizer in `directory`, by default the base folder's."""
-    return RustBPETokenizer.from_directory(directory or get_base_dir() / "tokenizer")
+    return RustBPETokenizer.from_directory(directory or get_base_dir(to_write=False) / "tokenizer")
 
 
 def grouped(texts: list[str], chars: int) -> Iterator[list[str]]:

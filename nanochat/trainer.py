@@ -169,6 +169,8 @@ class Trainer:
         step = self.progress.step
         if self.compare_every > 0 and step % self.compare_every == 0:
             self._compare_weights()
+        if self.saver.writing and self.saver.last_step is None:
+            self.saver.settle(0.0)  # raises SaveFailed now, not at the next save
         if self.finished or (self.save_every > 0 and step % self.save_every == 0):
             self._save(final=self.finished)
 
@@ -240,8 +242,7 @@ class Trainer:
         if diverged:
             raise RanksDiverged(
                 f"the weights of rank {', '.join(map(str, diverged))} differ from the other ranks' after step "
-                f"{self.progress.step}: faulty hardware, or code that treats ranks differently; the last "
-                f"good checkpoint is step {self.saver.last_step}"
+                f"{self.progress.step}: faulty hardware, or code that treats ranks differently; {self._last_good()}"
             )
 
     def _last_good(self) -> str:

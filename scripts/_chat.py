@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from nanochat.common import visible
+from nanochat.common import is_writable, visible
 from nanochat.engine import Chat
 
 
@@ -66,14 +66,18 @@ def command(chat: Chat, line: str) -> bool:
 
 
 def terminal_reader(history: Path) -> Callable[[], str]:
-    """A reader of messages with line editing and history; Enter sends, Alt-Enter starts a new line."""
+    """A reader of messages with line editing and history; Enter sends, Alt-Enter starts a new line.
+
+    Where `history` cannot be written, it is kept in memory only.
+    """
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    session: PromptSession[str] = PromptSession(history=FileHistory(str(history)), key_bindings=keys)
+    kept: History = FileHistory(str(history)) if is_writable(history.parent) else InMemoryHistory()
+    session: PromptSession[str] = PromptSession(history=kept, key_bindings=keys)
     return lambda: session.prompt("\n> ")
 
 

@@ -114,7 +114,7 @@ def one_line(box: str) -> str:
     """The parser's framed, wrapped message without its frame, in plain words."""
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip(" │╭╮╰╯─|") for line in box.splitlines()]
-    words = " ".join(line for line in lines if line)
+    words = " ".join(line for line in lines if line.strip("-+"))  # the frame is of these where there is no UTF-8
     words = re.sub(r" (Argument helptext:|For full helptext,|Perhaps you meant:).*$", "", words).rstrip(".")
     for theirs, ours in MESSAGES:
         words = re.sub(theirs, ours, words)

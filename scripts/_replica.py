@@ -60,7 +60,7 @@ class ReplicaPlan(ReplicaConfig):
     def load(self, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
         """(model, tokenizer, meta). Later calls, for other GPUs and processes, load the same step. Raises UserError if
         its weights have been replaced since."""
-        base_dir = get_base_dir()
+        base_dir = get_base_dir(to_write=False)
         model, tokenizer, meta = load_model(
             self.source,
             runtime,

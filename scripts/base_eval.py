@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nanochat.common import UserError, get_base_dir, say, visible
+from nanochat.common import UserError, get_base_dir, is_writable, say, visible
 from nanochat.dataset import Corpus
 from nanochat.evals.bits_per_byte import bpb_by_source, corpus_bpb
 from nanochat.evals.core_bundle import Bundle
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(config: Config, evaluations: list[str], runtime: Runtime) -> int:
-    started, base_dir, bundle = time.perf_counter(), get_base_dir(), None
+    started, base_dir, bundle = time.perf_counter(), get_base_dir(to_write=False), None
     if "core" in evaluations:  # before loading a model: it may be missing
         bundle = open_bundle(config.eval_bundle, base_dir, runtime, config.baselines, config.core_tasks)
     subject = load_subject(config, runtime, base_dir)
@@ -137,7 +137,7 @@ def evaluate_core(config: Config, subject: Subject, bundle: Bundle, runtime: Run
     """CORE, with details in base_eval/; returns the report's values. Collective."""
     options = {"max_per_task": config.max_per_task, "mode": config.core_mode, "baselines": config.baselines}
     result = run_core(subject.scorer, subject.tokenizer, bundle, runtime, **options)  # type: ignore[arg-type]
-    if runtime.is_main:
+    if runtime.is_main and is_writable(base_dir):
         folder = base_dir / "base_eval" / (subject.folder + options_suffix(config))
         say(f"details: {write_details(folder, result, subject.name)}")
     return report_values(result)

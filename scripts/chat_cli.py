@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if say(chat, config.prompt) else 130
         if sys.stdin.isatty() and sys.stdout.isatty():
             print(f"{config.source} model, step {meta['step']}, on {runtime.describe()}\n/help lists the commands.")
-            return converse(chat, terminal_reader(get_base_dir() / "chat_history"))
+            return converse(chat, terminal_reader(get_base_dir(to_write=False) / "chat_history"))
         return converse(chat, input)
 
 
@@ -78,7 +78,7 @@ def load(config: Config, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
     return load_model(
         config.source,
         runtime,
-        base_dir=get_base_dir(),
+        base_dir=get_base_dir(to_write=False),
         model_tag=config.model_tag or None,
         step=None if config.step < 0 else config.step,
         compute_dtype=runtime.dtype,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nanochat.checkpoint_manager import find_run, load_model
-from nanochat.common import UserError, get_base_dir, say
+from nanochat.common import UserError, get_base_dir, is_writable, say
 from nanochat.engine import Engine
 from nanochat.ranges import Range
 from nanochat.report import accuracy_values, record_stage
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
     started = time.perf_counter()
-    base_dir = get_base_dir()
+    base_dir = get_base_dir(to_write=False)
     run = find_run(base_dir, config.source, config.model_tag or None)
     step = None if config.step < 0 else config.step
     model, tokenizer, meta = load_model(
@@ -102,9 +102,11 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
             {"prompt": o.conversation["messages"][0]["content"], "text": o.samples[0].text} for o in outcomes[:3]
         ]
         suffix = f".rank{runtime.rank}" if runtime.world_size > 1 else ""
-        write_transcripts(folder / f"{name}{suffix}.jsonl", name, split, outcomes)
+        if is_writable(base_dir):
+            write_transcripts(folder / f"{name}{suffix}.jsonl", name, split, outcomes)
     if runtime.is_main:
-        say(f"every question and answer: {folder}")
+        if is_writable(base_dir):
+            say(f"every question and answer: {folder}")
         # Another model of the same name and step has other weights, and its own figures.
         checkpoint = f"{config.source}/{run.name}/{meta['step']}/{meta['weights'][:12]}"
         values = {"seconds": time.perf_counter() - started, "model": run.name, "step": meta["step"]}
@@ -116,7 +118,7 @@ def report(
     config: Config, scores: dict[str, TaskScore], checkpoint: str, values: dict[str, Any], samples: list[dict[str, str]]
 ) -> None:
     """Print the table and ChatCORE, and record them."""
-    base_dir, stage = get_base_dir(), STAGE[config.source]
+    base_dir, stage = get_base_dir(to_write=False), STAGE[config.source]
     # The model may have been trained on another split: no part of ChatCORE.
     usual = all(config.split in ("", TASKS[name].split) for name in scores)
     checkpoint += ("/sample" if config.embedded_sample else "") + ("" if usual else f"/{config.split}")

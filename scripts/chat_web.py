@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(config: Config, keys: list[str], sockets: list[socket.socket], runtime: Runtime) -> None:
     """Load the model, print the address, serve until a signal, finish the active answers."""
-    run = find_run(get_base_dir(), config.source, config.model_tag or None)
+    run = find_run(get_base_dir(to_write=False), config.source, config.model_tag or None)
     available = torch.cuda.device_count() if runtime.device.type == "cuda" else config.num_gpus
     if config.num_gpus > available:
         raise UserError(f"--num-gpus={config.num_gpus}: this machine has {available}")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import get_base_dir, say
-from nanochat.report import load_report, render_report
+from nanochat.common import get_base_dir, is_writable, say
+from nanochat.report import load_report, render_report, report_dir
 from nanochat.reporting.compare import write_comparison
 from nanochat.reporting.console import print_table
 from nanochat.reporting.view import (
@@ -36,13 +36,15 @@ class ReportConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ReportConfig, argv)
-    base_dir = config.base_dir or get_base_dir()
+    base_dir = config.base_dir or get_base_dir(to_write=False)
     if config.compare:
         print(write_comparison(base_dir, config.compare))
         return 0
-    page = render_report(base_dir)
     print_summary(load_report(base_dir))
-    print(page)
+    if is_writable(report_dir(base_dir)):
+        print(render_report(base_dir))
+    else:
+        print(f"{report_dir(base_dir)} is read-only: its pages are as they were drawn last")
     return 0
 
 

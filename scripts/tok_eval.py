@@ -83,7 +83,7 @@ def print_table(counts: dict[str, dict[str, int]], names: Sequence[str]) -> None
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Measure, print, and record for the report."""
-    base_dir = get_base_dir()
+    base_dir = get_base_dir(to_write=False)
     start = time.monotonic()
     tokenizer = get_tokenizer()
     counters: dict[str, Counter] = {OURS: lambda texts: sum(map(len, tokenizer.encode(texts)))}

@@ -1,11 +1,14 @@
 """The training loop: gradients, hooks, stop signals, failures, saves, and which flags a resumed run keeps."""
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +17,15 @@ import torch
 from stubs import stir
 from toy_training import CONFIG, CPU, RandomBatches, make_trainer
 
+from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.distributed.rank_checks import NonFiniteLoss
 from nanochat.gpt import GPT
 from nanochat.train.build import choose_device_batch
-from nanochat.train.config import OnResume, ignored_flags, merge_saved_config, resume_rules
+from nanochat.train.config import OnResume, TrainConfig, ignored_flags, merge_saved_config, resume_rules
 from nanochat.train.metrics import cut_metrics
 from nanochat.train.run import run_to_end
+from nanochat.train.snapshot import check_disk
 from nanochat.trainer import Hook, Interrupted, Trainer
 
 
@@ -183,15 +188,52 @@ def test_a_failed_periodic_save_is_reported_and_training_continues(capsys: pytes
     trainer = make_trainer(steps=4)
 
     def write(step: int) -> None:
-        if step in (1, 2):
+        if step in (2, 3):
             raise OSError(28, "No space left on device")
 
     save_every_step(trainer, write)
     trainer.run()
     assert trainer.progress.step == 4
     warnings = capsys.readouterr().err
-    assert "step 1" in warnings and "step 2" in warnings and "step 3" not in warnings
+    assert "step 2" in warnings and "step 3" in warnings and "save step 1" not in warnings
     assert trainer.saver.last_step == 4
+
+
+def test_a_failed_first_save_ends_the_run_before_the_next_is_due(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(steps=400)
+
+    def write(step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    save_every_step(trainer, write)
+    trainer.save_every = 2
+    trainer.log = lambda t, record: wait([t.saver.writing[1]]) if t.saver.writing else None
+    assert run_to_end(trainer, tmp_path, "the same command") == 1
+    error = capsys.readouterr().err
+    assert trainer.progress.step == 3 and "step 2" in error and "No space left" in error
+    assert "None" not in error and "the same command" in error
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(steps=10)
+    trainer.run()  # the optimizer's state exists now
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    state = trainer.step.optimizer.named_state(names)[0]
+    size = sum(t.nbytes for t in (*trainer.model.state_dict().values(), *state.values()))
+    usage = shutil.disk_usage(tmp_path)
+    config = TrainConfig(save_every=2, keep_last=2)
+    for free, refused, warned in ((size - 1, True, False), (size, False, True), (3 * size, False, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        with pytest.raises(UserError, match="NANOCHAT_BASE_DIR") if refused else contextlib.nullcontext():
+            check_disk(trainer, tmp_path, config)
+        assert ("--keep-last" in capsys.readouterr().err) == warned
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
+    check_disk(trainer, tmp_path, TrainConfig())  # one save, at the end
+    assert not capsys.readouterr().err
 
 
 def test_a_failed_final_save_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

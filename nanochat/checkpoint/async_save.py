@@ -17,14 +17,16 @@ MAX_WAIT_SECONDS = 5.0  # for the previous write, before a periodic save is drop
 
 
 class SaveFailed(OSError):
-    """The final save of a run did not succeed: after the last step, or after a stop signal or an error."""
+    """A save that the run cannot do without did not succeed: its first, or its final one, which comes after the last
+    step, a stop signal or an error."""
 
 
 class AsyncSaver:
     """The save state of a run: the newest complete step, and the step being written, of which there is at most one.
 
     The methods are collective: every rank must call them, in the same order. A failed periodic save is reported at the
-    next save, and training goes on; a failed final one raises SaveFailed.
+    next save, and training goes on; a failed final one raises SaveFailed, and so does the first: the next would hardly
+    succeed, and meanwhile nothing is safe.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -70,8 +72,8 @@ class AsyncSaver:
             self.last_step = step
         elif not isinstance(error, OSError):
             raise error
-        elif final:
-            raise SaveFailed(str(error)) from error
+        elif final or self.last_step is None:
+            raise SaveFailed(f"could not save step {step}: {error}") from error
         else:
             self.runtime.warn0(
                 f"could not save step {step}: {error}; training goes on, the last good checkpoint is step "

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanochat.common import atomic_path, get_kernels_dir, kernels_enabled, warn
+from nanochat.common import atomic_path, get_kernels_dir, is_writable, kernels_enabled, warn
 from nanochat.runtime import cpu_flags
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "decode.c", "sampling.c"))
@@ -72,7 +72,8 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", b"") or b""
         why = next((line for line in said.decode(errors="replace").splitlines() if "error" in line), str(error))
-        warn(f"the CPU kernels cannot be built or loaded ({why}): training and decoding will be slower")
+        fix = "" if is_writable(get_kernels_dir().parent) else "; set NANOCHAT_KERNELS_DIR to a folder that is writable"
+        warn(f"the CPU kernels cannot be built or loaded ({why}): training and decoding will be slower{fix}")
         return None
 
 

@@ -44,7 +44,7 @@ from nanochat.train.build import fit_device_batch
 from nanochat.train.commands import command_line, describe_flags, train_on_command
 from nanochat.train.config import HORIZON, Config, TrainConfig, ignored_flags, may_resume, merge_saved_config
 from nanochat.train.metrics import Metrics, check_sinks, cut_metrics, open_sinks
-from nanochat.train.snapshot import restore_trainer, take_snapshot
+from nanochat.train.snapshot import check_disk, restore_trainer, take_snapshot
 from nanochat.train.timing import deadline_for, measure_peak_flops
 from nanochat.trainer import Interrupted, Record, Trainer
 
@@ -99,6 +99,8 @@ class Run(Generic[Config]):
             runtime.print0(f"resumed at step {self.checkpoint.step} of {trainer.schedule.num_steps}{left}")
         else:
             fit_device_batch(trainer.step, config.device_batch_size, sequence_len)
+        if not self.finished:
+            check_disk(trainer, self.folder, config)
         meta = {
             **meta,
             "model_config": trainer.model.config.to_dict(),
@@ -298,9 +300,9 @@ def run_to_end(trainer: Trainer, folder: Path, resume_command: str) -> int:
         runtime.error0(f"\nerror: data cannot be read: {error}; {where}; {resume}")
     except SaveFailed as error:
         saved = trainer.saver.last_step
+        last = "none" if saved is None else f"step {saved}"
         runtime.error0(
-            f"\nerror: could not save step {trainer.progress.step}: {error}; the last good checkpoint in "
-            f"{folder} is {'none' if saved is None else f'step {saved}'}"
+            f"\nerror: {error}; the last good checkpoint in {folder} is {last}; once its disk is in order, {resume}"
         )
     return 1
 

@@ -1,6 +1,7 @@
 """The complete state of a training run: copied for a save, put back for a resume."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 
 from nanochat.checkpoint_manager import Checkpoint, load_model_state, save_checkpoint
-from nanochat.common import UserError, first_line
+from nanochat.common import UserError, first_line, format_count, warn
 from nanochat.cpu import kernels
 from nanochat.distributed.collectives import BackgroundGroup
 from nanochat.files import check_value
+from nanochat.optimizer.update_rules import optimizer_bytes
 from nanochat.runtime import rng_state, set_rng_state
+from nanochat.train.config import TrainConfig
 from nanochat.train.progress import Progress
 from nanochat.trainer import Trainer
 
@@ -47,6 +50,24 @@ def take_snapshot(
         keep_last=keep_last,
         group=group,
     )
+
+
+def check_disk(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
+    """Raise UserError if the disk of `folder` has no room for one checkpoint; warn if not for all. Collective."""
+    weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values())
+    needed = weights + optimizer_bytes(trainer.step.optimizer.param_groups)
+    saves = trainer.schedule.num_steps // config.save_every if config.save_every > 0 else 1
+    at_once = min(saves, config.keep_last + 1) if config.keep_last > 0 else saves  # the next is written before one goes
+
+    def check() -> None:
+        free = shutil.disk_usage(folder).free
+        room = f"{format_count(free)}B are free on the disk of {folder}, and a checkpoint takes {format_count(needed)}B"
+        if free < needed:
+            raise UserError(f"{room}: free some space, or set NANOCHAT_BASE_DIR to another disk")
+        if free < at_once * needed:
+            warn(f"{room}: {at_once} at a time, by --save-every and --keep-last, do not fit")
+
+    trainer.runtime.broadcast(check, "checking the disk")
 
 
 def host_copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
