@@ -1,6 +1,7 @@
 """A request's body before it is parsed: its structure is bounded, and a body that was cut off is no body."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import weakref
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from live import Live, post, until
+from live import Live, post, rest, until
 from serve_helpers import CHAT, app_of
 
 from nanochat.serve import body, uvicorn_server
@@ -189,7 +190,20 @@ def test_little_is_read_at_a_time(live: Live, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Connection, "data_received", data_received)
     head = post("/tokenize", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
-    pieces = b'{"text": "abc"}'.ljust(20_000)
-    content = b"".join(b"1\r\n%c\r\n" % byte for byte in pieces)
-    assert b'"count":3' in live.send(head + content + b"0\r\n\r\n")
+    content = b'{"text": "abc"}'.ljust(20_000)
+    answer = live.send(head + b"".join(b"1\r\n%c\r\n" % byte for byte in content) + b"0\r\n\r\n")
+    assert b'"count":3' in answer
     assert max(sizes) <= uvicorn_server.READ_BYTES < 20_000
+
+
+@pytest.mark.parametrize(("size", "fine"), [(1, False), (2, False), (256, True)])
+def test_many_small_chunks_are_refused(live: Live, size: int, fine: bool) -> None:
+    """h11 takes 10 us for each, also while a refused body is discarded."""
+    head = post("/tokenize", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    content = b'{"text": "abc"}'.ljust(10 * uvicorn_server.FRAMING_BYTES)
+    chunks = [b"%x\r\n%b\r\n" % (size, content[at : at + size]) for at in range(0, len(content), size)]
+    with live.connect() as connection:
+        with contextlib.suppress(ConnectionError):  # the server closes it
+            connection.sendall(head + b"".join(chunks) + b"0\r\n\r\n")
+        assert rest(connection).startswith(b"HTTP/1.1 200") == fine
+    until(lambda: not live.server.server_state.connections)

@@ -29,6 +29,7 @@ UNREAD_SECONDS = 30.0  # that a client may leave its answer unread
 CHECK_SECONDS = 1.0  # between two checks of a connection
 READ_BYTES = 4 * 2**10  # at a time, of one connection
 HEAD_BYTES = 32 * 2**10  # of a request's line and headers
+FRAMING_BYTES = 128 * 2**10  # of a body sent in chunks: their lengths, six bytes or more each
 DEFAULT_PORTS = range(8000, 8020)
 BACKLOG = 2048
 
@@ -42,6 +43,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._buffer = bytearray(READ_BYTES)
+        self._framing_bytes = 0  # of the arriving body: what came beside its content
         self._arriving_since: float | None = time.monotonic()  # None: no request is arriving
         self._read_since = time.monotonic()
         self._unread_bytes = 0
@@ -51,7 +53,15 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        cycle = self.cycle
+        before = len(cycle.body) if cycle else 0
         self.data_received(bytes(memoryview(self._buffer)[:nbytes]))
+        if cycle is None or cycle is not self.cycle or not cycle.more_body:
+            self._framing_bytes = 0
+            return
+        self._framing_bytes += nbytes - (len(cycle.body) - before)
+        if self._framing_bytes > FRAMING_BYTES and not cycle.response_started and not self.transport.is_closing():
+            self.send_400_response("The body's chunks are too small.")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the timers. They would keep this connection alive for seconds: long enough, under load, to move it to
