@@ -5,8 +5,9 @@ How a document reaches the model, file by file:
     dataset.py                --data names a source; `open_corpus` opens it, the same on all ranks
     data/corpus.py            Corpus: two splits of row groups, each a list of documents, readable in any order
     data/shards.py            ... of parquet files: the starter corpus, public sets, the user's own files
-    data/own_files.py           finds those and has data/to_parquet.py rewrite what cannot be read by row group
-    data/parquet.py             reads documents out of row groups; data/textfiles.py out of .jsonl and .txt
+    data/own_files.py           finds them (listing.py), has to_parquet.py rewrite what cannot be read by row group
+    data/parquet.py             reads documents out of row groups; data/textfiles.py out of other files: rows.py parses
+                                JSON and CSV, text_stream.py decompresses, checks UTF-8 and makes line ends alike
     data/remote.py              reads files behind URLs: filesystems.py lists them, range_cache.py keeps byte ranges
     data/document_order.py    shuffles: (seed, epoch, stream) -> the order of documents
     data/pretokenized.py        has tokens instead of text where scripts/tok_data.py made them beforehand
@@ -25,14 +26,16 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from nanochat.common import UserError, debug_enabled, get_base_dir, json_hash, warn, write_json
-from nanochat.data.corpus import SPLITS, BadShards, Corpus, Record
+from nanochat.data.corpus import SPLITS, VAL_LIMIT, BadShards, Corpus, Record
 from nanochat.data.download import DEFAULT_SET, HUB_SETS, HubSet, download_shards, hub_folder
+from nanochat.data.listing import split_entries
 from nanochat.data.own_files import open_own_files
 from nanochat.data.parquet import TextOptions
 from nanochat.data.shards import ShardCorpus, ShardOpener, open_shard
@@ -58,7 +61,8 @@ def resolve_corpus(
 
     "" is the first public set with downloaded shards, else the starter corpus; "starter", "fineweb-edu" and "climbmix"
     are those; anything else is files of the kinds in textfiles.KINDS: paths, folders (with their subfolders, hidden
-    files left out), globs and URLs, separated by commas. `text_field` is the field or column with the text.
+    files left out), globs and URLs, separated by commas, also beside those names. `text_field` is the field or column
+    with the text.
 
     Starter and public sets are split by file, own data by document hash (see document_hash). Raises UserError for
     data that is missing, empty or without text, BadShard for a damaged file unless skip_bad. `skipped` (shard -> why)
@@ -69,6 +73,9 @@ def resolve_corpus(
         downloaded = (name for name in HUB_SETS if any(hub_folder(name, base_dir).glob("shard_*.parquet")))
         data = next(downloaded, "starter")
     opener = ShardOpener(base_dir, BadShards(skip_bad, dict(skipped or {})), recorded, TextOptions(text_field))
+    entries = split_entries(data, ("starter", *HUB_SETS))
+    if len(entries) > 1 and any(entry == "starter" or entry in HUB_SETS for entry in entries):
+        return mixed_corpus(entries, opener)
     if data == "starter":
         return starter_corpus(base_dir)
     if data in HUB_SETS:
@@ -159,14 +166,14 @@ def starter_dir() -> Path:
     return Path(str(files("nanochat"))) / "starter"
 
 
-def starter_corpus(base_dir: Path | None = None) -> Corpus:
+def starter_corpus(base_dir: Path | None = None) -> ShardCorpus:
     """The corpus in the package; with a base folder, its token files are used."""
     train, val = (starter_dir() / f"{split}.parquet" for split in SPLITS)
     shards = [open_shard(train, "starter")], [open_shard(val, "starter")]
     return ShardCorpus("starter", *shards, token_folder=base_dir / "tokens" if base_dir else None)
 
 
-def hub_corpus(hub: HubSet, opener: ShardOpener) -> Corpus:
+def hub_corpus(hub: HubSet, opener: ShardOpener) -> ShardCorpus:
     """The shards of a public set that are on disk."""
     folder = hub_folder(hub.name, opener.base_dir)
     shards = sorted(folder.glob("shard_*.parquet"))
@@ -177,6 +184,21 @@ def hub_corpus(hub: HubSet, opener: ShardOpener) -> Corpus:
         missing = "its training shards are" if not train else f"its validation shard {hub.val_name} is"
         raise UserError(f"{hub.name} is not complete: {missing} not in {folder}; finish with: {hub.command}")
     return opener.corpus(hub.name, opener.open(train, hub.name), opener.open([val], hub.name))
+
+
+def mixed_corpus(entries: Sequence[str], opener: ShardOpener) -> Corpus:
+    """Starter or public sets beside own files: the shards of all, each split as it is alone."""
+    alone = replace(opener, recorded=None)
+    named = dict.fromkeys(entry for entry in entries if entry == "starter" or entry in HUB_SETS)
+    parts = [starter_corpus() if name == "starter" else hub_corpus(HUB_SETS[name], alone) for name in named]
+    val_limit, files = VAL_LIMIT, ""
+    if own := [entry for entry in entries if entry not in named]:
+        parts.append(open_own_files(",".join(own), alone, known_names=("starter", *HUB_SETS)))
+        val_limit, files = parts[-1].val_limit, f"{', '.join(named)}; {parts[-1].files}"
+    train, val = ([shard for part in parts for shard in part.shards[split]] for split in SPLITS)
+    corpus = opener.corpus(",".join(entries), train, val, val_limit)
+    corpus.files = files
+    return corpus
 
 
 # ---------------------------------------------------------------------------------------------------

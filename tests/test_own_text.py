@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from corpus_helpers import Bucket, both, fill_bucket, jsonl, make_texts, write_parquet
+from corpus_helpers import Bucket, both, fill_bucket, jsonl, make_texts, texts_of, write_parquet
 
 from nanochat.common import UserError
 from nanochat.data import own_files, textfiles
@@ -337,6 +337,21 @@ def test_several_entries(own: Path, base: Path, monkeypatch: pytest.MonkeyPatch)
     assert sorted(both(resolve_corpus("d.txt,e[1].txt,d.*", base))) == ["d.txt", "e[1].txt"]  # each file once
     assert "nowhere" in refusal("a.jsonl,nowhere.txt", base)
     assert "sub/*.pdf" in refusal("a.jsonl,sub/*.pdf", base)
+
+
+def test_a_named_set_beside_own_files(own: Path, base: Path, tmp_path: Path) -> None:
+    texts = make_texts(300)
+    (own / "a.jsonl").write_bytes(jsonl(texts))
+    alone, starter = resolve_corpus(str(own), base), resolve_corpus("starter", base)
+    mixed = resolve_corpus(f"starter,{own}", base)
+    for split in ("train", "val"):
+        expected = Counter(texts_of(starter, split)) + Counter(texts_of(alone, split))
+        assert Counter(texts_of(mixed, split)) == expected
+    assert mixed.fingerprint not in (alone.fingerprint, starter.fingerprint) and "1 .jsonl" in mixed.files
+    again = resolve_corpus(f"starter,{own}", base, recorded=mixed.record())
+    assert again.fingerprint == mixed.fingerprint
+    assert resolve_corpus("starter,starter", base).record()["train"] == starter.record()["train"]
+    assert "nowhere" in refusal("starter,nowhere", base)
 
 
 def test_commas_in_urls(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanochat.common import BadShard, UserError
-from nanochat.data.corpus import Corpus
 from nanochat.data.listing import list_data, with_compressions
 from nanochat.data.parquet import TextOptions, open_parquet, parquet_documents, text_columns
 from nanochat.data.remote import RemoteFile, Source
-from nanochat.data.shards import LISTING_VERSION, ShardOpener
+from nanochat.data.shards import LISTING_VERSION, ShardCorpus, ShardOpener
 from nanochat.data.text_stream import MIB
 from nanochat.data.textfiles import KINDS, kind_of
 from nanochat.data.to_parquet import Tally, convert
@@ -18,7 +17,7 @@ MAX_GROUP_ROWS, MAX_GROUP_BYTES = 8192, 64 * MIB  # parquet with larger row grou
 OLD_KINDS = (".parquet", *with_compressions(".jsonl", ".txt"))  # see LISTING_VERSION
 
 
-def open_own_files(data: str, opener: ShardOpener, known_names: Sequence[str] = ()) -> Corpus:
+def open_own_files(data: str, opener: ShardOpener, known_names: Sequence[str] = ()) -> ShardCorpus:
     """The corpus of the files, folders or URLs that `data` stands for.
 
     Converted shards hold one split each; files read in place hold both, told apart by document hash. `known_names` are
