@@ -144,6 +144,8 @@ def describe(error: Exception) -> tuple[int, str]:
     """(exit code, line) of an expected error; code 0 for a bug, which deserves its traceback."""
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return 2, "a path begins with ~ and there is no such home folder; write it out"
     if isinstance(error, OverflowError):
         return 2, f"some number on the command line is too large to calculate with ({error})"
     if isinstance(error, CollectiveFailed | FloatingPointError):  # the latter: a model whose weights are not finite

@@ -274,7 +274,8 @@ def test_what_is_used_and_what_is_not(own: Path, base: Path, capsys: pytest.Capt
         (own / name).write_text(name)
     (own / "info.json").write_text('{"license": "MIT"}')
     (own / "empty.txt").write_text("\n")
-    os.mkfifo(own / "pipe.txt")
+    os.mkfifo(own / "pipe.txt")  # would be waited for without end
+    (own / "link to a pipe.txt").symlink_to(own / "pipe.txt")
     corpus = resolve_corpus(str(own), base)
     used, unused = corpus.files.split("; not used: ")
     assert used == "3 files: 2 .txt, 1 .md"
@@ -283,7 +284,7 @@ def test_what_is_used_and_what_is_not(own: Path, base: Path, capsys: pytest.Capt
         "1 .docx",
         "1 hidden",
         "1 without an ending",
-        "1 not a regular file",
+        "2 not a regular file",
         "1 without a field text",
         "1 without text",
     }

@@ -17,7 +17,7 @@ from nanochat.common import UserError, get_base_dir
 from nanochat.cpu import kernels
 from nanochat.report import record_stage
 from nanochat.tokenizer import get_tokenizer
-from scripts import base_eval, base_train, chat_cli, contamination, report, tok_train
+from scripts import base_eval, base_train, chat_cli, chat_sft, contamination, report, tok_train
 
 ROOT = Path(__file__).parents[1]
 TOK_TRAIN = [sys.executable, "-u", "-m", "scripts.tok_train", "--vocab-size=270"]
@@ -144,6 +144,15 @@ def test_wrong_flags_are_named_with_the_right_one(
     error = refused(base_train.main, flags, capsys)
     assert all(word in error for word in words) and len(error) < 120
     assert "invalid literal" not in error and "could not convert" not in error
+
+
+def test_an_unknown_home_folder_in_a_path_is_one_line(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "~nobody-x/a.txt" in refused(tok_train.main, ["--data=~nobody-x/a.txt"], capsys)
+    assert "~" in refused(chat_sft.main, ["--data=~nobody-x/a.jsonl", "--device-type=cpu"], capsys)
+    monkeypatch.setenv("NANOCHAT_DATASETS_DIR", "~nobody-x/sets")
+    assert "~" in refused(contamination.main, ["--data=starter"], capsys)
 
 
 def test_nothing_similar_is_suggested_for_a_flag_of_another_script(base: Path, capsys) -> None:

@@ -152,7 +152,7 @@ def find_local(
 def regular(paths: Iterable[Path], unused: Counter[str]) -> Iterator[Path]:
     """Those that can be opened without waiting for another program, unlike pipes and devices."""
     for path in paths:
-        if path.is_file() or path.is_symlink():  # a link to nothing is an error when it is read
+        if path.is_file() or not path.exists():
             yield path
         else:
             unused["not a regular file"] += 1
@@ -183,7 +183,7 @@ def walk(folder: Path, unused: Counter[str], follow_links: bool) -> Iterator[Pat
                     links.append(path)
                 elif item.is_dir():
                     unused["linked folder"] += 1
-                elif item.is_file() or item.is_symlink():
+                elif item.is_file() or not path.exists():  # a link to nothing is an error when it is read
                     yield path
                 else:
                     unused["not a regular file"] += 1
