@@ -255,6 +255,31 @@ def test_what_is_tolerated(client: Any) -> None:
     assert tolerated.output_text == ask(client).output_text
 
 
+def test_a_request_of_codex(live: Live) -> None:
+    body = {
+        "model": "nanochat",
+        "instructions": "You are a coding agent.",
+        "input": [
+            {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Sandbox: none."}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "<env/>"}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        ],
+        "tools": [{"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}}, {"type": "web_search"}],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "medium", "summary": "auto"},
+        "store": False,
+        "stream": True,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "0",
+        "text": {"verbosity": "medium"},
+        "client_metadata": {"session": "0"},
+    }
+    with httpx.stream("POST", f"{live.url}/v1/responses", json=body, timeout=90) as response:
+        events = [line.removeprefix("event: ") for line in response.iter_lines() if line.startswith("event: ")]
+    assert events[0] == "response.created" and events[-1] in ("response.completed", "response.incomplete")
+
+
 def test_truncation(live: Live) -> None:
     """What has no room is dropped, and said, unless the request forbids it."""
     turns = [{"role": role, "content": "x" * 100} for _ in range(20) for role in ("user", "assistant")]
