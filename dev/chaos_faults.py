@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dev.chaos_run import Run, RunOnTwoHosts, kill
+from dev.chaos_run import Run, RunOnTwoHosts
+from dev.launched import kill
 
 ORPHAN_SECONDS = 30.0  # for ranks to exit after their launcher
 

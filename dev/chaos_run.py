@@ -6,49 +6,39 @@ at a time.
 
 import json
 import math
-import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dev.launched import (
+    ONE_HOST,
+    ROOT,
+    environment,
+    kill,
+    launch_command,
+    metrics,
+    one_of_two_hosts,
+    run_folder,
+    workers_of,
+)
 from dev.two_hosts import TwoHosts
-from nanochat.checkpoint_manager import open_checkpoint, run_dir
+from nanochat.checkpoint_manager import open_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-STEPS, SAVE_EVERY = 300, 5
+STEPS = 300
 # Allowed relative difference of average loss and weights from the undisturbed run's; the second where a host was alone
 # for a time, so that sums were taken in another order.
 TOLERANCE, HOSTS_TOLERANCE = 1e-6, 1e-4
 STEP_TIMEOUT_SECONDS = 120.0  # for the next step, on a busy machine
-FLAGS = [
-    "--depth=1",
-    "--n-embd=16",
-    "--head-dim=8",
-    "--max-seq-len=16",
-    "--total-batch-size=64",
-    "--eval-tokens=64",
-    "--eval-every=-1",
-    "--sample-every=-1",
-    "--device-type=cpu",
-    "--model-tag=chaos",
-    "--resume",
-    "--keep-last=3",
-    "--lr-scale=0.1",
-    "--weight-decay=0",
-    "--timeout=30",
-    f"--save-every={SAVE_EVERY}",
-    f"--num-iterations={STEPS}",
-]
+EXTRA = ["--keep-last=3", "--lr-scale=0.1", "--weight-decay=0", "--timeout=30", f"--num-iterations={STEPS}"]
 
 
 @dataclass
@@ -92,8 +82,14 @@ class Run:
 
     def __init__(self, disk: Path, output: Path, log: Path, seed: int) -> None:
         self.disk, self.base, self.output = disk, disk / "base", output
-        self.folder = run_dir(self.base, "base", "chaos")
+        self.folder = run_folder(self.base)
         self.log_file = open(log, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (open until exit)
+        self.options: dict[str, Any] = {  # of every launcher
+            "cwd": ROOT,
+            "env": environment(self.base),
+            "stdout": open(output, "ab"),  # noqa: SIM115 (likewise)
+            "stderr": subprocess.STDOUT,
+        }
         self.rng = random.Random(seed)
         self.tally = Tally()
         self.damaged: dict[int, int] = {}  # step -> mtime of its manifest, in nanoseconds
@@ -124,7 +120,7 @@ class Run:
             f"--data={self.base / 'text.jsonl'}",
             "--vocab-size=265",
         ]
-        subprocess.run(tokenizer, cwd=ROOT, env=self.environment(), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(tokenizer, cwd=ROOT, env=environment(self.base), check=True, stdout=subprocess.DEVNULL)
 
     def begin(self) -> None:
         """Delete the previous run."""
@@ -132,38 +128,10 @@ class Run:
         self.damaged, self.expected = {}, []
 
     def launch(self) -> None:
-        command = self.command(
-            "--nnodes=1",
-            "--nproc_per_node=2",
-            "--master-addr=127.0.0.1",
-            "--master-port=0",
-            "--rdzv-backend=c10d",
-            "--rdzv-endpoint=127.0.0.1:0",
-        )
-        with open(self.output, "ab") as output:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment(), stdout=output, stderr=subprocess.STDOUT
-            )
+        self.process = subprocess.Popen(self.command(ONE_HOST, EXTRA), **self.options)
 
-    def command(self, *where: str, flags: Sequence[str] = ()) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "scripts.launch",
-            *where,
-            "--max-restarts=3",
-            "--monitor-interval=0.1",
-            f"--log-dir={self.output.with_name('launcher')}",
-            "-m",
-            "scripts.base_train",
-            "--",
-            *FLAGS,
-            *flags,
-            f"--data={self.base / 'text.jsonl'}",
-        ]
-
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(self.base), "NANOCHAT_DTYPE": "float32"}
+    def command(self, where: Sequence[str], flags: Sequence[str]) -> list[str]:
+        return launch_command(self.base, where, flags, logs=self.output.with_name("launcher"))  # not on the full disk
 
     def launchers(self) -> "list[subprocess.Popen[bytes]]":
         """The launchers that are running."""
@@ -190,11 +158,7 @@ class Run:
 
     def last_step(self) -> int:
         """The step of the last complete line of metrics.jsonl; 0 if there is none."""
-        with suppress(OSError):
-            for line in reversed((self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
-                with suppress(ValueError, KeyError):
-                    return json.loads(line)["step"]
-        return 0
+        return max((line["step"] for line in metrics(self.base)[-1:]), default=0)
 
     def intact(self) -> list[int]:
         """Complete steps that no fault has damaged."""
@@ -290,24 +254,9 @@ class RunOnTwoHosts(Run):
         self.process, self.second = self.start(0), self.start(1)
 
     def start(self, host: int) -> "subprocess.Popen[bytes]":
-        address = TwoHosts.addresses
-        quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
         # Slow steps, so that a host can return before the other has finished the run.
-        flags = ["--timeout=3", "--total-batch-size=512", "--device-batch-size=1"]
-        command = self.command(
-            "--nnodes=1:2",
-            "--nproc_per_node=1",
-            "--rdzv-backend=c10d",
-            "--rdzv-id=chaos",
-            f"--rdzv-endpoint={address[0]}:29500",
-            f"--local-addr={address[host]}",
-            f"--rdzv-conf={quick},is_host={int(host == 0)}",
-            flags=flags,
-        )
-        with open(self.output, "ab") as output:
-            return self.hosts.popen(
-                host, command, cwd=ROOT, env=self.environment(), stdout=output, stderr=subprocess.STDOUT
-            )
+        flags = [*EXTRA, "--timeout=3", "--total-batch-size=512", "--device-batch-size=1"]
+        return self.hosts.popen(host, self.command(one_of_two_hosts(host), flags), **self.options)
 
     def launchers(self) -> "list[subprocess.Popen[bytes]]":
         return [launcher for launcher in (self.process, self.second) if launcher and launcher.poll() is None]
@@ -324,26 +273,3 @@ class RunOnTwoHosts(Run):
 
     def note_difference(self, difference: float) -> None:
         self.tally.largest_on_two_hosts = max(self.tally.largest_on_two_hosts, difference)
-
-
-def workers_of(launcher: "subprocess.Popen[bytes]") -> list[int]:
-    """Process ids of the ranks below a launcher."""
-    found = []
-    with suppress(OSError):
-        for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-            if b"_train" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
-    return found
-
-
-def kill(launchers: "Iterable[subprocess.Popen[bytes]]") -> None:
-    """Kill launchers and all their ranks, so that none can save or report."""
-    running = [launcher for launcher in launchers if launcher.poll() is None]
-    for launcher in running:
-        launcher.send_signal(signal.SIGSTOP)  # so that it starts no others meanwhile
-    for pid in [pid for launcher in running for pid in workers_of(launcher)]:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    for launcher in running:
-        launcher.kill()
-        launcher.wait()

@@ -10,26 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from launched import FLAGS, ROOT, environment, folder, metrics
 from ranks import run_ranks
 
-from dev.chaos_run import workers_of
+from dev.launched import ONE_HOST, ROOT, environment, launch_command, metrics, run_folder, workers_of
 from nanochat.checkpoint_manager import list_steps, open_checkpoint
 from nanochat.distributed.collectives import CollectiveFailed
 from nanochat.runtime import Runtime
 
 
 def launch(base: Path, *flags: str) -> subprocess.Popen[str]:
-    launcher = [
-        "--standalone",
-        "--nnodes=1",
-        "--nproc_per_node=2",
-        "--max-restarts=3",
-        f"--log-dir={base / 'launcher'}",
-    ]
-    script = ["-m", "scripts.base_train", "--", *FLAGS, f"--data={base / 'text.jsonl'}", *flags]
     return subprocess.Popen(
-        [sys.executable, "-m", "scripts.launch", *launcher, *script],
+        launch_command(base, ONE_HOST, flags),
         cwd=ROOT,
         env=environment(base),
         stdout=subprocess.PIPE,
@@ -55,7 +46,7 @@ def test_after_a_rank_is_killed_the_run_continues_to_its_end(copied: Path) -> No
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "resumed at step" in output
-    assert open_checkpoint(folder(copied)).step == 100
+    assert open_checkpoint(run_folder(copied)).step == 100
     assert [line["step"] for line in metrics(copied)] == list(range(1, 101))
 
 
@@ -69,7 +60,7 @@ def test_a_stop_signal_saves_and_exits_128_plus_its_number(name: str, to_all: bo
             os.kill(pid, signum)
         output, _ = process.communicate(timeout=60)
     done = len(metrics(copied))
-    assert list_steps(folder(copied)) == [done] and done >= 20, output
+    assert list_steps(run_folder(copied)) == [done] and done >= 20, output
     assert re.search(rf"{name}: .*step {done}\b", output) and process.returncode == 128 + signum
 
 
@@ -80,7 +71,7 @@ def test_ranks_whose_launcher_is_killed_save_and_exit(copied: Path) -> None:
         process.kill()
         output, _ = process.communicate(timeout=60)  # until the last rank has closed the pipe
     done = len(metrics(copied))
-    assert re.search(rf"SIGTERM: .*step {done}\b", output) and list_steps(folder(copied)) == [done]
+    assert re.search(rf"SIGTERM: .*step {done}\b", output) and list_steps(run_folder(copied)) == [done]
 
 
 def hang(runtime: Runtime, done: str) -> str:

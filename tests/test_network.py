@@ -9,37 +9,21 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import FLAGS, ROOT, environment, folder, metrics
 from ranks import run_ranks
 
-from dev.chaos_run import kill
+from dev.launched import FLAGS, ROOT, environment, kill, launch_command, metrics, one_of_two_hosts, run_folder
 from dev.two_hosts import NoHosts, TwoHosts
 from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.runtime import Runtime
 
 STEPS = 60
-TRAIN = [*FLAGS, "--lr-scale=0.1", "--weight-decay=0", "--timeout=2", f"--num-iterations={STEPS}"]
-# As in the recipes, with shorter times: a host counts as dead after 3 s, and a start waits 1 s for more hosts.
-LAUNCHER = [
-    sys.executable,
-    "-m",
-    "scripts.launch",
-    "--nnodes=1:2",
-    "--nproc_per_node=1",
-    "--max-restarts=3",
-    "--rdzv-backend=c10d",
-    "--rdzv-id=net",
-    f"--rdzv-endpoint={TwoHosts.addresses[0]}:29500",
-    "--monitor-interval=0.1",
-]
-QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
+TRAIN = ["--lr-scale=0.1", "--weight-decay=0", "--timeout=2", f"--num-iterations={STEPS}"]
 
 
 class Run:
@@ -54,13 +38,8 @@ class Run:
         self.launchers = [self.launch(0), self.launch(1)]
 
     def launch(self, host: int) -> "subprocess.Popen[bytes]":
-        # Both hosts have this machine's name, so is_host says which of them runs the store.
-        where = [
-            f"--local-addr={TwoHosts.addresses[host]}",
-            f"--rdzv-conf={QUICK},is_host={int(host == 0)}",
-            f"--log-dir={self.base / 'launcher'}",
-        ]
-        command = [*LAUNCHER, *where, str(ROOT / "tests" / "held_train.py"), *TRAIN, f"--data={self.base}/text.jsonl"]
+        script = [str(ROOT / "tests" / "held_train.py")]
+        command = launch_command(self.base, one_of_two_hosts(host), TRAIN, script)
         with open(self.base / f"host{host}.log", "ab") as output:
             return self.hosts.popen(host, command, env=environment(self.base), stdout=output, stderr=subprocess.STDOUT)
 
@@ -97,14 +76,14 @@ def undisturbed(runtime: Runtime, base: str) -> None:
     from scripts import base_train
 
     os.environ |= {"NANOCHAT_BASE_DIR": base, "NANOCHAT_DTYPE": "float32"}
-    assert base_train.main([*TRAIN, f"--data={base}/text.jsonl"]) == 0
+    assert base_train.main([*FLAGS, *TRAIN, f"--data={base}/text.jsonl"]) == 0
 
 
 def result(base: Path) -> tuple[list[float], dict[str, Any]]:
     """The loss of every step, and the final weights."""
     lines = metrics(base)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    return [line["loss"] for line in lines], open_checkpoint(folder(base), STEPS).model_state()
+    return [line["loss"] for line in lines], open_checkpoint(run_folder(base), STEPS).model_state()
 
 
 def test_a_host_that_is_cut_off_or_dies_and_returns(hosts: TwoHosts, copied: Path, tmp_path: Path) -> None:
@@ -113,7 +92,7 @@ def test_a_host_that_is_cut_off_or_dies_and_returns(hosts: TwoHosts, copied: Pat
     run = Run(hosts, copied, ["2-22", "1-31", "2-42", "1-47"])
     try:
         run.wait_for("2-22")
-        run.wait((folder(copied) / "000020" / "manifest.json").exists, "step 20 is saved")
+        run.wait((run_folder(copied) / "000020" / "manifest.json").exists, "step 20 is saved")
         hosts.link(1, "down")
         run.release("2-22")
         run.wait_for("1-31")

@@ -105,7 +105,7 @@ class Deadline:
         planned, taken = schedule.warmdown_steps * low_share, schedule.num_steps - self.last_high_step
         if taken >= planned / 2:
             return None
-        pause = f", after standing still for {format_seconds(self.paused_seconds)}" if self.paused_seconds else ""
+        pause = f", after standing still for {format_seconds(self.paused_seconds)}," if self.paused_seconds else ""
         return (
             f"the time of --minutes ran out{pause} before the learning rate had fallen: {taken} steps instead of about "
             f"{round(planned)} were below half of its peak; docs/training.md says how to train on"

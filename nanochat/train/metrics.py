@@ -73,7 +73,7 @@ class Metrics:
         known = deadline is None or deadline.is_measured or trainer.finished
         total = f"/{trainer.schedule.num_steps}" if known else ""
         seconds = self.seconds_left(trainer)
-        left = "" if seconds is None else f" | {format_seconds(seconds)} left"
+        left = "" if seconds is None or trainer.finished else f" | {format_seconds(seconds)} left"
         bpb = f" | bpb {now.val_bpb:.4f}" if now.val_bpb is not None else ""
         reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
         if record.get("groups_without_signal") == 1:
