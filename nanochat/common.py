@@ -4,6 +4,7 @@ Imports nothing from nanochat. This module and runtime.py are the only readers o
 """
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
@@ -13,7 +14,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -126,16 +127,20 @@ def _number_from_env(name: str, default: float) -> float:
 # ---------------------------------------------------------------------------------------------------
 # Files
 
+DAY = 86400.0  # seconds
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str, durable: bool = True) -> Iterator[Path]:
     """Yield the path of a temporary neighbour to write (a file or a folder); on success rename it to `path`.
 
     A reader sees the old file or the new one, never a half-written one. `durable` flushes it to disk first, so that
-    this also holds after a power failure. On any exception the neighbour is deleted and `path` is untouched.
+    this also holds after a power failure. On any exception the neighbour is deleted and `path` is untouched; those of
+    processes that were killed, the next writer of `path` deletes after a day.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    delete_leftovers(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"), min_age=DAY)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -156,12 +161,12 @@ def atomic_write(path: Path | str, mode: str = "wb", durable: bool = True) -> It
         yield file
 
 
-def delete_leftovers(folder: Path, min_age: float = 0.0) -> None:
-    """Delete the temporary files and folders of atomic_path that killed processes left anywhere below `folder`.
+def delete_leftovers(paths: Iterable[Path], min_age: float = 0.0) -> None:
+    """Delete temporary files and folders of atomic_path that killed processes left.
 
-    Only under the lock that their writers hold; or, where they hold none, those older than `min_age` seconds.
+    Only under the lock that their writers hold; where they hold none, those not touched for `min_age` seconds.
     """
-    for path in list(folder.rglob(".*.tmp")) if folder.is_dir() else ():
+    for path in list(paths):
         with contextlib.suppress(OSError):  # it stays until the next time
             if time.time() - path.stat().st_mtime >= min_age:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

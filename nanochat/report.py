@@ -69,7 +69,7 @@ def record_stage(base_dir: Path, stage: str, values: Mapping[str, Any]) -> None:
     time_key = "updated_at" if new.get("status") == "running" else "finished_at"
     new[time_key] = datetime.now(UTC).isoformat(timespec="seconds")
     with FileLock(folder / ".lock"):
-        delete_leftovers(folder)
+        delete_leftovers(folder.glob(".*.tmp"))
         report = _load_or_set_aside(base_dir)
         if "plan" in new:
             report["plan"] = new.pop("plan")
@@ -91,9 +91,12 @@ def load_report(base_dir: Path) -> Record:
     path = report_dir(base_dir) / "report.json"
     if not path.is_file():
         raise UserError(f"no report in {path.parent}: run a stage first, or set NANOCHAT_BASE_DIR to its base folder")
-    report = read_json(path)
+    try:
+        report = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; restore it, or delete it to start a new report") from error
     if not isinstance(report, dict) or not all(isinstance(report.get(stage, {}), dict) for stage in STAGES):
-        raise UserError(f"{path} is not a report: JSON objects are expected")
+        raise UserError(f"{path} is not a report: JSON objects are expected; delete it to start a new one")
     return report
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nanochat.common import BadShard, UserError, format_count, format_seconds, get_base_dir, say
+from nanochat.common import BadShard, UserError, delete_leftovers, format_count, format_seconds, get_base_dir, say
 from nanochat.data.corpus import SPLITS
 from nanochat.data.pretokenized import is_valid, token_path
 from nanochat.data.shards import ShardCorpus
@@ -67,8 +67,7 @@ def tokenize(config: Config) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            for leftover in folder.glob(".*.tmp"):  # of a command that was killed
-                leftover.unlink()
+            delete_leftovers(folder.glob(".*.tmp"))
             tokenize_into(folder, corpus, tokenizer, config.workers)
     except Timeout:
         raise UserError(f"another process is tokenising into {folder}; wait for it") from None

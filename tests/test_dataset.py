@@ -235,6 +235,17 @@ def test_a_killed_conversion_leaves_nothing_behind_and_starts_over(own: Path, ba
     assert [p.name for p in (base / "converted").iterdir() if p.is_dir()] == [key]
 
 
+@pytest.mark.parametrize("content", ['{"version": 2, "tal', "[]", '{"version": 2, "tally": {"train": "many"}}'])
+def test_a_damaged_conversion_is_made_again(content: str, own: Path, base: Path) -> None:
+    """With the same result: a run resumes on it."""
+    (own / "a.jsonl").write_bytes(jsonl(make_texts(300)))
+    first = resolve_corpus(str(own), base)
+    (manifest,) = (base / "converted").glob("*/manifest.json")
+    before = manifest.read_bytes()
+    manifest.write_text(content)
+    assert resolve_corpus(str(own), base).fingerprint == first.fingerprint and manifest.read_bytes() == before
+
+
 def test_a_full_disk_is_not_the_users_mistake(own: Path, base: Path, monkeypatch) -> None:
     (own / "a.jsonl").write_bytes(jsonl(make_texts(300)))
 
@@ -270,7 +281,7 @@ def test_processes_convert_once(own: Path, base: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from nanochat import dataset; "
         "from nanochat.data import to_parquet; real = to_parquet.convert_into\n"
-        "def spy(*a): print('converting'); real(*a)\n"
+        "def spy(*a): print('converting'); return real(*a)\n"
         "to_parquet.convert_into = spy\n"
         "print(dataset.resolve_corpus(sys.argv[1], Path(sys.argv[2])).fingerprint)"
     )

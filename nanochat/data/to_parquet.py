@@ -21,8 +21,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
+from typing_extensions import TypedDict
 
-from nanochat.common import BadShard, atomic_path, format_count, warn, write_json
+from nanochat.common import BadShard, UserError, atomic_path, delete_leftovers, format_count, warn, write_json
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
 from nanochat.data.parquet import CLEANED, TextOptions
 from nanochat.data.remote import RemoteFile, Source
@@ -81,13 +82,28 @@ def convert(
     """
     key = conversion_key(paths, options)
     folder = base_dir / "converted" / key
-    if not (folder / MANIFEST).exists():
+    tally = read_tally(folder)
+    if tally is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{key}.lock"):
-            if not (folder / MANIFEST).exists():
-                convert_into(folder, paths, options)
-    tally = Tally(**read_json(folder / MANIFEST)["tally"])
+            tally = read_tally(folder) or convert_into(folder, paths, options)
     return sorted(folder.glob("train_*.parquet")), sorted(folder.glob("val_*.parquet")), tally
+
+
+class Conversion(TypedDict):
+    """The manifest of a converted folder."""
+
+    version: int
+    tally: Tally
+
+
+def read_tally(folder: Path) -> Tally | None:
+    """The tally of a folder converted before; None if there is none, or if its manifest is damaged."""
+    try:
+        found: Conversion = read_json(folder / MANIFEST, Conversion)
+    except UserError:
+        return None
+    return found["tally"]
 
 
 def conversion_key(paths: Sequence[Source], options: TextOptions = CLEANED) -> str:
@@ -124,17 +140,19 @@ def stamp(path: Source) -> tuple[int, str]:
     return stat.st_size, str(stat.st_mtime_ns)
 
 
-def convert_into(folder: Path, paths: Sequence[Source], options: TextOptions) -> None:
-    """Write the shards and their manifest to a temporary neighbour of `folder`, then rename it."""
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a conversion that was killed
-        shutil.rmtree(leftover)
+def convert_into(folder: Path, paths: Sequence[Source], options: TextOptions) -> Tally:
+    """Write the shards and their manifest to a temporary neighbour of `folder`, then rename it. Returns the tally."""
+    delete_leftovers(folder.parent.glob(f".{folder.name}.*.tmp"))
     megabytes = sum(stamp(path)[0] for path in paths) / 1e6
     if megabytes > FEW_MEGABYTES or len(paths) > FEW_FILES:
         print(f"converting {len(paths):,} files ({megabytes:,.0f} MB) to parquet in {folder}, once", flush=True)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        tally = asdict(write_shards(temporary, paths, options))
-        write_json(temporary / MANIFEST, {"version": CONVERSION_VERSION, "tally": tally})
+        tally = write_shards(temporary, paths, options)
+        write_json(temporary / MANIFEST, {"version": CONVERSION_VERSION, "tally": asdict(tally)})
+        if folder.exists():  # its manifest is damaged
+            shutil.rmtree(folder)
+    return tally
 
 
 def write_shards(folder: Path, paths: Sequence[Source], options: TextOptions) -> Tally:

@@ -205,7 +205,7 @@ def lock_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
     except Timeout:
         raise UserError(f"another process is training in {folder}; wait for it, or give another --model-tag") from None
     with held:
-        delete_leftovers(folder)
+        delete_leftovers(folder.rglob(".*.tmp"))
         yield
 
 
