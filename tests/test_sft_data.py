@@ -75,6 +75,12 @@ HI = chat("Hi", "Ho")
         ({"prompt": HI[:1], "completion": HI[1:]}, HI),
         ({"question": "Hi", "answer": "Ho"}, HI),
         ({"input": "Hi", "output": "Ho"}, HI),
+        ({"conversation": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]}, chat("a", "b", "c", "d")),
+        (
+            {"system_prompt": "Be brief.", "messages": chat("Hi", "Ho", system="Be brief.")},
+            chat("Hi", "Ho", system="Be brief."),
+        ),
+        ({"prompt": "Hi", "prompt_id": "1", "messages": HI}, HI),
         (
             [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "input_text", "text": "i"}]}, HI[1]],
             HI,
@@ -100,6 +106,9 @@ def test_formats(row: Any, messages: list[dict[str, str]]) -> None:
         ({"prompt": "a", "question": "b", "answer": "c"}, "both 'prompt' and 'question'"),
         ({"messages": "Hi"}, "list of messages"),
         ({"messages": 3}, "list"),
+        ({"messages": []}, "empty"),
+        ({"instruction": "a", "output": ""}, "found 'instruction'"),
+        ({"question": "a", "answer": 4}, "int"),
         ({"messages": ["Hi", "Ho"]}, "message 1"),
         ({"instruction": "Hi", "output": "Ho", "history": ["a"]}, "history"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, HI[1]], "image_url"),

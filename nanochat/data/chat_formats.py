@@ -3,7 +3,7 @@
     messages, or a bare list     [{"role": "user", "content": "Hi"}, …], also with content as a list of text parts
     ShareGPT                     {"conversations": [{"from": "human", "value": "Hi"}, …]}
     Alpaca and its relatives     {"instruction": …, "input": …, "output": …}, with "system" and "history" if given
-    prompt and completion        {"prompt": …, "completion": …}, texts or lists of messages
+    prompt and completion        {"prompt": …, "completion": …}, texts or lists of messages; also as items of a list
 
 Fields without a meaning here (an id, a source) are ignored. What would be lost, such as a picture or a function call,
 is an error.
@@ -11,14 +11,15 @@ is an error.
 
 import json
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 from nanochat.conversation import PART_TOKENS, Conversation, Message, merge_messages, validate_conversation
 
 LISTS = ("messages", "conversations", "conversation")
-QUESTIONS = ("instruction", "prompt", "question", "query", "input")  # "input" is a context beside any of the others
+QUESTIONS = ("instruction", "prompt", "question", "query", "inputs", "input")  # the last: a context beside the others
 CONTEXTS = ("input", "context")
-ANSWERS = ("output", "completion", "response", "answer")
+ANSWERS = ("output", "completion", "response", "answer", "targets")
 SYSTEMS = ("system", "system_prompt")
 ROLES = {
     "human": "user",
@@ -37,7 +38,8 @@ def to_conversation(row: Any) -> Conversation:
 
     Raises ValueError, with the reason in one line, if it is none, or has nothing to train on.
     """
-    messages = [plain_message(number, message) for number, message in enumerate(messages_of(row), 1)]
+    found = chain.from_iterable(messages_of(item) if is_exchange(item) else [item] for item in messages_of(row))
+    messages = [plain_message(number, message) for number, message in enumerate(found, 1)]
     try:
         validate_conversation({"messages": messages}, for_training=True)
     except ValueError:
@@ -60,6 +62,11 @@ def is_message(value: Any) -> bool:
     return isinstance(value, dict) and bool({"role", "from"} & set(value)) and not set(LISTS) & set(value)
 
 
+def is_exchange(value: Any) -> bool:
+    """Whether this item of a list of messages is a question with its answer."""
+    return isinstance(value, dict) and not is_message(value) and bool(set(ANSWERS) & set(value))
+
+
 def messages_of(row: Any) -> list[Any]:
     """The messages of a row of any format, as they are."""
     if isinstance(row, list):
@@ -72,9 +79,9 @@ def messages_of(row: Any) -> list[Any]:
     elif (answer := only(fields, ANSWERS)) and (question := only(fields, QUESTIONS[:-1]) or only(fields, QUESTIONS)):
         messages = exchange(fields, question, answer)
     else:
-        found = ", ".join(map(repr, row)) or "nothing"
+        found = ", ".join(map(repr, fields)) or "nothing"
         raise ValueError(f"no conversation: it needs 'messages', or 'prompt' and 'completion'; found {found}")
-    if system := only(fields, SYSTEMS):
+    if (system := only(fields, SYSTEMS)) and not (is_message(messages[0]) and fields[system] in messages[0].values()):
         messages = [*as_messages(fields[system], "system"), *messages]
     return messages
 
@@ -88,7 +95,8 @@ def exchange(fields: dict[str, Any], question: str, answer: str) -> list[Any]:
             raise ValueError(f"{question!r} and {context!r} must be strings")
         asked = f"{asked}\n\n{fields[context]}"
     messages = []
-    for pair in as_list(fields.get("history", []), "history"):
+    history = fields.get("history", [])
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError("'history' must be a list of pairs: a question and its answer")
         messages += [*as_messages(pair[0], "user"), *as_messages(pair[1], "assistant")]
@@ -112,12 +120,10 @@ def as_messages(value: Any, role: str) -> list[Any]:
             value = json.loads(value)  # a column of a table
         except ValueError:
             raise ValueError(f"expected a list of messages, found the text {value[:40]!r}") from None
-    return as_list(value, "messages")
-
-
-def as_list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{what!r} must be a list, not {type(value).__name__}")
+        raise ValueError(f"expected {'a text or ' if role else ''}a list of messages, found {type(value).__name__}")
+    if not value:
+        raise ValueError("'messages' is empty")
     return value
 
 
