@@ -32,6 +32,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SECRET = "the user's secret"
 
 
+MANY_THREADS = """
+import threading
+barrier = threading.Barrier(65, timeout=30)
+threads = [threading.Thread(target=barrier.wait) for _ in range(64)]
+for thread in threads: thread.start()
+barrier.wait()
+for thread in threads: thread.join()
+"""
+
+
 @pytest.fixture(scope="module", params=SAFE_LEVELS)
 def level(request: pytest.FixtureRequest) -> str:
     if reason := why_unavailable(request.param):
@@ -125,7 +135,7 @@ def nothing_left() -> Iterator[None]:
     assert not received
     assert not descendants(os.getpid()) - others
     assert supervisors() <= before[0]
-    left = {name for name in set(os.listdir("/tmp")) - before[1] if name.startswith("nanochat")}
+    left = {name for name in set(os.listdir("/tmp")) - before[1] if name.startswith("nanochat-unsafe-")}
     assert not left and not Path("/dev/shm/left").exists()
     assert len(os.listdir("/dev/fd")) <= before[2]
 
@@ -330,6 +340,16 @@ def test_a_session_does_nothing_between_its_cells(level: str) -> None:
         assert int(session.run("n").stdout) - before < 100
 
 
+def test_each_cell_of_a_session_can_start_threads(level: str) -> None:
+    with PythonSession(timeout=30, level=level) as session:
+        for _ in range(3):
+            assert session.run(MANY_THREADS).success
+        session.run("end = threading.Event(); n = 0")
+        session.run("for _ in range(40): threading.Thread(target=end.wait, daemon=True).start(); n += 1")
+        late = session.run("for _ in range(40): threading.Thread(target=end.wait, daemon=True).start(); n += 1")
+        assert "can't start new thread" in late.stderr and 64 <= int(session.run("n").stdout) <= 66
+
+
 def test_attempts_fail_in_a_session(level: str, victim: Victim) -> None:
     with PythonSession(level=level) as session:
         assert session.run(victim.prelude).success
@@ -356,16 +376,6 @@ def test_any_thread_and_many_at_once(any_level: str) -> None:
         thread.join()
     assert results == {number: f"{number * 2}\n" for number in range(6)}
     assert execute_code("print(1)", level=any_level).success  # the threads that started the sandboxes are gone
-
-
-MANY_THREADS = """
-import threading
-barrier = threading.Barrier(65, timeout=30)
-threads = [threading.Thread(target=barrier.wait) for _ in range(64)]
-for thread in threads: thread.start()
-barrier.wait()
-for thread in threads: thread.join()
-"""
 
 
 def test_jobs_beside_each_other_have_all_their_threads(level: str) -> None:

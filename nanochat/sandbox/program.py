@@ -199,8 +199,6 @@ def make_proxy(name: str) -> Callable[..., Any]:
 
 def assign(old: Any, new: Any) -> None:
     """Give a list, dict or set the contents of `new`."""
-    if type(old) is list:
-        old[:] = new
-    elif type(old) in (dict, set):
+    if type(old) in (list, dict, set):
         old.clear()
-        old.update(new)
+        (old.extend if type(old) is list else old.update)(new)

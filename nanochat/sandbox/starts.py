@@ -82,9 +82,8 @@ def start_bubblewrap() -> Start:
             start.command = switch_user(bwrap, sources)
     start.info, info_writer = os.pipe()
     start.fds.append(info_writer)
-    start.command += [bwrap, *namespaces(bwrap), *mounts(sources), *modules(start)]
-    start.command += ["--remount-ro", "/", "--info-fd", str(info_writer), "--chdir", "/tmp", "--"]
-    start.command += [executable, *PYTHON_FLAGS, "-c", BOOT.format("/sandbox")]
+    start.command += [bwrap, *namespaces(bwrap), *mounts(sources), *modules(start), "--remount-ro", "/"]
+    start.command += ["--info-fd", str(info_writer), "--chdir", "/tmp", "--", *python(executable, "/sandbox")]
     return start
 
 
@@ -93,10 +92,9 @@ def switch_user(bwrap: str, sources: dict[str, str]) -> list[str]:
     setpriv = shutil.which("setpriv")
     if not setpriv:
         raise Unavailable("Python is installed where only root may read, and setpriv is missing")
-    command = [bwrap, "--dev-bind", "/", "/", "--tmpfs", "/tmp", "--perms", "0755", "--dir", "/tmp"]
-    for path, place in sources.items():
-        command += ["--ro-bind", path, place]
-    return [*command, setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    binds = [word for path, place in sources.items() for word in ("--ro-bind", path, place)]
+    folders = ["--dev-bind", "/", "/", "--tmpfs", "/tmp", "--perms", "0755", "--dir", "/tmp"]
+    return [bwrap, *folders, *binds, setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 
 
 def namespaces(bwrap: str) -> list[str]:
@@ -134,8 +132,7 @@ def mounts(sources: dict[str, str]) -> list[str]:
             words += ["--symlink", os.readlink(folder), folder]
         elif os.path.isdir(folder):
             words += ["--ro-bind", folder, folder]
-    for path, source in sources.items():
-        words += ["--ro-bind", source, path]
+    words += [word for path, source in sources.items() for word in ("--ro-bind", source, path)]
     packages = (f"{sysconfig.get_path('stdlib')}/site-packages", "/usr/lib/python3/dist-packages")
     for folder in filter(os.path.isdir, packages):
         words += ["--tmpfs", folder, "--remount-ro", folder]
@@ -171,7 +168,7 @@ def start_landlock() -> Start:
         "readable": [*SYSTEM, *files, *DEVICES, *EXTRA_FILES],
         "scratch": "",
     }
-    return Start(plain_command(executable), settings)
+    return Start(python(executable), settings)
 
 
 def unused_uid() -> int:
@@ -193,12 +190,12 @@ def start_unsafe() -> Start:
         raise Unavailable("running programs needs fork, which this system lacks")
     folder = tempfile.mkdtemp(prefix="nanochat-unsafe-")
     settings = {"level": "unsafe", "uid": 0, "may_read": False, "readable": [], "scratch": folder}
-    return Start(plain_command(python_files()[0]), settings, folder=folder)
+    return Start(python(python_files()[0]), settings, folder=folder)
 
 
-def plain_command(executable: str) -> list[str]:
-    """Command line of a supervisor outside of namespaces."""
-    return [executable, *PYTHON_FLAGS, "-c", BOOT.format(str(Path(__file__).resolve().parents[2]))]
+def python(executable: str, root: str = "") -> list[str]:
+    """Command line of the supervisor; `root` holds the package, by default where it is now."""
+    return [executable, *PYTHON_FLAGS, "-c", BOOT.format(root or str(Path(__file__).resolve().parents[2]))]
 
 
 def popen(start: Start, stderr: IO[bytes]) -> "subprocess.Popen[bytes]":
