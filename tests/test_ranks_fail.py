@@ -143,7 +143,7 @@ def save_every_other_step(trainer: Trainer, run: Path, tokenizer: str, keep_last
         take_snapshot,
         run=run,
         tokenizer=RustBPETokenizer.from_directory(Path(tokenizer)),
-        meta={"model_config": CONFIG.to_dict(), "plan": {}},
+        meta={"model_config": CONFIG.to_dict(), "plan": {"planned_steps": 10, "total_batch_tokens": 48}},
         keep_last=keep_last,
         group=BackgroundGroup(trainer.runtime.rank, trainer.runtime.world_size),
     )

@@ -63,6 +63,12 @@ def test_a_log_on_a_full_disk_ends_the_log_only(texts: Path, base: Path) -> None
 # The base folder
 
 
+def make_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a read-only disk appears, also to root."""
+    real = os.access
+    monkeypatch.setattr(common.os, "access", lambda path, mode: not mode & os.W_OK and real(path, mode))
+
+
 def snapshot(folder: Path) -> dict[Path, int]:
     return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -71,8 +77,7 @@ def test_a_read_only_base_folder_can_be_read_from(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record_stage(copied, "tokenizer", {"hash": "x"})
-    real = os.access
-    monkeypatch.setattr(common.os, "access", lambda path, mode: not mode & os.W_OK and real(path, mode))
+    make_read_only(monkeypatch)
     before = snapshot(copied)
     assert chat_cli.main(["-i", "base", "-p", "some", "--device-type=cpu", "--max-tokens=4"]) == 0
     assert base_eval.main(["--eval=sample", "--device-type=cpu"]) == 0
@@ -115,7 +120,7 @@ def test_kernels_that_cannot_be_kept_say_where_they_could(
     monkeypatch.delenv("NANOCHAT_KERNELS_DIR", raising=False)
     monkeypatch.setattr(kernels, "kernels_enabled", lambda: True)
     monkeypatch.setattr(kernels, "build", refuse)
-    monkeypatch.setattr(common.os, "access", lambda path, mode: False)
+    make_read_only(monkeypatch)
     assert kernels.library.__wrapped__() is None
     assert "NANOCHAT_KERNELS_DIR" in capsys.readouterr().err
 
