@@ -13,6 +13,7 @@ import torch
 
 from nanochat.inference.grammar import Guide
 from nanochat.inference.request import TokenSequence
+from nanochat.inference.sampling import LOGIT_FIELDS
 
 
 class LogitRules:
@@ -30,7 +31,7 @@ class LogitRules:
     @staticmethod
     def needed(sequence: TokenSequence) -> bool:
         request = sequence.request
-        changed = request.sampling.changes_logits
+        changed = not request.sampling.changed_fields.isdisjoint(LOGIT_FIELDS)
         return changed or request.grammar is not None or request.min_tokens > 0 or request.ignore_eos
 
     def apply(self, logits: torch.Tensor) -> None:

@@ -72,12 +72,18 @@ class SamplingParams:
         given = {f.name: getattr(values, f.name, None) for f in fields(self)}
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
-    @functools.cached_property
-    def changes_logits(self) -> bool:
-        """Whether the logits are to be changed before the draw."""
-        return any(getattr(self, f.name) != f.default for f in fields(self) if f.name in LOGIT_FIELDS)
+    # Cached, as they are read for every token:
 
-    @property
+    @functools.cached_property
+    def changed_fields(self) -> frozenset[str]:
+        """Names of the fields that do not have their default."""
+        return frozenset(f.name for f in fields(self) if getattr(self, f.name) != f.default)
+
+    @functools.cached_property
+    def log_min_p(self) -> float:
+        return math.log(self.min_p) if self.min_p else -math.inf
+
+    @functools.cached_property
     def greedy(self) -> bool:
         """Whether the most likely token is taken: float32 has no smaller temperature than this."""
         return self.temperature < 1e-37 or self.top_k == 1 or self.top_p == 0
@@ -94,7 +100,7 @@ class SamplingParams:
             logits = logits.gather(-1, ids)
         logits = logits / self.temperature
         if self.min_p:
-            logits = logits.masked_fill(logits < math.log(self.min_p), -torch.inf)  # the likeliest has the logit 0
+            logits = logits.masked_fill(logits < self.log_min_p, -torch.inf)  # the likeliest has the logit 0
         probs = torch.softmax(logits, dim=-1)
         if self.top_p is not None and self.top_p < 1:
             probs = keep_nucleus(probs, self.top_p)
@@ -164,7 +170,7 @@ def _check_finite(values: torch.Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------
 # The fast path on a CPU
 
-C_FUNCTIONS = {"SamplingParams.distribution": "d09c701d", "_draw_group": "6bca06df"}  # see fast_path.changed
+C_FUNCTIONS = {"SamplingParams.distribution": "c17ef1fa", "_draw_group": "6bca06df"}  # see fast_path.changed
 LOGIT_FIELDS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")  # see logit_rules.py
 C_FIELDS = ("temperature", "top_k", "top_p", "seed", "min_p", *LOGIT_FIELDS)  # that sampling.c implements or can ignore
 
@@ -175,15 +181,12 @@ def c_can_draw(params: Sequence[SamplingParams]) -> list[bool]:
         warn_once(f"drawing tokens in PyTorch, slower: sampling.c does not implement the changed {', '.join(edited)}")
     if edited or not c_agrees():
         return [False] * len(params)
-    return [_in_c(p, C_FIELDS) for p in params]
+    return [_in_c(p) for p in params]
 
 
-@functools.lru_cache(maxsize=1024)  # asked at every step
-def _in_c(params: SamplingParams, known: tuple[str, ...]) -> bool:
-    """Whether C, which knows these fields, implements the settings."""
-    unknown = (f for f in fields(params) if f.name not in known)
+def _in_c(params: SamplingParams) -> bool:
     plain = type(params) is SamplingParams and (params.top_p in (None, 1) or params.greedy)
-    return plain and all(getattr(params, f.name) == f.default for f in unknown)
+    return plain and params.changed_fields.issubset(C_FIELDS)
 
 
 @functools.cache
@@ -212,7 +215,7 @@ def _draw_in_c(logits: torch.Tensor, params: Sequence[SamplingParams], rngs: Seq
         ctypes.c_void_p(logits.data_ptr()),
         (ctypes.c_float * B)(*(p.temperature for p in params)),
         (ctypes.c_long * B)(*(1 if p.greedy else min(p.top_k or V, V) for p in params)),
-        (ctypes.c_float * B)(*(math.log(p.min_p) if p.min_p else -math.inf for p in params)),
+        (ctypes.c_float * B)(*(p.log_min_p for p in params)),
         (ctypes.c_double * B)(*uniform),
         tokens,
         ctypes.c_long(B),
