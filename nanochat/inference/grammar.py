@@ -35,6 +35,8 @@ LIMITS = {  # of the work for a grammar and for a token; beyond them a grammar i
     "max_grammar_size": 60_000,
     "verbose_errors": False,
 }
+BIASES_OF_BYTE = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf)
+BIASES_OF_BYTE = BIASES_OF_BYTE.astype(np.float32)  # (256, 8) of a byte of a bit mask
 WHITESPACE = r" |\n {0,20}"  # between the elements of JSON; without a bound small models write nothing but blanks
 
 CONSTRAINTS = """anyOf oneOf allOf $ref const enum type items additionalItems prefixItems minItems maxItems properties
@@ -180,24 +182,28 @@ class _Vocabulary:
 
 
 class Guide:
-    """The position of one sequence in its grammar. `forbidden` (V): tokens that must not come next."""
+    """The position of one sequence in its grammar. `bias` (V): what is added to the logits of the next token, 0 or, for
+    a token that must not come, -inf."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
-        self.forbidden = self._mask()
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+        self._compute()
 
     def advance(self, token: int) -> bool:
         """Follow a token. False if llguidance's limits were reached, so that the grammar cannot be followed on."""
         self._matcher.consume_token(token)
-        self.forbidden = self._mask()
-        return not self.error and not bool(self.forbidden.all())
+        self._compute()
+        return not self.error
 
     @property
-    def error(self) -> str:
-        return _error(self._matcher)
+    def allowed(self) -> torch.Tensor:
+        """Ids of the tokens that may come next."""
+        return (self.bias == 0).nonzero().flatten()
 
-    def _mask(self) -> torch.Tensor:
-        return torch.from_numpy(np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) == 0)
+    def _compute(self) -> None:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self.bias = torch.from_numpy(BIASES_OF_BYTE[bits].reshape(-1)[: self._vocab_size])
+        self.error = _error(self._matcher) or ("" if bits.any() else "no token may come next")
 
 
 class GrammarCompiler:
@@ -207,7 +213,7 @@ class GrammarCompiler:
         from llguidance import LLParserLimits, LLTokenizer
 
         vocabulary: Any = _Vocabulary(tokenizer)
-        self._ends = end_tokens(tokenizer)
+        self._ends, self._vocab_size = end_tokens(tokenizer), tokenizer.get_vocab_size()
         self._tokenizer = LLTokenizer(vocabulary, eos_token=sorted(self._ends))
         self._limits = LLParserLimits(**LIMITS)  # type: ignore[arg-type]
         self._compiled: OrderedDict[str, Any] = OrderedDict()
@@ -218,13 +224,13 @@ class GrammarCompiler:
         with self._lock:
             if matcher := self._compiled.get(grammar):
                 self._compiled.move_to_end(grammar)
-                return Guide(matcher.deep_copy())
+                return Guide(matcher.deep_copy(), self._vocab_size)
         matcher = self._compile(grammar)  # not under the lock, it may take a second
         with self._lock:
             self._compiled[grammar] = matcher
             while len(self._compiled) > CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
-            return Guide(matcher.deep_copy())
+            return Guide(matcher.deep_copy(), self._vocab_size)
 
     def _compile(self, grammar: str) -> Any:
         from llguidance import LLMatcher
@@ -232,8 +238,8 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         error = _error(matcher)
         if not error:  # llguidance works lazily: try the first token
-            guide = Guide(matcher.deep_copy())
-            first = int((~guide.forbidden).nonzero()[0])
+            guide = Guide(matcher.deep_copy(), self._vocab_size)
+            first = int(guide.allowed[0])  # an end token if there is no other, also after an error
             error = guide.error or (first not in self._ends and not guide.advance(first) and guide.error) or ""
         if error == "NoExtensionBias":
             raise UserError("nothing matches the grammar")

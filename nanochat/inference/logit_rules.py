@@ -38,9 +38,9 @@ class LogitRules:
         """Change logits (V) in place."""
         request, sampling = self.sequence.request, self.sequence.request.sampling
         if self.guide:
-            forbidden = self.guide.forbidden.to(logits.device)
-            logits[: len(forbidden)].masked_fill_(forbidden, -torch.inf)
-            logits[len(forbidden) :] = -torch.inf  # a model may have more ids than the tokenizer
+            bias = self.guide.bias.to(logits.device)
+            logits[: len(bias)] += bias
+            logits[len(bias) :] = -torch.inf  # a model may have more ids than the tokenizer
         if len(self.sequence.tokens) < request.min_tokens:
             logits[self._all_ends] = -torch.inf
         elif request.ignore_eos:
