@@ -1,10 +1,12 @@
 """OpenAI's Python client against a real socket: every call that a program written for OpenAI makes."""
 
 import asyncio
+import enum
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 import pytest
 from live import Live
 from serve_helpers import MODEL, TOKENIZER, app_of
@@ -85,6 +87,29 @@ def test_log_probabilities(client: Any) -> None:
         for entry in choice.logprobs.content
     ]
     assert streamed == content
+
+
+class Pet(pydantic.BaseModel):
+    """Descriptions, references, enumerations and nulls, as the client writes their schema."""
+
+    class Kind(enum.Enum):
+        CAT = "cat"
+        DOG = "dog"
+
+    kind: Kind
+    legs: Literal[3, 4]
+    tame: bool | None = pydantic.Field(description="None is unknown")
+    eats: list[Kind] = pydantic.Field(max_length=1)
+
+
+def test_structured_output(client: Any) -> None:
+    """`parse`: the client makes the schema of a pydantic model, and the model of the answer."""
+    settings = {"model": "nanochat", "messages": HI, "response_format": Pet, "logit_bias": {"10": -100, "32": -100}}
+    answers = [client.chat.completions.parse(**settings, seed=seed).choices[0] for seed in range(3)]
+    assert all(isinstance(answer.message.parsed, Pet) for answer in answers)
+    with client.chat.completions.stream(**settings, seed=0) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == answers[0].message.content
 
 
 def test_completions(client: Any) -> None:
