@@ -54,7 +54,7 @@ def structured():
 
 
 def max_tokens():
-    every = {"frequency_penalty": 0.1, "presence_penalty": 0.1, "repeat_penalty": 1.1, "seed": 1, "stop": ["###"]}
+    every = {"frequency_penalty": 0.1, "presence_penalty": 0.1, "reasoning_effort": "low", "seed": 1, "stop": ["###"]}
     check(text(max_tokens=32_000, top_k=40, top_p=0.9, min_p=0.0, logit_bias={"5": -1}, **every), "empty")
 
 
