@@ -20,7 +20,7 @@ CLIENTS = [name for name in PYTHON if name not in ("lm_eval_harness", "aider_cli
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    model = make_model(vocab_size=265, sequence_len=512)
+    model = make_model(vocab_size=265, sequence_len=256)
     metrics = ServerMetrics()
     pool = WorkerPool(lambda index: Service(model, TOKENIZER, observe=metrics.observe))
     with Live(create_app(pool, TOKENIZER, Settings(request_seconds=60, drain_seconds=2), metrics)) as made:

@@ -1,5 +1,7 @@
 """openai for Python: chat completions and, under the same columns, responses."""
 
+import json
+
 import openai
 from cells import AFTER_CALL, API, HI, LONG_CHAT, MODEL, SCHEMA, TOOL, check, check_person, expect, run
 from pydantic import BaseModel, Field
@@ -25,7 +27,7 @@ def stream():
     text = "".join(c.choices[0].delta.content or "" for c in ask(stream=True) if c.choices)
     check(text == ask().choices[0].message.content, text)
     events = list(respond(stream=True))
-    check(events[-1].type == "response.completed", events[-1])
+    check(events[-1].type in ("response.completed", "response.incomplete"), events[-1])
     check("".join(e.delta for e in events if e.type == "response.output_text.delta") == text, events)
 
 
@@ -46,7 +48,9 @@ def structured():
     check_person(parsed.choices[0].message.parsed.model_dump())
     check_person(client.responses.parse(model=MODEL, input="hi", text_format=Person).output_parsed.model_dump())
     schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
-    check(ask(response_format=schema).choices[0].message.content.startswith("{"), "not JSON")
+    check_person(json.loads(ask(response_format=schema).choices[0].message.content))
+    # An object of any shape may end at the token limit, which the client's own parser does not accept.
+    check(ask(response_format={"type": "json_object"}).choices[0].message.content.startswith("{"), "not JSON")
 
 
 def max_tokens():
