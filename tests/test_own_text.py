@@ -20,7 +20,7 @@ import zstandard
 from corpus_helpers import Bucket, both, fill_bucket, jsonl, make_texts, texts_of, write_parquet
 
 from nanochat.common import UserError
-from nanochat.data import own_files, textfiles
+from nanochat.data import own_files, rows, textfiles
 from nanochat.data.corpus import Corpus
 from nanochat.data.listing import list_data, split_entries
 from nanochat.data.to_parquet import MAX_WARNINGS
@@ -105,6 +105,37 @@ def test_json_larger_than_a_chunk_is_streamed(own: Path) -> None:
     texts = [f"{i} " + 'é\\"山' * 5000 for i in range(50)]
     (own / "a.json").write_bytes(array(texts))
     assert [d.text for d in textfiles.file_documents(own / "a.json")] == texts
+
+
+def random_value(rng: random.Random, depth: int = 0) -> Any:
+    kinds: list[Callable[[], Any]] = [
+        lambda: rng.choice([None, True, False, 0, -1.5e300, 123456789012345678901234567890]),
+        lambda: "".join(rng.choices('ab"\\\n\t山🙂[]{},: \u2028', k=rng.randrange(30))),
+    ]
+    if depth < 3:
+        kinds.append(lambda: [random_value(rng, depth + 1) for _ in range(rng.randrange(4))])
+        kinds.append(lambda: {f"k{i}": random_value(rng, depth + 1) for i in range(rng.randrange(4))})
+    return rng.choice(kinds)()
+
+
+def test_streamed_json_is_what_json_reads_wherever_chunks_end(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(3)
+    for _ in range(300):
+        items = [{"value": random_value(rng)} for _ in range(rng.randrange(1, 6))]
+        settings = {"indent": rng.choice([None, 0, 2]), "ensure_ascii": rng.random() < 0.5}
+        written = [json.dumps(item, **settings) for item in items]
+        whole = rng.choice(
+            [json.dumps(items, **settings), "\n".join(written), "".join(written), f"[{' , '.join(written)} ]"]
+        )
+        data, cut = whole.encode(), rng.choice([1, 2, 7, 40])
+        for end in (len(data), len(data) - 1):  # the last byte closes an array or an object
+            pieces = [data[i : min(i + cut, end)] for i in range(0, end, cut)]
+            monkeypatch.setattr(rows, "text_chunks", lambda path, pieces=pieces: iter(pieces))
+            found = list(rows.json_rows(own / "a.json"))
+            if end == len(data):
+                assert [row.value for row in found] == items and not any(row.error for row in found), whole
+            else:
+                assert found[-1].error, whole
 
 
 @pytest.mark.parametrize(
@@ -305,6 +336,19 @@ def test_thousands_of_empty_files_are_counted_not_listed(own: Path, base: Path, 
         (own / f"{i}.txt").write_text("full\n" * (i < 2) + str(i) * (i < 2))
     assert "48 without text" in resolve_corpus(str(own), base).files
     assert len(capsys.readouterr().err.splitlines()) == MAX_WARNINGS + 1
+
+
+def test_many_files_show_progress(own: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("nanochat.output.PLAIN_SECONDS", 0)
+    monkeypatch.setattr("nanochat.data.to_parquet.FEW_FILES", 9)
+    for i in range(20):
+        (own / f"{i}.txt").write_text(f"text {i}")
+    resolve_corpus(str(own), base)
+    lines = capsys.readouterr().out.splitlines()
+    assert [sum(str(n) in line and "files" in line for line in lines) >= 3 for n in (7, 20)] == [True, True]
+    assert f"converting 20 files (0 MB) to parquet in {base}" in "\n".join(lines)
+    resolve_corpus(str(own), base)
+    assert "converting" not in capsys.readouterr().out  # imported once
 
 
 def test_linked_folders_are_read_once_and_without_cycles(own: Path, base: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import shlex
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import chain
 from typing import BinaryIO
 
 import zstandard
@@ -73,7 +74,7 @@ def text_chunks(path: Source) -> Iterator[bytes]:
     if encoding := wide_encoding(head[:SAMPLE_BYTES]):
         raise BadShard(f"{path} is {encoding}, not UTF-8; {conversion(path, encoding)}", path)
     held = b""  # a \r at a chunk's end: the next may begin with \n
-    for chunk in _chain(head.removeprefix(codecs.BOM_UTF8), chunks):
+    for chunk in chain([head.removeprefix(codecs.BOM_UTF8)], chunks):
         chunk = held + chunk
         held = b"\r" if chunk.endswith(b"\r") else b""
         chunk = chunk.removesuffix(held).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -83,11 +84,6 @@ def text_chunks(path: Source) -> Iterator[bytes]:
         yield chunk
     if held:
         yield b"\n"
-
-
-def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from rest
 
 
 def clean(text: str, path: Source) -> str:
