@@ -32,6 +32,7 @@ class TaskResult:
     label: str
     groups: list[list[bool]]  # whether each item is right; by category, if the accuracy is the mean over categories
     baseline: float
+    size: int = 0  # of the task's items, of which the first may have been evaluated
     cropped: int = 0  # items whose prompt exceeded the context
     examples: list[dict[str, Any]] = field(default_factory=list)  # a few, to read
 
@@ -67,15 +68,23 @@ class CoreResult:
     seconds: float
 
     @property
-    def partial(self) -> bool:
-        return bool(self.missing)
+    def scope(self) -> str:
+        """What the mean is of, if not of all of CORE: `18 of 22 tasks, first 500 items of each`; else empty."""
+        evaluated, published = {t.label for t in self.tasks}, set(published_gpt2()["baseline_percent"])
+        first = max((len(t.right) for t in self.tasks if len(t.right) < t.size), default=0)
+        tasks = f"{len(evaluated)} of {len(published)} tasks"
+        if not evaluated <= published:
+            tasks = f"{len(evaluated)} tasks of another bundle"
+        parts = [tasks if evaluated != published else "", f"first {first} items of each" if first else ""]
+        return ", ".join(part for part in parts if part)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, without the single items."""
         return {
             "core_metric": self.core,
             "core_interval": [self.low, self.high],
-            "partial": self.partial,
+            "partial": bool(self.scope),
+            "scope": self.scope,
             "missing": self.missing,
             "mode": self.mode,
             "baselines": self.baselines,
@@ -137,7 +146,8 @@ def evaluate_task(
     groups: dict[str, list[bool]] = {}
     for (_, example), right in zip(items, outcome[0].tolist()):
         groups.setdefault(example.category, []).append(bool(right))
-    return TaskResult(task.label, list(groups.values()), task.baseline, int(outcome[1].sum()), kept)
+    cropped = int(outcome[1].sum())
+    return TaskResult(task.label, list(groups.values()), task.baseline, len(task.items), cropped, kept)
 
 
 def evaluate_core(

@@ -7,6 +7,7 @@ $BASE/report/report.json holds
   tokenizer, base_train, contamination, base_eval, chat_sft, chat_rl, chat_eval, chat_eval_rl: one object for each
     recorded stage, with any of
     seconds, finished_at, updated_at (while running), command, status ("running" until finished), checkpoint, model
+    KEY_of        what the value KEY was measured on, where its name promises more: "core_of": "18 of 22 tasks"
     val_bpb, tokens, tokens_per_second, num_params and other single values, shown as they are
     TASK          accuracy in [0, 1] by task name, beside
     counts        {TASK: [passed, total]},  intervals {TASK: [low, high]} (95%),  baselines {TASK: guessing},
@@ -134,7 +135,10 @@ def _merge(old: Record, new: Record) -> Record:
     """`new`, with what `old` has besides if both are of the same checkpoint."""
     if not new.get("checkpoint") or old.get("checkpoint") != new["checkpoint"]:
         return new
-    nested = {k: {**old.get(k, {}), **new.get(k, {})} for k in ("counts", "intervals", "baselines", "splits", "tables")}
+    nested = {
+        k: {**old.get(k, {}), **new.get(k, {})}
+        for k in ("counts", "intervals", "baselines", "splits", "sizes", "tables")
+    }
     return {**old, **new, **{k: v for k, v in nested.items() if v}}
 
 

@@ -15,6 +15,7 @@ from nanochat.evals.samples import continuations
 from nanochat.evals.subject import Subject, load_checkpoint, load_hf, open_evaluation_corpus
 from nanochat.ranges import Range
 from nanochat.report import record_stage
+from nanochat.reporting.curves import scoped
 from nanochat.runtime import Runtime
 from nanochat.train.commands import command_line
 from scripts import _cli
@@ -122,7 +123,8 @@ def evaluate_bpb(subject: Subject, corpus: Corpus, split_tokens: int, runtime: R
         values[f"{split}_bpb"] = corpus_bpb(
             model, corpus, tokenizer, runtime, split=split, tokens=tokens, device_batch_size=subject.device_batch_size
         )
-        runtime.print0(f"{split} bits per byte: {values[f'{split}_bpb']:.4f}")
+        values[f"{split}_bpb_of"] = f"{tokens:,} tokens"
+        runtime.print0(f"{scoped(f'{split} bits per byte', values[f'{split}_bpb_of'])}: {values[f'{split}_bpb']:.4f}")
     for split, name in (("train", "Training"), ("val", "Validation")) if subject.meta else ():
         rows = bpb_by_source(model, corpus, tokenizer, runtime, split=split, tokens=tokens // 8)
         if len(rows) > 1:

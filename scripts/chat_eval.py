@@ -131,11 +131,13 @@ def report(
         "checkpoint": checkpoint,
         **accuracy_values(results, {name: score.guessing for name, score in scores.items()}),
         "splits": {name: score.split for name, score in scores.items()},
+        "sizes": {name: score.size for name, score in scores.items()},
         "samples": samples,
         "command": command_line("chat_eval", config),
     }
     shares = {name: score.shares for name, score in scores.items()}
-    core = chat_core({**earlier_shares(base_dir, stage, checkpoint), **shares})
+    earlier, sizes = earlier_shares(base_dir, stage, checkpoint)
+    core = chat_core({**earlier, **shares}, {**sizes, **values["sizes"]})
     if core and usual and not config.embedded_sample:
         say(core.describe())
         values |= core.report_values()

@@ -21,6 +21,7 @@ from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
 from nanochat.loss_head import head_logits
 from nanochat.report import load_report
+from nanochat.reporting.curves import scoped
 from nanochat.reporting.view import wilson_interval
 from nanochat.runtime import Runtime
 from tasks.answers import number_after_marker, parse_number, reference_text, text_of
@@ -100,6 +101,7 @@ class TaskScore:
     """A task's result over its first items."""
 
     split: str
+    size: int  # of the task's items, of which the first may have been asked
     rights: list[int]  # number of right answers, by item
     answers_per_item: int
     guessing: float  # accuracy of guessing
@@ -142,7 +144,7 @@ def score_task(
     total = len(task) if max_items < 0 else min(max_items, len(task))
     rights, outcomes = ask_on_all_ranks(task, total, engine, flags, runtime)
     answers_per_item = 1 if task.eval_type == "categorical" else flags.num_samples
-    return TaskScore(split, rights, answers_per_item, guessing_accuracy(name, task)), outcomes
+    return TaskScore(split, len(task), rights, answers_per_item, guessing_accuracy(name, task)), outcomes
 
 
 def sample_answers(
@@ -243,17 +245,33 @@ class ChatCore:
     high: float
     tasks: list[str]
     missing: list[str]
+    first: int  # items that were asked of the tasks that have more; 0 if all were
+
+    @property
+    def scope(self) -> str:
+        """What the mean is of, if not of all of ChatCORE: `1 of 6 tasks: SpellingBee, first 200 items of each`."""
+        tasks = f"{len(self.tasks)} of {len(CHATCORE)} tasks: {' '.join(self.tasks)}" if self.missing else ""
+        return ", ".join(part for part in (tasks, f"first {self.first} items of each" if self.first else "") if part)
 
     def describe(self) -> str:
-        partial = f"; partial, without {', '.join(self.missing)}" if self.missing else ""
-        return f"ChatCORE {self.value:.4f} (95% {self.low:.4f} to {self.high:.4f}{partial})"
+        return f"{scoped('ChatCORE', self.scope)} {self.value:.4f} (95% {self.low:.4f} to {self.high:.4f})"
 
     def report_values(self) -> dict[str, Any]:
-        return {"chatcore": self.value, "chatcore_interval": [self.low, self.high], "chatcore_missing": self.missing}
+        return {
+            "chatcore": self.value,
+            "chatcore_of": self.scope,
+            "chatcore_interval": [self.low, self.high],
+            "chatcore_missing": self.missing,
+        }
 
 
-def chat_core(shares: Mapping[str, Sequence[float]], seed: int = 0) -> ChatCore | None:
-    """ChatCORE from each task's shares of right answers by item; None if none of its tasks was run."""
+def chat_core(
+    shares: Mapping[str, Sequence[float]], sizes: Mapping[str, int] | None = None, seed: int = 0
+) -> ChatCore | None:
+    """ChatCORE from each task's shares of right answers by item; None if none of its tasks was run.
+
+    `sizes` are those of the tasks, where not all items were asked.
+    """
     tasks = [name for name in CHATCORE if shares.get(name)]
     if not tasks:
         return None
@@ -264,24 +282,26 @@ def chat_core(shares: Mapping[str, Sequence[float]], seed: int = 0) -> ChatCore 
         draws.append((means - chance) / (1 - chance))
         values.append((item.mean() - chance) / (1 - chance))
     low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
-    return ChatCore(float(np.mean(values)), float(low), float(high), tasks, [n for n in CHATCORE if n not in tasks])
+    missing = [name for name in CHATCORE if name not in tasks]
+    first = max((len(shares[name]) for name in tasks if len(shares[name]) < (sizes or {}).get(name, 0)), default=0)
+    return ChatCore(float(np.mean(values)), float(low), float(high), tasks, missing, first)
 
 
-def earlier_shares(base_dir: Path, stage: str, checkpoint: str) -> dict[str, list[float]]:
-    """Shares of right answers that the report holds for the same checkpoint, so that ChatCORE can be evaluated one
-    task per command. Empty if there is no report or it is about another checkpoint."""
+def earlier_shares(base_dir: Path, stage: str, checkpoint: str) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """(shares of right answers, sizes of the tasks) that the report holds for the same checkpoint, so that ChatCORE can
+    be evaluated one task per command. Empty if there is no report or it is about another checkpoint."""
     try:
         known = load_report(base_dir).get(stage) or {}
     except UserError:  # no report yet
-        return {}
+        return {}, {}
     if known.get("checkpoint") != checkpoint:
-        return {}
+        return {}, {}
     found = {}
     for name, (right, total) in known["counts"].items():
         whole = int(right)  # the report keeps only the sum: of several answers per item, one item gets the remainder
         if total and name in CHATCORE:
             found[name] = ([1.0] * whole + [right - whole] + [0.0] * total)[:total]
-    return found
+    return found, known.get("sizes", {})
 
 
 def write_transcripts(path: Path, task: str, split: str, outcomes: Sequence[Outcome]) -> None:

@@ -23,6 +23,7 @@ from nanochat.core_eval import (
     evaluate_core,
     evaluate_task,
     published_gpt2,
+    summarize,
 )
 from nanochat.evals.core_bundle import CoreTask, read_bundle
 from nanochat.evals.core_download import bundle_folder
@@ -390,12 +391,27 @@ def test_a_bundle_is_read_and_evaluated(tmp_path: Path) -> None:
         ("go_on", 1, " ", 0.0, 4),
     ]
     result = evaluate_core(Answers("gold"), Letters(), bundle, CPU)
-    assert result.core == result.low == result.high == 1.0 and not result.partial
+    assert result.core == result.low == result.high == 1.0 and result.scope == "3 tasks of another bundle"
     few = evaluate_core(Answers("gold"), Letters(), bundle, CPU, max_per_task=2)
     assert [len(t.right) for t in few.tasks] == [2, 2, 2]
     some = read_bundle(tmp_path / "b", only="go_on, pick")
     assert [t.label for t in some.tasks] == ["pick", "go_on"] and some.left_out == ["pronoun"] and not some.missing
-    assert evaluate_core(Answers("gold"), Letters(), some, CPU).partial  # a part is no CORE
+    assert evaluate_core(Answers("gold"), Letters(), some, CPU, max_per_task=5).scope == (
+        "2 tasks of another bundle, first 5 items of each"
+    )
+
+
+def test_a_mean_is_core_only_if_it_is_of_all_tasks_and_all_items() -> None:
+    published = list(GOLDEN["baseline_percent"])
+
+    def scope(labels: list[str], right: int = 4, size: int = 4) -> str:
+        return summarize([TaskResult(label, [[True] * right], 0.0, size) for label in labels], [], "", "", 0.0).scope
+
+    assert scope(published) == ""
+    assert scope(published[:18]) == "18 of 22 tasks"
+    assert scope(published, 3) == "first 3 items of each"
+    assert scope(published[:1], 3) == "1 of 22 tasks, first 3 items of each"
+    assert scope([*published, "other"]) == "23 tasks of another bundle"
 
 
 def test_missing_data_is_listed_and_marks_the_mean(tmp_path: Path) -> None:
@@ -403,7 +419,7 @@ def test_missing_data_is_listed_and_marks_the_mean(tmp_path: Path) -> None:
     bundle = read_bundle(tmp_path / "b")
     assert bundle.missing == ["pronoun"] and len(bundle.tasks) == 2
     result = evaluate_core(Answers("gold"), Letters(), bundle, CPU)
-    assert result.partial and result.to_dict()["missing"] == ["pronoun"]
+    assert result.scope.startswith("2 tasks") and result.to_dict()["missing"] == ["pronoun"]
 
 
 @pytest.mark.parametrize(
@@ -502,11 +518,13 @@ def test_base_eval_writes_core(copied: Path, tmp_path: Path, capsys: pytest.Capt
     flags = ["--eval=core", f"--eval-bundle={tmp_path / 'b'}", "--max-per-task=3", "--device-type=cpu"]
     assert base_eval.main(flags) == 0
     said = capsys.readouterr().out
-    assert "pick" in said and "CORE " in said and "partial" not in said
+    assert "pick" in said and "CORE (3 tasks of another bundle, first 3 items of each) " in said
     details = json.loads((copied / "base_eval" / "tiny_000001_first3" / "core.json").read_text())
     assert details["tasks"]["pick"]["items"] == 3 and details["examples"]["pick"]
     report = json.loads((copied / "report" / "report.json").read_text())["base_eval"]
     assert report["core"] == details["core_metric"] and report["counts"]["pronoun"][1] == 3
+    for page in ("report.md", "report.html"):
+        assert "CORE (3 tasks of another bundle, first 3 items of each)" in (copied / "report" / page).read_text()
     assert base_eval.main([*flags, "--core-mode=dclm", "--core-tasks=pick"]) == 0
     with pytest.raises(UserError, match="--core-mode"):
         base_eval.main([*flags, "--core-mode=other"])

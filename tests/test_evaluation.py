@@ -85,7 +85,12 @@ def test_pass_at_k_is_the_chance_over_all_draws() -> None:
 
 def test_chatcore_is_centred_and_says_what_is_missing() -> None:
     perfect = chat_core({name: [1.0] * 20 for name in CHATCORE})
-    assert perfect is not None and perfect.value == perfect.low == perfect.high == 1 and not perfect.missing
+    assert perfect is not None and perfect.value == perfect.low == perfect.high == 1 and perfect.scope == ""
+    assert perfect.describe().startswith("ChatCORE 1.0000")
+    first = chat_core({name: [1.0] * 20 for name in CHATCORE}, dict.fromkeys(CHATCORE, 21))
+    assert first is not None and first.describe().startswith("ChatCORE (first 20 items of each) 1.0000")
+    alone = chat_core({"SpellingBee": [1.0] * 200}, {"SpellingBee": 256})
+    assert alone is not None and "(1 of 6 tasks: SpellingBee, first 200 items of each)" in alone.describe()
     guessing = chat_core({"MMLU": [0.25] * 400, "GSM8K": [0.0] * 50, "Arithmetic": [1.0] * 9})
     assert guessing is not None and guessing.value == pytest.approx(0) and guessing.tasks == ["MMLU", "GSM8K"]
     assert "HumanEval" in guessing.missing and chat_core({"Arithmetic": [1.0]}) is None
@@ -98,8 +103,9 @@ def test_results_of_earlier_commands_join_only_for_the_same_weights(tmp_path: Pa
     """And with the interval that one command would have given."""
     values = {"counts": {"ARC-Easy": [40, 100], "Arithmetic": [1, 9]}, "splits": {"ARC-Easy": "validation"}}
     record_stage(tmp_path, "chat_eval", {"checkpoint": "sft/a/5/abc", **values})
-    assert earlier_shares(tmp_path, "chat_eval", "sft/a/5/def") == {}
-    earlier = earlier_shares(tmp_path, "chat_eval", "sft/a/5/abc")
+    assert earlier_shares(tmp_path, "chat_eval", "sft/a/5/def") == ({}, {})
+    earlier, sizes = earlier_shares(tmp_path, "chat_eval", "sft/a/5/abc")
+    assert sizes == {}  # of an older report
     assert list(earlier) == ["ARC-Easy"] and sum(earlier["ARC-Easy"]) == 40 and len(earlier["ARC-Easy"]) == 100
     alone = chat_core({"ARC-Easy": [1.0] * 40 + [0.0] * 60})
     joined = chat_core(earlier)
@@ -147,7 +153,8 @@ def test_chat_eval_writes_every_answer(
     monkeypatch.setattr(registry, "make_task", lambda name, split: Yes())
     assert chat_eval.main(["-a", "GSM8K", "-n", "4", "-t", "1", "-m", "4", "-x", "3", "--device-type=cpu"]) == 0
     said = capsys.readouterr().out
-    assert "pass@4" in said and "ChatCORE" in said and "partial" in said
+    scope = "1 of 6 tasks: GSM8K, first 3 items of each"
+    assert "pass@4" in said and f"ChatCORE ({scope}) " in said
     lines = (finetuned / "chat_eval" / "sft_tiny_000001" / "GSM8K.jsonl").read_text().splitlines()
     items = [json.loads(line) for line in lines]
     assert [item["index"] for item in items] == [0, 1, 2] and all(len(item["answers"]) == 4 for item in items)
@@ -156,6 +163,9 @@ def test_chat_eval_writes_every_answer(
     report = json.loads((finetuned / "report" / "report.json").read_text())["chat_eval"]
     assert report["counts"]["GSM8K"][0] == pytest.approx(sum(item["right"] for item in items) / 4)
     assert report["splits"] == {"GSM8K": "test"} and "MMLU" in report["chatcore_missing"]
+    assert report["chatcore_of"] == scope
+    for page in ("report.md", "report.html"):
+        assert f"ChatCORE ({scope})" in (finetuned / "report" / page).read_text()
 
 
 def test_humaneval_needs_a_sandbox(

@@ -15,6 +15,7 @@ from nanochat.core_eval import (
 from nanochat.evals.core_bundle import Bundle, read_bundle
 from nanochat.evals.core_download import bundle_folder
 from nanochat.report import accuracy_values
+from nanochat.reporting.curves import scoped
 from nanochat.runtime import Runtime
 
 
@@ -27,7 +28,7 @@ def open_bundle(given: str, base_dir: Path, runtime: Runtime, baselines: str = "
     if bundle.missing:
         runtime.warn0(
             f"{len(bundle.missing)} CORE tasks have no data here: {', '.join(bundle.missing)}; the mean is "
-            f"of the other {len(bundle.tasks)} and marked partial"
+            f"of the other {len(bundle.tasks)}, and is called so"
         )
     return bundle
 
@@ -62,12 +63,10 @@ def run_core(
 
 
 def core_line(result: CoreResult) -> str:
-    """CORE 0.0123 (95% -0.0012 to 0.0261), partial: 18 of 22 tasks"""
-    total = len(result.tasks) + len(result.missing)
-    partial = f", partial: {len(result.tasks)} of {total} tasks" if result.partial else ""
+    """CORE (18 of 22 tasks) 0.0123 (95% -0.0012 to 0.0261, v1 baselines, reference prompts) in 12 s"""
     return (
-        f"CORE {result.core:.4f} (95% {result.low:.4f} to {result.high:.4f}, {result.baselines} baselines, "
-        f"{result.mode} prompts{partial}) in {result.seconds:.0f} s"
+        f"{scoped('CORE', result.scope)} {result.core:.4f} (95% {result.low:.4f} to {result.high:.4f}, "
+        f"{result.baselines} baselines, {result.mode} prompts) in {result.seconds:.0f} s"
     )
 
 
@@ -93,6 +92,7 @@ def report_values(result: CoreResult) -> dict[str, Any]:
     values["references"] = {"GPT-2": {t.label: published["gpt2"].get(t.label) for t in result.tasks}}
     return values | {
         "core": result.core,
+        "core_of": result.scope,
         "core_interval": [result.low, result.high],
         "core_mode": result.mode,
         "core_baselines": result.baselines,
@@ -111,6 +111,6 @@ def write_details(folder: Path, result: CoreResult, model: str) -> Path:
         file.write(f"{'Task':<35}, {'Accuracy':<10}, {'Centered':<10}\n")
         for t in result.tasks:
             file.write(f"{t.label:<35}, {t.accuracy:<10.6f}, {t.centered:<10.6f}\n")
-        if not result.partial:
+        if not result.scope:
             file.write(f"{'CORE':<35}, {'':<10}, {result.core:<10.6f}\n")
     return folder

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, warn
 from nanochat.files import read_json
 from nanochat.reporting.charts import Line, draw_chart, limits_around
-from nanochat.reporting.curves import CHARTS, Record, is_number, read_curve, read_metrics
+from nanochat.reporting.curves import CHARTS, Record, is_number, read_curve, read_metrics, scoped
 from nanochat.reporting.pages import render
 
 # Readable on light and dark, also for the colour-blind (Okabe and Ito).
@@ -31,6 +31,11 @@ class RunRecord:
     @property
     def done(self) -> bool:
         return bool(self.metrics) and self.metrics[-1]["step"] >= self.num_steps
+
+    def last_core(self) -> str | None:
+        """The latest CORE, with what it is the mean of."""
+        found = next((line for line in reversed(self.metrics) if is_number(line.get("core"))), None)
+        return scoped(f"{found['core']:.4f}", found.get("core_of")) if found else None
 
     def last(self, key: str) -> Any:
         """The latest value of a metric, or None."""
@@ -97,7 +102,7 @@ def outcome_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Any]]]
                 format_count(run.last("tokens_per_second") or 0),
                 None if bpb is None else f"{bpb:.4f}",
                 difference,
-                None if run.last("core") is None else f"{run.last('core'):.4f}",
+                run.last_core(),
             ]
         )
     return ["run", "steps", "tokens", "training time", "tokens/s", "bits per byte", "vs. the first", "CORE"], rows

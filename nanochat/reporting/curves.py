@@ -29,6 +29,14 @@ NOISY = ("loss", "reward", "entropy", "answer_tokens", "groups_without_signal")
 MAX_POINTS = 400  # of a curve; more are not distinguishable on a screen
 
 
+def scoped(label: str, scope: str | None) -> str:
+    """`CORE (18 of 22 tasks)`; the label alone where the scope is empty, for all that the label stands for.
+
+    The scope of a value `core` is kept beside it as `core_of`, in the report and in metrics.jsonl.
+    """
+    return f"{label} ({scope})" if scope else label
+
+
 @dataclass
 class Curve:
     """A metric over the steps of a run, with a moving average where it is noisy."""
@@ -76,9 +84,11 @@ def curves_of(values: Record, base_dir: Path) -> list[Curve]:
 
 def read_curve(lines: Sequence[Record], key: str, title: str) -> Curve | None:
     """The curve of one metric; None with fewer than two finite values."""
-    points = [(line["step"], line[key]) for line in lines if is_number(line.get(key))]
+    found = [line for line in lines if is_number(line.get(key))]
+    points = [(line["step"], line[key]) for line in found]
     if len(points) < 2:
         return None
+    title = scoped(title, found[-1].get(f"{key}_of"))
     steps, values = thin(points)
     return Curve(key, title, steps, values, smooth(values) if key in NOISY else [])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import format_count, format_seconds, visible
-from nanochat.reporting.curves import Record
+from nanochat.reporting.curves import Record, scoped
 
 STAGES = {
     "tokenizer": "Tokenizer",
@@ -47,6 +47,7 @@ SPECIAL_KEYS = frozenset(
         "counts",
         "baselines",
         "references",
+        "sizes",
         "before",
         "after",
     }
@@ -156,11 +157,11 @@ def skills_of(values: Record) -> list[Skill]:
 def facts_of(values: Record) -> list[tuple[str, str]]:
     """(label, text) of a stage's single values, those in FACT_LABELS first."""
     tasks = set(values.get("intervals", {}))
-    plain = {
-        k: v for k, v in values.items() if k not in SPECIAL_KEYS and k not in tasks and isinstance(v, (str, int, float))
-    }
+    hidden = SPECIAL_KEYS | tasks | {f"{key}_of" for key in values}
+    plain = {k: v for k, v in values.items() if k not in hidden and isinstance(v, (str, int, float))}
     order = [k for k in FACT_LABELS if k in plain] + [k for k in plain if k not in FACT_LABELS]
-    return [(FACT_LABELS.get(k, k.replace("_", " ")), format_fact(k, plain[k])) for k in order]
+    labels = {k: scoped(FACT_LABELS.get(k, k.replace("_", " ")), values.get(f"{k}_of")) for k in order}
+    return [(labels[k], format_fact(k, plain[k])) for k in order]
 
 
 def format_fact(key: str, value: Any) -> str:
@@ -201,7 +202,10 @@ HEADLINE: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
 
 def headline(report: Record) -> list[tuple[str, str]]:
     """(label, text) of the main numbers that are recorded, and the total time."""
-    found = [(label, (report.get(stage) or {}).get(key), form) for label, stage, key, form in HEADLINE]
+    found = []
+    for label, stage, key, form in HEADLINE:
+        values = report.get(stage) or {}
+        found.append((scoped(label, values.get(f"{key}_of")), values.get(key), form))
     found.append(("total time", report.get("total_seconds") or None, format_seconds))
     return [(label, form(value)) for label, value, form in found if value is not None]
 

@@ -64,7 +64,7 @@ def evaluate_core(trainer: Trainer, tokenizer: Any, bundle: Bundle, max_per_task
     except StopRequested:
         trainer.runtime.print0("stop requested: the CORE evaluation is left unfinished")
         return {}
-    return {"core": result.core, "core_low": result.low, "core_high": result.high}
+    return {"core": result.core, "core_of": result.scope, "core_low": result.low, "core_high": result.high}
 
 
 def estimate_core_seconds(trainer: Trainer, tokenizer: Any, bundle: Bundle, max_per_task: int) -> float:

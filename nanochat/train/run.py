@@ -133,7 +133,7 @@ class Run(Generic[Config]):
         """Put the finished stage into the report, and print a summary."""
         record_stage(get_base_dir(), self.script, self.figures(trainer) | values)
         now = trainer.progress
-        bpb = "not measured" if now.val_bpb is None else f"{now.val_bpb:.4f}"
+        bpb = "not measured" if now.val_bpb is None else f"{now.val_bpb:.4f} on {validation_tokens(trainer)}"
         validation = f"val bpb {bpb}; " if any(hook.tokens for hook in trainer.hooks) else ""
         say(
             f"{now.step} steps, {format_count(now.tokens)} trained tokens in {format_seconds(now.wall_seconds)}; "
@@ -147,6 +147,7 @@ class Run(Generic[Config]):
             "seconds": now.wall_seconds,
             "train_seconds": now.seconds,
             "val_bpb": now.val_bpb,
+            "val_bpb_of": validation_tokens(trainer),
             "best_val_bpb": now.best_val_bpb,
             "loss": now.debiased_loss(),
             "steps": now.step,
@@ -175,6 +176,11 @@ class Run(Generic[Config]):
         if "val_bpb" in record and trainer.runtime.is_main and not trainer.finished:
             rate = {"tokens": trainer.progress.tokens, "tokens_per_second": metrics.rate}
             record_so_far(self.script, self.figures(trainer) | rate | {"status": "running"})
+
+
+def validation_tokens(trainer: Trainer) -> str:
+    """`32,768 tokens`: what the run's bits per byte are measured on."""
+    return f"{max((hook.tokens for hook in trainer.hooks), default=0):,} tokens"
 
 
 @contextlib.contextmanager
