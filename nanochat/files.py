@@ -68,8 +68,12 @@ def parse_json(data: bytes, where: object, shape: Any = Any, extra: Extra = None
 
 
 def check_value(value: Any, where: object, shape: Any, extra: Extra = None) -> Any:
-    """`value`, which was read from JSON, as a `shape`."""
-    return parse_json(to_json(value, inf_nan_mode="constants"), where, shape, extra)
+    """`value`, which was read from JSON or YAML, as a `shape`."""
+    try:
+        text = to_json(value, inf_nan_mode="constants")
+    except ValueError as error:  # YAML may refer to itself
+        raise UserError(f"{where} is damaged: {first_line(error)}") from error
+    return parse_json(text, where, shape, extra)
 
 
 adapter = functools.cache(TypeAdapter)  # building one takes about a millisecond

@@ -24,15 +24,53 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from nanochat.common import UserError, atomic_write, delete_leftovers, free_name, is_writable, warn, write_json
-from nanochat.files import read_json
+from nanochat.files import check_value, read_json
 from nanochat.reporting.machine import describe_machine
 from nanochat.reporting.pages import render, report_context
 from nanochat.reporting.view import SPECIAL_KEYS, STAGES, Record, stages_of, wilson_interval
+
+Number = int | float | None
+Pair = Annotated[list[int | float], Field(min_length=2, max_length=2)]
+
+
+class StageValues(TypedDict, total=False):
+    """A stage's values that the pages take apart; others are shown as they are."""
+
+    seconds: Number
+    finished_at: str
+    updated_at: str
+    command: str
+    status: str
+    checkpoint: str
+    model: str
+    metrics: str
+    num_params: Number
+    tokens: Number
+    val_bpb: Number
+    core: Number
+    chatcore: Number
+    counts: dict[str, Pair]
+    intervals: dict[str, Pair]
+    baselines: dict[str, Number]
+    references: dict[str, dict[str, Number]]
+    before: dict[str, Any]
+    splits: dict[str, str]
+    sizes: dict[str, int]
+    samples: list[dict[str, str]]
+    tables: dict[str, list[dict[str, str | bool | Number]]]
+
+
+class ReportFile(TypedDict, total=False):
+    machine: dict[str, Any]
+    plan: list[Annotated[list[Any], Field(min_length=2, max_length=2)]]
+    total_seconds: Number
 
 
 def report_dir(base_dir: Path) -> Path:
@@ -93,12 +131,14 @@ def load_report(base_dir: Path) -> Record:
     if not path.is_file():
         raise UserError(f"no report in {path.parent}: run a stage first, or set NANOCHAT_BASE_DIR to its base folder")
     try:
-        report = read_json(path)
+        report = read_json(path, ReportFile, extra="allow")
+        return report | {
+            stage: check_value(report[stage], f"{path}, {stage}", StageValues, extra="allow")
+            for stage in STAGES
+            if report.get(stage) is not None
+        }
     except UserError as error:
         raise UserError(f"{error}; restore it, or delete it to start a new report") from error
-    if not isinstance(report, dict) or not all(isinstance(report.get(stage, {}), dict) for stage in STAGES):
-        raise UserError(f"{path} is not a report: JSON objects are expected; delete it to start a new one")
-    return report
 
 
 def render_report(base_dir: Path) -> Path:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanochat.common import BadShard, UserError, warn
+from nanochat.files import parse_json
 
 SPLITS = ("train", "val")
 PREFETCH_ROW_GROUPS = 4  # while iterating in order
@@ -76,7 +77,8 @@ class BadShards:
     def from_arrays(state: Mapping[str, Any]) -> dict[str, str]:
         """The skipped shards in a saved loader state."""
         saved = state.get(STATE_KEY)
-        return {} if saved is None else json.loads(bytes(np.asarray(saved, np.uint8)).decode())
+        text = b"{}" if saved is None else np.asarray(saved).tobytes()
+        return parse_json(text, "the list of skipped shards in the checkpoint", dict[str, str])
 
 
 class Corpus(ABC):

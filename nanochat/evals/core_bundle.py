@@ -8,13 +8,14 @@ import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import yaml
+from pydantic import Field, StringConstraints
+from typing_extensions import TypedDict
 
 from nanochat.common import UserError
-
-KINDS = ("multiple_choice", "schema", "language_modeling")
+from nanochat.files import check_value, read_file
 
 # Tasks whose chance level the two published lists of baselines disagree on, in percent: (v1, v2).
 # The published GPT-2 figures, and those of this system, use v1.
@@ -23,6 +24,21 @@ REVISED_BASELINES = {
     "agi_eval_lsat_ar": (20.0, 25.0),
     "bigbench_language_identification": (9.1, 25.0),
 }
+
+
+class Entry(TypedDict):
+    """A task in core.yaml."""
+
+    label: str
+    dataset_uri: Annotated[str, StringConstraints(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]  # a file below eval_data/
+    num_fewshot: Annotated[list[Annotated[int, Field(ge=0, le=1000)]], Field(min_length=1)]
+    icl_task_type: Literal["multiple_choice", "schema", "language_modeling"]
+    continuation_delimiter: NotRequired[str]
+    has_categories: NotRequired[bool]
+
+
+class Entries(TypedDict):
+    icl_tasks: list[Entry]
 
 
 @dataclass
@@ -77,7 +93,7 @@ def read_bundle(folder: Path, baselines: str = "v1", only: str = "") -> Bundle:
             continue
         if label not in chances:
             raise UserError(f"{meta_file} has no random baseline for {label}")
-        kind, shots, categories = entry["icl_task_type"], entry["num_fewshot"], entry.get("has_categories", False)
+        kind, shots, categories = entry["icl_task_type"], entry["num_fewshot"][0], entry.get("has_categories", False)
         items = read_items(path, kind, categories)
         delimiter = entry.get("continuation_delimiter", " ")
         tasks.append(CoreTask(label, kind, shots, delimiter, chances[label], items, categories))
@@ -89,28 +105,13 @@ def read_bundle(folder: Path, baselines: str = "v1", only: str = "") -> Bundle:
     return Bundle(tasks, missing, [entry["label"] for entry in entries if entry["label"] not in wanted])
 
 
-def read_entries(path: Path) -> list[dict[str, Any]]:
+def read_entries(path: Path) -> list[Entry]:
     """The tasks of core.yaml, validated."""
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
-        for entry in entries:
-            entry["num_fewshot"] = int(entry["num_fewshot"][0])
-            if entry["num_fewshot"] < 0:
-                label, count = entry["label"], entry["num_fewshot"]
-                raise UserError(f"{path}: {label} takes {count} examples: num_fewshot must be 0 or more")
-            if not isinstance(entry.get("continuation_delimiter", " "), str):
-                raise UserError(f"{path}: the continuation_delimiter of {entry['label']} must be text")
-            if entry["icl_task_type"] not in KINDS:
-                raise UserError(
-                    f"{path}: {entry['label']} is of type {entry['icl_task_type']!r}; known are {', '.join(KINDS)}"
-                )
-            if not isinstance(entry["label"], str) or not isinstance(entry["dataset_uri"], str):
-                raise TypeError("label and dataset_uri must be text")
-        return entries
-    except UserError:
-        raise
-    except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a list of CORE tasks: {' '.join(str(error).split())}") from error
+        values = yaml.safe_load(read_file(path))
+        return check_value(values, path, Entries, extra="ignore")["icl_tasks"]
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} is not a list of CORE tasks: {' '.join(str(error).split())[:200]}") from error
 
 
 def read_baselines(path: Path, version: str) -> dict[str, float]:
@@ -120,7 +121,7 @@ def read_baselines(path: Path, version: str) -> dict[str, float]:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             found = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is not a table of tasks with a 'Random baseline' in percent: {error}") from error
     if wrong := [label for label, percent in found.items() if not 0 <= percent < 100]:
         raise UserError(f"{path}: the random baseline of {wrong[0]} must be from 0 to below 100 percent")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochat.common import UserError, write_json
+from nanochat.common import write_json
 from nanochat.files import read_json
 from nanochat.gpt_config import GPTConfig
 from nanochat.scaling import estimate, scaling_params
@@ -109,13 +109,7 @@ class Law:
         """Read a law; None if the file does not exist."""
         if not path.exists():
             return None
-        values = read_json(path)
-        try:
-            points = [(float(n), float(d), float(loss)) for n, d, loss in values.get("points", [])]
-            E, A, alpha, B, beta = (float(values[name]) for name in PARAMETERS)
-            return cls(E, A, alpha, B, beta, points, values.get("resamples", []), values.get("corpus", ""))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not a scaling law: {error}") from error
+        return read_json(path, cls, extra="ignore")  # the errors follow from the resamples
 
 
 def candidates_by_depth(form: Callable[[int], GPTConfig], depths: Iterable[int]) -> dict[int, Candidate]:

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, Generic
 
 from filelock import FileLock, Timeout
+from typing_extensions import TypedDict
 
 from nanochat.checkpoint.async_save import SaveFailed
+from nanochat.checkpoint.meta import Count
 from nanochat.checkpoint_manager import Checkpoint, list_steps, open_checkpoint
 from nanochat.common import (
     UserError,
@@ -235,6 +237,13 @@ def choose_checkpoint(folder: Path, config: TrainConfig, runtime: Runtime) -> Ch
     return open_checkpoint(folder, chosen, verify=False)
 
 
+class SavedPlan(TypedDict):
+    """plan.json."""
+
+    num_steps: Count
+    user_config: dict[str, Any]
+
+
 def saved_plan(checkpoint: Checkpoint | None, config: TrainConfig, folder: Path) -> tuple[int, dict[str, Any]] | None:
     """(steps planned before the first one, flags) of the run to resume; None for a fresh run.
 
@@ -245,13 +254,12 @@ def saved_plan(checkpoint: Checkpoint | None, config: TrainConfig, folder: Path)
         return plan.get("planned_steps", plan["num_steps"]), checkpoint.meta["user_config"]
     if config.resume and (folder / "plan.json").exists():
         try:
-            plan = read_json(folder / "plan.json")
-            num_steps, flags = int(plan["num_steps"]), dict(plan["user_config"])
-        except (LookupError, TypeError, ValueError):
+            plan = read_json(folder / "plan.json", SavedPlan)
+        except UserError:
             warn(f"{folder / 'plan.json'} is damaged: as nothing is saved yet, the run is planned anew")
             return None
-        if may_resume(config, flags):
-            return num_steps, flags
+        if may_resume(config, plan["user_config"]):
+            return plan["num_steps"], plan["user_config"]
     return None
 
 
