@@ -97,6 +97,27 @@ def test_top_p_worked_example(top_p: float, kept: list[int]) -> None:
     assert (shares(WORKED, SamplingParams(top_p=top_p)) - expected).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("min_p", "kept"), [(0.05, [0, 1, 2, 3]), (0.2, [0, 1, 3]), (0.4, [1, 3]), (0.7, [1]), (1.0, [1])]
+)
+def test_min_p_worked_example(min_p: float, kept: list[int]) -> None:
+    p = WORKED.exp()[0].double()
+    expected = torch.zeros(4, dtype=torch.float64)
+    expected[kept] = p[kept] / p[kept].sum()
+    assert (shares(WORKED, SamplingParams(min_p=min_p)) - expected).abs().max() < 1e-3
+
+
+def test_min_p_applies_after_temperature_and_before_top_p() -> None:
+    # At temperature 0.5 the probabilities are squared: .09 is .36 of .25. Of .5 and .3, .6 is reached by the first.
+    assert (shares(WORKED, SamplingParams(0.5, min_p=0.4)) > 0).tolist() == [False, True, False, False]
+    assert (shares(WORKED, SamplingParams(min_p=0.4)) > 0).tolist() == [False, True, False, True]
+    assert shares(WORKED, SamplingParams(min_p=0.4, top_p=0.6)).tolist() == [0, 1, 0, 0]
+
+
+def test_top_p_of_zero_takes_the_most_likely() -> None:
+    assert shares(WORKED, SamplingParams(top_p=0.0)).tolist() == [0, 1, 0, 0]
+
+
 def test_top_p_applies_after_top_k() -> None:
     # top_k=2 leaves .5 and .3, that is .625 and .375 of what is left: .6 is reached by the first alone.
     assert shares(WORKED, SamplingParams(top_k=2, top_p=0.6)).tolist() == [0, 1, 0, 0]
@@ -196,21 +217,21 @@ def test_extreme_settings(values: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class MinP(SamplingParams):
-    """A new field: keep tokens at least min_p times as likely as the most likely one (arXiv 2407.01082)."""
+class TopA(SamplingParams):
+    """A new field: keep tokens at least top_a times as likely as the square of the highest probability."""
 
-    min_p: float = 0.0
+    top_a: float = 0.0
 
     def distribution(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         probs, ids = super().distribution(logits)
-        return probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0), ids
+        return probs.masked_fill(probs < self.top_a * probs.amax(-1, keepdim=True) ** 2, 0), ids
 
 
 def test_a_subclass_draws_from_its_own_distribution() -> None:
     """With and without C, alone and beside rows that C draws."""
     expected = torch.tensor([0.0, 0.625, 0.0, 0.375], dtype=torch.float64)
-    assert (shares(WORKED, MinP(min_p=0.4)) - expected).abs().max() < 1e-3
-    rows: list[SamplingParams] = [SamplingParams(), MinP(min_p=0.4), SamplingParams(top_k=1)]
+    assert (shares(WORKED, TopA(top_a=0.8)) - expected).abs().max() < 1e-3
+    rows: list[SamplingParams] = [SamplingParams(), TopA(top_a=0.8), SamplingParams(top_k=1)]
     tokens = draw_tokens(WORKED.expand(3, -1), rows, [Fixed(0.01), Fixed(0.01), Fixed(0.01)])  # type: ignore[list-item]
     assert tokens == [0, 1, 1]
 
