@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import _run
-from bench._clients import Seen, honest_client, hostile_client
+from bench._clients import Seen, honest_client, hostile_client, structures
 from bench._common import Flags, model_config, starter_texts
 from bench._run import Result
 from nanochat.checkpoint_manager import run_dir, save_checkpoint
@@ -173,6 +173,8 @@ def wait_for(served: Served) -> None:
 
 
 async def load(flags: ServeFlags, port: int, seen: Seen) -> None:
+    if flags.hostile:
+        structures()  # takes a second, in which no client would read
     until = time.monotonic() + flags.seconds
     if flags.hostile:
         clients = [hostile_client(port, number, until, seen) for number in range(flags.clients)]

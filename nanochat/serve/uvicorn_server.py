@@ -29,7 +29,7 @@ UNREAD_SECONDS = 30.0  # that a client may leave its answer unread
 CHECK_SECONDS = 1.0  # between two checks of a connection
 READ_BYTES = 4 * 2**10  # at a time, of one connection
 HEAD_BYTES = 32 * 2**10  # of a request's line and headers
-FRAMING_BYTES = 128 * 2**10  # of a body sent in chunks: their lengths, six bytes or more each
+FRAMING_BYTES = 32 * 2**10  # of a body sent in chunks: their lengths, six bytes or more each
 DEFAULT_PORTS = range(8000, 8020)
 BACKLOG = 2048
 
