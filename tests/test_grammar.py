@@ -213,9 +213,12 @@ def test_a_model_with_more_ids_than_the_tokenizer() -> None:
         ({"type": "string", "minLength": 5, "maxLength": 3}, "minLength"),
         ({"type": "string", "pattern": "^(?=a)b$"}, "look"),
         (False, "false"),
-        ({"type": "number", "minimum": 1e999}, "schema"),
-        ({"type": "integer", "multipleOf": 10**400}, "multipleOf"),
-        ({"type": "number", "exclusiveMinimum": 10**400, "maximum": 0.5}, "schema"),
+        ({"type": "number", "minimum": 1e999}, "number"),
+        ({"type": "number", "minimum": float("nan")}, "number"),
+        ({"type": "integer", "multipleOf": 10**400}, "number"),
+        ({"type": "number", "exclusiveMinimum": 10**400, "maximum": 0.5}, "number"),
+        ({"type": "integer", "minimum": 10**30, "maximum": 10**30 + 2}, "number"),
+        ({"const": {"a": [2**53 + 1]}}, "number"),
     ],
 )
 def test_schemas_that_cannot_be_followed_are_refused_by_name(schema: Any, words: str) -> None:

@@ -384,6 +384,9 @@ def test_any_beginning_of_an_answer_is_completed_to_the_same() -> None:
         ([{"role": "system"}, user()], {}, 0, "system"),
         ([user(), user(5)], {}, 1, "user"),
         ([user(), assistant("a", audio={"id": "x"}), user()], {}, 1, "assistant"),
+        ([user(), {"role": "assistant", "contents": "a"}, user()], {}, 1, "assistant"),
+        ([{**user(), "images": ["x"]}], {}, 0, "user"),
+        ([user(), assistant(None, tool_calls=[call("f", "")]), {"role": "tool", "output": "x"}], {}, 2, "tool"),
         ([user(), assistant("a", tool_calls=[{"id": "a", "type": "function"}]), user()], {}, 1, "assistant"),
     ],
 )

@@ -150,6 +150,12 @@ def test_text_is_free(client: TestClient) -> None:
             "response_format",
             "not",
         ),
+        ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format", "schema"),
+        (
+            {"response_format": {"type": "json_object", "schema": {}, "json_schema": {"schema": {}}}},
+            "response_format",
+            "schema",
+        ),
         ({"guided_json": "{"}, "guided_json", "JSON"),
         ({"guided_json": "[1]"}, "guided_json", "object"),
         ({"regex": "("}, "regex", "regex"),
@@ -253,6 +259,7 @@ def test_values_out_of_range(client: TestClient, fields: dict[str, Any], param: 
         (COMPLETIONS, "messages", "prompt"),
         (CHAT, "prompt", "messages"),
         (CHAT, "options", ""),
+        (CHAT, "input", "messages"),
         ("/tokenize", "contents", ""),
         ("/detokenize", "token", "tokens"),
     ],
@@ -262,6 +269,21 @@ def test_unknown_names_are_refused(client: TestClient, path: str, name: str, nea
     error = error_of(client, {**bodies[path], name: 1}, path)
     assert error["param"] == name and near in error["message"]
     assert client.post(path, json={**bodies[path], name: None}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (CHAT, {"\ud800": 1}, "\\ud800"),
+        (CHAT, {"logit_bias": {"\ud800": 1}}, "logit_bias"),
+        (CHAT, {"guided_json": {"properties": {"\ud800": {"not": {}}}}}, "guided_json"),
+        ("/v1/responses", {"text": {"format": {"type": "text", "name": "\ud800"}}}, "text.format.name"),
+    ],
+)
+def test_half_a_surrogate_pair_in_a_name(client: TestClient, path: str, fields: dict[str, Any], param: str) -> None:
+    content = json.dumps({**(chat() if path == CHAT else {"input": "hi"}), **fields})
+    response = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and response.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from nanochat.conversation import Tokenizer, end_tokens
 
 MAX_GRAMMAR_CHARS = 50_000  # the time to compile grows with the square of an object's properties
 MAX_MULTIPLE = 100_000  # least common multiple of all multipleOf: llguidance builds an automaton of as many states
+MAX_NUMBER = 2**53  # larger ones would be rounded, or cut off at 2**63
 CACHED_GRAMMARS = 64  # compiled
 LIMITS = {  # of the work for a grammar and for a token; beyond them a grammar is refused, or ends the answer
     "initial_lexer_fuel": 300_000,
@@ -83,6 +84,8 @@ def choice_grammar(choices: Sequence[str]) -> str:
 
 def check_schema(schema: dict[str, Any]) -> None:
     """Raise UserError for what llguidance would ignore, get wrong or need too long for."""
+    if not all(abs(number) <= MAX_NUMBER for number in numbers(schema)):
+        raise UserError("the schema has a number beyond 2**53, which is not supported")
     multiple = 1
     for path, part in subschemas(schema):
         for keyword in part:
@@ -114,15 +117,25 @@ def narrow_exclusive_bound(part: dict[str, Any]) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number, and not so large that the next one is 1 away."""
-    return type(value) in (int, float) and abs(value) < 2**53
+    return type(value) in (int, float)
+
+
+def numbers(value: Any) -> Iterator[int | float]:
+    """All numbers in a value of JSON. Not recursive, as a client chooses the depth."""
+    stack = [value]
+    while stack:
+        part = stack.pop()
+        if _is_number(part):
+            yield part
+        elif isinstance(part, dict | list):
+            stack += part.values() if isinstance(part, dict) else part
 
 
 def _coefficient(number: Any) -> int:
     """The digits of a positive number without its power of ten."""
-    if type(number) not in (int, float) or not number > 0:
+    if not _is_number(number) or number <= 0:
         return 1  # llguidance refuses it
-    return int("".join(map(str, Decimal(str(number)).normalize().as_tuple().digits))) if number < 2**53 else 2**53
+    return int("".join(map(str, Decimal(str(number)).normalize().as_tuple().digits)))
 
 
 def subschemas(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

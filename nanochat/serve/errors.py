@@ -30,6 +30,19 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
+def encodable(text: str) -> str:
+    """The text with halves of surrogate pairs, which a name in JSON may have, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+class FieldError(ValueError):
+    """What a validator of a whole body finds wrong with one of its fields. Pydantic itself adds where the body is."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class ApiError(Exception):
     """An error to be sent to the client. `kind` is OpenAI's error type; `param` the field at fault."""
 
@@ -44,7 +57,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
-        self.body: ErrorAnswer = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        param = param and encodable(param)
+        self.body: ErrorAnswer = {"error": {"message": encodable(message), "type": kind, "param": param, "code": code}}
 
     def renamed(self, names: Mapping[str, str]) -> "ApiError":
         """This error with another name of the field at fault, where `names` has one."""
@@ -63,6 +77,8 @@ def describe_validation_error(error: RequestValidationError, content_type: str) 
     """The first field at fault, by its dotted path, and the reason."""
     first = error.errors()[0]
     path, kind = [str(part) for part in first.get("loc", ()) if part != "body"], first.get("type")
+    if isinstance(cause := first.get("ctx", {}).get("error"), FieldError):
+        path.append(cause.field)
     param, message = ".".join(path) or None, first["msg"].removeprefix("Value error, ")
     if kind == "json_invalid":
         param, message = None, f"the body is not JSON: {first.get('ctx', {}).get('error')} at character {path[-1]}"
@@ -88,7 +104,7 @@ def role_of_message(body: Any, path: Sequence[str]) -> str:
 def describe_http_error(request: Request, error: HTTPException) -> ApiError:
     message = str(error.detail)
     if error.status_code == 400:
-        message = "the body cannot be read as JSON in UTF-8"
+        message = "the body cannot be read as JSON in UTF-8, with numbers of at most 4300 digits"
     elif error.status_code == 405 and error.headers:
         message = f"{request.method} is not possible here; use {error.headers.get('Allow')}"
     return ApiError(error.status_code, message, headers=error.headers)

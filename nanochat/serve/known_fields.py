@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from nanochat.serve.errors import ApiError
+from nanochat.serve.errors import FieldError
 
 REASONS = {  # why fields are harmless
     "who asks, and where the request is billed, stored, cached and scheduled": """user metadata store service_tier
@@ -22,6 +22,8 @@ REASONS = {  # why fields are harmless
     "hints about speed and effort": """prediction reasoning_effort verbosity reasoning include_reasoning thinking
         moderation""",
     "more figures in the answer": "usage timings_per_token return_progress",
+    "settings of samplers that are refused unless they are off": """dynatemp_exponent dry_base dry_allowed_length
+        dry_penalty_last_n dry_sequence_breakers xtc_threshold mirostat_tau mirostat_eta repeat_last_n""",
 }
 HARMLESS = frozenset(name for names in REASONS.values() for name in names.split())
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -46,6 +48,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "logits_processors": ([],),
     "typical_p": (1,),
+    "typ_p": (1,),
     "tfs_z": (1,),
     "top_a": (0,),
     "mirostat": (0,),
@@ -68,8 +71,10 @@ OTHER_NAMES = {  # of our fields on other servers and endpoints
     "num_predict": "max_tokens",
     "stop_sequences": "stop",
     "json_schema": "response_format",
-    "messages": "prompt",
-    "prompt": "messages",
+    "max_tokens": "max_output_tokens",
+    "messages": "prompt input",
+    "prompt": "messages input",
+    "input": "messages prompt",
 }
 
 
@@ -82,27 +87,24 @@ class Body(BaseModel):
 class KnownFields(Body):
     """A body whose unknown fields are refused, with the nearest name that is known."""
 
-    path: ClassVar[str] = ""  # of the body in the request, with a dot at the end
     harmless: ClassVar[frozenset[str]] = frozenset()
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, data: Any) -> Any:
-        """Raises ApiError, which, unlike ValueError, can name the field at fault."""
         if not isinstance(data, Mapping):
             return data
         known = {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in data.items():
             if name in known or name in cls.harmless or value is None or value in cls.neutral.get(name, ()):
                 continue
-            shown = cls.path + str(name)[:100]
             if name in cls.neutral:
                 off = " or ".join(map(repr, cls.neutral[name]))
-                message = f"{shown}: not supported; leave it out{f', or give {off}' if off else ''}"
+                message = f"not supported; leave it out{f', or give {off}' if off else ''}"
             else:
-                other = OTHER_NAMES.get(name)
-                near = [other] if other in known else difflib.get_close_matches(str(name)[:100], sorted(known), 1)
-                message = f"{shown}: there is no such field{f'; do you mean {near[0]}?' if near else ''}"
-            raise ApiError(400, message, param=shown)
+                near = [other for other in OTHER_NAMES.get(name, "").split() if other in known]
+                near += difflib.get_close_matches(str(name)[:100], sorted(known), 1)
+                message = f"there is no such field{f'; do you mean {near[0]}?' if near else ''}"
+            raise FieldError(str(name)[:100], message)
         return data

@@ -9,7 +9,7 @@ tool, function     the output after the call that they answer
 import contextlib
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
@@ -19,12 +19,16 @@ from nanochat.inference.request import ContextExceeded, GenerationRequest
 from nanochat.inference.tools import WITH_PYTHON
 from nanochat.serve.api import Api
 from nanochat.serve.errors import ApiError
+from nanochat.serve.known_fields import KnownFields
 from nanochat.serve.request_models import MAX_CHARS, Body, Flag, GenerationBody, null_means
 
 MAX_MESSAGES = 2000
 MAX_CALLS = 1000  # of tools, in all messages
 OWN_TOOLS = {tool.name for tool in WITH_PYTHON}  # called with a text; other functions have named arguments
 PARTS = {"refusal": "refusal"} | dict.fromkeys(PART_TOKENS, "text")  # types of parts, and where their text is
+NOTES = """tools annotations reasoning reasoning_content reasoning_details thinking thinking_blocks cache_control
+provider_specific_fields provider_metadata provider_options providerOptions id status phase timestamp created_at
+createdAt model usage weight metadata additional_kwargs response_metadata is_error"""  # that clients leave in messages
 
 # ---------------------------------------------------------------------------------------------------
 # The request's fields
@@ -88,7 +92,10 @@ class ToolCall(Body):
     function: FunctionCall
 
 
-class Message(Body):
+class Message(KnownFields):
+    harmless = frozenset(NOTES.split())
+    neutral: ClassVar = {"images": ([],), "files": ([],), "audio": ()}
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = None
     name: str | None = Field(None, max_length=200)
@@ -99,7 +106,6 @@ class Message(Body):
     function_call: FunctionCall | None = None
     tool_call_id: str | None = Field(None, max_length=200)
     prefix: bool | None = None  # continue this message
-    audio: None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> "Message":

@@ -1,6 +1,7 @@
 """Request bodies, checked field by field: what several endpoints share. Names and meanings are OpenAI's, and vLLM's
 where OpenAI has none; `regex` and `choice` are our own."""
 
+import re
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
@@ -37,7 +38,7 @@ def max_tokens_or_none(value: int | None) -> int | None:
 def check_ids(biases: dict[str, float]) -> dict[str, float]:
     """JSON has strings for the names of an object, also where these are token ids."""
     for name in biases:
-        if not (name.isascii() and name.isdigit() and len(name) < 10):
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", name):
             raise ValueError(f"its names must be token ids, got {name[:40]!r}")
     return biases
 
@@ -56,7 +57,6 @@ MaxTokens = Annotated[int | None, Field(ge=-1), AfterValidator(max_tokens_or_non
 
 
 class StreamOptions(KnownFields):
-    path = "stream_options."
     harmless = frozenset(["include_obfuscation"])
     neutral: ClassVar = {"continuous_usage_stats": (False,)}
 

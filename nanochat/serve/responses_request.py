@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from nanochat.inference.request import GenerationRequest
 from nanochat.serve.api import Api
-from nanochat.serve.errors import ApiError
+from nanochat.serve.errors import ApiError, FieldError
 from nanochat.serve.known_fields import HARMLESS, NEUTRAL, Body, KnownFields
 from nanochat.serve.messages import MAX_MESSAGES, Content, Message, PromptEnding, chat_request
 from nanochat.serve.request_models import MAX_CHARS, GenerationBody, MaxTokens
@@ -33,8 +33,11 @@ class ItemPart(Body):
 ItemContent = Annotated[Content, BeforeValidator(as_text_parts, json_schema_input_type=str | list[ItemPart] | None)]
 
 
-class Item(Body):
+class Item(KnownFields):
     """A message, a call of a tool, its output, or the id of an answer. Reasoning is another model's: skipped."""
+
+    harmless = Message.harmless | {"namespace", "internal_chat_message_metadata_passthrough"}
+    neutral: ClassVar = Message.neutral
 
     type: Literal["message", "function_call", "function_call_output", "item_reference", "reasoning"] = "message"
     id: Annotated[str, Field(max_length=200)] | None = None
@@ -75,17 +78,14 @@ def as_items(value: Any) -> Any:
 
 
 class TextFormat(KnownFields):
-    path = "text.format."
-
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
+    name: str | None = Field(None, max_length=200)
+    description: str | None = Field(None, max_length=MAX_CHARS)
     json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
 class TextOptions(KnownFields):
-    path = "text."
     harmless = frozenset(["verbosity"])
 
     format: TextFormat | None = None
@@ -119,13 +119,13 @@ class ResponsesRequest(GenerationBody, PromptEnding):
     @model_validator(mode="after")
     def _format(self) -> "ResponsesRequest":
         if self.n != 1:
-            raise ApiError(400, "n: a response has one answer", param="n")
+            raise FieldError("n", "a response has one answer")
         if self.response_format:
-            raise ApiError(400, "response_format: is text.format here", param="response_format")
+            raise FieldError("response_format", "is text.format here")
         if self.text and self.text.format:
             form = self.text.format
             if form.type == "json_schema" and form.json_schema is None:
-                raise ApiError(400, "text.format: json_schema needs a schema", param="text.format.schema")
+                raise FieldError("text.format.schema", "json_schema needs a schema")
             schema = JsonSchemaFormat(schema=form.json_schema) if form.json_schema is not None else None
             self.response_format = ResponseFormat(type=form.type, json_schema=schema)
         return self

@@ -11,7 +11,7 @@ from nanochat.conversation import Tokenizer
 from nanochat.inference.request import GenerationRequest, Token
 from nanochat.serve import answers
 from nanochat.serve.api import Api, ApiDependency
-from nanochat.serve.errors import ApiError
+from nanochat.serve.errors import FieldError
 from nanochat.serve.generation import Generation
 from nanochat.serve.messages import Messages, PromptEnding, chat_request
 from nanochat.serve.request_models import Body, Flag, GenerationBody, MaxTokens, Temperature, TopK, null_means
@@ -35,7 +35,7 @@ class ChatRequest(GenerationBody, PromptEnding):
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
+            raise FieldError("top_logprobs", "needs logprobs: true")
         return self
 
 

@@ -26,8 +26,6 @@ Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=
 class JsonSchemaFormat(KnownFields):
     """`strict` may be anything: a schema is always followed."""
 
-    path = "response_format.json_schema."
-
     name: str | None = None
     description: str | None = None
     json_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
@@ -35,16 +33,12 @@ class JsonSchemaFormat(KnownFields):
 
 
 class ResponseFormat(KnownFields):
-    path = "response_format."
-
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
     object_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
 
 
 class StructuredOutputs(KnownFields):
-    path = "structured_outputs."
-
     json_value: Schema | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: Pattern | None = None
@@ -99,14 +93,15 @@ def _given(body: Fields) -> list[tuple[str, str, Any]]:
 
 
 def _format_schema(form: ResponseFormat | None) -> Any:
-    if form is None or form.type == "text":
+    if form is None:
         return None
-    if form.type == "json_object":
-        return JSON_OBJECT if form.object_schema is None else form.object_schema
-    schema = form.json_schema.json_schema if form.json_schema else form.object_schema
-    if schema is None:
+    given = [form.object_schema, form.json_schema and form.json_schema.json_schema]
+    schemas: list[Any] = [schema for schema in given if schema is not None]
+    if len(schemas) > (form.type != "text"):
+        raise ApiError(400, "response_format: it has a schema too many", param="response_format")
+    if form.type == "json_schema" and not schemas:
         raise ApiError(400, "response_format: json_schema needs a schema", param="response_format.json_schema")
-    return schema
+    return schemas[0] if schemas else JSON_OBJECT if form.type == "json_object" else None
 
 
 def _json_grammar(schema: Any) -> str:
