@@ -165,9 +165,9 @@ def _checked(text: str, name: str) -> str:
 
 
 def _first_line(error: str) -> str:
-    lines = [line.removeprefix("error: ") for line in error.splitlines() if line.strip() and "non-verbose" not in line]
-    reasons = [line for line in lines if line.endswith("supported")] or lines or ["unknown error"]
-    return reasons[0][:300]
+    """The line of an error that says what is wrong: those of regular expressions show the expression first."""
+    lines = error.splitlines() or ["unknown error"]
+    return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])[:300]
 
 
 # ---------------------------------------------------------------------------------------------------
