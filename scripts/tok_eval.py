@@ -17,6 +17,7 @@ from nanochat.common import get_base_dir, visible
 from nanochat.data.corpus import Document
 from nanochat.ranges import Range
 from nanochat.report import record_stage
+from nanochat.reporting.curves import scoped
 from nanochat.tokenizer import get_tokenizer
 from scripts import _cli
 from scripts._bpe_ranks import GPT2, GPT4, Counter, find_reference
@@ -100,7 +101,11 @@ def evaluate(config: Config) -> dict[str, Any]:
         "tokenizer",
         {
             "checkpoint": tokenizer.hash,
-            "tables": {"Bytes per token": [{"source": source, **row} for source, row in ratios.items()]},
+            "tables": {
+                scoped("Bytes per token", f"up to {config.max_chars:,} characters of each source"): [
+                    {"source": source, **row} for source, row in ratios.items()
+                ]
+            },
         },
     )
     return {"seconds": time.monotonic() - start, "data": corpus.name, "bytes_per_token": ratios}
