@@ -25,6 +25,7 @@ from nanochat.common import SPECIAL_TOKENS, UserError
 from nanochat.conversation import Tokenizer, end_tokens
 
 MAX_GRAMMAR_CHARS = 50_000  # the time to compile grows with the square of an object's properties
+MAX_REGEX_CHARS = 10_000  # that time grows with the square of its length: `(a)?` written 10,000 times takes seconds
 MAX_MULTIPLE = 100_000  # least common multiple of all multipleOf: llguidance builds an automaton of as many states
 MAX_NUMBER = 2**53  # larger ones would be rounded, or cut off at 2**63
 CACHED_GRAMMARS = 64  # compiled
@@ -71,7 +72,7 @@ def regex_grammar(pattern: str) -> str:
     """The grammar of texts that match a regular expression (Rust's syntax) from beginning to end."""
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_regex(_checked(pattern, "regular expression"))
+    return LLMatcher.grammar_from_regex(_checked(pattern, "regular expression", MAX_REGEX_CHARS))
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
@@ -92,6 +93,10 @@ def check_schema(schema: dict[str, Any]) -> None:
             vendor = keyword.startswith("x-") and keyword != "x-guidance"  # the latter would set llguidance's options
             if keyword not in KEYWORDS and not vendor:
                 raise UserError(f"the schema keyword {keyword!r} at {path} is not supported")
+        named = part.get("patternProperties")
+        for pattern in (part.get("pattern"), *(named if isinstance(named, dict) else ())):
+            if isinstance(pattern, str):
+                _checked(pattern, f"pattern at {path}", MAX_REGEX_CHARS)
         least, required = part.get("minProperties"), part.get("required")
         # Names that the schema does not list may be written twice, which counts once.
         if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
@@ -156,9 +161,9 @@ def subschemas(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                 stack.append((here, value))
 
 
-def _checked(text: str, name: str) -> str:
-    if len(text) > MAX_GRAMMAR_CHARS:
-        raise UserError(f"the {name} has {len(text):,} characters, at most {MAX_GRAMMAR_CHARS:,} are supported")
+def _checked(text: str, name: str, max_chars: int = MAX_GRAMMAR_CHARS) -> str:
+    if len(text) > max_chars:
+        raise UserError(f"the {name} has {len(text):,} characters, at most {max_chars:,} are supported")
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
         raise UserError(f"the {name} has half a surrogate pair, which is no text")
     return text
