@@ -12,7 +12,7 @@ from nanochat.inference.sampling import SamplingParams
 
 def make_model(form: Any = GPTConfig, vocab_size: int = 300, sequence_len: int = 64) -> GPT:
     """A small model with a small context, short and full windows, and no weight of zero."""
-    config = form(sequence_len, vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
+    config = form(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
     return stir(GPT.create(config, seed=3))
 
 
