@@ -35,7 +35,7 @@ from typing import Any, NamedTuple, NoReturn
 from nanochat.common import UserError, debug_enabled, get_base_dir, json_hash, warn, write_json
 from nanochat.data.corpus import SPLITS, VAL_LIMIT, BadShards, Corpus, Record
 from nanochat.data.download import DEFAULT_SET, HUB_SETS, HubSet, download_shards, hub_folder
-from nanochat.data.listing import split_entries
+from nanochat.data.listing import shown, split_entries
 from nanochat.data.own_files import open_own_files
 from nanochat.data.parquet import TextOptions
 from nanochat.data.shards import ShardCorpus, ShardOpener, open_shard
@@ -196,7 +196,7 @@ def mixed_corpus(entries: Sequence[str], opener: ShardOpener) -> Corpus:
         parts.append(open_own_files(",".join(own), alone, known_names=("starter", *HUB_SETS)))
         val_limit, files = parts[-1].val_limit, f"{', '.join(named)}; {parts[-1].files}"
     train, val = ([shard for part in parts for shard in part.shards[split]] for split in SPLITS)
-    corpus = opener.corpus(",".join(entries), train, val, val_limit)
+    corpus = opener.corpus(shown(entries), train, val, val_limit)
     corpus.files = files
     return corpus
 

@@ -381,6 +381,10 @@ def test_several_entries(own: Path, base: Path, monkeypatch: pytest.MonkeyPatch)
     assert sorted(both(resolve_corpus("b, c.txt,sub/*.txt, d.txt", base))) == ["F", "b, c.txt", "d.txt"]
     assert sorted(both(resolve_corpus("d.txt,e[1].txt,d.*", base))) == ["d.txt", "e[1].txt"]  # each file once
     assert "nowhere" in refusal("a.jsonl,nowhere.txt", base)
+    for i in range(40):
+        (own / "sub" / f"{i}.txt").write_text(str(i))
+    many = resolve_corpus(",".join(f"sub/{i}.txt" for i in range(40)), base)
+    assert many.name == "sub/0.txt and 39 more" and len(both(many)) == 40
     assert "sub/*.pdf" in refusal("a.jsonl,sub/*.pdf", base)
 
 

@@ -18,6 +18,7 @@ from nanochat.data.remote import Source, find_remote, is_url
 from nanochat.output import ProgressLine
 
 COMPRESSIONS = ("", ".gz", ".zst")
+MAX_NAME = 100  # characters of a list of entries that is shown whole
 WEIGHT, MAX_WEIGHT = re.compile(r"\d*\.?\d+"), 1000
 
 
@@ -97,6 +98,12 @@ def split_entries(data: str, known_names: Sequence[str] = ()) -> list[str]:
         entries.append(",".join(parts[:taken]))
         del parts[:taken]
     return [entry for entry in (entry if exists(entry) else entry.strip() for entry in entries) if entry]
+
+
+def shown(entries: Sequence[str]) -> str:
+    """Entries as a name for messages: `a.txt,b.txt`, of many `a.txt and 40 more`."""
+    name = ",".join(entries)
+    return name if len(entries) < 3 or len(name) < MAX_NAME else f"{entries[0]} and {len(entries) - 1} more"
 
 
 def split_weight(entry: str) -> tuple[str, float]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanochat.common import BadShard, UserError
-from nanochat.data.listing import list_data, with_compressions
+from nanochat.data.listing import list_data, shown, split_entries, with_compressions
 from nanochat.data.parquet import TextOptions, open_parquet, parquet_documents, text_columns
 from nanochat.data.remote import RemoteFile, Source
 from nanochat.data.shards import LISTING_VERSION, ShardCorpus, ShardOpener
@@ -28,6 +28,7 @@ def open_own_files(data: str, opener: ShardOpener, known_names: Sequence[str] = 
     listing = list_data(
         data, OLD_KINDS if old else KINDS, opener.base_dir, known_names=known_names, follow_links=not old
     )
+    name = shown(split_entries(data, known_names))
     paths = [path for path in listing.files if path not in bad]
     remote = [path for path in paths if isinstance(path, RemoteFile) and kind_of(path) == ".parquet"]
     for system in {file.remote for file in remote}:
@@ -41,14 +42,14 @@ def open_own_files(data: str, opener: ShardOpener, known_names: Sequence[str] = 
         tally = tally if path in bad else with_path
     if tally.smallest >= tally.largest and not opener.recorded:
         count = "no document" if tally.largest < 0 else "only one document"
-        raise UserError(f"--data {data}: {count} found; need two different ones, to train on and to validate")
+        raise UserError(f"--data {name}: {count} found; need two different ones, to train on and to validate")
     shared = opener.open(in_place, by_hash=True, options=options)
     if tally.train and tally.val:
-        corpus = opener.corpus(data, shared + opener.open(train), shared + opener.open(val))
+        corpus = opener.corpus(name, shared + opener.open(train), shared + opener.open(val))
     else:
         # Small data, all on one side of the usual limit: the document with the smallest hash is for validation.
         shared += opener.open(train + val, by_hash=True)
-        corpus = opener.corpus(data, shared, shared, val_limit=tally.smallest + 1)
+        corpus = opener.corpus(name, shared, shared, val_limit=tally.smallest + 1)
     listing.leave_out(tally.left_out)
     corpus.files = listing.describe()
     return corpus
