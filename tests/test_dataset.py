@@ -10,6 +10,7 @@ import sys
 import threading
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -244,6 +245,15 @@ def test_a_damaged_conversion_is_made_again(content: str, own: Path, base: Path)
     before = manifest.read_bytes()
     manifest.write_text(content)
     assert resolve_corpus(str(own), base).fingerprint == first.fingerprint and manifest.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda shard: shard.write_bytes(shard.read_bytes()[:-9])])
+def test_a_conversion_with_a_shard_missing_or_cut_is_made_again(damage: Any, own: Path, base: Path) -> None:
+    (own / "a.jsonl").write_bytes(jsonl(make_texts(300)))
+    first = resolve_corpus(str(own), base)
+    damage(next((base / "converted").glob("*/train_*.parquet")))
+    again = resolve_corpus(str(own), base)
+    assert again.fingerprint == first.fingerprint and len(both(again)) == 300
 
 
 def test_a_full_disk_is_not_the_users_mistake(own: Path, base: Path, monkeypatch) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from nanochat.common import BadShard, UserError, atomic_path, delete_leftovers, format_count, warn, write_json
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
@@ -91,19 +91,25 @@ def convert(
 
 
 class Conversion(TypedDict):
-    """The manifest of a converted folder."""
+    """The manifest of a converted folder. `shards`: name -> bytes; older manifests do not have it."""
 
     version: int
     tally: Tally
+    shards: NotRequired[dict[str, int]]
 
 
 def read_tally(folder: Path) -> Tally | None:
-    """The tally of a folder converted before; None if there is none, or if its manifest is damaged."""
+    """The tally of a folder converted before; None if there is none, its manifest is damaged, or shards are missing."""
     try:
         found: Conversion = read_json(folder / MANIFEST, Conversion)
     except UserError:
         return None
-    return found["tally"]
+    return found["tally"] if found.get("shards", shard_sizes(folder)) == shard_sizes(folder) else None
+
+
+def shard_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each shard by name."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.parquet"))}
 
 
 def conversion_key(paths: Sequence[Source], options: TextOptions = CLEANED) -> str:
@@ -149,8 +155,9 @@ def convert_into(folder: Path, paths: Sequence[Source], options: TextOptions) ->
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         tally = write_shards(temporary, paths, options)
-        write_json(temporary / MANIFEST, {"version": CONVERSION_VERSION, "tally": asdict(tally)})
-        if folder.exists():  # its manifest is damaged
+        manifest = {"version": CONVERSION_VERSION, "tally": asdict(tally), "shards": shard_sizes(temporary)}
+        write_json(temporary / MANIFEST, manifest)
+        if folder.exists():  # it is damaged
             shutil.rmtree(folder)
     return tally
 
