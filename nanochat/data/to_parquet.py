@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
+from typing import NotRequired
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from nanochat.common import BadShard, UserError, atomic_path, delete_leftovers, format_count, warn, write_json
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
