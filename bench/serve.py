@@ -33,7 +33,8 @@ from bench import _run
 from bench._clients import Seen, honest_client, hostile_client, structures
 from bench._common import Flags, model_config, starter_texts
 from bench._run import Result
-from nanochat.checkpoint_manager import run_dir, save_checkpoint
+from nanochat.checkpoint.runs import run_dir
+from nanochat.checkpoint.saving import save_checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dev.two_hosts import TwoHosts
-from nanochat.checkpoint_manager import run_dir
+from nanochat.checkpoint.runs import run_dir
 from nanochat.reporting.curves import Record, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

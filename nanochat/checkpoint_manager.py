@@ -1,4 +1,4 @@
-"""What a checkpoint holds, how all ranks save one, and how it is opened.
+"""What a checkpoint holds, and how it is opened and loaded. How all ranks save one: nanochat/checkpoint/saving.py.
 
 <base>/{base,chatsft,chatrl}_checkpoints/TAG/000120/
     model.safetensors  optimizer.safetensors  loader.safetensors  rng.safetensors
@@ -9,8 +9,6 @@ and so on. A run can be resumed at any world size from any of them. A step is co
 is verified when it is read: nanochat/checkpoint/.
 """
 
-import contextlib
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,21 +18,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from nanochat.checkpoint.folder import completed_ns, list_steps, new_step, step_path
-from nanochat.checkpoint.manifest import (
-    FORMAT,
-    MANIFEST,
-    VERSION,
-    DamagedCheckpoint,
-    Manifest,
-    check_step,
-    damaged,
-    file_record,
-)
+from nanochat.checkpoint.folder import list_steps, step_path
+from nanochat.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest, check_step, damaged
 from nanochat.checkpoint.meta import Meta
-from nanochat.checkpoint.tensor_file import read_shapes, read_tensors, tensor_chunks, write_file
-from nanochat.common import UserError, fsync, get_base_dir, warn
-from nanochat.distributed.collectives import BackgroundGroup
+from nanochat.checkpoint.runs import find_run
+from nanochat.checkpoint.tensor_file import read_shapes, read_tensors
+from nanochat.common import UserError, get_base_dir, warn
 from nanochat.distributed.rank_checks import non_finite
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
@@ -42,130 +31,6 @@ from nanochat.tokenizer import RustBPETokenizer
 
 Result = TypeVar("Result")
 Shapes = Mapping[str, tuple[int, ...]]
-
-CHECKPOINT_FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
-
-
-# ---------------------------------------------------------------------------------------------------
-# Runs
-
-
-def run_dir(base_dir: Path, source: str, tag: str) -> Path:
-    """The folder of one run's checkpoints. Raises UserError for an unknown source or a tag that is no folder name."""
-    if source not in CHECKPOINT_FOLDERS:
-        raise UserError(f"the source must be one of {', '.join(CHECKPOINT_FOLDERS)}, got {source!r}")
-    if not tag or tag.startswith(".") or re.search(r"[/\\\0\ud800-\udfff]", tag):
-        raise UserError(f"the model tag must be a plain folder name (no slashes, no leading dot), got {tag!r}")
-    if len(tag.encode()) > 200:
-        raise UserError(f"the model tag is too long for a folder's name: {tag[:40]}…")
-    return Path(base_dir) / CHECKPOINT_FOLDERS[source] / tag
-
-
-def find_run(base_dir: Path, source: str, tag: str | None) -> Path:
-    """The run `tag` of `source`, or None for the most recently saved one. Only runs with a complete step count.
-
-    Raises UserError that names the existing runs.
-    """
-    folder = run_dir(base_dir, source, tag or "any").parent
-    saved = {}  # run -> when its last complete step was saved
-    for run in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if run.is_dir() and (steps := list_steps(run)):
-            saved[run] = max(completed_ns(step_path(run, step)) for step in steps)
-    if tag is not None and folder / tag in saved:
-        return folder / tag
-    if tag is None and saved:
-        return max(saved, key=lambda run: saved[run])
-    stage = {"base": "base_train", "sft": "chat_sft", "rl": "chat_rl"}[source]
-    none = f"there is none yet: make one with `python -m scripts.{stage}` (`bash runs/runcpu.sh` runs all stages)"
-    existing = f"there are: {', '.join(run.name for run in saved)}" if saved else none
-    requested = f"no complete {source} checkpoint" + (f" with the model tag {tag!r}" if tag else "")
-    raise UserError(f"{requested} in {folder}; {existing}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# Writing
-
-
-def save_checkpoint(
-    run: Path,
-    step: int,
-    *,
-    model_state: dict[str, torch.Tensor],
-    meta: dict[str, Any],
-    tokenizer: Any,
-    optimizer_state: tuple[dict[str, torch.Tensor], dict[str, int]] | None = None,
-    loader_state: dict[str, np.ndarray] | None = None,
-    rng_state: dict[str, torch.Tensor] | None = None,
-    keep_last: int = 0,
-    group: BackgroundGroup | None = None,
-) -> Path:
-    """Write step `step` of `run` and return its folder. Collective: every rank of `group` must call it.
-
-    `meta` holds "model_config" and anything else the caller wants back. Tensors may be views, strided, on any device;
-    they must not change meanwhile. A step saved before is replaced once the new one is complete; then, with
-    `keep_last` N > 0, steps older than the newest N are deleted. Raises OSError (disk full, no permission) with
-    everything older unchanged; a failure on one rank is raised on all.
-
-    `run` is one folder that all ranks see. Each rank writes its share of the optimizer's and the loader's state, rank 0
-    the rest, and the manifest once all shares are on the disk.
-    """
-    assert step >= 0 and "model_config" in meta and meta.get("tokenizer_hash", tokenizer.hash) == tokenizer.hash
-    run, group = Path(run), group or BackgroundGroup()
-    folder = step_path(run, step, "new")
-    own: dict[str, Mapping[str, Any] | None] = {
-        _share_name("optimizer", group): optimizer_state and optimizer_state[0],
-        _share_name("loader", group): loader_state,
-    }
-    if group.rank == 0:
-        own |= {"model": model_state, "rng": rng_state}
-
-    with contextlib.ExitStack() as opened:
-
-        def open_folder() -> None:
-            if group.rank == 0:
-                opened.enter_context(new_step(run, step, keep_last))
-
-        def complete() -> None:
-            if group.rank == 0:
-                _write_rest(folder, step, meta, tokenizer, shares)
-                opened.close()  # publishes the step
-
-        group.run_on_all("opening a checkpoint", open_folder)
-        steps = optimizer_state and optimizer_state[1]
-        shares = group.run_on_all(
-            "writing a checkpoint", lambda: {"files": _write_tensors(folder, own), "optimizer_steps": steps}
-        )
-        group.run_on_all("completing a checkpoint", complete)
-    return step_path(run, step)
-
-
-def _share_name(stem: str, group: BackgroundGroup) -> str:
-    """`optimizer`, or `optimizer-00002-of-00004` on rank 1 of 4."""
-    return stem if group.world_size == 1 else f"{stem}-{group.rank + 1:05d}-of-{group.world_size:05d}"
-
-
-def _write_tensors(folder: Path, states: dict[str, Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Write each state that is not None to a file; returns the files' records for the manifest."""
-    names = {f"{name}.safetensors": tensors for name, tensors in states.items() if tensors is not None}
-    return {name: write_file(folder / name, tensor_chunks(tensors)) for name, tensors in names.items()}
-
-
-def _write_rest(folder: Path, step: int, meta: dict[str, Any], tokenizer: Any, shares: list[dict[str, Any]]) -> None:
-    """Write what a step holds once, and last its manifest. `shares` are the ranks' answers in save_checkpoint."""
-    meta = {**meta, "format": FORMAT, "version": VERSION, "step": step, "tokenizer_hash": tokenizer.hash}
-    if shares[0]["optimizer_steps"] is not None:
-        meta["optimizer_steps"] = {name: count for s in shares for name, count in s["optimizer_steps"].items()}
-    files = {name: record for share in shares for name, record in share["files"].items()}
-    text = json.dumps(meta, ensure_ascii=False, indent=1) + "\n"
-    files["meta.json"] = write_file(folder / "meta.json", [text.encode()])
-    tokenizer.save(folder)
-    fsync(folder / "tokenizer.json")
-    files["tokenizer.json"] = file_record(folder / "tokenizer.json")
-    Manifest(folder, files, step).write()
-
-
-# ---------------------------------------------------------------------------------------------------
-# Reading
 
 
 @dataclass
@@ -176,11 +41,6 @@ class Checkpoint:
     step: int
     meta: dict[str, Any]  # a Meta
     manifest: Manifest = field(repr=False)
-
-    @property
-    def weights_hash(self) -> str:
-        """SHA-256 of the file of the model's parameters."""
-        return self.manifest.files["model.safetensors"]["sha256"]
 
     def model_config(self) -> GPTConfig:
         """The network, checked against the shapes of the saved weights before there is memory for any."""
@@ -291,7 +151,7 @@ def read_checkpoint(
     run: Path,
     step: int | None,
     read: Callable[[Checkpoint], Result],
-    verify: Collection[str],
+    verify: bool | Collection[str],
     runtime: Runtime,
 ) -> Result:
     """read(checkpoint) of step `step` of `run`, or None for the latest good one, the same on all ranks. Collective.
@@ -333,28 +193,28 @@ def load_model(
     runtime_or_device: Runtime | torch.device | str,
     *,
     base_dir: Path | None = None,
-    model_tag: str | None = None,
-    step: int | None = None,
+    model_tag: str = "",
+    step: int = -1,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-    """Load (model in eval mode, tokenizer, meta): of the latest run without a tag, its latest good step without a step.
+    """Load (model in eval mode, tokenizer, meta): of the latest run without a tag, its latest good step for -1.
 
-    With a Runtime of several ranks collective: all load the same step. meta["weights"] is the hash of the parameters'
-    file. Raises UserError as find_run, open_checkpoint and load_model_state do.
+    With a Runtime, which has its own dtype, collective: all ranks load the same step. meta gets "model_tag", and as
+    "weights" the hash of the parameters' file. Raises UserError as find_run, open_checkpoint and load_model_state do.
     """
     runtime = runtime_or_device
     if not isinstance(runtime, Runtime):
         runtime = Runtime(torch.device(runtime), compute_dtype, "", seed=0)
 
     def read(checkpoint: Checkpoint) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-        model = GPT.allocate(checkpoint.model_config(), runtime.device, compute_dtype)
+        model = GPT.allocate(checkpoint.model_config(), runtime.device, runtime.dtype)
         model.init_rotary()  # computed, never saved
         load_model_state(model, checkpoint.model_state(), checkpoint.path)
-        checkpoint.meta["weights"] = checkpoint.weights_hash
+        checkpoint.meta |= {"model_tag": run.name, "weights": checkpoint.manifest.files["model.safetensors"]["sha256"]}
         return model.eval(), checkpoint.tokenizer(), checkpoint.meta
 
     run = find_run(base_dir or get_base_dir(to_write=False), source, model_tag)
-    return read_checkpoint(run, step, read, ("model.safetensors", "tokenizer.json"), runtime)
+    return read_checkpoint(run, None if step < 0 else step, read, ("model.safetensors", "tokenizer.json"), runtime)
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], where: Path | str) -> None:

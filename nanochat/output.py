@@ -16,8 +16,9 @@ LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between lines about progress, on a te
 class ProgressLine:
     """A line about progress, rewritten in place on a terminal and printed now and then elsewhere."""
 
-    def __init__(self, line: Callable[[], str]) -> None:
-        self.line, self.live, self.shown_at, self.shown = line, on_terminal(), time.monotonic(), False
+    def __init__(self, line: Callable[[], str], at_once: bool = False) -> None:
+        self.line, self.live, self.shown = line, on_terminal(), False
+        self.shown_at = -PLAIN_SECONDS if at_once else time.monotonic()
 
     def show(self, last: bool = False) -> None:
         """Show the line if it is time to, or the last time."""

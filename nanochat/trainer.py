@@ -7,7 +7,6 @@
 Everything that only observes the run (evaluation, samples, metrics, report) is a hook or `log`.
 """
 
-import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -134,7 +133,7 @@ class Trainer:
             record = self.step(batch)
         except NonFiniteLoss as error:
             self.saver.settle(None)
-            raise NonFiniteLoss(f"{error}; {self._last_good()}") from None
+            raise NonFiniteLoss(f"{error}; {self.last_good()}") from None
         skipped = len(self.loader.skipped)
         return record | ({"skipped_shards": skipped} if skipped else {})
 
@@ -154,8 +153,10 @@ class Trainer:
         try:
             for hook in due:
                 began = time.perf_counter()
-                with contextlib.suppress(StopRequested):  # _await_batch raises Interrupted
+                try:
                     record.update(hook.run(self) or {})
+                except StopRequested:  # _await_batch raises Interrupted
+                    self.runtime.print0("stop requested: an evaluation is left unfinished")
                 self.model.train()
                 hook.seconds = time.perf_counter() - began
             if self.deadline and due:
@@ -232,7 +233,7 @@ class Trainer:
         if self.runtime.all_reduce_max(len(names), "checking for non-finite weights"):
             raise NonFiniteLoss(
                 f"the weights are not finite after step {self.progress.step} "
-                f"({', '.join(names[:3]) or 'on another rank'}), and are not saved; {self._last_good()}; "
+                f"({', '.join(names[:3]) or 'on another rank'}), and are not saved; {self.last_good()}; "
                 "lower the learning rates"
             )
 
@@ -242,10 +243,11 @@ class Trainer:
         if diverged:
             raise RanksDiverged(
                 f"the weights of rank {', '.join(map(str, diverged))} differ from the other ranks' after step "
-                f"{self.progress.step}: faulty hardware, or code that treats ranks differently; {self._last_good()}"
+                f"{self.progress.step}: faulty hardware, or code that treats ranks differently; {self.last_good()}"
             )
 
-    def _last_good(self) -> str:
+    def last_good(self) -> str:
+        """What is saved, for the end of an error's line."""
         saved = self.saver.last_step
         return "no checkpoint yet" if saved is None else f"last good checkpoint: step {saved}"
 

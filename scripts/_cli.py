@@ -11,8 +11,8 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -27,6 +27,18 @@ EXPECTED_ERRNOS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.
 MAX_INTEGER = 2**63  # the largest seed; no count comes near it
 # PyTorch's messages on a CPU, on a GPU, and for sizes beyond any memory.
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory|size calculation overflowed", re.IGNORECASE)
+
+
+@dataclass
+class ModelConfig:
+    """Flags of the scripts that load a model."""
+
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
+    """Tag of the run; empty takes the latest."""
+    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
+    """Step of its checkpoint; -1 takes the last."""
+    device_type: str = ""
+    """cuda, mps or cpu; empty picks the best there is."""
 
 
 def parse(config: type[Config], argv: Sequence[str] | None = None, description: str | None = None) -> Config:

@@ -10,7 +10,8 @@ import torch
 import tyro
 
 from nanochat.checkpoint.folder import step_path
-from nanochat.checkpoint_manager import load_model, run_dir
+from nanochat.checkpoint.runs import run_dir
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, get_base_dir
 from nanochat.gpt import GPT
 from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
@@ -22,15 +23,11 @@ from scripts import _cli
 
 
 @dataclass
-class ReplicaConfig:
+class ReplicaConfig(_cli.ModelConfig):
     """The flags of chat_web that each of its replicas needs."""
 
     source: Annotated[Literal["base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
     """Model to serve: base, sft or rl."""
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
-    """Tag of the run; empty takes the latest."""
-    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
-    """Step of its checkpoint; -1 takes the last."""
     max_rows: Annotated[int, Range(1)] = 32
     """Batch slots: sequences decoded together."""
     max_waiting: Annotated[int, Range(1)] = 64
@@ -53,26 +50,17 @@ class ReplicaPlan(ReplicaConfig):
     weights: str = ""  # SHA-256 of their file, once loaded
 
     @classmethod
-    def of(cls, config: ReplicaConfig, model_tag: str) -> "ReplicaPlan":
-        flags = {f.name: getattr(config, f.name) for f in fields(ReplicaConfig)}
-        return cls(**{**flags, "model_tag": model_tag})
+    def of(cls, config: ReplicaConfig) -> "ReplicaPlan":
+        return cls(**{f.name: getattr(config, f.name) for f in fields(ReplicaConfig)})
 
     def load(self, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
         """(model, tokenizer, meta). Later calls, for other GPUs and processes, load the same step. Raises UserError if
         its weights have been replaced since."""
-        base_dir = get_base_dir(to_write=False)
-        model, tokenizer, meta = load_model(
-            self.source,
-            runtime,
-            base_dir=base_dir,
-            model_tag=self.model_tag,
-            step=None if self.step < 0 else self.step,
-            compute_dtype=runtime.dtype,
-        )
+        model, tokenizer, meta = load_model(self.source, runtime, model_tag=self.model_tag, step=self.step)
         if self.weights not in ("", meta["weights"]):
-            path = step_path(run_dir(base_dir, self.source, self.model_tag), meta["step"])
+            path = step_path(run_dir(get_base_dir(to_write=False), self.source, self.model_tag), meta["step"])
             raise UserError(f"{path} has changed since this server was started; restart the server")
-        self.step, self.weights = meta["step"], meta["weights"]
+        self.model_tag, self.step, self.weights = meta["model_tag"], meta["step"], meta["weights"]
         return model, tokenizer, meta
 
     def service(self, model: Any, tokenizer: Any, observe: Observe) -> Service:

@@ -19,6 +19,7 @@ from nanochat.reporting.curves import scoped
 from nanochat.runtime import Runtime
 from nanochat.train.commands import command_line
 from scripts import _cli
+from scripts._data import DataConfig
 
 PROMPTS = (
     "The capital of France is",
@@ -32,23 +33,15 @@ EVALUATIONS = ("core", "bpb", "sample")
 
 
 @dataclass
-class Config:
+class Config(DataConfig, _cli.ModelConfig):
     """Evaluate a base model on raw text. -1 means "off" or "the last"."""
 
     eval: str = "bpb,sample"
     """Which evaluations, separated by commas: core, bpb, sample."""
     hf_path: str = ""
     """A Hugging Face model to evaluate instead: its name on the hub, or a folder."""
-    model_tag: str = ""
-    """Tag of the base run; empty takes the latest."""
-    step: int = -1
-    """Its step; -1 takes the last."""
     data: str = ""
     """As for base_train; empty: the model's training data."""
-    text_field: str = "text"
-    """The field or column of --data that holds the text."""
-    skip_bad_shards: bool = False
-    """Skip missing or damaged data files, with a warning."""
     split_tokens: int = -1
     """Tokens per split for bpb; -1 is 2^18 on a CPU and 40 * 2^19 elsewhere."""
     device_batch_size: Annotated[int, Range(1, unset=-1)] = -1
@@ -65,8 +58,6 @@ class Config:
     """Chance levels of CORE: v1 (as in the published GPT-2 results) or v2."""
     int8: bool = False
     """Evaluate the model with the 8-bit weights that decoding can use (packed_weights.py)."""
-    device_type: str = ""
-    """cuda, mps or cpu; empty picks the best there is."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +75,7 @@ def evaluate(config: Config, evaluations: list[str], runtime: Runtime) -> int:
     started, base_dir, bundle = time.perf_counter(), get_base_dir(to_write=False), None
     if "core" in evaluations:  # before loading a model: it may be missing
         bundle = open_bundle(config.eval_bundle, base_dir, runtime, config.baselines, config.core_tasks)
-    subject = load_subject(config, runtime, base_dir)
+    subject = load_subject(config, runtime)
     values = subject.report_values()
     if "bpb" in evaluations:
         corpus = open_evaluation_corpus(
@@ -106,12 +97,12 @@ def evaluate(config: Config, evaluations: list[str], runtime: Runtime) -> int:
     return 0
 
 
-def load_subject(config: Config, runtime: Runtime, base_dir: Path) -> Subject:
+def load_subject(config: Config, runtime: Runtime) -> Subject:
     if config.int8 and (config.hf_path or runtime.device.type != "cpu"):
         raise UserError("--int8 is for nanochat models on a CPU; add --device-type=cpu, or leave --int8 out")
     if config.hf_path:
         return load_hf(config.hf_path, runtime)
-    return load_checkpoint(config.model_tag, config.step, config.int8, config.device_batch_size, runtime, base_dir)
+    return load_checkpoint(config.model_tag, config.step, config.int8, config.device_batch_size, runtime)
 
 
 def evaluate_bpb(subject: Subject, corpus: Corpus, split_tokens: int, runtime: Runtime) -> dict[str, Any]:

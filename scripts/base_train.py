@@ -6,7 +6,7 @@ The flags, and how model, plan and training step follow from them, are in nanoch
 from collections.abc import Sequence
 from functools import partial
 
-from nanochat.checkpoint_manager import run_dir
+from nanochat.checkpoint.runs import run_dir
 from nanochat.common import UserError, get_base_dir, say
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, SavedCorpus, open_corpus, save_record

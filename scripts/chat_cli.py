@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -20,15 +20,11 @@ from scripts._chat import command, noted_interrupts, printable, terminal_reader
 
 
 @dataclass
-class Config:
+class Config(_cli.ModelConfig):
     """Talk to a model. A base model continues your text; sft and rl models answer it."""
 
     source: Annotated[Literal["base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
     """Which model: base, sft or rl."""
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
-    """Tag of the run; empty takes the latest."""
-    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
-    """Its step; -1 takes the last."""
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
     """Print one answer to this and exit."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
@@ -47,8 +43,6 @@ class Config:
     """The same conversation with the same seed gets the same answers."""
     python: bool = False
     """Let the model run Python in the sandbox (dev/SANDBOX.md), besides the calculator."""
-    device_type: str = ""
-    """cuda, mps or cpu; empty picks the best there is."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout):  # invalid UTF-8 must not end a chat
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     with Runtime.create(config.device_type) as runtime:
-        model, tokenizer, meta = load(config, runtime)
+        model, tokenizer, meta = load_model(config.source, runtime, model_tag=config.model_tag, step=config.step)
         engine = Engine(model, tokenizer, tools=WITH_PYTHON if config.python else DEFAULT_TOOLS)
         max_tokens = None if config.max_tokens < 0 else config.max_tokens
         chat = Chat(engine, sampling, max_tokens, chat_model=config.source != "base")
@@ -71,18 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{config.source} model, step {meta['step']}, on {runtime.describe()}\n/help lists the commands.")
             return converse(chat, terminal_reader(get_base_dir(to_write=False) / "chat_history"))
         return converse(chat, input)
-
-
-def load(config: Config, runtime: Runtime) -> tuple[Any, Any, dict[str, Any]]:
-    """(model, tokenizer, meta) that the flags name."""
-    return load_model(
-        config.source,
-        runtime,
-        base_dir=get_base_dir(to_write=False),
-        model_tag=config.model_tag or None,
-        step=None if config.step < 0 else config.step,
-        compute_dtype=runtime.dtype,
-    )
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from nanochat.checkpoint_manager import find_run, load_model
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, get_base_dir, is_writable, say
 from nanochat.engine import Engine
 from nanochat.ranges import Range
@@ -32,7 +32,7 @@ STAGE = {"sft": "chat_eval", "rl": "chat_eval_rl"}  # of the report
 
 
 @dataclass
-class Config:
+class Config(_cli.ModelConfig):
     """Measure a chat model's skills on held-out items. -1 means "all" or "the last"."""
 
     source: Annotated[Literal["sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
@@ -55,12 +55,6 @@ class Config:
     """0 takes the most likely token."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"]), Range(0)] = 50
     """Sample among the k most likely tokens; 0 is off."""
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
-    """Tag of the run; empty takes the latest."""
-    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
-    """Its step; -1 takes the last."""
-    device_type: str = ""
-    """cuda, mps or cpu; empty picks the best there is."""
     sandbox: str = ""
     """For HumanEval: bubblewrap, landlock or unsafe (no protection); empty: bubblewrap, else landlock."""
 
@@ -84,14 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
     started = time.perf_counter()
     base_dir = get_base_dir(to_write=False)
-    run = find_run(base_dir, config.source, config.model_tag or None)
-    step = None if config.step < 0 else config.step
-    model, tokenizer, meta = load_model(
-        config.source, runtime, base_dir=base_dir, model_tag=run.name, step=step, compute_dtype=runtime.dtype
-    )
-    runtime.print0(f"{runtime.describe()}\nchat model: {run.name}, step {meta['step']}")
+    model, tokenizer, meta = load_model(config.source, runtime, model_tag=config.model_tag, step=config.step)
+    run = meta["model_tag"]
+    runtime.print0(f"{runtime.describe()}\nchat model: {run}, step {meta['step']}")
     engine = Engine(model, tokenizer)
-    folder = base_dir / "chat_eval" / f"{config.source}_{run.name}_{meta['step']:06d}"
+    folder = base_dir / "chat_eval" / f"{config.source}_{run}_{meta['step']:06d}"
     flags = AskFlags(config.num_samples, config.batch_size, config.max_new_tokens, config.temperature, config.top_k)
     scores: dict[str, TaskScore] = {}
     samples: list[dict[str, str]] = []
@@ -108,8 +99,8 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
         if is_writable(base_dir):
             say(f"every question and answer: {folder}")
         # Another model of the same name and step has other weights, and its own figures.
-        checkpoint = f"{config.source}/{run.name}/{meta['step']}/{meta['weights'][:12]}"
-        values = {"seconds": time.perf_counter() - started, "model": run.name, "step": meta["step"]}
+        checkpoint = f"{config.source}/{run}/{meta['step']}/{meta['weights'][:12]}"
+        values = {"seconds": time.perf_counter() - started, "model": run, "step": meta["step"]}
         report(config, scores, checkpoint, values, samples)
     return 0
 

@@ -10,8 +10,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from nanochat.checkpoint_manager import find_run
-from nanochat.common import UserError, get_base_dir, say
+from nanochat.common import UserError, say
 from nanochat.execution import choose_level
 from nanochat.inference.sampling import SamplingParams
 from nanochat.ranges import Range
@@ -42,8 +41,6 @@ class Config(ReplicaConfig):
     """Port; -1 takes 8000 or the next free one."""
     host: str = "localhost"
     """Address to listen on; localhost is this machine only, 0.0.0.0 accepts others (then use --api-key-file)."""
-    device_type: str = ""
-    """cuda, mps or cpu; empty picks the best available."""
     api_key_file: str = ""
     """File of API keys, one a line; requests must send one of them. Empty: no key is required."""
     cors: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
@@ -78,11 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(config: Config, keys: list[str], sockets: list[socket.socket], runtime: Runtime) -> None:
     """Load the model, print the address, serve until a signal, finish the active answers."""
-    run = find_run(get_base_dir(to_write=False), config.source, config.model_tag or None)
     available = torch.cuda.device_count() if runtime.device.type == "cuda" else config.num_gpus
     if config.num_gpus > available:
         raise UserError(f"--num-gpus={config.num_gpus}: this machine has {available}")
-    plan = ReplicaPlan.of(config, run.name)
+    plan = ReplicaPlan.of(config)
     model, tokenizer, meta = plan.load(runtime)
     max_context = model.config.sequence_len
     metrics = ServerMetrics()
@@ -91,8 +87,8 @@ def serve(config: Config, keys: list[str], sockets: list[socket.socket], runtime
         pool = remote_pool(plan, config.workers, max_context, metrics.observe)
     else:
         pool = local_pool(plan, config.num_gpus, model, tokenizer, runtime, metrics.observe)
-    app = create_app(pool, tokenizer, settings_of(config, keys, run.name), metrics)
-    say(f"{runtime.describe()}\n{config.source} model {run.name}, step {meta['step']}, context {max_context}")
+    app = create_app(pool, tokenizer, settings_of(config, keys, plan.model_tag), metrics)
+    say(f"{runtime.describe()}\n{config.source} model {plan.model_tag}, step {meta['step']}, context {max_context}")
     host, port = sockets[0].getsockname()[:2]
     announce(host if len(sockets) == 1 else "localhost", port, keys)
     limit_pauses()

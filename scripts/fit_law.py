@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanochat.checkpoint.folder import list_steps
-from nanochat.checkpoint_manager import open_checkpoint, run_dir
+from nanochat.checkpoint.runs import run_dir
+from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError, atomic_write, format_count, get_base_dir, say, warn, write_json
 from nanochat.gpt import GPTConfig
 from nanochat.planning.fit import fit_law

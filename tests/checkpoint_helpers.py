@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import open_checkpoint, save_checkpoint
+from nanochat.checkpoint.saving import save_checkpoint
+from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer

@@ -13,7 +13,8 @@ import pytest
 import torch
 from stubs import BOS, END, OUTPUT_END, PYTHON, PYTHON_END, START, TOKENIZER, Scripted, chain, stir
 
-from nanochat.checkpoint_manager import run_dir, save_checkpoint
+from nanochat.checkpoint.runs import run_dir
+from nanochat.checkpoint.saving import save_checkpoint
 from nanochat.common import UserError, visible
 from nanochat.conversation import render_prompt
 from nanochat.engine import Chat, Engine
@@ -53,7 +54,7 @@ def base_dir(trained: tuple[Path, GPT, RustBPETokenizer], monkeypatch: pytest.Mo
 
 def script(monkeypatch: pytest.MonkeyPatch, model: Scripted) -> Scripted:
     """Make the script load `model`."""
-    monkeypatch.setattr(chat_cli, "load", lambda config, runtime: (model, TOKENIZER, {"step": 1}))
+    monkeypatch.setattr(chat_cli, "load_model", lambda *which, **more: (model, TOKENIZER, {"step": 1}))
     return model
 
 

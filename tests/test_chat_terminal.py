@@ -30,7 +30,7 @@ class Slow(Scripted):
         return super().__call__(idx, kv_cache)
 
 model = Slow(chain(START, "abcdefghijklmnopqrstuvwxyz0123456789."), 400)
-chat_cli.load = lambda config, runtime: (model, TOKENIZER, {{"step": 1}})
+chat_cli.load_model = lambda *which, **more: (model, TOKENIZER, {{"step": 1}})
 sys.exit(chat_cli.main([]))
 """
 PROMPT = ">"

@@ -14,7 +14,7 @@ import torch
 from checkpoint_helpers import FILES, fail_at, hidden, no_space, save_model, save_small, tokenizer, value_of
 
 from nanochat.checkpoint import folder, tensor_file
-from nanochat.checkpoint_manager import list_steps
+from nanochat.checkpoint.folder import list_steps
 
 CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 SAME_OR_NEW = pytest.mark.parametrize("step", [2, 3], ids=["same step again", "a new step"])

@@ -30,17 +30,11 @@ from ranks import run_ranks
 from stubs import stir
 
 from nanochat import checkpoint_manager
+from nanochat.checkpoint.folder import list_steps
 from nanochat.checkpoint.manifest import DamagedCheckpoint, Manifest
-from nanochat.checkpoint_manager import (
-    CHECKPOINT_FOLDERS,
-    find_run,
-    list_steps,
-    load_model,
-    load_model_state,
-    open_checkpoint,
-    run_dir,
-    save_checkpoint,
-)
+from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS, find_run, run_dir
+from nanochat.checkpoint.saving import save_checkpoint
+from nanochat.checkpoint_manager import load_model, load_model_state, open_checkpoint
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
@@ -153,7 +147,10 @@ def test_load_model(tmp_path, where):
     assert found_tokenizer.hash == tokenizer().hash
     rows = torch.randint(0, config().vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(rows), model(rows))
-    assert load_model("sft", where, base_dir=tmp_path, compute_dtype=torch.bfloat16)[0].compute_dtype == torch.bfloat16
+    assert found_meta["model_tag"] == "tiny"
+    if not isinstance(where, Runtime):
+        in_bf16, _, _ = load_model("sft", where, base_dir=tmp_path, compute_dtype=torch.bfloat16)
+        assert in_bf16.compute_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -210,17 +207,17 @@ def test_another_tokenizer(tmp_path):
 
 
 def test_find_run(tmp_path):
-    assert_one_line_error(lambda: find_run(tmp_path, "base", None), "base", "scripts.base_train", tmp_path)
+    assert_one_line_error(lambda: find_run(tmp_path, "base"), "base", "scripts.base_train", tmp_path)
     for number, tag in enumerate(["d4", "ä b", "d2"]):
         path = save_small(run_dir(tmp_path, "base", tag), 10 - number)
         os.utime(path / "manifest.json", ns=(10**18 + number, 10**18 + number))
     (tmp_path / "base_checkpoints" / "started" / "000005").mkdir(parents=True)
-    assert find_run(tmp_path, "base", None).name == "d2"
+    assert find_run(tmp_path, "base").name == "d2"
     assert find_run(tmp_path, "base", "d4").name == "d4"
     for tag in ("d6", "started"):
         assert_one_line_error(lambda tag=tag: find_run(tmp_path, "base", tag), tag, "d4", "d2", "ä b")
-    assert_one_line_error(lambda: find_run(tmp_path, "rl", None), "rl")
-    assert_one_line_error(lambda: find_run(tmp_path, "bose", None), "bose", *CHECKPOINT_FOLDERS)
+    assert_one_line_error(lambda: find_run(tmp_path, "rl"), "rl")
+    assert_one_line_error(lambda: find_run(tmp_path, "bose"), "bose", *CHECKPOINT_FOLDERS)
 
 
 @pytest.mark.parametrize("tag", ["", ".", "..", "a/b", "../x", "a\\b", "\0", ".hidden"])
@@ -321,15 +318,15 @@ def test_load_model_skips_a_damaged_step_unless_one_is_requested(tmp_path, capsy
         load_model("base", "cpu", base_dir=tmp_path, step=2)
 
 
-@pytest.mark.parametrize("name", ["meta.json", "manifest.json"])
-def test_another_version_is_an_error_not_damage(tmp_path, name):
+def test_another_version_is_an_error_not_damage(tmp_path):
     for step in (1, 2):
         path = save_small(tmp_path, step)
-    content = json.loads((path / name).read_text()) | {"version": 99}
-    (path / name).write_text(json.dumps(content))
-    seal(path, content if name == "manifest.json" else None)
+    content = json.loads((path / "manifest.json").read_text()) | {"version": 99}
+    seal(path, content)
     for step in (2, None):  # the newer step is not skipped in favour of the older
-        assert_one_line_error(lambda step=step: open_checkpoint(tmp_path, step), name, "version 99", "version 1")
+        assert_one_line_error(
+            lambda step=step: open_checkpoint(tmp_path, step), "manifest.json", "version 99", "version 1"
+        )
 
 
 def test_a_folder_that_holds_another_steps_files_is_damaged(tmp_path, capsys):

@@ -13,7 +13,8 @@ import torch
 from ranks import run_ranks
 
 from dev.launched import ONE_HOST, ROOT, environment, launch_command, metrics, run_folder, workers_of
-from nanochat.checkpoint_manager import list_steps, open_checkpoint
+from nanochat.checkpoint.folder import list_steps
+from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.distributed.collectives import CollectiveFailed
 from nanochat.runtime import Runtime
 

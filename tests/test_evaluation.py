@@ -260,9 +260,7 @@ def test_ranks_share_the_items(finetuned: Path) -> None:
     from nanochat.engine import Engine
 
     runtime = Runtime.create("cpu")
-    model, tokenizer, _ = load_model(
-        "sft", runtime, base_dir=finetuned, model_tag="tiny", step=None, compute_dtype=torch.float32
-    )
+    model, tokenizer, _ = load_model("sft", runtime, base_dir=finetuned, model_tag="tiny")
     engine = Engine(model, tokenizer)
     alone, _ = ask_on_all_ranks(Yes(), 5, engine, flags, runtime)
     parts = []

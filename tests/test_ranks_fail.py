@@ -18,7 +18,8 @@ from toy_training import CONFIG, RandomBatches
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint import folder, tensor_file
-from nanochat.checkpoint_manager import list_steps, open_checkpoint
+from nanochat.checkpoint.folder import list_steps
+from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.dataloader import Batch
 from nanochat.distributed.collectives import BackgroundGroup
 from nanochat.distributed.rank_checks import NonFiniteLoss, RanksDiverged

@@ -21,7 +21,7 @@ from corpus_helpers import TEXTS, TOKENIZER, Bucket, both, damage, fails, jsonl,
 from fsspec import AbstractFileSystem
 from stubs import TINY
 
-from nanochat.checkpoint_manager import list_steps
+from nanochat.checkpoint.folder import list_steps
 from nanochat.common import BadShard, UserError
 from nanochat.data import parquet, remote, textfiles
 from nanochat.data.batches import Prefetcher

@@ -21,7 +21,7 @@ from serve_helpers import TOKENIZER as REAL_TOKENIZER
 from serve_helpers import Receiver, chat, events, make_request
 from stubs import TOKENIZER
 
-from nanochat.checkpoint_manager import save_checkpoint
+from nanochat.checkpoint.saving import save_checkpoint
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
@@ -288,7 +288,7 @@ def test_child_exits_with_its_server() -> None:
 
 def test_later_replicas_load_the_same_weights(copied: Path) -> None:
     runtime = Runtime(torch.device("cpu"), torch.float32, "", 1)
-    plan = ReplicaPlan("base", "tiny", max_rows=4, max_waiting=8, cache_mib=64, prefix_mib=0)
+    plan = ReplicaPlan(model_tag="tiny", source="base", max_rows=4, max_waiting=8, cache_mib=64, prefix_mib=0)
     model, tokenizer, meta = plan.load(runtime)
     assert plan.step == 1 and plan.load(runtime)[2]["step"] == 1
     child = ReplicaPlan(**json.loads(plan.command()[-1]))

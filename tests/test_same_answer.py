@@ -15,7 +15,8 @@ import torch
 from ranks import run_ranks
 
 from nanochat.checkpoint.optimizer_shards import parse_name
-from nanochat.checkpoint_manager import open_checkpoint, run_dir
+from nanochat.checkpoint.runs import run_dir
+from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.runtime import Runtime
 
 STEPS, HALF = 8, 4

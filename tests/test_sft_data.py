@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stubs import TOKENIZER
 
-from nanochat.checkpoint_manager import open_checkpoint, run_dir
+from nanochat.checkpoint.runs import run_dir
+from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.conversation import render
 from nanochat.data.chat_formats import ANSWERS, LISTS, QUESTIONS, SYSTEMS, to_conversation

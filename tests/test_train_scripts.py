@@ -19,7 +19,9 @@ from ranks import run_ranks
 from stubs import TINY
 from toy_training import CPU, make_trainer
 
-from nanochat.checkpoint_manager import list_steps, open_checkpoint, run_dir
+from nanochat.checkpoint.folder import list_steps
+from nanochat.checkpoint.runs import run_dir
+from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.dataloader import ConversationLoader
 from nanochat.files import read_json

@@ -68,7 +68,11 @@ class Manifest:
             content = read_json(path, dict[str, Any], follow_links=False)
             if content.pop("checksum", None) != json_hash(content):
                 raise UserError(f"{path} is damaged (sha256 mismatch)")
-        check_version(path, content)
+        if content.get("format") != FORMAT or content.get("version") != VERSION:
+            raise UserError(
+                f"{path} is of format {content.get('format')!r:.40} version {content.get('version')!r:.40}, this "
+                f"nanochat reads {FORMAT} version {VERSION}; use the nanochat that wrote it"
+            )
         with damaged():
             content = check_value(content, path, Content)
         check_step(folder, content.get("step"))
@@ -105,15 +109,6 @@ class Manifest:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != self.files[name]["sha256"]:
             raise DamagedCheckpoint(f"{path} is damaged (sha256 mismatch); choose another step")
-
-
-def check_version(path: Path, content: dict[str, Any]) -> None:
-    """Raise UserError if `content`, read from `path`, was written by another version of this format."""
-    if content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise UserError(
-            f"{path} is of format {content.get('format')!r:.40} version {content.get('version')!r:.40}, this nanochat "
-            f"reads {FORMAT} version {VERSION}; use the nanochat that wrote it"
-        )
 
 
 def check_step(folder: Path, step: int | None) -> None:

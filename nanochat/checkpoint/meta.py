@@ -6,9 +6,9 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field, StringConstraints
 from typing_extensions import TypedDict
 
-from nanochat.checkpoint.manifest import Sha256, check_version, damaged
+from nanochat.checkpoint.manifest import Sha256, damaged
 from nanochat.common import UserError
-from nanochat.files import check_value, read_json
+from nanochat.files import read_json
 
 Step = Annotated[int, Field(ge=0, le=2**40)]
 Count = Annotated[int, Field(ge=1, le=2**40)]
@@ -74,12 +74,9 @@ class Meta(dict[str, Any]):
 
     @classmethod
     def read(cls, path: Path) -> "Meta":
-        """Read the file. Raises DamagedCheckpoint, or UserError for another version's."""
+        """Read the file of a step whose manifest is of this version. Raises DamagedCheckpoint."""
         with damaged():
-            content = read_json(path, dict[str, Any], follow_links=False)
-        check_version(path, content)
-        with damaged():
-            return cls(check_value(content, path, Fields, extra="allow"), path)
+            return cls(read_json(path, Fields, follow_links=False, extra="allow"), path)
 
     def __missing__(self, name: str) -> Any:
         raise UserError(f"{self.where} has no {name!r}, which is needed here; choose another step or start fresh")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint_manager import find_run, load_model
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError
 from nanochat.dataset import Corpus, open_corpus
 from nanochat.evals.bits_per_byte import EVAL_ROWS
@@ -35,26 +35,17 @@ class Subject:
         return {"model": self.name, "step": self.meta["step"], "num_params": num_params}
 
 
-def load_checkpoint(
-    tag: str, step: int, int8: bool, device_batch_size: int, runtime: Runtime, base_dir: Path
-) -> Subject:
+def load_checkpoint(tag: str, step: int, int8: bool, device_batch_size: int, runtime: Runtime) -> Subject:
     """A base run's checkpoint: the latest run without a tag, the last step for -1."""
-    run = find_run(base_dir, "base", tag or None)
-    model, tokenizer, meta = load_model(
-        "base",
-        runtime,
-        base_dir=base_dir,
-        model_tag=run.name,
-        step=None if step < 0 else step,
-        compute_dtype=runtime.dtype,
-    )
+    model, tokenizer, meta = load_model("base", runtime, model_tag=tag, step=step)
+    name = meta["model_tag"]
     if int8:
         model = DecodingWeights(model, int8=True).current()
-    runtime.print0(f"{runtime.describe()}\nbase model: {run.name}, step {meta['step']}{', int8' * int8}")
+    runtime.print0(f"{runtime.describe()}\nbase model: {name}, step {meta['step']}{', int8' * int8}")
     tokens = 2**18 if runtime.device.type == "cpu" else 40 * 2**19
     rows = choose_device_batch(device_batch_size, EVAL_ROWS, model.config.sequence_len, runtime)
-    folder = f"{run.name}_{meta['step']:06d}"
-    return Subject(run.name, model, tokenizer, GPTScorer(model), tokens, rows, folder, meta)
+    folder = f"{name}_{meta['step']:06d}"
+    return Subject(name, model, tokenizer, GPTScorer(model), tokens, rows, folder, meta)
 
 
 def load_hf(path: str, runtime: Runtime) -> Subject:

@@ -50,20 +50,16 @@ def sample_hook(complete: Callable[[GPT], list[dict[str, str]]], every: int) -> 
 
 
 def evaluate_core(trainer: Trainer, tokenizer: Any, bundle: Bundle, max_per_task: int) -> Record:
-    """CORE in its published form; nothing if a stop signal arrives meanwhile."""
-    try:
-        with without_fp8(trainer.model):
-            result = run_core(
-                GPTScorer(trainer.model),
-                tokenizer,
-                bundle,
-                trainer.runtime,
-                max_per_task=max_per_task,
-                after_task=trainer.raise_if_stop_requested,
-            )
-    except StopRequested:
-        trainer.runtime.print0("stop requested: the CORE evaluation is left unfinished")
-        return {}
+    """CORE in its published form. Raises StopRequested if a stop signal arrives meanwhile."""
+    with without_fp8(trainer.model):
+        result = run_core(
+            GPTScorer(trainer.model),
+            tokenizer,
+            bundle,
+            trainer.runtime,
+            max_per_task=max_per_task,
+            after_task=trainer.raise_if_stop_requested,
+        )
     return {"core": result.core, "core_of": result.scope, "core_low": result.low, "core_high": result.high}
 
 

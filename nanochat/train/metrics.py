@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from nanochat.common import UserError, atomic_write, format_count, format_seconds, free_name, on_terminal, say, warn
+from nanochat.common import UserError, atomic_write, format_count, format_seconds, free_name, warn
+from nanochat.output import ProgressLine
 from nanochat.reporting.curves import parse_record
 from nanochat.runtime import Runtime
 from nanochat.train.config import TrainConfig
 from nanochat.train.deadline import RecentPace
 from nanochat.trainer import Record, Trainer
-
-PLAIN_LINE_SECONDS = 10.0  # between lines in a log file
 
 Sink = Callable[[int, Record], None]  # called with (step, record)
 
@@ -32,8 +31,8 @@ class Metrics:
     ) -> None:
         self.runtime, self.flops_per_token, self.peak_flops = runtime, flops_per_token, peak_flops
         self.sinks = sinks
-        self.live = on_terminal()
-        self.last_line = 0.0
+        self.text = ""
+        self.shown = ProgressLine(lambda: self.text, at_once=True)
         self.rate = 0.0  # smoothed tokens per second
         self.pace = RecentPace()  # of this session, without its first step
         self.file = None
@@ -56,13 +55,8 @@ class Metrics:
         self.pace.add(record["step"], time.perf_counter())
         if rate := record["tokens_per_second"]:  # 0: nothing to train on, see groups_without_signal
             self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
-        important = trainer.finished or "val_bpb" in record
-        now = time.monotonic()
-        if self.live:
-            say("\r\x1b[K" + self.line(trainer, record), end="\n" if important else "")
-        elif important or now - self.last_line > PLAIN_LINE_SECONDS:
-            self.last_line = now
-            say(self.line(trainer, record))
+        self.text = self.line(trainer, record)
+        self.shown.show(last=trainer.finished or "val_bpb" in record)
 
     def line(self, trainer: Trainer, record: Record) -> str:
         """step 120/400 | loss 3.21 | bpb 1.43 | 5.2k tok/s | 41% of peak | 1m10s left

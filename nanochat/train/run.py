@@ -22,8 +22,9 @@ from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
 from nanochat.checkpoint.async_save import SaveFailed
+from nanochat.checkpoint.folder import list_steps
 from nanochat.checkpoint.meta import Count
-from nanochat.checkpoint_manager import Checkpoint, list_steps, open_checkpoint
+from nanochat.checkpoint_manager import Checkpoint, read_checkpoint
 from nanochat.common import (
     UserError,
     delete_leftovers,
@@ -224,17 +225,11 @@ def choose_checkpoint(folder: Path, config: TrainConfig, runtime: Runtime) -> Ch
     """
     if not config.resume and config.resume_from_step < 0:
         return None
-
-    def choose() -> int | None:
-        if config.resume_from_step < 0 and not list_steps(folder):
-            return None
-        return open_checkpoint(folder, None if config.resume_from_step < 0 else config.resume_from_step).step
-
-    chosen = runtime.broadcast(choose, "choosing a checkpoint")
-    if chosen is None:
+    step = None if config.resume_from_step < 0 else config.resume_from_step
+    if step is None and not runtime.broadcast(lambda: list_steps(folder), "listing the checkpoints"):
         runtime.print0(f"nothing saved in {folder} yet: starting from the beginning")
         return None
-    return open_checkpoint(folder, chosen, verify=False)
+    return read_checkpoint(folder, step, lambda checkpoint: checkpoint, True, runtime)
 
 
 class SavedPlan(TypedDict):
@@ -309,15 +304,9 @@ def run_to_end(trainer: Trainer, folder: Path, resume_command: str) -> int:
     except (NonFiniteLoss, RanksDiverged) as error:  # these and the following are raised on all ranks
         runtime.error0(f"\nerror: {error}")
     except DataError as error:
-        saved = trainer.saver.last_step
-        where = "nothing is saved yet" if saved is None else f"step {saved} is saved"
-        runtime.error0(f"\nerror: data cannot be read: {error}; {where}; {resume}")
+        runtime.error0(f"\nerror: data cannot be read: {error}; {trainer.last_good()}; {resume}")
     except SaveFailed as error:
-        saved = trainer.saver.last_step
-        last = "none" if saved is None else f"step {saved}"
-        runtime.error0(
-            f"\nerror: {error}; the last good checkpoint in {folder} is {last}; once its disk is in order, {resume}"
-        )
+        runtime.error0(f"\nerror: {error}; {trainer.last_good()} in {folder}; once its disk is in order, {resume}")
     return 1
 
 

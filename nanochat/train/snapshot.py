@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import Checkpoint, load_model_state, save_checkpoint
+from nanochat.checkpoint.saving import save_checkpoint
+from nanochat.checkpoint_manager import Checkpoint, load_model_state
 from nanochat.common import UserError, first_line, format_count, warn
 from nanochat.cpu import kernels
 from nanochat.distributed.collectives import BackgroundGroup

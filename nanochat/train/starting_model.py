@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from nanochat.checkpoint.folder import list_steps
-from nanochat.checkpoint_manager import Checkpoint, find_run, load_model, read_checkpoint, run_dir
+from nanochat.checkpoint.runs import find_run, run_dir
+from nanochat.checkpoint_manager import Checkpoint, load_model, read_checkpoint
 from nanochat.common import UserError, get_base_dir
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
@@ -69,8 +70,8 @@ def finetuning_dir(stage: str, source: str, config: TrainConfig, source_tag: str
     def choose() -> str:
         if not source_tag and (config.resume or config.resume_from_step >= 0):
             with contextlib.suppress(UserError):  # nothing to resume yet
-                return find_run(base_dir, stage, None).name
-        return find_run(base_dir, source, source_tag or None).name
+                return find_run(base_dir, stage).name
+        return find_run(base_dir, source, source_tag).name
 
     return run_dir(base_dir, stage, config.model_tag or runtime.broadcast(choose, "choosing a run"))
 
@@ -90,9 +91,7 @@ def open_starting_model(
         return StartingModel(model, checkpoint.tokenizer(), base["tag"], base["step"], base["recipe"], total)
     base_dir = get_base_dir()
     tag = tag or (run.name if list_steps(run_dir(base_dir, source, run.name)) else "")
-    name = runtime.broadcast(lambda: find_run(base_dir, source, tag or None).name, "choosing a model")
-    model, tokenizer, meta = load_model(
-        source, runtime, base_dir=base_dir, model_tag=name, step=None if step < 0 else step, compute_dtype=runtime.dtype
-    )
+    name = runtime.broadcast(lambda: find_run(base_dir, source, tag).name, "choosing a model")
+    model, tokenizer, meta = load_model(source, runtime, model_tag=name, step=step)
     recipe = meta["base"]["recipe"] if "base" in meta else meta["user_config"].get("recipe", "published")
     return StartingModel(model, tokenizer, name, meta["step"], recipe, meta["plan"]["total_batch_tokens"])
