@@ -112,7 +112,7 @@ def execute_code(
     level = choose_level(level)
     worker = acquire_worker(level)
     try:
-        worker.send_job(limits.job(tested=bool(tests)))
+        worker.send(limits.job(tested=bool(tests)))
         result, answer = worker.ask(code, timeout, tests, entry_point)
     except BaseException:
         worker.close()
@@ -142,7 +142,7 @@ class PythonSession:
         self._lock = threading.Lock()
         self._worker: PooledWorker | None = acquire_worker(self.level)
         try:
-            self._worker.send_job(self.limits.job(interactive=True))
+            self._worker.send(self.limits.job(interactive=True))
         except BaseException:
             self._worker.close()
             raise
@@ -212,9 +212,6 @@ class PooledWorker(Worker):
                 atexit.register(close_all)
                 os.register_at_fork(after_in_child=forget_all)
 
-    def send_job(self, limits: dict[str, Any]) -> None:
-        self.send(limits)
-
     def ask(
         self, code: str, timeout: float, tests: str = "", entry_point: str = ""
     ) -> tuple[ExecutionResult, dict[str, Any]]:
@@ -250,13 +247,12 @@ def decode_output(latin1: str) -> str:
 def acquire_worker(level: str) -> PooledWorker:
     """An idle worker of that level, or a new one."""
     with _lock:
-        fitting = [worker for worker in _idle if worker.level == level]
-        worker = fitting[-1] if fitting else None
+        worker = next((worker for worker in reversed(_idle) if worker.level == level), None)
         if worker:
             _idle.remove(worker)
-    if worker and worker.process.poll() is None:
-        return worker
     if worker:
+        if worker.process.poll() is None:
+            return worker
         worker.close()
     try:
         return PooledWorker(level)

@@ -11,6 +11,7 @@ from nanochat.common import UserError, get_base_dir, say, write_json
 from nanochat.dataset import Corpus
 from nanochat.evals.contamination import NGRAM, Index
 from nanochat.evals.core_bundle import read_bundle
+from nanochat.output import ProgressLine
 from nanochat.report import record_stage
 from nanochat.reporting.console import print_table
 from scripts import _cli
@@ -18,7 +19,6 @@ from scripts._data import DataConfig
 from tasks.hub import HubTask
 from tasks.registry import TASKS, make_task
 
-LOG_SECONDS = 10.0  # between progress lines
 QUESTION_PREFIX = re.compile(r"^\s*(?:question|passage|context)\s*:\s*", re.IGNORECASE)
 
 
@@ -73,14 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def documents(corpus: Corpus, max_documents: int) -> Iterator[str]:
     """The texts of the training documents (all if `max_documents` is negative), with progress lines."""
-    last_line = time.perf_counter()
+    progress = ProgressLine(lambda: f"{number:,} documents checked")
     for number, document in enumerate(corpus.iter_documents("train")):
         if 0 <= max_documents <= number:
-            return
-        if time.perf_counter() - last_line > LOG_SECONDS:
-            last_line = time.perf_counter()
-            say(f"{number:,} documents checked")
+            break
+        progress.show()
         yield document.text
+    progress.close()
 
 
 def read_benchmarks(config: Config, base_dir: Path) -> tuple[dict[str, list[list[str]]], list[str]]:

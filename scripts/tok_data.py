@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock, Timeout
 
@@ -17,6 +18,7 @@ from nanochat.data.pretokenized import is_valid, token_path
 from nanochat.data.shards import ShardCorpus
 from nanochat.data.tokenize_shards import tokenize_shards
 from nanochat.output import ProgressLine
+from nanochat.ranges import Range
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import _cli
 from scripts._data import DataConfig
@@ -26,12 +28,8 @@ from scripts._data import DataConfig
 class Config(DataConfig):
     """Tokenise a corpus before training, many shards at a time. If interrupted, the same command continues."""
 
-    workers: int = -1
+    workers: Annotated[int, Range(1, unset=-1)] = -1
     """Processes; -1: one for each core. Each works on a shard of its own."""
-
-    def __post_init__(self) -> None:
-        if self.workers == 0 or self.workers < -1:
-            raise UserError(f"--workers must be at least 1 (or -1 for one a core), got {self.workers}")
 
 
 @dataclass

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from nanochat.common import get_base_dir, visible
+from nanochat.common import get_base_dir
 from nanochat.data.corpus import Document
 from nanochat.ranges import Range
 from nanochat.report import record_stage
+from nanochat.reporting import console
 from nanochat.reporting.curves import scoped
 from nanochat.tokenizer import get_tokenizer
 from scripts import _cli
@@ -66,20 +63,18 @@ def count_by_source(
 
 def print_table(counts: dict[str, dict[str, int]], names: Sequence[str]) -> None:
     """One line per source: bytes per token, and the number of tokens relative to the others'."""
-    table = Table(title="bytes per token on validation text, and tokens relative to the others")
-    for column in ("source", "docs", "MB", *names, *(f"vs {name}" for name in names[1:])):
-        table.add_column(column, justify="left" if column == "source" else "right")
-    for source, row in counts.items():
-        table.add_row(
-            escape(visible(source)),
+    columns = ("source", "docs", "MB", *names, *(f"vs {name}" for name in names[1:]))
+    rows = [
+        (
+            source,
             f"{row['documents']:,}",
             f"{row['bytes'] / 1e6:.2f}",
             *(f"{row['bytes'] / max(1, row[name]):.2f}" for name in names),
             *(f"{row[OURS] / max(1, row[name]) - 1:+.1%}" for name in names[1:]),
-            style="bold" if source == ALL else None,
-            end_section=source == list(counts)[-2:-1],
         )
-    Console().print(table)
+        for source, row in counts.items()
+    ]
+    console.print_table("bytes per token on validation text, and tokens relative to the others", rows, columns)
 
 
 def evaluate(config: Config) -> dict[str, Any]:

@@ -184,7 +184,6 @@ def choose_letters(model: GPT, tokenizer: Tokenizer, conversations: Sequence[Con
     if long := sorted(letter for letter, ids in letter_ids.items() if len(ids) != 1):
         raise UserError(f"this vocabulary has no token for the answers {', '.join(long)}: the task cannot be scored")
     found: list[str] = [""] * len(prompts)
-    was_training = model.training
     model.eval()
     for batch in by_length([len(prompt) for prompt in prompts], BATCH_TOKENS):
         x = model.hidden(pad_rows([prompts[i] for i in batch], model.device))  # (B, T, C)
@@ -194,7 +193,6 @@ def choose_letters(model: GPT, tokenizer: Tokenizer, conversations: Sequence[Con
             letters = conversations[i]["letters"]
             ids = torch.tensor([letter_ids[letter][0] for letter in letters])
             found[i] = letters[int(logits[row, ids].argmax())]
-    model.train(was_training)
     return found
 
 

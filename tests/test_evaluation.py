@@ -177,7 +177,7 @@ def test_humaneval_needs_a_sandbox(
     flags = ["-a", "HumanEval", "--embedded-sample", "-x", "2", "-m", "2", "--device-type=cpu"]
     with pytest.raises(UserError, match=r"'none'.*bubblewrap"):
         chat_eval.main([*flags, "--sandbox=none"])
-    levels._announced.clear()
+    levels.announce.cache_clear()
     assert chat_eval.main([*flags, "--sandbox=unsafe"]) == 0
     said = capsys.readouterr().out
     assert "HumanEval" in said and "sandbox: unsafe" in said

@@ -509,7 +509,7 @@ def test_a_sandbox_that_was_killed_while_idle_is_replaced(any_level: str) -> Non
 
 
 def test_without_a_safe_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(levels, "_found", {})
+    monkeypatch.setattr(levels, "why_unavailable", why_unavailable.__wrapped__)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match=r"bubblewrap.*Linux.*apt install bubblewrap"):
@@ -523,7 +523,7 @@ def test_without_a_safe_level(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unsafe_works_only_by_name_and_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
     if reason := why_unavailable("unsafe"):
         pytest.skip(reason)
-    levels._announced.discard("unsafe")
+    levels.announce.cache_clear()
     result = execute_code("open('f', 'w').write('x'); print(1)", level="unsafe")
     assert result.success and result.level == "unsafe"
     assert execute_code("while True: pass", timeout=0.3, level="unsafe").verdict == "timeout"

@@ -25,8 +25,6 @@ from nanochat.data.corpus import Corpus
 from nanochat.data.listing import list_data, split_entries
 from nanochat.data.to_parquet import MAX_WARNINGS
 from nanochat.dataset import resolve_corpus
-from nanochat.train.config import may_resume
-from nanochat.train.pretraining import PretrainConfig
 from scripts import _cli, tok_train
 
 PLAIN = [text + '\nsecond line, with "quotes"; and\ttabs' for text in make_texts(30)]
@@ -205,12 +203,6 @@ def test_text_field(own: Path, base: Path, tmp_path: Path, monkeypatch: pytest.M
     tok_train.main([f"--data={other}", "--text-field=body", "--vocab-size=270"])
     with pytest.raises(UserError, match="--text-field"):
         tok_train.main([f"--data={other}", "--text-field=bdoy", "--vocab-size=270"])
-
-
-def test_a_run_from_before_a_flag_existed_may_resume() -> None:
-    saved = {"data": "x", "depth": 12}  # no text_field
-    assert may_resume(PretrainConfig(data="x"), saved) and not may_resume(PretrainConfig(data="x", depth=4), saved)
-    assert not may_resume(PretrainConfig(data="x", text_field="body"), saved)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from nanochat.scaling import make_plan
 from nanochat.train import pretraining
 from nanochat.train.build import find_device_batch, try_micro_batches
 from nanochat.train.deadline import Deadline
-from nanochat.train.run import Run, saved_plan
+from nanochat.train.run import Run
 from nanochat.train.starting_model import StartingModel, finetuning_dir
 from nanochat.trainer import Interrupted, Trainer
 from scripts import base_train, chat_rl, chat_sft
@@ -174,25 +173,6 @@ def test_sft_takes_the_batch_that_pretraining_derived(copied: Path, chats: str) 
     assert chat_sft.main([chats, "--num-iterations=1", "--eval-tokens=16", "--device-type=cpu"]) == 0
     sft, base = (open_checkpoint(run_dir(copied, stage, "tiny")).meta["plan"] for stage in ("sft", "base"))
     assert sft["total_batch_tokens"] == base["total_batch_tokens"] == 32
-
-
-def test_a_run_killed_before_its_first_save_keeps_its_plan(tmp_path: Path) -> None:
-    """It keeps the depth and horizon it measured, unless the flags ask for another run."""
-    chosen = {**vars(base_train.Config(depth=3, minutes=5, model_tag="x"))}
-    (tmp_path / "plan.json").write_text(json.dumps({"num_steps": 77, "user_config": chosen}))
-    asked = base_train.Config(depth=-1, minutes=5, model_tag="x", resume=True)
-    assert saved_plan(None, asked, tmp_path) == (77, chosen)
-    assert saved_plan(None, replace(asked, minutes=6), tmp_path) is None
-    assert saved_plan(None, replace(asked, resume=False), tmp_path) is None
-
-
-@pytest.mark.parametrize(
-    "content", ['{"num_steps": 77, "us', "[]", '{"num_steps": null, "user_config": {}}', "\xff" * 9]
-)
-def test_a_damaged_plan_is_made_anew(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "plan.json").write_bytes(content.encode("latin-1"))
-    assert saved_plan(None, base_train.Config(resume=True), tmp_path) is None
-    assert "plan.json" in capsys.readouterr().err
 
 
 def spoil(path: Path) -> None:

@@ -21,10 +21,8 @@ from nanochat.runtime import Runtime
 
 def open_bundle(given: str, base_dir: Path, runtime: Runtime, baselines: str = "v1", only: str = "") -> Bundle:
     """The bundle of --eval-bundle, downloaded by the main rank if need be. Collective."""
-    if runtime.is_main:
-        bundle_folder(given, base_dir)
-    runtime.barrier("downloading the CORE bundle")
-    bundle = read_bundle(bundle_folder(given, base_dir), baselines, only)
+    folder = runtime.broadcast(lambda: str(bundle_folder(given, base_dir)), "downloading the CORE bundle")
+    bundle = read_bundle(Path(folder), baselines, only)
     if bundle.missing:
         runtime.warn0(
             f"{len(bundle.missing)} CORE tasks have no data here: {', '.join(bundle.missing)}; the mean is "

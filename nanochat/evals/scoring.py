@@ -5,7 +5,6 @@ Shapes: B rows, T positions, C channels, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -38,7 +37,7 @@ class Scorer(Protocol):
 
 
 class GPTScorer:
-    """Scores with a nanochat model. Only the scored tokens go through the output head."""
+    """Scores with a nanochat model, in eval mode. Only the scored tokens go through the output head."""
 
     def __init__(self, model: GPT, batch_tokens: int | None = None) -> None:
         self.model, self.batch_tokens = model, batch_tokens or BATCH_TOKENS.get(model.device.type, 8192)
@@ -52,11 +51,11 @@ class GPTScorer:
         whole = [i for i, n in enumerate(saved) if n < MIN_SAVED_TOKENS]
         cached = sorted(((common[i], i) for i, n in enumerate(saved) if n >= MIN_SAVED_TOKENS), reverse=True)
         scores: dict[int, list[Score]] = {}
-        with eval_mode(self.model):
-            scores.update(zip(whole, score_batches([examples[i] for i in whole], self.batch_tokens, self._score_whole)))
-            for group in cache_groups(cached, examples):
-                items = [(examples[i].sequences, n) for n, i in group]
-                scores.update(zip([i for _, i in group], regroup(self._score_cached(items), [s for s, _ in items])))
+        self.model.eval()
+        scores.update(zip(whole, score_batches([examples[i] for i in whole], self.batch_tokens, self._score_whole)))
+        for group in cache_groups(cached, examples):
+            items = [(examples[i].sequences, n) for n, i in group]
+            scores.update(zip([i for _, i in group], regroup(self._score_cached(items), [s for s, _ in items])))
         return [scores[i] for i in range(len(examples))]
 
     def _score_whole(self, sequences: Sequence[Scored]) -> list[Score]:
@@ -152,14 +151,3 @@ def pad_rows(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tenso
     """(B, longest) token ids, padded on the right with 0."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-
-
-@contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """The model in eval mode inside the block, and in its former mode after it."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -107,9 +107,7 @@ class Law:
     @classmethod
     def load(cls, path: Path = LAW_FILE) -> "Law | None":
         """Read a law; None if the file does not exist."""
-        if not path.exists():
-            return None
-        return read_json(path, cls, extra="ignore")  # the errors follow from the resamples
+        return read_json(path, cls, extra="ignore") if path.exists() else None
 
 
 def candidates_by_depth(form: Callable[[int], GPTConfig], depths: Iterable[int]) -> dict[int, Candidate]:

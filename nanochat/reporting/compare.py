@@ -65,8 +65,7 @@ def read_object(path: Path) -> Record:
     if not path.is_file():
         return {}
     try:
-        value = read_json(path)
-        return value if isinstance(value, dict) else {}
+        return read_json(path, dict[str, Any])
     except UserError as error:  # damaged, or the run has deleted this step meanwhile
         warn(str(error))
         return {}

@@ -1,22 +1,25 @@
 """Tables and rendered conversations on the console."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from nanochat.common import on_terminal, say, visible
 from nanochat.conversation import Conversation, Tokenizer, render
+from nanochat.reporting.view import numeric_columns
 
 PREVIEW_TOKENS = 300
 
 
-def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ()) -> None:
-    """Print rows of text; without `columns` the table has no header, as for name/value rows."""
-    table = Table(*map(escape, columns), title=escape(visible(title)), show_header=any(columns))
+def print_table(title: str, rows: Sequence[Sequence[str]], columns: Sequence[str] = ()) -> None:
+    """Print rows of text, numbers to the right; without `columns` the table has no header, as for name/value rows."""
+    numeric = numeric_columns(rows, len(columns))
+    headers = [Column(escape(name), justify="right" if right else "left") for name, right in zip(columns, numeric)]
+    table = Table(*headers, title=escape(visible(title)), show_header=any(columns))
     for row in rows:
         table.add_row(*(escape(visible(cell)) for cell in row))
     console = Console()

@@ -5,7 +5,6 @@ Markdown the filters `markdown` and `fence` do.
 """
 
 import re
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from nanochat.reporting.view import (
     format_cell,
     headline,
     mixed_runs,
+    numeric_columns,
     running_stages,
     samples_by_stage,
     skills_of,
@@ -106,15 +106,6 @@ def draw_curve(curve: Curve) -> Markup:
     elif len(curve.values) >= 50:  # without the steep start, which would flatten the rest
         limits = limits_around(curve.values[len(curve.values) // 50 :])
     return draw_chart(curve.title, lines, limits)
-
-
-def numeric_columns(rows: Sequence[Sequence[Any]], num_columns: int) -> list[bool]:
-    """Which columns hold only numbers (or nothing); never the first, which names the row."""
-
-    def is_numeric(column: int) -> bool:
-        return column > 0 and all(row[column] is None or re.match(r"[-+.]?\d", str(row[column])) for row in rows)
-
-    return [is_numeric(column) for column in range(num_columns)]
 
 
 def escape_markdown(value: Any) -> str:

@@ -1,7 +1,8 @@
 """The contents of a report as plain values, for the pages and for the terminal: stages, facts, skills, samples."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,14 @@ def format_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
     return "" if value is None else str(value)
+
+
+def numeric_columns(rows: Sequence[Sequence[Any]], num_columns: int) -> list[bool]:
+    """Which columns hold only numbers (or nothing); never the first, which names the row."""
+    return [
+        column > 0 and all(row[column] is None or re.match(r"[-+.]?\d", str(row[column])) for row in rows)
+        for column in range(num_columns)
+    ]
 
 
 # (label, stage, key, format) of the main numbers of the pipeline.

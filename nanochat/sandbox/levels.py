@@ -5,13 +5,13 @@ namespaces, such as most rented containers. unsafe: resource limits only, never 
 add a system call filter (nanochat/sandbox/lock.py) and need Linux.
 """
 
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from typing import Any
 
@@ -93,25 +93,14 @@ class Worker:
 # ---------------------------------------------------------------------------------------------------
 # Choice of the level
 
-_found: dict[str, str] = {}  # by level why it is unavailable; "" if it is available
-_announced: set[str] = set()
-_lock = threading.Lock()
 
-
+@functools.cache
 def why_unavailable(level: str) -> str:
-    """Reason why the level does not work on this machine, "" if it does. Tried once per process."""
-    with _lock:
-        if level not in _found:
-            try:
-                _found[level] = try_out(level)
-            except Unavailable as error:
-                _found[level] = str(error) or "it did not start"
-        return _found[level]
-
-
-def try_out(level: str) -> str:
-    """Run an empty program; the reason if that fails, else ""."""
-    worker = Worker(level)
+    """Reason why the level does not work on this machine, "" if it does: an empty program is run, once per process."""
+    try:
+        worker = Worker(level)
+    except Unavailable as error:
+        return str(error) or "it did not start"
     try:
         limits = {"timeout": 10, "cpu_seconds": 10, "memory_bytes": 1 << 29, "file_bytes": 0, "output_bytes": 1 << 12}
         worker.send({**limits, "tested": False, "interactive": False})
@@ -138,8 +127,7 @@ def choose_level(level: str = "") -> str:
     raise UserError(f"no sandbox is available to run code in ({because}); {INSTALL_HINT}")
 
 
+@functools.cache
 def announce(level: str) -> None:
     """Print the level in use, once."""
-    if level not in _announced:
-        _announced.add(level)
-        say(f"sandbox: {level}" + (", without protection against malicious code" if level == "unsafe" else ""))
+    say(f"sandbox: {level}" + (", without protection against malicious code" if level == "unsafe" else ""))

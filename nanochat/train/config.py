@@ -128,9 +128,3 @@ def merge_saved_config(given: Config, saved: dict[str, Any]) -> Config:
     merged = check_value(values, "the saved run's flags", type(given), extra="forbid")
     check_ranges(merged)
     return merged
-
-
-def may_resume(given: TrainConfig, saved: dict[str, Any]) -> bool:
-    """Whether the given flags ask for the saved run's numbers, as far as they ask for any."""
-    rules, saved = resume_rules(given), asdict(type(given)()) | saved  # a flag that is newer than the run
-    return all(saved[k] == v for k, v in asdict(given).items() if rules.get(k) is not OnResume.NEW and v != -1)

@@ -4,7 +4,6 @@ Both are measured by training for a few seconds before the run.
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, align_batch, 
 from nanochat.train.build import choose_device_batch, compiled_loss, make_optimizer, random_batch
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep
-from nanochat.train.timing import batch_for_minutes, measure_peak_flops, steps_in
+from nanochat.train.timing import batch_for_minutes, measure_peak_flops, steps_in, time_calls
 
 MEASURING_SECONDS = 20.0
 SHORTEST_ROW = 256  # tokens: fewer would not keep the matrix products busy
@@ -105,7 +104,7 @@ def measure_pace(config: GPTConfig, gpu: Gpu, runtime: Runtime) -> Pace:
     for trial, rows in trials(config, choose_device_batch(-1, 2**30, config.sequence_len, runtime)):
         trial_cost, trial_params = estimate(trial)
         tokens = rows * trial.sequence_len
-        seconds = 2 * (tokens * trial_cost + update_flops(trial)) / usual  # one warm-up, at least one measurement
+        seconds = 3 * (tokens * trial_cost + update_flops(trial)) / usual  # one to warm up, at least two to measure
         memory = sum(memory_by_kind(trial, gpu, 1, rows).values())
         if seconds > MEASURING_SECONDS or memory > gpu.memory_bytes / 2:
             continue
@@ -146,29 +145,12 @@ def update_flops(config: GPTConfig) -> float:
 
 
 def time_step(config: GPTConfig, rows: int, runtime: Runtime) -> tuple[float, float]:
-    """(seconds of one micro-batch, seconds of one update): each the fastest of up to 5, after a warm-up."""
+    """(seconds of one micro-batch, seconds of one update): each the fastest of up to 5."""
     model = GPT.create(config, runtime.device, runtime.dtype)
     optimizer = make_optimizer(model, OptimizerConfig(), runtime, 1.0, 0.0)
     loss_fn = compiled_loss(model, "auto", runtime)
     step = TrainStep(model, optimizer, runtime, ScheduleConfig(1000), rows, loss_fn)
     batch = random_batch(rows, config.sequence_len, config.vocab_size, runtime)
-    step(batch)
-    micro: list[float] = []
-    update: list[float] = []
-    while not micro or (
-        len(micro) < 5 and runtime.all_reduce_max(sum(micro) + sum(update), "timing steps") < MEASURING_SECONDS / 8
-    ):
-        started = read_clock(runtime)
-        step.accumulate(batch)
-        accumulated = read_clock(runtime)
-        optimizer.step()
-        micro.append(accumulated - started)
-        update.append(read_clock(runtime) - accumulated)
-        model.zero_grad(set_to_none=True)
-    return runtime.all_reduce_max(min(micro), "timing steps"), runtime.all_reduce_max(min(update), "timing steps")
-
-
-def read_clock(runtime: Runtime) -> float:
-    """Seconds, once the device is idle."""
-    runtime.synchronize()
-    return time.perf_counter()
+    micro = time_calls(lambda: step.accumulate(batch), runtime, MEASURING_SECONDS / 16, most=5)
+    update = time_calls(optimizer.step, runtime, MEASURING_SECONDS / 16, most=5)
+    return min(micro), min(update)

@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any, Generic
 
 from filelock import FileLock, Timeout
-from typing_extensions import TypedDict
 
 from nanochat.checkpoint.async_save import SaveFailed
 from nanochat.checkpoint.folder import list_steps
-from nanochat.checkpoint.meta import Count
 from nanochat.checkpoint_manager import Checkpoint, read_checkpoint
 from nanochat.common import (
     UserError,
@@ -38,14 +36,13 @@ from nanochat.common import (
 )
 from nanochat.distributed.collectives import BackgroundGroup, CollectiveFailed
 from nanochat.distributed.rank_checks import DataError, NonFiniteLoss, RanksDiverged
-from nanochat.files import read_json
 from nanochat.report import record_stage
 from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.build import fit_device_batch
 from nanochat.train.commands import command_line, describe_flags, train_on_command
-from nanochat.train.config import HORIZON, Config, TrainConfig, ignored_flags, may_resume, merge_saved_config
+from nanochat.train.config import HORIZON, Config, TrainConfig, ignored_flags, merge_saved_config
 from nanochat.train.metrics import Metrics, check_sinks, cut_metrics, open_sinks
 from nanochat.train.snapshot import check_disk, restore_trainer, take_snapshot
 from nanochat.train.timing import deadline_for, measure_peak_flops
@@ -61,8 +58,13 @@ class Run(Generic[Config]):
     config: Config
     runtime: Runtime
     checkpoint: Checkpoint | None = None  # to resume from
-    planned_steps: int | None = None  # of an earlier session: rates and decay follow from it, so it stays
     shown: dict[str, Any] = field(default_factory=dict)  # values for the report besides the figures
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps planned in the run's first session: rates and decay follow from them, so they stay."""
+        plan = self.checkpoint.meta["plan"] if self.checkpoint else {}
+        return plan.get("planned_steps", plan.get("num_steps"))
 
     @property
     def finished(self) -> bool:
@@ -192,13 +194,12 @@ def open_run(script: str, folder: Path, config: Config, runtime: Runtime) -> Ite
     the flags ask for something else of a run that is finished."""
     with lock_folder(folder, runtime):
         checkpoint = choose_checkpoint(folder, config, runtime)
-        planned_steps = None
-        if saved := saved_plan(checkpoint, config, folder):
-            planned_steps, flags = saved
+        if checkpoint:
+            flags = checkpoint.meta["user_config"]
             ignored = ignored_flags(config, flags)
             config = merge_saved_config(config, flags)
             check_ignored(script, folder, config, ignored, checkpoint)
-        yield Run(script, folder, config, runtime, checkpoint, planned_steps)
+        yield Run(script, folder, config, runtime, checkpoint)
 
 
 @contextlib.contextmanager
@@ -232,39 +233,13 @@ def choose_checkpoint(folder: Path, config: TrainConfig, runtime: Runtime) -> Ch
     return read_checkpoint(folder, step, lambda checkpoint: checkpoint, True, runtime)
 
 
-class SavedPlan(TypedDict):
-    """plan.json."""
-
-    num_steps: Count
-    user_config: dict[str, Any]
-
-
-def saved_plan(checkpoint: Checkpoint | None, config: TrainConfig, folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """(steps planned before the first one, flags) of the run to resume; None for a fresh run.
-
-    A run killed before its first save has only plan.json; it counts if the flags ask for the same run.
-    """
-    if checkpoint:
-        plan = checkpoint.meta["plan"]
-        return plan.get("planned_steps", plan["num_steps"]), checkpoint.meta["user_config"]
-    if config.resume and (folder / "plan.json").exists():
-        try:
-            plan = read_json(folder / "plan.json", SavedPlan)
-        except UserError:
-            warn(f"{folder / 'plan.json'} is damaged: as nothing is saved yet, the run is planned anew")
-            return None
-        if may_resume(config, plan["user_config"]):
-            return plan["num_steps"], plan["user_config"]
-    return None
-
-
 def check_ignored(
-    script: str, folder: Path, config: TrainConfig, ignored: dict[str, Any], checkpoint: Checkpoint | None
+    script: str, folder: Path, config: TrainConfig, ignored: dict[str, Any], checkpoint: Checkpoint
 ) -> None:
     """Warn of the flags that a resumed run ignores. Raises UserError if the run is finished: nothing would be done."""
     if not ignored:
         return
-    if checkpoint and is_finished(checkpoint):
+    if is_finished(checkpoint):
         command = train_on_command(script, folder, config, checkpoint.step, ignored)
         raise UserError(
             f"the run {folder.name} is finished after {checkpoint.step} steps: {describe_flags(ignored)} would change "

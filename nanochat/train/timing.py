@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -33,16 +34,18 @@ def measure_peak_flops(runtime: Runtime, seconds: float = 0.3) -> float:
     return 2 * size**3 * count / (time.perf_counter() - started)
 
 
-def measure_step(step: TrainStep, batch: Batch, budget: float) -> float:
-    """Seconds of one whole optimizer step: the median of at least two, taken within about `budget` seconds."""
-    step(batch)  # warm-up: allocation, compilation
+def time_calls(call: Callable[[], Any], runtime: Runtime, seconds: float, most: int) -> list[float]:
+    """Seconds of each call on the slowest rank, after one to warm up: at least two, and up to `most` within about
+    `seconds`. Collective."""
+    call()  # allocation, compilation
     times: list[float] = []
-    while len(times) < 2 or (sum(times) < budget and len(times) < 20):
+    while len(times) < 2 or (sum(times) < seconds and len(times) < most):
+        runtime.synchronize()
         started = time.perf_counter()
-        step(batch)
-        # The slowest rank's time, so that all ranks stop after the same number of steps.
-        times.append(step.runtime.all_reduce_max(time.perf_counter() - started, "timing a step"))
-    return float(median(times))
+        call()
+        runtime.synchronize()
+        times.append(runtime.all_reduce_max(time.perf_counter() - started, "timing steps"))
+    return times
 
 
 def batch_for_minutes(device_type: str) -> int:
@@ -64,7 +67,7 @@ def steps_for_minutes(
     """
     step = make_step(copy.deepcopy(model))
     fit_device_batch(step, config.device_batch_size, batch.inputs.size(1))
-    seconds = measure_step(step, batch, budget=min(10.0, config.minutes * 60 * 0.04))
+    seconds = median(time_calls(lambda: step(batch), runtime, min(10.0, config.minutes * 60 * 0.04), most=20))
     steps = steps_in(config.minutes, seconds)
     runtime.print0(
         f"timed a few steps on this machine, {seconds:.3g} s each: at this pace about {steps:,} fit in "
