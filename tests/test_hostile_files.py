@@ -16,9 +16,9 @@ import torch
 from checkpoint_helpers import STATES, config, seal, tokenizer
 from hostile_files import ODD_FILES, fifo, huge, mutate_file, reseal
 
-from nanochat.checkpoint.tensor_file import read_shapes, read_tensors, tensor_chunks, write_file
 from nanochat.checkpoint.runs import run_dir
 from nanochat.checkpoint.saving import save_checkpoint
+from nanochat.checkpoint.tensor_file import read_shapes, read_tensors, tensor_chunks, write_file
 from nanochat.checkpoint_manager import load_model, open_checkpoint
 from nanochat.common import UserError
 from nanochat.data.batches import saved_numbers
