@@ -16,7 +16,7 @@ from nanochat.inference.sampling import SamplingParams
 from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from nanochat.serve.api import ServerMetrics, Settings
-from nanochat.serve.hosts import is_loopback
+from nanochat.serve.hosts import check_allowed, is_loopback
 from nanochat.serve.server import create_app
 from nanochat.serve.uvicorn_server import Server, limit_pauses, open_sockets, url_host
 from scripts import _cli
@@ -55,6 +55,7 @@ class Config(ReplicaConfig):
     def __post_init__(self) -> None:
         if self.workers and (self.num_gpus > 1 or self.device_type not in ("", "cpu")):
             raise UserError("--workers is for a CPU; on GPUs use --num-gpus, a replica on each")
+        check_allowed(self.allow_host, self.cors)
         try:
             SamplingParams(self.temperature, self.top_k)
         except ValueError as error:

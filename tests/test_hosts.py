@@ -81,6 +81,27 @@ def settings(*arguments: str) -> Settings:
     return chat_web.settings_of(config, chat_web.read_keys(config.api_key_file), "nanochat")
 
 
+@pytest.mark.parametrize("name", ["http://x.example", "*.example", "", "a b@c", "x.example/y"])
+def test_names_that_no_request_can_have(name: str) -> None:
+    with pytest.raises(UserError, match="--allow-host"):
+        settings(f"--allow-host={name}")
+
+
+@pytest.mark.parametrize("origin", ["localhost:3000", "http://x.example/", "https://X.example", "://x.example", ""])
+def test_origins_that_no_page_can_have(origin: str) -> None:
+    with pytest.raises(UserError, match="--cors"):
+        settings(f"--cors={origin}")
+    assert (
+        settings("--cors=https://x.example:8443", "--cors=null", "--cors=*").cors_origins[0] == "https://x.example:8443"
+    )
+
+
+def test_addresses_are_allowed_by_a_flag() -> None:
+    with Live(app_of(settings("--allow-host=FE80::1", "--allow-host=10.1.2.3", "--host="))) as live:
+        assert ask(live, "[fe80::1]:80") == ask(live, "10.1.2.3") == 200
+        assert ask(live, "[fe80::2]") == ask(live, "a@b") == 403
+
+
 def ask(live: Live, host: str | None, *headers: str, path: str = "/health") -> int:
     hosts = [] if host is None else [f"Host: {host}"]
     lines = [f"GET {path} HTTP/1.{int(host is not None)}", *hosts, *headers, "Connection: close", "", ""]

@@ -7,11 +7,13 @@ machine only: the name in the `Host` header has to be this machine's, since a pa
 
 import ipaddress
 import socket
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
+from nanochat.common import UserError
 from nanochat.serve.api import Settings
 from nanochat.serve.errors import ApiError
 
@@ -25,6 +27,17 @@ def host_name(authority: str) -> str:
         return (split.hostname or "").removesuffix(".") if plain else ""
     except ValueError:
         return ""
+
+
+def check_allowed(hosts: Sequence[str], origins: Sequence[str]) -> None:
+    """Raise UserError for a name in --allow-host, or an origin in --cors, that no request can have."""
+    for host in hosts:
+        if host != "*" and ("*" in host or not (host_name(host) or parse_address(host))):
+            raise UserError(f"--allow-host={host}: give a name or an address, as chat.example.com, or * for any")
+    for origin in origins:
+        scheme, _, authority = origin.partition("://")
+        if origin not in ("*", "null") and not (scheme and host_name(authority) and origin == origin.lower()):
+            raise UserError(f"--cors={origin}: give SCHEME://HOST[:PORT], as https://example.com, or * for any")
 
 
 def parse_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -57,7 +70,7 @@ def check_addressed(scope: Any, settings: Settings) -> None:
     headers = Headers(scope=scope)
     authority, origin = headers.get("host", ""), headers.get("origin")
     name = host_name(authority)
-    allowed = {host_name(host) for host in settings.allow_hosts}
+    allowed = {str(parse_address(host) or host_name(host)) for host in settings.allow_hosts} - {""}
     if authority and "*" not in settings.allow_hosts and name not in allowed and not is_own(name, scope.get("server")):
         raise ApiError(
             403,
