@@ -19,8 +19,8 @@ from nanochat.inference.request import ContextExceeded, GenerationRequest
 from nanochat.inference.tools import WITH_PYTHON
 from nanochat.serve.api import Api
 from nanochat.serve.errors import ApiError
-from nanochat.serve.known_fields import KnownFields
-from nanochat.serve.request_models import MAX_CHARS, Body, Flag, GenerationBody, null_means
+from nanochat.serve.known_fields import Body, KnownFields
+from nanochat.serve.request_models import MAX_CHARS, Flag, GenerationBody, null_means
 
 MAX_MESSAGES = 2000
 MAX_CALLS = 1000  # of tools, in all messages
@@ -161,13 +161,12 @@ class PromptEnding(Body):
 # As a conversation
 
 
-def message_error(field: str, number: int, message: Message, reason: str) -> ApiError:
-    return ApiError(400, f"{field}.{number} (role {message.role!r}): {reason}", param=f"{field}.{number}")
+def message_error(number: int, message: Message, reason: str) -> ApiError:
+    return ApiError(400, f"messages.{number} (role {message.role!r}): {reason}", param=f"messages.{number}")
 
 
-def to_conversation(messages: Sequence[Message], field: str = "messages") -> list[dict[str, Any]]:
-    """Messages as nanochat.conversation has them, see the top of this file. Raises ApiError, which names the message as
-    `field`.number."""
+def to_conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as nanochat.conversation has them, see the top of this file. Raises ApiError."""
     names = {message.name for message in messages if message.role == "user" and message.name}
     found: list[dict[str, Any]] = []
     calls: list[tuple[str, dict[str, str]]] = []  # (id, part) of the last assistant's calls without an output
@@ -179,7 +178,7 @@ def to_conversation(messages: Sequence[Message], field: str = "messages") -> lis
         if message.role in ("tool", "function"):
             answered = next((call for call in calls if message.tool_call_id in (None, call[0]) or not call[0]), None)
             if answered is None:
-                raise message_error(field, number, message, "it answers no call of the assistant message before it")
+                raise message_error(number, message, "it answers no call of the assistant message before it")
             calls.remove(answered)
             earlier = found[-1]["content"]
             after = 1 + next(i for i, part in enumerate(earlier) if part is answered[1])
@@ -193,23 +192,21 @@ def to_conversation(messages: Sequence[Message], field: str = "messages") -> lis
             content = f"{message.name}: {text}"
         found.append({"role": role, "content": content, "merged": 1})
     if num_chars > MAX_CHARS:
-        raise ApiError(400, f"{field}: more than {MAX_CHARS} characters together", param=field)
+        raise ApiError(400, f"messages: more than {MAX_CHARS} characters together", param="messages")
     return merge_messages(found)
 
 
-def continues_last(
-    conversation: Sequence[dict[str, Any]], messages: Sequence[Message], asked: bool, field: str = "messages"
-) -> bool:
+def continues_last(conversation: Sequence[dict[str, Any]], messages: Sequence[Message], asked: bool) -> bool:
     """Whether the answer continues the last assistant turn: after the output of a tool, and where the client asks for
     it. Raises ApiError if there is none, or one of which the client does not say so."""
     number, last = len(messages) - 1, messages[-1]
     if conversation[-1]["role"] == "assistant":
         if not asked and not last.prefix and last.role not in ("tool", "function"):
             reason = "end with a user message, or continue this one with continue_final_message: true"
-            raise message_error(field, number, last, reason)
+            raise message_error(number, last, reason)
         return True
     if asked and last.role != "assistant":
-        raise message_error(field, number, last, "only an assistant message can be continued")
+        raise message_error(number, last, "only an assistant message can be continued")
     return False
 
 
@@ -221,19 +218,18 @@ def chat_request(
     *,
     continue_last: bool = False,
     top_logprobs: int | None = None,
-    field: str = "messages",
 ) -> GenerationRequest:
     """The answer to `messages`, of which the oldest are dropped if they are too long together. Raises ApiError.
 
     max_tokens None: what the prompt leaves of the context. continue_last: the client asks for the last assistant
-    message to be continued. `field`: the name of the messages in errors.
+    message to be continued.
     """
-    chat_model, conversation = api.settings.chat_model, to_conversation(messages, field)
-    continued = chat_model and continues_last(conversation, messages, continue_last, field)
+    chat_model, conversation = api.settings.chat_model, to_conversation(messages)
+    continued = chat_model and continues_last(conversation, messages, continue_last)
     try:
         prompt, kept = fit_prompt(api.tokenizer, conversation, api.max_context, chat_model, continued)
     except ContextExceeded as error:
-        raise ApiError(400, str(error), param=field, code="context_length_exceeded") from error
+        raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from error
     dropped = sum(message["merged"] for message in conversation) - sum(message["merged"] for message in kept)
     return GenerationRequest(
         prompt,

@@ -1,15 +1,13 @@
 """Request bodies, checked field by field: what several endpoints share. Names and meanings are OpenAI's, and vLLM's
-where OpenAI has none; `regex` and `choice` are our own."""
+where OpenAI has none."""
 
 import re
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
-from nanochat.serve.known_fields import HARMLESS, NEUTRAL, Body, KnownFields
-from nanochat.serve.structured_output import Choices, Pattern, ResponseFormat, Schema, StructuredOutputs
-
-__all__ = ["Body"]
+from nanochat.serve.known_fields import HARMLESS, NEUTRAL, KnownFields
+from nanochat.serve.structured_output import StructuredFields
 
 MAX_CHARS = 200_000  # of all messages together, or of a prompt
 MAX_SAMPLES = 32
@@ -63,7 +61,7 @@ class StreamOptions(KnownFields):
     include_usage: Flag = False
 
 
-class GenerationBody(KnownFields):
+class GenerationBody(StructuredFields):
     """Fields of every generating request. Those of SamplingParams have its names; None is the server's default."""
 
     harmless = HARMLESS
@@ -88,13 +86,6 @@ class GenerationBody(KnownFields):
     frequency_penalty: Penalty = None
     repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
     logit_bias: LogitBias | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Schema | None = None
-    guided_regex: Pattern | None = None
-    guided_choice: Choices | None = None
-    regex: Pattern | None = None
-    choice: Choices | None = None
 
     @field_validator("seed")
     @classmethod

@@ -13,8 +13,9 @@ from nanochat.serve import answers
 from nanochat.serve.api import Api, ApiDependency
 from nanochat.serve.errors import FieldError
 from nanochat.serve.generation import Generation
+from nanochat.serve.known_fields import Body
 from nanochat.serve.messages import Messages, PromptEnding, chat_request
-from nanochat.serve.request_models import Body, Flag, GenerationBody, MaxTokens, Temperature, TopK, null_means
+from nanochat.serve.request_models import Flag, GenerationBody, MaxTokens, Temperature, TopK, null_means
 from nanochat.serve.sample import FinishReason
 
 router = APIRouter()

@@ -6,7 +6,7 @@ structured_outputs, guided_*  vLLM's, of today and of before
 """
 
 import json
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -45,19 +45,19 @@ class StructuredOutputs(KnownFields):
     choice: Choices | None = None
 
 
-class Fields(Protocol):
-    """The fields of a request that say what its answer must match."""
+class StructuredFields(KnownFields):
+    """The fields of a request that say what its answer must match: at most one of them."""
 
-    response_format: ResponseFormat | None
-    structured_outputs: StructuredOutputs | None
-    guided_json: Schema | None
-    guided_regex: str | None
-    guided_choice: list[str] | None
-    regex: str | None
-    choice: list[str] | None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    regex: Pattern | None = None
+    choice: Choices | None = None
 
 
-def answer_grammar(tokenizer: Tokenizer, body: Fields) -> str | None:
+def answer_grammar(tokenizer: Tokenizer, body: StructuredFields) -> str | None:
     """The grammar of the answer, compiled; None for free text. Raises ApiError. May take a second: not for the event
     loop."""
     found = [(name, kind, value) for name, kind, value in _given(body) if value is not None]
@@ -75,7 +75,7 @@ def answer_grammar(tokenizer: Tokenizer, body: Fields) -> str | None:
     return grammar
 
 
-def _given(body: Fields) -> list[tuple[str, str, Any]]:
+def _given(body: StructuredFields) -> list[tuple[str, str, Any]]:
     """(field, what it is, its value) of all fields; the value is None where the request has none."""
     vllm = body.structured_outputs or StructuredOutputs()
     return [
