@@ -61,9 +61,10 @@ def json_grammar(schema: dict[str, Any] | bool) -> str:
         raise UserError("the schema false matches nothing")
     schema = {} if schema is True else schema
     check_schema(schema)
+    text = _checked(json.dumps(schema), "schema")
     overrides: Any = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": WHITESPACE}
     try:
-        return LLMatcher.grammar_from_json_schema(_checked(json.dumps(schema), "schema"), overrides=overrides)
+        return LLMatcher.grammar_from_json_schema(text, overrides=overrides)
     except ValueError as error:
         raise UserError(f"the schema cannot be followed: {_first_line(str(error))}") from error
 
