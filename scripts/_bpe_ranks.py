@@ -15,6 +15,7 @@ from pathlib import Path
 import tiktoken
 
 from nanochat.common import UserError, warn
+from nanochat.evals.hf_model import byte_letters
 from nanochat.tokenizer import encodable_pieces
 
 Counter = Callable[[list[str]], int]  # texts -> number of tokens
@@ -70,16 +71,11 @@ def parse_ranks(path: Path) -> dict[bytes, int]:
     if not lines or not lines[0].startswith(b"#version"):
         pairs = (line.split() for line in lines if line)
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    # GPT-2 writes bytes as characters: visible Latin-1 as itself, the rest shifted up, in this order.
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    order = visible + [value for value in range(256) if value not in set(visible)]
-    value_of = {
-        chr(value if rank < len(visible) else 256 + rank - len(visible)): value for rank, value in enumerate(order)
-    }
-    ranks = {bytes([value]): rank for rank, value in enumerate(order)}
+    letters = byte_letters()
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(letters.values())}
     for line in lines[1:]:
         first, second = line.decode("utf-8").split(" ")
-        ranks[bytes(value_of[character] for character in first + second)] = len(ranks)
+        ranks[bytes(letters[character] for character in first + second)] = len(ranks)
     return ranks
 
 

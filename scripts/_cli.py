@@ -41,7 +41,7 @@ class ModelConfig:
     """cuda, mps or cpu; empty picks the best there is."""
 
 
-def parse(config: type[Config], argv: Sequence[str] | None = None, description: str | None = None) -> Config:
+def parse(config: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Build `config` from the command line and check its ranges. A leading `--`, as torchrun users type it, is skipped.
 
     Raises UserError, in one line, for unknown flags and bad values.
@@ -53,7 +53,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            parsed = tyro.cli(config, args=args, description=description or config.__doc__, prog=program_name())
+            parsed = tyro.cli(config, args=args, description=config.__doc__, prog=program_name())
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

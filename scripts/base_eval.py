@@ -76,7 +76,7 @@ def evaluate(config: Config, evaluations: list[str], runtime: Runtime) -> int:
     if "core" in evaluations:  # before loading a model: it may be missing
         bundle = open_bundle(config.eval_bundle, base_dir, runtime, config.baselines, config.core_tasks)
     subject = load_subject(config, runtime)
-    values = subject.report_values()
+    values: dict[str, Any] = {}
     if "bpb" in evaluations:
         corpus = open_evaluation_corpus(
             subject, config.data, runtime, base_dir, text_field=config.text_field, skip_bad=config.skip_bad_shards
@@ -92,7 +92,13 @@ def evaluate(config: Config, evaluations: list[str], runtime: Runtime) -> int:
         core = evaluate_core(config, subject, bundle, runtime, base_dir)
         values |= core | {"tables": values.get("tables", {}) | core["tables"]}
     if runtime.is_main and subject.meta and not config.int8:  # the report shows the model as trained
-        values |= {"seconds": time.perf_counter() - started, "command": command_line("base_eval", config)}
+        values |= {
+            "model": subject.name,
+            "step": subject.meta["step"],
+            "num_params": subject.model.num_scaling_params()["total"],
+            "seconds": time.perf_counter() - started,
+            "command": command_line("base_eval", config),
+        }
         record_stage(base_dir, "base_eval", values)
     return 0
 

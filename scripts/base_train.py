@@ -5,6 +5,7 @@ The flags, and how model, plan and training step follow from them, are in nanoch
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from nanochat.checkpoint.runs import run_dir
 from nanochat.common import UserError, get_base_dir, say
@@ -81,16 +82,14 @@ def train(config: Config, runtime: Runtime) -> int:
             if config.minutes > 0:  # leave time for it
                 trainer.hooks[-1].seconds = estimate_core_seconds(trainer, *core)
 
-        code = run.train(
+        return run.train(
             trainer,
             tokenizer,
             sequence_len=config.max_seq_len,
             total_batch_tokens=plan.total_batch_tokens,
             meta={"stage": "base", "corpus": corpus.fingerprint},
+            report=partial(report, run, trainer, plan),
         )
-        if code == 0 and runtime.is_main:
-            report(run, trainer, plan)
-        return code
 
 
 def make_hooks(config: Config, corpus: Corpus, tokenizer: RustBPETokenizer, runtime: Runtime) -> list[Hook]:
@@ -114,7 +113,7 @@ def make_hooks(config: Config, corpus: Corpus, tokenizer: RustBPETokenizer, runt
 def report(run: Run[Config], trainer: Trainer, plan: Plan) -> None:
     """Put the run's figures into the report."""
     now = trainer.progress
-    values = now.throughput() | {
+    values: dict[str, Any] = {
         "flops": now.tokens * plan.flops_per_token,
         "plan": describe(trainer.model.config, plan),
         "tables": {"Plan and outcome": plan_and_outcome(plan, now, run.config.minutes)},

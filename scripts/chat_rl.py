@@ -36,9 +36,6 @@ def train(config: Config, runtime: Runtime) -> int:
         config, checkpoint = run.config, run.checkpoint
         levels, held_out = open_tasks(config)
         start = open_starting_model(checkpoint, config.source, folder, config.source_tag, config.model_step, runtime)
-        runtime.print0(
-            f"{runtime.describe()}\n{config.source} model: {start.tag}, step {start.step}; run folder: {folder}"
-        )
         engine = Engine(start.model, start.tokenizer)
         loader = make_loader(config, engine, levels, folder, runtime)
         num_steps = run.planned_steps or find_horizon(config, sum(len(task) for tasks in levels for task in tasks))
@@ -55,16 +52,14 @@ def train(config: Config, runtime: Runtime) -> int:
             Hook(SignalWatch(loader, runtime), 1),
         ]
         before = checkpoint.meta["before"] if checkpoint else evaluate_held_out(trainer)
-        code = run.train(
+        return run.train(
             trainer,
             start.tokenizer,
             sequence_len=engine.max_context,
             total_batch_tokens=config.examples_per_step * config.num_samples * config.max_new_tokens,
             meta={"stage": "rl", "base": start.record | {"source": config.source}, "before": before},
+            report=partial(report, run, trainer, plan, before, start.tag),
         )
-        if code == 0 and runtime.is_main:
-            report(run, trainer, plan, before, start.tag)
-        return code
 
 
 def make_loader(

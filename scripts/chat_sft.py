@@ -11,6 +11,7 @@ from nanochat.common import UserError, say
 from nanochat.data.conversation_loader import EXACT_CONVERSATIONS
 from nanochat.reporting.console import print_conversation
 from nanochat.runtime import Runtime
+from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.finetuning import FinetuneConfig as Config
 from nanochat.train.finetuning import (
     RowSizes,
@@ -47,9 +48,6 @@ def train(config: Config, runtime: Runtime) -> int:
         check_sources(sources, listing, config.strict, runtime)
         start = open_starting_model(run.checkpoint, config.source, folder, config.base_tag, config.model_step, runtime)
         model, tokenizer = start.model, start.tokenizer
-        runtime.print0(
-            f"{runtime.describe()}\n{config.source} model: {start.tag}, step {start.step}; run folder: {folder}"
-        )
 
         sizes = row_sizes(config, start)
         old = run.checkpoint is not None and run.checkpoint.meta.get("held_out") != SPLIT_BY_CONTENT
@@ -69,7 +67,7 @@ def train(config: Config, runtime: Runtime) -> int:
         run.shown = {"started_from": start.tag, "tables": {"Conversations": data.table()}}
         if runtime.is_main and not run.checkpoint:
             print_conversation(tokenizer, data.preview)
-        code = run.train(
+        return run.train(
             trainer,
             tokenizer,
             sequence_len=sizes.T,
@@ -81,10 +79,8 @@ def train(config: Config, runtime: Runtime) -> int:
                 "held_out": "the last" if old else SPLIT_BY_CONTENT,
                 "conversations": data.table(),
             },
+            report=partial(report, run, trainer, plan, tokenizer),
         )
-        if code == 0 and runtime.is_main:
-            report(run, trainer, plan, answers(model, tokenizer))
-        return code
 
 
 def describe(data: SFTData, sizes: RowSizes, num_steps: int, epochs: int | None) -> list[tuple[str, str]]:
@@ -101,9 +97,10 @@ def describe(data: SFTData, sizes: RowSizes, num_steps: int, epochs: int | None)
     ]
 
 
-def report(run: Run[Config], trainer: Trainer, plan: list[tuple[str, str]], samples: list[dict[str, str]]) -> None:
-    """Put the run's figures into the report, and say how many conversations were read."""
-    run.report(trainer, trainer.progress.throughput() | {"mixture": plan, "samples": samples})
+def report(run: Run[Config], trainer: Trainer, plan: list[tuple[str, str]], tokenizer: RustBPETokenizer) -> None:
+    """Put the run's figures and sample answers into the report, and say how many conversations were read."""
+    samples = answers(trainer.model, tokenizer)
+    run.report(trainer, {"mixture": plan, "samples": samples})
     counts = count_conversations(trainer)
     text = "trained on {conversations:,} conversations, {truncated:,} truncated to whole turns; {left_out:,} left out"
     say(text.format(**counts))

@@ -14,13 +14,15 @@ from ranks import run_ranks
 from nanochat.common import UserError
 from nanochat.cpu import fused
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
 from nanochat.planning.fit import fit_law
 from nanochat.planning.hardware import GPUS, Gpu, expected_pace, find_gpu
-from nanochat.planning.law import Candidate, Law, candidates_by_depth
+from nanochat.planning.law import Candidate, Law
 from nanochat.planning.memory import activation_bytes, choose_rows, memory_by_kind
 from nanochat.runtime import Runtime
-from nanochat.scaling import derive_sizes, estimate, scaling_params
+from nanochat.scaling import derive_sizes, estimate
 from nanochat.train import pace as measured
+from nanochat.train.step import TrainStep
 from scripts import plan
 
 H100 = ["--gpu=h100", "--num-gpus=8"]
@@ -380,12 +382,6 @@ def test_best_of_a_budget() -> None:
     assert TRUE.best(lambda key: 1e17 / 1.2**key, candidates).key < choice.key
 
 
-def test_candidates_by_depth() -> None:
-    result = candidates_by_depth(lambda depth: GPTConfig(n_layer=depth, n_embd=128, n_head=1, n_kv_head=1), [2, 4])
-    flops, counts = estimate(GPTConfig(n_layer=4, n_embd=128, n_head=1, n_kv_head=1))
-    assert set(result) == {2, 4} and result[4] == (scaling_params(counts), flops)
-
-
 def test_law_on_disk_and_in_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -409,3 +405,16 @@ def test_law_on_disk_and_in_the_plan(
 def test_too_few_runs_for_a_law(points: list[tuple[float, float, float]]) -> None:
     with pytest.raises(UserError, match=r"scaling law needs .*(6 runs|above 0)"):
         fit_law(points)
+
+
+def test_every_rank_times_whole_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a trial are each rank's, whatever their number."""
+    seen = []
+    alone = Runtime.create("cpu")
+    rank = Runtime(alone.device, alone.dtype, "", 0, rank=1, local_rank=1, world_size=4)
+    monkeypatch.setattr(rank, "all_reduce_max", lambda value, name: value)
+    monkeypatch.setattr("nanochat.train.build.DistMuonAdamW", MuonAdamW)
+    monkeypatch.setattr(TrainStep, "accumulate", lambda self, batch: seen.append(batch.inputs.shape))
+    config = GPTConfig(sequence_len=16, vocab_size=64, n_layer=1, n_embd=32, n_head=1, n_kv_head=1)
+    measured.time_step(config, 3, rank)
+    assert set(seen) == {(3, 16)}

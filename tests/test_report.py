@@ -314,7 +314,6 @@ def test_facts_are_formatted() -> None:
             {
                 "tokens": 5_000_000,
                 "val_bpb": 1.0471234,
-                "mfu": 0.312,
                 "eval_seconds": 75.0,
                 "x": 1e-7,
                 "intervals": {"T": [0, 1]},
@@ -325,7 +324,6 @@ def test_facts_are_formatted() -> None:
     )
     assert facts == {
         "validation bits per byte": "1.0471",
-        "share of machine peak": "31.2%",
         "tokens": "5,000,000",
         "eval seconds": "1m15s",
         "x": "1e-07",

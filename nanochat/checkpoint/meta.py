@@ -60,8 +60,6 @@ class Fields(TypedDict):
     runtime: NotRequired[RuntimeSettings]
     user_config: NotRequired[Flags]
     base: NotRequired[SourceModel]
-    corpus: NotRequired[str]
-    data: NotRequired[str]
     before: NotRequired[dict[str, Number]]  # RL: the figures before the first step
 
 

@@ -57,17 +57,14 @@ def shuffled(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return mixed
 
 
-def slice_end(max_items: int) -> int | None:
-    return None if max_items < 0 else max_items
-
-
 def make_examples(
     task: CoreTask, tokenizer: TextEncoder, max_tokens: int, *, max_items: int = -1, mode: str = "reference"
 ) -> Iterator[Example]:
     """The first `max_items` items of a task (-1: all) as examples, cropped on the left to `max_tokens` tokens."""
     assert mode in MODES, f"unknown mode {mode!r}"
+    limit = len(task.items) if max_items < 0 else max_items
     render = {"reference": reference_example, "dclm": dclm_example}[mode]
-    for item, shots in (reference_shots if mode == "reference" else dclm_shots)(task, max_items):
+    for item, shots in (reference_shots if mode == "reference" else dclm_shots)(task, limit):
         yield crop(render(task, item, shots, tokenizer), max_tokens)
 
 
@@ -89,7 +86,7 @@ def crop(example: Example, max_tokens: int) -> Example:
 def reference_shots(task: CoreTask, max_items: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """(item, few-shot examples), drawn from all other items with a seed per position in the shuffled order."""
     items = shuffled(task.items)
-    for index in range(len(items))[: slice_end(max_items)]:
+    for index in range(len(items))[:max_items]:
         others = [i for i in range(len(items)) if i != index]
         drawn = random.Random(FEWSHOT_SEED + index).sample(others, min(task.num_fewshot, len(others)))
         yield items[index], [items[i] for i in drawn]
@@ -148,7 +145,7 @@ def dclm_shots(task: CoreTask, max_items: int) -> Iterator[tuple[dict[str, Any],
     Yields the same items as the reference format, but makes the draws of all items, so that each gets the examples of
     a complete evaluation.
     """
-    selected = set(map(id, shuffled(task.items)[: slice_end(max_items)]))
+    selected = set(map(id, shuffled(task.items)[:max_items]))
     for group in by_category(task):
         items, count = [stripped(item) for item in group], len(group)
         rng = random.Random(FEWSHOT_SEED)

@@ -45,14 +45,14 @@ class HFTokenizer:
         """
         special = set(self.tokenizer.all_special_ids)
         added = {i: text for text, i in self.tokenizer.get_added_vocab().items()}
-        letters = byte_letters()
+        letters = set(byte_letters())
         sizes = []
         for i, name in enumerate(self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))):
             if i in special or name is None:
                 sizes.append(0)
             elif i in added:
                 sizes.append(len(added[i].encode()))
-            elif set(name) <= letters:
+            elif letters.issuperset(name):
                 sizes.append(len(name))
             else:
                 raise UserError(
@@ -62,11 +62,12 @@ class HFTokenizer:
         return sizes
 
 
-def byte_letters() -> set[str]:
-    """The 256 characters that a byte-level vocabulary writes bytes with: printable bytes as themselves, the others as
-    characters from U+0100 on."""
+def byte_letters() -> dict[str, int]:
+    """The byte of each of the 256 characters that a byte-level vocabulary writes bytes with, in the order of GPT-2's
+    ranks: printable bytes as themselves, the others as characters from U+0100 on."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return {chr(b) for b in own} | {chr(0x100 + i) for i in range(256 - len(own))}
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 class HFModel:

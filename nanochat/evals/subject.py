@@ -27,13 +27,6 @@ class Subject:
     folder: str  # of its details, in base_eval/
     meta: dict[str, Any] | None = None  # of the checkpoint; None for a Hugging Face model, which has no report stage
 
-    def report_values(self) -> dict[str, Any]:
-        """The report's values about a nanochat model."""
-        if not self.meta:
-            return {}
-        num_params = self.model.num_scaling_params()["total"]
-        return {"model": self.name, "step": self.meta["step"], "num_params": num_params}
-
 
 def load_checkpoint(tag: str, step: int, int8: bool, device_batch_size: int, runtime: Runtime) -> Subject:
     """A base run's checkpoint: the latest run without a tag, the last step for -1."""

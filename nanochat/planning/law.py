@@ -4,7 +4,7 @@ N is scaling parameters (scaling.scaling_params) and D training tokens, as in th
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,11 @@ class Candidate(NamedTuple):
 
     params: int  # scaling parameters
     flops_per_token: float
+
+    @classmethod
+    def of(cls, config: GPTConfig) -> "Candidate":
+        flops_per_token, counts = estimate(config)
+        return cls(scaling_params(counts), flops_per_token)
 
 
 class Choice(NamedTuple):
@@ -108,15 +113,6 @@ class Law:
     def load(cls, path: Path = LAW_FILE) -> "Law | None":
         """Read a law; None if the file does not exist."""
         return read_json(path, cls, extra="ignore") if path.exists() else None
-
-
-def candidates_by_depth(form: Callable[[int], GPTConfig], depths: Iterable[int]) -> dict[int, Candidate]:
-    """Candidates for Law.best: the model that `form` builds for each depth."""
-    candidates = {}
-    for depth in depths:
-        flops_per_token, counts = estimate(form(depth))
-        candidates[depth] = Candidate(scaling_params(counts), flops_per_token)
-    return candidates
 
 
 def law_loss(parameters: np.ndarray, n: float | np.ndarray, d: float | np.ndarray) -> np.ndarray:

@@ -107,5 +107,4 @@ def _save(figure: Any, path: Path) -> None:
     """Write the figure with a grid, on white so that it is readable on a dark page too."""
     for axes in figure.axes:
         axes.grid(alpha=0.25)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, facecolor="white", metadata={"Date": None})

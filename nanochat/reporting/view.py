@@ -63,7 +63,6 @@ FACT_LABELS = {
     "vocab_size": "vocabulary",
     "core": "CORE",
     "chatcore": "ChatCORE",
-    "mfu": "share of machine peak",
 }
 
 
@@ -171,8 +170,6 @@ def format_fact(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, str):
         return value
-    if key == "mfu":
-        return f"{value:.1%}"
     if key.endswith("seconds"):
         return format_seconds(value)
     if isinstance(value, int):

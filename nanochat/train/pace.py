@@ -12,15 +12,14 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import OptimizerConfig
 from nanochat.planning.hardware import Gpu, Pace
-from nanochat.planning.law import Choice, Law, candidates_by_depth
+from nanochat.planning.law import Candidate, Choice, Law
 from nanochat.planning.memory import memory_by_kind
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, align_batch, estimate
-from nanochat.train.build import choose_device_batch, compiled_loss, make_optimizer, random_batch
+from nanochat.train.build import choose_device_batch, create_step, random_batch
+from nanochat.train.config import TrainConfig
 from nanochat.train.schedules import ScheduleConfig
-from nanochat.train.step import TrainStep
 from nanochat.train.timing import batch_for_minutes, measure_peak_flops, steps_in, time_calls
 
 MEASURING_SECONDS = 20.0
@@ -50,7 +49,8 @@ def best_depth(
 
     `batch_tokens` are per step, over all ranks.
     """
-    gpu, candidates = this_machine(runtime), candidates_by_depth(config_of_depth, range(1, REFERENCE_DEPTH + 1))
+    gpu = this_machine(runtime)
+    candidates = {depth: Candidate.of(config_of_depth(depth)) for depth in range(1, REFERENCE_DEPTH + 1)}
     pace0, pace1 = (measure_pace(config_of_depth(depth), gpu, runtime) for depth in PROBES)
     probe0, probe1 = (candidates[depth] for depth in PROBES)
 
@@ -145,12 +145,21 @@ def update_flops(config: GPTConfig) -> float:
 
 
 def time_step(config: GPTConfig, rows: int, runtime: Runtime) -> tuple[float, float]:
-    """(seconds of one micro-batch, seconds of one update): each the fastest of up to 5."""
-    model = GPT.create(config, runtime.device, runtime.dtype)
-    optimizer = make_optimizer(model, OptimizerConfig(), runtime, 1.0, 0.0)
-    loss_fn = compiled_loss(model, "auto", runtime)
-    step = TrainStep(model, optimizer, runtime, ScheduleConfig(1000), rows, loss_fn)
-    batch = random_batch(rows, config.sequence_len, config.vocab_size, runtime)
+    """(seconds of a micro-batch of `rows` rows on each rank, seconds of an update), each the fastest of up to 5."""
+    total = rows * runtime.world_size
+    step = create_step(
+        GPT.create(config, runtime.device, runtime.dtype),
+        TrainConfig(device_batch_size=rows),
+        "default",
+        ScheduleConfig(1000),
+        runtime,
+        rows=total,
+        T=config.sequence_len,
+        lr_scale=1.0,
+        weight_decay=0.0,
+        compile="auto",
+    )
+    batch = random_batch(total, config.sequence_len, config.vocab_size, runtime)
     micro = time_calls(lambda: step.accumulate(batch), runtime, MEASURING_SECONDS / 16, most=5)
-    update = time_calls(optimizer.step, runtime, MEASURING_SECONDS / 16, most=5)
+    update = time_calls(step.optimizer.step, runtime, MEASURING_SECONDS / 16, most=5)
     return min(micro), min(update)

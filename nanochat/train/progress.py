@@ -33,10 +33,6 @@ class Progress:
         """The average loss without the bias of its start at zero; NaN before the first step."""
         return self.smooth_loss / (1 - beta**self.step) if self.step else math.nan
 
-    def throughput(self) -> dict[str, float]:
-        """The report's figures of speed."""
-        return {"tokens": self.tokens, "tokens_per_second": self.tokens / max(self.seconds, 1e-9)}
-
     def adjust_loss_scale(self, overflowed: bool) -> None:
         """Halve the scale after an overflow, double it after GOOD_STEPS_TO_DOUBLE steps without one."""
         self.good_steps = 0 if overflowed else self.good_steps + 1

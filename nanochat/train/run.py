@@ -12,7 +12,7 @@ before the first step).
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -89,10 +89,12 @@ class Run(Generic[Config]):
         sequence_len: int,
         total_batch_tokens: int,
         meta: dict[str, Any],
+        report: Callable[[], None],
     ) -> int:
         """From a fresh trainer to the end of the run: restore, log, train, save. Returns the exit code.
 
-        `meta` is kept with every checkpoint, beside the model's config, the flags and the plan.
+        `meta` is kept with every checkpoint, beside the model's config, the flags and the plan. `report` is called on
+        the main rank after the last step.
         """
         config, runtime, planned_steps = self.config, self.runtime, trainer.schedule.num_steps
         if self.checkpoint:
@@ -126,13 +128,15 @@ class Run(Generic[Config]):
         trainer.log = partial(self._log, metrics=metrics)
         try:
             code = run_to_end(trainer, self.folder, command_line(self.script, config, resume=True))
-            if code and runtime.is_main and trainer.progress.step:
-                record_so_far(self.script, self.figures(trainer) | {"stopped_early": True})
-            return code
         finally:
             trainer.saver.close()
             metrics.close()
             trainer.loader.close()
+        if runtime.is_main and code == 0:
+            report()
+        elif runtime.is_main and trainer.progress.step:
+            record_so_far(self.script, self.figures(trainer) | {"stopped_early": True})
+        return code
 
     def report(self, trainer: Trainer, values: dict[str, Any]) -> None:
         """Put the finished stage into the report, and print a summary."""
@@ -156,6 +160,8 @@ class Run(Generic[Config]):
             "best_val_bpb": now.best_val_bpb,
             "loss": now.debiased_loss(),
             "steps": now.step,
+            "tokens": now.tokens,
+            "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
             "num_params": trainer.model.num_scaling_params()["total"],
             "loader": trainer.loader.stats(),
             "metrics": os.path.relpath(self.folder / "metrics.jsonl", get_base_dir()),
@@ -179,8 +185,7 @@ class Run(Generic[Config]):
         """Write the metrics, and update the report at each evaluation: report.html follows the run."""
         metrics(trainer, record)
         if "val_bpb" in record and trainer.runtime.is_main and not trainer.finished:
-            rate = {"tokens": trainer.progress.tokens, "tokens_per_second": metrics.rate}
-            record_so_far(self.script, self.figures(trainer) | rate | {"status": "running"})
+            record_so_far(self.script, self.figures(trainer) | {"status": "running"})
 
 
 def validation_tokens(trainer: Trainer) -> str:

@@ -81,17 +81,20 @@ def open_starting_model(
 ) -> StartingModel:
     """The model of stage `source` to finetune: the run `tag`, else the one named like `run`, else the latest.
 
-    `step` -1 takes its last checkpoint. A run resumed from `checkpoint` needs no other: its model is in there, to be
-    restored later, and the run it started from may be gone by now.
+    Prints what it found. `step` -1 takes its last checkpoint. A run resumed from `checkpoint` needs no other: its model
+    is in there, to be restored later, and the run it started from may be gone by now.
     """
     if checkpoint:
-        meta, base = checkpoint.meta, checkpoint.meta["base"]
+        meta, tokenizer, base = checkpoint.meta, checkpoint.tokenizer(), checkpoint.meta["base"]
         model = GPT.create(checkpoint.model_config(), runtime.device, runtime.dtype)
-        total = meta["plan"]["total_batch_tokens"]
-        return StartingModel(model, checkpoint.tokenizer(), base["tag"], base["step"], base["recipe"], total)
-    base_dir = get_base_dir()
-    tag = tag or (run.name if list_steps(run_dir(base_dir, source, run.name)) else "")
-    name = runtime.broadcast(lambda: find_run(base_dir, source, tag).name, "choosing a model")
-    model, tokenizer, meta = load_model(source, runtime, model_tag=name, step=step)
-    recipe = meta["base"]["recipe"] if "base" in meta else meta["user_config"].get("recipe", "published")
-    return StartingModel(model, tokenizer, name, meta["step"], recipe, meta["plan"]["total_batch_tokens"])
+    else:
+        base_dir = get_base_dir()
+        tag = tag or (run.name if list_steps(run_dir(base_dir, source, run.name)) else "")
+        name = runtime.broadcast(lambda: find_run(base_dir, source, tag).name, "choosing a model")
+        model, tokenizer, meta = load_model(source, runtime, model_tag=name, step=step)
+        recipe = meta["base"]["recipe"] if "base" in meta else meta["user_config"].get("recipe", "published")
+        base = {"tag": name, "step": meta["step"], "recipe": recipe}
+    runtime.print0(f"{runtime.describe()}\n{source} model: {base['tag']}, step {base['step']}; run folder: {run}")
+    return StartingModel(
+        model, tokenizer, base["tag"], base["step"], base["recipe"], meta["plan"]["total_batch_tokens"]
+    )
