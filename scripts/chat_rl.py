@@ -57,8 +57,8 @@ def train(config: Config, runtime: Runtime) -> int:
             start.tokenizer,
             sequence_len=engine.max_context,
             total_batch_tokens=config.examples_per_step * config.num_samples * config.max_new_tokens,
-            meta={"stage": "rl", "base": start.record | {"source": config.source}, "before": before},
-            report=partial(report, run, trainer, plan, before, start.tag),
+            meta={"stage": "rl", "base": start.base, "before": before},
+            report=partial(report, run, trainer, plan, before, start.base["tag"]),
         )
 
 

@@ -58,13 +58,13 @@ def train(config: Config, runtime: Runtime) -> int:
                 "exactly; give the same --data, or start a new run"
             )
         data.name_left_out(listing, config.strict, runtime)
-        make_step = partial(build_step, config, start.recipe, sizes, runtime=runtime)
+        make_step = partial(build_step, config, start.base["recipe"], sizes, runtime=runtime)
         num_steps = run.planned_steps or find_horizon(config, make_step, model, data.loader, sizes, runtime)
         trainer = Trainer(make_step(model, num_steps), data.loader)
         trainer.hooks = make_hooks(config, data.make_validation, tokenizer, runtime)
         plan = describe(data, sizes, num_steps, config.epochs)
         run.begin(num_steps, plan)
-        run.shown = {"started_from": start.tag, "tables": {"Conversations": data.table()}}
+        run.shown = {"started_from": start.base["tag"], "tables": {"Conversations": data.table()}}
         if runtime.is_main and not run.checkpoint:
             print_conversation(tokenizer, data.preview)
         return run.train(
@@ -74,7 +74,7 @@ def train(config: Config, runtime: Runtime) -> int:
             total_batch_tokens=sizes.rows * sizes.T,
             meta={
                 "stage": "sft",
-                "base": start.record | {"source": config.source},
+                "base": start.base,
                 "data": data.fingerprint,
                 "held_out": "the last" if old else SPLIT_BY_CONTENT,
                 "conversations": data.table(),

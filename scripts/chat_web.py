@@ -56,10 +56,7 @@ class Config(ReplicaConfig):
         if self.workers and (self.num_gpus > 1 or self.device_type not in ("", "cpu")):
             raise UserError("--workers is for a CPU; on GPUs use --num-gpus, a replica on each")
         check_allowed(self.allow_host, self.cors)
-        try:
-            SamplingParams(self.temperature, self.top_k)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        SamplingParams(self.temperature, self.top_k)  # raises UserError now
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -476,8 +476,6 @@ def test_bundles_that_are_none(tmp_path: Path) -> None:
     write_bundle(tmp_path / "b")
     with pytest.raises(UserError, match="there are: pick, pronoun, go_on"):
         read_bundle(tmp_path / "b", only="pock")
-    with pytest.raises(UserError, match="--baselines"):
-        read_bundle(tmp_path / "b", baselines="v3")
     for path in (tmp_path / "b" / "eval_data").iterdir():
         path.unlink()
     with pytest.raises(UserError, match="interrupted"):

@@ -90,7 +90,7 @@ def test_a_changed_recipe_trains_and_is_remembered(copied) -> None:  # type: ign
     saved = open_checkpoint(copied / "base_checkpoints" / "changed")
     assert saved.meta["model_config"]["smear"] and not saved.meta["model_config"]["backout"]
     start = open_starting_model(None, "base", saved.path.parent, "changed", -1, Runtime.create("cpu"))
-    assert start.recipe == "plain,smear=True,lr_scale=2"
+    assert start.base["recipe"] == "plain,smear=True,lr_scale=2"
 
 
 def test_every_recipe_is_complete() -> None:

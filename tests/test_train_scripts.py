@@ -333,7 +333,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step() -> None:
 def test_the_device_batch_can_be_searched_before_the_first_step(script: Any, tiny_model: GPT) -> None:
     """As on a GPU without --device-batch-size, where it is searched with the step that the script builds."""
     runtime = Runtime.create("cpu", "float32")
-    start = StartingModel(tiny_model, None, "x", 1, "default", 64)  # type: ignore[arg-type]
+    start = StartingModel(tiny_model, None, {"recipe": "default"}, 64)  # type: ignore[arg-type]
     if script is base_train:
         config = base_train.Config(max_seq_len=32)
         plan = make_plan(tiny_model.config, num_iterations=2, total_batch_size=64)

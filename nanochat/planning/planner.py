@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat.common import UserError, format_count, format_seconds
+from nanochat.common import format_count, format_seconds
 from nanochat.gpt import GPTConfig
 from nanochat.planning.hardware import Gpu, Pace
 from nanochat.planning.law import Forecast, Law
@@ -155,8 +155,6 @@ def plan_run(
     law: Law | None = None,
 ) -> RunPlan:
     """Plan the steps of `plan` on a machine. A device batch of -1 is the largest that fits."""
-    if device_batch_size == 0 or device_batch_size < -1:
-        raise UserError(f"--device-batch-size must be positive, or -1 to choose it, got {device_batch_size}")
     step_rows = rows_per_step(config, plan, num_gpus)
 
     def fits(rows: int) -> bool:

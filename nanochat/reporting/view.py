@@ -226,9 +226,8 @@ def samples_by_stage(report: Record) -> list[tuple[str, list[Record]]]:
         "chat_eval": "After finetuning: held-out questions",
         "chat_eval_rl": "After reinforcement learning: held-out questions",
     }
-    found = [(headings.get(key, title), values.get("samples") or []) for key, title, values in stages_of(report)]
     return [
-        (heading, [{key: visible(text) for key, text in sample.items()} for sample in samples])
-        for heading, samples in found
-        if samples
+        (headings.get(key, title), [{name: visible(text) for name, text in sample.items()} for sample in samples])
+        for key, title, values in stages_of(report)
+        if (samples := values.get("samples"))
     ]

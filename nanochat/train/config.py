@@ -106,20 +106,14 @@ def resume_rules(config: TrainConfig) -> dict[str, OnResume]:
     return {name: mark for name, found in marks.items() for mark in found if isinstance(mark, OnResume)}
 
 
-def ignored_flags(given: TrainConfig, saved: dict[str, Any]) -> dict[str, Any]:
-    """The flags on the command line that a run resumed with the `saved` ones does not take, with their values."""
-    rules = resume_rules(given)
-    return {name: value for name, value in changed_flags(given, saved).items() if name not in rules}
-
-
 def changed_flags(given: TrainConfig, saved: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given and differ from the saved ones; a default value counts as not given, -1 as "derive"."""
     defaults = asdict(type(given)())
     return {k: v for k, v in asdict(given).items() if k in saved and v not in (saved[k], -1, defaults[k])}
 
 
-def merge_saved_config(given: Config, saved: dict[str, Any]) -> Config:
-    """The saved run's flags, with those that may change taken from `given`."""
+def merge_saved_config(given: Config, saved: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """(the saved run's flags, with those that may change taken from `given`; the given ones that are ignored)."""
     values, rules, changed = asdict(given), resume_rules(given), changed_flags(given, saved)
     for name, value in saved.items():
         is_new = rules.get(name) is OnResume.NEW or (rules.get(name) is OnResume.IF_GIVEN and name in changed)
@@ -127,4 +121,4 @@ def merge_saved_config(given: Config, saved: dict[str, Any]) -> Config:
             values[name] = value
     merged = check_value(values, "the saved run's flags", type(given), extra="forbid")
     check_ranges(merged)
-    return merged
+    return merged, {name: value for name, value in changed.items() if name not in rules}

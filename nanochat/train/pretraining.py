@@ -32,7 +32,7 @@ class ModelFlags:
     """The flags of the network and the horizon, shared with scripts/plan.py."""
 
     depth: int = 12
-    """The one dial: layers. Width, heads, horizon, batch and rates follow."""
+    """The one dial: layers. Width, heads, horizon, batch and rates follow. -1 with --minutes: what fits the time."""
     aspect_ratio: int = 64
     """Width per layer."""
     head_dim: int = 128
@@ -87,8 +87,6 @@ class PretrainConfig(ModelFlags, TrainConfig):
     """The field or column of your own data that holds the text."""
     skip_bad_shards: Annotated[bool, OnResume.NEW] = False
     """Continue without data files that are missing or damaged, and name them."""
-    depth: int = 12
-    """The one dial: layers. Width, heads, horizon, batch and rates follow. -1 with --minutes: what fits the time."""
     max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
     """Context length in tokens; -1 is 2048, or with --init-from what that model has."""
     warmup_steps: Annotated[int, Range(0)] = 0

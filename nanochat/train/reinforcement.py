@@ -87,7 +87,7 @@ def build_step(config: RLConfig, start: StartingModel, runtime: Runtime, num_ste
     return create_step(
         start.model,
         config,
-        start.recipe,
+        start.base["recipe"],
         ScheduleConfig(num_steps, warmdown_ratio=1.0),
         runtime,
         rows=config.examples_per_step * config.num_samples,

@@ -42,7 +42,7 @@ from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.build import fit_device_batch
 from nanochat.train.commands import command_line, describe_flags, train_on_command
-from nanochat.train.config import HORIZON, Config, TrainConfig, ignored_flags, merge_saved_config
+from nanochat.train.config import HORIZON, Config, TrainConfig, merge_saved_config
 from nanochat.train.metrics import Metrics, check_sinks, cut_metrics, open_sinks
 from nanochat.train.snapshot import check_disk, restore_trainer, take_snapshot
 from nanochat.train.timing import deadline_for, measure_peak_flops
@@ -200,9 +200,7 @@ def open_run(script: str, folder: Path, config: Config, runtime: Runtime) -> Ite
     with lock_folder(folder, runtime):
         checkpoint = choose_checkpoint(folder, config, runtime)
         if checkpoint:
-            flags = checkpoint.meta["user_config"]
-            ignored = ignored_flags(config, flags)
-            config = merge_saved_config(config, flags)
+            config, ignored = merge_saved_config(config, checkpoint.meta["user_config"])
             check_ignored(script, folder, config, ignored, checkpoint)
         yield Run(script, folder, config, runtime, checkpoint)
 

@@ -49,15 +49,8 @@ class StartingModel:
 
     model: GPT
     tokenizer: RustBPETokenizer
-    tag: str  # of the run it starts from
-    step: int
-    recipe: str  # of pretraining
+    base: dict[str, Any]  # source, tag and step of the run it starts from, and the recipe of pretraining; kept in meta
     total_batch_tokens: int
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """Its place in the meta of checkpoints."""
-        return {"tag": self.tag, "step": self.step, "recipe": self.recipe}
 
 
 def finetuning_dir(stage: str, source: str, config: TrainConfig, source_tag: str, runtime: Runtime) -> Path:
@@ -93,8 +86,6 @@ def open_starting_model(
         name = runtime.broadcast(lambda: find_run(base_dir, source, tag).name, "choosing a model")
         model, tokenizer, meta = load_model(source, runtime, model_tag=name, step=step)
         recipe = meta["base"]["recipe"] if "base" in meta else meta["user_config"].get("recipe", "published")
-        base = {"tag": name, "step": meta["step"], "recipe": recipe}
+        base = {"source": source, "tag": name, "step": meta["step"], "recipe": recipe}
     runtime.print0(f"{runtime.describe()}\n{source} model: {base['tag']}, step {base['step']}; run folder: {run}")
-    return StartingModel(
-        model, tokenizer, base["tag"], base["step"], base["recipe"], meta["plan"]["total_batch_tokens"]
-    )
+    return StartingModel(model, tokenizer, base, meta["plan"]["total_batch_tokens"])
