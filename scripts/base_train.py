@@ -12,6 +12,7 @@ from nanochat.common import UserError, get_base_dir, say
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, SavedCorpus, open_corpus, save_record
 from nanochat.evals.bits_per_byte import corpus_bpb
+from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_run import open_bundle
 from nanochat.evals.samples import continuations
 from nanochat.gpt import GPT
@@ -44,11 +45,10 @@ def train(config: Config, runtime: Runtime) -> int:
         raise UserError(f"{flag} needs --model-tag: the run's folder cannot be named after a depth not known yet")
     folder = run_dir(base_dir, "base", config.model_tag or f"d{config.depth}")
     with open_run("base_train", folder, config, runtime) as run:
-        config = run.config
-        tokenizer = run.checkpoint.tokenizer() if run.checkpoint else get_tokenizer()
-        saved = None
-        if checkpoint := run.checkpoint:  # to find the same shards again
-            saved = SavedCorpus.load(folder, checkpoint.step, checkpoint.meta["corpus"], checkpoint.loader_state())
+        config, old = run.config, run.checkpoint
+        tokenizer = old.tokenizer() if old else get_tokenizer()
+        # To find the same shards again.
+        saved = SavedCorpus.load(folder, old.step, old.meta["corpus"], old.loader_state()) if old else None
         corpus = open_corpus(
             config.data,
             base_dir,
@@ -77,11 +77,7 @@ def train(config: Config, runtime: Runtime) -> int:
             save_record(corpus, folder)
         trainer.hooks = make_hooks(config, corpus, tokenizer, runtime)
         if bundle:
-            core = tokenizer, bundle, config.core_metric_max_per_task
-            trainer.hooks.append(Hook(lambda trainer: evaluate_core(trainer, *core), config.core_metric_every))
-            if config.minutes > 0:  # leave time for it
-                trainer.hooks[-1].seconds = estimate_core_seconds(trainer, *core)
-
+            trainer.hooks.append(core_hook(config, trainer, tokenizer, bundle))
         return run.train(
             trainer,
             tokenizer,
@@ -108,6 +104,13 @@ def make_hooks(config: Config, corpus: Corpus, tokenizer: RustBPETokenizer, runt
         Hook(partial(validate, measure=measure), config.eval_every, tokens=tokens),
         sample_hook(complete, config.sample_every),
     ]
+
+
+def core_hook(config: Config, trainer: Trainer, tokenizer: RustBPETokenizer, bundle: Bundle) -> Hook:
+    """The CORE evaluation; with --minutes timed now, to leave time for it."""
+    core = tokenizer, bundle, config.core_metric_max_per_task
+    seconds = estimate_core_seconds(trainer, *core) if config.minutes > 0 else None
+    return Hook(lambda trainer: evaluate_core(trainer, *core), config.core_metric_every, seconds=seconds)
 
 
 def report(run: Run[Config], trainer: Trainer, plan: Plan) -> None:

@@ -69,7 +69,21 @@ class Run(Generic[Config]):
     @property
     def finished(self) -> bool:
         """Whether the run was resumed after its last step."""
-        return self.checkpoint is not None and is_finished(self.checkpoint)
+        return self.checkpoint is not None and self.checkpoint.step >= self.checkpoint.meta["plan"]["num_steps"]
+
+    def check_ignored(self, ignored: dict[str, Any]) -> None:
+        """Warn of the flags that a resumed run ignores. Raises UserError if it is finished: nothing would be done."""
+        if not ignored:
+            return
+        if self.finished and self.checkpoint:
+            command = train_on_command(self.script, self.folder, self.config, self.checkpoint.step, ignored)
+            raise UserError(
+                f"the run {self.folder.name} is finished after {self.checkpoint.step} steps: {describe_flags(ignored)} "
+                f"would change nothing, and nothing was done. Train its weights on in a new run: {command}"
+            )
+        stays = describe_flags({name: getattr(self.config, name) for name in ignored})
+        later = "; docs/training.md says how to train on afterwards" if HORIZON.intersection(ignored) else ""
+        warn(f"resuming with {stays} as in the saved run, not {describe_flags(ignored)}{later}")
 
     def begin(self, num_steps: int, plan: list[tuple[str, str]]) -> None:
         """Take the folder, now that every flag has been checked; print and keep the plan."""
@@ -96,24 +110,14 @@ class Run(Generic[Config]):
         `meta` is kept with every checkpoint, beside the model's config, the flags and the plan. `report` is called on
         the main rank after the last step.
         """
-        config, runtime, planned_steps = self.config, self.runtime, trainer.schedule.num_steps
-        if self.checkpoint:
-            restore_trainer(trainer, self.checkpoint)
-            left = ""
-            if self.finished:
-                command = train_on_command(self.script, self.folder, config, self.checkpoint.step)
-                left = f": the run is finished, nothing is left to train; to train its weights on:\n  {command}"
-            runtime.print0(f"resumed at step {self.checkpoint.step} of {trainer.schedule.num_steps}{left}")
-        else:
-            fit_device_batch(trainer.step, config.device_batch_size, sequence_len)
-        if not self.finished:
-            check_disk(trainer, self.folder, config)
+        config, runtime = self.config, self.runtime
         meta = {
             **meta,
             "model_config": trainer.model.config.to_dict(),
             "user_config": asdict(config),
-            "plan": {"planned_steps": planned_steps, "total_batch_tokens": total_batch_tokens},
+            "plan": {"planned_steps": trainer.schedule.num_steps, "total_batch_tokens": total_batch_tokens},
         }
+        self._restore(trainer, sequence_len)
         trainer.snapshot = partial(
             take_snapshot,
             run=self.folder,
@@ -137,6 +141,20 @@ class Run(Generic[Config]):
         elif runtime.is_main and trainer.progress.step:
             record_so_far(self.script, self.figures(trainer) | {"stopped_early": True})
         return code
+
+    def _restore(self, trainer: Trainer, sequence_len: int) -> None:
+        """Bring a fresh trainer to the checkpoint's state; without one, find the batch that fits in memory."""
+        if self.checkpoint:
+            restore_trainer(trainer, self.checkpoint)
+            left = ""
+            if self.finished:
+                command = train_on_command(self.script, self.folder, self.config, self.checkpoint.step)
+                left = f": the run is finished, nothing is left to train; to train its weights on:\n  {command}"
+            self.runtime.print0(f"resumed at step {self.checkpoint.step} of {trainer.schedule.num_steps}{left}")
+        else:
+            fit_device_batch(trainer.step, self.config.device_batch_size, sequence_len)
+        if not self.finished:
+            check_disk(trainer, self.folder, self.config)
 
     def report(self, trainer: Trainer, values: dict[str, Any]) -> None:
         """Put the finished stage into the report, and print a summary."""
@@ -199,10 +217,11 @@ def open_run(script: str, folder: Path, config: Config, runtime: Runtime) -> Ite
     the flags ask for something else of a run that is finished."""
     with lock_folder(folder, runtime):
         checkpoint = choose_checkpoint(folder, config, runtime)
+        run = Run(script, folder, config, runtime, checkpoint)
         if checkpoint:
-            config, ignored = merge_saved_config(config, checkpoint.meta["user_config"])
-            check_ignored(script, folder, config, ignored, checkpoint)
-        yield Run(script, folder, config, runtime, checkpoint)
+            run.config, ignored = merge_saved_config(config, checkpoint.meta["user_config"])
+            run.check_ignored(ignored)
+        yield run
 
 
 @contextlib.contextmanager
@@ -234,28 +253,6 @@ def choose_checkpoint(folder: Path, config: TrainConfig, runtime: Runtime) -> Ch
         runtime.print0(f"nothing saved in {folder} yet: starting from the beginning")
         return None
     return read_checkpoint(folder, step, lambda checkpoint: checkpoint, True, runtime)
-
-
-def check_ignored(
-    script: str, folder: Path, config: TrainConfig, ignored: dict[str, Any], checkpoint: Checkpoint
-) -> None:
-    """Warn of the flags that a resumed run ignores. Raises UserError if the run is finished: nothing would be done."""
-    if not ignored:
-        return
-    if is_finished(checkpoint):
-        command = train_on_command(script, folder, config, checkpoint.step, ignored)
-        raise UserError(
-            f"the run {folder.name} is finished after {checkpoint.step} steps: {describe_flags(ignored)} would change "
-            f"nothing, and nothing was done. Train its weights on in a new run: {command}"
-        )
-    stays = describe_flags({name: getattr(config, name) for name in ignored})
-    later = "; docs/training.md says how to train on afterwards" if HORIZON.intersection(ignored) else ""
-    warn(f"resuming with {stays} as in the saved run, not {describe_flags(ignored)}{later}")
-
-
-def is_finished(checkpoint: Checkpoint) -> bool:
-    """Whether this is the last step of its run."""
-    return checkpoint.step >= int(checkpoint.meta["plan"]["num_steps"])
 
 
 def move_aside(folder: Path, runtime: Runtime) -> None:
