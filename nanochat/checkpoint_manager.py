@@ -121,25 +121,22 @@ def open_checkpoint(run: Path, step: int | None = None, verify: bool | Collectio
     meta.json are always checked. Raises UserError: no such run or step (naming what exists), damage (naming the file),
     unknown version.
     """
-    run = Path(run)
-    if step is not None and step in list_steps(run):
-        return _open_step(run, step, verify)
-    tried: list[int] = []
+    run, steps = Path(run), list_steps(run)
     damage: list[DamagedCheckpoint] = []
-    while step is None and (steps := [found for found in list_steps(run) if found not in tried]):
-        tried.append(steps[-1])
+    for found in [known for known in reversed(steps) if step in (None, known)]:
         try:
-            return _open_step(run, steps[-1], verify)
+            return _open_step(run, found, verify)
         except UserError as error:
-            if not step_path(run, steps[-1]).exists():  # the run deleted it meanwhile, and has saved a newer one
-                continue
+            if step is not None:
+                raise
+            if not step_path(run, found).exists():  # the run deleted it meanwhile, and has saved a newer one
+                return open_checkpoint(run, None, verify)
             if not isinstance(error, DamagedCheckpoint):
                 raise
-            warn(f"skipping step {steps[-1]}: {error}")
+            warn(f"skipping step {found}: {error}")
             damage.append(error)
     if damage:
         raise DamagedCheckpoint(f"every checkpoint in {run} is damaged; the latest: {damage[0]}")
-    steps = list_steps(run)
     existing = f"it has: {', '.join(map(str, steps))}" if steps else "it has no complete step"
     if step is not None and step_path(run, step).is_dir():
         raise DamagedCheckpoint(f"{step_path(run, step)} has no {MANIFEST}, so it was never completed; {existing}")

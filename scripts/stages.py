@@ -26,23 +26,14 @@ STAGES = {
 }
 
 
-def usage() -> str:
-    width = max(map(len, STAGES))
-    lines = [f"  {name:<{width}}  {summary}" for name, summary in STAGES.items()]
-    return "\n".join(
-        [
-            "usage: nanochat STAGE [flags]     (nanochat STAGE --help lists a stage's flags)",
-            "",
-            "the stages, in order:",
-            *lines,
-        ]
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
-        print(usage())
+        print(
+            "usage: nanochat STAGE [flags]     (nanochat STAGE --help lists a stage's flags)\n\nthe stages, in order:"
+        )
+        for name, summary in STAGES.items():
+            print(f"  {name:<{max(map(len, STAGES))}}  {summary}")
         return 0
     if args[0] not in STAGES:
         raise UserError(f"unknown stage {args[0]!r}; the stages are {', '.join(STAGES)}")

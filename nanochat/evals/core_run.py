@@ -56,16 +56,11 @@ def run_core(
     result = evaluate_core(
         scorer, tokenizer, bundle, runtime, max_per_task=max_per_task, mode=mode, baselines=baselines, progress=progress
     )
-    runtime.print0(core_line(result))
-    return result
-
-
-def core_line(result: CoreResult) -> str:
-    """CORE (18 of 22 tasks) 0.0123 (95% -0.0012 to 0.0261, v1 baselines, reference prompts) in 12 s"""
-    return (
+    runtime.print0(
         f"{scoped('CORE', result.scope)} {result.core:.4f} (95% {result.low:.4f} to {result.high:.4f}, "
         f"{result.baselines} baselines, {result.mode} prompts) in {result.seconds:.0f} s"
     )
+    return result
 
 
 def report_values(result: CoreResult) -> dict[str, Any]:

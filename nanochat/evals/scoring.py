@@ -117,18 +117,11 @@ def regroup(scores: Sequence[Score], items: Sequence[Sequence[Any]]) -> Iterator
     return (list(islice(remaining, len(item))) for item in items)
 
 
-def cache_groups(cached: Sequence[tuple[int, int]], examples: Sequence[Example]) -> Iterator[list[tuple[int, int]]]:
-    """Consecutive (shared tokens, example) pairs with at most CACHED_ROWS sequences in all; at least one pair."""
-    group: list[tuple[int, int]] = []
-    rows = 0
-    for common, i in cached:
-        if group and rows + len(examples[i].sequences) > CACHED_ROWS:
-            yield group
-            group, rows = [], 0
-        group.append((common, i))
-        rows += len(examples[i].sequences)
-    if group:
-        yield group
+def cache_groups(cached: Sequence[tuple[int, int]], examples: Sequence[Example]) -> list[Sequence[tuple[int, int]]]:
+    """Consecutive (shared tokens, example) pairs, as many as have at most CACHED_ROWS sequences if each has the most."""
+    most = max((len(examples[i].sequences) for _, i in cached), default=1)
+    size = max(1, CACHED_ROWS // most)
+    return [cached[start : start + size] for start in range(0, len(cached), size)]
 
 
 def shared_tokens(example: Example) -> int:
