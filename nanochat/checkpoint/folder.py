@@ -83,7 +83,6 @@ def new_step(run: Path, step: int, keep_last: int) -> Iterator[Path]:
         except BaseException:
             with contextlib.suppress(OSError):  # the original exception matters more
                 _delete(folder)
-                _finish_renames(run)
             raise
         _prune(run, step, keep_last)
         _delete_hidden(run)
@@ -98,12 +97,22 @@ def _make_run_folder(run: Path) -> None:
 
 
 def _publish(run: Path, step: int) -> None:
-    """Rename the complete `.new` folder to its final name; an earlier save of the step becomes `.old`."""
-    final = step_path(run, step)
-    if final.exists():
-        os.rename(final, step_path(run, step, "old"))
-    os.rename(step_path(run, step, "new"), final)
-    fsync(run)
+    """Rename the complete `.new` folder to its final name. An earlier save of the step becomes `.old`, and comes back
+    if this fails."""
+    final, new, old = (step_path(run, step, state) for state in ("", "new", "old"))
+    replaces = final.exists()
+    if replaces:
+        os.rename(final, old)
+    try:
+        os.rename(new, final)
+        fsync(run)
+    except BaseException:
+        with contextlib.suppress(OSError):  # if this fails too, _finish_renames does it later
+            if replaces and final.exists():
+                os.rename(final, new)
+            if replaces:
+                os.rename(old, final)
+        raise
 
 
 def _finish_renames(run: Path) -> None:

@@ -118,7 +118,7 @@ def regroup(scores: Sequence[Score], items: Sequence[Sequence[Any]]) -> Iterator
 
 
 def cache_groups(cached: Sequence[tuple[int, int]], examples: Sequence[Example]) -> list[Sequence[tuple[int, int]]]:
-    """Consecutive (shared tokens, example) pairs, as many as have at most CACHED_ROWS sequences if each has the most."""
+    """Consecutive (shared tokens, example) pairs in groups of one size, with at most CACHED_ROWS sequences each."""
     most = max((len(examples[i].sequences) for _, i in cached), default=1)
     size = max(1, CACHED_ROWS // most)
     return [cached[start : start + size] for start in range(0, len(cached), size)]
