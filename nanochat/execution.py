@@ -79,9 +79,8 @@ class Limits:
 
     def job(self, *, tested: bool = False, interactive: bool = False) -> dict[str, Any]:
         """The limits as the supervisor expects them."""
-        cpu_seconds = 0 if interactive else int(self.timeout) + 1
         return {
-            "cpu_seconds": cpu_seconds,
+            "cpu_seconds": 0 if interactive else int(self.timeout) + 1,
             "memory_bytes": self.memory_bytes,
             "file_bytes": SCRATCH_BYTES,
             "output_bytes": self.output_bytes,
@@ -121,7 +120,7 @@ def execute_code(
     return result
 
 
-class PythonSession:
+class PythonSession(contextlib.AbstractContextManager["PythonSession"]):
     """An interactive interpreter: variables persist between `run` calls, a final expression's value is printed.
 
     It survives exceptions. Exceeding a limit or exiting the process ends it: the result says so, and later ones have
@@ -183,9 +182,6 @@ class PythonSession:
             self._worker.close()
             self._worker, self.why_ended = None, why
 
-    def __enter__(self) -> "PythonSession":
-        return self
-
     def __exit__(self, *exc: object) -> None:
         self.close()
 
@@ -229,19 +225,16 @@ class PooledWorker(Worker):
             verdict = "killed"  # the whole sandbox was killed from outside
         if verdict == "success" and not secrets.compare_digest(answer.get("nonce", ""), nonce):
             verdict = "crashed"
-        texts = [decode_output(answer.get(name, "")) for name in ("stdout", "stderr")]
+        # UTF-8, sent as Latin-1: one character per byte.
+        sent = [answer.get(name, "").encode("latin-1") for name in ("stdout", "stderr")]
+        stdout, stderr = (text.decode("utf-8", "replace") for text in sent)
         seconds = time.perf_counter() - began
-        return ExecutionResult(verdict == "success", verdict, texts[0], texts[1], self.level, seconds), answer
+        return ExecutionResult(verdict == "success", verdict, stdout, stderr, self.level, seconds), answer
 
     def close(self) -> None:
         with _lock:
             _all.discard(self)
         super().close()
-
-
-def decode_output(latin1: str) -> str:
-    """Decode UTF-8 output that was sent as Latin-1, one character per byte."""
-    return latin1.encode("latin-1").decode("utf-8", "replace")
 
 
 def acquire_worker(level: str) -> PooledWorker:

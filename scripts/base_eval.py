@@ -18,8 +18,8 @@ from nanochat.report import record_stage
 from nanochat.reporting.curves import scoped
 from nanochat.runtime import Runtime
 from nanochat.train.commands import command_line
+from nanochat.train.config import DataConfig
 from scripts import _cli
-from scripts._data import DataConfig
 
 PROMPTS = (
     "The capital of France is",

@@ -14,8 +14,8 @@ from nanochat.evals.core_bundle import read_bundle
 from nanochat.output import ProgressLine
 from nanochat.report import record_stage
 from nanochat.reporting.console import print_table
+from nanochat.train.config import DataConfig
 from scripts import _cli
-from scripts._data import DataConfig
 from tasks.hub import HubTask
 from tasks.registry import TASKS, make_task
 

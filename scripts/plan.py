@@ -125,10 +125,11 @@ def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
             choice = choose_depth(config.minutes, config.total_batch_size, of_depth, runtime)
             config, model_config = replace(config, depth=choice.key), of_depth(choice.key)
         pace = measure_pace(model_config, gpu, runtime)
-        max_rows = None
-        if gpu.device_type != "cuda":  # small micro-batches stay in a CPU's caches, and are faster
-            max_rows = choose_device_batch(-1, 2**30, model_config.sequence_len, runtime)
-        return plan_with_pace(config, model_config, gpu, pace, num_gpus, max_rows)
+        # On a CPU small micro-batches, which stay in its caches, are faster.
+        rows = choose_device_batch(-1, 2**30, model_config.sequence_len, runtime)
+        return plan_with_pace(
+            config, model_config, gpu, pace, num_gpus, max_rows=None if gpu.device_type == "cuda" else rows
+        )
 
 
 def plan_with_pace(

@@ -20,8 +20,8 @@ from nanochat.data.tokenize_shards import tokenize_shards
 from nanochat.output import ProgressLine
 from nanochat.ranges import Range
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.train.config import DataConfig
 from scripts import _cli
-from scripts._data import DataConfig
 
 
 @dataclass
@@ -55,9 +55,9 @@ class Progress:
         )
 
 
-def tokenize(config: Config) -> int:
-    """Tokenise the shards that have no token file yet. Returns the exit code."""
-    tokenizer = get_tokenizer()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tokenise the shards that have no token file yet."""
+    config, tokenizer = _cli.parse(Config, argv), get_tokenizer()
     corpus = config.open_corpus(get_base_dir())
     if not isinstance(corpus, ShardCorpus) or corpus.token_folder is None:
         raise UserError(f"--data {config.data}: it is not read from files, so it is tokenised while training")
@@ -73,7 +73,7 @@ def tokenize(config: Config) -> int:
 
 
 def tokenize_into(folder: Path, corpus: ShardCorpus, tokenizer: RustBPETokenizer, workers: int) -> None:
-    """The same, with the folder locked."""
+    """Tokenise into the folder, which is locked."""
     bad = corpus.bad_shards
     unique = {str(shard.path): shard for split in SPLITS for shard in corpus.shards[split] if shard.path not in bad}
     paths = {shard: token_path(folder.parent, shard, tokenizer) for shard in unique.values()}
@@ -100,11 +100,6 @@ def tokenize_into(folder: Path, corpus: ShardCorpus, tokenizer: RustBPETokenizer
         f"{format_count(progress.tokens)} tokens in {format_seconds(progress.seconds)}, "
         f"{format_count(progress.tokens / progress.seconds)} a second; base_train finds them by itself"
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, tokenise."""
-    return tokenize(_cli.parse(Config, argv))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from nanochat.report import record_stage
 from nanochat.reporting import console
 from nanochat.reporting.curves import scoped
 from nanochat.tokenizer import get_tokenizer
+from nanochat.train.config import DataConfig
 from scripts import _cli
 from scripts._bpe_ranks import GPT2, GPT4, Counter, find_reference
-from scripts._data import DataConfig
 
 OURS, OTHERS, ALL = "nanochat", "(other sources)", "all"
 MAX_SOURCES, BATCH_DOCUMENTS = 30, 512

@@ -11,8 +11,8 @@ from nanochat.output import ProgressLine
 from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.tokenizer import MIN_VOCAB_SIZE, RustBPETokenizer
+from nanochat.train.config import DataConfig
 from scripts import _cli
-from scripts._data import DataConfig
 
 SAMPLE_CHARS = 1_000_000  # of validation text, to measure compression on
 

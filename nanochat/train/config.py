@@ -1,9 +1,12 @@
-"""The flags of every training stage, and which of them a resumed run may change."""
+"""The flags of every training stage and of the scripts that read text, and which of them a resumed run may change."""
 
 from dataclasses import asdict, dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
+from nanochat.common import say
+from nanochat.dataset import Corpus, resolve_corpus
 from nanochat.files import check_value
 from nanochat.optim import OptimizerConfig
 from nanochat.ranges import Range, check_ranges
@@ -16,6 +19,26 @@ class OnResume(Enum):
 
     NEW = "from the command line, given or not"
     IF_GIVEN = "from the command line if given there, else from the saved run"
+
+
+@dataclass
+class DataConfig:
+    """The flags of every script that reads text: which documents."""
+
+    data: Annotated[str, OnResume.IF_GIVEN] = ""
+    """starter, fineweb-edu, climbmix, or files, folders, globs and URLs, separated by commas; empty: downloaded or
+    starter."""
+    text_field: str = "text"
+    """The field or column of your own data that holds the text."""
+    skip_bad_shards: Annotated[bool, OnResume.NEW] = False
+    """Continue without files of the data that are missing or damaged, and name them."""
+
+    def open_corpus(self, base_dir: Path) -> Corpus:
+        """The corpus; prints which files are used and which are not."""
+        corpus = resolve_corpus(self.data, base_dir, text_field=self.text_field, skip_bad=self.skip_bad_shards)
+        if corpus.files:
+            say(f"data: {corpus.describe()}")
+        return corpus
 
 
 @dataclass

@@ -17,7 +17,7 @@ from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, derive_sizes, make_plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.build import create_step, random_batch
-from nanochat.train.config import OnResume, TrainConfig
+from nanochat.train.config import DataConfig, OnResume, TrainConfig
 from nanochat.train.pace import choose_depth
 from nanochat.train.run import Run
 from nanochat.train.starting_model import read_source
@@ -78,15 +78,9 @@ class ModelFlags:
 
 
 @dataclass
-class PretrainConfig(ModelFlags, TrainConfig):
+class PretrainConfig(DataConfig, ModelFlags, TrainConfig):
     """Pretrain a base model from raw text. -1 means "off" or "derive it"."""
 
-    data: Annotated[str, OnResume.IF_GIVEN] = ""
-    """starter, fineweb-edu, climbmix, or files, folders, globs and URLs, separated by commas; empty: what is there."""
-    text_field: str = "text"
-    """The field or column of your own data that holds the text."""
-    skip_bad_shards: Annotated[bool, OnResume.NEW] = False
-    """Continue without data files that are missing or damaged, and name them."""
     max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
     """Context length in tokens; -1 is 2048, or with --init-from what that model has."""
     warmup_steps: Annotated[int, Range(0)] = 0
@@ -126,10 +120,8 @@ def build_model(run: Run[PretrainConfig], tokenizer: RustBPETokenizer) -> GPT:
     weights: dict[str, torch.Tensor] = {}
     if config.init_from and not run.checkpoint:
         source, weights = read_source(config.init_from, get_base_dir(), tokenizer, config.max_seq_len, runtime)
-    if saved := run.checkpoint or source:
-        model_config = saved.model_config()
-    else:
-        model_config = new_network(config, tokenizer, runtime)
+    saved = run.checkpoint or source
+    model_config = saved.model_config() if saved else new_network(config, tokenizer, runtime)
     config.depth, config.max_seq_len = model_config.n_layer, model_config.sequence_len
     model = GPT.create(model_config, device=runtime.device, compute_dtype=runtime.dtype, seed=config.seed)
     if source:
