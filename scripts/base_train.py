@@ -15,7 +15,6 @@ from nanochat.evals.bits_per_byte import corpus_bpb
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_run import open_bundle
 from nanochat.evals.samples import continuations
-from nanochat.gpt import GPT
 from nanochat.planning.hardware import usual_price
 from nanochat.planning.planner import plan_and_outcome
 from nanochat.runtime import Runtime
@@ -97,12 +96,9 @@ def make_hooks(config: Config, corpus: Corpus, tokenizer: RustBPETokenizer, runt
         rows = trainer.step.device_batch_size
         return corpus_bpb(trainer.model, corpus, tokenizer, runtime, split="val", tokens=tokens, device_batch_size=rows)
 
-    def complete(model: GPT) -> list[dict[str, str]]:
-        return continuations(model, tokenizer, prompts, max_tokens=24)
-
     return [
         Hook(partial(validate, measure=measure), config.eval_every, tokens=tokens),
-        sample_hook(complete, config.sample_every),
+        sample_hook(partial(continuations, tokenizer=tokenizer, prompts=prompts, max_tokens=24), config.sample_every),
     ]
 
 
