@@ -102,8 +102,8 @@ def report(run: Run[Config], trainer: Trainer, plan: list[tuple[str, str]], toke
     samples = answers(trainer.model, tokenizer)
     run.report(trainer, {"mixture": plan, "samples": samples})
     counts = count_conversations(trainer)
-    text = "trained on {conversations:,} conversations, {truncated:,} truncated to whole turns; {left_out:,} left out"
-    say(text.format(**counts))
+    text = "{conversations:,} used, {truncated:,} of them truncated to whole turns; {left_out:,} left out"
+    say("conversations, each as often as it came up: " + text.format(**counts))
 
 
 if __name__ == "__main__":

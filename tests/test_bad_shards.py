@@ -19,6 +19,7 @@ from ranks import run_ranks
 from stubs import TINY
 
 from nanochat.common import BadShard, UserError
+from nanochat.data import own_files
 from nanochat.data.corpus import BadShards
 from nanochat.data.download import HUB_SETS, hub_folder
 from nanochat.data.shards import ShardCorpus
@@ -286,6 +287,18 @@ def test_a_text_file_that_ends_too_early(tmp_path: Path, capsys: pytest.CaptureF
         resolve_corpus(str(own), base)
     assert sorted(both(resolve_corpus(str(own), base, skip_bad=True))) == sorted(SHORT[0] + SHORT[2])
     assert "1.jsonl.gz" in capsys.readouterr().err
+
+
+def test_many_bad_files_are_found_in_two_conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, conversions = tmp_path / "own", []
+    own.mkdir()
+    for i in range(8):
+        (own / f"{i}.jsonl").write_bytes(jsonl(SHORT[i % 3]) if i in (0, 5) else b'{"text": \xff}')
+    convert = own_files.convert
+    monkeypatch.setattr(own_files, "convert", lambda *args: (conversions.append(args), convert(*args))[1])
+    corpus = resolve_corpus(str(own), tmp_path / "base", skip_bad=True)
+    assert len(conversions) == 2 and len(corpus.bad_shards.skipped) == 6
+    assert sorted(both(corpus)) == sorted(SHORT[0] + SHORT[2])
 
 
 def test_a_network_that_dies_while_training_costs_no_step(

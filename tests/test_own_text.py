@@ -308,7 +308,7 @@ def test_what_is_used_and_what_is_not(own: Path, base: Path, capsys: pytest.Capt
         "1 hidden",
         "1 without an ending",
         "2 not a regular file",
-        "1 without a field text",
+        '1 without the field "text"',
         "1 without text",
     }
     assert "info.json" in capsys.readouterr().err

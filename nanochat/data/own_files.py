@@ -1,6 +1,8 @@
 """The corpus of files that --data names: parquet with small row groups in place, everything else converted first."""
 
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from nanochat.data.parquet import TextOptions, open_parquet, parquet_documents, 
 from nanochat.data.remote import RemoteFile, Source
 from nanochat.data.shards import LISTING_VERSION, ShardCorpus, ShardOpener
 from nanochat.data.text_stream import MIB
-from nanochat.data.textfiles import KINDS, kind_of
+from nanochat.data.textfiles import KINDS, NoTextField, file_documents, kind_of
 from nanochat.data.to_parquet import Tally, convert
 
 MAX_GROUP_ROWS, MAX_GROUP_BYTES = 8192, 64 * MIB  # parquet with larger row groups is converted
@@ -58,13 +60,22 @@ def open_own_files(data: str, opener: ShardOpener, known_names: Sequence[str] = 
 def convert_good(
     paths: Sequence[Source], opener: ShardOpener, options: TextOptions
 ) -> tuple[list[Path], list[Path], Tally]:
-    """convert(paths), repeated without each bad file if those may be skipped."""
+    """convert(paths), repeated without the bad files if those may be skipped."""
     while True:
         paths = [path for path in paths if path not in opener.bad_shards]
         try:
             return convert(paths, opener.base_dir, options) if paths else ([], [], Tally())
         except BadShard as error:
             opener.bad_shards.skip(error)
+            after = [str(path) for path in paths].index(error.shard) + 1
+            for path in paths[after:]:  # find the others now, not by one more conversion each
+                opener.attempt(read_to_end, path, options)
+
+
+def read_to_end(path: Source, options: TextOptions) -> None:
+    """Read all documents of a file, for their errors. BadShard if it cannot be read to its end."""
+    with suppress(NoTextField):  # the conversion decides
+        deque(file_documents(path, options), maxlen=0)
 
 
 def has_small_row_groups(path: Source, field: str) -> bool:

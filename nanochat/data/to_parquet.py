@@ -193,7 +193,7 @@ def documents_of(paths: Sequence[Source], options: TextOptions, tally: Tally) ->
         except NoTextField as error:
             if len(paths) == 1 or kind_of(path) in LINE_KINDS:
                 raise
-            tally.leave_out(path, f"without a field {options.field}", str(error))
+            tally.leave_out(path, f'without the field "{options.field}"', str(error))
         number += 1
         progress.show()
     progress.close()

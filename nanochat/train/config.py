@@ -79,19 +79,19 @@ class TrainConfig:
     """AdamW's first moment decay."""
     adam_beta2: Annotated[float, Range(0, below=1, unset=-1)] = -1.0
     """AdamW's second moment decay."""
-    eval_every: Annotated[int, OnResume.NEW] = 250
+    eval_every: Annotated[int, Range(-1), OnResume.NEW] = 250
     """Steps between evaluations on validation data; -1 only at the end."""
-    eval_tokens: Annotated[int, OnResume.NEW] = -1
+    eval_tokens: Annotated[int, Range(1, unset=-1), OnResume.NEW] = -1
     """Tokens per evaluation; -1 is 2^17 on a CPU and 20 * 2^19 elsewhere."""
-    sample_every: Annotated[int, OnResume.NEW] = 2000
+    sample_every: Annotated[int, Range(-1), OnResume.NEW] = 2000
     """Steps between samples; -1 only at the end."""
-    save_every: Annotated[int, OnResume.NEW] = -1
+    save_every: Annotated[int, Range(-1), OnResume.NEW] = -1
     """Steps between checkpoints; -1 only at the end (and on Ctrl-C, SIGTERM or SIGUSR1)."""
     keep_last: Annotated[int, OnResume.IF_GIVEN] = 2
     """Checkpoints kept; 0 keeps all."""
     resume: Annotated[bool, OnResume.NEW] = False
     """Resume from the run's latest good checkpoint, exactly."""
-    resume_from_step: Annotated[int, OnResume.NEW] = -1
+    resume_from_step: Annotated[int, Range(-1), OnResume.NEW] = -1
     """Resume from this step's checkpoint."""
     timeout: Annotated[float, Range(above=0), OnResume.NEW] = TIMEOUT_SECONDS
     """Seconds that ranks wait for one that hangs or is gone before the run ends with exit code 1."""

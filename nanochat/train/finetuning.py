@@ -36,7 +36,7 @@ class FinetuneConfig(TrainConfig):
     """Which model to start from: base, or sft to train one further."""
     base_tag: str = ""
     """Tag of its run; empty takes the one of this run's name, else the latest."""
-    model_step: int = -1
+    model_step: Annotated[int, Range(-1)] = -1
     """Its step; -1 takes the last."""
     data: Annotated[str, OnResume.IF_GIVEN] = "starter"
     """starter, published, files of conversations, or several: starter,mine.jsonl:3 (three passes; docs/own_data.md)."""
@@ -48,11 +48,11 @@ class FinetuneConfig(TrainConfig):
     """Passes over the mixture, unless --num-iterations or --minutes says otherwise."""
     warmdown_ratio: Annotated[float, Range(0, 1)] = 0.2
     """Share of the run over which the rates fall linearly to zero."""
-    max_seq_len: int = -1
+    max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
     """Row length in tokens; -1 takes the base model's context."""
-    eval_every: Annotated[int, OnResume.NEW] = 100
+    eval_every: Annotated[int, Range(-1), OnResume.NEW] = 100
     """Steps between evaluations on validation conversations; -1 only at the end."""
-    sample_every: Annotated[int, OnResume.NEW] = -1
+    sample_every: Annotated[int, Range(-1), OnResume.NEW] = -1
     """Steps between sample answers; -1 only at the end."""
     weight_decay: Annotated[float, Range(0)] = 0.0
     """Cautious decay of the matrices at depth 12, scaled by (12/depth)^2 and to zero over the run."""
@@ -98,9 +98,10 @@ def find_horizon(
         num_steps = loader.num_steps()
         if num_steps < FEW_STEPS:
             total = align_batch(max(1, num_steps * sizes.rows // ENOUGH_STEPS) * sizes.T, sizes.T)
+            steps = f"{num_steps} step{'' if num_steps == 1 else 's'}"
             runtime.warn0(
-                f"the conversations fill only {num_steps} step(s) of {sizes.rows * sizes.T:,} tokens: little will be "
-                f"learnt. Give --total-batch-size={total}, or a larger --num-epochs"
+                f"the conversations fill only {steps} of {sizes.rows * sizes.T:,} tokens: little will be learnt. "
+                f"Give --total-batch-size={total}, or a larger --num-epochs"
             )
         return num_steps
     batch = random_batch(*sizes, model.config.vocab_size, runtime, supervised=0.5)  # about half is prompt

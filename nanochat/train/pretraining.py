@@ -37,11 +37,11 @@ class ModelFlags:
     """Width per layer."""
     head_dim: int = 128
     """Size of an attention head."""
-    n_embd: int = -1
+    n_embd: Annotated[int, Range(1, unset=-1)] = -1
     """Width, overriding depth * aspect ratio."""
-    n_head: int = -1
+    n_head: Annotated[int, Range(1, unset=-1)] = -1
     """Query heads."""
-    n_kv_head: int = -1
+    n_kv_head: Annotated[int, Range(1, unset=-1)] = -1
     """Key/value heads, a divisor of the query heads."""
     max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
     """Context length in tokens; -1 is 2048."""
@@ -49,9 +49,9 @@ class ModelFlags:
     """Per layer, tiled: S short window, L full context; the last layer is always L."""
     recipe: str = "default"
     """default, published, later or plain; changes may follow: default,smear=False,matrix_lr=0.03 (docs/training.md)."""
-    target_flops: float = -1.0
+    target_flops: Annotated[float, Range(above=0, unset=-1)] = -1.0
     """Horizon in training FLOPs."""
-    target_param_data_ratio: float = 10.5
+    target_param_data_ratio: Annotated[float, Range(above=0, unset=-1)] = 10.5
     """Horizon in tokens per scaling parameter."""
 
     def network(self, vocab_size: int) -> Callable[[int], GPTConfig]:
@@ -99,7 +99,7 @@ class PretrainConfig(DataConfig, ModelFlags, TrainConfig):
     """Matrix products of the blocks in fp8; needs a GPU of compute capability 8.9 (Ada, Hopper) and torchao."""
     fp8_recipe: str = "tensorwise"
     """One fp8 scale per tensor (tensorwise, the fastest) or per row (rowwise, more exact)."""
-    core_metric_every: Annotated[int, OnResume.NEW] = -1
+    core_metric_every: Annotated[int, Range(-1), OnResume.NEW] = -1
     """Steps between CORE evaluations; there is one at the end too."""
     core_metric_max_per_task: Annotated[int, Range(1, unset=-1), OnResume.NEW] = 500
     """Items per CORE task; -1 takes all."""

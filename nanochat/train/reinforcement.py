@@ -37,7 +37,7 @@ class RLConfig(TrainConfig):
     """Which model to start from: sft, or rl to train one further."""
     source_tag: str = ""
     """Tag of its run; empty takes the one of this run's name, else the latest."""
-    model_step: int = -1
+    model_step: Annotated[int, Range(-1)] = -1
     """Its step; -1 takes the last."""
     tasks: str = "WordProblems"
     """Separated by commas: WordProblems, GSM8K, Arithmetic, LetterCounting, Spelling, Identity, Format, Code."""
@@ -59,7 +59,7 @@ class RLConfig(TrainConfig):
     """Cautious decay of the matrices."""
     raise_at: Annotated[float, Range(above=0, max=1)] = 0.8
     """Mean reward at which a task's next level joins."""
-    eval_every: Annotated[int, OnResume.NEW] = 60
+    eval_every: Annotated[int, Range(-1), OnResume.NEW] = 60
     """Steps between evaluations on held-out items; -1 only at the end. There is one before the first step."""
     eval_examples: Annotated[int, Range(1)] = 200
     """Held-out items of each task and level."""

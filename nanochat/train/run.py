@@ -163,8 +163,8 @@ class Run(Generic[Config]):
         bpb = "not measured" if now.val_bpb is None else f"{now.val_bpb:.4f} on {validation_tokens(trainer)}"
         validation = f"val bpb {bpb}; " if any(hook.tokens for hook in trainer.hooks) else ""
         say(
-            f"{now.step} steps, {format_count(now.tokens)} trained tokens in {format_seconds(now.wall_seconds)}; "
-            f"{validation}saved in {self.folder}"
+            f"{now.step} step{'' if now.step == 1 else 's'}, {format_count(now.tokens)} trained tokens in "
+            f"{format_seconds(now.wall_seconds)}; {validation}saved in {self.folder}"
         )
 
     def figures(self, trainer: Trainer) -> dict[str, Any]:
