@@ -242,7 +242,7 @@ def what_was_learnt(records: Sequence[dict[str, Any]]) -> str:
     if not steps or any(record["groups_without_signal"] < 1 for record in steps):
         return ""
     rewards, cut_off = [record["reward"] for record in steps], sum(record["cut_off"] for record in steps) / len(steps)
-    text = f"nothing was learnt in {len(steps)} step(s): "
+    text = f"nothing was learnt in {len(steps)} step{'' if len(steps) == 1 else 's'}: "
     if max(rewards) > 0:
         return f"{text}the answers to each prompt all scored the same ({sum(rewards) / len(steps):.2g} on average)"
     if cut_off > 0.5:
