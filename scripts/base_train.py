@@ -21,8 +21,7 @@ from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, describe
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.train.hooks import estimate_core_seconds, evaluate_core, sample_hook, validate
-from nanochat.train.pretraining import PretrainConfig as Config
-from nanochat.train.pretraining import build_model, build_step, fix_plan
+from nanochat.train.pretraining import PretrainConfig as Config, build_model, build_step, fix_plan
 from nanochat.train.run import Run, open_run
 from nanochat.trainer import Hook, Trainer
 from scripts import _cli

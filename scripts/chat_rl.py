@@ -13,8 +13,7 @@ from nanochat.engine import Engine
 from nanochat.reporting.curves import read_metrics
 from nanochat.rl import Curriculum, RolloutLoader, Sampler, SignalWatch, what_was_learnt
 from nanochat.runtime import Runtime
-from nanochat.train.reinforcement import RLConfig as Config
-from nanochat.train.reinforcement import build_step, find_horizon
+from nanochat.train.reinforcement import RLConfig as Config, build_step, find_horizon
 from nanochat.train.run import Run, open_run
 from nanochat.train.starting_model import finetuning_dir, open_starting_model
 from nanochat.trainer import Hook, Record, Trainer

@@ -12,8 +12,8 @@ from nanochat.data.conversation_loader import EXACT_CONVERSATIONS
 from nanochat.reporting.console import print_conversation
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.finetuning import FinetuneConfig as Config
 from nanochat.train.finetuning import (
+    FinetuneConfig as Config,
     RowSizes,
     answers,
     build_step,

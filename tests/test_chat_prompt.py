@@ -2,8 +2,7 @@
 
 import pytest
 from conversation_helpers import SPELLED, TOOL_ANSWER, spell, talk
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nanochat.conversation import merge_messages, render, render_prompt, validate_messages
 from nanochat.inference.chat_prompt import ANSWER_RESERVE, answer_reserve, drop_oldest_turns, fit_prompt

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from conversation_helpers import SPELLED, TOOL_ANSWER, spell, talk
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nanochat import conversation as conv
 from nanochat.common import SPECIAL_TOKENS

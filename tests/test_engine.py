@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engine_helpers import answers, complete, sequence
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from stubs import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, SPECIAL, START, TOKENIZER, Scripted, chain, stir
 
 from nanochat.conversation import parse_answer

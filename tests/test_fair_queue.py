@@ -5,8 +5,7 @@ from collections import Counter
 from typing import Any
 
 from engine_helpers import make_model
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from live import until
 from serve_helpers import Receiver, make_request
 from stubs import TOKENIZER

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from engine_helpers import make_model
 from fastapi.testclient import TestClient
-from serve_helpers import CHAT, TOKENIZER, app_of, chat, events
-from serve_helpers import MODEL as SMALL
+from serve_helpers import CHAT, MODEL as SMALL, TOKENIZER, app_of, chat, events
 from stubs import OUTPUT_END, PYTHON, PYTHON_END, START, Scripted, chain
 
 from nanochat.engine import Engine

@@ -17,8 +17,7 @@ import pytest
 import torch
 from engine_helpers import make_model
 from live import Live, until
-from serve_helpers import TOKENIZER as REAL_TOKENIZER
-from serve_helpers import Receiver, chat, events, make_request
+from serve_helpers import TOKENIZER as REAL_TOKENIZER, Receiver, chat, events, make_request
 from stubs import TOKENIZER
 
 from nanochat.checkpoint.saving import save_checkpoint

@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from cli_helpers import refused
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from stubs import TOKENIZER
 
 from nanochat.checkpoint.runs import run_dir

@@ -321,8 +321,7 @@ def test_harmless_fields_and_values_that_mean_off(client: TestClient) -> None:
 def test_every_field_of_openais_client_is_decided() -> None:
     """None is an unknown name: each is a field, harmless, or refused for what it asks."""
     openai = pytest.importorskip("openai")
-    from openai.types import chat as chat_types
-    from openai.types import completion_create_params
+    from openai.types import chat as chat_types, completion_create_params
 
     del openai
     for params, model in (

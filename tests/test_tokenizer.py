@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import regex
 import tiktoken
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from nanochat.common import SPECIAL_TOKENS, UserError
 from nanochat.tokenizer import GROUP_CHARS, MAX_WHITESPACE_RUN, SPLIT_PATTERN, RustBPETokenizer, get_tokenizer

@@ -42,9 +42,10 @@ def save_checkpoint(
     assert step >= 0 and "model_config" in meta and meta.get("tokenizer_hash", tokenizer.hash) == tokenizer.hash
     run, group = Path(run), group or BackgroundGroup()
     folder = step_path(run, step, "new")
+    share = "" if group.world_size == 1 else f"-{group.rank + 1:05d}-of-{group.world_size:05d}"
     own: dict[str, Mapping[str, Any] | None] = {
-        _share_name("optimizer", group): optimizer_state and optimizer_state[0],
-        _share_name("loader", group): loader_state,
+        f"optimizer{share}": optimizer_state and optimizer_state[0],
+        f"loader{share}": loader_state,
     }
     if group.rank == 0:
         own |= {"model": model_state, "rng": rng_state}
@@ -67,11 +68,6 @@ def save_checkpoint(
         )
         group.run_on_all("completing a checkpoint", complete)
     return step_path(run, step)
-
-
-def _share_name(stem: str, group: BackgroundGroup) -> str:
-    """`optimizer`, or `optimizer-00002-of-00004` on rank 1 of 4."""
-    return stem if group.world_size == 1 else f"{stem}-{group.rank + 1:05d}-of-{group.world_size:05d}"
 
 
 def _write_tensors(folder: Path, states: dict[str, Mapping[str, Any] | None]) -> dict[str, Any]:
