@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from nanochat.checkpoint.runs import run_dir
-from nanochat.common import UserError, get_base_dir, say
+from nanochat.common import get_base_dir, say
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, SavedCorpus, open_corpus, save_record
 from nanochat.evals.bits_per_byte import corpus_bpb
@@ -38,9 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, runtime: Runtime) -> int:
     """One pretraining run, fresh or resumed, to its end. Returns the exit code."""
     base_dir = get_base_dir()
-    if not config.model_tag and (config.depth == -1 or config.init_from):
-        flag = "--init-from" if config.init_from else "--depth=-1"
-        raise UserError(f"{flag} needs --model-tag: the run's folder cannot be named after a depth not known yet")
     folder = run_dir(base_dir, "base", config.model_tag or f"d{config.depth}")
     with open_run("base_train", folder, config, runtime) as run:
         config, old = run.config, run.checkpoint
@@ -48,12 +45,7 @@ def train(config: Config, runtime: Runtime) -> int:
         # To find the same shards again.
         saved = SavedCorpus.load(folder, old.step, old.meta["corpus"], old.loader_state()) if old else None
         corpus = open_corpus(
-            config.data,
-            base_dir,
-            runtime,
-            text_field=config.text_field,
-            skip_bad=config.skip_bad_shards,
-            saved=saved,
+            config.data, base_dir, runtime, text_field=config.text_field, skip_bad=config.skip_bad_shards, saved=saved
         )
         bundle = open_bundle(config.eval_bundle, base_dir, runtime) if config.core_metric_every > 0 else None
         model = build_model(run, tokenizer)

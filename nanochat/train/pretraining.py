@@ -106,6 +106,11 @@ class PretrainConfig(DataConfig, ModelFlags, TrainConfig):
     eval_bundle: Annotated[str, OnResume.NEW] = ""
     """Folder of the CORE bundle; empty: eval_bundle/ in the base folder, downloaded if it is not there."""
 
+    def __post_init__(self) -> None:
+        if not self.model_tag and (self.depth == -1 or self.init_from):
+            flag = "--init-from" if self.init_from else "--depth=-1"
+            raise UserError(f"{flag} needs --model-tag: the run's folder cannot be named after a depth not known yet")
+
     def start_from(self, tag: str) -> dict[str, Any]:
         sizes = ("depth", "aspect_ratio", "head_dim", "n_embd", "n_head", "n_kv_head", "max_seq_len", "window_pattern")
         return {name: getattr(PretrainConfig, name) for name in sizes} | {"init_from": tag}
