@@ -153,10 +153,7 @@ class Trainer:
         try:
             for hook in due:
                 began = time.perf_counter()
-                try:
-                    record.update(hook.run(self) or {})
-                except StopRequested:  # _await_batch raises Interrupted
-                    self.runtime.print0("stop requested: an evaluation is left unfinished")
+                record.update(self._run_hook(hook))
                 self.model.train()
                 hook.seconds = time.perf_counter() - began
             if self.deadline and due:
@@ -165,6 +162,14 @@ class Trainer:
         except (Exception, KeyboardInterrupt):
             self._save(final=True)
             raise
+
+    def _run_hook(self, hook: Hook) -> Record:
+        """Its record; none if a stop signal ends it."""
+        try:
+            return hook.run(self) or {}
+        except StopRequested:  # _await_batch raises Interrupted
+            self.runtime.print0("stop requested: an evaluation is left unfinished")
+            return {}
 
     def _save_if_due(self) -> None:
         step = self.progress.step
@@ -215,7 +220,7 @@ class Trainer:
         warn(f"the data ended after step {self.progress.step} of {self.schedule.num_steps}")
         self.schedule.num_steps = self.progress.step  # the run is finished, when it is resumed too
         for hook in self.hooks if self.progress.step else ():
-            hook.run(self)
+            self._run_hook(hook)
         self._save(final=True)
 
     def _save(self, final: bool) -> None:

@@ -20,6 +20,7 @@ from toy_training import CONFIG, CPU, RandomBatches, make_trainer
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.distributed.rank_checks import NonFiniteLoss
+from nanochat.distributed.signals import StopRequested
 from nanochat.gpt import GPT
 from nanochat.train.build import choose_device_batch
 from nanochat.train.config import OnResume, TrainConfig, merge_saved_config, resume_rules
@@ -246,6 +247,26 @@ def test_a_failed_final_save_exits_1(tmp_path: Path, capsys: pytest.CaptureFixtu
     trainer.save_every = -1
     assert run_to_end(trainer, tmp_path, "") == 1
     assert "No space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batches", [4, 2], ids=["to the last step", "the data ends early"])
+def test_a_hook_that_a_signal_stops_leaves_the_run_to_its_end(batches: int) -> None:
+    trainer = make_trainer(steps=4)
+    left = [RandomBatches().next_batch() for _ in range(batches)]
+
+    def next_batch() -> Batch:
+        if not left:
+            raise StopIteration
+        return left.pop()
+
+    def stopped(trainer: Trainer) -> None:
+        raise StopRequested("stop requested")
+
+    trainer.loader.next_batch = next_batch  # type: ignore[method-assign]
+    trainer.hooks = [Hook(stopped)]
+    records: list[dict] = []
+    trainer.log = lambda t, record: records.append(record)
+    assert trainer.run().step == batches == len(records)
 
 
 def test_the_loss_goes_down() -> None:
