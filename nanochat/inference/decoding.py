@@ -153,6 +153,8 @@ class RunningBatch:
 
     def _apply_rules(self, sequences: list[TokenSequence], logits: torch.Tensor) -> torch.Tensor:
         """The logits (B, V) to draw from: a changed copy if any of the sequences has rules."""
+        if not self._rules_of:
+            return logits
         rules = [(row, self._rules_of[s]) for row, s in enumerate(sequences) if s in self._rules_of]
         if rules:
             logits = logits.clone()
