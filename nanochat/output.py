@@ -69,8 +69,8 @@ def _failsafe(stream: Any) -> Any:
     try:
         stream.flush()
         file = OutputFile(stream.fileno(), "w", closefd=False)
-        binary = io.BufferedWriter(file)
-        line_buffering, at_once = stream.line_buffering, stream.write_through
-        return io.TextIOWrapper(binary, stream.encoding, stream.errors, None, line_buffering, at_once)
+        at_once = stream.write_through  # python -u, PYTHONUNBUFFERED: nothing may wait in a buffer
+        binary: Any = file if at_once else io.BufferedWriter(file)
+        return io.TextIOWrapper(binary, stream.encoding, stream.errors, None, stream.line_buffering, at_once)
     except (AttributeError, OSError, ValueError):
         return stream

@@ -59,6 +59,21 @@ def test_a_log_on_a_full_disk_ends_the_log_only(texts: Path, base: Path) -> None
     assert done.stderr.count("output is lost") == 1
 
 
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_unbuffered_output_stays_unbuffered(flags: list[str]) -> None:
+    program = (
+        "import os, sys; from nanochat.output import failsafe_output\n"
+        "with failsafe_output(): print('said', end='', file=sys.stderr); print('out', end=''); os._exit(0)"
+    )
+    done = subprocess.run([sys.executable, *flags, "-c", program], cwd=ROOT, env=buffered(), capture_output=True)
+    assert (done.stdout + done.stderr == b"outsaid") == bool(flags)
+
+
+def buffered() -> dict[str, str]:
+    """The environment without PYTHONUNBUFFERED."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 # ---------------------------------------------------------------------------------------------------
 # The base folder
 
