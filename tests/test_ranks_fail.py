@@ -16,8 +16,7 @@ import torch
 from ranks import run_ranks
 from toy_training import CONFIG, RandomBatches
 
-from nanochat import checkpoint_manager
-from nanochat.checkpoint import folder, tensor_file
+from nanochat.checkpoint import folder, saving, tensor_file
 from nanochat.checkpoint.folder import list_steps
 from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.dataloader import Batch
@@ -111,7 +110,7 @@ class Storage:
         """The folder does not exist for this process."""
         real = folder.step_path
         elsewhere = lambda run, *rest: real(run.with_name("unmounted"), *rest)  # noqa: E731
-        checkpoint_manager.step_path = elsewhere if broken else real
+        saving.step_path = elsewhere if broken else real
 
     def refuse(self, broken: bool) -> None:
         """This process may not write there. (Simulated, because permissions do not bind root.)"""
@@ -119,7 +118,7 @@ class Storage:
         def write_file(path: Path, chunks: Any) -> Any:
             raise PermissionError(13, "Permission denied", str(path))
 
-        checkpoint_manager.write_file = write_file if broken else tensor_file.write_file
+        saving.write_file = write_file if broken else tensor_file.write_file
 
     def replace(self, broken: bool) -> None:
         """The folder has been replaced by a file."""
