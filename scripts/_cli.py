@@ -50,6 +50,8 @@ def parse(config: type[Config], argv: Sequence[str] | None = None) -> Config:
     if args[:1] == ["--"]:
         args = args[1:]
     args = join_repeated(args, "--data")
+    if "--data=" in args:  # the default instead would learn from other text
+        raise UserError("--data= is empty: is a shell variable unset? Leave the flag out for the default; see --help")
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):

@@ -60,6 +60,7 @@ from scripts import _cli, base_eval, base_train, chat_eval, chat_sft, stages, to
         (["--recipe=new"], "--recipe"),
         (["--compile=maybe"], "--compile"),
         (["--data=/no/such/place.txt"], "/no/such/place.txt"),
+        (["--data="], "--data="),
         (["--data=fineweb-edu"], "nanochat.dataset"),
         (["--fp8"], "--fp8"),
         (["--resume-from-step=77"], "77"),
