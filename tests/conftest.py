@@ -13,6 +13,7 @@ from stubs import TINY
 
 from nanochat.common import get_kernels_dir
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.sandbox.levels import SAFE_LEVELS, why_unavailable
 
 # A shell has Ctrl-C ignored in what it starts in the background, and so would all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,6 +41,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=SAFE_LEVELS)
+def level(request: pytest.FixtureRequest) -> str:
+    """Each level of the sandbox that confines programs, where this machine has it."""
+    if reason := why_unavailable(request.param):
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """An empty folder for data of one's own."""
+    (tmp_path / "own").mkdir()
+    return tmp_path / "own"
 
 
 @pytest.fixture

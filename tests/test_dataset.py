@@ -35,17 +35,6 @@ def error_of(data: object, base: Path) -> str:
     return message
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
-    (tmp_path / "own").mkdir()
-    return tmp_path / "own"
-
-
 # ---------------------------------------------------------------------------------------------------
 # Own data
 

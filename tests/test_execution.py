@@ -42,13 +42,6 @@ for thread in threads: thread.join()
 """
 
 
-@pytest.fixture(scope="module", params=SAFE_LEVELS)
-def level(request: pytest.FixtureRequest) -> str:
-    if reason := why_unavailable(request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
-
-
 @pytest.fixture
 def any_level() -> str:
     for name in SAFE_LEVELS:

@@ -1,4 +1,4 @@
-"""What clients send as a chat: roles, tool messages, prefills, long conversations and limits; what they are told."""
+"""What clients send as a chat: roles, tool messages, prefills, long conversations, limits and errors."""
 
 import json
 from collections.abc import Iterator

@@ -30,17 +30,6 @@ from scripts import _cli, tok_train
 PLAIN = [text + '\nsecond line, with "quotes"; and\ttabs' for text in make_texts(30)]
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
-    (tmp_path / "own").mkdir()
-    return tmp_path / "own"
-
-
 def refusal(data: object, base: Path, **settings: Any) -> str:
     with pytest.raises(UserError) as caught:
         both(resolve_corpus(str(data), base, **settings))

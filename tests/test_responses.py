@@ -173,7 +173,7 @@ def test_items_are_the_messages_of_a_chat(live: Live, client: Any) -> None:
 def test_an_answer_s_id_stands_for_its_text(
     live: Live, client: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    """The AI SDK sends it, unless told store: false."""
+    """The AI SDK sends it, except with `store: false`."""
 
     def answer(**changes: Any) -> Any:
         made = ask(client, stream=stream, **changes)

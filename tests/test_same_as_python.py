@@ -8,7 +8,6 @@ import tempfile
 import pytest
 
 from nanochat.execution import execute_code
-from nanochat.sandbox.levels import SAFE_LEVELS, why_unavailable
 
 PROGRAMS = {
     # exceptions and exits
@@ -184,13 +183,6 @@ TESTED = {
     "not a number": ("f = float", "x = f('nan'); assert x != x"),
     "a tuple is no list": ("def f(x): return (1, 2)", "assert f(1) == [1, 2]"),
 }
-
-
-@pytest.fixture(scope="module", params=SAFE_LEVELS)
-def level(request: pytest.FixtureRequest) -> str:
-    if reason := why_unavailable(request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Responses: POST /v1/responses, OpenAI's newer form of a chat. Clients send whole conversations.
 
 Nothing is stored, but recent answers are kept in memory by their ids: the AI SDK sends an answer's id in place of its
-text, unless it is told store: false.
+text, unless the request has `store: false`.
 """
 
 import time

@@ -34,8 +34,8 @@ def train_on_command(
 ) -> str:
     """The command of a new run that starts from the weights of the one in `folder`, which finished after `steps`.
 
-    It has the flags `config` of the finished run, and those `asked` for in vain when that was resumed. A longer horizon
-    becomes what is left of it: 40 steps after 20 are 20 more.
+    It has the flags `config` of the finished run, changed by `asked`, the flags given when that was resumed. A longer
+    horizon becomes what is left of it: 40 steps after 20 are 20 more.
     """
     new = next(p for n in itertools.count(2) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
     values, horizon = dict(asked or {}), HORIZON.intersection(asked or {})
