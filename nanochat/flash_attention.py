@@ -153,16 +153,34 @@ def _fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torc
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    T, repeat = q.size(1), q.size(2) // k.size(2)
-    if repeat > 1:  # the masked kernel has no enable_gqa; the other one would keep all pairs
-        k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    T = q.size(1)
     if window >= T - 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return scaled_dot_product(q, k, v, causal=True)
     position = torch.arange(T, device=q.device)
     distance = position[:, None] - position
-    visible = (distance >= 0) & (distance <= window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
+    return scaled_dot_product(q, k, v, (distance >= 0) & (distance <= window))
+
+
+def scaled_dot_product(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False
+) -> torch.Tensor:
+    """PyTorch's scaled_dot_product_attention in this file's layout: q (B, T, H, D), k and v (B, S, G, D) -> like q.
+
+    `mask` broadcasts to (B, 1, T, S): True where visible, or what is added to the scores, in q's dtype. Which kernel
+    runs on CUDA: FlashAttention 2 without a mask, in 16 bits, from compute capability 8.0 on; the memory-efficient one
+    otherwise; never cuDNN's, which Runtime.create switches off. Several layers of one mask are served best by an
+    additive one whose S is a multiple of 8: others are converted or padded in every call.
+    """
+    B, T, H, D = q.shape
+    G = k.size(2)
+    if T == 1:  # the queries of a group of heads see the same keys: they take the place of T
+        return F.scaled_dot_product_attention(
+            q.reshape(B, G, H // G, D), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+        ).reshape(B, 1, H, D)
+    if G != H:  # with enable_gqa, what the fused kernels do not do would keep all T x S scores in float32
+        k, v = k.repeat_interleave(H // G, dim=2), v.repeat_interleave(H // G, dim=2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
 BACKENDS: dict[str, AttentionFunction] = {"fa3": _fa3, "flex": _flex, "sdpa": _sdpa, "blocked": _blocked}
@@ -237,9 +255,7 @@ def attend_at_positions(
     """
     distance = query_pos[:, :, None] - key_pos[:, None, :]  # (B, T, S)
     visible = (distance >= 0) & (distance <= window) & (key_pos >= 0)[:, None, :]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=q.size(1) != k.size(1))
-    return y.transpose(1, 2)
+    return scaled_dot_product(q, k, v, visible[:, None])
 
 
 def flash_attn_with_kvcache(

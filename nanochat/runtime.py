@@ -60,6 +60,10 @@ class Runtime:
         device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
         if device_type == "cuda":
             torch.cuda.set_device(device)
+            # PyTorch prefers cuDNN's attention on Hopper and Blackwell. It builds a plan of some 20 ms or more for each
+            # new number of keys, that is for each generated token. The switch is the process's: set once, it costs
+            # no call anything and holds in all threads and compiled graphs.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         elif device_type == "cpu":
             keep_freed_memory()
         chosen, reason = pick_dtype(device_type, dtype or os.environ.get("NANOCHAT_DTYPE", ""))

@@ -147,6 +147,22 @@ def test_flex_and_sdpa_see_the_same_keys(flex_in_eager_mode: None, T: int, windo
         torch.testing.assert_close(out.double(), reference(q, k, v, window), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("G", [1, 2, 6])
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def test_torch_kernels_with_any_mask_and_groups_of_heads(T: int, G: int, kind: str) -> None:
+    q, k, v = random_qkv(2, 9, 6, G, 8)
+    q = q[:, :T]
+    visible = torch.rand(2, 1, T, 9, generator=torch.Generator().manual_seed(1)) < 0.5
+    visible[..., 0] = True  # a query sees something
+    mask = {"none": None, "bool": visible, "additive": torch.zeros(visible.shape).double().masked_fill(~visible, -1e9)}
+    keys, values = k.repeat_interleave(6 // G, 2), v.repeat_interleave(6 // G, 2)
+    scores = torch.einsum("bthd,bshd->bhts", q, keys) / 8**0.5
+    weights = (scores if kind == "none" else scores.masked_fill(~visible, -torch.inf)).softmax(-1)
+    out = flash_attention.scaled_dot_product(q, k, v, mask[kind])
+    torch.testing.assert_close(out, torch.einsum("bhts,bshd->bthd", weights, values), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_training_is_one_graph_and_its_masks_are_made_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's view of the loss on a GPU without FlashAttention 3; what it makes of it is not run."""

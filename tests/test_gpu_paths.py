@@ -55,6 +55,18 @@ def test_number_format_of_a_gpu(
     assert Runtime(torch.device("cuda"), chosen, why, 0).scales_loss == (dtype == torch.float16)
 
 
+def test_attention_never_comes_from_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    try:
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        assert Runtime.create("cuda").device.type == "cuda"
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def test_apple_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -13,9 +13,8 @@ rows in use are always the first ones and a forward pass runs on them alone. All
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from nanochat.flash_attention import attend_at_positions, flash_attn_func
+from nanochat.flash_attention import attend_at_positions, flash_attn_func, scaled_dot_product
 from nanochat.gpt import AllStored, GPTConfig
 
 
@@ -117,10 +116,7 @@ class KVCache:
         keys, values = self.k[layer], self.v[layer]
         plan = self._plan(keys.size(1))
         keys[plan.where], values[plan.where] = k[:, 0], v[:, 0]
-        keys, values = keys[:B, : plan.num_slots].transpose(1, 2), values[:B, : plan.num_slots].transpose(1, 2)
-        grouped = keys.size(1) != q.size(2)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=plan.visible, enable_gqa=grouped)
-        return y.transpose(1, 2)
+        return scaled_dot_product(q, keys[:B, : plan.num_slots], values[:B, : plan.num_slots], plan.visible)
 
     def _plan(self, size: int) -> _Decode:
         """Slots and mask of one more token per row, for rings of `size` slots."""
