@@ -25,7 +25,7 @@ from nanochat.data.batches import Batch, Loader, PrefetchingLoader, saved_number
 from nanochat.data.conversation_loader import ConversationLoader
 from nanochat.data.corpus import BadShards, Corpus
 from nanochat.data.document_order import MIN_SLICES_PER_STREAM, DocumentOrder
-from nanochat.data.pretokenized import segment_reader
+from nanochat.data.pretokenized import TokenReader, segment_reader
 from nanochat.data.row_streams import (
     REFILL_ROWS,
     RowPacker,
@@ -34,6 +34,7 @@ from nanochat.data.row_streams import (
     check_layout,
     layout_arrays,
 )
+from nanochat.data.shards import ShardCorpus
 from nanochat.dataset import resolve_corpus
 
 __all__ = [
@@ -52,9 +53,8 @@ class PretrainLoader(PrefetchingLoader[list[StreamState]]):
     """Packed rows of documents without end, epoch after epoch, each in another order.
 
     One step has `rows_per_step` rows over all ranks; row j comes from stream j mod L, and rank r of W owns the streams
-    l with l % W == r. L is gcd(rows_per_step, 32) unless given (it must divide rows_per_step). `num_threads` tokenise;
-    one makes well over a million tokens a second, and costs the least where training needs the cores. empty_if_bad:
-    see DocumentOrder.
+    l with l % W == r. L is gcd(rows_per_step, 32) unless given (it must divide rows_per_step). `num_threads` tokenise
+    (Runtime.loader_threads; the rows are the same for any number). empty_if_bad: see DocumentOrder.
 
     Raises UserError for sizes that do not fit together, and while reading, whatever the corpus raises.
     """
@@ -145,6 +145,13 @@ class PretrainLoader(PrefetchingLoader[list[StreamState]]):
             self._order.set_slices(max(1, int(saved_numbers(state, "loader.parts", (), most + 1))))
         size = self.packer.vocab_size
         self._restore([StreamState.from_arrays(state, f"lane{stream:02d}", size) for stream in self.streams])
+
+    @property
+    def advice(self) -> str:
+        reader = self._order.reader
+        if not isinstance(self.corpus, ShardCorpus) or (isinstance(reader, TokenReader) and reader.is_complete):
+            return super().advice
+        return "make the tokens before training: python -m scripts.tok_data with this run's --data and --text-field"
 
     def stats(self) -> dict[str, float]:
         """Of this rank's streams, up to the last batch handed out: documents begun, target tokens, the share of

@@ -26,6 +26,7 @@ from nanochat.distributed.collectives import all_gather_json, collective_op, ini
 
 IMPORTED = time.perf_counter()
 TIMEOUT_SECONDS = 1800.0  # of collectives: the longest that ranks wait for one that is busy (evaluating) or gone
+MAX_LOADER_THREADS = 8  # with more, packing is what limits (bench.data), which one thread does
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -153,6 +154,17 @@ class Runtime:
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+    @property
+    def loader_threads(self) -> int:
+        """Threads that tokenise for this rank: its share of the cores but one; one where training itself needs them.
+
+        torchrun's OMP_NUM_THREADS does not count: it is about the threads of one PyTorch operation.
+        """
+        if self.device.type == "cpu":
+            return 1
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1), MAX_LOADER_THREADS)
 
     def close(self) -> None:
         """Leave the process group."""

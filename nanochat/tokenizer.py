@@ -36,7 +36,9 @@ FORMAT, VERSION = "nanochat-tokenizer", 1
 # The pattern backtracks once per character of a run of white space, and the regex engine's stack overflows somewhere
 # below a million: longer runs are split before it sees them.
 MAX_WHITESPACE_RUN = 20_000
-GROUP_CHARS = 64_000  # given to a thread at a time: single documents would cost more to hand over than they gain
+# Given to a thread at a time: single documents would cost more to hand over than they gain, and with large groups the
+# threads would not end together.
+GROUP_CHARS, MIN_GROUP_CHARS, GROUPS_PER_THREAD = 64_000, 8_000, 4
 LONG_WHITESPACE = re.compile(rf"\s{{{MAX_WHITESPACE_RUN}}}")
 
 
@@ -200,8 +202,11 @@ class RustBPETokenizer:
 
         if isinstance(text, str):
             return encode_all([text])[0]
-        groups = list(grouped(text, GROUP_CHARS))
-        if num_threads <= 1 or len(groups) <= 1:
+        if num_threads <= 1:
+            return encode_all(text)
+        share = sum(map(len, text)) // (GROUPS_PER_THREAD * num_threads)
+        groups = list(grouped(text, min(max(share, MIN_GROUP_CHARS), GROUP_CHARS)))
+        if len(groups) <= 1:
             return encode_all(text)
         with ThreadPoolExecutor(num_threads) as pool:  # tiktoken releases the GIL while it works
             return [ids for group in pool.map(encode_all, groups) for ids in group]

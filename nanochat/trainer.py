@@ -71,6 +71,7 @@ class Trainer:
     save_every: int = -1
     compare_every: int = 100  # steps between comparisons of the ranks' weights
     deadline: Deadline | None = None  # moves the schedule's last step
+    wait_seconds: float = 0.0  # that the last step's batch was waited for
     stop_signal: int | None = None  # the signal that asked this rank to stop
     started: float = field(default_factory=time.perf_counter)  # as if all sessions had been one
     saver: AsyncSaver = field(init=False)
@@ -135,6 +136,7 @@ class Trainer:
             self.saver.settle(None)
             raise NonFiniteLoss(f"{error}; {self.last_good()}") from None
         skipped = len(self.loader.skipped)
+        record["wait_seconds"] = self.wait_seconds  # for this rank's batch, before the step
         return record | ({"skipped_shards": skipped} if skipped else {})
 
     def _follow_deadline(self, record: Record) -> None:
@@ -185,9 +187,11 @@ class Trainer:
 
         All ranks decide alike, so that they stop after the same step and skip from the same batch on.
         """
+        began = time.perf_counter()
         while not self.finished:
             while not self.loader.wait(0.5) and not self.stop_signal:
                 pass
+            self.wait_seconds = time.perf_counter() - began
             failure = self.loader.failure
             own_code = DATA_ERROR if failure else self.stop_signal or 0
             code = int(self.runtime.all_reduce_max(own_code, "sharing the stop code"))

@@ -60,6 +60,7 @@ def train(config: Config, runtime: Runtime) -> int:
             rows_per_step=plan.total_batch_tokens // config.max_seq_len,
             rank=runtime.rank,
             world_size=runtime.world_size,
+            num_threads=runtime.loader_threads,
         )
         trainer = Trainer(build_step(config, plan, model, runtime), loader)
         run.begin(plan.num_steps, describe(model.config, plan))

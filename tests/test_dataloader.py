@@ -1,6 +1,7 @@
 """The pretraining loader: no token lost, exact resumption, and the same global batch for any world size."""
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -12,15 +13,19 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat import tokenizer as tokenizer_module
 from nanochat.checkpoint.tensor_file import read_tensors, tensor_chunks, write_file
 from nanochat.common import UserError
 from nanochat.data import document_order, row_streams
 from nanochat.data.batches import Prefetcher, seeded_rng
 from nanochat.data.corpus import Corpus, Document
 from nanochat.data.document_order import Cursor, DocumentOrder, SegmentReader, split_text
+from nanochat.data.pretokenized import token_path
 from nanochat.data.row_streams import RowPacker
+from nanochat.data.tokenize_shards import tokenize_shards
 from nanochat.dataloader import PretrainLoader, tokenizing_distributed_data_loader_with_state_bos_bestfit
 from nanochat.dataset import resolve_corpus
+from nanochat.runtime import MAX_LOADER_THREADS, Runtime
 from nanochat.tokenizer import RustBPETokenizer
 
 BOS = 99_999
@@ -488,6 +493,46 @@ def test_a_real_state_survives_the_file(real, tmp_path):
     restored.load_state_dict({name: tensor.numpy() for name, tensor in tensors.items()})
     assert_same_state(restored.state_dict(), loader.state_dict())
     np.testing.assert_array_equal(take_rows(restored, 5), take_rows(loader, 5))
+
+
+def test_rows_do_not_depend_on_the_threads_that_tokenise(real, monkeypatch):
+    """Nor does resuming: each loader goes on from a state that another number of threads has made."""
+    monkeypatch.setattr(tokenizer_module, "MIN_GROUP_CHARS", 50)  # a group for nearly every document
+    corpus, tokenizer = real
+    sizes = {"sequence_len": 32, "rows_per_step": 4}
+    loader = PretrainLoader(corpus, tokenizer, **sizes)
+    whole = take_rows(loader, 12)
+    state = PretrainLoader(corpus, tokenizer, **sizes).state_dict()
+    for number, threads in enumerate((2, 4, 1, 3)):
+        loader = PretrainLoader(corpus, tokenizer, num_threads=threads, **sizes)
+        loader.load_state_dict(state)
+        np.testing.assert_array_equal(take_rows(loader, 3), whole[3 * number : 3 * number + 3])
+        state = loader.state_dict()
+
+
+def test_a_rank_tokenises_on_its_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    gpu = Runtime(torch.device("cuda", 0), torch.bfloat16, "test", seed=0)
+    for cores, ranks, threads in ((2, None, 1), (8, None, 7), (208, 8, MAX_LOADER_THREADS), (32, 8, 3), (4, 8, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as under torchrun
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks)) if ranks else monkeypatch.delenv("LOCAL_WORLD_SIZE", False)
+        assert gpu.loader_threads == threads
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert Runtime(torch.device("cpu"), torch.float32, "test", seed=0).loader_threads == 1, "training needs the cores"
+
+
+def test_what_helps_a_slow_loader(real, tmp_path):
+    """tok_data, unless the tokens are there already or the data has no files."""
+    corpus, tokenizer = real
+    assert "scripts.tok_data" in PretrainLoader(corpus, tokenizer, sequence_len=8, rows_per_step=1).advice
+    shards = tokenize_shards(
+        {s: token_path(corpus.token_folder, s, tokenizer) for s in corpus.shards["train"]}, tokenizer, 1
+    )
+    assert [tokens > 0 for _, tokens in shards] == [True]
+    loader = PretrainLoader(corpus, tokenizer, sequence_len=8, rows_per_step=1)
+    take_rows(loader, 1)
+    assert "cores" in loader.advice and "cores" in make_loader().advice
 
 
 def test_the_published_loader(real):

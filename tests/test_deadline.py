@@ -143,7 +143,7 @@ def test_forecasts_wait_until_they_are_sound(tmp_path: Path, monkeypatch: pytest
     """With --minutes the time left is known, the number of steps not; without it, the other way round."""
     now = 100.0
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now)
-    record = {"tokens_per_second": 1.0}
+    record = {"tokens_per_second": 1.0, "seconds": 0.0, "wait_seconds": 0.0}
     for deadline in (None, Deadline(60, hooks_seconds=0)):
         trainer = make_trainer(steps=1000)
         trainer.started, trainer.deadline = now, deadline

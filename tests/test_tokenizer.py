@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import random
+import threading
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,14 @@ import tiktoken
 from hypothesis import example, given, settings, strategies as st
 
 from nanochat.common import SPECIAL_TOKENS, UserError
-from nanochat.tokenizer import GROUP_CHARS, MAX_WHITESPACE_RUN, SPLIT_PATTERN, RustBPETokenizer, get_tokenizer
+from nanochat.tokenizer import (
+    GROUP_CHARS,
+    MAX_WHITESPACE_RUN,
+    MIN_GROUP_CHARS,
+    SPLIT_PATTERN,
+    RustBPETokenizer,
+    get_tokenizer,
+)
 
 WORDS = [
     *("the", "cat", "sat", "on", "then", "there", "other", "mother", "banana", "bananas", "aaaa", "aaaaaa"),
@@ -149,6 +157,20 @@ def test_encode_against_tiktoken_from_the_saved_file(tokenizer: RustBPETokenizer
     reference = tiktoken.Encoding("x", pat_str=saved["pattern"], mergeable_ranks=ranks, special_tokens={})
     for text in [*corpus(2), " ".join(SPECIAL_TOKENS)]:
         assert tokenizer.encode(text) == reference.encode_ordinary(text)
+
+
+def test_all_threads_encode_at_the_same_time(tokenizer: RustBPETokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the text is less than a largest group for each."""
+    texts, together = [" ".join(corpus()) * 2 for _ in range(8)], threading.Barrier(4)
+    assert min(map(len, texts)) > MIN_GROUP_CHARS and sum(map(len, texts)) < 4 * GROUP_CHARS
+    expected, plain = tokenizer.encode(texts, num_threads=1), tokenizer._encode_ordinary
+
+    def encode(text: str) -> list[int]:
+        together.wait(timeout=10)
+        return plain(text)
+
+    monkeypatch.setattr(tokenizer, "_encode_ordinary", encode)
+    assert tokenizer.encode(texts, num_threads=4) == expected
 
 
 def test_lists_threads_and_added_specials(tokenizer: RustBPETokenizer) -> None:

@@ -17,14 +17,16 @@ import torch
 from stubs import stir
 from toy_training import CONFIG, CPU, RandomBatches, make_trainer
 
+from nanochat import trainer as trainer_module
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.distributed.rank_checks import NonFiniteLoss
 from nanochat.distributed.signals import StopRequested
 from nanochat.gpt import GPT
+from nanochat.train import metrics as metrics_module
 from nanochat.train.build import choose_device_batch
 from nanochat.train.config import OnResume, TrainConfig, merge_saved_config, resume_rules
-from nanochat.train.metrics import cut_metrics
+from nanochat.train.metrics import Metrics, cut_metrics
 from nanochat.train.run import run_to_end
 from nanochat.train.snapshot import check_disk
 from nanochat.trainer import Hook, Interrupted, Trainer
@@ -80,6 +82,43 @@ def test_hooks_run_when_due_and_join_the_record() -> None:
     trainer.run()
     assert seen == [2, 4, 5]
     assert [r.get("x") for r in records] == [None, 2, None, 4, 5]
+
+
+class SlowBatches(RandomBatches):
+    """Each batch is there after the clock has moved on by `seconds`."""
+
+    seconds, advice = 0.0, "buy a faster disk"
+
+    def wait(self, timeout: float) -> bool:
+        clock.now += self.seconds
+        return True
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+clock = Clock()
+
+
+@pytest.mark.parametrize(("seconds", "warnings"), [(0.001, 0), (0.1, 1)])
+def test_a_run_that_waits_for_its_data_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seconds: float, warnings: int
+) -> None:
+    monkeypatch.setattr(trainer_module.time, "perf_counter", clock)
+    monkeypatch.setattr(metrics_module, "WAIT_WATCH_SECONDS", 0.5)
+    trainer = make_trainer(steps=40)
+    trainer.loader = SlowBatches()
+    trainer.loader.seconds = seconds
+    with contextlib.closing(Metrics(tmp_path / "metrics.jsonl", CPU, flops_per_token=1, peak_flops=0)) as trainer.log:
+        trainer.run()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["wait_seconds"] == pytest.approx(seconds, abs=0.01) for record in records)
+    assert capsys.readouterr().err.count("buy a faster disk") == warnings
 
 
 def test_nan_stops_before_the_update_and_names_step_batch_and_checkpoint() -> None:

@@ -68,6 +68,11 @@ class Loader(Protocol):
         """Continue from a saved position, with any world size. Raises UserError if it is of other data or sizes."""
         ...
 
+    @property
+    def advice(self) -> str:
+        """What helps where training waits for this loader."""
+        return "give each rank more CPU cores"
+
     def stats(self) -> dict[str, float]:
         """Counters up to the last batch handed out."""
         ...

@@ -19,7 +19,8 @@ class BestFitPool(Generic[Item]):
     """Items by length and by age. Every operation searches in O(log n). Of equal lengths, the older item is taken."""
 
     def __init__(self) -> None:
-        self._items: OrderedDict[int, tuple[int, Item]] = OrderedDict()  # age -> (length, item), oldest first
+        self._items: OrderedDict[int, Item] = OrderedDict()  # by age, oldest first
+        self._length: dict[int, int] = {}  # by age
         self._lengths: list[tuple[int, int]] = []  # (length, -age), sorted: of equal lengths the oldest is last
         self._next_age = 0
         self.total = 0  # sum of the lengths
@@ -29,12 +30,12 @@ class BestFitPool(Generic[Item]):
 
     def items(self) -> list[Item]:
         """All items, oldest first. Adding them to an empty pool in this order gives an equal pool."""
-        return [item for _, item in self._items.values()]
+        return list(self._items.values())
 
     def add(self, length: int, item: Item) -> None:
         """Add an item, as the youngest."""
         assert length > 0
-        self._items[self._next_age] = (length, item)
+        self._items[self._next_age], self._length[self._next_age] = item, length
         insort(self._lengths, (length, -self._next_age))
         self._next_age += 1
         self.total += length
@@ -53,7 +54,7 @@ class BestFitPool(Generic[Item]):
         return self._pop(-self._lengths[-1][1])
 
     def _pop(self, age: int) -> tuple[int, Item]:
-        length, item = self._items.pop(age)
+        item, length = self._items.pop(age), self._length.pop(age)
         del self._lengths[bisect_left(self._lengths, (length, -age))]
         self.total -= length
         return length, item

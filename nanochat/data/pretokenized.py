@@ -50,6 +50,11 @@ class TokenReader(SegmentReader):
         self.dtype = token_dtype(tokenizer.get_vocab_size())
         self.files: dict[str, Path | None] = {}  # shard -> its token file, or None
 
+    @property
+    def is_complete(self) -> bool:
+        """True if every shard read so far had a token file."""
+        return None not in self.files.values()
+
     def read(self, split: str, index: int) -> list[str | Tokens]:
         shard, number = self.corpus.locate(split, index)
         path = self._token_file(shard)

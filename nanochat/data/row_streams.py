@@ -194,8 +194,9 @@ class RowPacker:
             self._refill(due)  # all at once, so that the tokenizer's threads have enough to share
             for stream, row in zip(self.streams, round_of_rows):
                 self._pack(stream, row, sources)
-        rows_tensor = torch.from_numpy(rows).flatten(0, 1)  # (N, T+1)
-        inputs, targets = rows_tensor[:, :-1].contiguous(), rows_tensor[:, 1:].contiguous()  # (N, T) each
+        flat = rows.reshape(-1, self.row_tokens)  # (N, T+1)
+        # Copied by numpy: torch would wake threads for it, which training may be using.
+        inputs, targets = (torch.from_numpy(np.ascontiguousarray(half)) for half in (flat[:, :-1], flat[:, 1:]))
         first, last = self.streams[0].index, self.streams[-1].index
         origin = f"{describe_sources(sources)}, {len(self.streams)} streams from {first} to {last}"
         return Batch(inputs, targets, None, origin), self.state()

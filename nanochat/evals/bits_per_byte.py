@@ -49,6 +49,7 @@ def corpus_bpb(
         rank=runtime.rank,
         world_size=runtime.world_size,
         empty_if_bad=True,
+        num_threads=runtime.loader_threads,
     )
     bpb = loader_bpb(model, make_loader, tokenizer, runtime, max(1, tokens // (EVAL_ROWS * T)), device_batch_size)
     if math.isinf(bpb):

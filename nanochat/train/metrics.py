@@ -17,6 +17,8 @@ from nanochat.train.config import TrainConfig
 from nanochat.train.deadline import RecentPace
 from nanochat.trainer import Record, Trainer
 
+MAX_WAIT_SHARE, WAIT_WATCH_SECONDS = 0.1, 30.0  # of the time, and how long to watch before judging
+
 Sink = Callable[[int, Record], None]  # called with (step, record)
 
 
@@ -35,6 +37,9 @@ class Metrics:
         self.shown = ProgressLine(lambda: self.text, at_once=True)
         self.rate = 0.0  # smoothed tokens per second
         self.pace = RecentPace()  # of this session, without its first step
+        self.waited = 0.0  # for data, in this session after its first step, which compiles
+        self.first_seconds: float | None = None  # record["seconds"] of that step
+        self.said_waiting = False
         self.file = None
         self.write_failed = False
         if runtime.is_main:
@@ -53,10 +58,22 @@ class Metrics:
         for sink in self.sinks:
             sink(record["step"], record)
         self.pace.add(record["step"], time.perf_counter())
+        self.watch_waiting(trainer, record)
         if rate := record["tokens_per_second"]:  # 0: nothing to train on, see groups_without_signal
             self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
         self.text = self.line(trainer, record)
         self.shown.show(last=trainer.finished or "val_bpb" in record)
+
+    def watch_waiting(self, trainer: Trainer, record: Record) -> None:
+        """Warn once if training waits for its data for more than MAX_WAIT_SHARE of the time, and say what helps."""
+        if self.first_seconds is None:
+            self.first_seconds = record["seconds"]
+            return
+        self.waited += record["wait_seconds"]
+        total = self.waited + record["seconds"] - self.first_seconds
+        if not self.said_waiting and total > WAIT_WATCH_SECONDS and self.waited > MAX_WAIT_SHARE * total:
+            self.said_waiting = True
+            warn(f"training waits for data for {self.waited / total:.0%} of the time; {trainer.loader.advice}")
 
     def line(self, trainer: Trainer, record: Record) -> str:
         """step 120/400 | loss 3.21 | bpb 1.43 | 5.2k tok/s | 41% of peak | 1m10s left
