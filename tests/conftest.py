@@ -31,7 +31,12 @@ LONG = ("test_network", "test_elastic", "test_resume", "test_same_answer", "test
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        """Long files first; of a file, tests that compile last."""
+        order = LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
+        return order, item.get_closest_marker("compiles") is not None
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,11 +1,13 @@
 """The benchmarks at toy size: what they print, what they count, and how two revisions are compared."""
 
+import gzip
 import importlib
 import json
 import math
 import mmap
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ from bench.optimizer import OrthogonalisationProducts
 from nanochat.common import UserError
 from nanochat.dataloader import PretrainLoader
 from nanochat.gpt import GPT
+from nanochat.planning.hardware import GPUS, expected_pace
 from nanochat.runtime import Runtime
+from nanochat.train.build import CPU_TOKENS
 from scripts import _cli
 
 TOY = [
@@ -154,14 +158,45 @@ def test_orthogonalisation_products(runtime: Runtime) -> None:
     assert products.flops == counter.get_total_flops() == 5 * 3 * (2 * 6 * 8 * 6 * 2 + 2 * 6 * 6 * 6)
 
 
-def test_state_is_counted_once(toy: Flags, runtime: Runtime) -> None:
-    toy.recipe = "published"
+def test_state_is_counted_once(runtime: Runtime) -> None:
+    toy = train.TrainFlags(depth=2, head_dim=8, seq_len=16, batch=2, vocab_size=300, recipe="published")
     step = train.make_step(toy, runtime)
     step(train.random_batch(toy.batch, toy.seq_len, toy.vocab_size, runtime))
     numbers = step.model.num_scaling_params()["total"]
     second = sum(max(p.shape) - p.numel() for p in step.model.transformer["h"].parameters())
     assert train.state_bytes(step) == 4 * (4 * numbers + second)  # one number a row instead of one a weight
     assert len(step.gradient_seconds) == 1
+
+
+def test_rows_as_base_train_chooses_them_and_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "profile"
+    train.main([*TOY, "--fit", f"--profile={table}"])
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert values["batch"] == CPU_TOKENS // 16
+    assert values["share_of_data_sheet"] is values["share_of_forecast"] is values["busy_share"] is None  # unknown here
+    assert "aten::mm" in table.read_text()
+    with gzip.open(f"{table}.trace.json.gz") as file:
+        assert json.load(file)["traceEvents"]
+
+
+def test_time_of_kernels_is_counted_once() -> None:
+    kinds = torch.autograd.DeviceType
+    operations = [
+        SimpleNamespace(device_type=kinds.CPU, is_user_annotation=False, self_device_time_total=7.0),
+        SimpleNamespace(device_type=kinds.CUDA, is_user_annotation=False, self_device_time_total=7.0),
+        SimpleNamespace(device_type=kinds.CUDA, is_user_annotation=True, self_device_time_total=9.0),
+    ]
+    assert train.kernel_seconds(operations) == pytest.approx(7e-6)
+
+
+def test_a_known_gpu_is_compared_with_its_data_sheet_and_forecast(
+    toy: Flags, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, config = GPUS["h100"], model_config(toy)
+    monkeypatch.setattr(train, "known_gpu", lambda runtime: gpu)
+    tokens = 1 / expected_pace(config, gpu).token_seconds
+    shares = train.shares(config, 0.45 * gpu.peak_flops, 2 * tokens, runtime)
+    assert shares == pytest.approx({"share_of_data_sheet": 0.45, "share_of_forecast": 2.0})
 
 
 def test_lost_tokens_are_noticed(toy: Flags, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""What only an NVIDIA GPU can show, against the same on the CPU. Skipped where there is none."""
+"""What only an NVIDIA GPU can show, against the same on the CPU. Skipped where there is none.
+
+In order of their cost; those marked `compiles` (torch.compile, minutes of it) run after all others.
+"""
 
 import json
 import os
@@ -34,6 +37,7 @@ pytestmark = [
 ]  # the compiler's own
 
 ROOT = Path(__file__).parent.parent
+COMPILED = pytest.param("on", marks=pytest.mark.compiles)
 GPU = torch.device("cuda")
 CONFIG = GPTConfig(sequence_len=256, vocab_size=300, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
 
@@ -59,15 +63,15 @@ def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("T, window, G", [(256, 64, 4), (256, -1, 4), (384, 200, 2), (100, 30, 2)])
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("compiled", ["off", COMPILED])
 def test_attention_and_its_gradients(
-    compiled: bool, T: int, window: int, G: int, dtype: torch.dtype, tolerance: float
+    compiled: str, T: int, window: int, G: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     """flex where it is compiled, else PyTorch's own."""
     tensors = random_qkv(2, T, 4, G, 64, dtype)
     mine = [x.to(GPU).requires_grad_() for x in tensors]
     theirs = [x.double().requires_grad_() for x in tensors]
-    attend = torch.compile(flash_attn_func) if compiled else flash_attn_func
+    attend = torch.compile(flash_attn_func) if compiled == "on" else flash_attn_func
     out, wanted = attend(*mine, window_size=(window, 0)), reference(*theirs, window)
     assert far(out.detach(), wanted.detach()) < tolerance
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -107,22 +111,20 @@ def loss_and_gradients(model: GPT, loss_fn: Any, idx: torch.Tensor) -> dict[str,
     return {"loss": losses, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", ["off", COMPILED])
 @pytest.mark.parametrize("form", FORMS)
-def test_model_as_on_the_cpu(form: str, compiled: bool) -> None:
+def test_model_as_on_the_cpu(form: str, compiled: str) -> None:
     config = FORMS[form](sequence_len=256, vocab_size=300, n_layer=4, n_head=2, n_kv_head=1, n_embd=64)
     model = randomized(config)
     idx = tokens(2, 257)
     wanted = loss_and_gradients(model, model.loss, idx)
     mine = moved(model)
-    found = loss_and_gradients(mine, compiled_loss(mine, "on" if compiled else "off", on(GPU)), idx.to(GPU))
+    found = loss_and_gradients(mine, compiled_loss(mine, compiled, on(GPU)), idx.to(GPU))
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert far(found[name], value) < (1e-5 if name == "loss" else 1e-3), name
     half = moved(model, torch.bfloat16)
-    found = loss_and_gradients(
-        half, compiled_loss(half, "on" if compiled else "off", on(GPU, torch.bfloat16)), idx.to(GPU)
-    )
+    found = loss_and_gradients(half, compiled_loss(half, compiled, on(GPU, torch.bfloat16)), idx.to(GPU))
     assert far(found["loss"], wanted["loss"]) < 0.02
 
 
@@ -141,7 +143,7 @@ def curve(runtime: Runtime, steps: int = 24, compiled: str = "off", recipe: str 
     return losses
 
 
-@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("compiled", ["off", COMPILED])
 def test_training_as_on_the_cpu(compiled: str) -> None:
     wanted = curve(on(torch.device("cpu")))
     assert curve(on(GPU), compiled=compiled) == pytest.approx(wanted, rel=1e-3)
@@ -178,6 +180,7 @@ def test_update_as_on_the_cpu() -> None:
 # fp8, the device batch, memory
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", fp8.RECIPES)
 def test_fp8_trains_nearly_as_bfloat16(recipe: str) -> None:
     pytest.importorskip("torchao")
@@ -272,6 +275,7 @@ def run(base: Path, *command: str, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.compiles
 def test_a_run_resumes_with_the_same_bits(copied: Path) -> None:
     flags = [
         "--depth=2",

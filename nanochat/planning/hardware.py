@@ -66,12 +66,18 @@ def find_gpu(name: str, fp8: bool = False) -> Gpu:
     return replace(gpu, fp8=fp8)
 
 
-def usual_price(runtime: Runtime) -> float | None:
-    """Dollars per hour of this machine's GPU, if it is among the presets; None elsewhere."""
+def known_gpu(runtime: Runtime) -> Gpu | None:
+    """The preset of this machine's GPU, if there is one."""
     if runtime.device.type != "cuda":
         return None
     name = device_name(runtime.device).lower()
-    return next((gpu.dollars_per_hour for gpu in GPUS.values() if gpu.name in name), None)
+    return next((gpu for gpu in GPUS.values() if gpu.name in name), None)
+
+
+def usual_price(runtime: Runtime) -> float | None:
+    """Dollars per hour of this machine's GPU, if it is among the presets; None elsewhere."""
+    gpu = known_gpu(runtime)
+    return gpu.dollars_per_hour if gpu else None
 
 
 @dataclass
