@@ -19,13 +19,14 @@ import torch
 from nanochat.common import warn
 from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.grammar import grammar_compiler
-from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.kv_cache import KVCache, plain_step
 from nanochat.inference.logit_rules import LogitRules
 from nanochat.inference.prefill import Prefill, token_logprobs
 from nanochat.inference.prefix_cache import PrefixCache
 from nanochat.inference.request import Token, TokenLogprobs, TokenSequence
 from nanochat.inference.sampling import draw_tokens
 from nanochat.inference.tools import ToolSession, ToolTable, start_call
+from nanochat.runtime import to_device
 
 CALL_WAIT_SECONDS = 0.005  # for a slow tool, when nothing else is to be decoded
 
@@ -47,7 +48,7 @@ class RunningBatch:
         self.model = model = weights.current()
         self.tools, self.end_tokens = tools, end_tokens
         self.cache = KVCache(model.config, max_sequences, max_tokens, model.device, model.compute_dtype, num_rows=0)
-        self._cpu_decoder = weights.cpu_decoder(self.cache)
+        self._decoder = weights.decoder(self.cache)
         self.prefill = Prefill(weights, max_tokens, prefixes)
         self.waiting: deque[list[TokenSequence]] = deque()  # groups with the same context; the first is being prefilled
         self.running: list[TokenSequence] = []  # running[i] is in slot i of the cache
@@ -71,7 +72,7 @@ class RunningBatch:
     def _rules(self, sequence: TokenSequence) -> LogitRules:
         grammar = sequence.request.grammar
         guide = None if grammar is None else grammar_compiler(self.tools.tokenizer).guide(grammar)
-        return LogitRules(sequence, self.end_tokens, guide)
+        return LogitRules(sequence, self.end_tokens, guide, self.model.device)
 
     def cancel(self, sequence: TokenSequence) -> None:
         """Remove a sequence, waiting, running or calling; a call under way is ended."""
@@ -115,10 +116,7 @@ class RunningBatch:
     def next_logits(self) -> torch.Tensor:
         """Run the last token of each running sequence through the model -> logits (B, V) of the next."""
         last = [sequence.tokens[-1] for sequence in self.running]
-        if self._cpu_decoder:
-            return self._cpu_decoder(last)
-        ids = torch.tensor(last, device=self.model.device)[:, None]  # (B, 1)
-        return self.model(ids, kv_cache=self.cache)[:, -1]
+        return self._decoder(last) if self._decoder else plain_step(self.model, self.cache, last)
 
     def _admit(self, logits: torch.Tensor) -> list[Token]:
         """Move sequences of the prefilled group into free slots; their first tokens. logits (1, V) after the prompt."""
@@ -139,7 +137,7 @@ class RunningBatch:
         forced = [self._tools_of[sequence].forced for sequence in sequences]
         free = [i for i, queue in enumerate(forced) if not queue]
         if len(free) < len(sequences):
-            logits = logits[torch.tensor(free, dtype=torch.long, device=logits.device)]
+            logits = logits[to_device(torch.tensor(free, dtype=torch.long), logits.device)]
         drawing = [sequences[i] for i in free]
         changed = self._apply_rules(drawing, logits)
         ids = draw_tokens(changed, [s.request.sampling for s in drawing], [s.rng for s in drawing])
@@ -213,7 +211,7 @@ def _requested_logprobs(
     requesting = [i for i, s in enumerate(sequences) if s.request.top_logprobs is not None]
     if requesting:
         max_top = max(sequences[i].request.top_logprobs or 0 for i in requesting)
-        rows = torch.tensor(requesting, device=logits.device)
+        rows = to_device(torch.tensor(requesting), logits.device)
         for i, logprobs in zip(requesting, token_logprobs(logits[rows], [ids[i] for i in requesting], max_top)):
             found[i] = TokenLogprobs(logprobs.logprob, logprobs.top[: sequences[i].request.top_logprobs])
     return found

@@ -10,12 +10,14 @@ Rows differ in length and come and go: `join` copies a prefilled row in, `leave`
 rows in use are always the first ones and a forward pass runs on them alone. All memory is allocated at construction.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from nanochat.flash_attention import attend_at_positions, flash_attn_func, scaled_dot_product
-from nanochat.gpt import AllStored, GPTConfig
+from nanochat.gpt import GPT, AllStored, GPTConfig
+from nanochat.runtime import to_device
 
 
 class _Decode(NamedTuple):
@@ -46,8 +48,8 @@ class KVCache:
         # Zeros, not garbage: a masked slot is multiplied by zero, and zero times NaN is NaN.
         self.k = [torch.zeros(batch_size, size, G, D, device=device, dtype=dtype) for size in sizes]
         self.v = [torch.zeros(batch_size, size, G, D, device=device, dtype=dtype) for size in sizes]
-        self._all_lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
-        self._host_lengths = [0] * batch_size  # the same numbers on the host, without a device sync
+        self._host_lengths = [0] * batch_size  # known without waiting for the device
+        self._lengths: torch.Tensor | None = None  # those in use on the device, until they change
         self._previous = torch.zeros(batch_size, 1, config.n_embd, device=device, dtype=dtype) if config.smear else None
         self._new_previous: torch.Tensor | None = None
         self._plans: dict[int, _Decode] = {}  # by ring size, until the lengths change
@@ -61,6 +63,14 @@ class KVCache:
     # -- gpt.AttentionCache ---------------------------------------------------------------------------
 
     stop_layer: int | None = None
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(B,) tokens cached per row in use."""
+        if self._lengths is None:
+            lengths = torch.tensor(self._host_lengths[: self.num_rows], dtype=torch.long)
+            self._lengths = to_device(lengths, self.k[0].device)
+        return self._lengths
 
     @property
     def previous_embedding(self) -> torch.Tensor | None:
@@ -100,13 +110,12 @@ class KVCache:
 
     def advance(self, num_tokens: int) -> None:
         """Add `num_tokens` to the length of every row in use, after all layers have stored their k and v."""
-        self.lengths += num_tokens
         for row in range(self.num_rows):
             self._host_lengths[row] += num_tokens
         if self._previous is not None and self._new_previous is not None:
             self._previous[: self.num_rows] = self._new_previous
         self._new_previous = None
-        self._plans.clear()
+        self._forget_lengths()
 
     # -- attention ------------------------------------------------------------------------------------
 
@@ -219,15 +228,23 @@ class KVCache:
 
     def _use_rows(self, num_rows: int) -> None:
         self.num_rows = num_rows
-        self.lengths = self._all_lengths[:num_rows]  # (B,) tokens cached per row in use
-        self._plans.clear()
+        self._forget_lengths()
 
     def _set_length(self, row: int, length: int) -> None:
-        self._all_lengths[row] = length
         self._host_lengths[row] = length
+        self._forget_lengths()
+
+    def _forget_lengths(self) -> None:
+        self._lengths = None
         self._plans.clear()
 
     @property
     def num_bytes(self) -> int:
         """Memory allocated for keys and values."""
         return sum(x.numel() * x.element_size() for x in [*self.k, *self.v])
+
+
+def plain_step(model: GPT, cache: KVCache, tokens: Sequence[int]) -> torch.Tensor:
+    """Append one token per row in use to the cache -> logits (B, V) of the next. The plain form of a decode step."""
+    ids = to_device(torch.tensor(tokens), model.device)[:, None]  # (B, 1)
+    return model(ids, kv_cache=cache)[:, -1]

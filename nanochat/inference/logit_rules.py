@@ -14,16 +14,21 @@ import torch
 from nanochat.inference.grammar import Guide
 from nanochat.inference.request import TokenSequence
 from nanochat.inference.sampling import LOGIT_FIELDS
+from nanochat.runtime import to_device
 
 
 class LogitRules:
     """The rules of one sequence, and how often each token is in it."""
 
-    def __init__(self, sequence: TokenSequence, end_tokens: Collection[int], guide: Guide | None) -> None:
-        """`end_tokens`: of the model. `guide`: at the beginning of the answer."""
-        self.sequence, self.guide = sequence, guide
-        self._end_tokens = list(end_tokens)
-        self._all_ends = [*end_tokens, *sequence.request.stop_token_ids]
+    def __init__(
+        self, sequence: TokenSequence, end_tokens: Collection[int], guide: Guide | None, device: torch.device
+    ) -> None:
+        """`end_tokens`: of the model. `guide`: at the beginning of the answer. `device`: of the logits."""
+        self.sequence, self.guide, self.device = sequence, guide, device
+        self._end_tokens = self._ids(end_tokens)
+        self._all_ends = self._ids([*end_tokens, *sequence.request.stop_token_ids])
+        tokens, biases = zip(*sequence.request.sampling.logit_bias or [(0, 0.0)])
+        self._biased, self._biases = self._ids(tokens), to_device(torch.tensor(biases), device)
         self._counts: torch.Tensor | None = None  # (V) of each token in the answer
         self._counted = 0  # tokens of the answer
         self._in_prompt: torch.Tensor | None = None  # (V) bool
@@ -38,16 +43,15 @@ class LogitRules:
         """Change logits (V) in place."""
         request, sampling = self.sequence.request, self.sequence.request.sampling
         if self.guide:
-            bias = self.guide.bias.to(logits.device)
+            bias = to_device(self.guide.bias, self.device)
             logits[: len(bias)] += bias
             logits[len(bias) :] = -torch.inf  # a model may have more ids than the tokenizer
         if len(self.sequence.tokens) < request.min_tokens:
-            logits[self._all_ends] = -torch.inf
+            logits.index_fill_(0, self._all_ends, -torch.inf)
         elif request.ignore_eos:
-            logits[self._end_tokens] = -torch.inf
+            logits.index_fill_(0, self._end_tokens, -torch.inf)
         if sampling.logit_bias:
-            ids, biases = zip(*sampling.logit_bias)
-            logits[list(ids)] += torch.tensor(biases, device=logits.device)
+            logits[self._biased] += self._biases
         if sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty:
             self._penalize(logits)
 
@@ -56,7 +60,7 @@ class LogitRules:
         if sampling.repetition_penalty != 1:
             if self._in_prompt is None:
                 self._in_prompt = torch.zeros_like(logits, dtype=torch.bool)
-                self._in_prompt[self.sequence.prompt] = True
+                self._in_prompt[self._ids(self.sequence.prompt)] = True
             factor = sampling.repetition_penalty
             penalized = torch.where(logits > 0, logits / factor, logits * factor)
             logits.copy_(torch.where(self._in_prompt | (counts > 0), penalized, logits))
@@ -69,8 +73,10 @@ class LogitRules:
             self._counts = torch.zeros_like(logits)
         new = self.sequence.tokens[self._counted :]
         self._counted += len(new)
-        ids = torch.tensor(new, dtype=torch.long, device=logits.device)
-        return self._counts.index_add_(0, ids, torch.ones(len(new), device=logits.device))
+        return self._counts.index_add_(0, self._ids(new), torch.ones(len(new), device=self.device))
+
+    def _ids(self, tokens: Collection[int]) -> torch.Tensor:
+        return to_device(torch.tensor(list(tokens), dtype=torch.long), self.device)
 
     def advance(self, token: int) -> bool:
         """Follow a token of the answer. False if the grammar cannot be followed on."""

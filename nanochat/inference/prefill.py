@@ -11,6 +11,7 @@ from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.prefix_cache import PrefixCache
 from nanochat.inference.request import TokenLogprobs, TokenSequence
+from nanochat.runtime import to_device
 
 PREFILL_CHUNK = 256  # tokens: bounds how long a prompt delays the running sequences, and its attention's memory
 
@@ -46,7 +47,7 @@ class Prefill:
         if decoder and decoder.takes(start, end - start):
             self.logits = decoder.prompt(prompt[start:end])
             return
-        ids = torch.tensor([prompt[start:end]], device=self.model.device)  # (1, T)
+        ids = to_device(torch.tensor([prompt[start:end]]), self.model.device)  # (1, T)
         if with_logprobs:
             logits = self.model(ids, kv_cache=self.cache)  # (1, T, V)
             self._add_prompt_logprobs(sequence, logits[0], start)
@@ -70,11 +71,11 @@ class Prefill:
 def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
     """Log probabilities of `tokens` under logits (N, V) as they are, without temperature, and the `top` most likely."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    of_tokens = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1).tolist()
-    if not top:
-        return [TokenLogprobs(value, []) for value in of_tokens]
-    best = logprobs.topk(min(top, logprobs.size(-1)), dim=-1)
+    of_tokens = logprobs.gather(1, to_device(torch.tensor(tokens), logits.device)[:, None])  # (N, 1)
+    best = logprobs.topk(min(top, logprobs.size(-1)), dim=-1)  # (N, K)
+    found = torch.cat([of_tokens, best.values, best.indices.float()], dim=1)  # ids are below 2^24, so exact
+    K = best.values.size(1)
     return [
-        TokenLogprobs(value, list(zip(ids, values)))
-        for value, ids, values in zip(of_tokens, best.indices.tolist(), best.values.tolist())
+        TokenLogprobs(value, [(int(id), logprob) for id, logprob in zip(rest[K:], rest[:K])])
+        for value, *rest in found.tolist()  # one wait for the device
     ]

@@ -23,6 +23,7 @@ import torch
 from nanochat.common import UserError, warn
 from nanochat.cpu import kernels
 from nanochat.fast_path import changed, warn_once
+from nanochat.runtime import to_device
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or diverged"
 
@@ -131,46 +132,41 @@ def draw_tokens(logits: torch.Tensor, params: Sequence[SamplingParams], rngs: Se
     groups: dict[SamplingParams | None, list[int]] = {}  # rows with the same settings; None: all rows drawn in C
     for row, (settings, quick) in enumerate(zip(params, in_c)):
         groups.setdefault(None if quick else replace(settings, seed=0), []).append(row)
-    tokens = [0] * len(params)
+    drawn = []
     for settings_of_group, rows in groups.items():
-        part = logits if len(groups) == 1 else logits[torch.tensor(rows, device=logits.device)]
+        part = logits if len(groups) == 1 else logits[to_device(torch.tensor(rows), logits.device)]
         part_rngs = [rngs[row] for row in rows]
         if settings_of_group is None:
-            drawn = _draw_in_c(part, [params[row] for row in rows], part_rngs)
+            drawn.append(torch.tensor(_draw_in_c(part, [params[row] for row in rows], part_rngs)))
         else:
-            drawn = _draw_group(part, settings_of_group, part_rngs)
-        for row, token in zip(rows, drawn):
-            tokens[row] = token
-    return tokens
+            drawn.append(_draw_group(part, settings_of_group, part_rngs))
+    tokens = torch.cat(drawn).tolist() if drawn else []  # the one time in a step that the host waits for the device
+    if any(token < 0 for token in tokens):
+        raise FloatingPointError(NOT_FINITE)
+    return [token for _, token in sorted(zip([row for rows in groups.values() for row in rows], tokens))]
 
 
-def _draw_group(logits: torch.Tensor, params: SamplingParams, rngs: list[random.Random]) -> list[int]:
-    """draw_tokens() in PyTorch, for rows with the same settings."""
+def _draw_group(logits: torch.Tensor, params: SamplingParams, rngs: list[random.Random]) -> torch.Tensor:
+    """draw_tokens() in PyTorch, for rows with the same settings (B,); -1 where the logits are not finite."""
     if params.greedy:
         best = logits.max(dim=-1)
-        _check_finite(best.values)
-        return best.indices.tolist()
+        return best.indices.where(best.values.isfinite(), -1)
     if logits.device.type == "mps":
         logits = logits.cpu()  # an Apple GPU has no float64
     probs, ids = params.distribution(logits)
     cumulative = probs.double().cumsum(dim=-1)
-    _check_finite(cumulative[:, -1])
-    uniform = torch.tensor([[rng.random()] for rng in rngs], dtype=torch.float64).to(logits.device)
+    finite = cumulative[:, -1:].isfinite()  # (B, 1)
+    uniform = to_device(torch.tensor([[rng.random()] for rng in rngs], dtype=torch.float64), logits.device)
     # right=True steps over tokens of probability zero, and a target below the total never runs past the last.
     target = uniform * (cumulative[:, -1:] * (1 - 1e-12))
-    picked = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
-    return (picked if ids is None else ids.gather(-1, picked)).squeeze(-1).tolist()
-
-
-def _check_finite(values: torch.Tensor) -> None:
-    if not torch.isfinite(values).all():
-        raise FloatingPointError(NOT_FINITE)
+    picked = torch.searchsorted(cumulative, target, right=True).where(finite, 0)  # (B, 1)
+    return (picked if ids is None else ids.gather(-1, picked)).where(finite, -1).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------------
 # The fast path on a CPU
 
-C_FUNCTIONS = {"SamplingParams.distribution": "c17ef1fa", "_draw_group": "6bca06df"}  # see fast_path.changed
+C_FUNCTIONS = {"SamplingParams.distribution": "c17ef1fa", "_draw_group": "b47172fd"}  # see fast_path.changed
 LOGIT_FIELDS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")  # see logit_rules.py
 C_FIELDS = ("temperature", "top_k", "top_p", "seed", "min_p", *LOGIT_FIELDS)  # that sampling.c implements or can ignore
 
@@ -195,9 +191,8 @@ def c_agrees() -> bool:
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
     for params in (SamplingParams(), SamplingParams(0.7, 20), SamplingParams(0.0), SamplingParams(min_p=0.05)):
         rngs = [make_rng(0, i) for i in range(16)], [make_rng(0, i) for i in range(16)]
-        if _draw_in_c(logits.expand(16, -1), [params] * 16, rngs[0]) != _draw_group(
-            logits.expand(16, -1), params, rngs[1]
-        ):
+        plain = _draw_group(logits.expand(16, -1), params, rngs[1]).tolist()
+        if _draw_in_c(logits.expand(16, -1), [params] * 16, rngs[0]) != plain:
             warn("sampling.c disagrees with PyTorch on this machine; tokens are drawn in PyTorch, which is slower")
             return False
     return True

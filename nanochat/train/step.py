@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from nanochat.data.batches import Batch
 from nanochat.distributed.rank_checks import NonFiniteLoss, describe_non_finite_ranks
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import Runtime
+from nanochat.runtime import Runtime, to_device
 from nanochat.train.progress import Progress
 from nanochat.train.schedules import ScheduleConfig
 
@@ -115,11 +116,7 @@ class TrainStep:
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """(inputs, targets, weights) of at most device_batch_size rows each, on the device."""
-        cuda = self.runtime.device.type == "cuda"
-
-        def put(x: torch.Tensor) -> torch.Tensor:
-            return x.pin_memory().to(self.runtime.device, non_blocking=True) if cuda else x.to(self.runtime.device)
-
+        put = partial(to_device, device=self.runtime.device)
         for start in range(0, batch.inputs.size(0), self.device_batch_size):
             rows = slice(start, start + self.device_batch_size)
             if batch.weights is None:
