@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -71,9 +71,6 @@ class EmulatedGraph:
             again = func(*args, **kwargs)
             if not func._schema.is_mutable and is_new(out, args):
                 out.copy_(again)
-
-    def pool(self) -> None:
-        return None
 
 
 @pytest.fixture(autouse=True)
@@ -309,6 +306,9 @@ def test_capture_calls_cuda_in_order(fails: bool, monkeypatch: pytest.MonkeyPatc
         def capture_end(self) -> None:
             calls.append("end")
 
+        def pool(self) -> str:
+            return "pool"
+
     @contextmanager
     def inside(what: Any) -> Iterator[None]:
         calls.append(f"in {getattr(what, 'name', what)}")
@@ -316,21 +316,22 @@ def test_capture_calls_cuda_in_order(fails: bool, monkeypatch: pytest.MonkeyPatc
 
     def run() -> None:
         calls.append("run")
-        if fails and calls.count("run") == 2:
+        if fails and calls.count("run") % 2 == 0:
             raise RuntimeError("CUDA error")
 
     fake = {"Stream": lambda device: Stream("side"), "current_stream": lambda: Stream("main"), "CUDAGraph": Graph}
     for name, value in {**fake, "stream": inside, "device": inside}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    graph_decoder._capture_stream.cache_clear()
-    try:
-        real_capture(run, "cuda:0", "pool")  # type: ignore[arg-type]
-    except RuntimeError:
-        assert fails
-    finally:
-        graph_decoder._capture_stream.cache_clear()
-    begun = ["in cuda:0", "side waits for main", "in side", "run", "begin pool thread_local", "run", "end"]
-    assert calls == begun + ([] if fails else ["main waits for side"])
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: calls.append("zeros"))
+    graph_decoder._side.cache_clear()
+    for _ in range(2):
+        with pytest.raises(RuntimeError) if fails else nullcontext():
+            real_capture(run, "cuda:0")  # type: ignore[arg-type]
+    graph_decoder._side.cache_clear()
+    once = ["in side", "begin None thread_local", "zeros", "end"]
+    each = ["side waits for main", "in side", "run", "begin pool thread_local", "run", "end"]
+    each += [] if fails else ["main waits for side"]
+    assert calls == ["in cuda:0", *once, *each, "in cuda:0", *each]
     assert not graph_decoder._capturing.locked()
 
 

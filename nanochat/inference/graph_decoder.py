@@ -32,7 +32,7 @@ MIN_SLOTS = 256
 Size = tuple[int, int]  # rows and slots of a step
 
 _plain_only: "weakref.WeakSet[GPT]" = weakref.WeakSet()  # models whose graphs failed
-_capturing = threading.Lock()  # replicas on one GPU share the stream of captures
+_capturing = threading.Lock()
 
 
 def round_up(n: int, smallest: int) -> int:
@@ -105,7 +105,8 @@ class GraphDecoder:
     """Decodes with `model` on `cache`, with a graph for each size of step that is used often.
 
     Graphs hold addresses: those of the cache, which lives as long as the decoder, and of the weights, which
-    DecodingWeights renews in place. A result is overwritten by the next call: graphs share their memory.
+    DecodingWeights renews in place. A result is overwritten by the thread's next call of a decoder: its graphs share
+    their memory.
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
@@ -144,8 +145,7 @@ class GraphDecoder:
         step, graph = StaticStep(self.model, self.cache, size), None
         try:
             step.fill(tokens, self._lengths())
-            pool = next((graph.pool() for _, graph in self._captured.values()), None)
-            graph = capture(step.run, self.model.device, pool)
+            graph = capture(step.run, self.model.device)
             graph.replay()
         except Exception as failure:  # of CUDA, of memory, of a layer that asks the cache for more
             self._give_up(f"capturing failed: {failure}")
@@ -163,28 +163,37 @@ class GraphDecoder:
         warn_once(f"this model is not decoded with CUDA graphs, slower: {reason.splitlines()[0]}")
 
 
-def capture(run: Callable[[], None], device: torch.device, pool: Any) -> Any:
+def capture(run: Callable[[], None], device: torch.device) -> Any:
     """The CUDA graph of what `run` launches. It is run once before, as libraries allocate memory and load kernels when
-    first called, which a capture does not allow.
-
-    Not torch.cuda.graph(), which waits for the device and empties the allocator's cache: captures come between steps.
-    """
+    first called, which a capture does not allow."""
     with _capturing, torch.cuda.device(device):
-        stream, current = _capture_stream(device), torch.cuda.current_stream()
+        stream, keeper = _side(device, threading.get_ident())
+        current = torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             run()
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on
-            try:
-                run()
-            finally:
-                graph.capture_end()
+            graph = _record(run, keeper.pool())
         current.wait_stream(stream)
     return graph
 
 
 @functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace of up to 32 MB per stream."""
-    return torch.cuda.Stream(device)
+def _side(device: torch.device, thread: int) -> tuple[Any, Any]:
+    """A thread's stream for captures, as cuBLAS keeps a workspace of up to 32 MB per stream, and a graph that keeps the
+    memory pool of all its graphs: it would be allocated anew for every batch. Not shared by threads: a graph may write
+    where the results of another lie."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        return stream, _record(lambda: torch.zeros(1, device=device), None)
+
+
+def _record(run: Callable[[], Any], pool: Any) -> Any:
+    """Capture on the current stream. Not with torch.cuda.graph(), which waits for the device and empties the
+    allocator's cache."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on using the device
+    try:
+        run()
+    finally:
+        graph.capture_end()
+    return graph
