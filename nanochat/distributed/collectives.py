@@ -116,8 +116,9 @@ def start_reduce_scatter(flat: torch.Tensor, name: str) -> Pending:
             work = dist.all_to_all_single(addends, flat, async_op=True)
         return Pending(name, work, addends, [flat], lambda: addends.view(N, -1).sum(0))
     share = flat.new_empty(flat.numel() // N)
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.12
     with collective_op(name):
-        return Pending(name, dist.reduce_scatter_single(share, flat, async_op=True), share, [flat])
+        return Pending(name, reduce_scatter(share, flat, async_op=True), share, [flat])
 
 
 def start_all_gather(share: torch.Tensor, flat: torch.Tensor, name: str) -> Pending:
@@ -125,8 +126,9 @@ def start_all_gather(share: torch.Tensor, flat: torch.Tensor, name: str) -> Pend
 
     Collective: every rank must call it.
     """
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.12
     with collective_op(name):
-        return Pending(name, dist.all_gather_single(flat, share, async_op=True), flat, [share])
+        return Pending(name, all_gather(flat, share, async_op=True), flat, [share])
 
 
 # ---------------------------------------------------------------------------------------------------
