@@ -42,6 +42,7 @@ class Runtime:
     local_rank: int = 0
     world_size: int = 1
     timeout_seconds: float = TIMEOUT_SECONDS  # of collectives
+    failed: bool = False  # on this rank; the others may be waiting for it
 
     @classmethod
     def create(
@@ -60,7 +61,7 @@ class Runtime:
             raise UserError("Apple GPUs support one rank only: run without torchrun, or use --device-type=cpu")
         device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
         if device_type == "cuda":
-            torch.cuda.set_device(device)
+            set_gpu(device)
             # PyTorch prefers cuDNN's attention on Hopper and Blackwell. It builds a plan of some 20 ms or more for each
             # new number of keys, that is for each generated token. The switch is the process's: set once, it costs
             # no call anything and holds in all threads and compiled graphs.
@@ -69,7 +70,7 @@ class Runtime:
             keep_freed_memory()
         chosen, reason = pick_dtype(device_type, dtype or os.environ.get("NANOCHAT_DTYPE", ""))
         if world_size > 1 and not dist.is_initialized():
-            init_process_group("nccl" if device_type == "cuda" else "gloo", rank, world_size, timeout_seconds)
+            init_process_group(device, rank, world_size, timeout_seconds, f"{device_type}/{str(chosen).removeprefix('torch.')}")
         random.seed(seed)
         torch.manual_seed(seed)
         return cls(device, chosen, reason, seed, rank, local_rank, world_size, timeout_seconds)
@@ -167,15 +168,17 @@ class Runtime:
         return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1), MAX_LOADER_THREADS)
 
     def close(self) -> None:
-        """Leave the process group."""
-        if self.world_size > 1 and dist.is_initialized():
+        """Leave the process group. After a failure on GPUs the process just ends: NCCL first waits until all of its
+        operations have ended, and other ranks may never take part in them."""
+        if self.world_size > 1 and dist.is_initialized() and not (self.failed and self.device.type == "cuda"):
             dist.destroy_process_group()
             gc.collect()  # objects that still refer to the group keep its threads alive, which can abort the exit
 
     def __enter__(self) -> "Runtime":
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, failure: type[BaseException] | None, *exc: object) -> None:
+        self.failed |= failure is not None
         self.close()
 
     def describe(self) -> str:
@@ -201,6 +204,17 @@ def pick_device_type(requested: str) -> str:
             f"--device-type={requested}: PyTorch finds none on this machine; available: {', '.join(usable)}"
         )
     return requested
+
+
+def set_gpu(device: torch.device) -> None:
+    """Make `device` this process's GPU. Raises UserError if there are fewer GPUs than ranks on this machine."""
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        raise UserError(
+            f"local rank {device.index} has no GPU: PyTorch sees {count} here (CUDA_VISIBLE_DEVICES limits which); start "
+            f"at most --nproc_per_node={count} ranks on this machine"
+        )
+    torch.cuda.set_device(device)
 
 
 def pick_dtype(device_type: str, requested: str = "") -> tuple[torch.dtype, str]:

@@ -18,6 +18,7 @@ Exit codes (torchrun's is 1 for any failure):
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -53,8 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"launch: rank {rank} failed first, with exit code {failure.exitcode}", file=sys.stderr, flush=True)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode  # killed by that signal
+        how = f"with exit code {failure.exitcode}"
+        if failure.exitcode < 0:
+            how = f"killed by {failure.signal_name()}; run the same command with --resume to go on from the last save"
+            if -failure.exitcode == signal.SIGABRT:
+                how += ". On GPUs, NCCL aborts a rank that waited longer than --timeout for another one"
+        print(f"launch: rank {rank} failed first, {how}", file=sys.stderr, flush=True)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as stop:
         return 128 + stop.sigval
     except (RendezvousError, dist.DistError) as error:

@@ -5,8 +5,10 @@ background saves (BackgroundGroup). Shapes: N is the world size, n the elements 
 """
 
 import contextlib
+import faulthandler
 import json
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+from nanochat.common import UserError
 
 
 class CollectiveFailed(RuntimeError):
@@ -27,10 +31,13 @@ def collective_op(name: str, rank: int | None = None) -> Iterator[None]:
     """Turn the failure of a collective inside into CollectiveFailed, which names the operation."""
     try:
         yield
-    except (CollectiveFailed, torch.OutOfMemoryError):
+    except (CollectiveFailed, torch.OutOfMemoryError, torch.AcceleratorError):  # the last two: of this rank's own GPU
         raise
     except RuntimeError as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # NCCL's cause, such as a full /dev/shm, follows this line.
+        detail = lines[lines.index("Last error:") + 1 :][:1] if "Last error:" in lines else []
+        reason = ": ".join(lines[:1] + detail)
         rank = dist.get_rank() if rank is None else rank
         raise CollectiveFailed(f"rank {rank}: {name} failed: another rank hangs or has exited ({reason})") from error
 
@@ -39,25 +46,45 @@ def collective_op(name: str, rank: int | None = None) -> Iterator[None]:
 # Joining
 
 
-def init_process_group(backend: str, rank: int, world_size: int, timeout_seconds: float) -> None:
-    """Form the process group that torchrun describes in the environment. Collective: every rank must call it."""
+def init_process_group(
+    device: torch.device, rank: int, world_size: int, timeout_seconds: float, settings: str
+) -> None:
+    """Form the process group that torchrun describes in the environment: NCCL on NVIDIA GPUs, else gloo.
+
+    Collective: every rank must call it. Raises UserError on all ranks if `settings`, a word that describes the rank's
+    device and number format, is not the same on all: they would form different groups, or wait for each other.
+    """
+    cuda = device.type == "cuda"
+    if cuda:
+        faulthandler.enable(sys.__stderr__)  # NCCL aborts the process when a collective times out: print where it waited
     timeout = timedelta(seconds=timeout_seconds)
     with collective_op("joining the process group", rank):
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-        prefix = choose_store_prefix(store, rank, world_size, timeout_seconds)
+        nonces = exchange_nonces(store, rank, world_size, timeout_seconds, settings)
+        by_rank = [nonce.partition("-")[2] for nonce in nonces]
+        if other := next((r for r in range(world_size) if by_rank[r] != by_rank[0]), 0):
+            raise UserError(
+                f"rank 0 computes on {by_rank[0]} and rank {other} on {by_rank[other]}: give all ranks the same with "
+                "--device-type and NANOCHAT_DTYPE, or leave out the machine that differs"
+            )
         dist.init_process_group(
-            backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size, timeout=timeout
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore(nonces[0], store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if cuda else None,  # NCCL then connects now, and fails now if it cannot
         )
 
 
-def choose_store_prefix(store: Any, rank: int, world_size: int, timeout_seconds: float) -> str:
-    """Agree on a store prefix that only the ranks alive now know. Collective: every rank must call it.
+def exchange_nonces(store: Any, rank: int, world_size: int, timeout_seconds: float, settings: str) -> list[str]:
+    """Nonces of the ranks alive now, by rank, each ending in "-" and its `settings`. Rank 0's is a fresh store prefix.
 
     torchrun restarts ranks on the store of the ones that failed, which still holds their addresses: a rank that reads
-    a stale address hangs. A nonce handshake picks a fresh prefix: rank 0 publishes a nonce, every other rank answers
-    with that nonce and one of its own, and is done when rank 0's list of all nonces contains its own.
+    a stale address hangs. In this handshake rank 0 publishes its nonce, every other rank answers with that nonce and
+    its own, and is done when rank 0's list of all nonces contains its own. Collective: every rank must call it.
     """
-    nonce, deadline = secrets.token_hex(8), time.monotonic() + timeout_seconds
+    nonce, deadline = f"{secrets.token_hex(8)}-{settings}", time.monotonic() + timeout_seconds
     nonces = {0: nonce}  # by rank; rank 0 collects them
     if rank == 0:
         store.set("nonce", nonce)
@@ -67,15 +94,16 @@ def choose_store_prefix(store: Any, rank: int, world_size: int, timeout_seconds:
         if rank > 0 and store.check(["nonce"]):
             store.set(f"answer{rank}", store.get("nonce").decode() + " " + nonce)
             if store.check(["nonces"]) and nonce in (all_nonces := store.get("nonces").decode().split()):
-                return all_nonces[0]
+                return all_nonces
         for other in range(1, world_size) if rank == 0 else ():
             if other not in nonces and store.check([f"answer{other}"]):
                 seen, answer = store.get(f"answer{other}").decode().split()
                 if seen == nonce:
                     nonces[other] = answer
         time.sleep(0.01)
-    store.set("nonces", " ".join(nonces[r] for r in range(world_size)))
-    return nonce
+    by_rank = [nonces[r] for r in range(world_size)]
+    store.set("nonces", " ".join(by_rank))
+    return by_rank
 
 
 # ---------------------------------------------------------------------------------------------------

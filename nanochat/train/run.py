@@ -275,6 +275,7 @@ def run_to_end(trainer: Trainer, folder: Path, resume_command: str) -> int:
         runtime.print0(f"\n{stop}: stopped after step {trainer.progress.step}, which is saved; {resume}")
         return 128 + stop.signum
     except CollectiveFailed as error:  # known to this rank only
+        runtime.failed = True
         print(f"\nerror: {error}; {resume}", file=sys.stderr, flush=True)
     except (NonFiniteLoss, RanksDiverged) as error:  # these and the following are raised on all ranks
         runtime.error0(f"\nerror: {error}")
