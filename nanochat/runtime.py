@@ -70,7 +70,8 @@ class Runtime:
             keep_freed_memory()
         chosen, reason = pick_dtype(device_type, dtype or os.environ.get("NANOCHAT_DTYPE", ""))
         if world_size > 1 and not dist.is_initialized():
-            init_process_group(device, rank, world_size, timeout_seconds, f"{device_type}/{str(chosen).removeprefix('torch.')}")
+            settings = f"{device_type}/{chosen}".replace("torch.", "")
+            init_process_group(device, rank, world_size, timeout_seconds, settings)
         random.seed(seed)
         torch.manual_seed(seed)
         return cls(device, chosen, reason, seed, rank, local_rank, world_size, timeout_seconds)
@@ -211,8 +212,8 @@ def set_gpu(device: torch.device) -> None:
     count = torch.cuda.device_count()
     if device.index >= count:
         raise UserError(
-            f"local rank {device.index} has no GPU: PyTorch sees {count} here (CUDA_VISIBLE_DEVICES limits which); start "
-            f"at most --nproc_per_node={count} ranks on this machine"
+            f"local rank {device.index} has no GPU: PyTorch sees {count} here (CUDA_VISIBLE_DEVICES chooses which); "
+            f"start {count} ranks on this machine, --nproc_per_node={count}"
         )
     torch.cuda.set_device(device)
 

@@ -23,7 +23,7 @@ if ! [[ "$MINUTES" =~ ^[0-9]+([.][0-9]+)?$ ]] || [[ "$MINUTES" =~ ^0+([.]0+)?$ ]
 fi
 
 [ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/python -c 'import nanochat, torch, tyro, tiktoken, rustbpe, pyarrow, rich, matplotlib' 2>/dev/null || .venv/bin/python -m pip install --quiet --disable-pip-version-check -e .
+.venv/bin/python -c 'import nanochat, torch, tyro, tiktoken, rustbpe, pyarrow, rich, matplotlib' 2>/dev/null || .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 source .venv/bin/activate
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 

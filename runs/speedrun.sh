@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 [ -x .venv/bin/python ] || python3 -m venv .venv
 source .venv/bin/activate
-python -m pip install --quiet -e '.[torchao]'
+python -m pip install --quiet -c constraints.txt -e '.[torchao]'
 export OMP_NUM_THREADS=1
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 RUN="${WANDB_RUN:-dummy}" GPUS="${GPUS:-8}"

@@ -1,5 +1,6 @@
 """Exit codes of scripts.launch."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from scripts import launch
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("program", "code"), [("exit 0", 0), ("exit 2", 2), ("exit 143", 143), ("kill -KILL $$", 137)])
+@pytest.mark.parametrize(("program", "code"), [("exit 0", 0), ("exit 2", 2), ("exit 143", 143), ("kill -ABRT $$", 134)])
 def test_exit_code_of_the_program(program: str, code: int, tmp_path: Path) -> None:
     path = tmp_path / "program"
     path.write_text(program)
@@ -23,6 +24,7 @@ def test_exit_code_of_the_program(program: str, code: int, tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-m", "scripts.launch", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert ("launch: rank 0 failed first" in done.stderr) == (code > 0)
+    assert bool(re.search("SIGABRT.* --resume .*--timeout", done.stderr)) == (code == 134)
 
 
 @pytest.mark.parametrize("error", [RendezvousConnectionError("gone"), dist.DistNetworkError("reset\nat frame 0")])

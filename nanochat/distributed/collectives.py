@@ -8,7 +8,6 @@ import contextlib
 import faulthandler
 import json
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,17 +45,15 @@ def collective_op(name: str, rank: int | None = None) -> Iterator[None]:
 # Joining
 
 
-def init_process_group(
-    device: torch.device, rank: int, world_size: int, timeout_seconds: float, settings: str
-) -> None:
+def init_process_group(device: torch.device, rank: int, world_size: int, timeout_seconds: float, settings: str) -> None:
     """Form the process group that torchrun describes in the environment: NCCL on NVIDIA GPUs, else gloo.
 
     Collective: every rank must call it. Raises UserError on all ranks if `settings`, a word that describes the rank's
     device and number format, is not the same on all: they would form different groups, or wait for each other.
     """
     cuda = device.type == "cuda"
-    if cuda:
-        faulthandler.enable(sys.__stderr__)  # NCCL aborts the process when a collective times out: print where it waited
+    if cuda:  # NCCL aborts a process that waits longer than the time-out: print to stderr where it waited
+        faulthandler.enable(2)
     timeout = timedelta(seconds=timeout_seconds)
     with collective_op("joining the process group", rank):
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
