@@ -2,9 +2,11 @@
 
 What happens when a rank dies or hangs:
 
-1. The others wait in their next collective. It ends after the process group's time-out (`--timeout`, 30 minutes by
-   default; at once where the system reports a closed connection) with `CollectiveFailed`, which names the waiting rank
-   and the operation. Exit code 1. (`collectives.py`)
+1. The others wait in their next collective. On CPUs it ends after the process group's time-out (`--timeout`, 30
+   minutes by default; at once where the system reports a closed connection) with `CollectiveFailed`, which names the
+   waiting rank and the operation. Exit code 1. (`collectives.py`) On GPUs a rank waits inside a CUDA call, not in
+   Python: after the time-out NCCL's watchdog thread aborts the process (SIGABRT). If the launcher notices a dead rank
+   before, it kills the others.
 2. `scripts/launch.py`, or torchrun, then starts all ranks again; they go on from the last complete checkpoint
    (`nanochat/checkpoint/`), which a save cut short by the failure cannot damage.
 
