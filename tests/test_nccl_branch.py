@@ -13,7 +13,7 @@ from stubs import TINY
 
 from nanochat.checkpoint.runs import run_dir
 from nanochat.common import UserError
-from nanochat.distributed.collectives import CollectiveFailed, collective_op
+from nanochat.distributed.collectives import CollectiveFailed, collective_op, start_all_gather, start_reduce_scatter
 from nanochat.reporting.curves import read_metrics
 from nanochat.runtime import Runtime
 from nanochat.train import run
@@ -50,6 +50,21 @@ def test_a_run_on_gpus_trains_as_on_a_cpu(copied: Path, monkeypatch: pytest.Monk
     assert [r["step"] for r in found] == [1, 2, 3, 4]
     for before, after in zip(wanted, found):
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_collectives_have_other_names_before_torch_2_12(renamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"reduce_scatter_single": "reduce_scatter_tensor", "all_gather_single": "all_gather_into_tensor"}
+    calls: list[str] = []
+    for new, old in names.items():
+        monkeypatch.delattr(dist, old if renamed else new, raising=False)
+        name = new if renamed else old
+        monkeypatch.setattr(dist, name, lambda *args, name=name, **kwargs: calls.append(name), raising=False)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    share = start_reduce_scatter(torch.zeros(6), "summing").output
+    start_all_gather(share, torch.zeros(6), "gathering")
+    assert share.shape == (3,) and calls == list(names if renamed else names.values())
 
 
 def join(rank: Runtime, folder: str, settings: list[tuple[str, str]]) -> str:
