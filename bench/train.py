@@ -37,7 +37,8 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.planning.hardware import expected_pace, known_gpu
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import make_plan
-from nanochat.train.build import choose_device_batch, compiled_loss, fit_device_batch, make_optimizer, random_batch
+from nanochat.train.build import choose_device_batch, fit_device_batch, make_optimizer, random_batch
+from nanochat.train.compiling import compiled_loss
 from nanochat.train.config import TrainConfig
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep

@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,13 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import UserError, say, warn
+from nanochat.device.cuda import open_card, why_none
+from nanochat.device.dtype import cpuinfo, pick_dtype
 from nanochat.distributed.collectives import all_gather_json, collective_op, init_process_group
 
 IMPORTED = time.perf_counter()
 TIMEOUT_SECONDS = 1800.0  # of collectives: the longest that ranks wait for one that is busy (evaluating) or gone
 MAX_LOADER_THREADS = 8  # with more, packing is what limits (bench.data), which one thread does
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -43,29 +45,34 @@ class Runtime:
     world_size: int = 1
     timeout_seconds: float = TIMEOUT_SECONDS  # of collectives
     failed: bool = False  # on this rank; the others may be waiting for it
+    deterministic: bool = False  # as requested; see make_deterministic
 
     @classmethod
     def create(
-        cls, device_type: str = "", dtype: str = "", seed: int = 42, timeout_seconds: float = TIMEOUT_SECONDS
+        cls,
+        device_type: str = "",
+        dtype: str = "",
+        seed: int = 42,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        deterministic: bool = False,
     ) -> "Runtime":
         """Choose device and dtype (empty: the best available), seed, and join the process group under torchrun.
 
-        Collective: every rank must call it. Raises UserError for an unavailable device or an unknown dtype.
+        Collective: every rank must call it. Raises UserError for a device that is not there or cannot be used, and for
+        an unknown dtype.
         """
         stop_with_launcher()
-        device_type = pick_device_type(device_type)
         rank, local_rank, world_size = (
             int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
         )
+        requested, device_type = device_type, pick_device_type(device_type)
+        if device_type == "cpu" and not requested and rank == 0 and (reason := why_no_gpu()):
+            warn(f"using the CPU: {reason} (--device-type=cpu silences this)")
         if device_type == "mps" and world_size > 1:
             raise UserError("Apple GPUs support one rank only: run without torchrun, or use --device-type=cpu")
         device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
         if device_type == "cuda":
-            set_gpu(device)
-            # PyTorch prefers cuDNN's attention on Hopper and Blackwell. It builds a plan of some 20 ms or more for each
-            # new number of keys, that is for each generated token. The switch is the process's: set once, it costs
-            # no call anything and holds in all threads and compiled graphs.
-            torch.backends.cuda.enable_cudnn_sdp(False)
+            start_cuda(device, deterministic)
         elif device_type == "cpu":
             keep_freed_memory()
         chosen, reason = pick_dtype(device_type, dtype or os.environ.get("NANOCHAT_DTYPE", ""))
@@ -74,7 +81,9 @@ class Runtime:
             init_process_group(device, rank, world_size, timeout_seconds, settings)
         random.seed(seed)
         torch.manual_seed(seed)
-        return cls(device, chosen, reason, seed, rank, local_rank, world_size, timeout_seconds)
+        return cls(
+            device, chosen, reason, seed, rank, local_rank, world_size, timeout_seconds, deterministic=deterministic
+        )
 
     @property
     def is_main(self) -> bool:
@@ -150,6 +159,19 @@ class Runtime:
             with collective_op(name):
                 dist.barrier()
 
+    def make_deterministic(self) -> None:
+        """Have every CUDA operation give the same bits each time; one that cannot raises an error that names it.
+
+        Slower. A CPU does so by itself. Raises UserError where it is too late: several GPUs have begun to communicate.
+        """
+        if self.device.type != "cuda":
+            self.print0(f"--deterministic is for CUDA and changes nothing on this device ({self.device.type})")
+        elif not self.deterministic and self.world_size > 1:
+            raise UserError("the saved run is deterministic: on several GPUs give --deterministic again")
+        elif not self.deterministic:
+            use_deterministic_cuda()
+        self.deterministic = True
+
     def synchronize(self) -> None:
         """Wait for queued device work, before a clock is read."""
         if self.device.type == "cuda":
@@ -193,7 +215,10 @@ class Runtime:
 
 def pick_device_type(requested: str) -> str:
     """`requested`, or if empty the first available of cuda, mps, cpu. Raises UserError if it is not available."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a GPU that cannot be used: why_no_gpu says it in one line
+        cuda = torch.cuda.is_available()
+    available = {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [name for name, found in available.items() if found]
     if not requested:
         return usable[0]
@@ -201,65 +226,49 @@ def pick_device_type(requested: str) -> str:
         names = ", ".join(available)
         raise UserError(f"--device-type must be one of {names} (or empty for the best), got {requested!r}")
     if requested not in usable:
-        raise UserError(
-            f"--device-type={requested}: PyTorch finds none on this machine; available: {', '.join(usable)}"
-        )
+        reason = why_no_gpu() if requested == "cuda" else ""
+        reason = reason or f"PyTorch finds none on this machine; available: {', '.join(usable)}"
+        raise UserError(f"--device-type={requested}: {reason}")
     return requested
 
 
-def set_gpu(device: torch.device) -> None:
-    """Make `device` this process's GPU. Raises UserError if there are fewer GPUs than ranks on this machine."""
-    count = torch.cuda.device_count()
-    if device.index >= count:
-        raise UserError(
-            f"local rank {device.index} has no GPU: PyTorch sees {count} here (CUDA_VISIBLE_DEVICES chooses which); "
-            f"start {count} ranks on this machine, --nproc_per_node={count}"
-        )
-    torch.cuda.set_device(device)
+def why_no_gpu() -> str:
+    """Why PyTorch finds no NVIDIA GPU on a machine that seems to have one, and the fix; "" if it has none."""
+    return why_none(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def pick_dtype(device_type: str, requested: str = "") -> tuple[torch.dtype, str]:
-    """The dtype of activations and the reason for it: bfloat16 where the hardware multiplies it fast, float16 on GPUs
-    that are fast in float16 only, else float32."""
-    if requested:
-        if requested not in DTYPES:
-            raise UserError(f"NANOCHAT_DTYPE must be one of {', '.join(DTYPES)}, got {requested!r}")
-        return DTYPES[requested], "as requested"
-    if device_type == "cuda":
-        capability = torch.cuda.get_device_capability()
-        if capability >= (8, 0):
-            return torch.bfloat16, "CUDA SM80 or newer"
-        if capability >= (7, 0):  # Volta and Turing, the first with tensor cores
-            return torch.float16, "this GPU has no bfloat16; the loss is scaled"
-        return torch.float32, "this GPU has no tensor cores"
-    if device_type == "cpu":
-        for flag, feature in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
-            if flag in cpu_flags():
-                return torch.bfloat16, f"CPU has {feature}"
-        return torch.float32, "CPU has no AMX or AVX512-BF16"
-    # On Apple GPUs bfloat16 needs macOS 14; NANOCHAT_DTYPE=bfloat16 requests it.
-    return torch.float32, "works on every Apple GPU"
+def start_cuda(device: torch.device, deterministic: bool) -> None:
+    """Make `device` this process's GPU, and choose how PyTorch computes on it."""
+    if deterministic:
+        use_deterministic_cuda()  # before cuBLAS and NCCL read the environment
+    open_card(device)
+    # float32 is asked for as a reference, so without TF32; some containers switch that on for all programs.
+    torch.set_float32_matmul_precision("highest")
+    # PyTorch prefers cuDNN's attention on Hopper and Blackwell. It builds a plan of some 20 ms or more for each new
+    # number of keys, that is for each generated token. The switch is the process's: set once, it costs no call anything
+    # and holds in all threads and compiled graphs.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def cpu_flags() -> set[str]:
-    """Feature flags of the first CPU; empty if the system does not list them."""
-    return set(_cpuinfo("flags").split())
+def use_deterministic_cuda() -> None:
+    """Make PyTorch use deterministic operations on CUDA, Inductor's choice of kernels included. For the process.
+
+    cuBLAS and NCCL read their part from the environment when they are first used. NCCL's trees and sums in the switch
+    (NVLS) do not always add in the same order; rings do (https://github.com/pytorch/pytorch/issues/154880).
+    """
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    # By default it also fills new tensors, to find code that reads them unwritten, which costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def device_name(device: torch.device) -> str:
     """The device's product name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpuinfo(key: str) -> str:
-    """The first CPU's entry `key` in /proc/cpuinfo, or ""."""
-    try:
-        pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        return next((value.strip() for name, _, value in pairs if name.strip() == key), "")
-    except OSError:
-        return ""
+    return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def keep_freed_memory() -> None:

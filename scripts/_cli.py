@@ -25,6 +25,7 @@ Config = TypeVar("Config")
 EXPECTED_ERRNOS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 MAX_INTEGER = 2**63  # the largest seed; no count comes near it
+NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 # PyTorch's messages on a CPU, on a GPU, and for sizes beyond any memory.
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory|size calculation overflowed", re.IGNORECASE)
 
@@ -158,6 +159,8 @@ def describe(error: Exception) -> tuple[int, str]:
     """(exit code, line) of an expected error; code 0 for a bug, which deserves its traceback."""
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, RuntimeError) and (named := NOT_DETERMINISTIC.search(str(error))):
+        return 2, f"--deterministic: PyTorch has no deterministic form of {named[1]} on this device; leave the flag out"
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return 2, "a path begins with ~ and there is no such home folder; write it out"
     if isinstance(error, OverflowError):

@@ -31,7 +31,9 @@ PROMPTS = ("The capital of France is", "Once upon a time", "The sun is", "My fav
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    with Runtime.create(config.device_type, seed=config.seed, timeout_seconds=config.timeout) as runtime:
+    with Runtime.create(
+        config.device_type, seed=config.seed, timeout_seconds=config.timeout, deterministic=config.deterministic
+    ) as runtime:
         return train(config, runtime)
 
 

@@ -24,7 +24,9 @@ from tasks.rl_tasks import evaluate, keep_rollouts, open_tasks
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    with Runtime.create(config.device_type, seed=config.seed, timeout_seconds=config.timeout) as runtime:
+    with Runtime.create(
+        config.device_type, seed=config.seed, timeout_seconds=config.timeout, deterministic=config.deterministic
+    ) as runtime:
         return train(config, runtime)
 
 

@@ -34,7 +34,9 @@ SPLIT_BY_CONTENT = "by content"  # how conversations of one's own are held out; 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    with Runtime.create(config.device_type, seed=config.seed, timeout_seconds=config.timeout) as runtime:
+    with Runtime.create(
+        config.device_type, seed=config.seed, timeout_seconds=config.timeout, deterministic=config.deterministic
+    ) as runtime:
         return train(config, runtime)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nanochat import runtime
 from nanochat.distributed import collectives
 
 ACROSS_DEVICES = {"copy_", "_foreach_copy_", "__get__", "__set__", "__getitem__", "__setitem__"}
@@ -109,6 +110,7 @@ def pretend(device: torch.device, store: dist.Store) -> list[str]:
     cuda.is_available, cuda.device_count = lambda: True, lambda: device.index + 1
     cuda.get_device_capability, cuda.get_device_name = lambda *args: (8, 0), lambda *args: "claimed"
     cuda.get_arch_list = lambda: ["sm_80"]
-    cuda.set_device = cuda.synchronize = cuda.empty_cache = lambda *args: None
+    cuda.synchronize = cuda.empty_cache = lambda *args: None
+    runtime.open_card = lambda device: None
     cuda.get_rng_state, cuda.set_rng_state = lambda *args: torch.zeros(16, dtype=torch.uint8), lambda *args: None
     return calls

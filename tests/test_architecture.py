@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # ones, and there are no import cycles.
 LAYERS = (
     "common files output ranges fast_path",
-    "distributed runtime conversation",
+    "distributed device runtime conversation",
     "tokenizer data dataset dataloader cpu sandbox execution reporting report",
     "gpt gpt_config flash_attention loss_head fp8",
     "optim optimizer checkpoint checkpoint_manager inference scaling",

@@ -13,6 +13,7 @@ from stubs import ByteTokenizer
 
 from nanochat.common import UserError
 from nanochat.cpu import kernels
+from nanochat.device.dtype import cpu_flags
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import cpu_decoder
@@ -24,7 +25,6 @@ from nanochat.inference.packed_weights import PackedWeights, block_outputs, matr
 from nanochat.inference.tools import ToolTable
 from nanochat.optim import MuonAdamW
 from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
-from nanochat.runtime import cpu_flags
 
 SIZES: dict[str, Any] = {
     "sequence_len": 48,

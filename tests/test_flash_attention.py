@@ -13,7 +13,7 @@ from nanochat import flash_attention
 from nanochat.flash_attention import attend_at_positions, choose_backend, flash_attn, flash_attn_func
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
-from nanochat.train.build import compiled_loss
+from nanochat.train.compiling import compiled_loss
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = -1) -> torch.Tensor:
@@ -181,6 +181,7 @@ def test_training_is_one_graph_and_its_masks_are_made_before(monkeypatch: pytest
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)  # no gradient on CPUs
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     monkeypatch.setattr("nanochat.cpu.fused.usable", lambda *args: False)
+    monkeypatch.setattr("nanochat.train.compiling.why_not_compiling", lambda device: "")
     config = GPTConfig(sequence_len=256, vocab_size=300, n_layer=4, n_head=2, n_kv_head=1, n_embd=32)
     model = GPT.create(config)
     loss_fn = compiled_loss(model, "on", Runtime(torch.device("cpu"), torch.float32, "test", seed=0))

@@ -16,13 +16,14 @@ from toy_training import CONFIG, CPU, RandomBatches, make_trainer
 from nanochat import fp8, runtime
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
+from nanochat.device.dtype import pick_dtype
 from nanochat.distributed.rank_checks import NonFiniteLoss
 from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.inference.sampling import SamplingParams, draw_tokens, make_rng
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.loss_head import head_loss
 from nanochat.optim import OptimizerConfig, build_param_groups
-from nanochat.runtime import Runtime, pick_dtype
+from nanochat.runtime import Runtime
 from nanochat.train import build, progress
 from nanochat.train.build import find_device_batch
 from nanochat.train.progress import Progress
@@ -57,8 +58,7 @@ def test_number_format_of_a_gpu(
 
 def test_attention_never_comes_from_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(runtime, "open_card", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
     try:
         assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -26,7 +26,8 @@ from nanochat.flash_attention import BACKENDS, flash_attn_func
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
-from nanochat.train.build import compiled_loss, fit_device_batch
+from nanochat.train.build import fit_device_batch
+from nanochat.train.compiling import compiled_loss
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep
 from nanochat.trainer import Trainer

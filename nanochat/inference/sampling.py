@@ -126,6 +126,8 @@ def draw_tokens(logits: torch.Tensor, params: Sequence[SamplingParams], rngs: Se
 
     Raises FloatingPointError if the logits are not finite.
     """
+    if torch.are_deterministic_algorithms_enabled():
+        logits = logits.cpu()  # CUDA has no deterministic cumsum
     in_c = c_can_draw(params) if kernels.in_use(logits.device) else [False] * len(params)
     if in_c and all(in_c):
         return _draw_in_c(logits, params, rngs)

@@ -3,7 +3,8 @@
 run.py             folder, lock, resuming, exit codes: the way from a trainer to a finished run. Start here.
 commands.py        the commands shown to continue a run, or to train a finished one on
 config.py          the flags of every training stage, which of them a resumed run may change, and the flags of data
-build.py           from a model to its step: optimizer, compiled loss, rows per micro-batch
+build.py           from a model to its step: optimizer, rows per micro-batch
+compiling.py       the loss compiled, where torch.compile works
 step.py            one optimizer step: micro-batches, gradients, update
 schedules.py       learning rate, momentum and weight decay over the run
 progress.py        counters and averages that checkpoints keep

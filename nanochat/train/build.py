@@ -4,22 +4,21 @@ The rows are chosen by the device, and on a GPU by trying what its memory holds.
 """
 
 import math
-import shutil
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from nanochat.common import UserError, warn
+from nanochat.common import UserError
 from nanochat.data.batches import Batch
-from nanochat.flash_attention import prepare
 from nanochat.gpt import GPT
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.optimizer.update_rules import optimizer_bytes
 from nanochat.runtime import Runtime
+from nanochat.train.compiling import compiled_loss
 from nanochat.train.config import TrainConfig
 from nanochat.train.schedules import ScheduleConfig
-from nanochat.train.step import LossFunction, TrainStep
+from nanochat.train.step import TrainStep
 
 CPU_TOKENS, GPU_TOKENS = 4096, 65536  # per micro-batch: keeps a CPU's caches warm, a GPU busy
 
@@ -51,17 +50,6 @@ def make_optimizer(
     ns_dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
     groups = build_param_groups(model, config, lr_scale=lr_scale, weight_decay=weight_decay, ns_dtype=ns_dtype)
     return (DistMuonAdamW if runtime.world_size > 1 else MuonAdamW)(groups)
-
-
-def compiled_loss(model: GPT, mode: str, runtime: Runtime) -> LossFunction:
-    """model.loss, compiled if `mode` is "on", or "auto" on a CUDA device with a C compiler at hand."""
-    if mode == "off" or (mode == "auto" and runtime.device.type != "cuda"):
-        return model.loss
-    if mode == "auto" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        warn("no C compiler found, which torch.compile needs: training without it, slower (install gcc or clang)")
-        return model.loss
-    prepare(model.config, runtime.device, model.compute_dtype)
-    return torch.compile(model.loss, dynamic=False)
 
 
 def choose_device_batch(requested: int, rows: int, sequence_len: int, runtime: Runtime) -> int:

@@ -53,10 +53,12 @@ class TrainConfig:
     """cuda, mps or cpu; empty picks the best there is."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 42
     """Seeds weights and data order."""
+    deterministic: Annotated[bool, OnResume.IF_GIVEN] = False
+    """The same bits in every run on the same NVIDIA GPUs, more slowly; on a CPU they always are."""
     model_tag: str = ""
     """Name of the run's folder; empty derives it."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """on, off, or auto: torch.compile on CUDA only, where it pays back."""
+    """on, off, or auto: torch.compile on CUDA only, where it pays back, and where it works."""
     minutes: Annotated[float, Range(above=0, unset=-1)] = -1.0
     """Be done after this long, from the program's start to its end: the number of steps follows the clock."""
     num_iterations: Annotated[int, Range(1, unset=-1)] = -1
@@ -90,7 +92,7 @@ class TrainConfig:
     keep_last: Annotated[int, OnResume.IF_GIVEN] = 2
     """Checkpoints kept; 0 keeps all."""
     resume: Annotated[bool, OnResume.NEW] = False
-    """Resume from the run's latest good checkpoint, exactly."""
+    """Resume from the run's latest good checkpoint: to the same bits on a CPU, on a GPU with --deterministic."""
     resume_from_step: Annotated[int, Range(-1), OnResume.NEW] = -1
     """Resume from this step's checkpoint."""
     timeout: Annotated[float, Range(above=0), OnResume.NEW] = TIMEOUT_SECONDS

@@ -221,6 +221,8 @@ def open_run(script: str, folder: Path, config: Config, runtime: Runtime) -> Ite
         if checkpoint:
             run.config, ignored = merge_saved_config(config, checkpoint.meta["user_config"])
             run.check_ignored(ignored)
+        if run.config.deterministic:
+            runtime.make_deterministic()
         yield run
 
 

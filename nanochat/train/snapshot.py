@@ -26,7 +26,7 @@ from nanochat.trainer import Trainer
 def take_snapshot(
     trainer: Trainer, *, run: Path, tokenizer: Any, meta: dict[str, Any], keep_last: int, group: BackgroundGroup
 ) -> Callable[[], Path]:
-    """Copy everything that is needed to continue bit for bit from here; returns the function that writes the copy.
+    """Copy everything that is needed to continue exactly from here; returns the function that writes the copy.
 
     That function is collective (see save_checkpoint) and may run in another thread while training goes on. Only rank 0
     copies the model; every rank copies its own share of the optimizer's and the loader's state.
@@ -125,7 +125,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def numeric_settings(trainer: Trainer) -> dict[str, Any]:
-    """The settings that decide whether the same batch gives the same bits."""
+    """The settings that decide whether the same batch gives the same bits; under CUDA --deterministic does so too."""
     return {
         "device_batch_size": trainer.step.device_batch_size,
         "num_threads": torch.get_num_threads(),
