@@ -20,6 +20,7 @@ from nanochat.device.compiler import why_not_compiling
 from nanochat.device.cuda import has_code, open_card, other_build, why_none
 from nanochat.device.dtype import pick_dtype
 from nanochat.gpt import GPT
+from nanochat.inference.sampling import SamplingParams, draw_tokens, make_rng
 from nanochat.runtime import Runtime
 from nanochat.train import compiling
 from nanochat.train.compiling import CompiledLoss, compiled_loss
@@ -145,6 +146,7 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Pl
         ("13.0", "", "No CUDA GPUs are available", ["CUDA_VISIBLE_DEVICES=''"]),
         ("13.0", "7", "No CUDA GPUs are available", ["CUDA_VISIBLE_DEVICES='7'"]),
         ("13.0", None, "Found no NVIDIA driver on your system. Please check", ["--gpus all"]),
+        ("13.0", "0", "Found no NVIDIA driver on your system. Please check", ["--gpus all"]),
     ],
 )
 def test_a_gpu_that_pytorch_does_not_find_is_not_passed_over(
@@ -341,6 +343,23 @@ def test_cuda_is_set_before_it_starts(card: SimpleNamespace, restored: None, mon
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
     code, line = _cli.describe(caught.value)
     assert code == 2 and "--deterministic" in line and "put_" in line
+
+
+def test_tokens_are_drawn_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA has no deterministic cumsum; the draw is the same there."""
+
+    class OnGPU(torch.Tensor):
+        def cpu(self, *args: Any) -> torch.Tensor:
+            moved.append(self)
+            return self.as_subclass(torch.Tensor)
+
+    moved: list[torch.Tensor] = []
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    settings = [SamplingParams(top_p=0.9)] * 2
+    wanted = draw_tokens(logits, settings, [make_rng(0, i) for i in range(2)])
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    drawn = draw_tokens(logits.as_subclass(OnGPU), settings, [make_rng(0, i) for i in range(2)])
+    assert drawn == wanted and len(moved) == 1
 
 
 def test_a_resumed_run_keeps_it(restored: None) -> None:

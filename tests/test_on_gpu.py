@@ -277,7 +277,9 @@ def run(base: Path, *command: str, **environment: str) -> str:
 
 
 @pytest.mark.compiles
-def test_a_run_resumes_with_the_same_bits(copied: Path) -> None:
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_run_resumes(deterministic: bool, copied: Path) -> None:
+    """With the same bits, or, without --deterministic, to within what a different order of sums makes of ten steps."""
     flags = [
         "--depth=2",
         "--n-embd=64",
@@ -291,6 +293,7 @@ def test_a_run_resumes_with_the_same_bits(copied: Path) -> None:
         "--num-iterations=10",
         "--device-type=cuda",
         "--model-tag=run",
+        "--deterministic" if deterministic else "--no-deterministic",
     ]
 
     def result() -> tuple[list[str], list[tuple[float, float | None]]]:
@@ -302,5 +305,9 @@ def test_a_run_resumes_with_the_same_bits(copied: Path) -> None:
     run(copied, "scripts.base_train", *flags)
     straight = result()
     shutil.rmtree(folder / "000010")
-    assert "resumed at step 6 of 10" in run(copied, "scripts.base_train", *flags, "--resume")
-    assert result() == straight
+    assert "resumed at step 6 of 10" in run(copied, "scripts.base_train", *flags[:-1], "--resume")
+    if deterministic:
+        assert result() == straight
+    else:
+        losses = [[loss for loss, _ in lines] for _, lines in (result(), straight)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.01)

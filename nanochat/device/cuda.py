@@ -34,7 +34,7 @@ def open_card(device: torch.device) -> None:
             float(torch.ones(2, device=device).sum())
     except Exception as error:  # RuntimeError, or DeferredCudaCallError if CUDA cannot be initialised
         build = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda})"
-        if capability and torch.version.cuda and not has_code(archs, capability):
+        if capability and archs and torch.version.cuda and not has_code(archs, capability):
             raise UserError(
                 f"{build} has no code for {name}, compute capability {capability[0]}.{capability[1]}, only for "
                 f"{' '.join(archs)}: {other_build(capability)}; or --device-type=cpu"
@@ -92,11 +92,11 @@ def why_none(visible: str | None) -> str:
         return f"this machine has an NVIDIA driver, but PyTorch {version} is built without CUDA: {fix}"
     try:
         torch.cuda.init()
-        reason = "no GPU is visible"
+        reason = "No CUDA GPUs are available"
     except Exception as error:
         reason = first_line(error).split(". ")[0]
-    if visible is not None and "too old" not in reason:
-        return f"CUDA_VISIBLE_DEVICES={visible!r} hides this machine's NVIDIA GPUs, or names none: {reason}"
+    if visible is not None and "No CUDA GPUs" in reason:
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides this machine's NVIDIA GPUs, or names none of them"
     fix = f"update the driver, or take the build for an older CUDA: {other_build((7, 0))}"
     if "too old" not in reason:
         fix = "see nvidia-smi; in a container, start it with its GPUs (docker run --gpus all)"
