@@ -12,6 +12,7 @@ The last line of each is a JSON object of its figures. Exit code 0 if all is as 
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -62,17 +63,19 @@ def environment() -> int:
         found |= cuda(driver)
         arch = "sm_{}{}".format(*found["capability"])
         print(f"this GPU is {arch}; PyTorch has kernels for {' '.join(torch.cuda.get_arch_list())}")
-    elif driver:
+    elif driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # hidden on purpose
         problems.append(f"nvidia-smi lists a GPU, which PyTorch {torch.__version__} cannot use: {why_no_cuda()}")
     elif torch.backends.mps.is_available():
         found |= {"device_type": "mps"}
-    if not problems:
+    try:
         from nanochat.runtime import Runtime
         from nanochat.train.timing import measure_peak_flops
 
         runtime = Runtime.create()
         print(runtime.describe())
         found |= {"flops_per_second": measure_peak_flops(runtime), "dtype": str(runtime.dtype).removeprefix("torch.")}
+    except Exception as error:
+        problems.append(f"{type(error).__name__}: {error}")
     print(f"C compiler: {shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')}")
     print(f"Python.h: {(Path(sysconfig.get_path('include')) / 'Python.h').exists()}")
     for name in ("triton", "torchao", "kernels", "flash_attn_interface"):
@@ -92,7 +95,7 @@ def version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return "unknown version" if importlib.util.find_spec(package.replace("-", "_")) else None
 
 
 def nvidia_smi() -> str:

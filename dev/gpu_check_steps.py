@@ -69,15 +69,13 @@ def training(text: str) -> dict[str, Any]:
 
 
 def decoding(text: str) -> dict[str, Any]:
-    """Milliseconds a step and tokens per second by rows, and the share of the bandwidth for the fewest rows."""
+    """Time of a step by rows; tokens a second of the most rows; of the fewest, bandwidth and time without a graph."""
     values = last_json()(text)
     steps = {name: value for name, value in values.items() if re.fullmatch(r"ms_per_step_\d+", name)}
     rows = sorted(int(name.rpartition("_")[2]) for name in steps)
-    return {
-        **steps,
-        f"tokens_per_second_{rows[-1]}": values[f"tokens_per_second_{rows[-1]}"],
-        f"bandwidth_share_{rows[0]}": values[f"bandwidth_share_{rows[0]}"],
-    }
+    few, many = rows[0], rows[-1]
+    names = (f"tokens_per_second_{many}", f"bandwidth_share_{few}", f"model_without_graph_ms_per_step_{few}")
+    return steps | {name: values.get(name) for name in names}
 
 
 def attention(text: str) -> dict[str, Any]:
@@ -106,18 +104,24 @@ UNITS: dict[str, Callable[[Any], str]] = {
     "flops_per_second": lambda value: f"{value / 1e12:.1f} TFLOP/s",
     "bytes_per_second": lambda value: f"{value / 1e9:,.0f} GB/s",
 }
+BY_ROWS: dict[str, Callable[[Any], str]] = {
+    "tokens_per_second": "{:,.0f} tokens/s".format,
+    "ms_per_step": "{:.2f} ms a step".format,
+    "model_without_graph_ms_per_step": "{:.2f} ms without a graph".format,
+    "bandwidth_share": "{:.0%} of the bandwidth".format,
+}
 
 
 def figure(name: str, value: Any) -> str:
     """A figure for the table."""
     if name in UNITS:
         return UNITS[name](value)
-    if rows := re.fullmatch(r"(tokens_per_second|ms_per_step|bandwidth_share)_(\d+)", name):
-        unit = {"tokens_per_second": "{:,.0f} tokens/s", "ms_per_step": "{:.2f} ms a step", "bandwidth_share": "{:.0%}"}
-        return f"{rows[2]} rows: {unit[rows[1]].format(value)}" + " of the bandwidth" * (rows[1] == "bandwidth_share")
-    return (
-        f"{value:,} {name}" if isinstance(value, int) else f"{value:.3g} {name}" if isinstance(value, float) else value
-    )
+    by_rows = re.fullmatch(r"(\w+)_(\d+)", name)
+    if by_rows and by_rows[1] in BY_ROWS:
+        return f"{by_rows[2]} rows: {BY_ROWS[by_rows[1]](value)}"
+    if isinstance(value, str):
+        return value
+    return f"{value:,} {name}" if isinstance(value, int) else f"{value:.3g} {name}"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from live import until
 from dev import gpu_check_parts
 from dev.gpu_check import Check
 from dev.gpu_check_run import main_error
-from dev.gpu_check_steps import FIRST, decoding, make_steps, test_counts as counts, training
+from dev.gpu_check_steps import FIRST, decoding, figure, make_steps, test_counts as counts, training
 from scripts import _cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,14 +159,10 @@ def test_figures_from_logs() -> None:
     assert training(progress) == {"tokens_per_second": 2.5e6, "rows": 4}
     lines = "tests/test_x.py::test_a[1-b c] PASSED [ 5%]\ntests/test_x.py::test_b SKIPPED (no GPU) [ 9%]\n"
     assert counts(lines + "tests/test_x.py::test_c PASSED") == {"tests passed": 2, "tests skipped": 1}
-    values = {"ms_per_step_1": 2.0, "model_ms_per_step_1": 1.5, "ms_per_step_8": 3.0, "tokens_per_second_8": 2666.0}
-    found = decoding(json.dumps({**values, "bandwidth_share_1": 0.5}))
-    assert found == {
-        "ms_per_step_1": 2.0,
-        "ms_per_step_8": 3.0,
-        "tokens_per_second_8": 2666.0,
-        "bandwidth_share_1": 0.5,
-    }
+    wanted = {"ms_per_step_1": 2.0, "ms_per_step_8": 3.0, "tokens_per_second_8": 2666.0, "bandwidth_share_1": 0.5}
+    wanted["model_without_graph_ms_per_step_1"] = 4.0
+    assert decoding(json.dumps({"model_ms_per_step_1": 1.5, **wanted})) == wanted
+    assert all("rows: " in figure(name, value) for name, value in wanted.items())
     trace = "Traceback (most recent call last):\n  File x\nValueError: first\n\nmore\nRuntimeError: last\nbye"
     assert main_error(trace) == "RuntimeError: last" and main_error(f"error: ours\n{trace}") == "error: ours"
 
