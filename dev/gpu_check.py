@@ -10,6 +10,7 @@ installs nothing. Without a GPU the same steps run at sizes that suit a CPU.
 
 DIR (--out) keeps STEP.log of every step, profiles, table.md (for dev/GPU.md) and table.json. The table contains earlier
 results of the same DIR, so a check can be done in pieces: --only=start,tests,chain, then --only=speed, and so on.
+Where only some of it can be kept, leave DIR/base out: it holds the toy models, gigabytes on a GPU.
 Exit code 0 if every step that applies to this machine has passed, 1 if not, 130 after Ctrl-C; the table comes anyhow.
 """
 

@@ -5,7 +5,7 @@
     resume MODULE FLAGS          train the run "resume", then again from its middle, and compare the files
     web FLAGS                    serve, answer one request, stop
     graphs MODULE FLAGS          run a training script; count torch.compile's graphs, breaks and recompiles
-    memory GIB MODULE FLAGS      run a script on a GPU that pretends to have this much memory
+    memory GIB MODULE FLAGS      run a script in as much memory as a GPU of this size has
 
 The last line of each is a JSON object of its figures. Exit code 0 if all is as it should be.
 """
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+CONTEXT_GIB = 0.6  # of CUDA and its libraries, outside PyTorch's allocator
 
 
 def finish(problems: Sequence[str], **figures: Any) -> int:
@@ -270,38 +271,34 @@ def graphs(module: str, *flags: str) -> int:
 
 
 def memory(gib: str, module: str, *flags: str) -> int:
-    """The script, on a GPU of which this process may use `gib` GiB. Without a GPU nothing is limited."""
+    """Run the training script as on a GPU with `gib` GiB, and delete its checkpoint of gigabytes.
+
+    Without a GPU nothing is limited.
+    """
     import torch
 
-    if not torch.cuda.is_available():
-        return finish([] if run_script(module, flags) == 0 else [f"{module} failed"])
-    pretend_memory(float(gib) * 2**30)
+    from nanochat.checkpoint.runs import run_dir
+    from nanochat.common import get_base_dir
+
+    on_gpu, tag = torch.cuda.is_available(), flags[-1].removeprefix("--model-tag=")
+    if on_gpu:
+        limit_memory(float(gib))
     code = run_script(module, flags)
-    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    print(torch.cuda.memory_summary(abbreviated=True))
+    shutil.rmtree(run_dir(get_base_dir(), "base", tag), ignore_errors=True)
     problems = [f"{module} ended with exit code {code}"] if code else []
+    if not on_gpu:
+        return finish(problems)
+    print(torch.cuda.memory_summary(abbreviated=True))
+    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     return finish(problems, peak_memory_bytes=peak, **{"GiB reserved": reserved / 2**30})
 
 
-def pretend_memory(limit: float) -> None:
-    """Make the current GPU refuse allocations above `limit` bytes in all, and report this size as its own."""
+def limit_memory(gib: float) -> None:
+    """Make PyTorch's allocator refuse what a GPU with `gib` GiB could not give, beside its CUDA context."""
     import torch
 
-    free, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-    get_properties, used = torch.cuda.get_device_properties, total - free
-
-    class Properties:
-        """The device's, but for its memory."""
-
-        def __init__(self, real: Any) -> None:
-            self.real, self.total_memory = real, int(limit)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.real, name)
-
-    torch.cuda.get_device_properties = lambda *args: Properties(get_properties(*args))  # type: ignore[assignment]
-    torch.cuda.mem_get_info = lambda *args: (max(0, int(limit) - used - torch.cuda.memory_reserved()), int(limit))
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - CONTEXT_GIB) / total))
 
 
 PARTS: dict[str, Callable[..., int]] = {

@@ -58,14 +58,15 @@ def test_counts(text: str) -> dict[str, Any]:
 
 
 def training(text: str) -> dict[str, Any]:
-    """The last speed on the progress line, and the rows if the log names them."""
+    """The last speed on the progress line; the rows per micro-batch and their memory, where they were searched."""
     speeds = re.findall(r"([\d.]+)([kMG]?) tok/s", text)
     scale = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
-    rows = re.findall(r"(\d+) per micro-batch", text)
-    return {
-        "tokens_per_second": float(speeds[-1][0]) * scale[speeds[-1][1]] if speeds else None,
-        "rows": int(rows[-1]) if rows else None,
-    }
+    figures: dict[str, Any] = {"tokens_per_second": float(speeds[-1][0]) * scale[speeds[-1][1]]} if speeds else {}
+    searched = re.search(r"(\d+) rows of \d+ tokens per micro-batch take ([\d.]+) GiB of memory, ([\d.]+) exp", text)
+    if searched:
+        rows, taken, expected = searched.groups()
+        figures |= {"rows": int(rows), "GiB taken": float(taken), "GiB expected": float(expected)}
+    return figures
 
 
 def decoding(text: str) -> dict[str, Any]:
@@ -221,7 +222,7 @@ def make_steps(machine: Mapping[str, Any], out: Path) -> list[Step]:
     add(
         "chain",
         "resume",
-        f"{PARTS} resume {base} {size.model} {size.train} --model-tag=resume",
+        f"{PARTS} resume {base} {size.model} {size.train} --model-tag=resume --deterministic",
         75,
         last_json(),
         **tok_train,

@@ -155,8 +155,10 @@ def test_steps_that_a_card_cannot_run_say_why(tmp_path: Path) -> None:
 
 
 def test_figures_from_logs() -> None:
-    progress = "step 1/4 | loss 5 | 1.5k tok/s\rstep 4/4 | loss 4 | 2.5M tok/s | 41% of peak\n8 rows: 4 per micro-batch"
-    assert training(progress) == {"tokens_per_second": 2.5e6, "rows": 4}
+    progress = "step 1/4 | loss 5 | 1.5k tok/s\rstep 4/4 | loss 4 | 2.5M tok/s | 41% of peak"
+    rows = "4 rows of 64 tokens per micro-batch take 9.5 GiB of memory, 10.0 expected, of 11.0 usable"
+    expected = {"rows": 4, "GiB taken": 9.5, "GiB expected": 10.0}
+    assert training(f"{rows}\n{progress}") == {"tokens_per_second": 2.5e6, **expected}
     lines = "tests/test_x.py::test_a[1-b c] PASSED [ 5%]\ntests/test_x.py::test_b SKIPPED (no GPU) [ 9%]\n"
     assert counts(lines + "tests/test_x.py::test_c PASSED") == {"tests passed": 2, "tests skipped": 1}
     wanted = {"ms_per_step_1": 2.0, "ms_per_step_8": 3.0, "tokens_per_second_8": 2666.0, "bandwidth_share_1": 0.5}
@@ -167,19 +169,14 @@ def test_figures_from_logs() -> None:
     assert main_error(trace) == "RuntimeError: last" and main_error(f"error: ours\n{trace}") == "error: ours"
 
 
-def test_a_card_that_pretends_to_be_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The allocator's limit, and the two places that report the size."""
+def test_a_smaller_card_is_imitated(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
-    gib = 2**30
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *args: (78 * gib, 80 * gib))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *args: gib)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
-    real = SimpleNamespace(name="card", total_memory=80 * gib)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *args: real)
-    gpu_check_parts.pretend_memory(12 * gib)
-    assert limits == [12 / 80] and torch.cuda.mem_get_info() == (9 * gib, 12 * gib)
-    device = torch.cuda.get_device_properties(0)
-    assert (device.name, device.total_memory) == ("card", 12 * gib)
+    device = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *args: device)
+    for gib in (12, 100):
+        gpu_check_parts.limit_memory(gib)
+    assert limits == [pytest.approx(12 / 80, rel=0.1), 1.0] and limits[0] < 12 / 80
 
 
 BROKEN = """
