@@ -38,6 +38,7 @@ from dev.gpu_check_run import (
     adopt_orphans,
     main_error,
     run_program,
+    warnings,
 )
 from dev.gpu_check_steps import FIRST, Step, figure, make_steps
 
@@ -51,6 +52,7 @@ class Check:
         self.out, self.make = out, make
         self.until = time.monotonic() + 60 * minutes
         self.outcomes: dict[str, Outcome] = {}
+        self.interrupted = False
         out.mkdir(parents=True, exist_ok=True)
         if (out / "table.json").exists():
             rows = json.loads((out / "table.json").read_text(encoding="utf-8"))
@@ -65,18 +67,15 @@ class Check:
     def steps(self) -> dict[str, Step]:
         return {step.name: step for step in self.make(self.machine, self.out)}
 
-    def run(self, chosen: Sequence[str]) -> bool:
-        """Run the chosen steps; the first one always, because the others depend on it. False after Ctrl-C."""
+    def run(self, chosen: Sequence[str]) -> None:
+        """Run the chosen steps, up to Ctrl-C; the first one always, because the others depend on it."""
         self.attempt(self.steps[FIRST])
         names = [name for name in self.choose(chosen) if name != FIRST]
         for number, name in enumerate(names, 2):
-            if self.outcomes[FIRST].result == INTERRUPTED:
-                return False
+            if self.interrupted:
+                break
             print(f"[{number}/{len(names) + 1}] {name} ...", flush=True)
             self.attempt(self.steps[name])
-            if self.outcomes[name].result == INTERRUPTED:
-                return False
-        return True
 
     def choose(self, chosen: Iterable[str]) -> list[str]:
         """The steps of these names and groups (none: all), in order, with those that they need and that lack."""
@@ -120,9 +119,9 @@ class Check:
             code = run_program([sys.executable, *step.command], log, limit, environment)
             result = TIMED_OUT if code is None else PASSED if code == 0 else FAILED
         except KeyboardInterrupt:
-            result = INTERRUPTED
+            result, self.interrupted = INTERRUPTED, True
         seconds, text = time.monotonic() - started, log.read_text(encoding="utf-8", errors="replace")
-        note = "" if result == PASSED else f"{main_error(text)} ({log.name})"
+        note = warnings(text) if result == PASSED else f"{main_error(text)} ({log.name})"
         try:
             figures = step.figures(text)
         except Exception as error:
@@ -185,9 +184,9 @@ def main(argv: Sequence[str] | None = None, make: Steps = make_steps) -> int:
     adopt_orphans()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
-    finished = check.run(chosen)
+    check.run(chosen)
     passed = check.show()
-    return 130 if not finished else 0 if passed else 1
+    return 130 if check.interrupted else 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -94,3 +94,9 @@ def main_error(text: str) -> str:
     ours = [line for line in lines if line.startswith("error: ")]
     exceptions = [line for line in lines if EXCEPTION.match(line)]
     return [*(lines or ["no output"])[-1:], *exceptions[-1:], *ours[:1]][-1][:200]
+
+
+def warnings(text: str) -> str:
+    """The first two of our own warnings in a log: a fast path that does not work, for example, is only warned of."""
+    lines = dict.fromkeys(line for line in text.splitlines() if line.startswith("warning: "))
+    return "; ".join(line[:200] for line in [*lines][:2])

@@ -29,7 +29,9 @@ def toy_steps(machine: dict[str, Any], out: Path) -> list[Step]:
         step("elsewhere", "", not_here="needs a GPU"),
         step("slow", "", seconds=1000),
         step(
-            "counts", f"""{count}; print('{{"tokens_per_second": 1234.5}}')""", figures=last_json("tokens_per_second")
+            "counts",
+            f"""{count}; print('warning: slow'); print('{{"tokens_per_second": 1234.5}}')""",
+            figures=last_json("tokens_per_second"),
         ),
         step("needs_count", "import os; print(os.environ['NANOCHAT_BASE_DIR'])", needs=["counts"]),
         step("no_figures", "print('none')", figures=last_json()),

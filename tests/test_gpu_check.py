@@ -78,6 +78,7 @@ def test_whatever_becomes_of_a_step_the_next_one_runs(tmp_path: Path) -> None:
         "needs_count": "passed",
         "no_figures": "failed",
     }
+    assert rows["counts"]["note"] == "warning: slow"
     assert rows["counts"]["figures"] == {"tokens_per_second": 1234.5}
     assert "no such thing" in rows["fails"]["note"] and "fails" in rows["needs_it"]["note"]
     assert "in hanging" in (out / "hangs.log").read_text()  # where it hung
