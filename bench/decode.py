@@ -9,6 +9,8 @@ A step must also multiply each sequence's activations by every matrix, and by it
 arithmetic limit is the time this takes at the speed of PyTorch's large matrix products (the CPU's own peak is higher),
 over the same time. One sequence is bound by memory, many by arithmetic: where the second share nears 1, a larger batch
 gives no more tokens per second.
+
+On an NVIDIA GPU a step is one CUDA graph (inference/graph_decoder.py); beside it the same step is timed without one.
 """
 
 import random
@@ -28,6 +30,8 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
+from nanochat.inference.graph_decoder import GraphDecoder
+from nanochat.inference.kv_cache import plain_step
 from nanochat.inference.packed_weights import matrices
 from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
@@ -99,9 +103,17 @@ class Case:
 
     def model_alone(self) -> None:
         """The same step without sampling and bookkeeping; the cache is rewound."""
+        self._rewound(self.batch.next_logits)
+
+    def model_without_graph(self) -> None:
+        """The same in PyTorch, one launch after the other."""
+        last = [sequence.tokens[-1] for sequence in self.batch.running]
+        self._rewound(lambda: plain_step(self.batch.model, self.batch.cache, last))
+
+    def _rewound(self, step: Callable[[], Any]) -> None:
         lengths = [self.batch.cache.length(row) for row in range(self.rows)]
         with torch.inference_mode():
-            self.batch.next_logits()
+            step()
         self.batch.cache.rewind(lengths)
 
     def slots_seen(self) -> int:
@@ -139,10 +151,13 @@ def burst(step: Callable[[], None]) -> None:
 def measure(flags: DecodeFlags, runtime: Runtime) -> Result:
     weights = DecodingWeights(GPT.create(model_config(flags), runtime.device, runtime.dtype), flags.int8)
     cases = {rows: Case(weights, rows, flags) for rows in flags.rows}
+    graphs = isinstance(cases[flags.rows[0]].batch.decoder, GraphDecoder)
     memory = torch.ones(READ_BYTES // 4, device=runtime.device)
     actions: dict[str, Callable[[], Any]] = {"read": memory.sum}
     for rows, case in cases.items():
         actions |= {f"step {rows}": partial(burst, case.step), f"model {rows}": partial(burst, case.model_alone)}
+        if graphs:
+            actions[f"plain {rows}"] = partial(burst, case.model_without_graph)
     seconds = time_in_turn(actions, flags.seconds, runtime)
     bandwidth = READ_BYTES / seconds["read"]
     fastest = {runtime.dtype, torch.float32} if runtime.device.type == "cpu" else {runtime.dtype}
@@ -163,31 +178,30 @@ def measure(flags: DecodeFlags, runtime: Runtime) -> Result:
             f"arithmetic_share_{rows}": of_arithmetic,
             f"first_token_ms_{rows}": 1e3 * case.first_token_seconds,
         }
-        table.append(
-            (
-                str(rows),
-                f"{1e3 * case.first_token_seconds:.1f}",
-                f"{1e3 * step:.3f}",
-                f"{1e3 * alone:.3f}",
-                f"{rows / step:,.0f}",
-                f"{of_memory:.0%}",
-                f"{of_arithmetic:.0%}",
-            )
-        )
+        row = {
+            "rows": str(rows),
+            "first token, ms": f"{1e3 * case.first_token_seconds:.1f}",
+            "step, ms": f"{1e3 * step:.3f}",
+            "model alone, ms": f"{1e3 * alone:.3f}",
+            "tokens/s": f"{rows / step:,.0f}",
+            "of the bandwidth limit": f"{of_memory:.0%}",
+            "of the arithmetic limit": f"{of_arithmetic:.0%}",
+        }
+        if graphs:
+            plain = 1e3 * seconds[f"plain {rows}"] / BURST
+            values[f"model_without_graph_ms_per_step_{rows}"] = plain
+            row["model without a graph, ms"] = f"{plain:.3f}"
+        table.append(row)
     one = values.get("tokens_per_second_1")
     if one:
         values |= {f"times_one_row_{rows}": values[f"tokens_per_second_{rows}"] / one for rows in flags.rows}
-    columns = (
-        "rows",
-        "first token, ms",
-        "step, ms",
-        "model alone, ms",
-        "tokens/s",
-        "of the bandwidth limit",
-        "of the arithmetic limit",
-    )
     machine = f"{runtime.describe()}; memory read at {bandwidth / 1e9:.0f} GB/s, products at {peak / 1e9:,.0f} GFLOP/s"
-    return Result(f"{num_params / 1e6:.0f}M weights in matrices, on {machine}", columns, table, values)
+    return Result(
+        f"{num_params / 1e6:.0f}M weights in matrices, on {machine}",
+        tuple(table[0]),
+        [tuple(row.values()) for row in table],
+        values,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Decoding with CUDA graphs, on a CPU: EmulatedGraph replays operations on fixed tensors, as a graph does."""
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -225,6 +226,15 @@ def test_rotary_tables_are_cast_once_except_on_a_cpu() -> None:
     assert cast_copy(build(dtype=torch.bfloat16)).cos.dtype == torch.float32
 
 
+def test_the_benchmark_times_both(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench.decode import main
+
+    sizes = ["--depth=1", "--head-dim=8", "--dtype=float32", "--seq-len=32", "--vocab-size=300", "--seconds=0"]
+    assert main([*sizes, "--device-type=cpu", "--prompt=5", "--rows", "2"]) == 0
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert values["model_without_graph_ms_per_step_2"] > 0 and values["bandwidth_share_2"] > 0
+
+
 # ---------------------------------------------------------------------------------------------------
 # Where graphs do not work
 
@@ -400,7 +410,7 @@ def test_a_step_reads_once(more: Any, count: int, reads: Reads) -> None:
     batch = RunningBatch(DecodingWeights(build()), ToolTable(TOKENIZER), set(), 4, 48)
     batch.submit([sequence([3, 1, 4], 20, **more) for _ in range(1)])
     batch.submit([sequence([5, 9], 20) for _ in range(2)])
-    while len(batch.running) < 3 or batch._decoder._seen[batch._decoder._size()] < 2:  # type: ignore[union-attr]
+    while len(batch.running) < 3 or batch.decoder._seen[batch.decoder._size()] < 2:  # type: ignore[union-attr]
         batch.step()
     reads.count = 0
     for _ in range(3):

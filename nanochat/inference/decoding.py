@@ -48,7 +48,7 @@ class RunningBatch:
         self.model = model = weights.current()
         self.tools, self.end_tokens = tools, end_tokens
         self.cache = KVCache(model.config, max_sequences, max_tokens, model.device, model.compute_dtype, num_rows=0)
-        self._decoder = weights.decoder(self.cache)
+        self.decoder = weights.decoder(self.cache)
         self.prefill = Prefill(weights, max_tokens, prefixes)
         self.waiting: deque[list[TokenSequence]] = deque()  # groups with the same context; the first is being prefilled
         self.running: list[TokenSequence] = []  # running[i] is in slot i of the cache
@@ -116,7 +116,7 @@ class RunningBatch:
     def next_logits(self) -> torch.Tensor:
         """Run the last token of each running sequence through the model -> logits (B, V) of the next."""
         last = [sequence.tokens[-1] for sequence in self.running]
-        return self._decoder(last) if self._decoder else plain_step(self.model, self.cache, last)
+        return self.decoder(last) if self.decoder else plain_step(self.model, self.cache, last)
 
     def _admit(self, logits: torch.Tensor) -> list[Token]:
         """Move sequences of the prefilled group into free slots; their first tokens. logits (1, V) after the prompt."""
