@@ -287,7 +287,9 @@ def test_graphs_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy, in float32, while answers end and others begin; then from two replicas' threads at once."""
     from stubs import TOKENIZER
 
-    model = moved(randomized(FORMS["later"](sequence_len=512, vocab_size=265, n_layer=3, n_head=2, n_embd=64)))
+    model = moved(
+        randomized(FORMS["later"](sequence_len=512, vocab_size=265, n_layer=3, n_head=2, n_kv_head=1, n_embd=64))
+    )
     requests = [
         GenerationRequest(tokens(1, 5 + 40 * i, 265, seed=i)[0].tolist(), 20 + 9 * i, SamplingParams(0.0))
         for i in range(9)
