@@ -413,6 +413,17 @@ def test_a_batch_is_pinned_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(list(t.step.micro_batches(Batch(tokens, tokens, None, "")))) == 1
 
 
+def test_the_host_does_not_wait_for_a_copy_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch does not wait for a copy from pinned memory only."""
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: calls.append((args, kwargs)) or self)
+    runtime.to_device(torch.zeros(2), GPU.device)
+    assert calls == ["pinned", ((GPU.device,), {"non_blocking": True})]
+    runtime.to_device(torch.zeros(2), CPU.device)
+    assert calls[2:] == [((CPU.device,), {})]
+
+
 def test_a_machine_without_glibc_trains_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_library(name: Any) -> Any:
         raise OSError("no such library")

@@ -339,7 +339,7 @@ def test_the_host_waits_once_a_step(kinds: list[Any]) -> None:
     assert isinstance(batch.decoder, GraphDecoder) and len(batch.decoder._captured) == 1
 
 
-def test_speed_of_a_decode_step_at_depth_12() -> None:
+def test_speed_of_a_decode_step_at_depth_12(capsys: pytest.CaptureFixture[str]) -> None:
     """The model alone, 500 tokens in the cache, against plain steps; on Hopper at most 2 ms a token."""
     model = DecodingWeights(GPT.create(GPTConfig(), GPU, torch.bfloat16)).current()
 
@@ -358,7 +358,8 @@ def test_speed_of_a_decode_step_at_depth_12() -> None:
             mine, other = twins(model, [500] * rows, rows, 1024)
             decoder = GraphDecoder(model, mine)
             graph, plain = seconds(decoder), seconds(partial(plain_step, model, other))
-            print(f"{rows} rows: {1e3 * graph:.2f} ms with a graph, {1e3 * plain:.2f} ms without")
+            with capsys.disabled():
+                print(f"{rows} rows: {1e3 * graph:.2f} ms with a graph, {1e3 * plain:.2f} ms without")
             assert decoder._captured and graph < plain
             assert graph < 2e-3 or rows > 1 or torch.cuda.get_device_capability() < (9, 0)
 
