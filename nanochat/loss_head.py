@@ -3,6 +3,7 @@
 Shapes: N tokens, C channels, V vocabulary.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -90,10 +91,24 @@ def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += a @ b
 
 
-def chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """Tokens per chunk: a chunk's logits should stay in a CPU's cache, or fill a GPU without filling its memory."""
-    budget = 2**22 if device_type == "cpu" else 2**27  # logits; smaller chunks make the products inefficient
-    return max(64, budget // vocab_size)
+LOGIT_BYTES = 14  # of a chunk's logits on a GPU: in 16 bits, and at the peak three forms in float32
+
+
+def chunk_tokens(vocab_size: int, gpu_memory: float | None = None) -> int:
+    """Tokens per chunk: a chunk's logits should stay in a CPU's cache, or take about 2% of a GPU's memory (bytes).
+
+    Smaller chunks make the products inefficient. On a GPU a power of two of logits, so that the little that a card
+    lacks of its nominal memory changes nothing.
+    """
+    logits = 2 ** int(math.log2(0.024 * gpu_memory / LOGIT_BYTES)) if gpu_memory else 2**22
+    return max(64, logits // vocab_size)
+
+
+def gpu_memory(device: torch.device) -> float | None:
+    """Bytes of memory of a GPU, which torch.compile takes for a constant; None for other devices."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(torch.mps.recommended_max_memory()) if device.type == "mps" else None
 
 
 def head_loss(
@@ -111,7 +126,7 @@ def head_loss(
     kept = targets >= 0
     ones = kept.to(torch.float32)
     token_weights = ones if token_weights is None else token_weights * ones
-    chunk = chunk_tokens(weight.size(0), x.device.type)
+    chunk = chunk_tokens(weight.size(0), gpu_memory(x.device))
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(kept.all()):
         # Prompts and padding have no target: drop their rows instead of multiplying them by zero.
         index = kept.nonzero().squeeze(1)

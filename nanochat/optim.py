@@ -7,7 +7,7 @@ Shapes: K matrices in a group, R rows, C columns.
 """
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from nanochat.checkpoint.optimizer_shards import StateSlot, parse_name
 from nanochat.common import UserError
 from nanochat.distributed.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
-from nanochat.optimizer.update_rules import RULES, UpdateRule, even_out, orthogonalize
+from nanochat.optimizer.update_rules import AHEAD, RULES, SLICE_NUMBERS, UpdateRule, even_out, orthogonalize, slices
 
 __all__ = ["DistMuonAdamW", "MuonAdamW", "OptimizerConfig", "build_param_groups", "even_out", "orthogonalize"]
 
@@ -28,13 +28,14 @@ def rule_of(group: dict[str, Any]) -> UpdateRule:
 
 class MuonAdamW:
     """Groups are dicts; `kind` names a rule of update_rules.RULES. Where the rule is not elementwise (Muon), a group's
-    parameters all have one shape and are updated as one stack, in batched products.
+    parameters all have one shape and are updated as stacks, in batched products. Large groups and tensors are updated
+    slice by slice (update_rules.SLICE_NUMBERS), so that temporaries stay small.
 
     `param_groups`, `state` and `step` are as in torch.optim.Optimizer. This is not a subclass of it: creating one
     imports torch's compiler, which takes seconds.
 
     State per parameter is full-shape and fp32, named by its rule: adamw `exp_avg`, `exp_avg_sq`; muon
-    `momentum_buffer` (R, C) and `second_moment` (R, 1) or (1, C). A matrix's state is a view into its group's stack, so
+    `momentum_buffer` (R, C) and `second_moment` (R, 1) or (1, C). A matrix's state is a view into its slice's stack, so
     saving and loading do not see the stacks.
     """
 
@@ -66,8 +67,9 @@ class MuonAdamW:
                     if p.grad is not None:
                         self._update_range(p, p.detach(), p.grad, group)
             elif all(p.grad is not None for p in params):
-                stacked = self._update_stack(params, torch.stack([p.grad.to(torch.float32) for p in params]), group)
-                torch._foreach_copy_(params, list(stacked.unbind(0)))
+                for part in slices(params):
+                    stacked = self._update_stack(part, torch.stack([p.grad.to(torch.float32) for p in part]), group)
+                    torch._foreach_copy_(part, list(stacked.unbind(0)))
 
     def _update_range(self, p: torch.Tensor, own: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         """Update `own`, which is p's data or a range of it, by an elementwise rule."""
@@ -75,7 +77,10 @@ class MuonAdamW:
         if not state:
             state.update(step=0, **rule.init_state(tuple(own.shape), own.device))
         state["step"] += 1
-        rule.update(own, grad, state, state["step"], group)
+        names = list(rule.state_shapes(tuple(own.shape)))
+        flat = [own.view(-1), grad.reshape(-1), *(state[name].view(-1) for name in names)]
+        for own_part, grad_part, *state_parts in zip(*(t.split(SLICE_NUMBERS) for t in flat)):
+            rule.update(own_part, grad_part, dict(zip(names, state_parts)), state["step"], group)
 
     def _update_stack(self, params: list[torch.Tensor], grads: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         """The new values (K, R, C) of `params`, some of a group's matrices, from their gradients (K, R, C)."""
@@ -172,9 +177,11 @@ class DistMuonAdamW(MuonAdamW):
     one piece and every rank updates them. The matrices of stacked groups are assigned to ranks whole, round-robin over
     all groups: no rank holds more than one more of a shape than another.
 
-    Three phases overlap: all sums are started; as each ends, its share is updated and the gather of the new weights is
-    started; then the gathers are waited for. A parameter without a gradient on every rank is left alone; without one on
-    some ranks, those count as zero.
+    Communication starts once the backward pass has ended, and overlaps with the updates alone: while one slice is
+    updated, the sums of the next AHEAD slices and the gathers of the last ones are under way. Under NCCL waiting
+    orders streams and does not block the program, which queues the whole step. Only matrices need flat buffers, of
+    the slices under way; tensors of an elementwise rule are summed and gathered in place, unless they are padded.
+    A parameter without a gradient on every rank is left alone; without one on some ranks, those count as zero.
     """
 
     SPLIT_FROM = 4096  # numbers in a tensor; splitting a smaller one saves less memory than its messages cost
@@ -197,17 +204,29 @@ class DistMuonAdamW(MuonAdamW):
         """Update every parameter that has a gradient on any rank. Collective."""
         params = [p for group in self.param_groups for p in group["params"]]
         small = self._start_small(params)
-        sums = [self._start_group(group) for group in self.param_groups]
+        parts = [(group, part) for group in self.param_groups for part in self._slices_of(group)]
+        sums = deque(self._start_sum(*first) for first in parts[:AHEAD])
         summed = small.wait()
         present = dict(zip(params, (summed[: len(params)] > 0).tolist()))
         self._step_small(summed[len(params) :], present)
-        back = [
-            gather
-            for group, pending in zip(self.param_groups, sums)
-            for gather in self._step_group(group, pending, present)
-        ]
-        for gather in back:
+        gathers: deque[_Gather] = deque()
+        for i, (group, part) in enumerate(parts):
+            sums.extend(self._start_sum(*after) for after in parts[i + AHEAD : i + AHEAD + 1])
+            grads = sums.popleft().wait()
+            if all(present[p] for p in (part if rule_of(group).elementwise else group["params"])):
+                update = self._step_range if rule_of(group).elementwise else self._step_matrices
+                gathers.append(update(part, grads, group))
+            if len(gathers) > AHEAD:
+                gathers.popleft().finish()
+        for gather in gathers:
             gather.finish()
+
+    def _slices_of(self, group: dict[str, Any]) -> list[list[torch.Tensor]]:
+        """The group's tensors by collective: each large one alone, matrices in slices of some for every rank."""
+        params = group["params"]
+        if rule_of(group).elementwise:
+            return [[p] for p in params if p not in self._is_small]
+        return slices(params, self.world_size)
 
     def _start_small(self, params: list[torch.Tensor]) -> Pending:
         """Sum, as one flat tensor, which parameters have a gradient, and the small ones' gradients."""
@@ -221,33 +240,16 @@ class DistMuonAdamW(MuonAdamW):
             if present[p]:
                 self._update_range(p, p.detach(), grad.view_as(p), groups[p])
 
-    def _start_group(self, group: dict[str, Any]) -> list[Pending]:
-        """Start the sums of a group's gradients; each rank gets its share's."""
+    def _start_sum(self, group: dict[str, Any], part: list[torch.Tensor]) -> Pending:
+        """Start to sum a slice's gradients; each rank gets its share's."""
         if not rule_of(group).elementwise:
-            return [start_reduce_scatter(self._lay_out(group["params"]), "summing the matrices' gradients")]
-        large = [p for p in group["params"] if p not in self._is_small]
-        return [
-            start_reduce_scatter(_padded(_flat_grad(p), self._share(p) * self.world_size), "summing large gradients")
-            for p in large
-        ]
+            return start_reduce_scatter(self._lay_out(part), "summing the matrices' gradients")
+        flat = _padded(_flat_grad(part[0]), self._share(part[0]) * self.world_size)
+        return start_reduce_scatter(flat, "summing large gradients")
 
-    def _step_group(
-        self, group: dict[str, Any], sums: list[Pending], present: dict[torch.Tensor, bool]
-    ) -> "Iterable[_Gather]":
-        """Wait for this rank's share of the group's gradients, update it, and start to gather the new weights."""
-        params = [p for p in group["params"] if p not in self._is_small]
-        if not rule_of(group).elementwise:
-            grads = sums[0].wait()
-            if all(present[p] for p in params):
-                yield self._step_matrices(group, grads)
-            return
-        for p, pending in zip(params, sums):
-            grad = pending.wait()
-            if present[p]:
-                yield self._step_range(p, grad, group)
-
-    def _step_range(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> "_Gather":
-        """Update this rank's range of a large tensor."""
+    def _step_range(self, part: list[torch.Tensor], grad: torch.Tensor, group: dict[str, Any]) -> "_Gather":
+        """Update this rank's range of a large tensor, and start to gather it."""
+        (p,) = part
         start, stop = self._own_range(p)
         flat, share = p.detach().view(-1), self._share(p)
         own = flat[start:stop]
@@ -258,9 +260,8 @@ class DistMuonAdamW(MuonAdamW):
         pending = start_all_gather(_padded(own, share), whole, "gathering large weights")
         return _Gather(pending, [] if exact else [flat], [] if exact else [whole[: p.numel()]])
 
-    def _step_matrices(self, group: dict[str, Any], grads: torch.Tensor) -> "_Gather":
-        """Update this rank's matrices of a stacked group."""
-        params = group["params"]
+    def _step_matrices(self, params: list[torch.Tensor], grads: torch.Tensor, group: dict[str, Any]) -> "_Gather":
+        """Update this rank's matrices of a slice, and start to gather them."""
         R, C = params[0].shape
         own = [p for p in params if self.owner[p] == self.rank]
         share = torch.zeros(len(grads) // (R * C), R, C, dtype=params[0].dtype, device=params[0].device)
@@ -271,7 +272,7 @@ class DistMuonAdamW(MuonAdamW):
         return _Gather(pending, params, self._slots(params, whole))
 
     def _lay_out(self, params: list[torch.Tensor]) -> torch.Tensor:
-        """The group's gradients in one flat fp32 tensor, each in a slot of its owner's share; empty slots are zero."""
+        """A slice's gradients in one flat fp32 tensor, each in a slot of its owner's share; empty slots are zero."""
         rounds = math.ceil(len(params) / self.world_size)
         whole = torch.zeros(self.world_size * rounds * params[0].numel(), device=params[0].device)
         have = [(slot, p.grad) for slot, p in zip(self._slots(params, whole), params) if p.grad is not None]

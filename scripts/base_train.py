@@ -15,7 +15,7 @@ from nanochat.evals.bits_per_byte import corpus_bpb
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_run import open_bundle
 from nanochat.evals.samples import continuations
-from nanochat.planning.hardware import usual_price
+from nanochat.planning.hardware import known_gpu
 from nanochat.planning.planner import plan_and_outcome
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, describe
@@ -111,7 +111,7 @@ def report(run: Run[Config], trainer: Trainer, plan: Plan) -> None:
         "plan": describe(trainer.model.config, plan),
         "tables": {"Plan and outcome": plan_and_outcome(plan, now, run.config.minutes)},
     }
-    if (price := usual_price(trainer.runtime)) is not None:
+    if (gpu := known_gpu(trainer.runtime)) and (price := gpu.dollars_per_hour):
         values["dollars"] = price * trainer.runtime.world_size * now.wall_seconds / 3600
     run.report(trainer, values)
     cropped = trainer.loader.stats()["cropped_share"]

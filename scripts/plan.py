@@ -19,7 +19,7 @@ from nanochat.planning.hardware import Gpu, Pace, expected_pace, find_gpu
 from nanochat.planning.law import Law
 from nanochat.planning.planner import RunPlan, plan_run
 from nanochat.ranges import Range
-from nanochat.recipe import recipe_rules
+from nanochat.recipe import get_recipe, recipe_rules
 from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, make_plan
@@ -157,6 +157,7 @@ def plan_with_pace(
         max_rows=max_rows,
         device_batch_size=config.device_batch_size,
         law=Law.load(),
+        rates=get_recipe(config.recipe).optimizer(),
     )
 
 

@@ -25,6 +25,13 @@ POLAR_EXPRESS = (
 )
 
 
+# Numbers that a rule updates at once, or one matrix if that is larger. Muon's temporaries are then 0.4 GiB, less than
+# the backward pass of one row of 2048 tokens needs in models with tensors that large (in one piece they would be 5 GiB
+# at depth 24), and so many numbers, even in a single matrix, keep a GPU busy.
+SLICE_NUMBERS = 2**24
+AHEAD = 2  # slices whose collectives are under way: NCCL runs one at a time, gloo two; more would hold more buffers
+
+
 def orthogonalize(
     x: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16, safety: float = 1.02
 ) -> torch.Tensor:
@@ -68,6 +75,8 @@ class UpdateRule:
     defaults: ClassVar[dict[str, Any]]
     """Settings of a parameter group besides "kind", "params" and "lr". The schedule sets "momentum" if it is there;
     with decay_scheduled the weight decay follows the schedule too."""
+    temporary_bytes: ClassVar[int] = 36
+    """At most this many bytes of temporaries per number of `params`, for the planner."""
 
     def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the state of a parameter of that shape."""
@@ -96,6 +105,7 @@ class AdamW(UpdateRule):
     """AdamW (arXiv 1711.05101). Arithmetic is float32 whatever the parameter's dtype."""
 
     elementwise = True
+    temporary_bytes = 12  # 8 with gradients in float32
     defaults: ClassVar[dict[str, Any]] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 
     def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -118,6 +128,7 @@ class Muon(UpdateRule):
     """Muon for matrices (R, C); see the module's docstring for its parts."""
 
     elementwise = False
+    temporary_bytes = 36  # the stacks of weights and gradients included; 25 where orthogonalised in 16 bits
     defaults: ClassVar[dict[str, Any]] = {
         "momentum": 0.95,
         "beta2": 0.95,
@@ -165,3 +176,30 @@ RULES: dict[str, UpdateRule] = {"adamw": AdamW(), "muon": Muon()}
 def optimizer_bytes(param_groups: list[dict[str, Any]]) -> int:
     """Bytes of all state of these groups, on one rank."""
     return sum(RULES[group["kind"]].state_bytes(tuple(p.shape)) for group in param_groups for p in group["params"])
+
+
+def slices(params: list[torch.Tensor], ranks: int = 1) -> list[list[torch.Tensor]]:
+    """Equal-shaped `params` in runs of about equal length, of which each rank updates at most SLICE_NUMBERS numbers."""
+    rounds = math.ceil(len(params) / ranks)
+    count = math.ceil(rounds / max(1, SLICE_NUMBERS // params[0].numel()))
+    length = math.ceil(rounds / count) * ranks
+    return [params[i : i + length] for i in range(0, len(params), length)]
+
+
+def update_bytes(param_groups: list[dict[str, Any]], ranks: int = 1) -> int:
+    """Bytes of an update at its peak, above weights, gradients and state: a slice's temporaries, and on several ranks
+    the float32 buffers of the slices whose sums and gathers are under way."""
+    temporaries, buffers = [], []  # by slice
+    for group in param_groups:
+        rule = RULES[group["kind"]]
+        for part in [[p] for p in group["params"]] if rule.elementwise else slices(group["params"], ranks):
+            whole = sum(p.numel() for p in part)
+            own = math.ceil(whole / ranks) if rule.elementwise else math.ceil(len(part) / ranks) * part[0].numel()
+            temporaries.append(rule.temporary_bytes * (min(own, SLICE_NUMBERS) if rule.elementwise else own))
+            in_place = rule.elementwise and whole % ranks == 0
+            buffers.append(4 * own * (1 if in_place else 1 + ranks))
+    if ranks == 1:
+        return max(temporaries)
+    sums = [sum(buffers[i : i + AHEAD + 1]) for i in range(len(buffers))]
+    gathers = [sum(buffers[max(0, i - AHEAD) : i + 1]) for i in range(len(buffers))]
+    return max(map(sum, zip(temporaries, sums, gathers)))

@@ -1,7 +1,7 @@
 """Accelerators and how fast they train: data sheets, prices, and seconds per token."""
 
+import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
@@ -33,33 +33,66 @@ class Gpu:
         return self.peak_fp8 if self.fp8 and self.peak_fp8 else self.peak_flops
 
 
-def _preset(name: str, gib: float, peak: float, fp8: float | None, tb_s: float, dollars: float, **more: Any) -> Gpu:
-    return Gpu(name, gib * 2**30, peak * 1e12, fp8 and fp8 * 1e12, tb_s * 1e12, dollars, **more)
+def _preset(
+    name: str, gib: float, peak: float, fp8: float | None, tb_s: float, dollars: float | None, dtype: str = "bfloat16"
+) -> Gpu:
+    return Gpu(name, gib * 2**30, peak * 1e12, fp8 and fp8 * 1e12, tb_s * 1e12, dollars, dtype)
 
 
-# Peaks and bandwidths from the vendors' data sheets, without sparsity; prices are typical of cloud offers and drift.
+# Peaks and bandwidths from the vendors' data sheets, without sparsity and with sums in fp32; prices are typical of cloud
+# offers and drift (None: hardly offered). A name's words are those that torch.cuda.get_device_name() has of the card.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        #        GiB   TFLOP/s fp8   TB/s  $/h
+        #            GiB   TFLOP/s fp8   TB/s  $/h
         _preset("b200", 178, 2250, 4500, 8.0, 5.50),
+        _preset("gh200", 94.5, 989, 1979, 4.0, 2.00),
         _preset("h200", 139, 989, 1979, 4.8, 3.50),
+        _preset("h200-nvl", 139, 835, 1671, 4.8, 3.20),
         _preset("h100", 79, 989, 1979, 3.35, 3.00),  # SXM
+        _preset("h100-nvl", 93, 835, 1671, 3.94, 2.70),
+        _preset("h100-pcie", 79, 756, 1513, 2.0, 2.50),
         _preset("a100", 79, 312, None, 2.04, 1.80),  # SXM, 80 GB
+        _preset("a100-40gb", 39.4, 312, None, 1.56, 1.30),
+        _preset("l40s", 44.4, 362, 733, 0.864, 1.00),
+        _preset("l40", 44.4, 181, 362, 0.864, 0.90),
+        _preset("pro-6000", 94.5, 504, 1007, 1.79, 1.60),  # RTX PRO 6000 Blackwell
+        _preset("6000-ada", 47.4, 364, 728, 0.96, 0.80),  # RTX 6000 Ada Generation
+        _preset("a6000", 47.4, 155, None, 0.768, 0.50),  # RTX A6000
+        _preset("a10", 22, 125, None, 0.60, 0.75),
+        _preset("a10g", 22, 70, None, 0.60, 1.00),
         _preset("l4", 22, 121, 242, 0.30, 0.70),
+        _preset("5090", 31.3, 209, 419, 1.79, 0.70),
         _preset("4090", 23.5, 165, 330, 1.01, 0.40),
+        _preset("4080", 15.6, 97, 195, 0.717, None),
+        _preset("4070", 11.6, 58, 117, 0.504, None),
+        _preset("4060", 7.6, 30, 60, 0.272, None),
         _preset("3090", 23.5, 71, None, 0.94, 0.22),
+        _preset("3060", 11.6, 25.5, None, 0.36, None),
         _preset("v100", 15.7, 125, None, 0.90, 0.50, dtype="float16"),  # SXM2, 16 GB
+        _preset("v100-32gb", 31.7, 125, None, 0.90, 0.60, dtype="float16"),
         _preset("t4", 14.6, 65, None, 0.32, 0.35, dtype="float16"),
     )
 }
+VARIANTS = {"ti", "super", "d", "laptop", "max", "mobile", "mig"}  # words that make another card of the same number
+
+
+def match_gpu(name: str) -> Gpu | None:
+    """The preset of a card by its product name, such as "NVIDIA H100 PCIe"; None if it is not known.
+
+    All words of a preset's name must be in it; of several presets the one with most words is meant.
+    """
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    presets = {frozenset(gpu.name.split("-")): gpu for gpu in GPUS.values()}
+    best = max((known for known in presets if known <= words), key=len, default=None)
+    return presets[best] if best and not words & VARIANTS else None
 
 
 def find_gpu(name: str, fp8: bool = False) -> Gpu:
-    """The preset of that name, in any case. Raises UserError if there is none, or fp8 is requested and it has none."""
-    if name.lower() not in GPUS:
+    """The preset that `name` means. Raises UserError if there is none, or fp8 is requested and it has none."""
+    gpu = match_gpu(name)
+    if gpu is None:
         raise UserError(f"--gpu={name} is unknown: give here (this machine) or one of {', '.join(GPUS)}")
-    gpu = GPUS[name.lower()]
     if fp8 and gpu.peak_fp8 is None:
         able = ", ".join(other.name for other in GPUS.values() if other.peak_fp8)
         raise UserError(f"--fp8: {gpu.name} has no fp8 units; drop the flag, or use one of {able}")
@@ -68,16 +101,7 @@ def find_gpu(name: str, fp8: bool = False) -> Gpu:
 
 def known_gpu(runtime: Runtime) -> Gpu | None:
     """The preset of this machine's GPU, if there is one."""
-    if runtime.device.type != "cuda":
-        return None
-    name = device_name(runtime.device).lower()
-    return next((gpu for gpu in GPUS.values() if gpu.name in name), None)
-
-
-def usual_price(runtime: Runtime) -> float | None:
-    """Dollars per hour of this machine's GPU, if it is among the presets; None elsewhere."""
-    gpu = known_gpu(runtime)
-    return gpu.dollars_per_hour if gpu else None
+    return match_gpu(device_name(runtime.device)) if runtime.device.type == "cuda" else None
 
 
 @dataclass

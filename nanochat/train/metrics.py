@@ -90,6 +90,8 @@ class Metrics:
         if record.get("groups_without_signal") == 1:
             reward += ", the same for all answers to a prompt: nothing to learn"
         share = self.rate * self.flops_per_token / self.peak_flops / self.runtime.world_size if self.peak_flops else 0
+        if share > 1:  # the peak was measured beside other work, so it is not known
+            self.peak_flops = share = 0.0
         speed = f" | {format_count(self.rate)} tok/s" if self.rate else ""
         peak = f" | {share:.0%} of peak" if share else ""
         return f"step {now.step}{total} | loss {now.debiased_loss():.4f}{bpb}{reward}{speed}{peak}{left}"

@@ -20,7 +20,7 @@ from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, align_batch, 
 from nanochat.train.build import choose_device_batch, create_step, random_batch
 from nanochat.train.config import TrainConfig
 from nanochat.train.schedules import ScheduleConfig
-from nanochat.train.timing import batch_for_minutes, measure_peak_flops, steps_in, time_calls
+from nanochat.train.timing import batch_for_minutes, reference_peak, steps_in, time_calls
 
 MEASURING_SECONDS = 20.0
 SHORTEST_ROW = 256  # tokens: fewer would not keep the matrix products busy
@@ -76,14 +76,14 @@ def best_depth(
 
 
 def this_machine(runtime: Runtime) -> Gpu:
-    """This machine's device, its peak measured. The same on all ranks."""
+    """This machine's device, with its peak from reference_peak. The same on all ranks."""
     name = device_name(runtime.device)
     if runtime.device.type == "cuda":
         memory = float(torch.cuda.mem_get_info(runtime.device)[0])
     else:
         name, memory = f"{name}, {os.cpu_count()} CPUs", available_memory()
     # Other work on the machine only lowers the peak; ranks must use the same one, as they go on to measure together.
-    peak = runtime.all_reduce_max(max(measure_peak_flops(runtime) for _ in range(3)), "measuring the peak")
+    peak = runtime.all_reduce_max(max(reference_peak(runtime)[0] for _ in range(3)), "measuring the peak")
     memory = -runtime.all_reduce_max(-memory, "measuring the memory")
     return Gpu(name, memory, peak, None, 0.0, None, str(runtime.dtype).removeprefix("torch."), runtime.device.type)
 
@@ -119,7 +119,7 @@ def measure_pace(config: GPTConfig, gpu: Gpu, runtime: Runtime) -> Pace:
     return Pace(
         cost / usual,
         0.0,
-        f"{USUAL_SHARE_OF_PEAK:.0%} of the measured peak of matrix products, "
+        f"{USUAL_SHARE_OF_PEAK:.0%} of the peak of matrix products, "
         "as even one layer takes too long to be measured here",
     )
 

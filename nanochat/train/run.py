@@ -45,7 +45,7 @@ from nanochat.train.commands import command_line, describe_flags, train_on_comma
 from nanochat.train.config import HORIZON, Config, TrainConfig, merge_saved_config
 from nanochat.train.metrics import Metrics, check_sinks, cut_metrics, open_sinks
 from nanochat.train.snapshot import check_disk, restore_trainer, take_snapshot
-from nanochat.train.timing import deadline_for, measure_peak_flops
+from nanochat.train.timing import deadline_for, reference_peak
 from nanochat.trainer import Interrupted, Record, Trainer
 
 
@@ -195,7 +195,7 @@ class Run(Generic[Config]):
             path,
             runtime,
             flops_per_token=trainer.model.estimate_flops(),
-            peak_flops=measure_peak_flops(runtime),
+            peak_flops=reference_peak(runtime)[0],
             sinks=open_sinks(self.config, self.folder) if runtime.is_main else [],
         )
 

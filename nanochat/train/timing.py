@@ -10,6 +10,7 @@ import torch
 
 from nanochat.data.batches import Batch
 from nanochat.gpt import GPT
+from nanochat.planning.hardware import known_gpu
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import REFERENCE_BATCH_TOKENS
 from nanochat.train.build import fit_device_batch
@@ -19,8 +20,17 @@ from nanochat.train.step import TrainStep
 from nanochat.trainer import Trainer
 
 
+def reference_peak(runtime: Runtime) -> tuple[float, str]:
+    """(FLOP/s, where from) of matrix products in the run's dtype, the reference for "share of peak": the data sheet's
+    of a known GPU, else measured, which other work on the machine makes too low."""
+    gpu = known_gpu(runtime)
+    if gpu and str(runtime.dtype) == f"torch.{gpu.dtype}":
+        return gpu.peak_flops, f"{gpu.name}'s data sheet"
+    return measure_peak_flops(runtime), "measured"
+
+
 def measure_peak_flops(runtime: Runtime, seconds: float = 0.3) -> float:
-    """FLOP/s of large matrix products on this machine, now: the reference for "share of peak"."""
+    """FLOP/s of large matrix products on this machine, now."""
     size = 1024 if runtime.device.type == "cpu" else 8192
     draw = torch.Generator(runtime.device).manual_seed(0)  # a resumed run's global generator stays as it was saved
     a = torch.randn(size, size, generator=draw, device=runtime.device, dtype=runtime.dtype)
