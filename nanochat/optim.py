@@ -17,7 +17,7 @@ from nanochat.checkpoint.optimizer_shards import StateSlot, parse_name
 from nanochat.common import UserError
 from nanochat.distributed.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
-from nanochat.optimizer.update_rules import AHEAD, RULES, SLICE_NUMBERS, UpdateRule, even_out, orthogonalize, slices
+from nanochat.optimizer.update_rules import AHEAD, RULES, UpdateRule, even_out, flat_slices, orthogonalize, slices
 
 __all__ = ["DistMuonAdamW", "MuonAdamW", "OptimizerConfig", "build_param_groups", "even_out", "orthogonalize"]
 
@@ -79,7 +79,7 @@ class MuonAdamW:
         state["step"] += 1
         names = list(rule.state_shapes(tuple(own.shape)))
         flat = [own.view(-1), grad.reshape(-1), *(state[name].view(-1) for name in names)]
-        for own_part, grad_part, *state_parts in zip(*(t.split(SLICE_NUMBERS) for t in flat)):
+        for own_part, grad_part, *state_parts in flat_slices(flat):
             rule.update(own_part, grad_part, dict(zip(names, state_parts)), state["step"], group)
 
     def _update_stack(self, params: list[torch.Tensor], grads: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:

@@ -163,3 +163,15 @@ def test_forecasts_wait_until_they_are_sound(tmp_path: Path, monkeypatch: pytest
         else:
             assert lines[5].startswith("step 6/1000 |") and not any("left" in line for line in lines[:6])
             assert lines[9].endswith("| 8m15s left")
+
+
+def test_a_share_above_the_whole_peak_is_not_shown(tmp_path: Path) -> None:
+    """The peak was measured beside other work then, so that later shares would be wrong too."""
+    trainer = make_trainer(steps=10)
+    metrics = Metrics(tmp_path / "metrics.jsonl", CPU, flops_per_token=1, peak_flops=100.0)
+    shares = []
+    for metrics.rate in (50.0, 120.0, 50.0):
+        shares.append("50% of peak" in metrics.line(trainer, {}))
+        assert ("of peak" in metrics.line(trainer, {})) == shares[-1]
+    metrics.close()
+    assert shares == [True, False, False]

@@ -7,6 +7,7 @@ import torch
 from ranks import run_ranks
 
 from nanochat.optim import DistMuonAdamW, MuonAdamW
+from nanochat.optimizer import update_rules
 from nanochat.runtime import Runtime
 
 # Awkward shapes: tensors that no world size divides, fewer matrices than ranks, a scalar, one without gradients.
@@ -65,6 +66,7 @@ def train(optimizer: MuonAdamW, params: dict[str, torch.Tensor], steps: range, p
 def on_rank(runtime: Runtime, state: Any, start: int) -> Any:
     """Train from step `start` on this rank's share of the addends: (weights, named state, elements of state held)."""
     DistMuonAdamW.SPLIT_FROM = 30
+    update_rules.SLICE_NUMBERS = 100  # so groups are cut into slices, which one rank does in one piece
     params = make_params()
     optimizer = DistMuonAdamW(make_groups(params))
     names = {p: name for name, p in params.items()}

@@ -1,5 +1,6 @@
 """The chunked head loss against torch's cross-entropy over full float64 logits."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import loss_head
-from nanochat.loss_head import chunk_tokens, head_logits, head_loss
+from nanochat.loss_head import chunk_tokens, gpu_memory, head_logits, head_loss
 
 N, C, V, CAP = 37, 8, 51, 15.0
 
@@ -129,9 +130,14 @@ def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_chunks_are_bounded_and_never_empty() -> None:
     for vocab in (64, 8192, 32768, 2**24):
-        for device in ("cpu", "cuda"):
-            assert chunk_tokens(vocab, device) >= 64
-    assert chunk_tokens(32768, "cpu") * 32768 <= 2**22
+        for memory in (None, 2.0**33, 2.0**37):
+            assert chunk_tokens(vocab, memory) >= 64
+    assert chunk_tokens(32768) * 32768 <= 2**22
+
+
+def test_the_chunk_is_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=12 * 2**30))
+    assert gpu_memory(torch.device("cuda")) == 12 * 2**30 and gpu_memory(torch.device("cpu")) is None
 
 
 def test_logits_are_fp32_and_bounded() -> None:

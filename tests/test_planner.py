@@ -16,12 +16,14 @@ from nanochat.cpu import fused
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.planning.fit import fit_law
-from nanochat.planning.hardware import GPUS, Gpu, expected_pace, find_gpu
+from nanochat.planning.hardware import GPUS, Gpu, expected_pace, find_gpu, known_gpu
 from nanochat.planning.law import Candidate, Law
 from nanochat.planning.memory import activation_bytes, choose_rows, memory_by_kind
+from nanochat.planning.planner import USABLE_MEMORY
 from nanochat.runtime import Runtime
 from nanochat.scaling import derive_sizes, estimate
 from nanochat.train import pace as measured
+from nanochat.train import timing
 from nanochat.train.step import TrainStep
 from scripts import plan
 
@@ -84,7 +86,7 @@ def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
     result = planned([*H100, "--depth=24", "--n-embd=1024", "--n-head=8"], capsys)
     assert result["num_params"] == pytest.approx(8e8, rel=0.05)  # published as "about 800M"
     assert (
-        result["memory_bytes"] == sum(result["memory"].values()) <= 0.9 * result["memory_available_bytes"]
+        result["memory_bytes"] == sum(result["memory"].values()) <= USABLE_MEMORY * result["memory_available_bytes"]
         and result["fits"]
     )
     assert result["steps"] * result["total_batch_size"] == result["tokens"]
@@ -108,17 +110,69 @@ def test_every_preset_plans(capsys: pytest.CaptureFixture[str]) -> None:
         name: planned(["--depth=4", f"--gpu={name.upper()}", "--device-batch-size=1"], capsys)["seconds"]
         for name in GPUS
     }
-    assert sorted(seconds, key=lambda name: seconds[name]) == [
-        "b200",
-        "h200",
-        "h100",
-        "a100",
-        "4090",
-        "v100",
-        "l4",
-        "3090",
-        "t4",
-    ]
+    order = ["b200", "h200", "h100", "a100", "4090", "v100", "l4", "3090", "t4", "4060"]
+    assert sorted(order, key=lambda name: seconds[name]) == order
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", None),
+        ("NVIDIA GeForce RTX 3060", "3060"),
+        ("NVIDIA GeForce RTX 3060 Ti", None),
+        ("NVIDIA GeForce RTX 5090", "5090"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "6000-ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "pro-6000"),
+        ("Quadro RTX 6000", None),
+        ("Tesla T4", "t4"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"),
+        ("Tesla P100-PCIE-16GB", None),
+        ("AMD Instinct MI300X", None),
+    ],
+)
+def test_gpus_by_their_product_names(name: str, preset: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found = known_gpu(Runtime(torch.device("cuda"), torch.bfloat16, "test", seed=0))
+    assert (found and found.name) == preset
+    assert known_gpu(Runtime(torch.device("cpu"), torch.bfloat16, "test", seed=0)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H100 PCIe", torch.float32, 1.0),
+        ("Tesla T4", torch.float16, 65e12),
+        ("NVIDIA GeForce RTX 3060 Ti", torch.bfloat16, 1.0),
+    ],
+)
+def test_share_of_peak_is_of_the_data_sheet(
+    name: str, dtype: torch.dtype, peak: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(timing, "measure_peak_flops", lambda runtime: 1.0)
+    found, source = timing.reference_peak(Runtime(torch.device("cuda"), dtype, "test", seed=0))
+    assert found == pytest.approx(peak) and ("measured" in source) == (peak == 1.0)
 
 
 def test_narrow_models_reach_less_of_the_peak() -> None:
@@ -182,6 +236,14 @@ def test_fp16_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     result = planned(["--gpu=t4", "--depth=4"], capsys)
     assert result["dtype"] == "float16" and "NANOCHAT_DTYPE" in " ".join(result["assumptions"])
     assert find_gpu("T4").element_bytes == 2
+
+
+def test_the_rule_and_fp8_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*H100, "--depth=12", "--recipe=default,matrix_rule=adamw", "--fp8"]
+    muon, adamw = planned([*H100, "--depth=12"], capsys), planned(flags, capsys)
+    matrices = 12 * 12 * 768**2  # AdamW keeps one number more of each
+    assert adamw["memory"]["optimizer"] - muon["memory"]["optimizer"] == pytest.approx(4 * matrices / 8, rel=0.01)
+    assert any("fp8" in sentence and "memory" in sentence for sentence in adamw["assumptions"])
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ Shapes: K matrices in a stack, R rows, C columns.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -178,12 +179,17 @@ def optimizer_bytes(param_groups: list[dict[str, Any]]) -> int:
     return sum(RULES[group["kind"]].state_bytes(tuple(p.shape)) for group in param_groups for p in group["params"])
 
 
-def slices(params: list[torch.Tensor], ranks: int = 1) -> list[list[torch.Tensor]]:
+def slices(params: list[Any], ranks: int = 1) -> list[list[Any]]:
     """Equal-shaped `params` in runs of about equal length, of which each rank updates at most SLICE_NUMBERS numbers."""
     rounds = math.ceil(len(params) / ranks)
     count = math.ceil(rounds / max(1, SLICE_NUMBERS // params[0].numel()))
     length = math.ceil(rounds / count) * ranks
     return [params[i : i + length] for i in range(0, len(params), length)]
+
+
+def flat_slices(tensors: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Equally long flat tensors in runs of SLICE_NUMBERS numbers."""
+    return zip(*(t.split(SLICE_NUMBERS) for t in tensors))
 
 
 def update_bytes(param_groups: list[dict[str, Any]], ranks: int = 1) -> int:

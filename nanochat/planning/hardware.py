@@ -39,8 +39,8 @@ def _preset(
     return Gpu(name, gib * 2**30, peak * 1e12, fp8 and fp8 * 1e12, tb_s * 1e12, dollars, dtype)
 
 
-# Peaks and bandwidths from the vendors' data sheets, without sparsity and with sums in fp32; prices are typical of cloud
-# offers and drift (None: hardly offered). A name's words are those that torch.cuda.get_device_name() has of the card.
+# Peaks and bandwidths from the vendors' data sheets, without sparsity, sums in fp32; prices are typical of cloud offers
+# and drift (None: hardly offered). The words of a name are among those of torch.cuda.get_device_name().
 GPUS = {
     gpu.name: gpu
     for gpu in (
