@@ -22,8 +22,7 @@ from nanochat.planning.memory import activation_bytes, choose_rows, memory_by_ki
 from nanochat.planning.planner import USABLE_MEMORY
 from nanochat.runtime import Runtime
 from nanochat.scaling import derive_sizes, estimate
-from nanochat.train import pace as measured
-from nanochat.train import timing
+from nanochat.train import pace as measured, timing
 from nanochat.train.step import TrainStep
 from scripts import plan
 
