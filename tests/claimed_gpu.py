@@ -6,6 +6,7 @@ one too. An operation on tensors of different devices fails, and so does a colle
 
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -109,6 +110,7 @@ def pretend(device: torch.device, store: dist.Store) -> list[str]:
     cuda: Any = torch.cuda
     cuda.is_available, cuda.device_count = lambda: True, lambda: device.index + 1
     cuda.get_device_capability, cuda.get_device_name = lambda *args: (8, 0), lambda *args: "claimed"
+    cuda.get_device_properties = lambda *args: SimpleNamespace(total_memory=80 * 2**30)
     cuda.get_arch_list = lambda: ["sm_80"]
     cuda.synchronize = cuda.empty_cache = lambda *args: None
     runtime.open_card = lambda device: None
