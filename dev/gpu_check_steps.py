@@ -211,7 +211,7 @@ def make_steps(machine: Mapping[str, Any], out: Path) -> list[Step]:
     few = "--num-iterations=6 --eval-every=3"
     rl: dict[str, Any] = {"needs": ["chat_rl"]}
     tok_train: dict[str, Any] = {"needs": ["tok_train"]}
-    no_gpu = "" if on_gpu else "needs a GPU"
+    no_gpu, tested = ("", "") if on_gpu else ("needs a GPU", "on a CPU in tests/ only")
 
     add("start", FIRST, f"{PARTS} environment", 15, last_json())
     add("start", "imports", f"{PARTS} imports", 20, last_json())
@@ -245,14 +245,8 @@ def make_steps(machine: Mapping[str, Any], out: Path) -> list[Step]:
     speed("speed", size.depths[0], 60, train_gib=10)
     graphs = f"{PARTS} graphs {base} {size.model} {few} --compile=on --model-tag=graphs"
     add("compile", "graphs", graphs, 60, last_json(), **tok_train)
-    add(
-        "compile",
-        "graphs_sft",
-        f"{PARTS} graphs {sft} --base-tag=check --compile=on --model-tag=graphs",
-        60,
-        last_json(),
-        needs=["base_train"],
-    )
+    graphs = f"{PARTS} graphs {sft} --base-tag=check --compile=on --model-tag=graphs"
+    add("compile", "graphs_sft", graphs, 60, last_json(), needs=["base_train"], not_here=tested)
     add("compile", "tests_compiled", f"{pytest} compiles", 150, test_counts, not_here=no_gpu)
 
     for gib, depth in zip((12, 24), size.depths_that_fit):
@@ -266,6 +260,7 @@ def make_steps(machine: Mapping[str, Any], out: Path) -> list[Step]:
     add("more", "fp8", fp8, 60, training, not_here=machine.get("no_fp8", no_gpu), **tok_train)
     for depth in size.depths[1:]:
         speed("more", depth, 120, train_gib=40, decode_gib=14)
-    add("more", "attention", f"bench.attention {size.bench} {size.attention_bench}", 60, attention)
-    add("more", "data", f"bench.data {size.bench} {size.data_bench}", 30, last_json("tokens_per_second"))
+    add("more", "attention", f"bench.attention {size.bench} {size.attention_bench}", 60, attention, not_here=tested)
+    data = f"bench.data {size.bench} {size.data_bench}"
+    add("more", "data", data, 30, last_json("tokens_per_second"), not_here=tested)
     return steps
