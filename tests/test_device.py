@@ -227,10 +227,9 @@ def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch, not_cache
     """Found by the real Inductor; --compile=on is refused, auto trains without."""
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/nonexistent"))
-    monkeypatch.setattr(inductor, "fx_graph_cache", False)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    reason = why_not_compiling(torch.device("cpu"))
+    with inductor.patch({"cpp.cxx": (None, "/nonexistent"), "fx_graph_cache": False}):
+        reason = why_not_compiling(torch.device("cpu"))
     assert "/nonexistent" in reason and "apt install gcc" in reason and "\n" not in reason
     model = GPT.create(CONFIG)
     assert compiled_loss(model, "auto", CPU) == model.loss
