@@ -180,7 +180,7 @@ PROGRAMS = {
         "timeout",
         "x = []\nwhile True:\n try: x.append(bytearray(1 << 20))\n except MemoryError: time.sleep(0.01)",
     ),
-    "the stack": ("crashed", "sys.setrecursionlimit(1 << 30)\nf = lambda: [*map(lambda _: f(), [1])]\nf()"),
+    "the stack": ("crashed error", "sys.setrecursionlimit(1 << 30)\nf = lambda: [*map(lambda _: f(), [1])]\nf()"),
     "a wild pointer": ("crashed", "ctypes.string_at(1)"),
     "abort": ("crashed", "os.abort()"),
     "32-bit calls": (
