@@ -234,6 +234,25 @@ def warn(message: str) -> None:
     print(f"warning: {visible(message)}", file=sys.stderr, flush=True)
 
 
+# What PyTorch's allocators on CPU and GPU, CUDA, cuBLAS (which allocates as its first handle is made), Triton and NCCL
+# say, under several classes and wrapped by torch.compile; and sizes beyond any memory.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|allocate memory|not enough memory|size calculation overflowed|STATUS_ALLOC_FAILED|"
+    r"CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate|Failed to (CUDA )?(host )?[mc]?alloc",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the device or the machine is used up.
+
+    A kernel that needs more shared memory than a card has (Triton's OutOfResources) is none: no smaller batch helps.
+    """
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
+    )
+
+
 def first_line(error: BaseException) -> str:
     """First line of a library's or the system's error, at most 120 characters, to quote inside an error of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")[:120]

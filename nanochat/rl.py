@@ -16,6 +16,7 @@ Shapes: N rows, T tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -125,6 +126,14 @@ class RolloutLoader(Loader):
         self.groups_per_step, self.runtime, self.seed, self.watch = groups_per_step, runtime, seed, watch
         self.step = 0
         self.figures: dict[str, float] = {}  # of the last batch, over all ranks
+
+    @cached_property
+    def sequence_len(self) -> int:  # type: ignore[override]
+        """Tokens of the longest row: the longest prompt of all tasks and levels, and an answer."""
+        render = self.engine.tokenizer.render_for_completion
+        tasks = [task for curriculum in self.curricula for task in curriculum.levels]
+        longest = max(len(render(task[index])) for task in tasks for index in range(len(task)))
+        return min(longest + self.sampler.max_new_tokens, self.engine.max_context)
 
     def next_batch(self) -> Batch:
         """Draw this step's prompts, sample and reward answers. Collective."""

@@ -72,6 +72,7 @@ class Runtime:
             raise UserError("Apple GPUs support one rank only: run without torchrun, or use --device-type=cpu")
         device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
         if device_type == "cuda":
+            use_expandable_segments()
             start_cuda(device, deterministic)
         elif device_type == "cpu":
             keep_freed_memory()
@@ -285,6 +286,18 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_THRESHOLD, 2**30)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(M_TOP_PAD, 2**26)
+
+
+def use_expandable_segments() -> None:
+    """Let PyTorch's CUDA allocator map memory in pages, which does not fragment as shapes change. Call before CUDA is
+    initialised: it reads the variable then. A setting of the user's wins.
+
+    All versions read the older of its names; 2.9 ignores the newer one (pytorch/pytorch#183387). Not on WSL, where the
+    first allocation would fail (pytorch/pytorch#192330), nor on Windows, where there are none.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform == "linux" and "microsoft" not in platform.release().lower() and not os.environ.keys() & set(names):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def stop_with_launcher() -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from nanochat.common import UserError, debug_enabled, first_line, visible
+from nanochat.common import UserError, debug_enabled, first_line, is_out_of_memory, visible
 from nanochat.distributed.collectives import CollectiveFailed
 from nanochat.output import failsafe_output
 from nanochat.ranges import check_ranges
@@ -26,8 +26,6 @@ EXPECTED_ERRNOS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.
 
 MAX_INTEGER = 2**63  # the largest seed; no count comes near it
 NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
-# PyTorch's messages on a CPU, on a GPU, and for sizes beyond any memory.
-OUT_OF_MEMORY = re.compile("allocate memory|out of memory|size calculation overflowed", re.IGNORECASE)
 
 
 @dataclass
@@ -136,9 +134,10 @@ def one_line(box: str) -> str:
     return words
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], memory_flags: str = "") -> None:
     """Call `main` and exit with the right code. Expected errors become one line; NANOCHAT_DEBUG=1 shows tracebacks.
 
+    `memory_flags` names the script's flags to lower where memory is too small.
     A reader of the output that leaves, as `| head` does, ends the output and not the work.
     """
     with failsafe_output():
@@ -148,14 +147,14 @@ def run(main: Callable[[], int | None]) -> None:
             print("interrupted", file=sys.stderr, flush=True)
             code = 130
         except Exception as error:
-            code, text = describe(error)
+            code, text = describe(error, memory_flags)
             if debug_enabled() or not code:
                 raise
             print(f"error: {visible(text)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def describe(error: Exception) -> tuple[int, str]:
+def describe(error: Exception, memory_flags: str = "") -> tuple[int, str]:
     """(exit code, line) of an expected error; code 0 for a bug, which deserves its traceback."""
     if isinstance(error, UserError):
         return 2, str(error)
@@ -167,8 +166,9 @@ def describe(error: Exception) -> tuple[int, str]:
         return 2, f"some number on the command line is too large to calculate with ({error})"
     if isinstance(error, CollectiveFailed | FloatingPointError):  # the latter: a model whose weights are not finite
         return 1, str(error)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
-        return 1, f"not enough memory for these sizes: {first_line(error)}"
+    if is_out_of_memory(error):
+        lower = f"; lower {memory_flags}" if memory_flags else ""
+        return 1, f"not enough memory for these sizes: {first_line(error)}{lower}"
     if isinstance(error, OSError) and error.errno in EXPECTED_ERRNOS:
         return 1, str(error)
     return 0, ""

@@ -165,4 +165,4 @@ def samples(subject: Subject) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    _cli.run(main, memory_flags="--device-batch-size")

@@ -74,7 +74,6 @@ def train(config: Config, runtime: Runtime) -> int:
         return run.train(
             trainer,
             tokenizer,
-            sequence_len=config.max_seq_len,
             total_batch_tokens=plan.total_batch_tokens,
             meta={"stage": "base", "corpus": corpus.fingerprint},
             report=partial(report, run, trainer, plan),
@@ -119,4 +118,4 @@ def report(run: Run[Config], trainer: Trainer, plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    _cli.run(main, memory_flags="--device-batch-size, --max-seq-len or --depth")

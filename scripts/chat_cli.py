@@ -115,4 +115,4 @@ def say(chat: Chat, text: str) -> bool:
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    _cli.run(main, memory_flags="--max-tokens")

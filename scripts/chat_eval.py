@@ -136,4 +136,4 @@ def report(
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    _cli.run(main, memory_flags="--batch-size or --max-new-tokens")

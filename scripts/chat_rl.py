@@ -56,7 +56,6 @@ def train(config: Config, runtime: Runtime) -> int:
         return run.train(
             trainer,
             start.tokenizer,
-            sequence_len=engine.max_context,
             total_batch_tokens=config.examples_per_step * config.num_samples * config.max_new_tokens,
             meta={"stage": "rl", "base": start.base, "before": before},
             report=partial(report, run, trainer, plan, before, start.base["tag"]),
@@ -96,4 +95,4 @@ def report(run: Run[Config], trainer: Trainer, plan: list[tuple[str, str]], befo
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    _cli.run(main, memory_flags="--device-batch-size or --max-new-tokens")

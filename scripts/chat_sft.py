@@ -72,7 +72,6 @@ def train(config: Config, runtime: Runtime) -> int:
         return run.train(
             trainer,
             tokenizer,
-            sequence_len=sizes.T,
             total_batch_tokens=sizes.rows * sizes.T,
             meta={
                 "stage": "sft",
@@ -109,4 +108,4 @@ def report(run: Run[Config], trainer: Trainer, plan: list[tuple[str, str]], toke
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    _cli.run(main, memory_flags="--device-batch-size or --max-seq-len")

@@ -128,4 +128,4 @@ def read_keys(path: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    _cli.run(main, memory_flags="--max-rows, --cache-mib or --prefix-mib")

@@ -1,6 +1,7 @@
 """Code paths of GPUs, tested without one: the dtype, float16 loss scaling, the device batch size, fp8."""
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -24,8 +25,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.loss_head import head_loss
 from nanochat.optim import OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
-from nanochat.train import build, progress
-from nanochat.train.build import find_device_batch
+from nanochat.train import progress
 from nanochat.train.progress import Progress
 from nanochat.trainer import Trainer
 
@@ -211,56 +211,6 @@ def test_the_scale_reaches_gradients_before_they_are_rounded_to_float16() -> Non
 
 
 # ---------------------------------------------------------------------------------------------------
-# The size of a micro-batch
-
-
-@pytest.mark.parametrize(("fitting", "chosen"), [(100, 32), (32, 32), (31, 16), (9, 8), (1, 1)])
-def test_rows_are_halved_until_they_fit(fitting: int, chosen: int) -> None:
-    tried: list[int] = []
-
-    def trial(rows: int) -> None:
-        tried.append(rows)
-        if rows > fitting:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    assert find_device_batch(trial, 32, CPU) == chosen == tried[-1]
-    assert tried == [32 >> i for i in range(len(tried))]
-
-
-def test_a_model_too_large_for_one_row_is_refused() -> None:
-    def trial(rows: int) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(UserError, match="--depth"):
-        find_device_batch(trial, 6, CPU)
-
-
-def test_ranks_use_the_smallest_fitting_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = iter([1.0, 1.0, 0.0])  # another rank runs out of memory twice
-    monkeypatch.setattr(Runtime, "all_reduce_max", lambda self, value, name: max(value, next(others)))
-    assert find_device_batch(lambda rows: None, 8, CPU) == 2
-
-
-def test_the_search_runs_on_gpus_only_and_changes_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    t = make_trainer(device_batch_size=8)
-    monkeypatch.setattr(build, "find_device_batch", lambda *args: 3)
-    build.fit_device_batch(t.step, -1, 16)
-    assert t.step.device_batch_size == 8
-    t.step.runtime = GPU
-    build.fit_device_batch(t.step, 8, 16)
-    assert t.step.device_batch_size == 8  # as requested
-    build.fit_device_batch(t.step, -1, 16)
-    assert t.step.device_batch_size == 3
-    t.step.runtime, before, random = CPU, weights_of(t), torch.get_rng_state()
-    seen: list[tuple[int, ...]] = []
-    t.step.loss_fn = lambda inputs, *rest: seen.append(tuple(inputs.shape)) or t.model.loss(inputs, *rest)
-    build.try_micro_batches(t.step, 5, T=16)
-    assert seen == [(5, 16), (5, 16)] and torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(before[n], v) for n, v in weights_of(t).items())
-    assert all(p.grad is None for p in t.model.parameters()) and t.loader.served == 0  # type: ignore[attr-defined]
-
-
-# ---------------------------------------------------------------------------------------------------
 # fp8
 
 WIDE = GPTConfig(sequence_len=16, vocab_size=256, n_layer=2, n_head=2, n_kv_head=1, n_embd=256)
@@ -430,3 +380,35 @@ def test_a_machine_without_glibc_trains_too(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("nanochat.runtime.ctypes.CDLL", no_library)
     assert Runtime.create("cpu").device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("release", "given", "expected"),
+    [
+        ("6.8.0-generic", {}, "expandable_segments:True"),
+        ("6.8.0-generic", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, "max_split_size_mb:128"),
+        ("6.8.0-generic", {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, None),
+        ("5.15.167.4-microsoft-standard-WSL2", {}, None),
+    ],
+)
+def test_the_allocator_of_cuda_is_set_before_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, release: str, given: dict[str, str], expected: str | None
+) -> None:
+    """At the first call that may initialise CUDA."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    seen: list[str | None] = []
+
+    def initialise(device: Any) -> None:
+        seen.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("platform.release", lambda: release)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", initialise)
+    with pytest.raises(ZeroDivisionError):
+        Runtime.create("cuda")
+    assert seen == [expected]

@@ -39,8 +39,8 @@ from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import ToolTable
 from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
-from nanochat.train.build import fit_device_batch
 from nanochat.train.compiling import compiled_loss
+from nanochat.train.device_batch import fit_device_batch
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep
 from nanochat.trainer import Trainer
@@ -212,7 +212,7 @@ def test_fp8_trains_nearly_as_bfloat16(recipe: str) -> None:
         torch.testing.assert_close(model(idx[:, :256]), plain)
 
 
-def test_rows_are_halved_until_they_really_fit() -> None:
+def test_rows_are_lowered_until_they_really_fit() -> None:
     runtime = on(GPU, torch.bfloat16)
     config = replace(CONFIG, n_embd=512, n_layer=6, vocab_size=8192)
     model = GPT.create(config, GPU, torch.bfloat16)
@@ -222,7 +222,7 @@ def test_rows_are_halved_until_they_really_fit() -> None:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(4 * 2**30 / total)
     try:
-        fit_device_batch(step, -1, 256)
+        fit_device_batch(step, -1, lambda: 256)
         assert 1 <= step.device_batch_size < 4096
         held = torch.cuda.memory_allocated()
     finally:

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,11 @@ from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.dataloader import ConversationLoader
 from nanochat.files import read_json
-from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
-from nanochat.scaling import make_plan
 from nanochat.train import pretraining
-from nanochat.train.build import find_device_batch, try_micro_batches
 from nanochat.train.deadline import Deadline
 from nanochat.train.run import Run
-from nanochat.train.starting_model import StartingModel, finetuning_dir
+from nanochat.train.starting_model import finetuning_dir
 from nanochat.trainer import Interrupted, Trainer
 from scripts import base_train, chat_rl, chat_sft
 
@@ -327,19 +323,3 @@ def stopped_on_rank_1(runtime: Runtime) -> object:
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step() -> None:
     assert run_ranks(2, stopped_on_rank_1) == [(15, 3), (15, 3)]
-
-
-@pytest.mark.parametrize("script", [base_train, chat_sft, chat_rl])
-def test_the_device_batch_can_be_searched_before_the_first_step(script: Any, tiny_model: GPT) -> None:
-    """As on a GPU without --device-batch-size, where it is searched with the step that the script builds."""
-    runtime = Runtime.create("cpu", "float32")
-    start = StartingModel(tiny_model, None, {"recipe": "default"}, 64)  # type: ignore[arg-type]
-    if script is base_train:
-        config = base_train.Config(max_seq_len=32)
-        plan = make_plan(tiny_model.config, num_iterations=2, total_batch_size=64)
-        step = base_train.build_step(config, plan, tiny_model, runtime)
-    elif script is chat_sft:
-        step = chat_sft.build_step(chat_sft.Config(), "default", chat_sft.RowSizes(2, 32), tiny_model, 2, runtime)
-    else:
-        step = chat_rl.build_step(chat_rl.Config(), start, runtime, 2)
-    assert find_device_batch(partial(try_micro_batches, step, T=32), 2, runtime) == 2

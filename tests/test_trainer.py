@@ -1,6 +1,7 @@
 """The training loop: gradients, hooks, stop signals, failures, saves, and which flags a resumed run keeps."""
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from nanochat.train.config import OnResume, TrainConfig, merge_saved_config, res
 from nanochat.train.metrics import Metrics, cut_metrics
 from nanochat.train.run import run_to_end
 from nanochat.train.snapshot import check_disk
-from nanochat.trainer import Hook, Interrupted, Trainer
+from nanochat.trainer import Hook, Interrupted, Record, Trainer
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -384,9 +385,9 @@ def test_which_flags_a_resumed_run_may_change() -> None:
     }
     core = {"skip_bad_shards", "core_metric_every", "core_metric_max_per_task", "eval_bundle"}
     for config, new, if_given in (
-        (base_train.Config(), common | core, {"data", "keep_last"}),
-        (chat_sft.Config(), common | {"strict"}, {"data", "keep_last"}),
-        (chat_rl.Config(), common, {"keep_last"}),
+        (base_train.Config(), common | core, {"data", "keep_last", "device_batch_size"}),
+        (chat_sft.Config(), common | {"strict"}, {"data", "keep_last", "device_batch_size"}),
+        (chat_rl.Config(), common, {"keep_last", "device_batch_size"}),
     ):
         rules = resume_rules(config)
         assert {name for name, rule in rules.items() if rule is OnResume.NEW} == new
@@ -429,3 +430,22 @@ def test_data_that_ends_early_ends_the_run_with_a_save(capsys: pytest.CaptureFix
     trainer.run()
     warning = capsys.readouterr().err
     assert saved == [2] and "2" in warning and "9" in warning
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_loaded_objects_are_not_collected_again_during_a_run(fails: bool) -> None:
+    """Garbage collection is frozen from the first step to the end of the run, however it ends."""
+    gc.unfreeze()
+    trainer = make_trainer(steps=3)
+    frozen: list[int] = []
+
+    def log(trainer: Trainer, record: Record) -> None:
+        frozen.append(gc.get_freeze_count())
+        if fails:
+            raise ZeroDivisionError
+
+    trainer.log = log
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        trainer.run()
+    assert min(frozen) > 10_000 and len(frozen) == (1 if fails else 3) and gc.get_freeze_count() == 0

@@ -1,8 +1,10 @@
 """User errors end in one clear line and exit code 2."""
 
+import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +18,18 @@ from stubs import TINY
 
 from nanochat.common import UserError
 from nanochat.ranges import Range, check_ranges
-from scripts import _cli, base_eval, base_train, chat_eval, chat_sft, stages, tok_train
+from scripts import (
+    _cli,
+    base_eval,
+    base_train,
+    chat_cli,
+    chat_eval,
+    chat_rl,
+    chat_sft,
+    chat_web,
+    stages,
+    tok_train,
+)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +173,19 @@ def test_sizes_beyond_any_memory_exit_1(copied: Path, capsys: pytest.CaptureFixt
         )
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "memory" in error and "Traceback" not in error
+
+
+def test_memory_that_is_too_small_names_the_flags_to_lower(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+    with pytest.raises(SystemExit) as stop:
+        _cli.run(fail, memory_flags="--batch-size")
+    assert stop.value.code == 1 and "--batch-size" in capsys.readouterr().err
+    for script in (base_train, chat_sft, chat_rl, base_eval, chat_eval, chat_cli, chat_web):
+        (flags,) = re.findall(r'_cli\.run\(main, memory_flags="(.*)"\)', Path(str(script.__file__)).read_text())
+        fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(script.Config)}  # type: ignore[attr-defined]
+        assert set(re.findall(r"--[\w-]+", flags)) <= fields, script.__name__
 
 
 def test_unknown_stage_and_task(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,8 @@ CONFIG = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_hea
 class ToyLoader(Loader):
     """A loader without a position to save."""
 
+    sequence_len = 16
+
     def state_dict(self) -> dict[str, np.ndarray]:
         return {}
 

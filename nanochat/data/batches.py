@@ -32,6 +32,8 @@ class Batch:
 class Loader(Protocol):
     """The trainer's source of batches. A loader that reads no files inherits the defaults about waiting and shards."""
 
+    sequence_len: int  # tokens of the longest row
+
     def next_batch(self) -> Batch:
         """This rank's rows of the next step. Raises StopIteration at the end of the data, on all ranks after the
         same step."""

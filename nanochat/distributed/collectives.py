@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from nanochat.common import UserError
+from nanochat.common import UserError, is_out_of_memory
 
 
 class CollectiveFailed(RuntimeError):
@@ -30,9 +30,11 @@ def collective_op(name: str, rank: int | None = None) -> Iterator[None]:
     """Turn the failure of a collective inside into CollectiveFailed, which names the operation."""
     try:
         yield
-    except (CollectiveFailed, torch.OutOfMemoryError, torch.AcceleratorError):  # the last two: of this rank's own GPU
+    except (CollectiveFailed, torch.AcceleratorError):  # the latter: of this rank's own GPU
         raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         # NCCL's cause, such as a full /dev/shm, follows this line.
         detail = lines[lines.index("Last error:") + 1 :][:1] if "Last error:" in lines else []

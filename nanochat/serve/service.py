@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nanochat.common import warn
+from nanochat.common import is_out_of_memory, warn
 from nanochat.conversation import Tokenizer, end_tokens
 from nanochat.gpt import GPT
 from nanochat.inference.decoding import RunningBatch
@@ -227,7 +227,9 @@ class WorkerPool:
     def _replace_dead(self) -> None:
         for index, replica in enumerate(self.replicas):
             if replica.died:
-                warn(f"replica {index} died ({replica.error!r}) and is replaced")
+                full = replica.error is not None and is_out_of_memory(replica.error)
+                lower = "; lower --max-rows, --cache-mib or --prefix-mib" if full else ""
+                warn(f"replica {index} died ({replica.error!r}) and is replaced{lower}")
                 if any(each.tokens_made for each in self.replicas):
                     self._crashes = 0
                 elif replica.requests_lost:

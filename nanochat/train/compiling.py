@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from nanochat.common import UserError, warn
+from nanochat.common import UserError, is_out_of_memory, warn
 from nanochat.device.compiler import cause, why_not_compiling
 from nanochat.flash_attention import prepare
 from nanochat.gpt import GPT
@@ -53,7 +53,7 @@ class CompiledLoss:
             with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
                 return self.compiled(inputs, targets, weights)
         except torch._dynamo.exc.TorchDynamoException as error:
-            if "out of memory" in str(error):  # a smaller batch may fit
+            if is_out_of_memory(error):  # a smaller batch may fit
                 raise
             reason = f"torch.compile failed ({cause(error)})"
             if self.required:

@@ -63,8 +63,8 @@ class TrainConfig:
     """Be done after this long, from the program's start to its end: the number of steps follows the clock."""
     num_iterations: Annotated[int, Range(1, unset=-1)] = -1
     """Optimizer steps; -1 derives them."""
-    device_batch_size: Annotated[int, Range(1, unset=-1)] = -1
-    """Rows per micro-batch and rank; -1 chooses. Does not change the result."""
+    device_batch_size: Annotated[int, Range(1, unset=-1), OnResume.IF_GIVEN] = -1
+    """Rows per micro-batch and rank; -1 chooses what fits in memory. Does not change the result."""
     total_batch_size: Annotated[int, Range(1, unset=-1)] = -1
     """Tokens per optimizer step over all ranks; -1 derives it."""
     embedding_lr: Annotated[float, Range(0, unset=-1)] = -1.0

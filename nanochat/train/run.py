@@ -26,10 +26,12 @@ from nanochat.checkpoint_manager import Checkpoint, read_checkpoint
 from nanochat.common import (
     UserError,
     delete_leftovers,
+    first_line,
     format_count,
     format_seconds,
     free_name,
     get_base_dir,
+    is_out_of_memory,
     say,
     warn,
     write_json,
@@ -40,9 +42,9 @@ from nanochat.report import record_stage
 from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.build import fit_device_batch
 from nanochat.train.commands import command_line, describe_flags, train_on_command
 from nanochat.train.config import HORIZON, Config, TrainConfig, merge_saved_config
+from nanochat.train.device_batch import fit_device_batch
 from nanochat.train.metrics import Metrics, check_sinks, cut_metrics, open_sinks
 from nanochat.train.snapshot import check_disk, restore_trainer, take_snapshot
 from nanochat.train.timing import deadline_for, reference_peak
@@ -100,7 +102,6 @@ class Run(Generic[Config]):
         trainer: Trainer,
         tokenizer: RustBPETokenizer,
         *,
-        sequence_len: int,
         total_batch_tokens: int,
         meta: dict[str, Any],
         report: Callable[[], None],
@@ -117,7 +118,7 @@ class Run(Generic[Config]):
             "user_config": asdict(config),
             "plan": {"planned_steps": trainer.schedule.num_steps, "total_batch_tokens": total_batch_tokens},
         }
-        self._restore(trainer, sequence_len)
+        self._restore(trainer)
         trainer.snapshot = partial(
             take_snapshot,
             run=self.folder,
@@ -142,19 +143,29 @@ class Run(Generic[Config]):
             record_so_far(self.script, self.figures(trainer) | {"stopped_early": True})
         return code
 
-    def _restore(self, trainer: Trainer, sequence_len: int) -> None:
-        """Bring a fresh trainer to the checkpoint's state; without one, find the batch that fits in memory."""
+    def _restore(self, trainer: Trainer) -> None:
+        """Bring a fresh trainer to the checkpoint's state, and find the device batch that fits in memory.
+
+        The saved run's is tried first, unless one was given: where it fits, sums keep their order.
+        """
+        saved_rows, step = None, trainer.step
         if self.checkpoint:
             restore_trainer(trainer, self.checkpoint)
+            saved_rows = self.checkpoint.meta["runtime"]["device_batch_size"]
             left = ""
             if self.finished:
                 command = train_on_command(self.script, self.folder, self.config, self.checkpoint.step)
                 left = f": the run is finished, nothing is left to train; to train its weights on:\n  {command}"
             self.runtime.print0(f"resumed at step {self.checkpoint.step} of {trainer.schedule.num_steps}{left}")
-        else:
-            fit_device_batch(trainer.step, self.config.device_batch_size, sequence_len)
-        if not self.finished:
-            check_disk(trainer, self.folder, self.config)
+        if self.finished:
+            return
+        fit_device_batch(step, self.config.device_batch_size, lambda: trainer.loader.sequence_len, saved_rows)
+        if saved_rows not in (None, step.device_batch_size):
+            self.runtime.print0(
+                f"{step.device_batch_size} rows per micro-batch, where the saved run had {saved_rows}: the same "
+                "batches and steps; sums may round differently"
+            )
+        check_disk(trainer, self.folder, self.config)
 
     def report(self, trainer: Trainer, values: dict[str, Any]) -> None:
         """Put the finished stage into the report, and print a summary."""
@@ -285,6 +296,12 @@ def run_to_end(trainer: Trainer, folder: Path, resume_command: str) -> int:
         runtime.error0(f"\nerror: data cannot be read: {error}; {trainer.last_good()}; {resume}")
     except SaveFailed as error:
         runtime.error0(f"\nerror: {error}; {trainer.last_good()} in {folder}; once its disk is in order, {resume}")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fewer = f"--device-batch-size={max(1, trainer.step.device_batch_size // 2)}"
+        reason = f"not enough memory: {first_line(error)}; {trainer.last_good()}"
+        print(f"\nerror: {reason}; {resume} {fewer}", file=sys.stderr, flush=True)  # this rank's own, too
     return 1
 
 

@@ -79,7 +79,7 @@ def host_copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Put a fresh trainer into the saved state, at any world size. Prints what keeps the numbers from matching exactly.
 
-    Every rank reads the same checkpoint and keeps its own share.
+    Every rank reads the same checkpoint and keeps its own share. The device batch stays the trainer's.
     """
     device = trainer.runtime.device
     load_model_state(trainer.model, checkpoint.model_state(device), checkpoint.path)
@@ -96,7 +96,6 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.schedule.num_steps = checkpoint.meta["plan"]["num_steps"]  # a deadline may have moved it
     trainer.saver.last_step = checkpoint.step
     saved = {"world_size": 1, **checkpoint.meta["runtime"]}
-    trainer.step.device_batch_size = saved["device_batch_size"]
     if saved["world_size"] == trainer.runtime.world_size:  # else the ranks share the cores differently
         torch.set_num_threads(saved["num_threads"])
     current = numeric_settings(trainer)

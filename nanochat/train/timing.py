@@ -13,9 +13,9 @@ from nanochat.gpt import GPT
 from nanochat.planning.hardware import known_gpu
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import REFERENCE_BATCH_TOKENS
-from nanochat.train.build import fit_device_batch
 from nanochat.train.config import TrainConfig
 from nanochat.train.deadline import Deadline
+from nanochat.train.device_batch import fit_device_batch
 from nanochat.train.step import TrainStep
 from nanochat.trainer import Trainer
 
@@ -76,7 +76,7 @@ def steps_for_minutes(
     A first estimate, which the run's Deadline corrects.
     """
     step = make_step(copy.deepcopy(model))
-    fit_device_batch(step, config.device_batch_size, batch.inputs.size(1))
+    fit_device_batch(step, config.device_batch_size, lambda: batch.inputs.size(1))
     seconds = median(time_calls(lambda: step(batch), runtime, min(10.0, config.minutes * 60 * 0.04), most=20))
     steps = steps_in(config.minutes, seconds)
     runtime.print0(
