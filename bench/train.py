@@ -37,9 +37,11 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.planning.hardware import expected_pace, known_gpu
 from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import make_plan
-from nanochat.train.build import choose_device_batch, fit_device_batch, make_optimizer, random_batch
+from nanochat.train.build import choose_device_batch, make_optimizer, random_batch
 from nanochat.train.compiling import compiled_loss
+from nanochat.train.device_batch import fit_device_batch
 from nanochat.train.config import TrainConfig
+from nanochat.train.device_batch import fit_device_batch
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep
 from nanochat.train.timing import measure_peak_flops
@@ -82,7 +84,7 @@ def make_step(flags: TrainFlags, runtime: Runtime) -> TimedStep:
     loss_fn = compiled_loss(model, "auto", runtime)
     step = TimedStep(model, optimizer, runtime, ScheduleConfig(LONG_RUN), rows, loss_fn)
     if flags.fit:
-        fit_device_batch(step, -1, flags.seq_len)
+        fit_device_batch(step, -1, lambda: flags.seq_len)
     return step
 
 

@@ -86,6 +86,8 @@ def fake_card(monkeypatch: pytest.MonkeyPatch, card: FakeCard):
         patch.setattr(GPT, "loss", counted)
         patch.setattr("nanochat.train.run.measure_peak_flops", lambda runtime: 1e12)
         patch.setattr("nanochat.train.build.compiled_loss", lambda model, mode, runtime: model.loss)
+        patch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
         patch.setenv("NANOCHAT_DTYPE", "float32")
+        patch.setenv("PYTORCH_ALLOC_CONF", "")  # as if set by the user: the process's own stays
         with OnCpu():
             yield card
