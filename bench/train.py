@@ -39,7 +39,6 @@ from nanochat.runtime import Runtime, process_age
 from nanochat.scaling import make_plan
 from nanochat.train.build import choose_device_batch, make_optimizer, random_batch
 from nanochat.train.compiling import compiled_loss
-from nanochat.train.device_batch import fit_device_batch
 from nanochat.train.config import TrainConfig
 from nanochat.train.device_batch import fit_device_batch
 from nanochat.train.schedules import ScheduleConfig

@@ -408,8 +408,7 @@ def test_the_allocator_of_cuda_is_set_before_it_is_used(
 
     monkeypatch.setattr("platform.release", lambda: release)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", initialise)
+    monkeypatch.setattr(runtime, "open_card", initialise)
     with pytest.raises(ZeroDivisionError):
         Runtime.create("cuda")
     assert seen == [expected]
