@@ -84,7 +84,7 @@ def fake_card(monkeypatch: pytest.MonkeyPatch, card: FakeCard):
         patch.setattr(torch.cuda, "set_per_process_memory_fraction", card.set_fraction)
         patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
         patch.setattr(GPT, "loss", counted)
-        patch.setattr("nanochat.train.run.measure_peak_flops", lambda runtime: 1e12)
+        patch.setattr("nanochat.train.timing.measure_peak_flops", lambda runtime: 1e12)
         patch.setattr("nanochat.train.build.compiled_loss", lambda model, mode, runtime: model.loss)
         patch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
         patch.setenv("NANOCHAT_DTYPE", "float32")

@@ -203,7 +203,7 @@ def usage(model: GPT, rows: int, T: int, factor: float = 1.0) -> float:
     """The planner's bytes of a micro-batch; activations are multiplied by `factor`."""
     gpu = Gpu("fake", 0.0, 0.0, None, 0.0, None, "float32")
     kinds = memory_by_kind(replace(model.config, sequence_len=T), gpu, 1, rows)
-    return sum(kinds.values()) + (factor - 1) * kinds["activations"]
+    return sum(kinds.values()) - kinds["context"] + (factor - 1) * kinds["activations"]
 
 
 def card_for(base: Path, rows: int, T: int, factor: float = 1.0) -> FakeCard:

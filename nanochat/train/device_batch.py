@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -46,7 +45,8 @@ def fit_device_batch(step: TrainStep, requested: int, row_tokens: Callable[[], i
     dtype, config = str(runtime.dtype).removeprefix("torch."), replace(step.model.config, sequence_len=T)
     gpu = Gpu(device_name(runtime.device), usable, 0.0, None, 0.0, None, dtype)
     kinds = {rows: memory_by_kind(config, gpu, runtime.world_size, rows) for rows in sizes}
-    expected = {rows: float(sum(kinds[rows].values())) for rows in sizes}
+    # The context is not among what PyTorch's allocator takes, and not free any more.
+    expected = {rows: float(sum(kinds[rows].values())) - kinds[rows]["context"] for rows in sizes}
 
     def predict(size: int, rows: int, peak: float) -> float:
         """Bytes of `size` rows, where `rows` took `peak`: what is above the planner's constants is activations."""
@@ -54,7 +54,10 @@ def fit_device_batch(step: TrainStep, requested: int, row_tokens: Callable[[], i
         return expected[size] - kinds[size]["activations"] + max(0.0, peak - constant) * size / rows
 
     first = max((rows for rows in sizes if rows <= first and expected[rows] <= usable), default=1)
-    trial = partial(try_micro_batches, step, T=T)
+
+    def trial(rows: int) -> float:
+        return try_micro_batches(step, rows, T, kinds[rows]["update"])
+
     with memory_limit(usable, runtime.device):
         rows, peak = find_device_batch(trial, sizes, first, predict, usable, runtime)
     step.device_batch_size = rows
@@ -114,17 +117,17 @@ def try_on_all_ranks(trial: Callable[[int], float], rows: int, runtime: Runtime)
     return worst
 
 
-def try_micro_batches(step: TrainStep, rows: int, T: int) -> float:
+def try_micro_batches(step: TrainStep, rows: int, T: int, update_bytes: int = 0) -> float:
     """Run two random micro-batches, the second with the first one's gradients and optimizer state in memory.
 
-    Returns the bytes that PyTorch's allocator held at the peak. The update after it needs no more (optim.py). Whatever
-    torch.compile compiles here, the run uses.
+    Returns the bytes that PyTorch's allocator held at the peak. `update_bytes` is what the update needs beyond that.
+    Whatever torch.compile compiles here, the run uses.
     """
     runtime = step.runtime
     release_memory()
     torch.cuda.reset_peak_memory_stats(runtime.device)
     step.device_batch_size = rows
-    optimizer_state = torch.empty(missing_state_bytes(step), dtype=torch.uint8, device=runtime.device)
+    held = torch.empty(missing_state_bytes(step) + update_bytes, dtype=torch.uint8, device=runtime.device)
     batch = random_batch(2 * rows * runtime.world_size, T, step.model.config.vocab_size, runtime)
     try:
         for micro in step.micro_batches(batch):
@@ -132,7 +135,7 @@ def try_micro_batches(step: TrainStep, rows: int, T: int) -> float:
         runtime.synchronize()  # errors of kernels come late
     finally:
         step.model.zero_grad(set_to_none=True)
-    del optimizer_state  # held until here
+    del held  # until here
     return float(torch.cuda.max_memory_reserved(runtime.device))
 
 
