@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from nanochat.gpt import GPT
 
-MIB = 2**20
+MIB, NOMINAL = 2**20, 2.0**30  # bytes; the latter decides how the loss is computed, whatever a test's card has
 
 
 class OnCpu(TorchFunctionMode):
@@ -59,6 +60,7 @@ def fake_card(monkeypatch: pytest.MonkeyPatch, card: FakeCard):
         "set_device": None,
         "get_device_capability": (8, 6),
         "get_device_name": "Fake",
+        "get_device_properties": SimpleNamespace(total_memory=NOMINAL),
         "get_arch_list": ["sm_86"],
         "synchronize": None,
         "empty_cache": None,

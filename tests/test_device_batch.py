@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import FakeCard, fake_card
+from fake_cuda import NOMINAL, FakeCard, fake_card
 from ranks import run_ranks
 from stubs import TINY
 from toy_training import CPU, make_trainer
@@ -201,7 +201,7 @@ def test_ranks_take_what_fits_on_all_and_end_together() -> None:
 
 def usage(model: GPT, rows: int, T: int, factor: float = 1.0) -> float:
     """The planner's bytes of a micro-batch; activations are multiplied by `factor`."""
-    gpu = Gpu("fake", 0.0, 0.0, None, 0.0, None, "float32")
+    gpu = Gpu("fake", NOMINAL, 0.0, None, 0.0, None, "float32")
     kinds = memory_by_kind(replace(model.config, sequence_len=T), gpu, 1, rows)
     return sum(kinds.values()) - kinds["context"] + (factor - 1) * kinds["activations"]
 

@@ -14,6 +14,7 @@ import torch
 
 from nanochat.common import UserError, first_line, is_out_of_memory, say
 from nanochat.distributed.collectives import CollectiveFailed
+from nanochat.loss_head import gpu_memory
 from nanochat.optimizer.update_rules import optimizer_bytes
 from nanochat.planning.hardware import Gpu
 from nanochat.planning.memory import memory_by_kind
@@ -43,7 +44,7 @@ def fit_device_batch(step: TrainStep, requested: int, row_tokens: Callable[[], i
     sizes = sorted({most >> halvings for halvings in range(most.bit_length())} | {first})
     usable = -runtime.all_reduce_max(-usable_bytes(runtime.device), "measuring the memory")
     dtype, config = str(runtime.dtype).removeprefix("torch."), replace(step.model.config, sequence_len=T)
-    gpu = Gpu(device_name(runtime.device), usable, 0.0, None, 0.0, None, dtype)
+    gpu = Gpu(device_name(runtime.device), gpu_memory(runtime.device) or usable, 0.0, None, 0.0, None, dtype)
     kinds = {rows: memory_by_kind(config, gpu, runtime.world_size, rows) for rows in sizes}
     # The context is not among what PyTorch's allocator takes, and not free any more.
     expected = {rows: float(sum(kinds[rows].values())) - kinds[rows]["context"] for rows in sizes}
