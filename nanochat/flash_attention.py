@@ -3,18 +3,21 @@
 Shapes: B batch, T time, S keys, H query heads, G key/value heads (G divides H), D head size.
 `window_size=(left, 0)` lets position t see keys t-left .. t; left >= T-1 is plain causal attention.
 
-Backends of `flash_attn.flash_attn_func`, chosen by device and dtype (choose_backend):
-  fa3      FlashAttention 3, on Hopper with its package installed
+Backends of `flash_attn.flash_attn_func`, chosen by device, dtype and head size (choose_backend):
+  fa3      FlashAttention 3, in 16 bits on Hopper: flash_attn_interface built by hand, or downloaded by the package
+           `kernels` (the extra `fa3`)
   flex     torch flex_attention with block-sparse windows, in a compiled loss on other CUDA devices
   sdpa     PyTorch's scaled_dot_product_attention, on CUDA outside torch.compile: flex would be compiled anew for each
-           length of a prompt
+           length of a prompt. In a compiled loss where flex fails, and before compute capability 8.0, which Triton
+           does not support
   blocked  plain matrix products over blocks of queries, everywhere else. A block reads only the keys in its window, so
            the cost falls with the window and no T x T mask exists. On CPUs forward and backward together are faster
            than PyTorch's flash kernel.
 
-fa3 and flex are compared with attend_at_positions on a small example before their first use (check_backend).
+fa3 and flex are compared with attend_at_positions, gradients included, on a small example before their first use.
 """
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -28,7 +31,6 @@ from nanochat.common import warn
 from nanochat.cpu.fused import in_c
 from nanochat.gpt_config import GPTConfig
 
-FA3_INSTALLED = importlib.util.find_spec("flash_attn_interface") is not None
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
@@ -113,27 +115,39 @@ def _blocked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> 
 
 
 BlockMask = Any
+BLOCK = 128  # queries and keys of one entry of a block mask, as PyTorch makes them by default
 block_masks: dict[tuple[int, int, str], BlockMask] = {}  # by length, window, device
 
 
 def prepare(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Build the masks for training rows and check the kernel. Call it before torch.compile traces the loss: what is
-    computed while tracing is recomputed at every step."""
-    if choose_backend(device.type, torch.float32, compiling=True) == "flex":
+    """Choose the backend of a compiled loss and build the masks of its rows. Call it before torch.compile traces:
+    nothing can be tried then, and what is computed while tracing is recomputed at every step."""
+    group = config.n_head // config.n_kv_head
+    if choose_backend(device, dtype, config.head_dim, group, compiling=True) == "flex":
         for window in {min(window, config.sequence_len) for window, _ in config.window_sizes()}:
-            block_masks[config.sequence_len, window, str(device)] = _block_mask(config.sequence_len, window, device)
-    backend = choose_backend(device.type, dtype, compiling=True)
-    check_backend(backend, device, dtype, config.head_dim, config.n_head // config.n_kv_head)
+            block_masks[config.sequence_len, window, str(device)] = block_mask(config.sequence_len, window, device)
 
 
-def _block_mask(length: int, window: int, device: torch.device) -> BlockMask:
-    """Which keys each query sees, stored per block of 128 x 128, not per position."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def block_mask(length: int, window: int, device: torch.device) -> BlockMask:
+    """Which blocks of keys each block of queries sees wholly or in part: what create_block_mask would find by looking
+    at all length x length pairs."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
         return (key <= query) & (query - key <= window)
 
-    return create_block_mask(visible, None, None, length, length, device=device)
+    block = torch.arange(-(-length // BLOCK), device=device)
+    ahead = (block[:, None] - block) * BLOCK  # from a block of keys to a block of queries
+    seen = (ahead >= 0) & (ahead - (BLOCK - 1) <= window)
+    whole = (ahead > 0) & (ahead + (BLOCK - 1) <= window) & ((block[:, None] + 1) * BLOCK <= length)
+    partial, full = (_ordered(x) for x in (seen & ~whole, whole))
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK, visible, seq_lengths=(length, length))
+
+
+def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Q, K) bool -> (1, 1, Q) number of True and (1, 1, Q, K) their columns, then the other columns."""
+    columns = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], columns.int()[None, None]
 
 
 def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
@@ -141,15 +155,38 @@ def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tor
 
     kernel: Any = flex_attention  # mypy does not know how to call it
     key = (q.size(1), min(window, q.size(1)), str(q.device))
-    mask = block_masks[key] if key in block_masks else _block_mask(*key[:2], q.device)
+    mask = block_masks[key] if key in block_masks else block_mask(*key[:2], q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return kernel(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
-def _fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    from flash_attn_interface import flash_attn_func as kernel
+@functools.cache
+def fa3_kernel() -> Any:
+    """flash_attn_func of FlashAttention 3, or None. `kernels` downloads it into Hugging Face's cache once."""
 
-    return kernel(q, k, v, causal=True, window_size=(window, 0))
+    def built_by_hand() -> Any:
+        from flash_attn_interface import flash_attn_func
+
+        return flash_attn_func
+
+    def downloaded() -> Any:
+        from kernels import get_kernel
+
+        return get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+
+    for package, load in (("flash_attn_interface", built_by_hand), ("kernels", downloaded)):
+        if importlib.util.find_spec(package) is not None:
+            try:
+                return load()
+            except Exception as error:  # not built for this torch or GPU, no network: HF_HUB_OFFLINE=1 uses the cache
+                warn(f"FlashAttention 3 from the package {package} is not used, training is slower: {error}")
+    return None
+
+
+def _fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, kernel: Any) -> torch.Tensor:
+    options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    out = kernel(q, k, v, causal=True, window_size=(window, 0), **options)
+    return out[0] if isinstance(out, tuple) else out  # older builds add the log-sum-exp
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
@@ -183,45 +220,63 @@ def scaled_dot_product(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
-BACKENDS: dict[str, AttentionFunction] = {"fa3": _fa3, "flex": _flex, "sdpa": _sdpa, "blocked": _blocked}
+BACKENDS: dict[str, AttentionFunction] = {"flex": _flex, "sdpa": _sdpa, "blocked": _blocked}  # and "fa3", once loaded
+chosen: dict[tuple[Any, ...], str] = {}  # backend by device, dtype, head size, query heads per key head, compiling
 
 
-def choose_backend(device_type: str, dtype: torch.dtype, compiling: bool) -> str:
-    """The fastest backend for tensors of that device and dtype, inside torch.compile or outside."""
-    if device_type != "cuda":
-        return "blocked"
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    if hopper and dtype in (torch.bfloat16, torch.float16) and FA3_INSTALLED:
-        return "fa3"
-    return "flex" if compiling else "sdpa"
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, group: int, compiling: bool) -> str:
+    """The fastest backend that is right on this device, inside torch.compile or outside. Remembered in `chosen`."""
+    key = (device.type, dtype, head_dim, group, compiling)
+    if key not in chosen:
+        usable = (name for name in candidates(device, dtype, compiling) if is_right(name, device, *key[1:]))
+        chosen[key] = next(usable)
+    return chosen[key]
 
 
-rejected: set[str] = set()  # kernels that gave another result than plain PyTorch
-_checked: set[tuple[Any, ...]] = set()
+def candidates(device: torch.device, dtype: torch.dtype, compiling: bool) -> list[str]:
+    """Backends for tensors of that device and dtype, the fastest first, the last one always right."""
+    if device.type != "cuda":
+        return ["blocked"]
+    capability, found = torch.cuda.get_device_capability(), ["sdpa"]
+    if compiling and capability >= (8, 0):
+        found.insert(0, "flex")
+    if capability[0] == 9 and dtype in (torch.bfloat16, torch.float16) and (kernel := fa3_kernel()) is not None:
+        BACKENDS["fa3"] = functools.partial(_fa3, kernel=kernel)
+        found.insert(0, "fa3")
+    return found
 
 
-def check_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> None:
-    """Compare a GPU kernel with attend_at_positions on a small example, once per device, dtype and head shape.
+def is_right(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, group: int, compiling: bool
+) -> bool:
+    """Whether a GPU kernel and its gradients agree with attend_at_positions on a small example; if not, warn.
 
-    Where they differ or the kernel fails, reject it with a warning."""
-    key = (backend, device, dtype, head_dim, group)
-    if backend not in ("fa3", "flex") or key in _checked:
-        return
-    _checked.add(key)
+    Also finds what torch.compile does not take whole, and kernels that need more shared memory than the GPU has.
+    """
+    if backend not in ("fa3", "flex"):
+        return True
     T, window, draw = 160, 40, torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, T, heads, head_dim, generator=draw).to(device, dtype) for heads in (group, 1, 1))
-    positions = torch.arange(T, device=device)[None]
-    kernel = torch.compile(BACKENDS[backend], dynamic=False) if backend == "flex" else BACKENDS[backend]
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        given = [torch.randn(1, T, heads, head_dim, generator=draw) for heads in (group, 1, 1, group)]
+        q, k, v, grad = (x.to(device, dtype).requires_grad_() for x in given)
+        positions = torch.arange(T, device=device)[None]
         plain = attend_at_positions(q, k, v, positions, positions, window)
+        wanted = [plain, *torch.autograd.grad(plain, (q, k, v), grad)]
+        kernel = BACKENDS[backend]
+        if compiling:
+            kernel = torch.compile(kernel, dynamic=False, fullgraph=True)
         try:
-            error = float((kernel(q, k, v, window) - plain).norm() / plain.norm())
+            out = kernel(q, k, v, window)
+            found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
+            errors = [(x - y).norm() / y.norm() for x, y in zip(found, wanted, strict=True)]
+            error = float(torch.stack(errors).max().detach())
         except Exception as failure:  # an unsupported head size, a package of another version
             error = math.inf
             warn(f"attention kernel {backend}: {failure}")
-    if not error < 0.03:  # bfloat16 and TF32 stay below 0.01; a window off by one key makes 0.15
-        rejected.add(backend)
-        warn(f"attention kernel {backend} differs from PyTorch (relative error {error:.2g}): not used, slower")
+    if error < 0.03:  # bfloat16 and TF32 stay below 0.01; a window off by one key makes 0.08 or more
+        return True
+    warn(f"attention kernel {backend} differs from PyTorch (relative error {error:.2g}): not used, slower")
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -239,10 +294,14 @@ def flash_attn_func(
     assert q.size(2) % k.size(2) == 0, "query heads must be a multiple of key/value heads"
     window = window_size[0] if window_size[0] >= 0 else q.size(1)
     compiling = torch.compiler.is_compiling()
-    backend = choose_backend(q.device.type, q.dtype, compiling)
-    if not compiling:
-        check_backend(backend, q.device, q.dtype, q.size(3), q.size(2) // k.size(2))
-    return BACKENDS["sdpa" if backend in rejected else backend](q, k, v, window)
+    key = (q.device.type, q.dtype, q.size(3), q.size(2) // k.size(2), compiling)
+    if key in chosen:
+        backend = chosen[key]
+    elif compiling:  # nothing can be tried while tracing
+        backend = "sdpa" if q.device.type == "cuda" else "blocked"
+    else:
+        backend = choose_backend(q.device, *key[1:])
+    return BACKENDS[backend](q, k, v, window)
 
 
 def attend_at_positions(

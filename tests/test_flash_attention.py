@@ -2,18 +2,18 @@
 
 import functools
 import sys
-from types import SimpleNamespace
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import flash_attention
-from nanochat.flash_attention import attend_at_positions, choose_backend, flash_attn, flash_attn_func
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import Runtime
-from nanochat.train.compiling import compiled_loss
+from nanochat.flash_attention import attend_at_positions, candidates, flash_attn, flash_attn_func
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = -1) -> torch.Tensor:
@@ -163,90 +163,158 @@ def test_torch_kernels_with_any_mask_and_groups_of_heads(T: int, G: int, kind: s
     torch.testing.assert_close(out, torch.einsum("bhts,bshd->bthd", weights, values), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_training_is_one_graph_and_its_masks_are_made_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler's view of the loss on a GPU without FlashAttention 3; what it makes of it is not run."""
-    graphs: list[list[str]] = []  # the functions that each calls
-
-    class Seen(Exception):
-        pass
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append([getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes])
-        raise Seen
-
-    monkeypatch.setattr(flash_attention, "choose_backend", lambda *args, **kwargs: "flex")
-    monkeypatch.setattr(flash_attention, "block_masks", {})
-    monkeypatch.setattr(flash_attention, "check_backend", lambda *args: None)
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)  # no gradient on CPUs
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr("nanochat.cpu.fused.usable", lambda *args: False)
-    monkeypatch.setattr("nanochat.train.compiling.why_not_compiling", lambda device: "")
-    config = GPTConfig(sequence_len=256, vocab_size=300, n_layer=4, n_head=2, n_kv_head=1, n_embd=32)
-    model = GPT.create(config)
-    loss_fn = compiled_loss(model, "on", Runtime(torch.device("cpu"), torch.float32, "test", seed=0))
-    assert sorted(window for _, window, _ in flash_attention.block_masks) == [128, 256]
-    with pytest.raises(Exception, match="Seen"):
-        loss_fn(torch.zeros(2, 256, dtype=torch.long), torch.zeros(2, 256, dtype=torch.long))
-    (called,) = graphs
-    assert called.count("flex_attention") == 4 and "argsort" not in called  # which making a mask takes
-    assert "autograd_function_apply" in called  # the head's loss: the last part
-    torch._dynamo.reset()
+@pytest.mark.parametrize("T", [1, 127, 128, 129, 300, 512])
+def test_block_masks_are_those_of_all_pairs(T: int) -> None:
+    for window in {0, 1, 5, 126, 127, 128, 129, 254, 255, 256, 257, 511, T - 1, T, T + 500}:
+        ours = flash_attention.block_mask(T, window, torch.device("cpu"))
+        theirs = create_block_mask(
+            lambda b, h, q, k, window=window: (k <= q) & (q - k <= window), None, None, T, T, device="cpu"
+        )
+        assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+        names = [f"{full}{side}_{part}" for full in ("", "full_") for side in ["q", "kv"] for part in PARTS]
+        for name in names:
+            found, wanted = getattr(ours, name), getattr(theirs, name)
+            assert found.dtype == wanted.dtype and torch.equal(found, wanted), (window, name)
 
 
-def test_fa3_is_called_with_the_same_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window_size: tuple[int, int]) -> Any:
-        assert causal and window_size == (9, 0)
-        return reference(q, k, v, window_size[0])
-
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=kernel))  # type: ignore
-    q, k, v = random_qkv(1, 20, 2, 1, 4)
-    torch.testing.assert_close(flash_attention.BACKENDS["fa3"](q, k, v, 9), reference(q, k, v, 9))
+PARTS = ("num_blocks", "indices")
 
 
-@pytest.mark.parametrize("fault", [None, "unsupported", "window"])
-def test_a_kernel_is_checked_before_its_first_use(
-    fault: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls = []
+def test_a_block_mask_takes_memory_for_its_blocks_only() -> None:
+    with Watch() as seen:
+        mask = flash_attention.block_mask(16384, 4096, torch.device("cpu"))
+    assert mask.kv_indices.shape == (1, 1, 128, 128) and seen.largest <= 129 * 129
 
-    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window_size: tuple[int, int]) -> Any:
-        calls.append(q.size(1))
-        if fault == "unsupported":
+
+# ---------------------------------------------------------------------------------------------------
+# The choice between them
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_chosen_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(flash_attention, "chosen", {})
+    monkeypatch.setattr(flash_attention, "BACKENDS", flash_attention.BACKENDS.copy())
+    found = flash_attention.fa3_kernel
+    found.cache_clear()
+    yield
+    found.cache_clear()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, package: str, **contents: Any) -> None:
+    """A stand-in for an installed package."""
+    module = ModuleType(package)
+    module.__spec__ = ModuleSpec(package, loader=None)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, package, module)
+
+
+class Kernel:
+    """A stand-in for FlashAttention 3's flash_attn_func, with a fault."""
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault, self.calls = fault, list[dict[str, Any]]()
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+        self.calls.append(options)
+        if self.fault == "unsupported":
             raise RuntimeError("this head size is not supported")
-        return reference(q, k, v, window_size[0] + (fault == "window"))
+        out = reference(q, k, v, options["window_size"][0] + (self.fault == "window")).to(q.dtype)
+        if self.fault == "gradient":
+            out = out.detach() + 0 * (q.sum() + k.sum() + v.sum())
+        if self.fault == "nan":
+            out = out / (out != out[:, :1]).to(q.dtype)
+        return (out, out.new_zeros(1)) if self.fault == "tuple" else out
 
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=kernel))  # type: ignore
-    monkeypatch.setattr(flash_attention, "choose_backend", lambda *args: "fa3")
-    monkeypatch.setattr(flash_attention, "rejected", set())
-    monkeypatch.setattr(flash_attention, "_checked", set())
+
+@pytest.mark.parametrize("fault", ["", "tuple", "unsupported", "window", "gradient", "nan"])
+def test_a_kernel_is_checked_before_its_first_use(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = Kernel(fault)
+    monkeypatch.setitem(flash_attention.BACKENDS, "fa3", functools.partial(flash_attention._fa3, kernel=kernel))
+    monkeypatch.setattr(flash_attention, "candidates", lambda *args: ["fa3", "sdpa"])
     q, k, v = random_qkv(1, 20, 2, 1, 4)
-    for _ in range(2):
-        found = flash_attn_func(q, k, v, window_size=(9, 0))
-        torch.testing.assert_close(found, reference(q, k, v, 9), rtol=1e-4, atol=1e-5)
-    assert len(calls) == (1 if fault else 3) and bool(capsys.readouterr().err) == bool(fault)
-    assert flash_attention.rejected == ({"fa3"} if fault else set())
+    with torch.inference_mode():
+        for _ in range(2):
+            found = flash_attn_func(q, k, v, window_size=(9, 0))
+            torch.testing.assert_close(found, reference(q, k, v, 9), rtol=1e-4, atol=1e-5)
+    usable = fault in ("", "tuple")
+    assert list(flash_attention.chosen.values()) == ["fa3" if usable else "sdpa"]
+    assert len(kernel.calls) == (3 if usable else 1) and bool(capsys.readouterr().err) != usable
+    assert kernel.calls[-1] == {"causal": True, "window_size": (9 if usable else 40, 0)}
+
+
+def test_fa3_is_deterministic_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    flash_attention._fa3(*random_qkv(1, 20, 2, 1, 4), 9, kernel)
+    assert kernel.calls[0]["deterministic"] is True
 
 
 @pytest.mark.parametrize(
-    "device, capability, installed, dtype, chosen",
+    "by_hand, from_hub, found",
     [
-        ("cpu", None, True, torch.bfloat16, "blocked"),
-        ("mps", None, False, torch.float32, "blocked"),
-        ("cuda", (9, 0), True, torch.bfloat16, "fa3"),
-        ("cuda", (9, 0), True, torch.float32, "flex"),  # FlashAttention multiplies 16-bit numbers only
-        ("cuda", (9, 0), False, torch.bfloat16, "flex"),
-        ("cuda", (8, 0), True, torch.bfloat16, "flex"),
-        ("cuda", (10, 0), True, torch.bfloat16, "flex"),  # the package is built for Hopper
+        (None, None, None),
+        ("works", None, "by hand"),
+        (None, "works", "hub"),
+        ("works", "works", "by hand"),
+        ("broken", "works", "hub"),
+        (None, "broken", None),
     ],
 )
-def test_choice_of_backend(
-    monkeypatch: pytest.MonkeyPatch, device: str, capability: Any, installed: bool, dtype: torch.dtype, chosen: str
+def test_where_fa3_comes_from(
+    by_hand: str | None,
+    from_hub: str | None,
+    found: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def get_kernel(name: str, *, version: int) -> Any:
+        asked.append(name)
+        if from_hub == "broken":
+            raise OSError("no network")
+        return SimpleNamespace(flash_attn_func="hub")
+
+    asked: list[str] = []
+    if by_hand:
+        install(monkeypatch, "flash_attn_interface", **({"flash_attn_func": "by hand"} if by_hand == "works" else {}))
+    if from_hub:
+        install(monkeypatch, "kernels", get_kernel=get_kernel)
+    for _ in range(2):
+        assert flash_attention.fa3_kernel() == found
+    assert asked == ([] if by_hand == "works" or not from_hub else ["kernels-community/flash-attn3"])
+    assert len(capsys.readouterr().err.splitlines()) == [by_hand, from_hub].count("broken")
+
+
+@pytest.mark.parametrize(
+    "device, capability, installed, dtype, compiled, eager",
+    [
+        ("cpu", None, True, torch.bfloat16, "blocked", "blocked"),
+        ("mps", None, False, torch.float32, "blocked", "blocked"),
+        ("cuda", (9, 0), True, torch.bfloat16, "fa3 flex sdpa", "fa3 sdpa"),
+        ("cuda", (9, 0), True, torch.float32, "flex sdpa", "sdpa"),  # FlashAttention multiplies 16-bit numbers only
+        ("cuda", (9, 0), False, torch.bfloat16, "flex sdpa", "sdpa"),
+        ("cuda", (8, 0), True, torch.bfloat16, "flex sdpa", "sdpa"),
+        ("cuda", (10, 0), True, torch.bfloat16, "flex sdpa", "sdpa"),  # the package is built for Hopper
+        ("cuda", (7, 5), True, torch.float16, "sdpa", "sdpa"),
+        ("cuda", (6, 1), True, torch.float32, "sdpa", "sdpa"),
+    ],
+)
+def test_candidates(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    capability: Any,
+    installed: bool,
+    dtype: torch.dtype,
+    compiled: str,
+    eager: str,
+) -> None:
+    loaded = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
-    monkeypatch.setattr(flash_attention, "FA3_INSTALLED", installed)
-    assert choose_backend(device, dtype, compiling=True) == chosen
-    assert choose_backend(device, dtype, compiling=False) == chosen.replace("flex", "sdpa")
+    monkeypatch.setattr(flash_attention, "fa3_kernel", lambda: loaded.append(1) or (Kernel() if installed else None))
+    assert candidates(torch.device(device), dtype, compiling=True) == compiled.split()
+    assert candidates(torch.device(device), dtype, compiling=False) == eager.split()
+    assert bool(loaded) == (capability == (9, 0) and dtype == torch.bfloat16)  # nothing is downloaded in vain
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from toy_training import MarkovBatches
 from nanochat import fp8
 from nanochat.common import sha256_file
 from nanochat.engine import Engine
-from nanochat.flash_attention import BACKENDS, flash_attn_func
+from nanochat.flash_attention import BACKENDS, choose_backend, fa3_kernel, flash_attn_func
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import graph_decoder
 from nanochat.inference.decoding import RunningBatch
@@ -85,6 +85,7 @@ def test_attention_and_its_gradients(
     tensors = random_qkv(2, T, 4, G, 64, dtype)
     mine = [x.to(GPU).requires_grad_() for x in tensors]
     theirs = [x.double().requires_grad_() for x in tensors]
+    choose_backend(GPU, dtype, 64, 4 // G, compiled == "on")
     attend = torch.compile(flash_attn_func) if compiled == "on" else flash_attn_func
     out, wanted = attend(*mine, window_size=(window, 0)), reference(*theirs, window)
     assert far(out.detach(), wanted.detach()) < tolerance
@@ -108,7 +109,10 @@ def test_prompts_of_all_lengths_compile_nothing() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="not Hopper")
 def test_flash_attention_3() -> None:
-    pytest.importorskip("flash_attn_interface")
+    if fa3_kernel() is None:
+        pytest.skip("FlashAttention 3 is not installed, or has no build for this torch")
+    assert choose_backend(GPU, torch.bfloat16, 64, 2, compiling=False) == "fa3"
+    assert choose_backend(GPU, torch.bfloat16, 64, 2, compiling=True) == "fa3"  # one graph with it
     q, k, v = random_qkv(2, 300, 4, 2, 64, torch.bfloat16)
     out = BACKENDS["fa3"](q.to(GPU), k.to(GPU), v.to(GPU), 100)
     assert far(out, reference(q, k, v, 100)) < 1e-2
