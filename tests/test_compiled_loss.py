@@ -98,7 +98,9 @@ def test_one_graph_with_the_plain_loss_and_gradients(
     for x, y in zip(found, wanted, strict=True):
         assert (x - y).norm() <= 1e-5 * y.norm() + 1e-6
     (called,) = compiler.graphs
-    assert "argsort" not in called and called.count("flex_attention") == (2 if backend == "flex" else 0)  # argsort: a mask
+    assert "argsort" not in called and called.count("flex_attention") == (
+        2 if backend == "flex" else 0
+    )  # argsort: a mask
     assert sorted(window for _, window, _ in flash_attention.block_masks) == ([128, 160] if backend == "flex" else [])
     # Gradients of the head and of its input are kept, not logits: those would take 320 x 300 numbers, or 64 x 300.
     shapes = [tuple(x.shape) for x in compiler.saved]
