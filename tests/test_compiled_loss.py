@@ -14,7 +14,7 @@ from toy_training import CPU, make_trainer
 
 from nanochat import flash_attention
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.train.build import compiled_loss
+from nanochat.train.compiling import compiled_loss
 
 FORMS = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler about itself
@@ -51,6 +51,7 @@ class Compiler:
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
     compiler = Compiler()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler, fullgraph=True))
+    monkeypatch.setattr("nanochat.train.compiling.why_not_compiling", lambda device: "")
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)  # no gradient on CPUs
     monkeypatch.setattr(flash_attention, "chosen", {})
     monkeypatch.setattr(flash_attention, "block_masks", {})
@@ -188,3 +189,14 @@ def test_fa3_is_used_if_the_loss_stays_one_graph(
     loss_fn(tokens, tokens)[0].backward()
     assert list(flash_attention.chosen.values()) == [chosen] and len(compiler.graphs) == 1
     assert bool(capsys.readouterr().err) == (chosen != "fa3")
+
+
+def test_more_shapes_than_the_compiler_allows(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search for a device batch may try ten sizes; past its limit the compiler would run the rest uncompiled."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    compiler.splits = False
+    model = GPT.create(GPTConfig(**SIZES | {"sequence_len": 8, "n_layer": 1}))
+    loss_fn = compiled_loss(model, "on", CPU)
+    for rows in (1, 2, 3):
+        loss_fn(torch.zeros(rows, 8, dtype=torch.long), torch.zeros(rows, 8, dtype=torch.long))
+    assert len(compiler.graphs) == 3

@@ -40,6 +40,9 @@ class CompiledLoss:
 
     def __init__(self, model: GPT, required: bool) -> None:
         self.plain, self.required = model.loss, required
+        # Each shape counts: micro-batches, a step's last one, those that the search for a device batch tries. Past the
+        # limit, 8 by default, further shapes would run uncompiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.compiled = torch.compile(model.loss, dynamic=False)
         self.failed = False
 
