@@ -172,10 +172,10 @@ GPU = Sizes(
 )
 CPU = Sizes(
     tokenizer="--vocab-size=300 --max-chars=50000",
-    model="--depth=1 --head-dim=8 --n-embd=16 --max-seq-len=64 --total-batch-size=128",
+    model="--depth=1 --head-dim=8 --n-embd=16 --max-seq-len=256 --total-batch-size=512",
     train="--num-iterations=4 --save-every=2",
-    eval_tokens=256,
-    sft="--num-iterations=2 --total-batch-size=128",
+    eval_tokens=512,
+    sft="--num-iterations=2 --total-batch-size=256",
     rl="--num-iterations=1 --examples-per-step=2 --num-samples=4 --max-new-tokens=8 --eval-examples=2",
     ask="-x 2 -m 8",
     cli="--max-tokens=8",
