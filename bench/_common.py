@@ -14,7 +14,7 @@ from torch import nn
 from nanochat.common import UserError
 from nanochat.dataset import starter_corpus
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.recipe import get_recipe
+from nanochat.recipe import get_recipe, resolve_recipe
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import derive_sizes
 
@@ -62,7 +62,8 @@ class Flags:
 def model_config(flags: Flags) -> GPTConfig:
     """The network that base_train makes of the same flags."""
     sizes = derive_sizes(flags.depth, head_dim=flags.head_dim)
-    return get_recipe(flags.recipe).model(
+    recipe = resolve_recipe(flags.recipe, sizes.n_layer, sizes.n_embd)
+    return get_recipe(recipe).model(
         sequence_len=flags.seq_len, vocab_size=flags.vocab_size, window_pattern=flags.window_pattern, **asdict(sizes)
     )
 

@@ -20,6 +20,7 @@ from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import starter_corpus
 from nanochat.evals.bits_per_byte import corpus_bpb
 from nanochat.gpt import GPT
+from nanochat.recipe import resolve_recipe
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, make_plan
 from nanochat.tokenizer import RustBPETokenizer
@@ -68,9 +69,10 @@ def new_step(flags: RecipeFlags, trial: str, steps: int, seed: int, runtime: Run
         total_batch_size=flags.total_batch,
     )
     model_config = config.network(flags.vocab_size)(flags.depth)
+    trial = resolve_recipe(trial, model_config.n_layer, model_config.n_embd)
     model = GPT.create(model_config, runtime.device, runtime.dtype, seed)
-    plan = make_plan(model_config, **plan_arguments(config), num_iterations=steps)
-    return build_step(config, plan, model, runtime)
+    plan = make_plan(model_config, **plan_arguments(config, trial), num_iterations=steps)
+    return build_step(config, trial, plan, model, runtime)
 
 
 def measure(flags: RecipeFlags, runtime: Runtime) -> Result:

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from nanochat.common import UserError
 from nanochat.gpt_config import GPTConfig
 from nanochat.optim import OptimizerConfig
+from nanochat.scaling import MEASURED_SIZE, network_size
 from nanochat.train.schedules import ScheduleConfig
 
 
@@ -59,24 +60,43 @@ class Recipe:
         return PlanRules(**self.plan_changes)
 
 
-PUBLISHED = Recipe()
+# As its authors train depths 12 to 26 on GPUs; the last four of the schedule's values and the flags of runs/speedrun.sh
+# are those of their latest run of depth 24.
 LATER = Recipe(
     GPTConfig.later,
     OptimizerConfig.later,
-    schedule_changes={"momentum_peak": 0.97, "momentum_warmdown": True, "decay_shape": "cosine"},
+    schedule_changes={
+        "momentum_peak": 0.97,
+        "momentum_warmdown": True,
+        "decay_shape": "cosine",
+        "momentum_warmup_steps": 400,
+        "warmup_steps": 40,
+        "warmdown_ratio": 0.65,
+        "final_lr_frac": 0.05,
+    },
     plan_changes={"decay_by_horizon": True},
 )
+# The later one's network and rates, with the published initialisation and schedule and with rates that rise as the
+# horizon gets shorter: better in the short runs of small models that were compared here (dev/LOG.md, 2026-11-24).
+SMALL = replace(
+    LATER,
+    model_changes={"init": "published"},
+    schedule_changes={"momentum_peak": 0.97, "momentum_warmdown": True, "decay_shape": "cosine"},
+    plan_changes={**LATER.plan_changes, "horizon_exponent": 0.2},
+)
 RECIPES = {
-    # The later one, started from the published initialisation and with rates that rise as the horizon gets shorter:
-    # both make short runs better. dev/LOG.md has the comparison.
-    "default": replace(
-        LATER, model_changes={"init": "published"}, plan_changes={**LATER.plan_changes, "horizon_exponent": 0.2}
-    ),
-    "published": PUBLISHED,
+    "default": SMALL,  # a run's is small or later, by the size of its network: see resolve_recipe
+    "small": SMALL,
+    "published": Recipe(),
     "later": LATER,
     # Full attention and no extras, to measure features against.
     "plain": Recipe(GPTConfig.plain, model_changes={"window_pattern": "L"}),
 }
+FIRST_MEANINGS = {
+    "default": "small",
+    "later": "later,momentum_warmup_steps=300,warmup_steps=0,warmdown_ratio=0.5,final_lr_frac=0.0",
+}
+"""What these names meant in the checkpoints that do not record a resolved recipe."""
 
 # Which dataclass has which fields. Sizes and horizons have their own flags.
 SIZES = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "num_steps"}
@@ -108,11 +128,26 @@ def get_recipe(text: str) -> Recipe:
     return Recipe(recipe.model_form, recipe.optimizer_form, **changed)
 
 
+def resolve_recipe(text: str, n_layer: int, n_embd: int) -> str:
+    """`text` with the name "default" replaced by the recipe for a network of this size: `small` up to the largest that
+    was measured here, above it `later`, which its authors verified there."""
+    name, comma, changes = text.partition(",")
+    if name.strip() != "default":
+        return text
+    return ("small" if network_size(n_layer, n_embd) <= MEASURED_SIZE else "later") + comma + changes
+
+
+def first_meaning(text: str) -> str:
+    """A recipe of a run that recorded no resolved one, as it was then."""
+    name, comma, changes = text.partition(",")
+    return FIRST_MEANINGS.get(name.strip(), name) + comma + changes
+
+
 def recipe_rules(text: str) -> dict[str, Any]:
-    """The arguments of scaling.make_plan that come from the recipe."""
+    """The arguments of scaling.make_plan that come from the (resolved) recipe."""
     recipe = get_recipe(text)
     rates = recipe.optimizer()
-    return {**vars(recipe.plan), "weight_decay": rates.weight_decay, "matrix_lr": rates.matrix_lr}
+    return {"recipe": text, **vars(recipe.plan), "weight_decay": rates.weight_decay, "matrix_lr": rates.matrix_lr}
 
 
 def _types(owner: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 # A series of models that differ in depth only, all trained on the same number of tokens per parameter.
 #
 #   bash runs/miniseries.sh           # on two CPU cores, on the starter corpus: under an hour
-#   bash runs/miniseries.sh h100      # on 8xH100, on the public shards
+#   bash runs/miniseries.sh h100      # on 8xH100, on 100 public shards (10 GB), which it downloads
 #
 # It can be stopped at any time; the same command continues where it stopped. Finished runs are not repeated.
 set -euo pipefail
@@ -12,15 +12,16 @@ source .venv/bin/activate 2>/dev/null || { echo "error: no .venv here; run bash 
 case "${1:-cpu}" in
   cpu)
     DEPTHS="1 2 3" RATIO=3
-    FLAGS="--data=starter --head-dim=64 --max-seq-len=512 --total-batch-size=4096 --eval-tokens=262144"
+    FLAGS="--data=starter --recipe=small --head-dim=64 --max-seq-len=512 --total-batch-size=4096 --eval-tokens=262144"
     TRAIN="python -m scripts.base_train" VOCAB="--data=starter --vocab-size=4096 --max-chars=20000000" OUT=cpu ;;
   h100)
-    DEPTHS="10 11 12 13 14 15 16 17 18 19 20" RATIO=10.5 FLAGS=""
-    TRAIN="torchrun --standalone --nproc_per_node=8 -m scripts.base_train --" VOCAB="" OUT=h100 ;;
+    DEPTHS="10 11 12 13 14 15 16 17 18 19 20" RATIO=10.5 FLAGS="--data=climbmix --recipe=later"
+    TRAIN="torchrun --standalone --nproc_per_node=8 -m scripts.base_train --" VOCAB="--data=climbmix" OUT=h100 SHARDS=100 ;;
   *) echo "error: unknown preset $1; usage: bash runs/miniseries.sh [cpu|h100]" >&2; exit 2 ;;
 esac
 
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/studies/$OUT"
+[ -z "${SHARDS:-}" ] || python -m nanochat.dataset --set climbmix -n "$SHARDS"
 [ -f "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || python -m scripts.tok_train $VOCAB
 for depth in $DEPTHS; do
   tag="series_d${depth}"

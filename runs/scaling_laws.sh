@@ -2,7 +2,7 @@
 # The best model size and number of tokens for a compute budget: train a grid of budgets and depths, fit a law.
 #
 #   bash runs/scaling_laws.sh           # on two CPU cores, on the starter corpus: under an hour
-#   bash runs/scaling_laws.sh h100      # on 8xH100, on the public shards (python -m nanochat.dataset -n 200 first)
+#   bash runs/scaling_laws.sh h100      # on 8xH100, on 300 public shards (30 GB), which it downloads
 #
 # It can be stopped at any time; the same command continues where it stopped. Finished runs are not repeated.
 set -euo pipefail
@@ -12,15 +12,16 @@ source .venv/bin/activate 2>/dev/null || { echo "error: no .venv here; run bash 
 case "${1:-cpu}" in
   cpu)
     GRID="4e12:1,2,3 1.2e13:1,2,3,4 3.6e13:1,2,3,4,5 1e14:2,3,4,5"
-    FLAGS="--data=starter --head-dim=64 --max-seq-len=512 --total-batch-size=4096 --eval-tokens=262144"
+    FLAGS="--data=starter --recipe=small --head-dim=64 --max-seq-len=512 --total-batch-size=4096 --eval-tokens=262144"
     TRAIN="python -m scripts.base_train" VOCAB="--data=starter --vocab-size=4096 --max-chars=20000000" OUT=cpu ;;
   h100)
     GRID="1e18:8,10,12,14,16 2.15e18:8,10,12,14,16,18 4.64e18:10,12,14,16,18,20 1e19:10,12,14,16,18,20"
-    FLAGS="" TRAIN="torchrun --standalone --nproc_per_node=8 -m scripts.base_train --" VOCAB="" OUT=h100 ;;
+    FLAGS="--data=climbmix --recipe=later" TRAIN="torchrun --standalone --nproc_per_node=8 -m scripts.base_train --" VOCAB="--data=climbmix" OUT=h100 SHARDS=300 ;;
   *) echo "error: unknown preset $1; usage: bash runs/scaling_laws.sh [cpu|h100]" >&2; exit 2 ;;
 esac
 
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/studies/$OUT"
+[ -z "${SHARDS:-}" ] || python -m nanochat.dataset --set climbmix -n "$SHARDS"
 [ -f "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || python -m scripts.tok_train $VOCAB
 for cell in $GRID; do
   budget="${cell%%:*}"

@@ -5,9 +5,11 @@
 #
 # Two minutes before the time limit SLURM sends this script SIGUSR1, which it forwards: the run finishes its step and
 # saves, and the job requeues itself and continues from there (--resume). SLURM requeues it too when a node fails. The
-# base folder must be on a disk that all nodes share. (Not SIGTERM, on which srun kills the step.)
+# base folder must be on a disk that all nodes share. (Not SIGTERM, on which srun kills the step.) Each rank tokenises
+# on its share of the cores: without --cpus-per-gpu, or bound, the ranks of a node could get one core together.
 #SBATCH --job-name=nanochat
 #SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-gpu=8
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -20,7 +22,7 @@ HEAD="${NODES%%$'\n'*}" # the first line; `| head -n 1` can kill scontrol with S
 GPUS="${SLURM_GPUS_ON_NODE:-8}" CODE=0 SIGNALLED=
 
 trap 'SIGNALLED=1; kill -USR1 "$STEP"' USR1
-srun .venv/bin/python -m scripts.launch --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$GPUS" --max-restarts=3 \
+srun --cpu-bind=none .venv/bin/python -m scripts.launch --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$GPUS" --max-restarts=3 \
   --shutdown-timeout=100 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$HEAD:${PORT:-29500}" \
   -m scripts.base_train -- --resume "$@" & STEP=$!
 wait "$STEP" || CODE=$?

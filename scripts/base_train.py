@@ -21,7 +21,7 @@ from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, describe
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.train.hooks import estimate_core_seconds, evaluate_core, sample_hook, validate
-from nanochat.train.pretraining import PretrainConfig as Config, build_model, build_step, fix_plan
+from nanochat.train.pretraining import PretrainConfig as Config, build_model, build_step, fix_plan, run_recipe
 from nanochat.train.run import Run, open_run
 from nanochat.trainer import Hook, Trainer
 from scripts import _cli
@@ -53,7 +53,8 @@ def train(config: Config, runtime: Runtime) -> int:
         model = build_model(run, tokenizer)
         runtime.print0(f"{runtime.describe()}\ndata: {corpus.describe()}; run folder: {folder}")
 
-        plan = fix_plan(run, model)
+        recipe = run_recipe(run, model.config)
+        plan = fix_plan(run, recipe, model)
         loader = PretrainLoader(
             corpus,
             tokenizer,
@@ -64,7 +65,7 @@ def train(config: Config, runtime: Runtime) -> int:
             world_size=runtime.world_size,
             num_threads=runtime.loader_threads,
         )
-        trainer = Trainer(build_step(config, plan, model, runtime), loader)
+        trainer = Trainer(build_step(config, recipe, plan, model, runtime), loader)
         run.begin(plan.num_steps, describe(model.config, plan))
         if runtime.is_main and not (saved and saved.record):
             save_record(corpus, folder)
@@ -75,8 +76,8 @@ def train(config: Config, runtime: Runtime) -> int:
             trainer,
             tokenizer,
             total_batch_tokens=plan.total_batch_tokens,
-            meta={"stage": "base", "corpus": corpus.fingerprint},
-            report=partial(report, run, trainer, plan),
+            meta={"stage": "base", "corpus": corpus.fingerprint, "recipe": recipe},
+            report=partial(report, run, trainer, plan, corpus.name),
         )
 
 
@@ -102,13 +103,13 @@ def core_hook(config: Config, trainer: Trainer, tokenizer: RustBPETokenizer, bun
     return Hook(lambda trainer: evaluate_core(trainer, *core), config.core_metric_every, seconds=seconds)
 
 
-def report(run: Run[Config], trainer: Trainer, plan: Plan) -> None:
+def report(run: Run[Config], trainer: Trainer, plan: Plan, corpus: str) -> None:
     """Put the run's figures into the report."""
     now = trainer.progress
     values: dict[str, Any] = {
         "flops": now.tokens * plan.flops_per_token,
         "plan": describe(trainer.model.config, plan),
-        "tables": {"Plan and outcome": plan_and_outcome(plan, now, run.config.minutes)},
+        "tables": {"Plan and outcome": plan_and_outcome(plan, now, run.config.minutes, corpus)},
     }
     if (gpu := known_gpu(trainer.runtime)) and (price := gpu.dollars_per_hour):
         values["dollars"] = price * trainer.runtime.world_size * now.wall_seconds / 3600

@@ -20,6 +20,7 @@ from nanochat.planning.fit import fit_law
 from nanochat.planning.isoflop import Run, Study, best_sizes
 from nanochat.planning.law import Law
 from nanochat.planning.study_plots import plot_isoflops, plot_series
+from nanochat.recipe import first_meaning
 from nanochat.reporting.console import print_table
 from nanochat.scaling import estimate, scaling_params
 from scripts import _cli
@@ -79,7 +80,7 @@ def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
     """(finished base runs whose tags match `pattern`, the corpus they share)."""
     folder = run_dir(base_dir, "base", "x").parent
     tags = sorted(p.name for p in folder.iterdir() if list_steps(p)) if folder.is_dir() else []
-    runs, corpora = [], set()
+    runs, corpora, recipes = [], set(), set()
     for tag in fnmatch.filter(tags, pattern):
         if re.search(r"\.old\d+$", tag) and ".old" not in pattern:
             continue  # renamed by a later run with the same tag
@@ -92,6 +93,7 @@ def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
         flops_per_token, counts = estimate(config)
         tokens = progress["step"] * plan["total_batch_tokens"]
         corpora.add(user["data"] or "the public shards")
+        recipes.add(meta.get("recipe") or first_meaning(user.get("recipe", "published")))
         runs.append(
             Run(
                 tag=tag,
@@ -108,6 +110,11 @@ def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
         raise UserError(f"no finished base run matches --runs={pattern!r}; existing: {', '.join(tags) or 'none'}")
     if len(corpora) > 1:
         raise UserError(f"--runs={pattern!r} were trained on different data: {', '.join(sorted(corpora))}")
+    if len(recipes) > 1:
+        raise UserError(
+            f"--runs={pattern!r} were trained by different recipes: {', '.join(sorted(recipes))}; sizes compare under "
+            "one only, so give all runs of a study the same --recipe (not default, which depends on the size)"
+        )
     return runs, corpora.pop()
 
 

@@ -19,7 +19,7 @@ from nanochat.planning.hardware import Gpu, Pace, expected_pace, find_gpu
 from nanochat.planning.law import Law
 from nanochat.planning.planner import RunPlan, plan_run
 from nanochat.ranges import Range
-from nanochat.recipe import get_recipe, recipe_rules
+from nanochat.recipe import get_recipe, recipe_rules, resolve_recipe
 from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, make_plan
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = replace(config, vocab_size=default_vocab_size(here))
     any_depth = here and config.depth == -1 and config.minutes > 0  # to be chosen once the machine is measured
     model_config = config.network(config.vocab_size)(2 if any_depth else config.depth)
-    make_plan(model_config, **horizon(config, num_steps=1))  # refuse wrong flags before measuring
+    make_plan(model_config, **horizon(config, model_config, num_steps=1))  # refuse wrong flags before measuring
     if here:
         run = plan_here(config, model_config)
     else:  # a GPU known by name, with the speed expected from published runs
@@ -96,7 +96,7 @@ def default_vocab_size(here: bool) -> int:
     return DEFAULT_VOCAB_SIZE
 
 
-def horizon(config: Config, num_steps: int = -1) -> dict[str, Any]:
+def horizon(config: Config, model_config: GPTConfig, num_steps: int = -1) -> dict[str, Any]:
     """Arguments of make_plan; `num_steps` is the horizon if --minutes is given."""
     by_time = config.minutes > 0 and config.num_iterations == -1
     return {
@@ -104,7 +104,7 @@ def horizon(config: Config, num_steps: int = -1) -> dict[str, Any]:
         "target_flops": config.target_flops,
         "target_param_data_ratio": config.target_param_data_ratio,
         "total_batch_size": config.total_batch_size,
-        **recipe_rules(config.recipe),
+        **recipe_rules(resolve_recipe(config.recipe, model_config.n_layer, model_config.n_embd)),
     }
 
 
@@ -145,7 +145,7 @@ def plan_with_pace(
         T = model_config.sequence_len
         rows = align_batch(config.total_batch_size, T) // T
         steps = steps_in(config.minutes, pace.step_seconds(math.ceil(rows / num_gpus) * T))
-    plan = make_plan(model_config, **horizon(config, steps))
+    plan = make_plan(model_config, **horizon(config, model_config, steps))
     if by_time:
         plan.horizon = f"--minutes={config.minutes:g}"
     return plan_run(

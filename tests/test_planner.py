@@ -19,12 +19,13 @@ from nanochat.planning.fit import fit_law
 from nanochat.planning.hardware import GPUS, Gpu, expected_pace, find_gpu, known_gpu
 from nanochat.planning.law import Candidate, Law
 from nanochat.planning.memory import activation_bytes, choose_rows, memory_by_kind
-from nanochat.planning.planner import USABLE_MEMORY
+from nanochat.planning.planner import USABLE_MEMORY, plan_and_outcome
 from nanochat.runtime import Runtime
-from nanochat.scaling import derive_sizes, estimate
+from nanochat.scaling import derive_sizes, describe, estimate, make_plan, scaling_params
 from nanochat.train import pace as measured, timing
+from nanochat.train.progress import Progress
 from nanochat.train.step import TrainStep
-from scripts import plan
+from scripts import _cli, plan
 
 H100 = ["--gpu=h100", "--num-gpus=8"]
 HERE = ["--depth=2", "--n-embd=32", "--n-head=2", "--max-seq-len=32", "--vocab-size=300", "--num-iterations=3"]
@@ -74,6 +75,51 @@ def test_published_runs(
     assert flops is None or result["flops"] == pytest.approx(flops, rel=0.01)
     assert result["seconds"] == pytest.approx(seconds, rel=0.05)
     assert result["dollars"] == pytest.approx(result["seconds"] / 3600 * 8 * 3)
+
+
+@pytest.mark.parametrize(("depth", "batch"), [(12, 2**19), (20, 2**20), (24, 2**20), (26, 2**20)])
+def test_defaults_where_the_field_trains_are_the_fields(
+    depth: int, batch: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The later recipe in full: rates that follow the batch alone, decay by the horizon, windows of a quarter."""
+    result = planned([*H100, f"--depth={depth}"], capsys)
+    assert (result["recipe"], result["measured_here"], result["total_batch_size"]) == ("later", False, batch)
+    config = GPTConfig.from_dict(result["model_config"])
+    assert config == GPTConfig.later(**vars(derive_sizes(depth))) and config.init == "later"
+    reference = 10.5 * scaling_params(estimate(GPTConfig())[1])
+    assert result["lr_scale"] == pytest.approx((batch / 2**19) ** 0.5)
+    assert result["weight_decay"] == pytest.approx(0.28 * (batch / 2**19) ** 0.5 * reference / result["tokens"])
+    assert result["tokens_per_param"] == pytest.approx(10.5, rel=0.001)
+
+
+def test_the_plan_says_what_lies_outside_of_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--depth=2", "--head-dim=64", "--vocab-size=4096", "--max-seq-len=512", "--total-batch-size=4096"]
+    assert planned([*H100, *tiny, "--num-iterations=400"], capsys)["measured_here"]
+    assert not planned([*H100, *tiny, "--num-iterations=90000"], capsys)["measured_here"], "a long run of a small model"
+    assert not planned([*H100, "--depth=24", "--num-iterations=1", "--total-batch-size=2048"], capsys)["measured_here"]
+    size, flops = 24 * 1536**2 / (6 * 384**2), planned([*H100, "--depth=24"], capsys)["flops"] / 1e14
+    shown = dict(describe_plan(["--depth=24"]))
+    assert f"{size:,.1f} x" in shown["measured here"] and f"{flops:,.0f} x" in shown["measured here"]
+    assert dict(describe_plan([*tiny, "--num-iterations=400"]))["measured here"] == "yes"
+
+
+def describe_plan(flags: list[str]) -> list[tuple[str, str]]:
+    config = _cli.parse(plan.Config, [*H100, *flags])
+    model_config = config.network(config.vocab_size if config.vocab_size > 0 else 32768)(config.depth)
+    return describe(model_config, make_plan(model_config, **plan.horizon(config, model_config)))
+
+
+def test_a_forecast_for_other_text_or_far_beyond_the_law_says_so() -> None:
+    config = GPTConfig(n_layer=2, n_embd=128, n_head=2, n_kv_head=2, vocab_size=4096)
+    done = Progress(step=400, val_bpb=0.74)
+
+    def forecast(batch: int, corpus: str) -> str:
+        made = make_plan(config, num_iterations=400, total_batch_size=batch)
+        return next(row["planned"] for row in plan_and_outcome(made, done, -1, corpus) if row[""] == "bits per byte")
+
+    assert "starter" in forecast(4096, "my_texts") and "starter" not in forecast(4096, "starter")
+    assert "extrapolated" in forecast(2**20, "starter") and "extrapolated" not in forecast(4096, "starter")
+    assert "±" in forecast(2**20, "starter") and "±" not in forecast(2**30, "starter"), "none at all that far away"
 
 
 def test_d12_takes_about_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:

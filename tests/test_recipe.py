@@ -1,5 +1,9 @@
 """Recipes, and changes to one."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from stubs import TINY
 
@@ -7,8 +11,12 @@ from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.gpt_config import GPTConfig
 from nanochat.optim import OptimizerConfig
-from nanochat.recipe import RECIPES, get_recipe
+from nanochat.planning.law import Law
+from nanochat.recipe import RECIPES, PlanRules, Recipe, get_recipe, resolve_recipe
 from nanochat.runtime import Runtime
+from nanochat.scaling import MEASURED_SIZE, derive_sizes, network_size
+from nanochat.train.pretraining import PretrainConfig, run_recipe
+from nanochat.train.run import Run
 from nanochat.train.schedules import ScheduleConfig
 
 
@@ -18,14 +26,48 @@ def test_names_stand_for_what_is_published() -> None:
     assert published.schedule(10) == ScheduleConfig(10)
     assert not published.plan.decay_by_horizon and published.plan.batch_exponent == 0.5
     assert later.model(n_layer=3) == GPTConfig.later(n_layer=3) and later.optimizer() == OptimizerConfig.later()
-    assert later.schedule(10).momentum_peak == 0.97 and later.plan.decay_by_horizon
-    # The default is the later one, but for what short runs want.
-    default = get_recipe("default")
-    assert default.model(n_layer=3) == later.model(n_layer=3, init="published")
-    assert default.optimizer() == later.optimizer()
-    assert default.schedule(10) == later.schedule(10) and default.plan.decay_by_horizon
-    assert (default.plan.horizon_exponent, later.plan.horizon_exponent) == (0.2, 0.0)
+    schedule = later.schedule(2000)
+    assert (schedule.warmup_steps, schedule.warmdown_steps, schedule.final_lr_frac) == (40, 1300, 0.05)
+    assert (schedule.momentum_peak, schedule.momentum_warmup_steps) == (0.97, 400)
+    assert later.model().init == "later" and later.plan == PlanRules(decay_by_horizon=True)
+    # The small one is the later one, but for what short runs want.
+    small = get_recipe("small")
+    assert small.model(n_layer=3) == later.model(n_layer=3, init="published")
+    assert small.optimizer() == later.optimizer()
+    assert small.schedule(10) == OLD_SCHEDULE and small.plan.decay_by_horizon
+    assert small.plan.horizon_exponent == 0.2
     assert get_recipe("plain").model(window_pattern="SL").window_pattern == "L"
+
+
+OLD_SCHEDULE = ScheduleConfig(10, momentum_peak=0.97, momentum_warmdown=True, decay_shape="cosine")
+
+
+def test_the_default_is_what_was_measured_at_that_size() -> None:
+    """Here up to depth 6, and the law's largest network is within; by its authors from depth 12 on."""
+    largest = max(params for params, _, _ in Law.load().points)  # type: ignore[union-attr]
+    assert largest < MEASURED_SIZE == network_size(6, 384)
+    for depth in (1, 2, 3, 4, 5, 6, 12, 20, 24, 26):
+        name, head_dim = ("small", 64) if depth <= 6 else ("later", 128)
+        width = derive_sizes(depth, head_dim=head_dim).n_embd
+        assert resolve_recipe("default,smear=False", depth, width) == f"{name},smear=False"
+        network = PretrainConfig(depth=depth, head_dim=head_dim).network(300)(depth)
+        assert network.init == ("later" if name == "later" else "published")
+    assert resolve_recipe("small", 24, 1536) == "small" and resolve_recipe("published", 1, 64) == "published"
+
+
+def test_a_resumed_run_keeps_its_recipe() -> None:
+    """As recorded; before recipes were recorded with their default resolved, the names meant other schedules."""
+
+    def resumed(recipe: str, meta: dict[str, str]) -> Recipe:
+        checkpoint: Any = SimpleNamespace(meta=meta)
+        run = Run("base_train", Path(), PretrainConfig(depth=24, recipe=recipe), None, checkpoint)  # type: ignore[arg-type]
+        return get_recipe(run_recipe(run, GPTConfig(n_layer=24, n_embd=1536, n_head=12, n_kv_head=12)))
+
+    assert resumed("default", {"recipe": "later,smear=False"}) == get_recipe("later,smear=False")
+    assert resumed("default", {}) == get_recipe("small")
+    assert resumed("later", {}).schedule(10) == OLD_SCHEDULE
+    assert resumed("later,warmdown_ratio=0.3", {}).schedule(10).warmdown_ratio == 0.3
+    assert resumed("published", {}) == get_recipe("published")
 
 
 def test_changes_reach_their_owner() -> None:
@@ -88,6 +130,7 @@ def test_a_changed_recipe_trains_and_is_remembered(copied) -> None:  # type: ign
     text = f"--data={copied / 'text.jsonl'}"
     assert base_train.main([*flags, text, "--recipe=plain,smear=True,lr_scale=2", "--model-tag=changed"]) == 0
     saved = open_checkpoint(copied / "base_checkpoints" / "changed")
+    assert saved.meta["recipe"] == "plain,smear=True,lr_scale=2"
     assert saved.meta["model_config"]["smear"] and not saved.meta["model_config"]["backout"]
     start = open_starting_model(None, "base", saved.path.parent, "changed", -1, Runtime.create("cpu"))
     assert start.base["recipe"] == "plain,smear=True,lr_scale=2"

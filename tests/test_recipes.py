@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from nanochat.scaling import make_plan, scaling_params
+from nanochat.train.pretraining import PretrainConfig, plan_arguments
+from scripts import _cli
 
 RUNS = Path(__file__).parent.parent / "runs"
 WANTED = [
@@ -137,3 +142,47 @@ def test_sky(tmp_path: Path) -> None:
         ["bash", "-c", recipe["run"]], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
     ).stdout
     assert launched(said.splitlines()) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("script", "preset", "depths"),
+    [
+        ("speedrun.sh", "", {24}),
+        ("miniseries.sh", "h100", set(range(10, 21))),
+        ("miniseries.sh", "cpu", {1, 2, 3}),
+        ("scaling_laws.sh", "h100", set(range(8, 21, 2))),
+        ("scaling_laws.sh", "cpu", {1, 2, 3, 4, 5}),
+    ],
+)
+def test_every_command_of_a_script_parses_and_plans(tmp_path: Path, script: str, preset: str, depths: set[int]) -> None:
+    """Stand-ins record the commands. One recipe for all sizes of a study, the field's where the field trains; and the
+    text is downloaded to the folder where the runs look for it."""
+    record = f'echo "$NANOCHAT_BASE_DIR|$(basename "$0") $*" >> {tmp_path}/commands'
+    for name in ("python", "torchrun"):
+        program(tmp_path / ".venv" / "bin" / name, record)
+    (tmp_path / ".venv" / "bin" / "activate").write_text(f"PATH={tmp_path}/.venv/bin:$PATH\n")
+    shutil.copytree(RUNS, tmp_path / "runs")
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+    command = ["bash", tmp_path / "runs" / script, *preset.split()]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    folders, commands = zip(*(line.split("|") for line in (tmp_path / "commands").read_text().splitlines()))
+    assert len({folder for folder, words in zip(folders, commands) if "pip" not in words}) == 1
+    assert (preset == "cpu") != any("nanochat.dataset --set climbmix" in words for words in commands)
+    configs = [
+        _cli.parse(PretrainConfig, shlex.split(words.partition("scripts.base_train")[2]))
+        for words in commands
+        if "scripts.base_train" in words
+    ]
+    plans = [make_plan(c.network(32768)(c.depth), **plan_arguments(c, c.recipe)) for c in configs]
+    assert {config.depth for config in configs} == depths and all(plan.num_steps > 10 for plan in plans)
+    assert {config.data for config in configs} == {"starter" if preset == "cpu" else "climbmix"}
+    assert {config.recipe for config in configs} == {"small" if preset == "cpu" else "later"}
+    if script == "speedrun.sh":  # the published run: tokens of ratio 8, batch and rates of the later recipe
+        (config,), (plan,) = configs, plans
+        assert config.fp8 and plan.total_batch_tokens == 2**20 and plan.lr_scale == pytest.approx(2**0.5)
+        assert plan.tokens == pytest.approx(8 * scaling_params(plan.params), rel=0.001)
+
+
+def test_every_script_is_valid_bash() -> None:
+    for path in RUNS.glob("*.sh"):
+        subprocess.run(["bash", "-n", path], check=True)

@@ -90,6 +90,9 @@ def test_fit_law_reads_finished_runs(copied: Path, capsys: pytest.CaptureFixture
         main(["--runs=tiny"])
     with pytest.raises(UserError, match=r"law_1_6e"):
         main(["--runs=nothing"])
+    base_train.main([*flags, text, "--depth=1", "--recipe=later", "--num-iterations=1", "--model-tag=law_other"])
+    with pytest.raises(UserError, match=r"later, small.*--recipe"):
+        main(["--runs=law_*"])
 
 
 def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_sft_tags(copied: Path, chats: str) -> None:
     """A new tag finetunes the newest base run; resuming without a tag goes on with the newest finetuning run."""
     assert chat_sft.main([*SFT, chats, "--model-tag=mine"]) == 0
     saved = open_checkpoint(run_dir(copied, "sft", "mine"))
-    assert saved.meta["base"] == {"tag": "tiny", "step": 1, "recipe": "default", "source": "base"}
+    assert saved.meta["base"] == {"tag": "tiny", "step": 1, "recipe": "small", "source": "base"}
     assert base_train.main([*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=newer"]) == 0
     asked = [chat_sft.Config(resume=True), chat_sft.Config(), chat_sft.Config(model_tag="tiny")]
     assert [finetuning_dir("sft", "base", config, "", CPU).name for config in asked] == ["mine", "newer", "tiny"]

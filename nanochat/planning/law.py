@@ -51,7 +51,8 @@ class Forecast(NamedTuple):
     extrapolation: float = 0.0  # training FLOPs relative to the largest run fitted
 
     def __str__(self) -> str:
-        return f"{self.bpb:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+        far = f", extrapolated {self.extrapolation:.2g} times" if self.extrapolation > WARN_EXTRAPOLATION else ""
+        return f"{self.bpb:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}") + far
 
 
 @dataclass

@@ -16,7 +16,7 @@ from nanochat.planning.hardware import Gpu, Pace
 from nanochat.planning.law import Forecast, Law
 from nanochat.planning.memory import choose_rows, memory_by_kind, uncounted_weights
 from nanochat.runtime import process_age
-from nanochat.scaling import Plan, describe, scaling_params
+from nanochat.scaling import Plan, beyond_measured, describe, scaling_params
 from nanochat.train.progress import Progress
 
 MAX_EXTRAPOLATION = 1000.0  # beyond this many times the FLOPs of the law's largest run, no forecast is given
@@ -82,6 +82,10 @@ class RunPlan:
             "scaling_params": scaling_params(plan.params),
             "tokens_per_param": plan.tokens_per_param,
             "horizon": plan.horizon,
+            "recipe": plan.recipe,
+            "lr_scale": plan.lr_scale,
+            "weight_decay": plan.weight_decay,
+            "measured_here": max(beyond_measured(self.config, plan)) <= 1,
             "model_config": self.config.to_dict(),
             "gpu": self.gpu.name,
             "num_gpus": self.num_gpus,
@@ -163,7 +167,6 @@ def plan_run(
         return sum(memory_by_kind(config, gpu, num_gpus, rows, rates).values()) <= USABLE_MEMORY * gpu.memory_bytes
 
     rows = choose_rows(step_rows, fits, max_rows) if device_batch_size == -1 else min(device_batch_size, step_rows)
-    forecast = law.forecast(scaling_params(plan.params), plan.tokens) if law else None
     run = RunPlan(
         config,
         plan,
@@ -173,7 +176,7 @@ def plan_run(
         rows,
         math.ceil(step_rows / rows),
         memory_by_kind(config, gpu, num_gpus, rows, rates),
-        forecast if forecast and forecast.extrapolation <= MAX_EXTRAPOLATION else None,
+        credible_forecast(law, plan),
     )
     run.assumptions = list(assumptions(run))
     return run
@@ -211,10 +214,11 @@ def assumptions(run: RunPlan) -> Iterator[str]:
         yield f"loss: {run.forecast.basis}"
 
 
-def plan_and_outcome(plan: Plan, progress: Progress, minutes: float) -> list[dict[str, Any]]:
+def plan_and_outcome(plan: Plan, progress: Progress, minutes: float, corpus: str) -> list[dict[str, Any]]:
     """Planned and achieved figures, as rows of the report's table.
 
-    Steps, tokens, the time if `minutes` was given, bits per byte if there is a law.
+    Steps, tokens, the time if `minutes` was given, bits per byte if there is a law; one fitted to other text than
+    `corpus` is named.
     """
     rows: list[dict[str, Any]] = [
         {"": "steps", "planned": f"{plan.num_steps:,}", "outcome": f"{progress.step:,}"},
@@ -225,6 +229,14 @@ def plan_and_outcome(plan: Plan, progress: Progress, minutes: float) -> list[dic
         rows.append({"": "time", "planned": format_seconds(60 * minutes), "outcome": format_seconds(seconds)})
     law = Law.load()
     if law and progress.val_bpb is not None:
-        forecast = law.forecast(scaling_params(plan.params), plan.tokens)
-        rows.append({"": "bits per byte", "planned": str(forecast), "outcome": f"{progress.val_bpb:.4f}"})
+        planned = "no forecast: too far beyond the runs fitted"
+        if forecast := credible_forecast(law, plan):
+            planned = f"{forecast}{'' if corpus == law.corpus else f' (for other text: {law.corpus})'}"
+        rows.append({"": "bits per byte", "planned": planned, "outcome": f"{progress.val_bpb:.4f}"})
     return rows
+
+
+def credible_forecast(law: Law | None, plan: Plan) -> Forecast | None:
+    """The law's forecast for a run; None without a law, and far beyond the runs it was fitted to."""
+    forecast = law.forecast(scaling_params(plan.params), plan.tokens) if law else None
+    return forecast if forecast and forecast.extrapolation <= MAX_EXTRAPOLATION else None

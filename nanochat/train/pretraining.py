@@ -12,7 +12,7 @@ from nanochat.checkpoint_manager import load_model_state
 from nanochat.common import UserError, format_count, get_base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.ranges import Range
-from nanochat.recipe import get_recipe, recipe_rules
+from nanochat.recipe import first_meaning, get_recipe, recipe_rules, resolve_recipe
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, derive_sizes, make_plan
 from nanochat.tokenizer import RustBPETokenizer
@@ -48,7 +48,8 @@ class ModelFlags:
     window_pattern: str = "SSSL"
     """Per layer, tiled: S short window, L full context; the last layer is always L."""
     recipe: str = "default"
-    """default, published, later or plain; changes may follow: default,smear=False,matrix_lr=0.03 (docs/training.md)."""
+    """default (small or later, by the network's size), small, published, later or plain; changes may follow:
+    default,smear=False,matrix_lr=0.03 (docs/training.md)."""
     target_flops: Annotated[float, Range(above=0, unset=-1)] = -1.0
     """Horizon in training FLOPs."""
     target_param_data_ratio: Annotated[float, Range(above=0, unset=-1)] = 10.5
@@ -57,16 +58,12 @@ class ModelFlags:
     def network(self, vocab_size: int) -> Callable[[int], GPTConfig]:
         """The model's config as a function of its depth."""
         context = USUAL_CONTEXT if self.max_seq_len == -1 else self.max_seq_len
-        make_config = partial(
-            get_recipe(self.recipe).model,
-            sequence_len=context,
-            vocab_size=vocab_size,
-            window_pattern=self.window_pattern,
-        )
+        given = {"sequence_len": context, "vocab_size": vocab_size, "window_pattern": self.window_pattern}
 
         def config_of_depth(depth: int) -> GPTConfig:
             sizes = derive_sizes(depth, self.aspect_ratio, self.head_dim, self.n_embd, self.n_head, self.n_kv_head)
-            config = make_config(**asdict(sizes))
+            recipe = resolve_recipe(self.recipe, sizes.n_layer, sizes.n_embd)
+            config = get_recipe(recipe).model(**given, **asdict(sizes))
             if config.window_pattern != self.window_pattern and self.window_pattern != ModelFlags.window_pattern:
                 raise UserError(
                     f"--recipe={self.recipe} fixes the windows as {config.window_pattern}: give yours as "
@@ -83,12 +80,12 @@ class PretrainConfig(DataConfig, ModelFlags, TrainConfig):
 
     max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
     """Context length in tokens; -1 is 2048, or with --init-from what that model has."""
-    warmup_steps: Annotated[int, Range(0)] = 0
-    """Linear warm-up, in steps."""
+    warmup_steps: Annotated[int, Range(0, unset=-1)] = -1
+    """Linear warm-up, in steps; -1 takes the recipe's, here and below."""
     warmup_ratio: Annotated[float, Range(0, 1, unset=-1)] = -1.0
     """Linear warm-up as a share of the run; overrides --warmup-steps."""
     warmdown_ratio: Annotated[float, Range(0, 1, unset=-1)] = -1.0
-    """Share of the run over which the rates fall linearly; -1 takes the recipe's, here and below."""
+    """Share of the run over which the rates fall linearly."""
     final_lr_frac: Annotated[float, Range(0, unset=-1)] = -1.0
     """Final rates, as a share of the peak."""
     lr_scale: Annotated[float, Range(0)] = 1.0
@@ -150,23 +147,30 @@ def new_network(config: PretrainConfig, tokenizer: RustBPETokenizer, runtime: Ru
     return config_of_depth(choice.key)
 
 
-def plan_arguments(config: PretrainConfig) -> dict[str, Any]:
-    """make_plan's arguments, all but the steps."""
-    rates = config.optimizer_config(config.recipe)
+def run_recipe(run: Run[PretrainConfig], model_config: GPTConfig) -> str:
+    """The run's recipe: of the flags, for a network of this size; a resumed run's is the one it began with."""
+    if run.checkpoint:
+        return run.checkpoint.meta.get("recipe") or first_meaning(run.config.recipe)
+    return resolve_recipe(run.config.recipe, model_config.n_layer, model_config.n_embd)
+
+
+def plan_arguments(config: PretrainConfig, recipe: str) -> dict[str, Any]:
+    """make_plan's arguments, all but the steps; `recipe` is the resolved one."""
+    rates = config.optimizer_config(recipe)
     return {
         "target_flops": config.target_flops,
         "target_param_data_ratio": config.target_param_data_ratio,
         "total_batch_size": config.total_batch_size,
-        **recipe_rules(config.recipe),
+        **recipe_rules(recipe),
         "weight_decay": rates.weight_decay,
         "matrix_lr": rates.matrix_lr,
     }
 
 
-def fix_plan(run: Run[PretrainConfig], model: GPT) -> Plan:
+def fix_plan(run: Run[PretrainConfig], recipe: str, model: GPT) -> Plan:
     """Every number of the run. With --minutes the horizon is estimated by timing real steps."""
     config, runtime = run.config, run.runtime
-    arguments = plan_arguments(config)
+    arguments = plan_arguments(config, recipe)
     if config.total_batch_size == -1 and config.minutes > 0:
         arguments["total_batch_size"] = batch_for_minutes(runtime.device.type)
     make = partial(make_plan, model.config, **arguments)
@@ -177,21 +181,25 @@ def fix_plan(run: Run[PretrainConfig], model: GPT) -> Plan:
     trial = make(num_iterations=1000)
     rows = trial.total_batch_tokens // config.max_seq_len
     batch = random_batch(rows, config.max_seq_len, model.config.vocab_size, runtime)
-    num_steps = steps_for_minutes(config, partial(build_step, config, trial, runtime=runtime), model, batch, runtime)
+    num_steps = steps_for_minutes(
+        config, partial(build_step, config, recipe, trial, runtime=runtime), model, batch, runtime
+    )
     return replace(make(num_iterations=num_steps), horizon=f"--minutes={config.minutes:g}")
 
 
-def build_step(config: PretrainConfig, plan: Plan, model: GPT, runtime: Runtime) -> TrainStep:
-    """The optimizer step of `model`, with the plan's rates; in fp8 with --fp8."""
+def build_step(config: PretrainConfig, recipe: str, plan: Plan, model: GPT, runtime: Runtime) -> TrainStep:
+    """The optimizer step of `model`, with the plan's rates and the (resolved) recipe; in fp8 with --fp8."""
     if config.fp8:
         fp8.convert(model, config.fp8_recipe, runtime)
-    warmup = round(config.warmup_ratio * plan.num_steps) if config.warmup_ratio >= 0 else config.warmup_steps
-    given = {name: getattr(config, name) for name in ("warmdown_ratio", "final_lr_frac") if getattr(config, name) != -1}
-    schedule = get_recipe(config.recipe).schedule(plan.num_steps, warmup_steps=warmup, **given)
+    flags = ("warmup_steps", "warmdown_ratio", "final_lr_frac")
+    given = {name: getattr(config, name) for name in flags if getattr(config, name) != -1}
+    if config.warmup_ratio >= 0:
+        given["warmup_steps"] = round(config.warmup_ratio * plan.num_steps)
+    schedule = get_recipe(recipe).schedule(plan.num_steps, **given)
     return create_step(
         model,
         config,
-        config.recipe,
+        recipe,
         schedule,
         runtime,
         rows=plan.total_batch_tokens // config.max_seq_len,

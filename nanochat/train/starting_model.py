@@ -85,7 +85,8 @@ def open_starting_model(
         tag = tag or (run.name if list_steps(run_dir(base_dir, source, run.name)) else "")
         name = runtime.broadcast(lambda: find_run(base_dir, source, tag).name, "choosing a model")
         model, tokenizer, meta = load_model(source, runtime, model_tag=name, step=step)
-        recipe = meta["base"]["recipe"] if "base" in meta else meta["user_config"].get("recipe", "published")
+        saved = meta["base"]["recipe"] if "base" in meta else meta.get("recipe")
+        recipe = saved or meta["user_config"].get("recipe", "published")
         base = {"source": source, "tag": name, "step": meta["step"], "recipe": recipe}
     runtime.print0(f"{runtime.describe()}\n{source} model: {base['tag']}, step {base['step']}; run folder: {run}")
     return StartingModel(model, tokenizer, base, meta["plan"]["total_batch_tokens"])
