@@ -18,9 +18,9 @@ REFERENCE_BATCH_TOKENS = 2**19  # the batch size at which the reference learning
 REFERENCE_DEPTH = 12
 REFERENCE_RATIO = 10.5  # tokens per scaling parameter of those runs
 MAX_DEPTH = 128
-# The largest network that recipes were compared on here (`bench.recipe --depth=6`, 2026-11-29: 1.797 bits per byte after
-# 200 steps of 4,096 tokens, the later recipe 1.971), and the largest budget of planning/law.json. What is measured there
-# does not travel far.
+# The largest network that recipes were compared on here (`bench.recipe --depth=6`: 1.797 bits per byte after
+# 200 steps of 4,096 tokens; the later recipe had 1.971), and the largest budget of planning/law.json. What is measured
+# there does not travel far.
 MEASURED_SIZE = 12 * 6 * 384**2  # see network_size
 MEASURED_FLOPS = 1e14
 USUAL_SHARE_OF_PEAK = 0.4  # of the measured peak of matrix products; an estimate until training has been timed
