@@ -385,9 +385,9 @@ def test_which_flags_a_resumed_run_may_change() -> None:
     }
     core = {"skip_bad_shards", "core_metric_every", "core_metric_max_per_task", "eval_bundle"}
     for config, new, if_given in (
-        (base_train.Config(), common | core, {"data", "keep_last", "device_batch_size"}),
-        (chat_sft.Config(), common | {"strict"}, {"data", "keep_last", "device_batch_size"}),
-        (chat_rl.Config(), common, {"keep_last", "device_batch_size"}),
+        (base_train.Config(), common | core, {"data", "keep_last", "device_batch_size", "deterministic"}),
+        (chat_sft.Config(), common | {"strict"}, {"data", "keep_last", "device_batch_size", "deterministic"}),
+        (chat_rl.Config(), common, {"keep_last", "device_batch_size", "deterministic"}),
     ):
         rules = resume_rules(config)
         assert {name for name, rule in rules.items() if rule is OnResume.NEW} == new
