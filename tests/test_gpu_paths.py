@@ -23,7 +23,7 @@ from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.inference.sampling import SamplingParams, draw_tokens, make_rng
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.loss_head import head_loss
-from nanochat.optim import OptimizerConfig, build_param_groups
+from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.runtime import Runtime
 from nanochat.train import progress
 from nanochat.train.progress import Progress
@@ -316,6 +316,39 @@ def test_an_edited_linear_is_refused(hopper: None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Linear, "forward", lambda self, x: 2 * nn.functional.linear(x, self.weight.to(x.dtype)))
     with pytest.raises(UserError, match=r"Linear\.forward"):
         fp8.convert(model, "tensorwise", GPU)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchao about other versions, and of the compiler about itself
+@pytest.mark.parametrize("recipe", fp8.RECIPES)
+def test_real_torchao_trains_like_bfloat16(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own layers, the 8-bit products emulated in float32; one graph under torch.compile."""
+    torchao = pytest.importorskip("torchao.float8")
+    real = torchao.Float8LinearConfig.from_recipe_name
+    emulated = SimpleNamespace(from_recipe_name=lambda name: replace(real(name), emulate=True))
+    monkeypatch.setattr(torchao, "Float8LinearConfig", emulated)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (8, 9))
+    # On a CPU the C form of relu_squared works in place, which these layers do not allow; CUDA has no C forms.
+    monkeypatch.setattr("nanochat.cpu.fused.usable", lambda *args: False)
+    curves = []
+    for converted in (False, True):
+        model = GPT.create(WIDE, compute_dtype=torch.bfloat16, seed=1)
+        if converted:
+            fp8.convert(model, recipe, GPU)
+            assert len(fp8.converted_layers(model)) == 12
+        groups = build_param_groups(model, OptimizerConfig(), lr_scale=0.2, weight_decay=0.0, ns_dtype=torch.float32)
+        optimizer, losses = MuonAdamW(groups), []
+        tokens = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(0))
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        loss_fn = torch.compile(model.loss, backend="aot_eager", fullgraph=True) if converted else model.loss
+        for _ in range(4):
+            total, _ = loss_fn(inputs, targets)
+            (total / 64).backward()
+            optimizer.step()
+            model.zero_grad()
+            losses.append(float(total.detach()) / 64)
+        curves.append(losses)
+    plain, found = curves
+    assert plain[-1] < plain[0] - 1 and found == pytest.approx(plain, rel=0.02) and found != plain
 
 
 def test_a_model_without_fp8_is_unchanged() -> None:
