@@ -237,7 +237,7 @@ def warn(message: str) -> None:
 # What PyTorch's allocators on CPU and GPU, CUDA, cuBLAS (which allocates as its first handle is made), Triton and NCCL
 # say, under several classes and wrapped by torch.compile; and sizes beyond any memory.
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|allocate memory|not enough memory|size calculation overflowed|STATUS_ALLOC_FAILED|"
+    r"OutOfMemoryError|out of memory|allocate memory|not enough memory|size calculation overflowed|STATUS_ALLOC_FAILED|"
     r"CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate|Failed to (CUDA )?(host )?[mc]?alloc",
     re.IGNORECASE,
 )
@@ -249,7 +249,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     A kernel that needs more shared memory than a card has (Triton's OutOfResources) is none: no smaller batch helps.
     """
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
+        isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"))
     )
 
 

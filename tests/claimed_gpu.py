@@ -112,6 +112,10 @@ def pretend(device: torch.device, store: dist.Store) -> list[str]:
     cuda.get_device_capability, cuda.get_device_name = lambda *args: (8, 0), lambda *args: "claimed"
     cuda.get_device_properties = lambda *args: SimpleNamespace(total_memory=80 * 2**30)
     cuda.get_arch_list = lambda: ["sm_80"]
+    cuda.mem_get_info = lambda *args: (80 * 2**30, 80 * 2**30)
+    cuda.memory_allocated = cuda.memory_reserved = cuda.max_memory_reserved = lambda *args: 0
+    cuda.get_per_process_memory_fraction = lambda *args: 1.0
+    cuda.set_per_process_memory_fraction = cuda.reset_peak_memory_stats = lambda *args: None
     cuda.synchronize = cuda.empty_cache = lambda *args: None
     runtime.open_card = lambda device: None
     cuda.get_rng_state, cuda.set_rng_state = lambda *args: torch.zeros(16, dtype=torch.uint8), lambda *args: None

@@ -187,6 +187,7 @@ class IndexWithoutDevice(TorchFunctionMode):
 def test_devices_and_dtypes_agree_on_a_gpu_that_is_not_there(form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors carry shape, dtype and device through the whole forward pass: one left on the CPU raises."""
     monkeypatch.setattr(flash_attention, "choose_backend", lambda *args: "blocked")
+    monkeypatch.setattr("nanochat.loss_head.gpu_memory", lambda device: 2.0**34)
     config = form(sequence_len=16, vocab_size=70, n_layer=3, n_head=2, n_kv_head=1, n_embd=32)
     with torch.device("meta"):
         model = GPT(config, torch.bfloat16)
