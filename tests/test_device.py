@@ -134,6 +134,24 @@ def test_a_card_that_fails_otherwise_is_one_line_too(card: SimpleNamespace, erro
     open_card(torch.device("cuda", 1))
 
 
+def test_a_driver_that_cannot_map_memory_in_pages(card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a vGPU: the allocator's usual way works."""
+    settings: list[str] = []
+
+    def change(setting: str) -> None:
+        settings.append(setting)
+        card.error = None
+
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", change)
+    card.capability, card.error = (8, 0), RuntimeError("CUDA driver error: operation not supported")
+    open_card(torch.device("cuda", 0))
+    assert settings == ["expandable_segments:False"]
+    card.error = RuntimeError("CUDA error: out of memory")
+    with pytest.raises(UserError, match="out of memory"):
+        open_card(torch.device("cuda", 0))
+    assert len(settings) == 1
+
+
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update it from the URL"
 
 

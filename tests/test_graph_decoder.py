@@ -297,9 +297,9 @@ def test_weights_that_are_not_finite_are_no_fault_of_the_graph(capsys: pytest.Ca
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_capture_calls_cuda_in_order(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real capture(), with torch.cuda replaced."""
+@pytest.mark.parametrize("fails", ["", "run", "end"])
+def test_capture_calls_cuda_in_order(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real capture(), with torch.cuda replaced; `run` fails when captured, and for good measure the end too."""
     calls: list[Any] = []
 
     class Stream:
@@ -315,6 +315,8 @@ def test_capture_calls_cuda_in_order(fails: bool, monkeypatch: pytest.MonkeyPatc
 
         def capture_end(self) -> None:
             calls.append("end")
+            if fails == "end" and "run" in calls:
+                raise RuntimeError("CUDA error: the capture was invalidated")
 
         def pool(self) -> str:
             return "pool"
@@ -327,20 +329,23 @@ def test_capture_calls_cuda_in_order(fails: bool, monkeypatch: pytest.MonkeyPatc
     def run() -> None:
         calls.append("run")
         if fails and calls.count("run") % 2 == 0:
-            raise RuntimeError("CUDA error")
+            raise RuntimeError("CUDA error: of run")
 
     fake = {"Stream": lambda device: Stream("side"), "current_stream": lambda: Stream("main"), "CUDAGraph": Graph}
     for name, value in {**fake, "stream": inside, "device": inside}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: calls.append("zeros"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *of: calls.append(f"leave {of}"), raising=False)
     graph_decoder._side.cache_clear()
     for _ in range(2):
-        with pytest.raises(RuntimeError) if fails else nullcontext():
+        with pytest.raises(RuntimeError, match="of run") if fails else nullcontext():
             real_capture(run, "cuda:0")  # type: ignore[arg-type]
     graph_decoder._side.cache_clear()
     once = ["in side", "begin None thread_local", "zeros", "end"]
     each = ["side waits for main", "in side", "run", "begin pool thread_local", "run", "end"]
-    each += [] if fails else ["main waits for side"]
+    each += ["leave (3, 'pool')"] if fails == "end" else []
+    each += ["main waits for side"]
     assert calls == ["in cuda:0", *once, *each, "in cuda:0", *each]
     assert not graph_decoder._capturing.locked()
 

@@ -31,7 +31,7 @@ def open_card(device: torch.device) -> None:
             capability = torch.cuda.get_device_capability(device)
             name = f"{name} ({torch.cuda.get_device_name(device)})"
             torch.cuda.set_device(device)
-            float(torch.ones(2, device=device).sum())
+            compute_something(device)
     except Exception as error:  # RuntimeError, or DeferredCudaCallError if CUDA cannot be initialised
         build = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda})"
         if capability and archs and torch.version.cuda and not has_code(archs, capability):
@@ -43,6 +43,18 @@ def open_card(device: torch.device) -> None:
             f"{name} cannot be used by {build}: {first_line(error)}; nvidia-smi shows its driver, its mode and the "
             "processes that hold it"
         ) from error
+
+
+def compute_something(device: torch.device) -> None:
+    """Allocate memory and run a kernel. Without expandable segments from here on if the driver cannot map memory in
+    pages, as under some hypervisors (vGPU) and on Jetson boards (https://github.com/unslothai/unsloth/issues/1446)."""
+    try:
+        float(torch.ones(2, device=device).sum())
+    except RuntimeError as error:
+        if "CUDA driver error" not in str(error):
+            raise
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+        float(torch.ones(2, device=device).sum())
 
 
 def has_code(archs: list[str], capability: Capability) -> bool:

@@ -12,6 +12,7 @@ Shapes: B rows in use, R rows of a step (B and padding), S slots, H query heads,
 C channels, V vocabulary.
 """
 
+import contextlib
 import functools
 import threading
 import weakref
@@ -170,11 +171,12 @@ def capture(run: Callable[[], None], device: torch.device) -> Any:
         stream, keeper = _side(device, threading.get_ident())
         current = torch.cuda.current_stream()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            run()
-            graph = _record(run, keeper.pool())
-        current.wait_stream(stream)
-    return graph
+        try:
+            with torch.cuda.stream(stream):
+                run()
+                return _record(run, keeper.pool())
+        finally:
+            current.wait_stream(stream)  # after a failure too: the memory that `run` uses is about to be freed
 
 
 @functools.cache
@@ -194,6 +196,20 @@ def _record(run: Callable[[], Any], pool: Any) -> Any:
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on using the device
     try:
         run()
-    finally:
-        graph.capture_end()
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # where the error has ended the capture; it says more
+            _end(graph, pool)
+        raise
+    _end(graph, pool)
     return graph
+
+
+def _end(graph: Any, pool: Any) -> None:
+    """End the capture. Where that fails, PyTorch before 2.13 leaves the allocator in it: it would never free memory
+    again, and empty_cache() would fail (https://github.com/pytorch/pytorch/pull/180395)."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        with contextlib.suppress(RuntimeError):  # that it is not in it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
