@@ -15,7 +15,7 @@ $BASE/report/report.json holds
     started_from  the run whose model a finetuning stage started from
     before        metrics measured before the first step
     metrics       path of the stage's metrics.jsonl, relative to $BASE: the curves
-    samples       [{"prompt", "text"}, ...]
+    samples       [{"prompt", "text"}, ...], with "task" and "right" where answers are judged
     tables        {title: [{column: value, ...}, ...]}, e.g. bytes per token by source
 """
 
@@ -63,7 +63,7 @@ class StageValues(TypedDict, total=False):
     before: dict[str, Any]
     splits: dict[str, str]
     sizes: dict[str, int]
-    samples: list[dict[str, str]]
+    samples: list[dict[str, str | bool | None]]
     tables: dict[str, list[dict[str, str | bool | Number]]]
 
 

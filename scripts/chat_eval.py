@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -85,12 +85,13 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
     folder = base_dir / "chat_eval" / f"{config.source}_{run}_{meta['step']:06d}"
     flags = AskFlags(config.num_samples, config.batch_size, config.max_new_tokens, config.temperature, config.top_k)
     scores: dict[str, TaskScore] = {}
-    samples: list[dict[str, str]] = []
+    samples: list[dict[str, Any]] = []
     for name, task in tasks.items():
         split = getattr(task, "split", "") or config.split or TASKS[name].split
         scores[name], outcomes = score_task(name, task, split, config.max_problems, engine, flags, runtime)
         samples += [
-            {"prompt": o.conversation["messages"][0]["content"], "text": o.samples[0].text} for o in outcomes[:3]
+            {"task": name, "prompt": o.conversation["messages"][0]["content"], **asdict(o.samples[0])}
+            for o in outcomes[:3]
         ]
         suffix = f".rank{runtime.rank}" if runtime.world_size > 1 else ""
         if is_writable(base_dir):
@@ -106,7 +107,7 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
 
 
 def report(
-    config: Config, scores: dict[str, TaskScore], checkpoint: str, values: dict[str, Any], samples: list[dict[str, str]]
+    config: Config, scores: dict[str, TaskScore], checkpoint: str, values: dict[str, Any], samples: list[dict[str, Any]]
 ) -> None:
     """Print the table and ChatCORE, and record them."""
     base_dir, stage = get_base_dir(to_write=False), STAGE[config.source]

@@ -19,8 +19,7 @@ from nanochat.runtime import Runtime
 # Children are forked from one process that has imported all slow modules.
 FORKSERVER = multiprocessing.get_context("forkserver")
 STAGES = ("tok_train", "base_train", "chat_sft", "chat_rl")
-DRAWING = ("matplotlib.figure", "matplotlib.backends.backend_svg")
-FORKSERVER.set_forkserver_preload(["torch", *(f"scripts.{name}" for name in STAGES), *DRAWING])
+FORKSERVER.set_forkserver_preload(["torch", *(f"scripts.{name}" for name in STAGES)])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:

@@ -1,10 +1,11 @@
 """report.json and the pages drawn from it."""
 
+import base64
+import hashlib
+import html
 import json
 import math
 import re
-import subprocess
-import sys
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,8 +16,12 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.report import accuracy_values, load_report, record_stage, render_report, to_json
-from nanochat.reporting.curves import curves_of, read_metrics, smooth, sparkline, thin
-from nanochat.reporting.view import STAGES, facts_of, headline, mixed_runs, wilson_interval
+from nanochat.reporting.charts import Chart
+from nanochat.reporting.compare import compare_metric, read_run
+from nanochat.reporting.curves import Curve, curves_of, last_of_each, read_metrics, smooth, sparkline, thin
+from nanochat.reporting.samples import Part, answer_parts, sample_groups
+from nanochat.reporting.scales import Scale, horizontal_scales, vertical_scale
+from nanochat.reporting.view import STAGES, facts_of, headline, mixed_runs, skill_groups, stages_of, wilson_interval
 from scripts.report import main
 
 NASTY = '<script>alert("1")</script> & <b>| `x` ``` </pre>\n| über 日本語 \\'
@@ -89,7 +94,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] not in (["style"], ["script"]):
             self.text += data
 
 
@@ -111,22 +116,47 @@ def test_report_json_keys(full: Path) -> None:
 def test_page_is_self_contained_and_escaped(full: Path) -> None:
     text = html_of(full)
     page = Page(text)
-    assert "http" not in text and "url(http" not in text and "@import" not in text
-    assert not page.tags & {"script", "link", "img", "iframe"}
+    assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text) and "@import" not in text
+    assert not page.tags & {"link", "img", "iframe"}
     links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "action")]
     assert all(value and value.startswith("#") for value in links)
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name == "style"]
     assert NASTY in page.text and "<i>Once" in page.text and "ARC<Easy>" in page.text and "tok <1>" in page.text
     assert 'http-equiv="refresh"' not in text
 
 
-def test_page_draws_curves_in_the_page_colours(full: Path) -> None:
+def test_policy_admits_the_pages_own_script_and_style_alone(full: Path) -> None:
     text = html_of(full)
-    assert text.count("<svg") == 4  # loss, bits per byte, tokens per second, learning rate
-    assert "currentColor" in text and "var(--series)" in text and "prefers-color-scheme: dark" in text
-    assert "#0102" not in text and "@media print" in text
-    svg = text[text.index("<svg") : text.index("</svg>")]
-    assert "#ffffff" not in svg and "rdf" not in svg and " width=" not in svg.split(">", 1)[0]
+    policy = html.unescape(re.findall(r'Content-Security-Policy" content="([^"]+)"', text)[0])
+    found = [
+        hashlib.sha256(body.encode()).digest() for body in re.findall(r"<(?:style|script)>(.*?)</", text, re.DOTALL)
+    ]
+    assert re.findall(r"'sha256-([^']+)'", policy) == [base64.b64encode(digest).decode() for digest in found]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and len(found) == 2
+
+
+def chart_data(base: Path) -> dict:
+    (text,) = re.findall(r'id="chart-data">(.*?)</script>', html_of(base), re.DOTALL)
+    return json.loads(text)
+
+
+def test_charts_hold_the_runs_values_over_each_axis(full: Path) -> None:
+    charts = re.findall(r'<svg class="chart".*?aria-label="([^"]*)"', html_of(full))
+    assert [label.split(":")[0] for label in charts] == ["Validation", "Training loss", "Speed", "Learning rate"]
+    data = chart_data(full)
+    (line,) = data["charts"][0]["lines"]
+    assert line["axes"]["step"] == [20, 40, 60, 80, 100, 120] and line["values"][0] == 1.05 and not line["smooth"]
+    assert list(data["axes"]) == ["step"]  # the lines of this run have no tokens, seconds or FLOPs
+
+
+def test_flops_add_up_over_the_steps(tmp_path: Path) -> None:
+    lines = [{"step": s, "loss": 1.0, "step_flops": 10.0 * s, "tokens": 5 * s, "seconds": s / 2} for s in range(1, 5)]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (curve,) = curves_of({"metrics": "m.jsonl"}, tmp_path)
+    assert curve.axes == {
+        "step": [1, 2, 3, 4], "tokens": [5, 10, 15, 20], "flops": [10, 30, 60, 100], "seconds": [0.5, 1, 1.5, 2]
+    }  # fmt: skip
 
 
 def test_drawing_twice_gives_the_same_page(full: Path) -> None:
@@ -292,9 +322,8 @@ def test_metrics_reader_skips_damaged_lines_and_what_is_not_finite(tmp_path: Pat
 
 
 def test_thinning_keeps_means_and_the_last_step() -> None:
-    steps, values = thin([(i, float(i)) for i in range(1, 11)], limit=4)
-    assert steps == [3, 6, 9, 10] and values == [2.0, 5.0, 8.0, 10.0]
-    assert len(thin([(i, 0.0) for i in range(100_001)])[0]) <= 400
+    points = [float(i) for i in range(1, 11)]
+    assert last_of_each(points, 3) == [3, 6, 9, 10] and thin(points, 3) == [2.0, 5.0, 8.0, 10.0]
 
 
 def test_smoothing_follows_a_straight_line_without_lag() -> None:
@@ -337,11 +366,6 @@ def test_command_line(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "80.0%" in out and "Pretraining" in out and "ARC<Easy>" in out
     with pytest.raises(UserError, match="NANOCHAT_BASE_DIR"):
         main(["--base-dir", str(tmp_path)])
-
-
-def test_importing_the_report_does_not_import_matplotlib() -> None:
-    code = "import sys, nanochat.report, nanochat.reporting.pages as _; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -397,11 +421,9 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["--base-dir", str(tmp_path), "--compare", "a", "b<i>"]) == 0
     text = (tmp_path / "report" / "compare.html").read_text()
     page = Page(text)
-    assert "+0.2500" in page.text and "b<i>" in page.text and "i" not in page.tags - {"i"} and "script" not in page.tags
-    assert "seed" in page.text and "depth" not in page.text and text.count("<svg") == 3
-    referenced = set(re.findall(r'(?:href="|url\()#(\w+)', text))  # markers and clip paths of the charts
-    ids = [value for name, value in page.attributes if name == "id"]
-    assert referenced and all(ids.count(name) == 1 for name in referenced) and "refresh" not in text
+    assert "+0.2500" in page.text and "b<i>" in page.text and "i" not in page.tags - {"i"} and "<b>" not in page.text
+    assert "seed" in page.text and "depth" not in page.text and text.count('<svg class="chart"') == 3
+    assert "refresh" not in text
     (tmp_path / "base_checkpoints" / "a" / "plan.json").write_text(json.dumps({"num_steps": 200, "user_config": {}}))
     assert main(["--base-dir", str(tmp_path), "--compare", "a", "b<i>"]) == 0
     assert "refresh" in (tmp_path / "report" / "compare.html").read_text()  # run a has not finished
@@ -415,4 +437,103 @@ def test_published_results_of_another_model_are_marked(tmp_path: Path) -> None:
     references = {"GPT-2": {"copa": 0.61, "other": None}}
     record_stage(tmp_path, "base_eval", {**values, "core": 0.0123, "references": references})
     text = html_of(tmp_path)
-    assert text.count('<b style="left:61.00%">') == 1 and "GPT-2" in text and "0.0123" in text
+    assert text.count('<use href="#mark-reference" x="61.00%"') == 1 and "GPT-2" in text and "0.0123" in text
+
+
+def test_another_validation_set_is_named_and_not_drawn(tmp_path: Path) -> None:
+    for name, digest, tokenizer in (("a", "d1", "t1"), ("b", "d1", "t1"), ("c", "d2", "t1"), ("d", "d1", "t2")):
+        run = tmp_path / "base_checkpoints" / name
+        (run / "000002").mkdir(parents=True)
+        lines = [{"step": s, "loss": 2.0 / s, "val_bpb": 1.0 / s} for s in (1, 2)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        flags = {"eval_tokens": 4096}
+        (run / "plan.json").write_text(json.dumps({"num_steps": 2, "user_config": flags}))
+        (run / "corpus.json").write_text(json.dumps({"val": [{"digest": digest}]}))
+        meta = {"plan": {"num_steps": 2}, "tokenizer_hash": tokenizer, "model_config": {"sequence_len": 64}}
+        (run / "000002" / "meta.json").write_text(json.dumps(meta))
+    runs = [read_run(tmp_path, name) for name in "abcd"]
+    assert [run.differs(runs[0]) for run in runs] == [[], [], ["data"], ["tokenizer"]]
+    drawn = {key: compare_metric(key, runs) for key in ("val_bpb", "loss")}
+    assert {key: [curve.run for curve in chart.shown] for key, chart in drawn.items() if chart} == {
+        "val_bpb": ["a", "b"],
+        "loss": ["a", "b", "c"],
+    }
+    assert main(["--base-dir", str(tmp_path), "--compare", *"abcd"]) == 0
+    page = Page((tmp_path / "report" / "compare.html").read_text())
+    assert page.text.count("+0.0000") == 1 and page.text.count("another validation set") >= 2
+
+
+def test_skills_of_the_same_tasks_are_paired(tmp_path: Path) -> None:
+    record_stage(tmp_path, "base_eval", accuracy_values({"copa": (6, 10)}, {"copa": 0.5}))
+    record_stage(tmp_path, "chat_eval", accuracy_values({"A": (1, 10), "SpellingBee": (5, 10)}))
+    record_stage(tmp_path, "chat_eval_rl", accuracy_values({"A": (9, 10)}))
+    chat, base = skill_groups(load_report(tmp_path))
+    assert [skill and skill.passed for _, row in chat.rows for skill in row] == [1, 9, 5, None]
+    assert (chat.marks, base.marks) == (["before", "after"], ["after"]) and [name for name, _ in base.rows] == ["copa"]
+    text = html_of(tmp_path)
+    assert text.count('<use href="#mark-before" x="10.00%"') == 1
+    assert text.count('<use href="#mark-after" x="90.00%"') == 1
+    assert "Letter counting" in Page(text).text and "90.0%" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_answers_are_marked_and_tool_calls_are_told_apart(tmp_path: Path) -> None:
+    call = "so<|python_start|>1+2<|python_end|><|output_start|>3<|output_end|>3"
+    assert answer_parts(call) == [Part("so"), Part("1+2", True, "3"), Part("3")]
+    assert answer_parts("a<|python_start|>1+") == [Part("a"), Part("1+", True, None)] and answer_parts("") == []
+    samples = [{"task": task, "prompt": f"{task}{i}", "text": call, "right": i > 0} for task in "AB" for i in range(3)]
+    record_stage(tmp_path, "chat_eval", {"samples": samples})
+    record_stage(tmp_path, "chat_eval_rl", {"samples": [{**samples[0], "text": "long " * 200, "right": True}]})
+    (group,) = sample_groups(load_report(tmp_path))
+    assert [question.prompt for question in group.shown] == ["A0", "B0"] and len(group.folded) == 4
+    assert [answer and answer.right for answer in group.questions[0].answers] == [False, True]
+    assert group.questions[1].answers[1] is None
+    page = Page(html_of(tmp_path))
+    assert "1+2 → 3" in page.text and "python_start" not in page.text and "✗ wrong" in page.text
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert "✗ so[1+2 → 3]3" in markdown and "✓ long" in markdown
+
+
+def test_stages_stand_in_order_of_time(tmp_path: Path) -> None:
+    report = {
+        "tokenizer": {"finished_at": "2026-01-02"},
+        "base_train": {"updated_at": "2026-01-05", "status": "running"},
+        "chat_sft": {"finished_at": "2026-01-03"},
+        "base_eval": {"finished_at": "2026-01-01"},
+    }
+    assert [key for key, _, _ in stages_of(report)] == ["base_eval", "tokenizer", "chat_sft", "base_train"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "unit", "log", "expected"),
+    [
+        (0, 1578, "step", False, "0 500 1k 1.5k"),
+        (0, 1, "share", False, "0% 20% 40% 60% 80% 100%"),
+        (0, 400, "seconds", False, "0s 2m 4m 6m"),
+        (0, 3 * 3600, "seconds", False, "0s 1h 2h 3h"),
+        (1.42, 1.52, "", False, "1.42 1.44 1.46 1.48 1.5 1.52"),
+        (1e12, 4.2e15, "flops", True, "1e12 1e13 1e14 1e15"),
+        (3, 80, "", True, "5 10 20 50"),
+        (-0.1, 0.1, "", False, "-0.1 -0.05 0 0.05 0.1"),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, unit: str, log: bool, expected: str) -> None:
+    scale = Scale(low, high, unit, log)
+    assert " ".join(label for _, label in scale.ticks()) == expected
+    assert all(-1e-9 <= scale.position(value) <= 1 + 1e-9 for value, _ in scale.ticks())
+
+
+def test_scales_are_logarithmic_where_it_helps() -> None:
+    assert vertical_scale([0.01, 8.0], "", from_zero=False).log and not vertical_scale([1.0, 8.0], "", False).log
+    assert vertical_scale([0.2, 0.3], "share", False) == Scale(0, 1, "share")
+    linear, log = horizontal_scales([[0, 10, 1000], [5, 100]], "tokens")
+    assert (linear.low, linear.high, log.low, log.high) == (0, 1000, 5, 1000)
+    assert log.position(0) == 0 and log.position(math.sqrt(5 * 1000)) == pytest.approx(0.5)
+    assert len(horizontal_scales([[0, 0]], "tokens")) == 1
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0], [0.0, 0.0], [-2.0, -2.0], [1e38, 1e-38], [5e-324, 1.0], [1e38, -1e38]])
+@pytest.mark.parametrize("key", ["loss", "reward", "lr_multiplier"])
+def test_any_finite_values_can_be_drawn(values: list[float], key: str) -> None:
+    chart = Chart(key, [Curve(key, "t", {"step": [1.0, 2.0], "tokens": [0.0, 0.0]}, values)])
+    assert "nan" not in chart.svg() and "inf" not in chart.svg()
+    json.dumps(chart.data(), allow_nan=False)

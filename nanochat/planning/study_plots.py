@@ -9,7 +9,17 @@ import numpy as np
 from nanochat.common import format_count
 from nanochat.planning.isoflop import Run, Study
 from nanochat.planning.law import Law
-from nanochat.reporting.charts import new_figure
+
+
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+    """(figure, its axes side by side), sizes in inches; without pyplot, so nothing is global and no window opens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    all_axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, all_axes
 
 
 def plot_isoflops(runs: Sequence[Run], study: Study, path: Path) -> None:

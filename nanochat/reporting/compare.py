@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from markupsafe import Markup
 
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, warn
 from nanochat.files import read_json
-from nanochat.reporting.charts import Line, draw_chart, limits_around
-from nanochat.reporting.curves import CHARTS, Record, is_number, read_curve, read_metrics, scoped
-from nanochat.reporting.pages import render
+from nanochat.reporting.charts import Chart
+from nanochat.reporting.curves import METRICS, Record, is_number, read_curve, read_metrics, scoped, with_flops
+from nanochat.reporting.pages import chart_values, render
 
-# Readable on light and dark, also for the colour-blind (Okabe and Ito).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MAX_RUNS = 6  # colours and dashes of the style sheet, chosen to differ also for the colour-blind and in grey
 FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
 
 
@@ -27,6 +25,7 @@ class RunRecord:
     flags: Record  # of the command that started it
     num_steps: int
     metrics: list[Record]  # lines of metrics.jsonl
+    measured_on: Record  # what its validation set depends on, as far as it is known, see validation_set
 
     @property
     def done(self) -> bool:
@@ -36,6 +35,11 @@ class RunRecord:
         """The latest CORE, with what it is the mean of."""
         found = next((line for line in reversed(self.metrics) if is_number(line.get("core"))), None)
         return scoped(f"{found['core']:.4f}", found.get("core_of")) if found else None
+
+    def differs(self, other: "RunRecord", *items: str) -> list[str]:
+        """Which of the items of `measured_on`, all by default, are known of both runs and differ."""
+        mine, others = self.measured_on, other.measured_on
+        return [item for item in items or mine if None not in (mine[item], others[item]) and mine[item] != others[item]]
 
     def last(self, key: str) -> Any:
         """The latest value of a metric, or None."""
@@ -55,9 +59,30 @@ def read_run(base_dir: Path, name: str) -> RunRecord:
             "SFT and RL runs are sft/TAG and rl/TAG, or give a folder"
         )
     plan = read_object(path / "plan.json")
-    saved = [meta for found in sorted(path.glob("[0-9]*/meta.json")) if (meta := read_object(found).get("plan"))]
-    steps = (saved[-1] if saved else plan).get("num_steps", 0)
-    return RunRecord(name, plan.get("user_config", {}), steps, read_metrics(path / "metrics.jsonl"))
+    saved = [meta for found in sorted(path.glob("[0-9]*/meta.json")) if (meta := read_object(found)).get("plan")]
+    meta, flags = saved[-1] if saved else {}, plan.get("user_config", {})
+    steps = (meta.get("plan") or plan).get("num_steps", 0)
+    metrics = with_flops(read_metrics(path / "metrics.jsonl"))
+    return RunRecord(name, flags, steps, metrics, validation_set(path, meta, flags))
+
+
+def validation_set(path: Path, meta: Record, flags: Record) -> Record:
+    """What the bits per byte of the run in the folder `path` depend on besides its weights; None for what is unknown.
+
+    `meta` is of its last checkpoint, empty before the first.
+    """
+    stages = {folder: stage for stage, folder in FOLDERS.items()}
+    shards = read_object(path / "corpus.json").get("val") or []  # of base runs
+    tokens = flags.get("eval_tokens")
+    if tokens == -1:  # the default, which depends on the device
+        tokens = f"default of {meta['runtime']['device']}" if meta.get("runtime") else None
+    return {
+        "stage": meta.get("stage") or stages.get(path.parent.name),
+        "data": sorted(str(shard["digest"]) for shard in shards) or meta.get("data"),
+        "tokenizer": meta.get("tokenizer_hash"),
+        "tokens": tokens,
+        "context": meta.get("model_config", {}).get("sequence_len"),
+    }
 
 
 def read_object(path: Path) -> Record:
@@ -75,8 +100,8 @@ def write_comparison(base_dir: Path, names: Sequence[str]) -> Path:
     """report/compare.html over these runs; returns its path. It reloads itself while one of them is running."""
     if len(names) < 2:
         raise UserError("--compare takes at least two runs, such as --compare d4 d4.old1")
-    if len(names) > len(COLOURS):
-        raise UserError(f"--compare takes at most {len(COLOURS)} runs, got {len(names)}")
+    if len(names) > MAX_RUNS:
+        raise UserError(f"--compare takes at most {MAX_RUNS} runs, got {len(names)}")
     runs = [read_run(base_dir, name) for name in names]
     path = base_dir / "report" / "compare.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +117,8 @@ def outcome_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Any]]]
     for run in runs:
         bpb = run.last("val_bpb")
         difference = None if None in (bpb, first) or run is runs[0] else f"{bpb - first:+.4f}"
+        if difference and run.differs(runs[0]):
+            difference = "another validation set"
         rows.append(
             [
                 run.name,
@@ -117,27 +144,47 @@ def differing_flags(runs: Sequence[RunRecord]) -> list[list[Any]]:
 def render_comparison(runs: Sequence[RunRecord]) -> str:
     """The HTML page."""
     columns, outcomes = outcome_rows(runs)
-    charts = ((title, draw_metric(key, title, runs)) for key, title in CHARTS.items())
+    charts = [chart for key in METRICS if (chart := compare_metric(key, runs))]
+    names = [run.name for run in runs]
     return render(
         "compare.html.j2",
         refresh=not all(run.done for run in runs),
-        colours=dict(zip((run.name for run in runs), COLOURS)),
+        runs=names,
         outcome_columns=columns,
         outcomes=outcomes,
+        notes=[note for run in runs[1:] if (note := validation_note(run, runs[0]))],
         differing=differing_flags(runs),
-        charts=[(title, svg) for title, svg in charts if svg],
+        charts=[chart for chart in charts if not chart.metric.minor],
+        minor=[chart for chart in charts if chart.metric.minor],
+        **chart_values(charts),
     )
 
 
-def draw_metric(key: str, title: str, runs: Sequence[RunRecord]) -> Markup | None:
-    """One metric of all runs as an inline SVG, None if no run has it. The training loss is smoothed."""
-    lines = []
-    for run, colour in zip(runs, COLOURS):
-        if curve := read_curve(run.metrics, key, title):
-            lines.append(Line(curve.steps, curve.smooth if key == "loss" else curve.values, colour))
-    if not lines:
+def validation_note(run: RunRecord, first: RunRecord) -> str:
+    """`d8 was measured on another validation set than d4 (tokenizer, tokens): ...`; empty if it was not."""
+    items = run.differs(first)
+    return (
+        f"{run.name} was measured on another validation set than {first.name} ({', '.join(items)} differ"
+        f"{'s' if len(items) == 1 else ''}): their bits per byte cannot be compared."
+        if items
+        else ""
+    )
+
+
+def compare_metric(key: str, runs: Sequence[RunRecord]) -> Chart | None:
+    """One metric of all runs that can be compared to the first in it; None if no run has it."""
+    # Losses are per token: of one tokenizer. CORE may be the mean of fewer tasks.
+    items = {"val_bpb": (), "loss": ("stage", "tokenizer")}
+    curves = [read_curve(run.metrics, key, run.name) for run in runs]
+    first = next((i for i, curve in enumerate(curves) if curve), None)
+    if first is None:
         return None
-    limits = None
-    if key == "loss":  # without the steep start, which would flatten the rest
-        limits = limits_around([value for line in lines for value in line.values[len(line.values) // 10 :]])
-    return draw_chart(title, lines, limits)
+    left_out = []
+    for i, (run, curve) in enumerate(zip(runs, curves)):
+        other = curve is not None and key in items and run.differs(runs[first], *items[key])
+        if other or (key == "core" and curve and curve.title != curves[first].title):  # type: ignore[union-attr]
+            left_out.append(run.name)
+            curves[i] = None
+    what = {"val_bpb": "measured on another validation set", "loss": "of another tokenizer or stage"}
+    note = f"Not drawn, {what.get(key, 'of other tasks')}: {', '.join(left_out)}." if left_out else ""
+    return Chart(key, curves, note)

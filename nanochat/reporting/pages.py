@@ -1,10 +1,14 @@
-"""report.html and report.md, from the templates in templates/: self-contained pages without scripts or outside files.
+"""report.html and report.md, from the templates in templates/: self-contained pages, complete without scripts.
 
 Everything that comes from a run, model text above all, is untrusted. The HTML templates escape every value; in
-Markdown the filters `markdown` and `fence` do.
+Markdown the filters `markdown` and `fence` do. The page's policy admits its own script and style by their hashes, and
+nothing else.
 """
 
+import base64
+import hashlib
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nanochat.common import format_seconds
-from nanochat.reporting.charts import Line, draw_chart, limits_around
-from nanochat.reporting.curves import Curve, Record, curves_of, sparkline
+from nanochat.reporting.charts import AXIS_NAMES, Chart
+from nanochat.reporting.curves import Record, curves_of, sparkline, task_words
+from nanochat.reporting.samples import sample_groups
 from nanochat.reporting.view import (
     STAGE_COLUMNS,
     facts_of,
@@ -23,8 +28,7 @@ from nanochat.reporting.view import (
     mixed_runs,
     numeric_columns,
     running_stages,
-    samples_by_stage,
-    skills_of,
+    skill_groups,
     stage_times,
     stages_of,
 )
@@ -32,9 +36,25 @@ from nanochat.reporting.view import (
 REFRESH_SECONDS = 15  # of a page that shows a running stage
 
 
+TEMPLATES = Path(__file__).parent / "templates"
+
+
 def render(template: str, *, refresh: bool, **values: Any) -> str:
     """The named template with these values; `refresh` makes the page reload itself."""
     return _environment().get_template(template).render(refresh=REFRESH_SECONDS if refresh else None, **values)
+
+
+def hash_source(text: str) -> str:
+    """How a content security policy names an inline script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def chart_values(charts: Sequence[Chart]) -> dict[str, Any]:
+    """The values of the templates' chart parts. Numbers the charts."""
+    for number, chart in enumerate(charts):
+        chart.number = number
+    axes = {axis: name for axis, name in AXIS_NAMES.items() if any(axis in chart.x for chart in charts)}
+    return {"axes": axes, "chart_data": {"axes": axes, "charts": [chart.data() for chart in charts]}}
 
 
 @cache
@@ -46,15 +66,18 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "charts.js"))
+    policy = f"default-src 'none'; style-src {hash_source(style)}; script-src {hash_source(script)}; base-uri 'none'"
+    environment.globals |= {"style": Markup(style), "script": Markup(script), "policy": policy}
     environment.filters |= {
         "bar": lambda share: "█" * round(20 * share) + "░" * (20 - round(20 * share)),
         "cell": format_cell,
-        "chart": draw_curve,
         "fence": fence,
         "markdown": escape_markdown,
         "numeric_columns": numeric_columns,
         "percent": "{:.1%}".format,
         "sparkline": sparkline,
+        "task_words": task_words,
         "width": lambda share: f"{100 * min(1.0, max(0.0, share)):.2f}%",
     }
     return environment
@@ -71,8 +94,8 @@ def report_context(report: Record, base_dir: Path) -> dict[str, Any]:
             columns = list(dict.fromkeys(column for line in lines for column in line))
             tables.append((name, columns, [[line.get(column) for column in columns] for line in lines]))
         details.append((title, facts_of(values), tables))
-    skills = [(title, skills_of(values)) for _, title, values in stages]
-    curves = [(title, curves_of(values, base_dir)) for _, title, values in stages]
+    curves = [(title, *stage_charts(key, values, base_dir)) for key, title, values in stages]
+    skills = skill_groups(report)
     running = running_stages(report)
     return {
         "refresh": bool(running),
@@ -80,9 +103,10 @@ def report_context(report: Record, base_dir: Path) -> dict[str, Any]:
         "hardware": " · ".join(str(machine[key]) for key in ("gpus", "processor", "commit") if machine.get(key)),
         "headline": headline(report),
         "notes": mixed_runs(report),
-        "skills": [(title, found) for title, found in skills if found],
-        "curves": [(title, found) for title, found in curves if found],
-        "samples": samples_by_stage(report),
+        "skills": skills,
+        "curves": [(title, charts, minor) for title, charts, minor in curves if charts or minor],
+        **chart_values([chart for _, charts, minor in curves for chart in [*charts, *minor]]),
+        "samples": sample_groups(report),
         "time_columns": STAGE_COLUMNS,
         "times": stage_times(report),
         "total_time": format_seconds(report.get("total_seconds") or 0),
@@ -93,19 +117,12 @@ def report_context(report: Record, base_dir: Path) -> dict[str, Any]:
     }
 
 
-def draw_curve(curve: Curve) -> Markup:
-    """The curve as an inline SVG; a noisy one pale behind its average."""
-    if curve.smooth:
-        pale = Line(curve.steps, curve.values, width=0.9, alpha=0.35, markers=False)
-        lines = [pale, Line(curve.steps, curve.smooth, markers=False)]
-    else:
-        lines = [Line(curve.steps, curve.values)]
-    limits: tuple[float, float] | None = None
-    if min(curve.values) >= 0 and not curve.smooth and curve.key != "val_bpb":
-        limits = 0, max(curve.values) * 1.08 or 1
-    elif len(curve.values) >= 50:  # without the steep start, which would flatten the rest
-        limits = limits_around(curve.values[len(curve.values) // 50 :])
-    return draw_chart(curve.title, lines, limits)
+def stage_charts(stage: str, values: Record, base_dir: Path) -> tuple[list[Chart], list[Chart]]:
+    """(charts of a stage, those that are folded)."""
+    charts = [Chart(curve.key, [curve]) for curve in curves_of(values, base_dir)]
+    # The loss of a policy gradient says nothing by its height.
+    minor = [chart for chart in charts if chart.metric.minor or (stage == "chat_rl" and chart.key == "loss")]
+    return [chart for chart in charts if chart not in minor], minor
 
 
 def escape_markdown(value: Any) -> str:

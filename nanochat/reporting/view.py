@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import format_count, format_seconds, visible
+from nanochat.common import format_count, format_seconds
 from nanochat.reporting.curves import Record, scoped
 
 STAGES = {
@@ -20,7 +20,7 @@ STAGES = {
     "chat_eval": "Chat model",
     "chat_eval_rl": "Chat model after reinforcement learning",
 }
-"""Stage keys of report.json in the order of the pipeline, with their titles."""
+"""Stage keys of report.json with their titles, in the order of the pipeline."""
 
 # The stage that trained the model which each stage evaluates or continues from.
 MODEL_OF = {
@@ -81,8 +81,9 @@ class Skill:
 
 
 def stages_of(report: Record) -> list[tuple[str, str, Record]]:
-    """(key, title, values) of the stages recorded so far, in pipeline order."""
-    return [(key, title, report[key]) for key, title in STAGES.items() if isinstance(report.get(key), dict)]
+    """(key, title, values) of the stages recorded so far, in order of time; a running one last."""
+    found = [(key, title, report[key]) for key, title in STAGES.items() if isinstance(report.get(key), dict)]
+    return sorted(found, key=lambda stage: str(stage[2].get("finished_at") or stage[2].get("updated_at") or ""))
 
 
 def running_stages(report: Record) -> list[str]:
@@ -154,6 +155,52 @@ def skills_of(values: Record) -> list[Skill]:
     return skills
 
 
+@dataclass
+class SkillGroup:
+    """Stages that measured the same tasks, and a row for each task."""
+
+    titles: list[str]
+    rows: list[tuple[str, list[Skill | None]]]  # (task, its skill after each stage)
+
+    @property
+    def marks(self) -> list[str]:
+        """How each stage's values are marked: what was before hollow, the last full."""
+        return [*("before", "between")[: len(self.titles) - 1], "after"]
+
+    @property
+    def references(self) -> list[str]:
+        """The other models that some task has a published value of."""
+        return sorted({skill.reference[0] for _, row in self.rows for skill in row if skill and skill.reference})
+
+    @property
+    def has_baseline(self) -> bool:
+        return any(skill and skill.baseline is not None for _, row in self.rows for skill in row)
+
+
+SKILL_STAGES = {"base_eval": "base model", "chat_eval": "after finetuning", "chat_eval_rl": "after RL"}
+
+
+def skill_groups(report: Record) -> list[SkillGroup]:
+    """The skills of all stages that measured some, before and after, in pipeline order; those of chat models first."""
+    measured = {title: skills_of(report.get(key) or {}) for key, title in SKILL_STAGES.items()}
+    groups: list[dict[str, list[Skill]]] = []
+    for title, skills in measured.items():
+        names = {skill.name for skill in skills}
+        same = (g for g in groups if names & {skill.name for known in g.values() for skill in known})
+        if group := next(same, None):
+            group[title] = skills
+        elif skills:
+            groups.append({title: skills})
+    return [skill_group(group) for group in reversed(groups)]
+
+
+def skill_group(stages: dict[str, list[Skill]]) -> SkillGroup:
+    """From each stage's skills, by title."""
+    by_name = [{skill.name: skill for skill in skills} for skills in stages.values()]
+    names = dict.fromkeys(name for found in by_name for name in found)
+    return SkillGroup(list(stages), [(name, [found.get(name) for found in by_name]) for name in names])
+
+
 def facts_of(values: Record) -> list[tuple[str, str]]:
     """(label, text) of a stage's single values, those in FACT_LABELS first."""
     tasks = set(values.get("intervals", {}))
@@ -214,20 +261,3 @@ def headline(report: Record) -> list[tuple[str, str]]:
         found.append((scoped(label, values.get(f"{key}_of")), values.get(key), form))
     found.append(("total time", report.get("total_seconds") or None, format_seconds))
     return [(label, form(value)) for label, value, form in found if value is not None]
-
-
-def samples_by_stage(report: Record) -> list[tuple[str, list[Record]]]:
-    """(heading, samples) of each stage that recorded some; a sample is {"prompt", "text"}."""
-    headings = {
-        "base_train": "While pretraining",
-        "base_eval": "Before: the base model continues a text",
-        "chat_sft": "After finetuning",
-        "chat_rl": "After reinforcement learning",
-        "chat_eval": "After finetuning: held-out questions",
-        "chat_eval_rl": "After reinforcement learning: held-out questions",
-    }
-    return [
-        (headings.get(key, title), [{name: visible(text) for name, text in sample.items()} for sample in samples])
-        for key, title, values in stages_of(report)
-        if (samples := values.get("samples"))
-    ]

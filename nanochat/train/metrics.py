@@ -49,6 +49,8 @@ class Metrics:
     def __call__(self, trainer: Trainer, record: Record) -> None:
         if self.file is None:
             return
+        positions = trainer.step.positions * self.runtime.world_size
+        record["step_flops"] = positions * self.flops_per_token  # the model's own, as estimate_flops counts them
         try:
             self.file.write(json.dumps({k: v for k, v in record.items() if v is not None}) + "\n")
         except OSError as error:
