@@ -68,8 +68,7 @@ class Check:
         return {step.name: step for step in self.make(self.machine, self.out)}
 
     def run(self, chosen: Sequence[str]) -> None:
-        """Run the chosen steps, up to Ctrl-C; the first one always, because the others depend on it."""
-        self.attempt(self.steps[FIRST])
+        """Run the chosen steps but the first one, up to Ctrl-C."""
         names = [name for name in self.choose(chosen) if name != FIRST]
         for number, name in enumerate(names, 2):
             if self.interrupted:
@@ -174,6 +173,10 @@ def main(argv: Sequence[str] | None = None, make: Steps = make_steps) -> int:
     args = parser.parse_args(argv)
     home = os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat"
     check = Check((args.out or Path(home) / "gpu_check").resolve(), make, args.minutes)
+    adopt_orphans()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    check.attempt(check.steps[FIRST])  # always: which other steps there are depends on the machine
     known, chosen = check.steps, [name for name in args.only.split(",") if name]
     if unknown := set(chosen) - {*known, *(step.group for step in known.values())}:
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}; --list names all")
@@ -181,9 +184,6 @@ def main(argv: Sequence[str] | None = None, make: Steps = make_steps) -> int:
         for step in known.values():
             print(f"{step.group:8} {step.name:16} {step.seconds:4.0f} s  {step.not_here or shlex.join(step.command)}")
         return 0
-    adopt_orphans()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
     check.run(chosen)
     passed = check.show()
     return 130 if check.interrupted else 0 if passed else 1

@@ -36,4 +36,5 @@ def toy_steps(machine: dict[str, Any], out: Path) -> list[Step]:
         step("needs_count", "import os; print(os.environ['NANOCHAT_BASE_DIR'])", needs=["counts"]),
         step("no_figures", "print('none')", figures=last_json()),
         step("waits", HANG),
+        *([step("of_this_machine", "")] if machine.get("device") == "a toy" else []),
     ]
