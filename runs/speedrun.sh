@@ -6,12 +6,14 @@
 #
 #   bash runs/speedrun.sh
 #   WANDB_RUN=speedrun bash runs/speedrun.sh        # with curves on wandb (pip install -e '.[wandb]')
+#
+# After an interruption the same command continues from the last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 [ -x .venv/bin/python ] || python3 -m venv .venv
 source .venv/bin/activate
-python -m pip install --quiet -c constraints.txt -e '.[torchao]'
+python -m pip install --quiet -c constraints.txt -e '.[torchao,fa3]'
 export OMP_NUM_THREADS=1
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 RUN="${WANDB_RUN:-dummy}" GPUS="${GPUS:-8}"
@@ -19,13 +21,16 @@ RUN="${WANDB_RUN:-dummy}" GPUS="${GPUS:-8}"
 # First enough text for the tokenizer; the rest is downloaded while the tokenizer trains.
 python -m nanochat.dataset --set climbmix -n 8
 python -m nanochat.dataset --set climbmix -n 170 & DOWNLOAD=$!
-python -m scripts.tok_train --data=climbmix --max-chars=2000000000
-python -m scripts.tok_eval
+if [ ! -f "$NANOCHAT_BASE_DIR/.done/speedrun_tokenizer" ]; then  # with more shards there it would be another one
+  python -m scripts.tok_train --data=climbmix --max-chars=2000000000
+  mkdir -p "$NANOCHAT_BASE_DIR/.done" && touch "$NANOCHAT_BASE_DIR/.done/speedrun_tokenizer"
+  python -m scripts.tok_eval
+fi
 wait $DOWNLOAD
 
-torchrun --standalone --nproc_per_node="$GPUS" -m scripts.base_train -- \
+torchrun --standalone --nproc_per_node="$GPUS" -m scripts.base_train -- --resume \
   --data=climbmix --depth=24 --recipe=later --target-param-data-ratio=8 --fp8 --save-every=1000 --run="$RUN"
 torchrun --standalone --nproc_per_node="$GPUS" -m scripts.base_eval -- --data=climbmix --eval=bpb,sample
-torchrun --standalone --nproc_per_node="$GPUS" -m scripts.chat_sft -- --data=published --run="$RUN"
+torchrun --standalone --nproc_per_node="$GPUS" -m scripts.chat_sft -- --resume --data=published --run="$RUN"
 torchrun --standalone --nproc_per_node="$GPUS" -m scripts.chat_eval -- -i sft
 python -m scripts.report
