@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import UserError, say, warn
+from nanochat.device.cpu import cpuinfo, keep_freed_memory
 from nanochat.device.cuda import open_card, why_none
-from nanochat.device.dtype import cpuinfo, pick_dtype
+from nanochat.device.dtype import pick_dtype
 from nanochat.distributed.collectives import all_gather_json, collective_op, init_process_group
 
 IMPORTED = time.perf_counter()
@@ -272,22 +273,6 @@ def device_name(device: torch.device) -> str:
     return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next allocation. Does nothing with other C libraries.
-
-    By default it returns every block above 32 MiB to the system, and each training step allocates the same ones: the
-    kernel then maps and clears all their pages again, which takes up to a fifth of a step (dev/LOG.md).
-    """
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    mallopt(M_MMAP_THRESHOLD, 2**30)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_TOP_PAD, 2**26)
-
-
 def use_expandable_segments() -> None:
     """Let PyTorch's CUDA allocator map memory in pages, which does not fragment as shapes change. Call before CUDA is
     initialised: it reads the variable then. A setting of the user's wins.
@@ -319,21 +304,6 @@ def process_age() -> float:
         return uptime - int(fields[22 - 3]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return time.perf_counter() - IMPORTED
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """State of the global torch generators, as uint8 tensors for set_rng_state."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restore what rng_state returned."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -13,7 +13,7 @@ from stubs import ByteTokenizer
 
 from nanochat.common import UserError
 from nanochat.cpu import kernels
-from nanochat.device.dtype import cpu_flags
+from nanochat.device.cpu import cpu_flags
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import cpu_decoder

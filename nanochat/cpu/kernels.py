@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nanochat.common import atomic_path, get_kernels_dir, is_writable, kernels_enabled, warn
-from nanochat.device.dtype import cpu_flags
+from nanochat.device.cpu import cpu_flags
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "decode.c", "sampling.c"))
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "vectors.h"))

@@ -1,1 +1,1 @@
-"""What a GPU and its PyTorch can do: whether this build runs on the card, whether torch.compile works."""
+"""What a device and its PyTorch can do: dtypes, whether this build runs on the card, whether torch.compile works."""

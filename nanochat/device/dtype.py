@@ -1,10 +1,9 @@
 """Which dtype a device computes fast in."""
 
-from pathlib import Path
-
 import torch
 
 from nanochat.common import UserError
+from nanochat.device.cpu import cpu_flags
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,17 +32,3 @@ def pick_dtype(device_type: str, requested: str = "") -> tuple[torch.dtype, str]
         return torch.float32, "CPU has no AMX or AVX512-BF16"
     # On Apple GPUs bfloat16 needs macOS 14; NANOCHAT_DTYPE=bfloat16 requests it.
     return torch.float32, "works on every Apple GPU"
-
-
-def cpu_flags() -> set[str]:
-    """Feature flags of the first CPU; empty if the system does not list them."""
-    return set(cpuinfo("flags").split())
-
-
-def cpuinfo(key: str) -> str:
-    """The first CPU's entry `key` in /proc/cpuinfo, or ""."""
-    try:
-        pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        return next((value.strip() for name, _, value in pairs if name.strip() == key), "")
-    except OSError:
-        return ""

@@ -27,9 +27,9 @@ def activation_bytes(config: GPTConfig, rows: int, element: int, *, fused: bool 
     """Bytes that the forward pass of `rows` rows saves for the backward pass, with `element` bytes per number.
 
     Counted tensor by tensor, as eager PyTorch saves them; what torch.compile saves instead is 97 to 104% of it
-    (dev/LOG.md). `fused`: the CPU's C kernels, which save one side of a
-    norm or a squared ReLU instead of both. `blocked`: the CPU's attention, which saves its probabilities. A change to
-    what gpt.py saves needs a change here; the tests compare with autograd.
+    (dev/LOG.md). `fused`: the CPU's C kernels, which save one side of a norm or a squared ReLU instead of both.
+    `blocked`: the CPU's attention, which saves its probabilities. A change to what gpt.py saves needs a change here;
+    the tests compare with autograd.
     """
     T, C, sides = config.sequence_len, config.n_embd, 1 if fused else 2
     queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim  # H*D, G*D

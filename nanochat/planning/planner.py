@@ -110,7 +110,7 @@ class RunPlan:
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, value) rows to print."""
-        kinds = [(f"  {kind.replace('_', ' ')}", gigabytes(size)) for kind, size in self.memory.items()]
+        kinds = [(f"  {kind.replace('_', ' ')}", gigabytes(size)) for kind, size in self.memory.items() if size]
         verdict = "" if self.fits else ": DOES NOT FIT"
         hourly = self.gpu.dollars_per_hour
         cost = "unknown" if hourly is None else f"${self.dollars:,.2f} at ${hourly:.2f} per GPU hour"

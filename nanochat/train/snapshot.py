@@ -17,7 +17,6 @@ from nanochat.cpu import kernels
 from nanochat.distributed.collectives import BackgroundGroup
 from nanochat.files import check_value
 from nanochat.optimizer.update_rules import optimizer_bytes
-from nanochat.runtime import rng_state, set_rng_state
 from nanochat.train.config import TrainConfig
 from nanochat.train.progress import Progress
 from nanochat.trainer import Trainer
@@ -133,3 +132,18 @@ def numeric_settings(trainer: Trainer) -> dict[str, Any]:
         "kernels": kernels.in_use(trainer.runtime.device),
         "world_size": trainer.runtime.world_size,
     }
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of the global torch generators, as uint8 tensors for set_rng_state."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restore what rng_state returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
