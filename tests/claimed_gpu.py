@@ -89,7 +89,10 @@ def checked(run: Callable[..., Any], calls: list[str]) -> Callable[..., Any]:
 
 
 def pretend(device: torch.device, store: dist.Store) -> list[str]:
-    """Give this process the GPU `device`, and NCCL. Returns the list of collectives called on it, as they come."""
+    """Give this process the GPU `device`, and NCCL. Returns the list of collectives called on it, as they come.
+
+    No two GPUs are of one model: each draws other numbers from a seed.
+    """
     calls: list[str] = []
     generator, init = torch.Generator, dist.init_process_group
 
@@ -105,7 +108,12 @@ def pretend(device: torch.device, store: dist.Store) -> list[str]:
     dist.init_process_group = init_process_group
     dist.get_backend = lambda group=None: "nccl"
     collectives.rendezvous = lambda url, rank, world_size, **kwargs: iter([(store, rank, world_size)])  # type: ignore
-    torch.Generator = lambda device="cpu": generator()  # type: ignore
+
+    def draws(device_or_name: Any = "cpu") -> Any:
+        shift = device.index if is_device(device_or_name, "cuda") else 0
+        return SimpleNamespace(manual_seed=lambda seed: generator().manual_seed(seed + shift))
+
+    torch.Generator = lambda device="cpu": draws(device)  # type: ignore
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     cuda: Any = torch.cuda
     cuda.is_available, cuda.device_count = lambda: True, lambda: device.index + 1

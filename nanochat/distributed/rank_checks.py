@@ -32,6 +32,18 @@ def find_diverged_ranks(runtime: Runtime, model: nn.Module) -> list[int]:
     return [rank for rank, value in enumerate(checksums) if value != majority]
 
 
+@torch.no_grad()
+def share_weights(runtime: Runtime, model: nn.Module) -> None:
+    """Give all ranks the main rank's parameters, if some differ. Collective: every rank must call it.
+
+    From one seed a GPU draws numbers that depend on how many processors it has
+    (https://github.com/pytorch/pytorch/issues/196613), so unlike GPUs begin with unlike weights.
+    """
+    if find_diverged_ranks(runtime, model):
+        for p in model.parameters():
+            runtime.all_reduce_sum(p.detach().mul_(float(runtime.is_main)), "sharing the first weights")
+
+
 def checksum(model: nn.Module) -> torch.Tensor:
     """A 64-bit checksum of all parameters: a polynomial (base 31) in the sums of each parameter's bits. Shape ()."""
     total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)

@@ -10,6 +10,7 @@ import torch
 from nanochat import fp8
 from nanochat.checkpoint_manager import load_model_state
 from nanochat.common import UserError, format_count, get_base_dir
+from nanochat.distributed.rank_checks import share_weights
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.ranges import Range
 from nanochat.recipe import first_meaning, get_recipe, recipe_rules, resolve_recipe
@@ -126,6 +127,7 @@ def build_model(run: Run[PretrainConfig], tokenizer: RustBPETokenizer) -> GPT:
     model_config = saved.model_config() if saved else new_network(config, tokenizer, runtime)
     config.depth, config.max_seq_len = model_config.n_layer, model_config.sequence_len
     model = GPT.create(model_config, device=runtime.device, compute_dtype=runtime.dtype, seed=config.seed)
+    share_weights(runtime, model)
     if source:
         load_model_state(model, weights, source.path)
         runtime.print0(f"weights from {source.path}; its sizes are kept, the schedules start anew")
