@@ -15,9 +15,9 @@ from nanochat.reporting.scales import Scale, horizontal_scales, tick_label, vert
 
 HEIGHT, TOP, BOTTOM, LEFT = 176, 20, 36, 40  # of a chart and its margins, in the SVG's own units
 WIDTH, RIGHT = 280, 8
-NAMED_WIDTH, NAMED_RIGHT = 380, 92  # with the names of runs at the curves' ends
+NAMED_WIDTH, NAMED_RIGHT = 480, 96  # with the names of runs at the curves' ends
 NAME_LENGTH, NAME_GAP = 13, 12  # letters of such a name, and the distance between two
-STEEP_START = 50  # one part in so many of a curve that starts steeply is left out of the linear chart's range
+STEEP_START = 20  # one part in so many of a curve that starts steeply is left out of the linear chart's range
 MAX_DOTS = 40  # points of a curve that still get a dot each
 AXIS_NAMES = {"step": "step", "tokens": "training tokens", "flops": "training FLOPs", "seconds": "training time"}
 
@@ -87,7 +87,7 @@ class Chart:
         x, y = self.x["step"][0], self.y[0]
         parts = [y_ticks(y, *frame), x_ticks(x, *frame), self._unit(), x_name(AXIS_NAMES["step"], *frame)]
         parts += [clip(*frame)]
-        parts += [self._line(i, x, y) for i, curve in enumerate(self.curves) if curve]
+        parts += [self._line(*line, x, y) for line in self._placed()]
         parts += [Markup("</svg>"), self._names(frame) if self.named else Markup()]
         label = f"{self.title}: {self.format(self.shown[0].values[0])} to {self.format(self.shown[0].values[-1])}"
         opening = Markup('<svg class="chart" role="img" aria-label="{}" viewBox="0 0 {} {}" data-chart="{}">')
@@ -96,10 +96,8 @@ class Chart:
     def _unit(self) -> Markup:
         return Markup('<text class="unit" x="0" y="11">{}</text>').format(self.metric.unit)
 
-    def _line(self, place: int, x: Scale, y: Scale) -> Markup:
+    def _line(self, place: int, curve: Curve, x: Scale, y: Scale) -> Markup:
         """The paths of one curve: pale and bold, or bold alone, with dots where there are few points."""
-        curve = self.curves[place]
-        assert curve
         bold, width, height = curve.smooth or curve.values, self.width - LEFT - self.right, HEIGHT - TOP - BOTTOM
 
         def path(kind: str, values: Sequence[float], joint: str = "L") -> Markup:
@@ -120,12 +118,20 @@ class Chart:
         """The name of each run where its curve ends."""
         left, top, width, height = frame
         ends = [top + height * (1 - min(1.0, max(0.0, self.y[0].position(curve.last)))) for curve in self.shown]
-        shape = '<text class="name" x="{}" y="{:.1f}">{}</text>'
-        names = [
-            curve.run if len(curve.run) <= NAME_LENGTH else curve.run[: NAME_LENGTH - 1] + "…" for curve in self.shown
-        ]
+        shape = '<text class="name s{}" x="{}" y="{:.1f}">{}</text>'
         places = spread(ends, top + 4, top + height)
-        return Markup().join(Markup(shape).format(left + width + 5, y + 4, name) for y, name in zip(places, names))
+        return Markup().join(
+            Markup(shape).format(place, left + width + 5, y + 4, shorten(curve.run))
+            for (place, curve), y in zip(self._placed(), places)
+        )
+
+    def _placed(self) -> list[tuple[int, Curve]]:
+        """(place in `curves`, curve) of those that are shown."""
+        return [(place, curve) for place, curve in enumerate(self.curves) if curve]
+
+
+def shorten(name: str) -> str:
+    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
 
 
 def curve_values(curve: Curve, start: int) -> list[float]:

@@ -9,7 +9,7 @@ from nanochat.common import format_count, format_seconds
 LOG_RATIO = 30.0  # between the largest and the smallest value of a vertical axis that becomes logarithmic
 TIME_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 3 * 3600, 6 * 3600, 12 * 3600)
 DAY = 24 * 3600
-MAX_TICKS = 5
+VERTICAL_TICKS = 6
 TINY = 1e-30  # below it a value is as good as zero
 
 
@@ -21,6 +21,7 @@ class Scale:
     high: float
     unit: str = ""
     log: bool = False
+    max_ticks: int = 5  # about
 
     def position(self, value: float) -> float:
         """Where the value lies: 0 at `low`, 1 at `high`."""
@@ -29,8 +30,8 @@ class Scale:
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """(value, label) of at most about MAX_TICKS round values."""
-        values = log_values(self.low, self.high) if self.log else linear_values(self.low, self.high, self.unit)
+        """(value, label) at round values."""
+        values = log_values(self) if self.log else linear_values(self)
         return [(value, tick_label(value, self.unit)) for value in values]
 
 
@@ -46,17 +47,18 @@ def vertical_scale(values: Sequence[float], unit: str, from_zero: bool) -> Scale
     """Over the values with a margin; logarithmic where they span more than LOG_RATIO."""
     low, high = min(values), max(values)
     if unit == "share":
-        return Scale(min(0.0, low), max(1.0, high), unit)
+        return Scale(min(0.0, low), max(1.0, high), unit, max_ticks=VERTICAL_TICKS)
     if low > TINY and high / low > LOG_RATIO and not from_zero:
-        return Scale(low / 1.1, high * 1.1, unit, log=True)
+        return Scale(low / 1.1, high * 1.1, unit, True, VERTICAL_TICKS)
     margin = 0.06 * (high - low or abs(high) or 1.0)
-    return Scale(0.0 if from_zero and low >= 0 else low - margin, high + margin, unit)
+    return Scale(0.0 if from_zero and low >= 0 else low - margin, high + margin, unit, False, VERTICAL_TICKS)
 
 
-def linear_values(low: float, high: float, unit: str) -> list[float]:
-    """Multiples of a round step in [low, high]."""
-    rough = (high - low) / MAX_TICKS
-    if unit == "seconds" and rough > 0.5:
+def linear_values(scale: Scale) -> list[float]:
+    """Multiples of a round step on the scale."""
+    low, high = scale.low, scale.high
+    rough = (high - low) / scale.max_ticks
+    if scale.unit == "seconds" and rough > 0.5:
         step = next((float(s) for s in TIME_STEPS if s >= rough), math.ceil(rough / DAY) * DAY)
     else:
         power = 10.0 ** math.floor(math.log10(rough))
@@ -64,13 +66,14 @@ def linear_values(low: float, high: float, unit: str) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def log_values(low: float, high: float) -> list[float]:
-    """Powers of ten in [low, high], with their doubles and fivefolds where these are few, some where they are many."""
+def log_values(scale: Scale) -> list[float]:
+    """Powers of ten on the scale, with their doubles and fivefolds where these are few, some where they are many."""
+    low, high = scale.low, scale.high
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     powers = [10.0**e for e in exponents if low <= 10.0**e <= high * (1 + 1e-9)]
     if len(powers) < 3:
         powers = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= m * 10.0**e <= high * (1 + 1e-9)]
-    return powers[:: math.ceil(len(powers) / (MAX_TICKS + 1)) or 1]
+    return powers[:: math.ceil(len(powers) / (scale.max_ticks + 1)) or 1]
 
 
 def tick_label(value: float, unit: str) -> str:
