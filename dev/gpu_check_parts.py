@@ -297,6 +297,9 @@ def limit_memory(gib: float) -> None:
     """Make PyTorch's allocator refuse what a GPU with `gib` GiB could not give, beside its CUDA context."""
     import torch
 
+    from nanochat.runtime import use_expandable_segments
+
+    use_expandable_segments()  # as the script itself would, before CUDA is initialised
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - CONTEXT_GIB) / total))
 

@@ -21,6 +21,7 @@ from dev import gpu_check_parts
 from dev.gpu_check import Check
 from dev.gpu_check_run import main_error
 from dev.gpu_check_steps import FIRST, decoding, figure, make_steps, test_counts as counts, training
+from nanochat import runtime
 from scripts import _cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,11 +179,19 @@ def test_figures_from_logs() -> None:
 
 def test_a_smaller_card_is_imitated(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    calls: list[str] = []
     device = SimpleNamespace(total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *args: device)
+
+    def properties(*args: Any) -> Any:
+        calls.append("CUDA is initialised")
+        return device
+
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(runtime, "use_expandable_segments", lambda: calls.append("the allocator is set"))
     for gib in (12, 100):
         gpu_check_parts.limit_memory(gib)
+    assert calls == ["the allocator is set", "CUDA is initialised"] * 2
     assert limits == [pytest.approx(12 / 80, rel=0.1), 1.0] and limits[0] < 12 / 80
 
 

@@ -52,7 +52,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parent.parent
 COMPILED = pytest.param("on", marks=pytest.mark.compiles)
-GPU = torch.device("cuda")
+GPU = torch.device("cuda", 0)  # as Runtime.create names it; set_per_process_memory_fraction takes no other form
 CONFIG = GPTConfig(sequence_len=256, vocab_size=300, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
 
 
@@ -86,7 +86,8 @@ def test_attention_and_its_gradients(
     mine = [x.to(GPU).requires_grad_() for x in tensors]
     theirs = [x.double().requires_grad_() for x in tensors]
     choose_backend(GPU, dtype, 64, 4 // G, compiled == "on")
-    attend = torch.compile(flash_attn_func) if compiled == "on" else flash_attn_func
+    torch._dynamo.reset()  # one shape after the other: each compiled as the first, not for all of them
+    attend = torch.compile(flash_attn_func, dynamic=False) if compiled == "on" else flash_attn_func
     out, wanted = attend(*mine, window_size=(window, 0)), reference(*theirs, window)
     assert far(out.detach(), wanted.detach()) < tolerance
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -339,12 +340,13 @@ def test_the_host_waits_once_a_step(kinds: list[Any]) -> None:
                 batch.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in found if "synchronizing" in str(w.message)]) == 5
+    assert len([w for w in found if "called a synchronizing" in str(w.message)]) == 5
     assert isinstance(batch.decoder, GraphDecoder) and len(batch.decoder._captured) == 1
 
 
 def test_speed_of_a_decode_step_at_depth_12(capsys: pytest.CaptureFixture[str]) -> None:
-    """The model alone, 500 tokens in the cache, against plain steps; on Hopper at most 2 ms a token."""
+    """The model alone, 520 tokens and more in the cache, all in one size of graph, against plain steps; on Hopper at
+    most 2 ms a token."""
     model = DecodingWeights(GPT.create(GPTConfig(), GPU, torch.bfloat16)).current()
 
     def seconds(step: Callable[[list[int]], Any]) -> float:
@@ -359,7 +361,7 @@ def test_speed_of_a_decode_step_at_depth_12(capsys: pytest.CaptureFixture[str]) 
 
     with torch.inference_mode():
         for rows in (1, 32):
-            mine, other = twins(model, [500] * rows, rows, 1024)
+            mine, other = twins(model, [520] * rows, rows, 1024)
             decoder = GraphDecoder(model, mine)
             graph, plain = seconds(decoder), seconds(partial(plain_step, model, other))
             with capsys.disabled():
