@@ -90,6 +90,7 @@ class Trainer:
     deadline: Deadline | None = None  # moves the schedule's last step
     wait_seconds: float = 0.0  # that the last step's batch was waited for
     stop_signal: int | None = None  # the signal that asked this rank to stop
+    stopped_by: Exception | None = None  # what ended the run before its last step
     started: float = field(default_factory=time.perf_counter)  # as if all sessions had been one
     saver: AsyncSaver = field(init=False)
 

@@ -4,6 +4,7 @@ The flags, and how model, plan and training step follow from them, are in nanoch
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,16 +17,18 @@ from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_run import open_bundle
 from nanochat.evals.samples import continuations
 from nanochat.planning.hardware import known_gpu
-from nanochat.planning.planner import plan_and_outcome
+from nanochat.planning.planner import forecast_values, plan_and_outcome
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, describe
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.train.commands import command_line
 from nanochat.train.hooks import estimate_core_seconds, evaluate_core, sample_hook, validate
 from nanochat.train.pretraining import PretrainConfig as Config, build_model, build_step, fix_plan, run_recipe
 from nanochat.train.run import Run, open_run
 from nanochat.trainer import Hook, Trainer
 from scripts import _cli
 
+LONGER = 4  # times as long: the run whose forecast the report names
 PROMPTS = ("The capital of France is", "Once upon a time", "The sun is", "My favourite food is")
 
 
@@ -67,6 +70,12 @@ def train(config: Config, runtime: Runtime) -> int:
         )
         trainer = Trainer(build_step(config, recipe, plan, model, runtime), loader)
         run.begin(plan.num_steps, describe(model.config, plan))
+        run.shown = {
+            "data": corpus.name,
+            "planned_steps": plan.num_steps,
+            "tokenizer_hash": tokenizer.hash,
+            "forecast": {} if config.init_from else forecast_values(plan, plan.tokens, corpus.name),
+        }
         if runtime.is_main and not (saved and saved.record):
             save_record(corpus, folder)
         trainer.hooks = make_hooks(config, corpus, tokenizer, runtime)
@@ -103,10 +112,22 @@ def core_hook(config: Config, trainer: Trainer, tokenizer: RustBPETokenizer, bun
     return Hook(lambda trainer: evaluate_core(trainer, *core), config.core_metric_every, seconds=seconds)
 
 
+def longer_command(config: Config, steps: int) -> str:
+    """The command that trains the same model anew, LONGER times as long as a run that took `steps`."""
+    time = {"minutes": LONGER * config.minutes} if config.ends_on_time else {"num_iterations": LONGER * steps}
+    return command_line("base_train", replace(config, resume=False, resume_from_step=-1, **time))
+
+
 def report(run: Run[Config], trainer: Trainer, plan: Plan, corpus: str) -> None:
     """Put the run's figures into the report."""
     now = trainer.progress
+
+    def expected(times: int) -> dict[str, Any]:  # the law knows no model that was trained before
+        return {} if run.config.init_from else forecast_values(plan, times * now.tokens, corpus)
+
     values: dict[str, Any] = {
+        "forecast": expected(1),
+        "longer": {"times": LONGER, "command": longer_command(run.config, now.step), **expected(LONGER)},
         "flops": now.tokens * plan.flops_per_token,
         "plan": describe(trainer.model.config, plan),
         "tables": {"Plan and outcome": plan_and_outcome(plan, now, run.config.minutes, corpus)},

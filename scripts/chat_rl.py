@@ -53,12 +53,19 @@ def train(config: Config, runtime: Runtime) -> int:
             Hook(SignalWatch(loader, runtime), 1),
         ]
         before = checkpoint.meta["before"] if checkpoint else evaluate_held_out(trainer)
+        run.shown = {
+            "model": folder.name,
+            "started_from": start.base["tag"],
+            "before": before,
+            "sizes": {task.name: min(config.eval_examples, len(task)) for task in held_out},
+            "tables": {"Plan": [{"": name, "planned": value} for name, value in plan]},
+        }
         return run.train(
             trainer,
             start.tokenizer,
             total_batch_tokens=config.examples_per_step * config.num_samples * config.max_new_tokens,
             meta={"stage": "rl", "base": start.base, "before": before},
-            report=partial(report, run, trainer, plan, before, start.base["tag"]),
+            report=partial(report, run, trainer, before),
         )
 
 
@@ -76,19 +83,17 @@ def make_loader(
     )
 
 
-def report(run: Run[Config], trainer: Trainer, plan: list[tuple[str, str]], before: Record, started_from: str) -> None:
+def report(run: Run[Config], trainer: Trainer, before: Record) -> None:
     """Put the run's figures into the report, with the accuracies before and after."""
     lines = read_metrics(run.folder / "metrics.jsonl")
     last: Record = next((line for line in reversed(lines) if any(k.startswith("accuracy/") for k in line)), {})
-    values: Record = {"model": run.folder.name, "started_from": started_from}
+    values: Record = {"after": last}
     for key in before:
         if key.startswith("accuracy/") and key in last:
             name = key.removeprefix("accuracy/")
             values[f"{name}, before and after"] = f"{before[key]:.1%}, {last[key]:.1%}"
     learnt = what_was_learnt(lines)
-    run.report(
-        trainer, values | {"plan": plan, "before": before, "after": last} | ({"learnt": learnt} if learnt else {})
-    )
+    run.report(trainer, values | ({"learnt": learnt} if learnt else {}))
     if learnt:
         warn(learnt)
     say(f"answers to read: {run.folder / 'transcripts'}")

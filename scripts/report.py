@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import get_base_dir, is_writable, say
+from nanochat.common import get_base_dir, is_writable, say, visible
 from nanochat.report import load_report, render_report, report_dir
 from nanochat.reporting.compare import write_comparison
 from nanochat.reporting.console import print_table
+from nanochat.reporting.pages import judge, progress_lines
 from nanochat.reporting.view import (
     STAGE_COLUMNS,
     Record,
     headline,
-    mixed_runs,
     skills_of,
     stage_times,
     stages_of,
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.compare:
         print(write_comparison(base_dir, config.compare))
         return 0
-    print_summary(load_report(base_dir))
+    print_summary(load_report(base_dir), base_dir)
     if is_writable(report_dir(base_dir)):
         print(render_report(base_dir))
     else:
@@ -48,13 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def print_summary(report: Record) -> None:
-    """Headline, time by stage and skills with their intervals."""
+def print_summary(report: Record, base_dir: Path) -> None:
+    """Verdict, headline, time by stage and skills with their intervals."""
+    verdict, statuses = judge(report, base_dir)
+    for line in [*progress_lines(report, statuses), *verdict.lines()]:
+        say(visible(line))
     if found := headline(report):
         say(" · ".join(f"{label} {text}" for label, text in found))
-    for note in mixed_runs(report):
-        say(note)
-    print_table("", stage_times(report), STAGE_COLUMNS)
+    print_table("", stage_times(report, statuses), STAGE_COLUMNS)
     for _, title, values in stages_of(report):
         rows = [
             (

@@ -81,6 +81,11 @@ class Law:
         """Standard error of each parameter."""
         return {name: float(np.std(values)) for name, values in zip(PARAMETERS, zip(*self.resamples))}
 
+    @property
+    def scatter(self) -> float:
+        """Standard deviation of the fitted runs from the law, relative to it."""
+        return float(np.std([loss / self.loss(n, d) - 1 for n, d, loss in self.points])) if self.points else 0.0
+
     def loss(self, n: float, d: float) -> float:
         """Bits per byte of a model with n scaling parameters after d tokens."""
         return float(law_loss(np.array(self.parameters), n, d))

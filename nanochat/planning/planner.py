@@ -236,7 +236,27 @@ def plan_and_outcome(plan: Plan, progress: Progress, minutes: float, corpus: str
     return rows
 
 
-def credible_forecast(law: Law | None, plan: Plan) -> Forecast | None:
-    """The law's forecast for a run; None without a law, and far beyond the runs it was fitted to."""
-    forecast = law.forecast(scaling_params(plan.params), plan.tokens) if law else None
+def forecast_values(plan: Plan, tokens: float, corpus: str) -> dict[str, Any]:
+    """The report's values of the loss that the law expects of the planned model after `tokens`.
+
+    Empty without a law and too far beyond its runs; only the "text" the law was fitted to if that is not `corpus`.
+    """
+    law = Law.load()
+    if law is None or law.corpus != corpus:
+        return {"text": law.corpus} if law else {}
+    forecast = credible_forecast(law, plan, tokens)
+    if forecast is None:
+        return {}
+    return {
+        "text": law.corpus,
+        "bpb": forecast.bpb,
+        "error": math.hypot(forecast.error or 0.0, law.scatter * forecast.bpb),
+        "tokens": tokens,
+    }
+
+
+def credible_forecast(law: Law | None, plan: Plan, tokens: float | None = None) -> Forecast | None:
+    """The law's forecast for a run, after `tokens` (default: those planned); None without a law, and far beyond the
+    runs it was fitted to."""
+    forecast = law.forecast(scaling_params(plan.params), tokens or plan.tokens) if law else None
     return forecast if forecast and forecast.extrapolation <= MAX_EXTRAPOLATION else None

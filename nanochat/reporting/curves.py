@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 Record = dict[str, Any]
 
@@ -155,7 +155,7 @@ def read_curve(lines: Sequence[Record], key: str, run: str = "") -> Curve | None
     )
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether the value is a finite number, of float32's range."""
     return isinstance(value, (int, float)) and abs(value) < 2.0**128  # false for NaN
 

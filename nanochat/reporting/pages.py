@@ -8,7 +8,7 @@ nothing else.
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,18 @@ from markupsafe import Markup
 
 from nanochat.common import format_seconds
 from nanochat.reporting.charts import AXIS_NAMES, Chart
-from nanochat.reporting.curves import Record, curves_of, sparkline, task_words
+from nanochat.reporting.curves import Record, curves_of, read_metrics, sparkline, task_words
 from nanochat.reporting.samples import sample_groups
+from nanochat.reporting.status import Status, status_of
+from nanochat.reporting.verdict import Verdict, verdict_of
 from nanochat.reporting.view import (
     STAGE_COLUMNS,
+    STAGES,
     facts_of,
     format_cell,
     headline,
-    mixed_runs,
     numeric_columns,
-    running_stages,
+    short_time,
     skill_groups,
     stage_times,
     stages_of,
@@ -96,19 +98,19 @@ def report_context(report: Record, base_dir: Path) -> dict[str, Any]:
         details.append((title, facts_of(values), tables))
     curves = [(title, *stage_charts(key, values, base_dir)) for key, title, values in stages]
     skills = skill_groups(report)
-    running = running_stages(report)
+    verdict, statuses = judge(report, base_dir)
     return {
-        "refresh": bool(running),
-        "running": running,
+        "refresh": any(status.alive for status in statuses.values()),
+        "progress": progress_lines(report, statuses),
+        "verdict": verdict,
         "hardware": " · ".join(str(machine[key]) for key in ("gpus", "processor", "commit") if machine.get(key)),
         "headline": headline(report),
-        "notes": mixed_runs(report),
         "skills": skills,
         "curves": [(title, charts, minor) for title, charts, minor in curves if charts or minor],
         **chart_values([chart for _, charts, minor in curves for chart in [*charts, *minor]]),
         "samples": sample_groups(report),
         "time_columns": STAGE_COLUMNS,
-        "times": stage_times(report),
+        "times": stage_times(report, statuses),
         "total_time": format_seconds(report.get("total_seconds") or 0),
         "details": [(title, facts, tables) for title, facts, tables in details if facts or tables],
         "plan": report.get("plan") or [],
@@ -123,6 +125,26 @@ def stage_charts(stage: str, values: Record, base_dir: Path) -> tuple[list[Chart
     # The loss of a policy gradient says nothing by its height.
     minor = [chart for chart in charts if chart.metric.minor or (stage == "chat_rl" and chart.key == "loss")]
     return [chart for chart in charts if chart not in minor], minor
+
+
+def judge(report: Record, base_dir: Path) -> tuple[Verdict, dict[str, Status]]:
+    """The verdict on a report whose runs are in base_dir, and the status of each stage that has not finished."""
+    runs: dict[str, list[Record]] = {}
+    statuses = {}
+    for key, _, values in stages_of(report):
+        runs[key] = read_metrics(base_dir / values["metrics"]) if values.get("metrics") else []
+        if status := status_of(values, runs[key], base_dir):
+            statuses[key] = status
+    return verdict_of(report, runs, statuses), statuses
+
+
+def progress_lines(report: Record, statuses: Mapping[str, Status]) -> list[str]:
+    """For each stage that is being trained its line on the terminal, and when that was written."""
+    return [
+        f"{STAGES[key]}: {values.get('progress') or 'running'} (at {short_time(values.get('updated_at'))} UTC)"
+        for key, status in statuses.items()
+        if status.alive and (values := report[key])
+    ]
 
 
 def escape_markdown(value: Any) -> str:

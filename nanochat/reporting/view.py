@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanochat.common import format_count, format_seconds
 from nanochat.reporting.curves import Record, scoped
+from nanochat.reporting.status import Status
 
 STAGES = {
     "tokenizer": "Tokenizer",
@@ -51,6 +52,13 @@ SPECIAL_KEYS = frozenset(
         "sizes",
         "before",
         "after",
+        "progress",
+        "num_steps",
+        "stopped_by",
+        "not_finite",
+        "tokenizer_hash",
+        "resume_command",
+        "gentler_command",
     }
 )
 
@@ -86,21 +94,16 @@ def stages_of(report: Record) -> list[tuple[str, str, Record]]:
     return sorted(found, key=lambda stage: str(stage[2].get("finished_at") or stage[2].get("updated_at") or ""))
 
 
-def running_stages(report: Record) -> list[str]:
-    """Titles of the stages that have not finished; a killed one stays among them."""
-    return [title for _, title, values in stages_of(report) if values.get("status") == "running"]
-
-
 STAGE_COLUMNS = ("stage", "run", "time", "finished (UTC)")
 
 
-def stage_times(report: Record) -> list[tuple[str, str, str, str]]:
-    """The STAGE_COLUMNS of each stage. A running one has the time of its last update: it may have been killed."""
+def stage_times(report: Record, statuses: Mapping[str, Status]) -> list[tuple[str, str, str, str]]:
+    """The STAGE_COLUMNS of each stage. One that has not finished has the time of its last update."""
     rows = []
-    for _, title, values in stages_of(report):
+    for key, title, values in stages_of(report):
         time, at = format_seconds(values.get("seconds") or 0), short_time(values.get("finished_at"))
-        if values.get("status") == "running":
-            time, at = "running", f"last update {short_time(values.get('updated_at'))}"
+        if status := statuses.get(key):
+            time, at = "running" if status.alive else "dead", f"last update {short_time(values.get('updated_at'))}"
         rows.append((title, run_of(values), time, at))
     return rows
 
@@ -116,9 +119,18 @@ def run_of(values: Record) -> str:
 
 
 def mixed_runs(report: Record) -> list[str]:
-    """A sentence for each stage that belongs to another model than the stage before it."""
+    """The sentences of `mixed_stages`."""
+    return list(mixed_stages(report).values())
+
+
+def mixed_stages(report: Record) -> dict[str, str]:
+    """A sentence for each stage, by its key, that belongs to another model than the stage before it."""
     found = {key: (title, values) for key, title, values in stages_of(report)}
-    notes = []
+    notes = {}
+    shown = (report.get("tokenizer") or {}).get("hash")
+    used = (report.get("base_train") or {}).get("tokenizer_hash")
+    if shown and used and shown != used:
+        notes["tokenizer"] = f"The tokenizer shown ({shown[:8]}) is not the model's ({used[:8]})."
     for key, source in MODEL_OF.items():
         if key not in found or source not in found:
             continue
@@ -127,9 +139,9 @@ def mixed_runs(report: Record) -> list[str]:
         name = str(own["started_from"]) if trained else run_of(own)
         if name and run_of(other) and name != run_of(other):
             verb = "started from" if trained else "is of"
-            notes.append(f"{title} {verb} run {name}, {source_title} is of run {run_of(other)}.")
+            notes[key] = f"{title} {verb} run {name}, {source_title} is of run {run_of(other)}."
         elif own.get("finished_at") and str(own["finished_at"]) < str(other.get("finished_at") or ""):
-            notes.append(f"{title} is older than {source_title}: it belongs to an earlier model.")
+            notes[key] = f"{title} is older than {source_title}: it belongs to an earlier model."
     return notes
 
 

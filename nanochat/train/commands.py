@@ -17,6 +17,13 @@ def command_line(script: str, config: Any, **extra: Any) -> str:
     return f"python -m scripts.{script} {describe_flags(flags)}".rstrip()
 
 
+def gentler_command(script: str, config: TrainConfig) -> str:
+    """The command of a fresh run with all learning rates halved."""
+    name = next(name for name in ("lr_scale", "init_lr_frac") if hasattr(config, name))
+    gentler: Any = {name: getattr(config, name) / 2, "resume": False, "resume_from_step": -1}
+    return command_line(script, replace(config, **gentler))
+
+
 def describe_flags(flags: Mapping[str, Any]) -> str:
     """The flags as on a command line, quoted where a shell needs it."""
     words = []

@@ -12,13 +12,14 @@ before the first step).
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from nanochat.checkpoint.async_save import SaveFailed
 from nanochat.checkpoint.folder import list_steps
@@ -40,15 +41,20 @@ from nanochat.distributed.collectives import BackgroundGroup, CollectiveFailed
 from nanochat.distributed.rank_checks import DataError, NonFiniteLoss, RanksDiverged
 from nanochat.report import record_stage
 from nanochat.reporting.console import print_table
+from nanochat.reporting.status import run_lock
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.commands import command_line, describe_flags, train_on_command
+from nanochat.train.commands import command_line, describe_flags, gentler_command, train_on_command
 from nanochat.train.config import HORIZON, Config, TrainConfig, merge_saved_config
 from nanochat.train.device_batch import fit_device_batch
 from nanochat.train.metrics import Metrics, check_sinks, cut_metrics, open_sinks
 from nanochat.train.snapshot import check_disk, restore_trainer, take_snapshot
 from nanochat.train.timing import deadline_for, reference_peak
 from nanochat.trainer import Interrupted, Record, Trainer
+
+# Between two drawings of the report, besides those at evaluations: at least so long, and 100 times as long as the last
+# one took, so that a run spends at most 1% of its time on it.
+REPORT_SECONDS, REPORT_FACTOR = 15.0, 100.0
 
 
 @dataclass
@@ -61,6 +67,7 @@ class Run(Generic[Config]):
     runtime: Runtime
     checkpoint: Checkpoint | None = None  # to resume from
     shown: dict[str, Any] = field(default_factory=dict)  # values for the report besides the figures
+    next_report: float = field(default_factory=lambda: time.perf_counter() + REPORT_SECONDS)
 
     @property
     def planned_steps(self) -> int | None:
@@ -140,7 +147,12 @@ class Run(Generic[Config]):
         if runtime.is_main and code == 0:
             report()
         elif runtime.is_main and trainer.progress.step:
-            record_so_far(self.script, self.figures(trainer) | {"stopped_early": True})
+            stopped = {
+                "stopped_early": True,
+                "stopped_by": first_line(trainer.stopped_by) if trainer.stopped_by else "",
+                "not_finite": isinstance(trainer.stopped_by, NonFiniteLoss),
+            }
+            record_so_far(self.script, self.figures(trainer) | stopped)
         return code
 
     def _restore(self, trainer: Trainer) -> None:
@@ -189,12 +201,15 @@ class Run(Generic[Config]):
             "best_val_bpb": now.best_val_bpb,
             "loss": now.debiased_loss(),
             "steps": now.step,
+            "num_steps": trainer.schedule.num_steps,
             "tokens": now.tokens,
             "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
             "num_params": trainer.model.num_scaling_params()["total"],
             "loader": trainer.loader.stats(),
             "metrics": os.path.relpath(self.folder / "metrics.jsonl", get_base_dir()),
             "command": command_line(self.script, self.config),
+            "resume_command": command_line(self.script, self.config, resume=True),
+            "gentler_command": gentler_command(self.script, self.config),
             **self.shown,
         }
 
@@ -211,10 +226,14 @@ class Run(Generic[Config]):
         )
 
     def _log(self, trainer: Trainer, record: Record, metrics: Metrics) -> None:
-        """Write the metrics, and update the report at each evaluation: report.html follows the run."""
+        """Write the metrics, and update the report at each evaluation and now and then: report.html follows the run."""
         metrics(trainer, record)
-        if "val_bpb" in record and trainer.runtime.is_main and not trainer.finished:
-            record_so_far(self.script, self.figures(trainer) | {"status": "running"})
+        began = time.perf_counter()
+        due = "val_bpb" in record or began > self.next_report
+        if due and trainer.runtime.is_main and not trainer.finished:
+            record_so_far(self.script, self.figures(trainer) | {"status": "running", "progress": metrics.text})
+            now = time.perf_counter()
+            self.next_report = now + max(REPORT_SECONDS, REPORT_FACTOR * (now - began))
 
 
 def validation_tokens(trainer: Trainer) -> str:
@@ -244,9 +263,8 @@ def lock_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
         yield
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)  # beside the folder, which may be moved
     try:
-        held = lock.acquire()
+        held = run_lock(folder).acquire()
     except Timeout:
         raise UserError(f"another process is training in {folder}; wait for it, or give another --model-tag") from None
     with held:
@@ -282,7 +300,8 @@ def run_to_end(trainer: Trainer, folder: Path, resume_command: str) -> int:
     """Train; turn the known failures into one line and an exit code. 0 if the last step was reached."""
     runtime, resume = trainer.runtime, f"resume with:\n  {resume_command}"
     try:
-        trainer.run()
+        with keep_error(trainer):
+            trainer.run()
         return 0
     except Interrupted as stop:
         runtime.print0(f"\n{stop}: stopped after step {trainer.progress.step}, which is saved; {resume}")
@@ -303,6 +322,16 @@ def run_to_end(trainer: Trainer, folder: Path, resume_command: str) -> int:
         reason = f"not enough memory: {first_line(error)}; {trainer.last_good()}"
         print(f"\nerror: {reason}; {resume} {fewer}", file=sys.stderr, flush=True)  # this rank's own, too
     return 1
+
+
+@contextlib.contextmanager
+def keep_error(trainer: Trainer) -> Iterator[None]:
+    """Keep the exception that ends the block in `trainer.stopped_by`."""
+    try:
+        yield
+    except Exception as error:
+        trainer.stopped_by = error
+        raise
 
 
 def record_so_far(stage: str, values: dict[str, Any]) -> None:
