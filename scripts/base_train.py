@@ -24,6 +24,7 @@ from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.train.commands import command_line
 from nanochat.train.hooks import estimate_core_seconds, evaluate_core, sample_hook, validate
 from nanochat.train.pretraining import PretrainConfig as Config, build_model, build_step, fix_plan, run_recipe
+from nanochat.train.progress import Progress
 from nanochat.train.run import Run, open_run
 from nanochat.trainer import Hook, Trainer
 from scripts import _cli
@@ -112,10 +113,13 @@ def core_hook(config: Config, trainer: Trainer, tokenizer: RustBPETokenizer, bun
     return Hook(lambda trainer: evaluate_core(trainer, *core), config.core_metric_every, seconds=seconds)
 
 
-def longer_command(config: Config, steps: int) -> str:
-    """The command that trains the same model anew, LONGER times as long as a run that took `steps`."""
-    time = {"minutes": LONGER * config.minutes} if config.ends_on_time else {"num_iterations": LONGER * steps}
-    return command_line("base_train", replace(config, resume=False, resume_from_step=-1, **time))
+def longer_run(config: Config, now: Progress) -> dict[str, Any]:
+    """The report's values of a run that trains the same model anew, LONGER times as long: its command and time."""
+    minutes = LONGER * config.minutes if config.ends_on_time else -1.0
+    steps = -1 if minutes > 0 else LONGER * now.step
+    fresh = replace(config, resume=False, resume_from_step=-1, minutes=minutes, num_iterations=steps)
+    seconds = 60 * minutes if minutes > 0 else LONGER * now.wall_seconds
+    return {"times": LONGER, "command": command_line("base_train", fresh), "seconds": seconds}
 
 
 def report(run: Run[Config], trainer: Trainer, plan: Plan, corpus: str) -> None:
@@ -127,7 +131,7 @@ def report(run: Run[Config], trainer: Trainer, plan: Plan, corpus: str) -> None:
 
     values: dict[str, Any] = {
         "forecast": expected(1),
-        "longer": {"times": LONGER, "command": longer_command(run.config, now.step), **expected(LONGER)},
+        "longer": longer_run(run.config, now) | expected(LONGER),
         "flops": now.tokens * plan.flops_per_token,
         "plan": describe(trainer.model.config, plan),
         "tables": {"Plan and outcome": plan_and_outcome(plan, now, run.config.minutes, corpus)},

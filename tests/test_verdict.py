@@ -82,7 +82,7 @@ def test_a_run_shorter_than_planned_is_named() -> None:
 def test_training_and_validation_apart(val: float, epoch: int | None, kind: str) -> None:
     report = {"base_eval": {"train_bpb": 1.0, "val_bpb": val}, "base_train": {"loader": {"epoch": epoch}}}
     finding = only(findings.gap(report))
-    assert finding.kind == kind and f"{val:.3f}" in finding.figures and f"{val - 1:+.1%}" in finding.figures
+    assert finding.kind == kind and f"{val:.3f}" in finding.figures and f"{val - 1:+.3f}" in finding.figures
     assert not list(findings.gap({"base_eval": {"val_bpb": val}}))
 
 
@@ -107,7 +107,9 @@ def test_a_loss_that_rises_diverged() -> None:
     for end, diverged in ((3.2, False), (3.5, True)):
         found = list(findings.course("base_train", {}, lines_of([*fell, *np.full(100, end)])))
         assert [finding.remedy for finding in found] == (["gentler"] if diverged else [])
-    assert not list(findings.course("base_train", {}, lines_of([3.0] * 20 + [9.0] * 19)))  # too short to tell
+    assert not list(findings.course("base_train", {}, lines_of([3.0] * 50 + [9.0] * 49)))  # too short to tell
+    noisy = np.random.default_rng(1).normal(3, 0.8, 110)  # averages of 5 differ by more than a tenth
+    assert not list(findings.course("base_train", {}, lines_of(noisy)))
     assert not list(findings.course("chat_rl", {}, lines_of([*fell, *np.full(100, 9.0)])))
 
 
@@ -268,12 +270,20 @@ def test_every_command_is_one_that_its_script_takes() -> None:
 
 
 def test_training_longer_has_a_forecast_where_the_text_lasts() -> None:
-    longer = {"times": 4, "command": "python -m scripts.base_train --num-iterations=400", "bpb": 1.25, "error": 0.02}
+    longer = {
+        "times": 4,
+        "command": "python -m scripts.base_train --num-iterations=400",
+        "seconds": 240,
+        "bpb": 1.25,
+        "error": 0.02,
+    }
     base = {"model": "d4", "seconds": 60, "longer": longer, "loader": {"epoch": 0}}
     step = verdict_of({"base_train": base}, {}, {}).steps[-1]
     assert step.command == longer["command"] and "1.250 ± 0.020" in step.text and "4m" in step.text
     assert longer["command"] not in commands({"base_train": base | {"loader": {"epoch": 1}}})
-    assert longer["command"] not in commands({"base_train": base | {"longer": {"times": 4, "command": "x"}}})
+    assert longer["command"] not in commands(
+        {"base_train": base | {"longer": {"times": 4, "command": "x", "seconds": 9}}}
+    )
 
 
 def test_what_broke_is_mended_first() -> None:
@@ -368,4 +378,4 @@ def test_a_diverged_run_says_so(copied: Path) -> None:
     values = json.loads((copied / "report" / "report.json").read_text())["base_train"]
     assert values["not_finite"] and values["stopped_by"]
     (step,) = judge(load_report(copied), copied)[0].steps
-    assert "--lr-scale=5e+29" in step.command and "half" in step.text
+    assert "lr-scale" not in step.command and "lower" in step.text

@@ -4,9 +4,10 @@ Where a figure is missing there is no finding. The thresholds are at the top, ea
 is called "no sign of", not "none".
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Literal
 
 from nanochat.common import format_count, format_seconds
@@ -20,8 +21,9 @@ GAP = 0.05  # of validation over training bits per byte: texts differ by 1 to 2%
 RISE = 0.01  # of validation over its best: evaluations of one run, on the same text, wiggle by less
 PASSES = 4  # over the text: further ones teach ever less (arXiv 2305.16264)
 WINDOW = 20  # a loss is averaged over a twentieth of the run
-ENOUGH_STEPS = 40  # fewer losses show no trend
-WORSE_LOSS = 1.1  # of the last average over the lowest: noise of averages is below a tenth
+ENOUGH_STEPS = 100  # fewer losses show no trend
+# The last average over the lowest: relatively, and in standard errors, as the lowest of 20 is low by chance too.
+WORSE_LOSS, WORSE_DEVIATIONS = 1.1, 4.0
 SPIKE, SPIKE_DEVIATIONS = 1.3, 10.0  # a step's loss against the 50 before: relative to their median, and to its spread
 
 Kind = Literal["bad", "note", "good"]
@@ -86,16 +88,15 @@ def course(stage: str, values: Record, lines: Sequence[Record]) -> Iterator[Find
     if stage == "chat_rl" or len(losses) < ENOUGH_STEPS:
         return
     size = len(losses) // WINDOW
-    averages = [
-        (losses[i][0], fmean(loss for _, loss in losses[i - size + 1 : i + 1]))
-        for i in range(size - 1, len(losses), size)
-    ]
-    lowest, last = min(averages, key=lambda pair: pair[1]), fmean(loss for _, loss in losses[-size:])
-    if last > WORSE_LOSS * lowest[1]:
+    windows = [losses[end - size : end] for end in range(len(losses), size - 1, -size)]  # the last one first
+    means = [fmean(loss for _, loss in window) for window in windows]
+    lowest = min(range(len(means)), key=means.__getitem__)
+    noise = math.hypot(*(stdev([loss for _, loss in windows[i]]) / size**0.5 for i in (0, lowest)))
+    if means[0] > max(WORSE_LOSS * means[lowest], means[lowest] + WORSE_DEVIATIONS * noise):
         yield Finding(
             "bad",
             f"The training loss of {STAGES[stage].lower()} rose: it diverged, most likely the rates are too high",
-            f"{last:.3g} at the end against {lowest[1]:.3g} at step {lowest[0]:,}",
+            f"{means[0]:.3g} at the end against {means[lowest]:.3g} at step {windows[lowest][-1][0]:,}",
             stage,
             "gentler",
         )
@@ -207,7 +208,7 @@ def gap(report: Record) -> Iterator[Finding]:
     train, val = values.get("train_bpb"), values.get("val_bpb")
     if not (is_number(train) and is_number(val)) or train <= 0:
         return
-    figures = f"{val:.3f} bits per byte on validation text, {train:.3f} on training text ({val / train - 1:+.1%})"
+    figures = f"{val:.3f} bits per byte on validation text, {train:.3f} on training text ({val - train:+.3f})"
     passes = ((report.get("base_train") or {}).get("loader") or {}).get("epoch")
     if val > (1 + GAP) * train and passes == 0:
         text = "Training and validation are apart, though it read its text once: the two differ in kind"

@@ -23,10 +23,10 @@ def finetuning(report: Record) -> Iterator[Finding]:
     above = [s for s in skills if wilson_interval(s.passed, s.total, z)[0] > (s.baseline or 0.0)]
     others = [f"{s.name} {s.accuracy:.1%} (guessing {s.baseline:.1%})" for s in skills if s not in above]
     if above:
-        text = f"After finetuning, {len(above)} of {len(skills)} skills are beyond guessing"
+        text = f"Beyond guessing after finetuning: {len(above)} of {len(skills)} skills"
         yield Finding("good", text, ", ".join(f"{s.name} {s.accuracy:.1%}" for s in above))
     if others:
-        yield Finding("note" if above else "bad", "After finetuning, no sign of more than guessing", ", ".join(others))
+        yield Finding("note" if above else "bad", "No sign of more than guessing after finetuning", ", ".join(others))
 
 
 CHAIN = ("chat_sft", "chat_eval", "chat_rl", "chat_eval_rl")
@@ -61,7 +61,8 @@ def reinforcement(report: Record) -> Iterator[Finding]:
         text = f"RL made {len(better)} of {len(changes)} skills better"
         yield Finding("good", text, ", ".join(map(str, better)))
     else:
-        yield Finding("note", f"No sign that RL made any of {len(changes)} skills better", ", ".join(map(str, changes)))
+        largest = max(changes, key=lambda change: change.after - change.before)
+        yield Finding("note", f"No sign that RL made any of {len(changes)} skills better", f"at best {largest}")
 
 
 def changes_of(report: Record) -> list[Change]:

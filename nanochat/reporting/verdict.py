@@ -129,7 +129,7 @@ def remedy_of(values: Record, finding: Finding, status: Status | None) -> Step:
         return Step(f"Run {title} again" if again else f"Resume {title} from its last checkpoint", command)
     if finding.remedy == "gentler":
         aim = f" (forecast: {forecast_text(expected)})" if is_number(expected.get("bpb")) else ""
-        return Step(f"Run {title} again with half the learning rates{aim}", values.get("gentler_command") or "")
+        return Step(f"Run {title} again with lower learning rates{aim}", values.get("gentler_command") or "")
     return Step(
         f"Train on more text, or run {title} again for {finding.steps:,} steps, where validation was lowest",
         with_flags(values.get("command"), f"--num-iterations={finding.steps}"),
@@ -153,7 +153,7 @@ def train_longer(values: Record) -> Iterator[Step]:
     longer = values.get("longer") or {}
     passes = longer.get("times", 1) * (1 + ((values.get("loader") or {}).get("epoch") or 0))
     if is_number(longer.get("bpb")) and passes <= PASSES:
-        time = format_seconds(longer["times"] * (values.get("seconds") or 0))
+        time = format_seconds(longer["seconds"])
         yield Step(
             f"Or pretrain {longer['times']} times as long, about {time}: forecast {forecast_text(longer)}",
             longer["command"],

@@ -18,9 +18,10 @@ def command_line(script: str, config: Any, **extra: Any) -> str:
 
 
 def gentler_command(script: str, config: TrainConfig) -> str:
-    """The command of a fresh run with all learning rates halved."""
+    """The command of a fresh run with lower learning rates: the default scale if this run's was above it, else half."""
     name = next(name for name in ("lr_scale", "init_lr_frac") if hasattr(config, name))
-    gentler: Any = {name: getattr(config, name) / 2, "resume": False, "resume_from_step": -1}
+    scale, default = getattr(config, name), getattr(type(config), name)
+    gentler: Any = {name: default if scale > default else scale / 2, "resume": False, "resume_from_step": -1}
     return command_line(script, replace(config, **gentler))
 
 
