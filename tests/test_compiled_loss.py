@@ -191,12 +191,12 @@ def test_fa3_is_used_if_the_loss_stays_one_graph(
     assert bool(capsys.readouterr().err) == (chosen != "fa3")
 
 
-def test_more_shapes_than_the_compiler_allows(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_shapes_than_the_compiler_allows(compiler: Compiler) -> None:
     """The search for a device batch may try ten sizes; past its limit the compiler would run the rest uncompiled."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     compiler.splits = False
     model = GPT.create(GPTConfig(**SIZES | {"sequence_len": 8, "n_layer": 1}))
-    loss_fn = compiled_loss(model, "on", CPU)
-    for rows in (1, 2, 3):
-        loss_fn(torch.zeros(rows, 8, dtype=torch.long), torch.zeros(rows, 8, dtype=torch.long))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        loss_fn = compiled_loss(model, "on", CPU)
+        for rows in (1, 2, 3):
+            loss_fn(torch.zeros(rows, 8, dtype=torch.long), torch.zeros(rows, 8, dtype=torch.long))
     assert len(compiler.graphs) == 3
