@@ -15,7 +15,7 @@ from nanochat.reporting.scales import Scale, horizontal_scales, tick_label, vert
 
 HEIGHT, TOP, BOTTOM, LEFT = 176, 20, 36, 40  # of a chart and its margins, in the SVG's own units
 WIDTH, RIGHT = 280, 8
-NAMED_WIDTH, NAMED_RIGHT = 480, 96  # with the names of runs at the curves' ends
+NAMED_WIDTH, NAMED_RIGHT = 480, 106  # with the names of runs at the curves' ends
 NAME_LENGTH, NAME_GAP = 13, 12  # letters of such a name, and the distance between two
 STEEP_START = 20  # one part in so many of a curve that starts steeply is left out of the linear chart's range
 MAX_DOTS = 40  # points of a curve that still get a dot each
