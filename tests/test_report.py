@@ -513,6 +513,8 @@ def test_stages_stand_in_order_of_time(tmp_path: Path) -> None:
         (1.42, 1.52, "", False, "1.42 1.44 1.46 1.48 1.5 1.52"),
         (1e12, 4.2e15, "flops", True, "1e12 1e13 1e14 1e15"),
         (3, 80, "", True, "5 10 20 50"),
+        (0.4, 300, "seconds", True, "1s 10s 1m"),
+        (30, 370, "seconds", True, "30s 1m 2m 5m"),
         (-0.1, 0.1, "", False, "-0.1 -0.05 0 0.05 0.1"),
     ],
 )

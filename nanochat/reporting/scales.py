@@ -9,6 +9,7 @@ from nanochat.common import format_count, format_seconds
 LOG_RATIO = 30.0  # between the largest and the smallest value of a vertical axis that becomes logarithmic
 TIME_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 3 * 3600, 6 * 3600, 12 * 3600)
 DAY = 24 * 3600
+LOG_TIMES = (0.01, 0.1, 1, 10, 60, 600, 3600, 6 * 3600, DAY, 10 * DAY, 100 * DAY)
 VERTICAL_TICKS = 6
 TINY = 1e-30  # below it a value is as good as zero
 
@@ -68,12 +69,16 @@ def linear_values(scale: Scale) -> list[float]:
 
 def log_values(scale: Scale) -> list[float]:
     """Powers of ten on the scale, with their doubles and fivefolds where these are few, some where they are many."""
-    low, high = scale.low, scale.high
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    powers = [10.0**e for e in exponents if low <= 10.0**e <= high * (1 + 1e-9)]
-    if len(powers) < 3:
-        powers = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= m * 10.0**e <= high * (1 + 1e-9)]
-    return powers[:: math.ceil(len(powers) / (scale.max_ticks + 1)) or 1]
+    exponents = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
+    coarse: list[float] = [10.0**e for e in exponents]
+    fine: list[float] = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
+    if scale.unit == "seconds":
+        coarse, fine = list(LOG_TIMES), [*LOG_TIMES[:3], *TIME_STEPS, *LOG_TIMES[8:]]
+    for values in (coarse, sorted(set(fine))):
+        found = [value for value in values if scale.low <= value <= scale.high * (1 + 1e-9)]
+        if len(found) >= 3:
+            break
+    return found[:: math.ceil(len(found) / (scale.max_ticks + 1)) or 1]
 
 
 def tick_label(value: float, unit: str) -> str:

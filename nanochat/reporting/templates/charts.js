@@ -132,7 +132,8 @@ class Chart {
       make(mark, "circle", { class: look, cx: left + this.across(places[number]), cy: top + this.down(value), r: 3.5 });
       return format(value, this.unit) + (line.smooth.length ? ` (${format(line.values[i], this.unit)})` : "");
     });
-    const place = `at ${page.axes[this.axis]} ${format(where, this.axis)}`;
+    const unit = { tokens: " tokens", flops: " FLOPs" }[this.axis] ?? "";
+    const place = `at ${this.axis === "step" ? "step " : ""}${format(where, this.axis)}${unit}`;
     this.output.textContent = this.names.length ? place : `${texts[0]} ${place}`;
     this.names.forEach((name, i) => { name.textContent = texts[i]; });
   }
