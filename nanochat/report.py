@@ -6,7 +6,12 @@ $BASE/report/report.json holds
   total_seconds   over all stages
   tokenizer, base_train, contamination, base_eval, chat_sft, chat_rl, chat_eval, chat_eval_rl: one object for each
     recorded stage, with any of
-    seconds, finished_at, updated_at (while running), command, status ("running" until finished), checkpoint, model
+    seconds, finished_at (given, or when it was recorded), updated_at (while running), command, checkpoint, model
+    status        "running" until finished; progress: its terminal line; num_steps: by the plan as it is now
+    stopped_early, stopped_by, not_finite   of a run that ended before its last step, and why
+    resume_command, gentler_command         to resume it, to run it again with lower learning rates
+    planned_steps, tokenizer_hash, forecast {"text", "bpb", "error", "tokens"},
+    longer {"times", "command", "seconds", "bpb", "error"}: of pretraining; the forecasts only on the law's own text
     KEY_of        what the value KEY was measured on, where its name promises more: "core_of": "18 of 22 tasks"
     val_bpb, tokens, tokens_per_second, num_params and other single values, shown as they are
     TASK          accuracy in [0, 1] by task name, beside
@@ -106,7 +111,7 @@ def record_stage(base_dir: Path, stage: str, values: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     new = to_json(dict(values))
     time_key = "updated_at" if new.get("status") == "running" else "finished_at"
-    new[time_key] = datetime.now(UTC).isoformat(timespec="seconds")
+    new.setdefault(time_key, datetime.now(UTC).isoformat(timespec="seconds"))
     with FileLock(folder / ".lock"):
         delete_leftovers(folder.glob(".*.tmp"))
         report = _load_or_set_aside(base_dir)

@@ -19,7 +19,7 @@ from nanochat.planning.fit import fit_law
 from nanochat.planning.hardware import GPUS, Gpu, expected_pace, find_gpu, known_gpu
 from nanochat.planning.law import Candidate, Law
 from nanochat.planning.memory import activation_bytes, choose_rows, memory_by_kind
-from nanochat.planning.planner import USABLE_MEMORY, plan_and_outcome
+from nanochat.planning.planner import USABLE_MEMORY, forecast_values, plan_and_outcome
 from nanochat.runtime import Runtime
 from nanochat.scaling import derive_sizes, describe, estimate, make_plan, scaling_params
 from nanochat.train import pace as measured, timing
@@ -120,6 +120,18 @@ def test_a_forecast_for_other_text_or_far_beyond_the_law_says_so() -> None:
     assert "starter" in forecast(4096, "my_texts") and "starter" not in forecast(4096, "starter")
     assert "extrapolated" in forecast(2**20, "starter") and "extrapolated" not in forecast(4096, "starter")
     assert "±" in forecast(2**20, "starter") and "±" not in forecast(2**30, "starter"), "none at all that far away"
+
+
+def test_the_reports_forecast_counts_how_far_runs_lie_from_the_law() -> None:
+    config = GPTConfig(n_layer=2, n_embd=128, n_head=2, n_kv_head=2, vocab_size=4096)
+    made = make_plan(config, num_iterations=400, total_batch_size=4096)
+    law, n, tokens = Law.load(), scaling_params(made.params), made.tokens / 2
+    assert law and forecast_values(made, tokens, "my_texts") == {"text": "starter"}
+    values = forecast_values(made, tokens, "starter")
+    assert values["bpb"] == law.loss(n, tokens) and values["tokens"] == tokens
+    scatter = float(np.std([loss / law.loss(*point) - 1 for *point, loss in law.points]))
+    assert values["error"] ** 2 == pytest.approx((law.loss_error(n, tokens) or 0) ** 2 + (scatter * values["bpb"]) ** 2)
+    assert forecast_values(made, 2**50, "starter") == {}
 
 
 def test_d12_takes_about_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:

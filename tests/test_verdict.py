@@ -367,6 +367,29 @@ def test_a_killed_run_is_noticed(copied: Path, capsys: pytest.CaptureFixture[str
     assert "dead" in shown and "--resume" in shown and "nothing was saved" in shown
 
 
+def test_the_report_is_drawn_between_evaluations_too(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stubs import TINY
+
+    from nanochat.train import run as training_run
+    from scripts import base_train
+
+    recorded: list[Report] = []
+    monkeypatch.setattr(training_run, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(training_run, "REPORT_FACTOR", 0.0)
+    monkeypatch.setattr(training_run, "record_so_far", lambda stage, values: recorded.append(values))
+    flags = [f for f in TINY if not f.startswith("--num-iterations")]
+    text = f"--data={copied / 'text.jsonl'}"
+    assert base_train.main([*flags, text, "--num-iterations=3", "--eval-every=-1"]) == 0
+    assert [(values["steps"], values["num_steps"]) for values in recorded] == [(1, 3), (2, 3)]
+    assert all(f"step {values['steps']}/3" in values["progress"] for values in recorded)
+    values = load_report(copied)["base_train"]
+    assert values["planned_steps"] == 3 and values["forecast"] == {"text": "starter"}
+    record_stage(copied, "chat_sft", {"started_from": "tiny", "finished_at": values["finished_at"]})
+    assert base_train.main([*flags, text, "--num-iterations=3", "--resume"]) == 0  # nothing is left to train
+    assert not mixed_stages(load_report(copied))
+    assert "--num-iterations=12" in values["longer"]["command"] and values["longer"]["seconds"] > 0
+
+
 def test_a_diverged_run_says_so(copied: Path) -> None:
     from stubs import TINY
 

@@ -96,8 +96,8 @@ def next_steps(report: Record, found: Sequence[Finding], statuses: Mapping[str, 
     """What to do next: mend what broke, else the pipeline's next stage; talk to the model; train longer."""
     if any(status.alive for status in statuses.values()):
         yield Step(
-            "Wait for it, or stop it with Ctrl-C: it saves and can be resumed. Where the time of its last line is old, "
-            "this finds out whether it still runs",
+            "Wait, or stop it with Ctrl-C: it saves, and can be resumed. If its line above is old, this says whether "
+            "it still runs",
             "python -m scripts.report",
         )
         return

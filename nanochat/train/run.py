@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
@@ -192,8 +193,12 @@ class Run(Generic[Config]):
 
     def figures(self, trainer: Trainer) -> dict[str, Any]:
         """The report's values of any training stage."""
-        now = trainer.progress
+        now, finished = trainer.progress, {}
+        if self.finished and self.checkpoint:  # nothing was trained: what was made from it later stays later
+            saved_at = (self.checkpoint.path / "meta.json").stat().st_mtime
+            finished = {"finished_at": datetime.fromtimestamp(saved_at, UTC).isoformat(timespec="seconds")}
         return {
+            **finished,
             "seconds": now.wall_seconds,
             "train_seconds": now.seconds,
             "val_bpb": now.val_bpb,
