@@ -49,9 +49,9 @@ def metric_of(key: str) -> Metric:
 TASK_WORDS = {
     "SpellingBee": "Letter counting",
     "SimpleSpelling": "Spelling",
-    "WordProblems1": "Word problems, 1 step",
-    "WordProblems2": "Word problems, 2 steps",
-    "WordProblems3": "Word problems, 3 steps",
+    "WordProblems1": "Word problems (1 step)",
+    "WordProblems2": "Word problems (2 steps)",
+    "WordProblems3": "Word problems (3 steps)",
     "Identity": "Saying who it is",
     "GSM8K": "Grade-school mathematics (GSM8K)",
     "HumanEval": "Writing programs (HumanEval)",
@@ -62,7 +62,7 @@ TASK_WORDS = {
 
 
 def task_words(name: str) -> str:
-    """`WordProblems1`, also written `WordProblems/1` -> `Word problems, 1 step`; others as they are named."""
+    """`WordProblems1`, also written `WordProblems/1` -> `Word problems (1 step)`; others as they are named."""
     return TASK_WORDS.get(name.replace("/", ""), name)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
-from nanochat.reporting.curves import Record, is_number
+from nanochat.reporting.curves import Record, is_number, task_words
 from nanochat.reporting.findings import Finding
 from nanochat.reporting.view import mixed_stages, run_of, skills_of, wilson_interval
 
@@ -21,10 +21,10 @@ def finetuning(report: Record) -> Iterator[Finding]:
         return
     z = joint_z(len(skills))
     above = [s for s in skills if wilson_interval(s.passed, s.total, z)[0] > (s.baseline or 0.0)]
-    others = [f"{s.name} {s.accuracy:.1%} (guessing {s.baseline:.1%})" for s in skills if s not in above]
+    others = [f"{task_words(s.name)} {s.accuracy:.1%} (guessing {s.baseline:.1%})" for s in skills if s not in above]
     if above:
         text = f"Beyond guessing after finetuning: {len(above)} of {len(skills)} skills"
-        yield Finding("good", text, ", ".join(f"{s.name} {s.accuracy:.1%}" for s in above))
+        yield Finding("good", text, ", ".join(f"{task_words(s.name)} {s.accuracy:.1%}" for s in above))
     if others:
         yield Finding("note" if above else "bad", "No sign of more than guessing after finetuning", ", ".join(others))
 
@@ -43,9 +43,8 @@ class Change:
     high: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.name} {self.before:.1%} → {self.after:.1%} ({100 * self.low:+.0f} to {100 * self.high:+.0f} points)"
-        )
+        points = f"({100 * self.low:+.0f} to {100 * self.high:+.0f} points)"
+        return f"{task_words(self.name)} {self.before:.1%} → {self.after:.1%} {points}"
 
 
 def reinforcement(report: Record) -> Iterator[Finding]:
