@@ -72,8 +72,10 @@ def test_no_forecast_for_other_text_and_for_what_is_not_finished() -> None:
 
 
 def test_a_run_shorter_than_planned_is_named() -> None:
-    assert kinds(findings.forecast(pretrained(1.4, planned_steps=110))) == ["good"]
-    assert kinds(findings.forecast(pretrained(1.4, planned_steps=112))) == ["note", "good"]
+    assert not list(findings.length(pretrained(1.4, planned_steps=110)))
+    assert only(findings.length(pretrained(1.4, planned_steps=112))).kind == "note"
+    for unfinished in ({"status": "running"}, {"stopped_early": True}):
+        assert not list(findings.length(pretrained(1.4, planned_steps=112, **unfinished)))
 
 
 @pytest.mark.parametrize(

@@ -177,13 +177,6 @@ def forecast(report: Record) -> Iterator[Finding]:
             figures = f"{expected['bpb']:.3f} ± {expected['error']:.3f} bits per byte; {bpb:.3f} so far"
             yield Finding("note", "The forecast for the end of pretraining", figures)
         return
-    planned = values.get("planned_steps")
-    if planned and values["steps"] < SHORT_SHARE * planned:
-        yield Finding(
-            "note",
-            "Pretraining was shorter than planned: the machine was slower than when it was measured",
-            f"{values['steps']:,} steps of {planned:,}",
-        )
     if not is_number(expected.get("bpb")):
         if text := expected.get("text"):
             yield Finding("note", f"No forecast to compare with: the scaling law is of other text ({text})")
@@ -200,6 +193,16 @@ def forecast(report: Record) -> Iterator[Finding]:
         yield Finding("good", "Pretraining is better than forecast", figures)
     else:
         yield Finding("good", "Pretraining is as good as forecast", figures)
+
+
+def length(report: Record) -> Iterator[Finding]:
+    """A finished pretraining run of fewer steps than were planned for its time."""
+    values = report.get("base_train") or {}
+    planned, steps = values.get("planned_steps"), values.get("steps")
+    finished = values.get("status") != "running" and not values.get("stopped_early")
+    if finished and is_number(planned) and is_number(steps) and steps < SHORT_SHARE * planned:
+        text = "Pretraining was shorter than planned: the machine was slower than when it was measured"
+        yield Finding("note", text, f"{steps:,} steps of {planned:,}")
 
 
 def gap(report: Record) -> Iterator[Finding]:

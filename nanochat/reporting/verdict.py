@@ -15,6 +15,7 @@ from nanochat.reporting.findings import (
     course,
     forecast,
     gap,
+    length,
     overfitting,
     partial,
     state,
@@ -52,7 +53,7 @@ class Verdict:
 
 def verdict_of(report: Record, runs: Runs, statuses: Mapping[str, Status]) -> Verdict:
     """The verdict on a report, whose stages under way have `statuses`. Empty without a finding and a next step."""
-    found: list[Finding] = []
+    found = [*forecast(report), *length(report)]
     for stage in TRAINING:
         values = report.get(stage)
         if values:
@@ -60,7 +61,7 @@ def verdict_of(report: Record, runs: Runs, statuses: Mapping[str, Status]) -> Ve
             found += course(stage, values, runs.get(stage, ()))
             found += overfitting(stage, values, runs.get(stage, ()))
     found += [Finding("bad", "Figures of different models are mixed", note) for note in mixed_stages(report).values()]
-    for judge in (forecast, gap, partial, contamination, finetuning, reinforcement):
+    for judge in (gap, partial, contamination, finetuning, reinforcement):
         found += judge(report)
     found += signal(report.get("chat_rl") or {}, runs.get("chat_rl", ()))
     found.sort(key=lambda finding: finding.kind != "bad")
