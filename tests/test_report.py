@@ -392,6 +392,7 @@ def test_the_report_follows_a_run(copied: Path, monkeypatch: pytest.MonkeyPatch)
     assert [values["steps"] for _, values in pages] == [2, 4] and all(v["status"] == "running" for _, v in pages)
     assert all('http-equiv="refresh"' in page for page, _ in pages)
     assert 'http-equiv="refresh"' not in html_of(copied) and load_report(copied)["base_train"]["steps"] == 6
+    assert set(chart_data(copied)["axes"]) == {"step", "tokens", "flops", "seconds"}
 
 
 def test_a_report_that_cannot_be_written_stops_no_training(
