@@ -2,16 +2,18 @@
 
 import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 
 from nanochat.common import UserError, say
+from nanochat.conversation import Tokenizer
 from nanochat.execution import choose_level
+from nanochat.gpt import GPT
 from nanochat.inference.sampling import SamplingParams
 from nanochat.ranges import Range
 from nanochat.runtime import Runtime
@@ -79,13 +81,14 @@ def serve(config: Config, keys: list[str], sockets: list[socket.socket], runtime
     plan = ReplicaPlan.of(config)
     model, tokenizer, meta = plan.load(runtime)
     max_context = model.config.sequence_len
+    card = model_card(config.source, model, tokenizer, meta)
     metrics = ServerMetrics()
     if config.workers:
         del model
         pool = remote_pool(plan, config.workers, max_context, metrics.observe)
     else:
         pool = local_pool(plan, config.num_gpus, model, tokenizer, runtime, metrics.observe)
-    app = create_app(pool, tokenizer, settings_of(config, keys, plan.model_tag), metrics)
+    app = create_app(pool, tokenizer, settings_of(config, keys, plan.model_tag, card), metrics)
     say(f"{runtime.describe()}\n{config.source} model {plan.model_tag}, step {meta['step']}, context {max_context}")
     host, port = sockets[0].getsockname()[:2]
     announce(host if len(sockets) == 1 else "localhost", port, keys)
@@ -93,7 +96,21 @@ def serve(config: Config, keys: list[str], sockets: list[socket.socket], runtime
     Server(app, log_requests=config.log_requests).run(sockets=sockets)
 
 
-def settings_of(config: Config, keys: list[str], model_name: str) -> Settings:
+def model_card(source: str, model: GPT, tokenizer: Tokenizer, meta: dict[str, Any]) -> dict[str, str | float | None]:
+    """Where the model comes from, for the page and /v1/models."""
+    progress = meta.get("progress", {})
+    return {
+        "stage": source,
+        "step": meta["step"],
+        "parameters": model.num_scaling_params()["total"],
+        "layers": model.config.n_layer,
+        "tokens": progress.get("tokens"),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "val_bpb": progress.get("val_bpb"),
+    }
+
+
+def settings_of(config: Config, keys: list[str], model_name: str, card: Mapping[str, str | float | None]) -> Settings:
     return Settings(
         model_name=model_name,
         api_keys=keys,
@@ -103,6 +120,7 @@ def settings_of(config: Config, keys: list[str], model_name: str) -> Settings:
         max_tokens=None if config.max_tokens < 0 else config.max_tokens,
         request_seconds=config.request_seconds,
         chat_model=config.source != "base",
+        card=card,
     )
 
 

@@ -42,6 +42,7 @@ class GenerationRequest:
     stop_token_ids: Sequence[int] = ()  # end the answer as an end token does
     min_tokens: int = 0  # no end token and none of stop_token_ids before the answer has so many
     ignore_eos: bool = False  # no end token at all
+    answer_begun: int = 0  # how many of the prompt's last tokens belong to the answer, which goes on from there
 
     def __post_init__(self) -> None:
         if not self.prompt:

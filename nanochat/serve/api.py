@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -49,6 +49,7 @@ class Settings:
     max_requests: int = 256  # being answered at once, including streams that wait for their reader
     drain_seconds: float = 30.0
     chat_model: bool = True  # finetuned to answer; a base model continues the last message instead
+    card: Mapping[str, str | float | None] = field(default_factory=dict)  # where the model comes from: Model.card
 
 
 @dataclass

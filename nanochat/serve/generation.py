@@ -34,6 +34,7 @@ class Usage(TypedDict):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     dropped_messages: int  # of the conversation, for which the context had no room
+    answer_seconds: float  # from the first token to the last
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Generation:
         self._writing_since: float | None = None  # when the last update was yielded, None while waiting for tokens
         self._too_slow = False
         self._retried: set[int] = set()
+        self._first_token_at = self._last_token_at = 0.0
         self.handles: list[RequestHandle] = []
         choices = iter(range(sum(request.num_samples for request in requests)))
         self.samples = [  # by request
@@ -112,6 +114,8 @@ class Generation:
             raise ApiError(408, "the answer was not read", code="client_too_slow")
         if isinstance(message, list):
             self._unread -= len(message)
+            self._last_token_at = time.monotonic()
+            self._first_token_at = self._first_token_at or self._last_token_at
         return number, message
 
     async def updates(self) -> AsyncIterator[Update]:
@@ -121,6 +125,10 @@ class Generation:
         """
         deadline = time.monotonic() + self.api.settings.request_seconds
         running = len(self.handles)
+        for samples, handle in zip(self.samples, self.handles):
+            if begun := handle.request.answer_begun:
+                for sample in samples:
+                    yield Update(sample, handle, sample.begin(handle.request.prompt[-begun:]), [])
         while running:
             number, message = await self._receive(deadline)
             if isinstance(message, Finished):
@@ -211,6 +219,7 @@ class Generation:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
             "dropped_messages": self.dropped_messages,
+            "answer_seconds": round(self._last_token_at - self._first_token_at, 4),
         }
 
     @property

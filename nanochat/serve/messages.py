@@ -218,22 +218,26 @@ def chat_request(
     *,
     continue_last: bool = False,
     top_logprobs: int | None = None,
+    answer_prefix: Sequence[int] = (),
 ) -> GenerationRequest:
     """The answer to `messages`, of which the oldest are dropped if they are too long together. Raises ApiError.
 
     max_tokens None: what the prompt leaves of the context. continue_last: the client asks for the last assistant
-    message to be continued.
+    message to be continued. answer_prefix: ids with which the answer begins.
     """
+    api.check_token_ids(answer_prefix, "answer_prefix")
     chat_model, conversation = api.settings.chat_model, to_conversation(messages)
     continued = chat_model and continues_last(conversation, messages, continue_last)
     try:
-        prompt, kept = fit_prompt(api.tokenizer, conversation, api.max_context, chat_model, continued)
+        room = api.max_context - len(answer_prefix)
+        prompt, kept = fit_prompt(api.tokenizer, conversation, room, chat_model, continued)
     except ContextExceeded as error:
         raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from error
     dropped = sum(message["merged"] for message in conversation) - sum(message["merged"] for message in kept)
     return GenerationRequest(
-        prompt,
+        [*prompt, *answer_prefix],
         api.limit_tokens(max_tokens),
+        answer_begun=len(answer_prefix),
         top_logprobs=top_logprobs,
         dropped_messages=dropped,
         **api.decoding_fields(body),

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import APIRouter, Request, Response
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, FailFast, Field, model_validator
 from typing_extensions import TypedDict
 
 from nanochat.conversation import Tokenizer
@@ -15,10 +15,19 @@ from nanochat.serve.errors import FieldError
 from nanochat.serve.generation import Generation
 from nanochat.serve.known_fields import Body
 from nanochat.serve.messages import Messages, PromptEnding, chat_request
-from nanochat.serve.request_models import Flag, GenerationBody, MaxTokens, Temperature, TopK, null_means
+from nanochat.serve.request_models import (
+    TOKEN_LIMIT,
+    Flag,
+    GenerationBody,
+    MaxTokens,
+    Temperature,
+    TopK,
+    null_means,
+)
 from nanochat.serve.sample import FinishReason
 
 router = APIRouter()
+AnswerPrefix = Annotated[list[Annotated[int, Field(ge=0)]], FailFast(), Field(max_length=TOKEN_LIMIT)]
 
 # ---------------------------------------------------------------------------------------------------
 # Requests
@@ -32,11 +41,14 @@ class ChatRequest(GenerationBody, PromptEnding):
     max_completion_tokens: MaxTokens = None
     logprobs: Flag = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    logprob_ids: Flag = False  # with token ids, and also of the tokens that a tool gave
+    answer_prefix: AnswerPrefix = Field(default_factory=list)  # ids with which the answer begins; it goes on from there
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> "ChatRequest":
-        if self.top_logprobs and not self.logprobs:
-            raise FieldError("top_logprobs", "needs logprobs: true")
+        for name in ("top_logprobs", "logprob_ids"):
+            if getattr(self, name) and not self.logprobs:
+                raise FieldError(name, "needs logprobs: true")
         return self
 
 
@@ -74,6 +86,7 @@ def generation_request(api: Api, body: ChatRequest) -> GenerationRequest:
         api.limit_tokens(body.max_tokens, body.max_completion_tokens),
         continue_last=body.continue_last,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        answer_prefix=body.answer_prefix,
     )
 
 
@@ -85,10 +98,12 @@ class TokenLogprob(TypedDict):
     token: str
     logprob: float
     bytes: list[int]
+    id: NotRequired[int]
 
 
 class ChosenLogprob(TokenLogprob):
     top_logprobs: list[TokenLogprob]
+    forced: NotRequired[bool]  # by a tool; the log probability is then 0
 
 
 class ChatLogprobs(TypedDict):
@@ -121,18 +136,23 @@ class ChatAnswer(answers.Answer):
     choices: list[ChatChoice]
 
 
-def logprob_entries(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> Iterator[ChosenLogprob]:
-    """Log probabilities of the tokens that the model chose. An iterator, since a whole answer's would be hundreds of
-    thousands of objects for the garbage collector."""
+def logprob_entries(
+    tokenizer: Tokenizer, tokens: Sequence[Token], top: int, with_ids: bool = False
+) -> Iterator[ChosenLogprob]:
+    """Log probabilities of the tokens that the model chose; `with_ids`: with their ids, and of tools' tokens too. An
+    iterator, since a whole answer's would be hundreds of thousands of objects for the garbage collector."""
 
     def entry(token: int, logprob: float) -> TokenLogprob:
         raw = tokenizer.decode_bytes([token])
-        return {"token": raw.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(raw)}
+        found: TokenLogprob = {"token": raw.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(raw)}
+        return {**found, "id": token} if with_ids else found
 
     for token in tokens:
-        if token.logprobs is not None:
+        if token.logprobs is not None and (token.mask or not with_ids):
             top_logprobs = [entry(i, logprob) for i, logprob in token.logprobs.top[:top]]
             yield {**entry(token.id, token.logprobs.logprob), "top_logprobs": top_logprobs}
+        elif with_ids:
+            yield {**entry(token.id, 0.0), "top_logprobs": [], "forced": True}
 
 
 def chat_choices(generation: Generation, body: ChatRequest) -> Iterator[ChatChoice]:
@@ -141,7 +161,7 @@ def chat_choices(generation: Generation, body: ChatRequest) -> Iterator[ChatChoi
         message: AssistantMessage = {"role": "assistant", "content": sample.text, "refusal": None}
         if tools := [tool(kind, text) for kind, text in sample.pieces if kind != "text"]:
             message["tools"] = tools
-        entries = logprob_entries(generation.api.tokenizer, sample.tokens, body.top_logprobs or 0)
+        entries = logprob_entries(generation.api.tokenizer, sample.tokens, body.top_logprobs or 0, body.logprob_ids)
         logprobs: ChatLogprobs | None = {"content": entries} if body.logprobs else None
         reason = sample.finish_reason or "length"
         yield {"index": sample.choice, "message": message, "logprobs": logprobs, "finish_reason": reason}
@@ -158,7 +178,7 @@ async def streamed_choices(generation: Generation, body: ChatRequest) -> AsyncIt
     async for update in generation.updates():
         index, logprobs = update.sample.choice, None
         if body.logprobs:
-            entries = logprob_entries(generation.api.tokenizer, update.tokens, body.top_logprobs or 0)
+            entries = logprob_entries(generation.api.tokenizer, update.tokens, body.top_logprobs or 0, body.logprob_ids)
             logprobs = {"content": list(entries)}
         for kind, text in update.pieces or ([("text", "")] if logprobs and logprobs["content"] else []):
             yield choice(index, {"content": text} if kind == "text" else {"tool": tool(kind, text)}, logprobs)

@@ -1,14 +1,13 @@
 """Everything but text generation: models, tokenizer, figures; and, without an API key, health checks and the page."""
 
-import base64
 import functools
 import hashlib
-import re
+import mimetypes
 import time
 from importlib import resources
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
 from pydantic import FailFast, Field
@@ -23,7 +22,7 @@ from nanochat.serve.messages import Messages, PromptEnding, continues_last, to_c
 from nanochat.serve.request_models import MAX_CHARS, TOKEN_LIMIT
 
 CONTENT_POLICY = (
-    "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
@@ -40,6 +39,8 @@ class Model(TypedDict):
     owned_by: str
     max_context: int
     answers: bool  # finetuned to answer
+    defaults: dict[str, float | None]  # of the settings that a request may have
+    card: dict[str, str | float | None]  # where the model comes from
 
 
 class Models(TypedDict):
@@ -55,6 +56,11 @@ def served_model(api: Api) -> Model:
         "owned_by": "nanochat",
         "max_context": api.max_context,
         "answers": api.settings.chat_model,
+        "defaults": {
+            **{name: getattr(api.settings.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")},
+            "max_tokens": api.settings.max_tokens,
+        },
+        "card": api.settings.card,
     }
 
 
@@ -182,20 +188,41 @@ async def live(api: ApiDependency) -> Any:
 
 
 @functools.cache
-def load_page() -> tuple[str, dict[str, str]]:
-    """ui.html and its headers."""
-    text = resources.files("nanochat").joinpath("ui.html").read_text(encoding="utf-8")
-    policy = CONTENT_POLICY.format(script=inline_hash(text, "script"), style=inline_hash(text, "style"))
-    return text, {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
-
-
-def inline_hash(page: str, tag: str) -> str:
-    """Content-Security-Policy source that allows the page's one inline element of that tag and nothing injected."""
-    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+def page_files() -> dict[str, tuple[bytes, dict[str, str]]]:
+    """The files of the page by URL path, with their headers. "" is ui.html; page/... its modules and libraries."""
+    root = resources.files("nanochat")
+    folder = {f"page/{file.name}": file for file in (root / "page").iterdir() if file.is_file()}
+    vendor = {f"page/vendor/{file.name}": file for file in (root / "page" / "vendor").iterdir() if file.is_file()}
+    found = {}
+    for name, file in {"": root / "ui.html", **folder, **vendor}.items():
+        content = file.read_bytes()
+        kind = mimetypes.types_map.get("." + file.name.rpartition(".")[2], "text/plain")
+        tag = hashlib.sha256(content).hexdigest()[:32]
+        found[name] = (
+            content,
+            {
+                "Content-Type": f"{kind}; charset=utf-8",
+                "Content-Security-Policy": CONTENT_POLICY,
+                "Cache-Control": "no-cache",
+                "ETag": f'"{tag}"',
+            },
+        )
+    return found
 
 
 @open_router.get("/", response_class=HTMLResponse)
-async def page() -> HTMLResponse:
-    text, headers = load_page()
-    return HTMLResponse(text, headers=headers)
+async def page(http: Request) -> Response:
+    return page_file("", http)
+
+
+@open_router.get("/page/{name:path}", response_class=Response)
+async def page_part(name: str, http: Request) -> Response:
+    return page_file(f"page/{name}", http)
+
+
+def page_file(name: str, http: Request) -> Response:
+    if name not in page_files():
+        raise ApiError(404, f"the page has no file {name[:100]!r}", code="not_found")
+    content, headers = page_files()[name]
+    fresh = headers["ETag"] in http.headers.get("if-none-match", "")
+    return Response(b"" if fresh else content, 304 if fresh else 200, headers)

@@ -34,6 +34,10 @@ class Sample:
         """The answer without its tool calls."""
         return "".join(text for kind, text in self.pieces if kind == "text")
 
+    def begin(self, tokens: Sequence[int]) -> list[Piece]:
+        """The final pieces of an answer's beginning that the request gave."""
+        return self._finalize([piece for token in tokens for piece in self._stream.feed(token)])
+
     def feed(self, token: Token) -> list[Piece]:
         """The final pieces that `token` completes; none once stopped."""
         if self.stopped:

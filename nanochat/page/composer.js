@@ -1,0 +1,94 @@
+// Where a message is written: it grows with its text, is kept as a draft, and counts its tokens against the context.
+
+import * as answers from "./answers.js";
+import { $ } from "./dom.js";
+import { send } from "./messages.js";
+import { current, model, on, state } from "./state.js";
+import { loadDraft, saveDraft } from "./storage.js";
+import { getJson } from "./stream.js";
+
+const COUNT_AFTER = 400;  // ms without typing
+const MAX_CHARS = 200_000;  // that the server takes in one request
+const touch = matchMedia("(pointer: coarse)");
+let counting = null, timer = null, draftOf = null;
+
+const NEW = "new";  // the draft of a conversation that has no messages yet
+const draftKey = () => current() && Object.keys(current().messages).length ? current().id : NEW;
+
+export function setUpComposer() {
+  const text = $("text");
+  $("ask").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+  $("stop").addEventListener("click", () => answers.stop(current()));
+  text.addEventListener("input", () => { grow(); saveDraft(draftOf, text.value).catch(() => {}); countSoon(); });
+  text.addEventListener("keydown", (event) => {
+    const composing = event.isComposing || event.keyCode === 229;  // Safari ends composing before the key that ends it
+    if (event.key !== "Enter" || event.shiftKey || composing) return;
+    if (touch.matches && !event.ctrlKey && !event.metaKey) return;  // there is no Shift: Enter makes a line
+    event.preventDefault();
+    submit();
+  });
+  on("current", showDraft);
+  on("running", showRunning);
+  on("models", () => { text.placeholder = (model()?.answers ?? true) ? "Write a message" : "Begin or go on with a text"; countSoon(); });
+  on("settings", countSoon);
+  showDraft();
+}
+
+async function showDraft() {
+  const key = draftOf = draftKey(), kept = await loadDraft(key).catch(() => "");
+  if (key !== draftOf) return;  // another conversation is shown meanwhile
+  $("text").value = kept || "";
+  grow();
+  showRunning();
+  countSoon();
+}
+
+function submit() {
+  const value = $("text").value, chat = model()?.answers ?? true, text = chat ? value.trim() : value;
+  if (!text || answers.isRunning(current())) return;
+  const key = draftOf;
+  if (!send(text)) return;
+  $("text").value = "";
+  draftOf = draftKey();
+  saveDraft(key, "").catch(() => {});
+  grow();
+  countSoon();
+}
+
+function showRunning() {
+  const busy = answers.isRunning(current());
+  $("send").classList.toggle("hidden", busy);
+  $("stop").classList.toggle("hidden", !busy);
+}
+
+// Long texts have a fixed height: measuring them at every key would take longer than typing.
+export function grow() {
+  const text = $("text");
+  if (text.value.length > 20_000) { text.style.height = "40dvh"; return; }
+  text.style.height = "auto";
+  text.style.height = text.scrollHeight + "px";
+}
+
+function countSoon() {
+  clearTimeout(timer);
+  timer = setTimeout(count, COUNT_AFTER);
+}
+
+async function count() {
+  const text = $("text").value, limit = model()?.max_context, box = $("counter");
+  counting?.abort();
+  if (!text || !limit) { box.textContent = ""; box.classList.remove("over"); return; }
+  if (text.length > MAX_CHARS) {
+    box.textContent = `${text.length.toLocaleString()} characters: the server takes ${MAX_CHARS.toLocaleString()}`;
+    box.classList.add("over");
+    return;
+  }
+  counting = new AbortController();
+  try {
+    const { count: tokens } = await getJson("tokenize", state.settings.key, { text }, counting.signal);
+    box.textContent = `${tokens.toLocaleString()} of ${limit.toLocaleString()} tokens`;
+    box.classList.toggle("over", tokens >= limit);
+    box.title = "What is written here, against what the model can read at once. The oldest messages are left out when all of them no longer fit.";
+  } catch (error) { if (error.name !== "AbortError") box.textContent = ""; }
+}
+

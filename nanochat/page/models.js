@@ -1,0 +1,56 @@
+// The server's models, looked for again until there is one, and the card of the one in use.
+
+import { $, make } from "./dom.js";
+import { emit, model, on, state } from "./state.js";
+import { getJson } from "./stream.js";
+
+const LOOK_AGAIN = 3000, LOOK_LATER = 30_000;  // ms without and with a server
+let timer = null;
+
+export function setUpModels() {
+  on("look", look);
+  on("models", draw);
+  $("card-open").addEventListener("click", () => { drawCard(); $("card").showModal(); });
+  document.addEventListener("visibilitychange", () => { if (!document.hidden) look(); });
+  return look();
+}
+
+async function look() {
+  clearTimeout(timer);
+  const before = JSON.stringify(state.models);
+  let trouble = "";
+  try { state.models = (await getJson("v1/models", state.settings.key)).data; }
+  catch (error) {
+    state.models = null;
+    trouble = error.action === "settings" ? error.message : "The server cannot be reached. The page looks for it again every few seconds.";
+  }
+  $("trouble").textContent = trouble;
+  $("trouble").classList.toggle("hidden", !trouble);
+  if (JSON.stringify(state.models) !== before || !state.models) emit("models");
+  if (!document.hidden) timer = setTimeout(look, state.models ? LOOK_LATER : LOOK_AGAIN);
+}
+
+function draw() {
+  const select = $("model"), models = state.models ?? [];
+  select.replaceChildren(...models.map((m) => make("option", { value: m.id }, m.id)));
+  if (!models.length) select.append(make("option", { value: "" }, "no model"));
+  if (model()) select.value = model().id;
+  select.disabled = models.length < 2;
+  $("card-open").disabled = !models.length;
+}
+
+const LABELS = { stage: "Trained by", step: "Step", run: "Run", parameters: "Parameters", layers: "Layers", tokens: "Tokens trained on",
+  max_context: "Context, in tokens", vocab_size: "Vocabulary", val_bpb: "Validation bits per byte" };
+const STAGES = { base: "pretraining (it continues texts)", sft: "finetuning on conversations", rl: "reinforcement learning" };
+
+function drawCard() {
+  const card = { ...model()?.card, max_context: model()?.max_context }, rows = [];
+  for (const [name, label] of Object.entries(LABELS)) {
+    const value = card[name];
+    if (value === undefined || value === null) continue;
+    const shown = name === "stage" ? STAGES[value] ?? value : typeof value === "number" ? value.toLocaleString(undefined, { maximumFractionDigits: 4 }) : String(value);
+    rows.push(make("tr", {}, make("th", { scope: "row" }, label), make("td", {}, shown)));
+  }
+  $("card-name").textContent = model()?.id ?? "No model";
+  $("card-rows").replaceChildren(...rows);
+}

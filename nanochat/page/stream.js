@@ -1,0 +1,79 @@
+// Requests to the server, and its answers as events.
+
+// The data of server-sent events as they arrive.
+export async function* serverEvents(response) {
+  const reader = response.body.getReader(), decoder = new TextDecoder();
+  let held = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      held += decoder.decode(value, { stream: true });
+      const blocks = held.split(/\r?\n\r?\n/);
+      held = blocks.pop();
+      for (const block of blocks) {
+        const data = block.split(/\r?\n/).filter((l) => l.startsWith("data:")).map((l) => l.slice(5).trimStart()).join("\n");
+        if (data) yield data;
+      }
+    }
+  } finally { reader.cancel().catch(() => {}); }
+}
+
+// What went wrong, and what to do about it: `action` is "retry", "settings", "shorten" or "models".
+export class AnswerError extends Error {
+  constructor(text, action = "retry") { super(text); this.action = action; }
+}
+
+const REASONS = {
+  401: ["This server needs an API key. Enter it in the settings, then try again.", "settings"],
+  403: ["This server does not accept requests from this page's address.", "retry"],
+  404: ["This server does not have that model. Choose another one.", "models"],
+  413: ["The conversation is too large for the server. Begin a new one, or shorten the message.", "shorten"],
+  429: ["The server is busy. Your message is kept; try again in a moment.", "retry"],
+  500: ["The server failed. Its log says why; try again.", "retry"],
+  503: ["The server is shutting down or not ready yet. Try again in a moment.", "retry"],
+  504: ["The answer took too long. Try again, with a shorter limit in the settings.", "retry"],
+};
+
+export async function errorOf(response) {
+  const said = await response.json().catch(() => null), detail = said?.error?.message;
+  const [text, action] = REASONS[response.status] || ["The server refused this request.", "retry"];
+  const plain = [401, 429, 503].includes(response.status) || !detail;
+  return new AnswerError(plain ? text : `${REASONS[response.status] ? text : "The server refused this request:"} ${detail}`, action);
+}
+
+const headers = (key) => ({ "Content-Type": "application/json", ...(key ? { Authorization: "Bearer " + key } : {}) });
+
+export async function getJson(url, key, body, signal) {
+  const response = await fetch(url, { method: body ? "POST" : "GET", headers: headers(key), signal, body: body && JSON.stringify(body) });
+  if (!response.ok) throw await errorOf(response);
+  return response.json();
+}
+
+// Events of an answer: {piece: {kind, text}}, {tokens: [logprob entries]}, {end: reason}, {usage}. Raises AnswerError.
+export async function* answerEvents(url, key, body, signal) {
+  let response;
+  try { response = await fetch(url, { method: "POST", headers: headers(key), body: JSON.stringify(body), signal }); }
+  catch (error) { throw signal.aborted ? error : new AnswerError("The server cannot be reached. Your message is kept; try again when it runs."); }
+  if (!response.ok) throw await errorOf(response);
+  try {
+    for await (const data of serverEvents(response)) {
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new AnswerError(event.error.message);
+      if (event.usage) yield { usage: event.usage };
+      for (const choice of event.choices || []) yield* choiceEvents(choice);
+    }
+  } catch (error) {
+    if (signal.aborted || error instanceof AnswerError) throw error;
+  }
+  throw new AnswerError("The connection was lost before the answer was complete. What came is kept.");
+}
+
+function* choiceEvents(choice) {
+  const delta = choice.delta || {};
+  if (choice.logprobs?.content?.length) yield { tokens: choice.logprobs.content };
+  if (delta.tool) yield { piece: delta.tool };
+  else if (delta.content || choice.text) yield { piece: { kind: "text", text: delta.content || choice.text } };
+  if (choice.finish_reason) yield { end: choice.finish_reason };
+}
