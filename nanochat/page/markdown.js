@@ -23,9 +23,9 @@ for (const name of ["paragraph_open", "heading_open", "blockquote_open", "list_i
     return self.renderToken(tokens, i, options);
   };
 }
-// The page has the headings of levels 1 and 2.
+// The page's own heading is of level 1.
 parser.core.ruler.push("headings", (state) => {
-  for (const token of state.tokens) if (/^heading_/.test(token.type)) token.tag = "h" + Math.min(6, Number(token.tag[1]) + 2);
+  for (const token of state.tokens) if (/^heading_/.test(token.type)) token.tag = "h" + Math.min(6, Number(token.tag[1]) + 1);
 });
 // - [ ] and - [x]
 parser.core.ruler.push("tasks", ({ tokens }) => {
@@ -54,7 +54,7 @@ parser.renderer.rules.formula = (tokens, i) =>
   `<code class="formula${tokens[i].block ? " block" : ""}">${parser.utils.escapeHtml(tokens[i].content)}</code>`;
 
 const ALLOWED = {
-  ALLOWED_TAGS: "p br strong em s code pre blockquote ul ol li h3 h4 h5 h6 hr a table thead tbody tr th td".split(" "),
+  ALLOWED_TAGS: "p br strong em s code pre blockquote ul ol li h2 h3 h4 h5 h6 hr a table thead tbody tr th td".split(" "),
   ALLOWED_ATTR: "href rel target dir start class align".split(" "),
   RETURN_DOM_FRAGMENT: true,
 };

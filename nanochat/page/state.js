@@ -84,8 +84,8 @@ const ABANDONED = 24 * 3600 * 1000;  // a deleted conversation whose tab was clo
 
 // Load everything; returns once the page can be drawn.
 export async function load() {
-  state.settings = { ...DEFAULTS, ...storage.loadSettings() };
   state.stored = await storage.open();
+  state.settings = { ...DEFAULTS, ...storage.loadSettings() };
   if (!state.stored) notice("This browser keeps nothing (a private window?): conversations are lost when the page is closed.", "", () => {}, 0);
   const { chats, damaged } = state.stored ? await storage.loadAll() : { chats: [], damaged: 0 };
   if (damaged) notice(`${damaged} stored conversation${damaged > 1 ? "s" : ""} could not be read; the others are here.`, "", () => {}, 0);

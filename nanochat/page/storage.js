@@ -33,7 +33,8 @@ function inStore(name, mode, use) {
     let result;
     transaction.oncomplete = () => resolve(result);
     transaction.onerror = transaction.onabort = () => reject(transaction.error || new DOMException("aborted", "AbortError"));
-    use(transaction.objectStore(name), (value) => { result = value; });
+    const fail = (error) => { reject(error); transaction.abort(); };
+    use(transaction.objectStore(name), (value) => { result = value; }, fail);
   });
 }
 
@@ -51,10 +52,10 @@ export async function loadOne(id) {
 
 // Merge into what is stored, and say so to the other tabs. Rejects where there is no room (QuotaExceededError).
 export async function save(conversation) {
-  const merged = await inStore("chats", "readwrite", (store, give) => {
+  const merged = await inStore("chats", "readwrite", (store, give, fail) => {
     store.get(conversation.id).onsuccess = (event) => {
       const value = structuredClone(merge(checked(event.target.result), conversation));
-      store.put(value);
+      try { store.put(value); } catch (error) { fail(error); }
       give(value);
     };
   });
