@@ -96,7 +96,9 @@ def serve(config: Config, keys: list[str], sockets: list[socket.socket], runtime
     Server(app, log_requests=config.log_requests).run(sockets=sockets)
 
 
-def model_card(source: str, model: GPT, tokenizer: Tokenizer, meta: dict[str, Any]) -> dict[str, str | float | None]:
+def model_card(
+    source: str, model: GPT, tokenizer: Tokenizer, meta: dict[str, Any]
+) -> dict[str, str | int | float | None]:
     """Where the model comes from, for the page and /v1/models."""
     progress = meta.get("progress", {})
     return {
@@ -110,7 +112,9 @@ def model_card(source: str, model: GPT, tokenizer: Tokenizer, meta: dict[str, An
     }
 
 
-def settings_of(config: Config, keys: list[str], model_name: str, card: Mapping[str, str | float | None]) -> Settings:
+def settings_of(
+    config: Config, keys: list[str], model_name: str, card: Mapping[str, str | int | float | None]
+) -> Settings:
     return Settings(
         model_name=model_name,
         api_keys=keys,

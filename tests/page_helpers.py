@@ -14,7 +14,7 @@ from serve_helpers import TOKENIZER
 
 from nanochat.inference.request import GenerationRequest, Token, TokenLogprobs, TokenSequence
 from nanochat.serve.api import Settings
-from nanochat.serve.replica import Busy, Finished
+from nanochat.serve.replica import Finished
 from nanochat.serve.server import create_app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -171,5 +171,3 @@ def until(page: Any, expression: str) -> None:
 
 def answer(page: Any) -> Any:
     return page.locator(".message.assistant").last
-
-

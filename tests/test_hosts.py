@@ -78,7 +78,7 @@ def test_names_of_this_machine(name: str, own: bool) -> None:
 def settings(*arguments: str) -> Settings:
     """The settings of `chat_web` with these flags."""
     config = chat_web._cli.parse(chat_web.Config, arguments)
-    return chat_web.settings_of(config, chat_web.read_keys(config.api_key_file), "nanochat")
+    return chat_web.settings_of(config, chat_web.read_keys(config.api_key_file), "nanochat", {})
 
 
 @pytest.mark.parametrize("name", ["http://x.example", "*.example", "", "a b@c", "x.example/y"])

@@ -99,6 +99,7 @@ def test_both_are_used_and_limits_hold(url: str, servers: list[Live]) -> None:
     assert httpx.post(url + CHAT, content=b"x" * 5_000_000, timeout=90).status_code == 413
     assert httpx.post(url + CHAT, json=chat(temperature=-1), timeout=90).json()["error"]["param"] == "temperature"
     assert httpx.get(f"{url}/", timeout=90).text.startswith("<!doctype html")
+    assert httpx.get(f"{url}/page/main.js").headers["content-type"].startswith("text/javascript")
 
 
 def test_requests_succeed_after_a_server_stops(url: str, servers: list[Live]) -> None:

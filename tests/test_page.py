@@ -50,7 +50,8 @@ def more_of(page: Any, title: str, action: str) -> None:
 def stored(page: Any) -> dict[str, Any]:
     """Conversations in the browser's database, by title."""
     read = """() => new Promise((resolve) => { indexedDB.open('nanochat').onsuccess = (event) => {
-        event.target.result.transaction('chats').objectStore('chats').getAll().onsuccess = (e) => resolve(e.target.result); }; })"""
+        const store = event.target.result.transaction('chats').objectStore('chats');
+        store.getAll().onsuccess = (e) => resolve(e.target.result); }; })"""
     return {chat["title"]: chat for chat in page.evaluate(read)}
 
 
@@ -407,7 +408,8 @@ def test_what_an_earlier_version_kept_is_still_there(page: Any, served: Served) 
     old = """localStorage.clear(); sessionStorage.clear();
     const chats = ['new', 'old'].map((title) => ({ id: title, title, messages: [{ role: 'user', content: title },
         { role: 'assistant', content: 'to ' + title, parts: [{kind: 'text', text: 'to ' + title}], tokens: [] }] }));
-    localStorage.setItem('nanochat', JSON.stringify({ chats, current: 'old', theme: 'dark', settings: { top_k: '5' } }));
+    localStorage.setItem('nanochat', JSON.stringify(
+        { chats, current: 'old', theme: 'dark', settings: { top_k: '5' } }));
     localStorage.setItem('nanochat/bad', '{"messages": 5}');
     localStorage.setItem('nanochat/own', JSON.stringify({ id: 'own', made: 5, title: 'own', messages: [] }));"""
     page.goto(f"http://127.0.0.1:{served.port}/v1/models")

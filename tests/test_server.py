@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,12 +16,14 @@ from serve_helpers import MODEL, SETTINGS, TOKENIZER, app_of, chat, events
 from stubs import SPECIAL
 
 from nanochat.engine import Engine
+from nanochat.inference.sampling import SamplingParams
 from nanochat.serve import api, routes_completions
 from nanochat.serve.answers import json_pieces
 from nanochat.serve.api import LoopBudget, Settings
 from nanochat.serve.routes_completions import TextOffsets
 from nanochat.serve.server import create_app
 from nanochat.serve.service import Service, WorkerPool
+from scripts import chat_web
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,7 @@ def test_chat_answers_as_the_engine(client: TestClient) -> None:
     assert choice["message"]["role"] == "assistant" and choice["finish_reason"] in ("stop", "length")
     assert choice["message"]["content"] == bytes(own).decode(errors="replace") or choice["message"].get("tools")
     made = len(expected[0]) - len(prompt)
+    assert 0 <= body["usage"].pop("answer_seconds") < 60
     assert body["usage"] == {
         "prompt_tokens": len(prompt),
         "completion_tokens": made,
@@ -61,6 +65,8 @@ def test_streamed_chat_equals_whole(client: TestClient, extra: dict[str, Any]) -
     stream = events(
         client.post("/v1/chat/completions", json={**request, "stream": True, "stream_options": {"include_usage": True}})
     )
+    for usage in (whole["usage"], stream[-2]["usage"]):
+        assert usage.pop("answer_seconds") >= 0  # measured anew each time
     assert stream[-1] == "[DONE]" and stream[-2]["choices"] == [] and stream[-2]["usage"] == whole["usage"]
     chunks = stream[:-2]
     assert all(c["usage"] is None and c["object"] == "chat.completion.chunk" for c in chunks)
@@ -215,6 +221,48 @@ def test_models_tokenizer_health_stats_metrics(client: TestClient) -> None:
     assert "nanochat_first_token_seconds_bucket" in text and "nanochat_prefix_cache_hit_tokens" in text
 
 
+def test_files_of_the_page(client: TestClient) -> None:
+    """All that the page loads is there, with a type that browsers accept, allowed by its policy, and can be cached."""
+    page = client.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
+    assert "<script>" not in page.text and "<style" not in page.text and " style=" not in page.text
+    loaded = re.findall(r'(?:src|href)="(page/[^"]+)"', page.text)
+    seen = set()
+    while loaded:
+        if (name := loaded.pop()) in seen:
+            continue
+        seen.add(name)
+        file = client.get(f"/{name}")
+        assert file.status_code == 200 and file.headers["content-security-policy"] == policy
+        kind = "text/css" if name.endswith(".css") else "text/javascript"
+        assert file.headers["content-type"] == f"{kind}; charset=utf-8"
+        if "/vendor/" not in name:
+            loaded += [f"page/{other}" for other in re.findall(r'from "\./([^"]+)"', file.text)]
+        known = client.get(f"/{name}", headers={"If-None-Match": f"W/{file.headers['etag']}"})
+        assert known.status_code == 304 and not known.content and known.headers["etag"] == file.headers["etag"]
+        assert client.get(f"/{name}", headers={"If-None-Match": '"other"'}).status_code == 200
+        assert client.head(f"/{name}").headers["content-length"] == str(len(file.content))
+    assert "page/main.js" in seen and "page/storage.js" in seen
+    for path in ("/page/", "/page/nothing.js", "/page/../ui.html", "/page/%2e%2e/common.py", "/page/vendor"):
+        assert client.get(path).status_code == 404
+
+
+def test_models_have_a_card_and_defaults() -> None:
+    meta = {"step": 7, "progress": {"tokens": 4096, "val_bpb": 0.5}}
+    card = chat_web.model_card("sft", MODEL, TOKENIZER, meta)
+    assert card["step"] == 7 and card["tokens"] == 4096 and card["val_bpb"] == 0.5 and card["stage"] == "sft"
+    assert card["layers"] == MODEL.config.n_layer and card["vocab_size"] == TOKENIZER.get_vocab_size()
+    assert card["parameters"] == sum(p.numel() for p in MODEL.parameters())
+    settings = Settings(sampling=SamplingParams(0.3, 9), max_tokens=4, chat_model=False, card=card)
+    with TestClient(app_of(settings)) as client:
+        (model,) = client.get("/v1/models").json()["data"]
+        assert client.get(f"/v1/models/{model['id']}").json() == model
+    assert model["card"] == card and model["answers"] is False
+    defaults = {"temperature": 0.3, "top_k": 9, "top_p": None, "min_p": 0.0, "max_tokens": 4}
+    assert model["defaults"] == defaults
+
+
 def test_security_headers(client: TestClient) -> None:
     for path in ("/v1/models", "/nowhere"):
         headers = client.get(path).headers
@@ -342,7 +390,8 @@ def test_api_key_is_required() -> None:
                 response = client.get(path, headers=wrong)  # type: ignore[arg-type]
                 assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
         assert client.get("/v1/models", headers=good).status_code == 200
-        assert client.get("/health").status_code == 200
+        for path in ("/health", "/", "/page/main.js", "/page/vendor/purify.min.js"):  # the page asks for the key itself
+            assert client.get(path).status_code == 200
         assert client.post("/v1/chat/completions", json=chat(), headers=good).status_code == 200
 
 

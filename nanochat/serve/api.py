@@ -49,7 +49,7 @@ class Settings:
     max_requests: int = 256  # being answered at once, including streams that wait for their reader
     drain_seconds: float = 30.0
     chat_model: bool = True  # finetuned to answer; a base model continues the last message instead
-    card: Mapping[str, str | float | None] = field(default_factory=dict)  # where the model comes from: Model.card
+    card: Mapping[str, str | int | float | None] = field(default_factory=dict)  # where the model comes from: Model.card
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 import functools
 import hashlib
-import mimetypes
 import time
+from collections.abc import Mapping
 from importlib import resources
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,6 +26,9 @@ CONTENT_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+# Not by `mimetypes`: the registry of a Windows machine may call a script text/plain, which browsers then refuse.
+CONTENT_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+
 router, open_router = APIRouter(), APIRouter()
 
 # ---------------------------------------------------------------------------------------------------
@@ -39,8 +42,8 @@ class Model(TypedDict):
     owned_by: str
     max_context: int
     answers: bool  # finetuned to answer
-    defaults: dict[str, float | None]  # of the settings that a request may have
-    card: dict[str, str | float | None]  # where the model comes from
+    defaults: dict[str, int | float | None]  # of the settings that a request may have
+    card: Mapping[str, str | int | float | None]  # where the model comes from
 
 
 class Models(TypedDict):
@@ -196,7 +199,7 @@ def page_files() -> dict[str, tuple[bytes, dict[str, str]]]:
     found = {}
     for name, file in {"": root / "ui.html", **folder, **vendor}.items():
         content = file.read_bytes()
-        kind = mimetypes.types_map.get("." + file.name.rpartition(".")[2], "text/plain")
+        kind = CONTENT_TYPES.get(file.name.rpartition(".")[2], "text/plain")
         tag = hashlib.sha256(content).hexdigest()[:32]
         found[name] = (
             content,
@@ -215,7 +218,7 @@ async def page(http: Request) -> Response:
     return page_file("", http)
 
 
-@open_router.get("/page/{name:path}", response_class=Response)
+@open_router.get("/page/{name:path}", include_in_schema=False)
 async def page_part(name: str, http: Request) -> Response:
     return page_file(f"page/{name}", http)
 

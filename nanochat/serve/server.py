@@ -58,6 +58,7 @@ def create_app(
     open_paths, generating_paths = (
         {getattr(route, "path", "") for router in routers for route in router.routes} for routers in (OPEN, GENERATING)
     )
+    open_paths |= {f"/{name}" for name in routes_info.page_files()}
     app.add_middleware(Guard, api=api, open_paths=open_paths, generating_paths=generating_paths)
     if api.settings.cors_origins:
         app.add_middleware(
