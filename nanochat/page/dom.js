@@ -51,5 +51,5 @@ export function notice(text, action = "", run = () => {}, seconds = 10, expired 
 }
 
 // Direction overrides and isolates turn the text around them; they are shown by their name instead.
-export const withoutOverrides = (text) => text.replace(/[\u202a-\u202e\u2066-\u2069]/g,
-  (c) => `⟦U+${c.codePointAt(0).toString(16).toUpperCase()}⟧`);
+export const withoutOverrides = (text) => text.replace(/([\u202a-\u202e\u2066-\u2069])\1*/g,
+  (run, c) => `⟦U+${c.codePointAt(0).toString(16).toUpperCase()}${run.length > 1 ? ` ×${run.length}` : ""}⟧`);

@@ -4,26 +4,36 @@
 import { $ } from "./dom.js";
 
 const NEAR = 8;  // px from the end that still count as there
-let following = true, top = 0;
+let following = true, held = false;  // held: the mouse button is pressed, for example to select text
+let top = 0;  // where the last drawing or the reader left the scroll position
 
 const log = () => $("log");
-const atEnd = () => log().scrollHeight - log().scrollTop - log().clientHeight <= NEAR;
-
-function letGo() { following = false; update(); }
+const end = () => log().scrollHeight - log().clientHeight;
+const atEnd = () => log().scrollTop >= end() - NEAR;
 const update = () => $("newest").classList.toggle("hidden", following || atEnd());
+
+// By whatever means: wheel, touch, scroll bar, keys, a search. A shorter text moves the position up, too, but to its end.
+const readerScrolledUp = () => log().scrollTop < Math.min(top, end()) - 0.5;
 
 export function setUpFollowing() {
   const box = log();
-  box.addEventListener("wheel", (event) => { if (event.deltaY < 0) letGo(); }, { passive: true });
-  box.addEventListener("touchmove", () => { if (!atEnd()) letGo(); }, { passive: true });
-  box.addEventListener("keydown", (event) => { if (["ArrowUp", "PageUp", "Home"].includes(event.key)) letGo(); });
+  const letGo = () => { following = false; update(); };
+  box.addEventListener("wheel", (event) => { if (event.deltaY < 0 && box.scrollTop > 0) letGo(); }, { passive: true });
   box.addEventListener("scroll", () => {
-    if (box.scrollTop < top - 1 && !atEnd()) following = false;  // also the scroll bar
-    if (atEnd()) following = true;
-    top = box.scrollTop;
+    if (readerScrolledUp()) following = false;
+    else if (box.scrollTop > top && atEnd()) following = true;
+    if (!following) top = box.scrollTop;
     update();
   }, { passive: true });
-  $("newest").addEventListener("click", toEnd);
+  box.addEventListener("pointerdown", (event) => { held = event.pointerType === "mouse"; });
+  for (const name of ["pointerup", "pointercancel"]) {
+    addEventListener(name, () => {
+      if (held && !getSelection().isCollapsed) letGo();
+      held = false;
+    });
+  }
+  addEventListener("resize", follow);
+  $("newest").addEventListener("click", () => { toEnd(); box.focus({ preventScroll: true }); });
 }
 
 export function toEnd() {
@@ -34,4 +44,7 @@ export function toEnd() {
 }
 
 // After something was drawn.
-export const follow = () => { if (following) toEnd(); else update(); };
+export function follow() {
+  if (readerScrolledUp()) following = false;
+  if (following && !held) toEnd(); else update();
+}

@@ -17,9 +17,13 @@ parser.renderer.rules.link_open = (tokens, i, options, env, self) => {
   tokens[i].attrSet("target", "_blank");
   return self.renderToken(tokens, i, options);
 };
-for (const name of ["paragraph_open", "heading_open", "blockquote_open", "list_item_open", "td_open", "th_open"]) {
-  parser.renderer.rules[name] = (tokens, i, options, env, self) => {
-    tokens[i].attrSet("dir", "auto");
+// A list, quotation or table has the direction of its text (style.css: so has each paragraph). A column's alignment is
+// an attribute: the content policy forbids styles.
+for (const name of ["blockquote", "bullet_list", "ordered_list", "table", "td", "th"]) {
+  parser.renderer.rules[name + "_open"] = (tokens, i, options, env, self) => {
+    const token = tokens[i], [, align] = /^text-align:(\w+)$/.exec(token.attrGet("style")) ?? [];
+    if (name.length === 2) token.attrs = align ? [["align", align]] : null;
+    else token.attrSet("dir", "auto");
     return self.renderToken(tokens, i, options);
   };
 }
@@ -32,116 +36,201 @@ parser.core.ruler.push("tasks", ({ tokens }) => {
   tokens.forEach((token, i) => {
     const box = token.type === "inline" && tokens[i - 2]?.type === "list_item_open" && /^\[([ xX])\] /.exec(token.content);
     const first = token.children?.[0];
-    if (box && first?.type === "text") first.content = (box[1] === " " ? "☐ " : "☑ ") + first.content.replace(/^\[[ xX]\] ?/, "");
+    if (!box || first?.type !== "text") return;
+    first.content = (box[1] === " " ? "☐ " : "☑ ") + first.content.replace(/^\[[ xX]\] ?/, "");
+    tokens[i - 2].attrSet("class", "task");
   });
 });
-// $$…$$ and \[…\] as blocks, \(…\) and $…$ within a line; a dollar before a figure is money.
-const FORMULA = /\\\[([\s\S]+?)\\\]|\$\$([\s\S]+?)\$\$|\\\(([\s\S]+?)\\\)|\$(?![\s\d])([^$\n]{0,300}?[^\s\\$])\$(?!\d)/y;
-parser.inline.ruler.before("escape", "formula", (state, silent) => {
-  if (!"\\$".includes(state.src[state.pos])) return false;
-  FORMULA.lastIndex = state.pos;
-  const found = FORMULA.exec(state.src);
-  if (!found) return false;
-  if (!silent) {
-    const token = state.push("formula", "", 0);
-    token.content = found.slice(1).find((part) => part !== undefined);
-    token.block = found[1] !== undefined || found[2] !== undefined;
-  }
-  state.pos += found[0].length;
+// The HTML that GitHub's readers write in sentences and table cells; all other HTML stays text.
+const TAG = /<(?:br *\/?|\/?(?:sub|sup|kbd))>/iy;
+parser.inline.ruler.before("autolink", "tag", (state, silent) => {
+  TAG.lastIndex = state.pos;
+  const tag = state.src[state.pos] === "<" && TAG.exec(state.src)?.[0];
+  if (!tag) return false;
+  if (!silent) state.push("html_inline", "", 0).content = tag;
+  state.pos += tag.length;
   return true;
 });
+// www.example.com is a link as https://example.com is; other bare names are not: nanochat.py is a file.
+parser.linkify.add("www.", {
+  validate: (text, at) => /^[a-z\d-]+(?:\.[a-z\d-]+)+(?:[/?#][^\s<>"')\]]*[^\s<>"')\].,:;!?])?/i.exec(text.slice(at, at + 2000))?.[0].length ?? 0,
+  normalize: (match) => { match.url = "https://" + match.url; },
+});
+
+// ---- formulas: $$…$$ and \[…\] as blocks, \(…\) and $…$ within a line ------------------------------------------
+
+const DELIMITERS = [["$$", "$$"], ["\\[", "\\]"], ["\\(", "\\)"], ["$", "$"]];
+const LONGEST = 5000;  // characters of a formula
+
+// Where `closer` comes next; the answer is kept, since a text may have very many openers.
+function nextAt(state, closer, from) {
+  const known = state.closers ??= {};
+  if (!(known[closer] >= from)) known[closer] = (state.src.indexOf(closer, from) + 1 || Infinity) - 1;
+  return known[closer];
+}
+
+// Whether $…$ is a formula and not an amount of money, a shell variable or the like.
+function isFormula(text, before, after) {
+  if (/^\s|[\s\\]$|\n/.test(text) || /[\w$\\]/.test(before) || /[\w$]/.test(after)) return false;
+  return !/^\d/.test(text) || /[\\^_={}<>]/.test(text) || !/[a-z]{2}|[,;–-] ?$|, /i.test(text);
+}
+
+function pushFormula(state, content, block) {
+  Object.assign(state.push("formula", "", 0), { content, block });
+}
+
+parser.inline.ruler.before("escape", "formula", (state, silent) => {
+  const { src, pos } = state, [opener, closer] = DELIMITERS.find(([start]) => src.startsWith(start, pos)) ?? [];
+  if (!opener) return false;
+  const start = pos + opener.length, end = nextAt(state, closer, start);
+  if (end > Math.min(start + LONGEST, state.posMax) || end === start) return false;
+  const content = src.slice(start, end);
+  if (opener === "$" && !isFormula(content, src[pos - 1] ?? "", src[end + 1] ?? "")) return false;
+  if (!silent) pushFormula(state, content, opener === "$$" || opener === "\\[");
+  state.pos = end + closer.length;
+  return true;
+});
+// As a block of its own, whose lines are no lists or headings.
+parser.block.ruler.before("fence", "formula", (state, startLine, endLine, silent) => {
+  const start = state.bMarks[startLine] + state.tShift[startLine];
+  const [opener, closer] = DELIMITERS.slice(0, 2).find(([opening]) => state.src.startsWith(opening, start)) ?? [];
+  if (!opener || state.sCount[startLine] - state.blkIndent >= 4) return false;
+  const end = nextAt(state, closer, start + 2);
+  if (end - start > LONGEST) return false;
+  let line = startLine;
+  while (line < endLine && state.eMarks[line] < end) line++;
+  if (line >= endLine || state.src.slice(end + 2, state.eMarks[line]).trim()) return false;
+  if (!silent) pushFormula(state, state.getLines(startLine, line + 1, state.blkIndent, false).trim().slice(2, -2), true);
+  state.line = line + 1;
+  return true;
+}, { alt: ["paragraph", "reference", "blockquote", "list"] });
 parser.renderer.rules.formula = (tokens, i) =>
   `<code class="formula${tokens[i].block ? " block" : ""}">${parser.utils.escapeHtml(tokens[i].content)}</code>`;
 
 const ALLOWED = {
-  ALLOWED_TAGS: "p br strong em s code pre blockquote ul ol li h2 h3 h4 h5 h6 hr a table thead tbody tr th td".split(" "),
+  ALLOWED_TAGS: "div p br strong em s sub sup kbd code pre blockquote ul ol li h2 h3 h4 h5 h6 hr a table thead tbody tr th td".split(" "),
   ALLOWED_ATTR: "href rel target dir start class align".split(" "),
   RETURN_DOM_FRAGMENT: true,
 };
 
+const MOST_ELEMENTS = 5000;  // in a block; with more, which only a mistake or an attack writes, it is shown as it was written
+
 // The HTML of each top-level block.
 export function blocks(text) {
-  const tokens = parser.parse(withoutOverrides(text), {}), found = [];
-  let first = 0, depth = 0;
+  const source = withoutOverrides(text), tokens = parser.parse(source, {}), found = [];
+  let first = 0, depth = 0, lines = null;
   tokens.forEach((token, i) => {
     depth += token.nesting;
-    if (depth === 0) {
-      found.push(parser.renderer.render(tokens.slice(first, i + 1), parser.options, {}));
-      first = i + 1;
-    }
+    if (depth > 0) return;
+    const html = parser.renderer.render(tokens.slice(first, i + 1), parser.options, {});
+    if (html.length > 4 * MOST_ELEMENTS && html.match(/<\w/g)?.length > MOST_ELEMENTS) {
+      lines ??= source.split("\n");
+      found.push(`<pre><code>${parser.utils.escapeHtml(lines.slice(...tokens[first].map).join("\n"))}</code></pre>`);
+    } else found.push(html);
+    first = i + 1;
   });
   return found;
 }
 
-function nodesOf(html, complete) {
-  const box = make("div", { className: "block" });
-  box.append(globalThis.DOMPurify.sanitize(html, ALLOWED));
-  for (const pre of box.querySelectorAll("pre")) decorateCode(pre, complete);
-  for (const node of box.querySelectorAll("code.formula")) drawFormula(node);
-  for (const table of box.querySelectorAll("table")) {
+// The elements of blocks; DOMPurify takes as long for one as for hundreds.
+function nodesOf(htmls, complete, box) {
+  const made = globalThis.DOMPurify.sanitize(htmls.map((html) => `<div class="block">${html}</div>`).join(""), ALLOWED);
+  made.querySelectorAll("pre").forEach((pre) => decorateCode(pre, complete || made.lastChild.contains(pre) === false, box));
+  for (const formula of [...made.querySelectorAll("code.formula")].slice(0, MOST_FORMULAS)) drawFormula(formula, box);
+  for (const table of made.querySelectorAll("table")) {
     const frame = make("div", { className: "table", tabIndex: 0, role: "region", "aria-label": "Table" });
     table.replaceWith(frame);
     frame.append(table);
   }
-  return box;
+  return [...made.children];
 }
 
-// Draw `text` in `box`, whose blocks that have not changed stay: a selection or scroll position in them survives.
-// The last block of a text that is still written is drawn without colours.
+// Draw `text` in `box`. What has not changed stays, in the last block too: a selection, a scroll position or the focus
+// in it survives. The last block of a text that is still written is drawn without colours.
 export function drawMarkdown(box, text, complete = true) {
   const wanted = blocks(text), drawn = box.drawnBlocks || [];
-  const last = wanted.length - 1;
-  wanted.forEach((html, i) => {
-    const key = html + (complete || i < last ? "\u0000" : "");
-    if (drawn[i] === key) return;
-    const node = nodesOf(html, complete || i < last);
-    if (i < box.children.length) box.children[i].replaceWith(node); else box.append(node);
-    drawn[i] = key;
-  });
+  const keys = wanted.map((html, i) => html + (complete || i < wanted.length - 1 ? "\u0000" : ""));
+  const changed = [...keys.keys()].filter((i) => drawn[i] !== keys[i]);
+  const nodes = changed.length ? nodesOf(changed.map((i) => wanted[i]), complete || changed.at(-1) < wanted.length - 1, box) : [];
+  changed.forEach((i, n) => { if (i < drawn.length) patch(box.children[i], nodes[n]); else box.append(nodes[n]); });
   while (box.children.length > wanted.length) box.lastChild.remove();
-  drawn.length = wanted.length;
-  box.drawnBlocks = drawn;
+  Object.assign(box, { drawnBlocks: keys, redraw: () => { box.drawnBlocks = keys.map(() => ""); drawMarkdown(box, text, complete); } });
 }
 
-// ---- code and formulas ----------------------------------------------------------------------------------------
+// Make `old` like `wanted`, keeping the nodes that are the same.
+function patch(old, wanted) {
+  if (old.nodeName !== wanted.nodeName || old.className !== wanted.className || old.formula !== wanted.formula) return old.replaceWith(wanted);
+  if (old.formula) return;
+  if (old.nodeType === Node.TEXT_NODE) {
+    if (wanted.data.startsWith(old.data)) old.appendData(wanted.data.slice(old.data.length));
+    else old.data = wanted.data;
+    return;
+  }
+  for (const { name } of [...old.attributes]) if (!wanted.hasAttribute(name)) old.removeAttribute(name);
+  for (const { name, value } of wanted.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  const now = [...old.childNodes], then = [...wanted.childNodes];
+  then.forEach((child, i) => { if (now[i]) patch(now[i], child); else old.append(child); });
+  for (const child of now.slice(then.length)) child.remove();
+}
 
-function decorateCode(pre, complete) {
+// ---- code and formulas: libraries that are loaded at their first use ----------------------------------------------
+
+const script = (src) => new Promise((resolve, reject) => document.head.append(make("script", { src, onload: resolve, onerror: reject })));
+const libraries = {
+  colours: { load: async () => (await import("./vendor/highlight.min.js")).default },
+  formulas: {
+    load: async () => {
+      document.head.append(make("link", { rel: "stylesheet", href: "page/vendor/temml.css" }));
+      await script("page/vendor/temml.min.js");
+      return globalThis.temml;
+    },
+  },
+};
+
+// The library, or null: then `box` is drawn again once it is loaded.
+function library(name, box) {
+  const found = libraries[name];
+  if (found.value !== undefined) return found.value;
+  found.waiting ??= new Set();
+  found.waiting.add(box);
+  found.loading ??= found.load().catch(() => null).then((value) => {
+    found.value = value;
+    for (const waiting of found.waiting) waiting.redraw();
+    found.waiting.clear();
+  });
+  return null;
+}
+
+function decorateCode(pre, complete, box) {
   const code = pre.firstElementChild || pre, language = /language-(\S+)/.exec(code.className)?.[1] || "";
   const text = code.textContent.replace(/\n$/, "");
-  const copy = button("Copy", () => copyText(text, copy), { "aria-label": "Copy code" });
+  const copy = button("Copy", () => copyText(copy.closest(".code").querySelector("pre").textContent, copy), { "aria-label": "Copy code" });
   pre.tabIndex = 0;
   pre.setAttribute("dir", "ltr");
   const frame = make("div", { className: "code" }, make("div", { className: "bar" }, make("span", {}, language || "code"), copy));
   pre.replaceWith(frame);
   frame.append(pre);
-  if (complete && language && text.length < 50_000) colour(code, language, text);
+  const colours = complete && language && text.length < MOST_COLOURED && library("colours", box);
+  if (!colours || !colours.getLanguage(language)) return;
+  const html = colours.highlight(text, { language, ignoreIllegals: true }).value;
+  code.replaceChildren(globalThis.DOMPurify.sanitize(html, { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true }));
 }
 
-let highlighter = null;
-async function colour(code, language, text) {
-  try {
-    highlighter ??= import("./vendor/highlight.min.js");
-    const hljs = (await highlighter).default;
-    if (!hljs.getLanguage(language)) return;
-    const html = hljs.highlight(text, { language, ignoreIllegals: true }).value;
-    code.replaceChildren(globalThis.DOMPurify.sanitize(html, { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true }));
-  } catch { /* the code stays as it is, without colours */ }
-}
+const MOST_COLOURED = 10_000;  // characters of code; some grammars take long for odd texts
+const MOST_FORMULAS = 1000;  // drawn at once, at about 1 ms each
+const LARGEST = [20, 200];  // em and pt: sizes that a formula may ask for
+// In place: Temml sets styles as properties, which the content policy allows, and as text it would not.
+const MATH = { USE_PROFILES: { mathMl: true }, ADD_ATTR: ["class", "style"], FORBID_ATTR: ["href"], IN_PLACE: true };
 
-let formulas = null;
-const loadFormulas = () => formulas ??= new Promise((resolve, reject) => {
-  document.head.append(make("script", { src: "page/vendor/temml.min.js", onload: () => resolve(globalThis.temml), onerror: reject }));
-});
-async function drawFormula(node) {
-  const source = node.textContent, block = node.classList.contains("block");
-  if (source.length > 5000) return;
+function drawFormula(node, box) {
+  const source = node.textContent, block = node.classList.contains("block"), formulas = library("formulas", box);
+  if (!formulas) return;
+  const frame = make("span", { className: block ? "formula-block" : "formula", title: source });
   try {
-    const temml = await loadFormulas();
-    const html = temml.renderToString(source, { displayMode: block, throwOnError: true, trust: false, maxExpand: 200 });
-    const math = globalThis.DOMPurify.sanitize(html, { USE_PROFILES: { mathMl: true }, FORBID_ATTR: ["style", "href"], RETURN_DOM_FRAGMENT: true });
-    if (!math.querySelector("math")) return;
-    const frame = make("span", { className: block ? "formula-block" : "formula", title: source });
-    frame.append(math);
-    node.replaceWith(frame);
-  } catch { /* what is no formula stays as it was written */ }
+    formulas.render(source, frame, { displayMode: block, throwOnError: true, trust: false, maxExpand: 200, maxSize: LARGEST });
+    frame.replaceChildren(globalThis.DOMPurify.sanitize(frame.querySelector("math"), MATH));
+  } catch { return; }  // what is no formula stays as it was written
+  frame.formula = source;
+  if (block) frame.tabIndex = 0;
+  node.replaceWith(frame);
 }

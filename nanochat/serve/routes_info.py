@@ -22,7 +22,7 @@ from nanochat.serve.messages import Messages, PromptEnding, continues_last, to_c
 from nanochat.serve.request_models import MAX_CHARS, TOKEN_LIMIT
 
 CONTENT_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; font-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
