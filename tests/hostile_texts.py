@@ -45,7 +45,7 @@ HANDLERS = [
     f"<img src=x oNeRrOr={RUN}>",
     f"<img src=x onerror\x0b={RUN}>",
     f'<img """><img src=x onerror={RUN}>">',
-    f"<IMG SRC=x:alert onerror=&#119;indow.hacked=1>",
+    "<IMG SRC=x:alert onerror=&#119;indow.hacked=1>",
     f"<image src=x onerror={RUN}>",
     f"<img srcset=x onerror={RUN}>",
     f"<picture><source srcset=x><img onerror={RUN}></picture>",
@@ -71,7 +71,7 @@ HANDLERS = [
     f"<p contenteditable autofocus tabindex=0 onfocus={RUN}>x",
     f"<br onclick={RUN}>",
     f"<sub onclick={RUN}>x</sub>",
-    f"<kbd style=position:fixed>x</kbd>",
+    "<kbd style=position:fixed>x</kbd>",
     f"<br/onload={RUN}/>",
     f"`<b onclick={RUN}>`",
 ]
@@ -94,7 +94,7 @@ SCRIPT_LINKS = [
     f"[a](\\javascript:{RUN})",
     f"[a](javascript\\:{RUN})",
     f"[a](javascript://https://x.example/%0a{RUN})",
-    f"[a](vbscript:msgbox)",
+    "[a](vbscript:msgbox)",
     f"[a](livescript:{RUN})",
     "[a](data:text/html,<script>parent.hacked=1</script>)",
     "[a](data:text/html;base64,PHNjcmlwdD5hbGVydCgxKTwvc2NyaXB0Pg==)",
@@ -115,7 +115,7 @@ SCRIPT_LINKS = [
     f"javascript:{RUN}",
     f"[a]: javascript:{RUN}\n\n[a]",
     f"[a]: <javascript:{RUN}> 'x'\n\n[a][a] [a][]",
-    f"[a]: data:text/html,x\n\n![a]",
+    "[a]: data:text/html,x\n\n![a]",
     f"![a](javascript:{RUN})",
     "![a](data:image/svg+xml;base64,PHN2Zy8+)",
     f"<a href='javascript:{RUN}'>x</a>",
@@ -183,7 +183,7 @@ NAMESPACES = [
     f"<select><template><style><!--</style><a rel='--></style></template></select><img src onerror={RUN}>'>",
     f"<template><script>{RUN}</script></template>",
     f"<div><template shadowrootmode=open><script>{RUN}</script></template></div>",
-    f"<a><b><a><b>" * 20 + f"<img src=x onerror={RUN}>",
+    "<a><b><a><b>" * 20 + f"<img src=x onerror={RUN}>",
     "<div>" * 600 + f"<img src=x onerror={RUN}>",
     f"<noembed><img title='</noembed><img src onerror={RUN}>'></noembed>",
     f"<iframe><img title='</iframe><img src onerror={RUN}>'></iframe>",
@@ -278,7 +278,7 @@ FORMULAS = [
     f"$$\\href{{javascript:{RUN}}}{{x}}$$",
     f"\\[\\url{{javascript:{RUN}}}\\]",
     f'\\(\\htmlData{{x=" onclick="{RUN}}}{{x}}\\)',
-    f"$\\htmlId{{log}}{{x}} \\htmlClass{{hidden}}{{x}} \\htmlStyle{{position:fixed}}{{x}}$",
+    "$\\htmlId{log}{x} \\htmlClass{hidden}{x} \\htmlStyle{position:fixed}{x}$",
     "$\\class{hidden primary}{x}$",
     "$\\id{log}{x}$",
     "$\\style{position:fixed}{x}$",
@@ -287,7 +287,7 @@ FORMULAS = [
     f"$\\text{{</mtext></math><img src=x onerror={RUN}>}}$",
     f"$\\unicode{{x3c}}script\\unicode{{x3e}}{RUN}$",
     f"$<img src=x onerror={RUN}>$",
-    f"$\\textcolor{{red;background:url(https://evil.example)}}{{x}}$",
+    "$\\textcolor{red;background:url(https://evil.example)}{x}$",
     f'$\\color{{#fff"onclick="{RUN}}}x$',
     f'$\\begin{{array}}{{c" onclick="{RUN}}} x \\end{{array}}$',
     "$\\rule{99999em}{99999em}$",
@@ -338,9 +338,10 @@ HOSTILE = [
 ]
 
 # Each of these has had a parser or a regular expression take time that grows with the square of its length.
-N = 100_000
+N = 30_000
 LONG = [
-    *(character * N for character in '*_[]()!`~|><$#-+=&\\:\n\t {}"'),
+    *(character * 100_000 for character in "*[`|>$"),
+    *(character * N for character in '_]()!~<#-+=&\\:\n\t {}"'),
     *(
         pair * (N // len(pair))
         for pair in ("[a", "](", "![", "<a ", "<!--", "&#", "\\[", "\\(", "$$ ", "$a ", "$a$", "**a ", "*a_ ")
@@ -360,12 +361,12 @@ LONG = [
     "[" * (N // 2) + "]" * (N // 2),
     "(" * (N // 2) + ")" * (N // 2),
     "*" * (N // 2) + "a" + "*" * (N // 2),
-    "[a](" * 20_000 + ")" * 20_000,
-    "$$\n" + "x+" * 40_000,
-    "\\[" * 40_000 + "\\]",
+    "[a](" * 6_000 + ")" * 6_000,
+    "$$\n" + "x+" * 12_000,
+    "\\[" * 12_000 + "\\]",
     "|" + "a|" * 300 + "\n|" + "-|" * 300 + "\n" + ("|" + "b|" * 300 + "\n") * 100,
     "".join(" " * i + "- a\n" for i in range(400)),
-    "```js\n" + "/*" * 45_000,
+    "```js\n" + "/*" * 12_000,
     "```python\n" + "'" * 9_000 + "\n```",
     "```xml\n" + "<a " * 6_000 + "\n```",
     "```markdown\n" + "[" * 19_000 + "\n```",

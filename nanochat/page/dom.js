@@ -17,7 +17,7 @@ export function make(tag, props = {}, ...children) {
 export const button = (text, onclick, props = {}) => make("button", { type: "button", onclick, ...props }, text);
 
 // Say something to screen readers.
-export const announce = (text) => { $("announce").textContent = text; };
+export const announce = (text) => { $("announce").textContent = withoutOverrides(text); };
 
 export async function copyText(text, from) {
   try { await navigator.clipboard.writeText(text); }
@@ -42,7 +42,7 @@ export function download(name, text, type) {
 
 // A notice at the foot of the page, with a button; it leaves after `seconds` (0: when its button is pressed).
 export function notice(text, action = "", run = () => {}, seconds = 10, expired = () => {}) {
-  const box = make("div", { className: "notice", role: "status" }, make("span", {}, text));
+  const box = make("div", { className: "notice", role: "status" }, make("span", {}, withoutOverrides(text)));
   const close = () => { clearTimeout(timer); box.remove(); };
   const timer = seconds ? setTimeout(() => { close(); expired(); }, seconds * 1000) : 0;
   box.append(button(action || "Close", () => { close(); run(); }));

@@ -12,11 +12,6 @@ parser.renderer.rules.image = (tokens, i, options, env, self) => {
   const url = parser.utils.escapeHtml(tokens[i].attrGet("src")), text = self.renderInlineAsText(tokens[i].children, options, env);
   return `<a href="${url}">${parser.utils.escapeHtml(text || tokens[i].attrGet("src"))}</a>`;
 };
-parser.renderer.rules.link_open = (tokens, i, options, env, self) => {
-  tokens[i].attrSet("rel", "noopener noreferrer nofollow");
-  tokens[i].attrSet("target", "_blank");
-  return self.renderToken(tokens, i, options);
-};
 // A list, quotation or table has the direction of its text (style.css: so has each paragraph). A column's alignment is
 // an attribute: the content policy forbids styles.
 for (const name of ["blockquote", "bullet_list", "ordered_list", "table", "td", "th"]) {
@@ -83,8 +78,9 @@ parser.inline.ruler.before("escape", "formula", (state, silent) => {
   const { src, pos } = state, [opener, closer] = DELIMITERS.find(([start]) => src.startsWith(start, pos)) ?? [];
   if (!opener) return false;
   const start = pos + opener.length, end = nextAt(state, closer, start);
-  if (end > Math.min(start + LONGEST, state.posMax) || end === start) return false;
+  if (end > Math.min(start + LONGEST, state.posMax)) return false;
   const content = src.slice(start, end);
+  if (!content.trim()) return false;
   if (opener === "$" && !isFormula(content, src[pos - 1] ?? "", src[end + 1] ?? "")) return false;
   if (!silent) pushFormula(state, content, opener === "$$" || opener === "\\[");
   state.pos = end + closer.length;
@@ -96,7 +92,7 @@ parser.block.ruler.before("fence", "formula", (state, startLine, endLine, silent
   const [opener, closer] = DELIMITERS.slice(0, 2).find(([opening]) => state.src.startsWith(opening, start)) ?? [];
   if (!opener || state.sCount[startLine] - state.blkIndent >= 4) return false;
   const end = nextAt(state, closer, start + 2);
-  if (end - start > LONGEST) return false;
+  if (end - start > LONGEST || !state.src.slice(start + 2, end).trim()) return false;
   let line = startLine;
   while (line < endLine && state.eMarks[line] < end) line++;
   if (line >= endLine || state.src.slice(end + 2, state.eMarks[line]).trim()) return false;
@@ -109,7 +105,7 @@ parser.renderer.rules.formula = (tokens, i) =>
 
 const ALLOWED = {
   ALLOWED_TAGS: "div p br strong em s sub sup kbd code pre blockquote ul ol li h2 h3 h4 h5 h6 hr a table thead tbody tr th td".split(" "),
-  ALLOWED_ATTR: "href rel target dir start class align".split(" "),
+  ALLOWED_ATTR: "href dir start class align".split(" "),
   RETURN_DOM_FRAGMENT: true,
 };
 
@@ -137,6 +133,7 @@ function nodesOf(htmls, complete, box) {
   const made = globalThis.DOMPurify.sanitize(htmls.map((html) => `<div class="block">${html}</div>`).join(""), ALLOWED);
   made.querySelectorAll("pre").forEach((pre) => decorateCode(pre, complete || made.lastChild.contains(pre) === false, box));
   for (const formula of [...made.querySelectorAll("code.formula")].slice(0, MOST_FORMULAS)) drawFormula(formula, box);
+  for (const link of made.querySelectorAll("a")) Object.assign(link, { rel: "noopener noreferrer nofollow", target: "_blank" });
   for (const table of made.querySelectorAll("table")) {
     const frame = make("div", { className: "table", tabIndex: 0, role: "region", "aria-label": "Table" });
     table.replaceWith(frame);

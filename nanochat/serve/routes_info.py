@@ -27,7 +27,13 @@ CONTENT_POLICY = (
 )
 
 # Not by `mimetypes`: the registry of a Windows machine may call a script text/plain, which browsers then refuse.
-CONTENT_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+CONTENT_TYPES = {
+    "html": "text/html",
+    "js": "text/javascript",
+    "css": "text/css",
+    "json": "application/json",
+    "woff2": "font/woff2",
+}
 
 router, open_router = APIRouter(), APIRouter()
 
