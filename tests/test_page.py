@@ -32,7 +32,7 @@ pytestmark = needs_browser
 
 
 def titles(page: Any) -> list[str]:
-    return page.locator("nav .open").all_inner_texts()
+    return page.locator("nav .title:not(.deleted *)").all_inner_texts()
 
 
 def streaming(page: Any, served: Served, text: str = "go", script: str = "x" * 400) -> None:
@@ -44,15 +44,17 @@ def streaming(page: Any, served: Served, text: str = "go", script: str = "x" * 4
 
 def more_of(page: Any, title: str, action: str) -> None:
     page.get_by_label(f"More for {title}").click()
-    page.locator(".menu-of[open] button", has_text=re.compile(f"^{action}$")).click()
+    page.locator("#choices button", has_text=re.compile(f"^{action}$")).click()
 
 
 def stored(page: Any) -> dict[str, Any]:
-    """Conversations in the browser's database, by title."""
+    """Conversations in the browser's database with their messages, by title."""
     read = """() => new Promise((resolve) => { indexedDB.open('nanochat').onsuccess = (event) => {
-        const store = event.target.result.transaction('chats').objectStore('chats');
-        store.getAll().onsuccess = (e) => resolve(e.target.result); }; })"""
-    return {chat["title"]: chat for chat in page.evaluate(read)}
+        const of = (name) => event.target.result.transaction(name).objectStore(name).getAll();
+        const chats = of('chats'), messages = of('messages');
+        messages.onsuccess = () => resolve([chats.result, messages.result]); }; })"""
+    chats, messages = page.evaluate(read)
+    return {c["title"]: {**c, "messages": {m["id"]: m for m in messages if m["chat"] == c["id"]}} for c in chats}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -234,10 +236,16 @@ def test_no_room_is_said_until_there_is_room(page: Any, served: Served) -> None:
 def test_one_damaged_entry_hides_no_other(page: Any, served: Served) -> None:
     ask(page, "fine")
     page.evaluate("""() => new Promise((done) => { indexedDB.open('nanochat').onsuccess = (event) => {
-        const store = event.target.result.transaction('chats', 'readwrite').objectStore('chats');
-        store.put({id: 'bad', messages: 5});
-        store.put({id: 'odd', title: 7, messages: {a: {id: 'a', parent: null, role: 'user', text: 'odd one'}, b: 3}});
-        store.transaction.oncomplete = done; }; })""")
+        const writing = event.target.result.transaction(['chats', 'messages'], 'readwrite');
+        const chats = writing.objectStore('chats'), messages = writing.objectStore('messages');
+        chats.put({id: '__proto__', title: 'bad'});
+        chats.put({id: 'odd', title: 7, chosen: 5});
+        messages.put({chat: 'odd', id: 'a', parent: null, role: 'user', text: 'odd one', made: 'x'});
+        messages.put({chat: 'odd', id: 'b', parent: 'a', role: 'assistant', parts: 3});
+        messages.put({chat: 'odd', id: 'c', parent: 'b', role: 'user', text: 'after a damaged one'});
+        messages.put({chat: 'odd', id: 'd', parent: 'c', role: 'assistant', parts: [{kind: 'text', text: 'fine'}, 5],
+            end: {}, usage: 'x', tokens: [null], error: 7, model: {}});
+        writing.oncomplete = done; }; })""")
     page.reload()
     ready(page)
     assert set(titles(page)) == {"fine", "7"} and page.locator(".notice").count() == 1
@@ -331,17 +339,20 @@ def test_two_tabs_lose_nothing_of_each_other(page: Any, served: Served) -> None:
     until(page, "document.querySelectorAll('nav .open').length === 2")
     assert "You said: first" in answer(page).inner_text(), "each tab shows its own"
 
-    # Both in one conversation at the same time: two versions afterwards, in both tabs.
+    # Both in one conversation at the same time: each adds to it, and both have all of it afterwards.
     other.locator("nav .open", has_text="first").click()
     served.pool.pause = 0.03
     ask(page, "from one", wait=False)
-    ask(other, "from the other", wait=False)
+    other.locator(".message.user").first.get_by_role("button", name="Edit").click()
+    other.locator(".message textarea").fill("from the other")
+    other.locator(".message").get_by_role("button", name="Send").click()
     answered(page)
     answered(other)
     for tab in (page, other):
-        until(tab, "[...document.querySelectorAll('.version')].some((v) => v.textContent.endsWith('/2'))")
-    texts = {m.get("text") for m in stored(page)["first"]["messages"].values()}
-    assert {"from one", "from the other"} <= texts
+        until(tab, "document.querySelector('.version')?.textContent.endsWith('/2')")
+    kept = stored(page)["first"]["messages"].values()
+    assert {"first", "from one", "from the other"} == {m.get("text") for m in kept} - {None}
+    assert all(m["end"] == "length" for m in kept if m["role"] == "assistant")
     more_of(other, "second", "Delete")
     until(page, "document.querySelectorAll('nav .open').length === 1")
 

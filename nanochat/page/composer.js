@@ -3,9 +3,9 @@
 import * as answers from "./answers.js";
 import { $ } from "./dom.js";
 import { send } from "./messages.js";
-import { current, model, on, state } from "./state.js";
-import { loadDraft, saveDraft } from "./storage.js";
+import { current, keepDraft, model, on, state } from "./state.js";
 import { getJson } from "./stream.js";
+import { path } from "./tree.js";
 
 const COUNT_AFTER = 400;  // ms without typing
 const MAX_CHARS = 200_000;  // that the server takes in one request
@@ -19,7 +19,7 @@ export function setUpComposer() {
   const text = $("text");
   $("ask").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
   $("stop").addEventListener("click", () => answers.stop(current()));
-  text.addEventListener("input", () => { grow(); saveDraft(draftOf, text.value).catch(() => {}); countSoon(); });
+  text.addEventListener("input", () => { grow(); keepDraft(draftOf, text.value || null); countSoon(); });
   text.addEventListener("keydown", (event) => {
     const composing = event.isComposing || event.keyCode === 229;  // Safari ends composing before the key that ends it
     if (event.key !== "Enter" || event.shiftKey || composing) return;
@@ -29,15 +29,19 @@ export function setUpComposer() {
   });
   on("current", showDraft);
   on("running", showRunning);
-  on("models", () => { text.placeholder = (model()?.answers ?? true) ? "Write a message" : "Begin or go on with a text"; countSoon(); });
+  on("models", () => {
+    const chat = model()?.answers ?? true;
+    text.placeholder = chat ? "Write a message" : "Write what comes next, or let the model go on";
+    $("send").textContent = chat ? "Send" : "Continue";
+    countSoon();
+  });
   on("settings", countSoon);
   showDraft();
 }
 
-async function showDraft() {
-  const key = draftOf = draftKey(), kept = await loadDraft(key).catch(() => "");
-  if (key !== draftOf) return;  // another conversation is shown meanwhile
-  $("text").value = kept || "";
+function showDraft() {
+  draftOf = draftKey();
+  $("text").value = state.drafts.get(draftOf) ?? "";
   grow();
   showRunning();
   countSoon();
@@ -45,12 +49,14 @@ async function showDraft() {
 
 function submit() {
   const value = $("text").value, chat = model()?.answers ?? true, text = chat ? value.trim() : value;
-  if (!text || answers.isRunning(current())) return;
+  const last = !chat && !text && current() && path(current()).at(-1);
+  if (last) return void answers.goOn(current(), last);  // a base model adds to its text
+  if (!text) return;
   const key = draftOf;
   if (!send(text)) return;
   $("text").value = "";
   draftOf = draftKey();
-  saveDraft(key, "").catch(() => {});
+  keepDraft(key, null);
   grow();
   countSoon();
 }

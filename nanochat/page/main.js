@@ -1,17 +1,18 @@
 // The page starts here. Each module draws its part and hears of changes by events (state.js).
 
+import { setUpAnswers } from "./answers.js";
 import { setUpComposer } from "./composer.js";
-import { $ } from "./dom.js";
 import { setUpFollowing } from "./follow.js";
 import { setUpKeys } from "./keys.js";
 import { redrawAll, setUpMessages } from "./messages.js";
 import { setUpModels } from "./models.js";
 import { setUpSettings } from "./settings.js";
-import { setUpSidebar, toggleMenu } from "./sidebar.js";
+import { setUpSidebar } from "./sidebar.js";
 import { emit, load } from "./state.js";
 import { setUpAlternatives } from "./sureness.js";
 
 await load();
+await setUpAnswers();
 setUpSettings();
 setUpFollowing();
 setUpMessages();
@@ -19,7 +20,6 @@ setUpSidebar();
 setUpComposer();
 setUpAlternatives();
 setUpKeys();
-$("menu").addEventListener("click", toggleMenu);
 emit("list");
 redrawAll();
 await setUpModels();

@@ -1,8 +1,9 @@
 // The server's models, looked for again until there is one, and the card of the one in use.
 
-import { $, make } from "./dom.js";
+import { $, announce, button, make } from "./dom.js";
+import { openSettings } from "./settings.js";
 import { emit, model, on, state } from "./state.js";
-import { getJson } from "./stream.js";
+import { AnswerError, getJson } from "./stream.js";
 
 const LOOK_AGAIN = 3000, LOOK_LATER = 30_000;  // ms without and with a server
 let timer = null;
@@ -10,6 +11,7 @@ let timer = null;
 export function setUpModels() {
   on("look", look);
   on("models", draw);
+  draw();
   $("card-open").addEventListener("click", () => { drawCard(); $("card").showModal(); });
   document.addEventListener("visibilitychange", () => { if (!document.hidden) look(); });
   return look();
@@ -18,16 +20,25 @@ export function setUpModels() {
 async function look() {
   clearTimeout(timer);
   const before = JSON.stringify(state.models);
-  let trouble = "";
+  let trouble = null;
   try { state.models = (await getJson("v1/models", state.settings.key)).data; }
   catch (error) {
     state.models = null;
-    trouble = error.action === "settings" ? error.message : "The server cannot be reached. The page looks for it again every few seconds.";
+    trouble = error instanceof AnswerError ? error : new AnswerError("The server cannot be reached. The page looks for it again every few seconds.");
   }
-  $("trouble").textContent = trouble;
-  $("trouble").classList.toggle("hidden", !trouble);
-  if (JSON.stringify(state.models) !== before || !state.models) emit("models");
+  tell(trouble);
+  if (JSON.stringify(state.models) !== before) emit("models");
   if (!document.hidden) timer = setTimeout(look, state.models ? LOOK_LATER : LOOK_AGAIN);
+}
+
+// Say why there is no model; said again only when it changes, since screen readers read it aloud.
+function tell(trouble) {
+  const box = $("trouble"), text = trouble?.message ?? "";
+  if (box.textContent.startsWith(text) && Boolean(text) === !box.classList.contains("hidden")) return;
+  box.replaceChildren(make("span", {}, text));
+  if (trouble?.action === "settings") box.append(button("Open settings", openSettings));
+  box.classList.toggle("hidden", !text);
+  if (!text) announce("The server is there.");
 }
 
 function draw() {
@@ -40,7 +51,7 @@ function draw() {
 }
 
 const LABELS = { stage: "Trained by", step: "Step", run: "Run", parameters: "Parameters", layers: "Layers", tokens: "Tokens trained on",
-  max_context: "Context, in tokens", vocab_size: "Vocabulary", val_bpb: "Validation bits per byte" };
+  max_context: "Context, in tokens", vocab_size: "Tokenizer's vocabulary", val_bpb: "Validation bits per byte" };
 const STAGES = { base: "pretraining (it continues texts)", sft: "finetuning on conversations", rl: "reinforcement learning" };
 
 function drawCard() {

@@ -1,5 +1,6 @@
 // The settings: what the server does by itself stands in the empty fields; nothing changes before Save.
 
+import { longest } from "./answers.js";
 import { $, button } from "./dom.js";
 import { changeSettings, emit, model, on, state } from "./state.js";
 
@@ -40,7 +41,7 @@ export function openSettings() {
   const defaults = model()?.defaults ?? {};
   for (const field of FIELDS) {
     $(field).value = $(field).before = String(state.settings[field] ?? "");
-    if (NUMBERS.includes(field)) $(field).placeholder = field === "seed" ? "another each time" : field === "max_tokens" ? String(defaults.max_tokens ?? "what fits") : String(defaults[field] ?? "off");
+    if (NUMBERS.includes(field)) $(field).placeholder = field === "seed" ? "another each time" : field === "max_tokens" ? String(defaults.max_tokens ?? (state.settings.max_tokens ? "" : longest()) ?? "what fits") : String(defaults[field] ?? "off");
   }
   $("probabilities").checked = $("probabilities").before = Boolean(state.settings.probabilities);
   check();

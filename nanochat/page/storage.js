@@ -1,77 +1,93 @@
-// Conversations and drafts in the browser's IndexedDB, settings in its localStorage. Several tabs may write at once:
-// what is stored of a conversation is merged with what this tab has (tree.merge), and the other tabs hear of it.
+// Conversations and drafts in the browser's IndexedDB, settings in its localStorage. Each message is an entry of its own,
+// so that what is written while an answer grows is small, and several tabs can add to one conversation.
 
-import { checked, fromList, merge } from "./tree.js";
+import { checked, fromList } from "./checked.js";
 
 const channel = "BroadcastChannel" in globalThis ? new BroadcastChannel("nanochat") : null;
-let database = null;
+const saved = new Map();  // message id -> its `changed` when this tab stored it last
+let database = null, waiting = () => {};
 
 const done = (request) => new Promise((resolve, reject) => {
   request.onsuccess = () => resolve(request.result);
   request.onerror = () => reject(request.error);
 });
 
-// Open the database; false where the browser keeps nothing (private windows, blocked storage).
-export async function open() {
-  try {
-    const request = indexedDB.open("nanochat", 1);
-    request.onupgradeneeded = () => {
-      request.result.createObjectStore("chats", { keyPath: "id" });
-      request.result.createObjectStore("drafts");
-    };
-    database = await done(request);
-    database.onversionchange = () => database.close();
-    await importFormer();
-    return true;
-  } catch { database = null; return false; }
+// The open database, opened again where the browser closed it. Rejects where it keeps nothing (blocked storage), and with
+// VersionError where a newer version of this page has changed it.
+async function connect() {
+  if (database) return database;
+  const request = indexedDB.open("nanochat", 1);
+  request.onupgradeneeded = () => {
+    request.result.createObjectStore("chats", { keyPath: "id" });
+    request.result.createObjectStore("messages", { keyPath: ["chat", "id"] });
+    request.result.createObjectStore("drafts");
+  };
+  request.onblocked = () => waiting();
+  const opened = database = await done(request);
+  const close = () => { opened.close(); saved.clear(); if (database === opened) database = null; };
+  opened.onversionchange = opened.onclose = close;  // so that a newer page in another tab need not wait
+  return database;
 }
 
-function inStore(name, mode, use) {
-  if (!database) return Promise.resolve(null);
+// Open the database; `blocked` is called where another tab, with an older page, must be closed first.
+export async function open(blocked) {
+  waiting = blocked;
+  await connect();
+}
+
+// Run `use(...stores)`, which requests all it wants at once; resolves to what its requests gave, once it is stored. The
+// transaction is committed at once, so that it completes even if the page is being closed.
+async function inStores(names, mode, use) {
+  const transaction = (await connect()).transaction(names, mode);
   return new Promise((resolve, reject) => {
-    const transaction = database.transaction(name, mode);
-    let result;
-    transaction.oncomplete = () => resolve(result);
+    let requests = [];
+    transaction.oncomplete = () => resolve(requests.map((request) => request.result));
     transaction.onerror = transaction.onabort = () => reject(transaction.error || new DOMException("aborted", "AbortError"));
-    const fail = (error) => { reject(error); transaction.abort(); };
-    use(transaction.objectStore(name), (value) => { result = value; }, fail);
+    try { requests = use(...names.map((name) => transaction.objectStore(name))); transaction.commit(); }
+    catch (error) { reject(error); transaction.abort(); }
   });
 }
 
+const messagesOf = (id) => IDBKeyRange.bound([id], [id, []]);
+const together = (chat, messages) => checked(chat && { ...chat, messages: Object.fromEntries(messages.map((m) => [m?.id, m])) });
+
 // All readable conversations, as {chats, damaged}: how many could not be read.
 export async function loadAll() {
-  let all = [];
-  await inStore("chats", "readonly", (store) => { store.getAll().onsuccess = (event) => { all = event.target.result; }; });
-  const chats = all.map(checked).filter(Boolean);
+  const [all, messages] = await inStores(["chats", "messages"], "readonly", (chats, texts) => [chats.getAll(), texts.getAll()]);
+  const byChat = new Map(all.map((chat) => [chat.id, []]));
+  for (const m of messages) byChat.get(m.chat)?.push(m);
+  const chats = all.map((chat) => together(chat, byChat.get(chat.id))).filter(Boolean);
   return { chats, damaged: all.length - chats.length };
 }
 
 export async function loadOne(id) {
-  return inStore("chats", "readonly", (store, give) => { store.get(id).onsuccess = (event) => give(checked(event.target.result)); });
+  const [chat, messages] = await inStores(["chats", "messages"], "readonly", (chats, texts) => [chats.get(id), texts.getAll(messagesOf(id))]);
+  return together(chat, messages);
 }
 
-// Merge into what is stored, and say so to the other tabs. Rejects where there is no room (QuotaExceededError).
+// Store what has changed of a conversation, and say so to the other tabs. Rejects where there is no room
+// (QuotaExceededError).
 export async function save(conversation) {
-  const merged = await inStore("chats", "readwrite", (store, give, fail) => {
-    store.get(conversation.id).onsuccess = (event) => {
-      const value = structuredClone(merge(checked(event.target.result), conversation));
-      try { store.put(value); } catch (error) { fail(error); }
-      give(value);
-    };
-  });
-  channel?.postMessage({ id: conversation.id });
-  return merged ?? conversation;
+  const { messages, ...rest } = conversation, changed = Object.values(messages).filter((m) => saved.get(m.id) !== m.changed).map((m) => ({ ...m, chat: rest.id }));
+  await inStores(["chats", "messages"], "readwrite", (chats, texts) => [chats.put(rest), ...changed.map((m) => texts.put(m))]);
+  for (const m of changed) saved.set(m.id, m.changed);
+  channel?.postMessage({ id: rest.id });
 }
 
 export async function forget(id) {
-  await inStore("chats", "readwrite", (store) => store.delete(id));
-  await inStore("drafts", "readwrite", (store) => store.delete(id));
+  await inStores(["chats", "messages", "drafts"], "readwrite", (chats, texts, drafts) => [chats.delete(id), texts.delete(messagesOf(id)), drafts.delete(id)]);
+  saved.clear();
   channel?.postMessage({ id });
 }
 
-export const saveDraft = (id, text) => inStore("drafts", "readwrite", (store) => text ? store.put(text, id) : store.delete(id));
+// ---- drafts: texts not sent yet ---------------------------------------------------------------------------------
 
-export const loadDraft = (id) => inStore("drafts", "readonly", (store, give) => { store.get(id).onsuccess = (event) => give(event.target.result ?? ""); });
+export const saveDraft = (id, text) => inStores(["drafts"], "readwrite", (drafts) => [text === null ? drafts.delete(id) : drafts.put(text, id)]);
+
+export async function loadDrafts() {
+  const [ids, texts] = await inStores(["drafts"], "readonly", (drafts) => [drafts.getAllKeys(), drafts.getAll()]);
+  return new Map(ids.map((id, i) => [id, texts[i]]).filter(([, text]) => typeof text === "string"));
+}
 
 // Call `changed(id)` when another tab stored a conversation, `settings()` when it changed the settings.
 export function listen(changed, settings) {
@@ -84,8 +100,11 @@ export function listen(changed, settings) {
 const SETTINGS = "nanochat/settings";
 const parsed = (text) => { try { return JSON.parse(text); } catch { return null; } };
 
-export function loadSettings() {
-  try { return parsed(localStorage.getItem(SETTINGS)) || {}; } catch { return {}; }
+// The stored settings of those in `defaults`, where they are of the same kind.
+export function loadSettings(defaults) {
+  let kept = null;
+  try { kept = parsed(localStorage.getItem(SETTINGS)); } catch { /* storage is blocked */ }
+  return Object.fromEntries(Object.entries(defaults).map(([name, value]) => [name, typeof kept?.[name] === typeof value ? kept[name] : value]));
 }
 
 export function saveSettings(settings) {
@@ -94,15 +113,23 @@ export function saveSettings(settings) {
 
 // ---- what earlier versions of the page kept in localStorage ---------------------------------------------------
 
-async function importFormer() {
-  const FORMER = "nanochat", CHAT = "nanochat/";
-  const kept = parsed(localStorage.getItem(FORMER));
-  const keys = Object.keys(localStorage).filter((key) => key.startsWith(CHAT) && key !== SETTINGS);
-  const old = [...(Array.isArray(kept?.chats) ? kept.chats : []), ...keys.map((key) => parsed(localStorage.getItem(key)))];
-  for (const [number, chat] of old.filter((c) => Array.isArray(c?.messages)).entries()) {
-    const made = Number(chat.made) || Date.now() - number;
-    await save({ ...fromList(chat.messages, String(chat.title ?? ""), made), id: String(chat.id), changed: made });
+const FORMER = "nanochat";
+
+// [{key, chats}]: the entries, with the conversations that must be stored before one is removed.
+export function loadFormer() {
+  const kept = parsed(localStorage.getItem(FORMER)), entries = [];
+  if (kept?.settings) saveSettings({ ...kept.settings, theme: kept.theme, ...parsed(localStorage.getItem(SETTINGS)) });
+  if (kept) entries.push({ key: FORMER, old: Array.isArray(kept.chats) ? kept.chats : [] });
+  for (const key of Object.keys(localStorage)) {
+    if (key.startsWith(FORMER + "/") && key !== SETTINGS) entries.push({ key, old: [parsed(localStorage.getItem(key))] });
   }
-  if (kept?.settings) saveSettings({ ...kept.settings, theme: kept.theme, ...loadSettings() });
-  for (const key of [FORMER, ...keys]) localStorage.removeItem(key);  // only once all of them are stored
+  return entries.map(({ key, old }) => ({ key, chats: old.map(formerChat) })).filter(({ chats }) => chats.every(Boolean));
 }
+
+function formerChat(old, number) {
+  if (!Array.isArray(old?.messages)) return null;
+  const made = Number(old.made) > 1e12 ? Number(old.made) : Date.now() - number;
+  return fromList(old.messages, String(old.title ?? ""), old.id ? String(old.id) : undefined, made);
+}
+
+export const forgetFormer = (key) => localStorage.removeItem(key);

@@ -24,6 +24,7 @@ export class AnswerError extends Error {
   constructor(text, action = "retry") { super(text); this.action = action; }
 }
 
+const NOT_OURS = "What answers at this address is not nanochat's server: a proxy or a sign-in page, perhaps. Try again later, or ask who runs it.";
 const REASONS = {
   401: ["This server needs an API key. Enter it in the settings, then try again.", "settings"],
   403: ["This server does not accept requests from this page's address.", "retry"],
@@ -31,23 +32,27 @@ const REASONS = {
   413: ["The conversation is too large for the server. Begin a new one, or shorten the message.", "shorten"],
   429: ["The server is busy. Your message is kept; try again in a moment.", "retry"],
   500: ["The server failed. Its log says why; try again.", "retry"],
+  502: ["The server is not running behind its proxy. Your message is kept; try again when it runs.", "retry"],
   503: ["The server is shutting down or not ready yet. Try again in a moment.", "retry"],
   504: ["The answer took too long. Try again, with a shorter limit in the settings.", "retry"],
 };
+const PLAIN = [401, 429, 502, 503];  // what the server says of these adds nothing
 
-export async function errorOf(response) {
-  const said = await response.json().catch(() => null), detail = said?.error?.message;
-  const [text, action] = REASONS[response.status] || ["The server refused this request.", "retry"];
-  const plain = [401, 429, 503].includes(response.status) || !detail;
-  return new AnswerError(plain ? text : `${REASONS[response.status] ? text : "The server refused this request:"} ${detail}`, action);
+export async function errorOf(response, key = "") {
+  const detail = (await response.json().catch(() => null))?.error?.message, known = REASONS[response.status];
+  if (response.status === 401 && key) return new AnswerError("The API key is wrong. Correct it in the settings, then try again.", "settings");
+  if (!known && !detail) return new AnswerError(NOT_OURS);
+  const wait = Number(response.headers.get("Retry-After"));
+  const text = wait > 0 && known ? known[0].replace("in a moment", `in ${wait} s`) : known?.[0] ?? "The server refused this request:";
+  return new AnswerError(PLAIN.includes(response.status) || !detail ? text : `${text} ${detail}`, known?.[1]);
 }
 
 const headers = (key) => ({ "Content-Type": "application/json", ...(key ? { Authorization: "Bearer " + key } : {}) });
 
 export async function getJson(url, key, body, signal) {
   const response = await fetch(url, { method: body ? "POST" : "GET", headers: headers(key), signal, body: body && JSON.stringify(body) });
-  if (!response.ok) throw await errorOf(response);
-  return response.json();
+  if (!response.ok) throw await errorOf(response, key);
+  return response.json().catch(() => { throw new AnswerError(NOT_OURS); });
 }
 
 // Events of an answer: {piece: {kind, text}}, {tokens: [logprob entries]}, {end: reason}, {usage}. Raises AnswerError.
@@ -55,7 +60,8 @@ export async function* answerEvents(url, key, body, signal) {
   let response;
   try { response = await fetch(url, { method: "POST", headers: headers(key), body: JSON.stringify(body), signal }); }
   catch (error) { throw signal.aborted ? error : new AnswerError("The server cannot be reached. Your message is kept; try again when it runs."); }
-  if (!response.ok) throw await errorOf(response);
+  if (!response.ok) throw await errorOf(response, key);
+  if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) throw new AnswerError(NOT_OURS);
   try {
     for await (const data of serverEvents(response)) {
       if (data === "[DONE]") return;

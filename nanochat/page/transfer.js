@@ -1,21 +1,27 @@
-// Conversations as files: JSON, which can be imported again, and Markdown to read.
+// Conversations as files: JSON with all versions, and Markdown, to read, with the versions that are shown. Both can be
+// imported again, and so can lists of messages as OpenAI and ShareGPT have them.
 
-import { checked, fromList, merge, newConversation, path, version } from "./tree.js";
+import { checked, fromList } from "./checked.js";
+import { merge, newId, steps } from "./tree.js";
 
-export const toJson = (conversations) => JSON.stringify({ format: "nanochat conversations", version: 1, conversations }, null, 1);
+export const MAX_BYTES = 200 * 2 ** 20;  // of a file
 
-// The path that is shown, as Markdown.
+export const toJson = (conversations) =>
+  `{"format":"nanochat conversations","version":1,"conversations":[\n${conversations.map((c) => JSON.stringify(c)).join(",\n")}\n]}\n`;
+
+// ---- Markdown -------------------------------------------------------------------------------------------------------
+// Before each part stands a comment, which readers of Markdown do not show, with a name that occurs nowhere in the texts.
+
 export function toMarkdown(conversation) {
-  const lines = [`# ${conversation.title || "Conversation"}`, ""];
-  for (const message of path(conversation)) {
-    const [number, count] = version(conversation, message);
-    lines.push(`## ${message.role === "user" ? "You" : message.model || "nanochat"}${count > 1 ? ` (version ${number} of ${count})` : ""}`, "");
-    for (const part of message.role === "user" ? [{ kind: "text", text: message.text }] : message.parts) {
-      if (part.kind === "text") lines.push(part.text, "");
-      else lines.push(part.kind === "python" ? "Tool call:" : "Tool's answer:", "", fenced(part.text), "");
-    }
-  }
-  return lines.join("\n");
+  const title = conversation.title.replace(/\s+/g, " ") || "Conversation";
+  const parts = steps(conversation).flatMap(({ message }) => message.role === "user" ? [["user", message.text]]
+    : [["assistant", message.model ?? ""], ...message.parts.map((part) => [part.kind, part.text])]);
+  let name = 1;
+  while ([title, ...parts.flat()].some((text) => text.includes(`nanochat-${name}:`))) name++;
+  const shown = { user: (text) => `## You\n\n${text}`, assistant: (model) => `## ${model || "Answer"}`, text: (text) => text,
+    python: (text) => `Tool call:\n\n${fenced(text)}`, python_output: (text) => `Tool's answer:\n\n${fenced(text)}` };
+  const written = parts.map(([kind, text]) => `<!-- nanochat-${name}: ${kind} -->\n${shown[kind](text)}\n\n`);
+  return `<!-- nanochat-${name}: conversation -->\n# ${title}\n\n${written.join("")}`;
 }
 
 // A code block whose fence is longer than any run of backticks in the text.
@@ -25,48 +31,73 @@ export function fenced(text, language = "") {
   return `${fence}${language}\n${text}\n${fence}`;
 }
 
-// The conversations in a file: this page's, OpenAI-style messages, or ShareGPT's. Throws an Error that says what is wrong.
+// The conversation in such a file, or null.
+function fromMarkdown(text) {
+  const begin = /^<!-- (nanochat-\d+:) conversation -->(\r?)\n# (.*)/.exec(text);
+  if (!begin) return null;
+  const plain = begin[2] ? text.replaceAll("\r\n", "\n") : text, list = [];
+  const parts = plain.split(new RegExp(`^<!-- ${begin[1]} (\\w+) -->\n`, "m")).slice(3);  // kind, text, kind, text, ...
+  for (let i = 0; i + 1 < parts.length; i += 2) {
+    const kind = parts[i], body = parts[i + 1].replace(/\n{0,2}$/, ""), last = list.at(-1);
+    if (kind === "user") list.push({ role: "user", content: body.replace(/^## You\n\n/, "") });
+    else if (kind === "assistant") list.push({ role: "assistant", model: body.replace(/^## /, ""), parts: [] });
+    else last?.parts?.push({ kind, text: kind === "text" ? body : body.split("\n").slice(3, -1).join("\n") });
+  }
+  return fromList(list, begin[3].trim());
+}
+
+// ---- reading files --------------------------------------------------------------------------------------------------
+
+const isMessages = (value) => Array.isArray(value) && value.length > 0 && value.every((m) => m && typeof m === "object" && "role" in m);
+const ROLES = { human: "user", user: "user", gpt: "assistant", assistant: "assistant" };  // ShareGPT's
+
+// What a file holds, as {conversations, left: what could not be taken}. Throws an Error that says what is wrong.
 export function fromFile(text) {
+  const marked = fromMarkdown(text);
+  if (marked) return found([marked], 0);
   let value;
   try { value = JSON.parse(text); }
   catch {
-    const rows = text.split("\n").filter((row) => row.trim());
-    try { value = rows.map((row) => JSON.parse(row)); } catch { throw new Error("This is not a JSON file of conversations."); }
+    try { value = text.split("\n").filter((row) => row.trim()).map((row) => JSON.parse(row)); }
+    catch { throw new Error("This is neither a JSON file of conversations nor Markdown that this page exported."); }
   }
-  const items = Array.isArray(value?.conversations) && value.format ? value.conversations : isMessages(value) ? [value] : Array.isArray(value) ? value : [value];
-  const found = items.map(conversationOf).filter((c) => c && path(c).length);
-  if (!found.length) throw new Error("There are no conversations in this file.");
-  return found;
+  const own = value?.format === "nanochat conversations";
+  if (own && value.version !== 1) throw new Error("This file was exported by a newer version of the page.");
+  const items = own && Array.isArray(value.conversations) ? value.conversations : Array.isArray(value) && !isMessages(value) ? value : [value];
+  const lists = items.map(conversationOf);
+  return found(lists.map(([c]) => c), lists.reduce((sum, [, left]) => sum + left, 0));
 }
 
-const isMessages = (value) => Array.isArray(value) && value.length > 0 && value.every((m) => m && typeof m === "object" && "role" in m);
+function found(all, left) {
+  const conversations = all.filter((c) => c && Object.keys(c.messages).length);
+  if (!conversations.length) throw new Error("There are no conversations in this file.");
+  for (const message of conversations.flatMap((c) => Object.values(c.messages))) if (message.role === "assistant") message.end ??= "stopped";
+  return { conversations, left: left + all.length - conversations.length };
+}
 
+// [conversation or null, number of messages left out]
 function conversationOf(item) {
-  if (isMessages(item)) return fromList(item, firstText(item));
-  const own = checked(item);
-  if (own) return own;
-  if (isMessages(item?.messages)) return fromList(item.messages, String(item.title ?? firstText(item.messages)));
-  if (Array.isArray(item?.conversations)) {
-    const roles = { human: "user", user: "user", gpt: "assistant", assistant: "assistant" };
-    const list = item.conversations.map((m) => ({ role: roles[m?.from], content: m?.value }));
-    return fromList(list, String(item.title ?? firstText(list)));
+  let list = isMessages(item) ? item : isMessages(item?.messages) ? item.messages : null;
+  if (!list && Array.isArray(item?.conversations)) list = item.conversations.map((m) => ({ role: Object.hasOwn(ROLES, m?.from) ? ROLES[m.from] : "", content: m?.value }));
+  if (!list) {
+    const own = checked(item);
+    return [own, own ? Object.keys(item.messages).length - Object.keys(own.messages).length : 0];
   }
-  return null;
+  const title = typeof item.title === "string" ? item.title : "", made = fromList(list, title);
+  return [made, list.length - Object.keys(made.messages).length];
 }
 
-const firstText = (list) => String(list.find((m) => m.role === "user")?.content ?? "").slice(0, 80);
-
-// Add imported conversations to those there are: one that is there already gets the messages it lacks.
+// Add imported conversations to those there are; one that is there already gets the messages it lacks. Returns those
+// that are new or have changed.
 export function addImported(chats, imported) {
-  const byId = new Map(chats.map((c) => [c.id, c])), changed = [];
-  for (const one of imported) {
-    const merged = { ...merge(byId.get(one.id), one), deleted: undefined };
-    byId.set(merged.id, merged);
-    changed.push(merged);
-  }
-  return { chats: [...byId.values()], changed };
+  return imported.map((one) => {
+    const own = chats.get(one.id);
+    if (!own) { chats.set(one.id, { ...one, deleted: 0 }); return chats.get(one.id); }
+    const before = Object.keys(own.messages).length, deleted = own.deleted;
+    Object.assign(own, merge(one, own), { deleted: 0 });
+    return deleted || Object.keys(own.messages).length > before ? own : null;
+  }).filter(Boolean);
 }
 
 export const fileName = (conversation, ending) =>
-  `${(conversation.title || "conversation").replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 50) || newConversation().id}.${ending}`;
-
+  `${conversation.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 50) || newId()}.${ending}`;

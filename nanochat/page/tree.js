@@ -6,47 +6,43 @@
 //   assistant:  parts [{kind: "text" | "python" | "python_output", text}], tokens (tokens.js) or undefined,
 //               end: undefined while it is written, then "stop" | "length" | "stopped" | "error"
 //               error {text, action}, usage {tokens, seconds}, dropped: earlier messages the server left out,
+//               cut: characters at the text's beginning that a base model was not given,
 //               from: how many of its first tokens were given (a branch, or what was continued), model
 
 export const newId = () => crypto.randomUUID ? crypto.randomUUID() : `${Date.now()}-${Math.random()}`;
 
-export function newConversation() {
-  const now = Date.now();
-  return { id: newId(), made: now, changed: now, title: "", messages: {}, chosen: {} };
+export function newConversation(id = newId(), title = "", made = Date.now()) {
+  return { id, made, changed: made, title, messages: {}, chosen: {}, deleted: 0 };
 }
+
+// Set the time of a change: later than the one before even if the clock was set back, since merging keeps the latest.
+export const touch = (thing) => { thing.changed = Math.max(Date.now(), thing.changed + 1); };
 
 const ROOT = "";  // stands for "no parent" in `chosen`
+const inOrder = (a, b) => a.made - b.made || (a.id < b.id ? -1 : 1);
 
 // The messages that continue `parent` (null: the conversation's first messages), oldest first.
-export function children(conversation, parent) {
-  return Object.values(conversation.messages).filter((m) => m.parent === parent)
-    .sort((a, b) => a.made - b.made || (a.id < b.id ? -1 : 1));
-}
+export const children = (conversation, parent) => Object.values(conversation.messages).filter((m) => m.parent === parent).sort(inOrder);
 
-// The messages from the first to the last along the chosen versions.
-export function path(conversation) {
-  const byParent = new Map();
+// The messages along the chosen versions, as [{message, number, count}]: version `number` of `count`.
+export function steps(conversation) {
+  const byParent = new Map(), found = [];
   for (const m of Object.values(conversation.messages)) {
     if (!byParent.has(m.parent)) byParent.set(m.parent, []);
     byParent.get(m.parent).push(m);
   }
-  const found = [], seen = new Set();
-  for (let parent = null; byParent.has(parent) && !seen.has(parent);) {
-    seen.add(parent);
-    const versions = byParent.get(parent).sort((a, b) => a.made - b.made || (a.id < b.id ? -1 : 1));
-    const wanted = conversation.chosen[parent ?? ROOT];
-    const next = versions.find((m) => m.id === wanted) || versions.at(-1);
-    found.push(next);
-    parent = next.id;
+  for (let parent = null; byParent.has(parent);) {
+    const versions = byParent.get(parent).sort(inOrder);
+    byParent.delete(parent);  // so that damaged data cannot lead in a circle
+    const wanted = versions.findIndex((m) => m.id === conversation.chosen[parent ?? ROOT]);
+    const index = wanted < 0 ? versions.length - 1 : wanted;
+    found.push({ message: versions[index], number: index + 1, count: versions.length });
+    parent = versions[index].id;
   }
   return found;
 }
 
-// Which version a message is: [its number from 1, how many there are].
-export function version(conversation, message) {
-  const versions = children(conversation, message.parent);
-  return [versions.indexOf(message) + 1, versions.length];
-}
+export const path = (conversation) => steps(conversation).map((step) => step.message);
 
 // Show the version `step` places from this one.
 export function chooseVersion(conversation, message, step) {
@@ -58,7 +54,16 @@ export function chooseVersion(conversation, message, step) {
 
 export function choose(conversation, message) {
   conversation.chosen[message.parent ?? ROOT] = message.id;
-  conversation.changed = Date.now();
+  touch(conversation);
+}
+
+// Choose the versions that lead to a message.
+export function reveal(conversation, message) {
+  const seen = new Set();
+  for (let m = message; m && !seen.has(m); m = conversation.messages[m.parent]) {
+    seen.add(m);
+    choose(conversation, m);
+  }
 }
 
 // Add a message after `parent` and choose it.
@@ -73,6 +78,9 @@ export function add(conversation, parent, message) {
 }
 
 export const titleOf = (text) => text.trim().replace(/\s+/g, " ").slice(0, 80);
+
+// When something was last asked or answered in it; renaming it or looking at other versions does not count.
+export const lastUsed = (conversation) => Object.values(conversation.messages).reduce((latest, m) => Math.max(latest, m.made), conversation.made);
 
 // The text of a message, without its tool calls.
 export const textOf = (message) => message.role === "user" ? message.text
@@ -92,39 +100,5 @@ export function merge(stored, own) {
   for (const m of Object.values(own.messages)) {
     if (!messages[m.id] || messages[m.id].changed <= m.changed) messages[m.id] = m;
   }
-  return { ...older, ...newer, messages, chosen: { ...older.chosen, ...newer.chosen } };
-}
-
-// A conversation as it may be drawn, or null: stored data may be of an older version, damaged, or someone else's file.
-export function checked(value) {
-  const isObject = (x) => Boolean(x) && typeof x === "object" && !Array.isArray(x);
-  if (!isObject(value) || typeof value.id !== "string" || !isObject(value.messages)) return null;
-  const messages = {};
-  for (const m of Object.values(value.messages)) {
-    if (!isObject(m) || typeof m.id !== "string" || !(m.parent === null || typeof m.parent === "string")) continue;
-    const common = { ...m, made: Number(m.made) || 0, changed: Number(m.changed) || 0 };
-    if (m.role === "user" && typeof m.text === "string") messages[m.id] = common;
-    else if (m.role === "assistant" && Array.isArray(m.parts)) {
-      const parts = m.parts.filter((p) => isObject(p) && typeof p.text === "string" && typeof p.kind === "string");
-      messages[m.id] = { ...common, parts, tokens: Array.isArray(m.tokens) ? m.tokens : undefined };
-    }
-  }
-  return { ...value, messages, chosen: isObject(value.chosen) ? value.chosen : {}, title: String(value.title ?? ""),
-    made: Number(value.made) || 0, changed: Number(value.changed) || 0 };
-}
-
-// A list of messages, as older versions of the page and other programs keep it, as a conversation. A message is
-// {role, content, ...}.
-export function fromList(list, title = "", made = Date.now()) {
-  const conversation = { ...newConversation(), title, made };
-  let parent = null;
-  for (const old of list) {
-    if (!old || !["user", "assistant"].includes(old.role)) continue;
-    const text = typeof old.content === "string" ? old.content : "";
-    const message = old.role === "user" ? { role: "user", text }
-      : { role: "assistant", parts: old.parts?.length ? old.parts : [{ kind: "text", text }], end: old.error ? "error" : "stop",
-        ...(old.error ? { error: { text: String(old.error) } } : {}) };
-    parent = add(conversation, parent, message).id;
-  }
-  return conversation;
+  return { ...newer, messages, chosen: { ...older.chosen, ...newer.chosen } };
 }
