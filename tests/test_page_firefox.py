@@ -128,7 +128,8 @@ def test_conversations_settings_and_files(page: Firefox, served: Served, tmp_pat
 
 def test_composing_and_probabilities(page: Firefox, served: Served) -> None:
     sent = """const text = document.getElementById("text"); text.value = "こん";
-        text.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", isComposing: true, bubbles: true, cancelable: true}));
+        const enter = {key: "Enter", isComposing: true, bubbles: true, cancelable: true};
+        text.dispatchEvent(new KeyboardEvent("keydown", enter));
         return document.querySelectorAll(".message").length"""
     assert page.run(sent) == 0
     ask(page, "!")
