@@ -85,6 +85,13 @@ export function ask(conversation, parent, tokens = []) {
   return write(conversation, message, { prefix: tokens.map(tokenId) });
 }
 
+// Another version of an answer that begins with these tokens; one that is being written is stopped first.
+export async function branch(conversation, message, tokens) {
+  stop(conversation);
+  while (isRunning(conversation)) await new Promise((resolve) => setTimeout(resolve, 20));
+  return ask(conversation, message.parent, tokens);
+}
+
 // Go on with an answer that ended too early. It gets longer: by its tokens, if all of them are known to be this model's, so
 // that their probabilities stay; else by its text. What a base model adds is a piece of its own.
 export function goOn(conversation, message) {
@@ -153,7 +160,7 @@ function take(event, message, grown) {
   if (event.tokens) message.tokens?.push(...event.tokens.map(fromLogprob));
   if (event.end) message.end = event.end;
   if (event.usage) {
-    message.usage = { tokens: event.usage.completion_tokens, seconds: event.usage.answer_seconds };
+    message.usage = { tokens: event.usage.completion_tokens, total: event.usage.total_tokens, seconds: event.usage.answer_seconds };
     message.dropped = event.usage.dropped_messages || 0;
   }
 }

@@ -1,7 +1,7 @@
 // Where a message is written: it grows with its text, is kept as a draft, and counts its tokens against the context.
 
 import * as answers from "./answers.js";
-import { $ } from "./dom.js";
+import { $, announce } from "./dom.js";
 import { send } from "./messages.js";
 import { current, keepDraft, model, on, state } from "./state.js";
 import { getJson } from "./stream.js";
@@ -52,6 +52,7 @@ function submit() {
   const last = !chat && !text && current() && path(current()).at(-1);
   if (last) return void answers.goOn(current(), last);  // a base model adds to its text
   if (!text) return;
+  if (text.length > MAX_CHARS) { count(); announce(tooLong(text)); return; }
   const key = draftOf;
   if (!send(text)) return;
   $("text").value = "";
@@ -75,6 +76,8 @@ export function grow() {
   text.style.height = text.scrollHeight + "px";
 }
 
+const tooLong = (text) => `${text.length.toLocaleString()} characters: the server takes ${MAX_CHARS.toLocaleString()}. Shorten the message.`;
+
 function countSoon() {
   clearTimeout(timer);
   timer = setTimeout(count, COUNT_AFTER);
@@ -84,17 +87,15 @@ async function count() {
   const text = $("text").value, limit = model()?.max_context, box = $("counter");
   counting?.abort();
   if (!text || !limit) { box.textContent = ""; box.classList.remove("over"); return; }
-  if (text.length > MAX_CHARS) {
-    box.textContent = `${text.length.toLocaleString()} characters: the server takes ${MAX_CHARS.toLocaleString()}`;
-    box.classList.add("over");
-    return;
-  }
+  if (text.length > MAX_CHARS) { box.textContent = tooLong(text); box.classList.add("over"); return; }
   counting = new AbortController();
   try {
     const { count: tokens } = await getJson("tokenize", state.settings.key, { text }, counting.signal);
-    box.textContent = `${tokens.toLocaleString()} of ${limit.toLocaleString()} tokens`;
-    box.classList.toggle("over", tokens >= limit);
-    box.title = "What is written here, against what the model can read at once. The oldest messages are left out when all of them no longer fit.";
+    const earlier = current() && (model()?.answers ?? true) ? path(current()).findLast((m) => m.usage?.total)?.usage.total ?? 0 : 0;
+    const said = tokens >= limit ? ": too long for this model" : earlier + tokens >= limit ? ": the oldest messages will be left out" : "";
+    box.textContent = `${tokens.toLocaleString()}${earlier ? ` + ${earlier.toLocaleString()} before` : ""} of ${limit.toLocaleString()} tokens${said}`;
+    box.classList.toggle("over", said !== "");
+    box.title = "What is written here and the conversation before it, against what the model can read at once.";
   } catch (error) { if (error.name !== "AbortError") box.textContent = ""; }
 }
 

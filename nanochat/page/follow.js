@@ -25,7 +25,8 @@ export function setUpFollowing() {
     if (!following) top = box.scrollTop;
     update();
   }, { passive: true });
-  box.addEventListener("pointerdown", (event) => { held = event.pointerType === "mouse"; });
+  // A press on the box itself may be one on its scroll bar, whose end is not reported.
+  box.addEventListener("pointerdown", (event) => { held = event.pointerType === "mouse" && event.target !== box; });
   for (const name of ["pointerup", "pointercancel"]) {
     addEventListener(name, () => {
       if (held && !getSelection().isCollapsed) letGo();
@@ -33,6 +34,7 @@ export function setUpFollowing() {
     });
   }
   addEventListener("resize", follow);
+  new MutationObserver(follow).observe(box, { childList: true, subtree: true, characterData: true });
   $("newest").addEventListener("click", () => { toEnd(); box.focus({ preventScroll: true }); });
 }
 
@@ -44,7 +46,7 @@ export function toEnd() {
 }
 
 // After something was drawn.
-export function follow() {
+function follow() {
   if (readerScrolledUp()) following = false;
   if (following && !held) toEnd(); else update();
 }

@@ -5,7 +5,7 @@ import { $, button, copyText, make, notice, withoutOverrides } from "./dom.js";
 import { toEnd } from "./follow.js";
 import { drawMarkdown } from "./markdown.js";
 import { isWritten } from "./presence.js";
-import { emit, keep, keepDraft, model, state } from "./state.js";
+import { changeSettings, emit, keep, keepDraft, model, state } from "./state.js";
 import { drawTokens } from "./sureness.js";
 import { add, chooseVersion, path, textOf } from "./tree.js";
 
@@ -45,7 +45,7 @@ function drawAnswer(body, conversation, message, place) {
   if (waiting) body.dataset.waiting = "The model reads…"; else delete body.dataset.waiting;
   if (place.probabilities && message.tokens?.length) {
     body.drawnParts = null;
-    return drawTokens(body, message, place.busy ? null : (tokens) => answers.ask(conversation, message.parent, tokens));
+    return drawTokens(body, message, (tokens) => answers.branch(conversation, message, tokens));
   }
   if (!body.drawnParts) { body.replaceChildren(); body.removeAttribute("role"); body.removeAttribute("aria-label"); body.drawnParts = []; }
   if (place.flow) return drawPlain(body, withoutOverrides(textOf(message)));
@@ -60,11 +60,10 @@ function drawPart(body, part, i, complete) {
     if (body.drawnParts[i]) body.drawnParts[i].replaceWith(box); else body.append(box);
     body.drawnParts[i] = box;
   }
+  if (box.shown === part.text && box.complete === complete) return;
+  Object.assign(box, { shown: part.text, complete });
   if (part.kind === "text") drawMarkdown(box, part.text, complete);
-  else if (box.shown !== part.text) {
-    box.shown = part.text;
-    box.replaceChildren(make("b", {}, part.kind === "python" ? "Tool call" : "Tool's answer"), make("span", {}, withoutOverrides(part.text)));
-  }
+  else box.replaceChildren(make("b", {}, part.kind === "python" ? "Tool call" : "Tool's answer"), make("span", {}, withoutOverrides(part.text)));
 }
 
 // Text that only grows is added to, so that a selection in it stays.
@@ -89,6 +88,10 @@ function actions(conversation, message, { number, count, last, busy, flow }) {
   else if (!flow || last) bar.append(button("Try again", () => { answers.ask(conversation, message.parent); toEnd(); }, { disabled: busy }));
   const early = ["length", "stopped"].includes(message.end) || message.end === "error" && message.parts.length > 0;
   if (early && !own && !flow) bar.append(button("Continue", () => answers.goOn(conversation, message), { disabled: busy || !last }));
+  if (message.tokens?.length && (!flow || last)) {
+    const shown = state.settings.probabilities;
+    bar.append(button("How sure?", () => changeSettings({ probabilities: !shown }), { "aria-pressed": String(shown), title: "Show how likely each token was" }));
+  }
   if (message.usage && (!flow || last)) {
     const { tokens, seconds } = message.usage;
     const rate = seconds > 0 && tokens > 1 ? `, ${((tokens - 1) / seconds).toFixed(tokens / seconds < 10 ? 1 : 0)} tokens/s` : "";

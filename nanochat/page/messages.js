@@ -2,13 +2,13 @@
 
 import * as answers from "./answers.js";
 import { $, announce, button, make, notice } from "./dom.js";
-import { follow, toEnd } from "./follow.js";
+import { toEnd } from "./follow.js";
 import { drawMessage } from "./message.js";
 import { isWritten } from "./presence.js";
 import { current, emit, model, on, startNew, state } from "./state.js";
 import { add, path, steps } from "./tree.js";
 
-const drawn = new Map();  // message id -> {node, from: what it was drawn from}
+const drawn = new Map();  // message id -> {node, from: what it was drawn from, place}
 
 const EXAMPLES = ["Hello! Who are you?", "What is 12 + 30?", "How many r are in strawberry?"];
 const BEGINNINGS = ["Once upon a time", "The sky is", "Dear friend,"];
@@ -16,11 +16,25 @@ const BEGINNINGS = ["Once upon a time", "The sky is", "Dear friend,"];
 export function setUpMessages() {
   on("current", () => { globalThis.CSS?.highlights?.delete("found"); redrawAll(); toEnd(); });
   for (const event of ["draw", "settings", "models", "elsewhere", "running"]) on(event, redrawAll);
-  let pending = null;
-  on("message", (conversation) => {
-    if (conversation !== current() || pending) return;
-    pending = requestAnimationFrame(() => { pending = null; redrawAll(); });
+  const waiting = new Set();  // messages that changed since the last drawing
+  let cost = 0;
+  on("message", (conversation, message) => {
+    if (conversation !== current() || waiting.add(message).size > 1) return;
+    // At most a third of the time goes into drawing, however long the text is.
+    setTimeout(() => requestAnimationFrame(() => {
+      const before = performance.now();
+      redrawSome([...waiting]);
+      waiting.clear();
+      void $("log").scrollHeight;  // lays it out, which belongs to the cost
+      cost = performance.now() - before;
+    }), 2 * cost);
   });
+}
+
+// Only these messages, unless that changes others.
+function redrawSome(messages) {
+  if (messages.some((m) => m.dropped || !drawn.has(m.id))) return redrawAll();
+  for (const message of messages) messageNode(current(), message, drawn.get(message.id).place);
 }
 
 export function redrawAll() {
@@ -36,7 +50,6 @@ export function redrawAll() {
   for (const id of drawn.keys()) if (!ids.has(id)) drawn.delete(id);
   log.classList.toggle("flow", common.flow);
   log.setAttribute("aria-busy", String(common.busy));
-  follow();
 }
 
 function emptyNode() {
@@ -56,7 +69,7 @@ function messageNode(conversation, message, place) {
   if (old?.from === from) return old.node;
   const node = old?.node ?? make("article", { className: "message " + message.role });
   drawMessage(node, conversation, message, place);
-  drawn.set(message.id, { node, from });
+  drawn.set(message.id, { node, from, place });
   return node;
 }
 

@@ -5,7 +5,7 @@
 //   user:       text
 //   assistant:  parts [{kind: "text" | "python" | "python_output", text}], tokens (tokens.js) or undefined,
 //               end: undefined while it is written, then "stop" | "length" | "stopped" | "error"
-//               error {text, action}, usage {tokens, seconds}, dropped: earlier messages the server left out,
+//               error {text, action}, usage {tokens, total (with the prompt), seconds}, dropped: earlier messages the server left out,
 //               cut: characters at the text's beginning that a base model was not given,
 //               from: how many of its first tokens were given (a branch, or what was continued), model
 
