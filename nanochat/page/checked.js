@@ -1,6 +1,7 @@
 // Stored data and files as conversations: they may be of an older version of the page, damaged, or made to harm. Only
 // the fields of tree.js are taken, each if it is what it should be.
 
+import { isToken } from "./tokens.js";
 import { add, newConversation } from "./tree.js";
 
 const LATEST = 7e12;  // ms: a time after the year 2191 is none
@@ -8,12 +9,7 @@ const isObject = (x) => Boolean(x) && typeof x === "object" && !Array.isArray(x)
 const isId = (x) => typeof x === "string" && x.length > 0 && x.length <= 200 && !(x in {});  // not "__proto__" or the like
 const time = (x) => x > 0 ? Math.min(Number(x), LATEST) : 0;
 const count = (x) => Number.isSafeInteger(x) && x > 0 ? x : 0;
-const isShare = (x) => typeof x === "number" && x >= 0 && x <= 1;
 const KINDS = ["text", "python", "python_output"], ENDS = ["stop", "length", "stopped", "error"];
-
-const isAlternative = (x) => Array.isArray(x) && Number.isInteger(x[0]) && typeof x[1] === "string" && isShare(x[2]);
-const isToken = (x) => Array.isArray(x) && Number.isInteger(x[0]) && typeof x[1] === "string" && (x[2] === null || isShare(x[2]))
-  && Array.isArray(x[3]) && x[3].every(isAlternative);
 
 // A message, or null.
 function message(value) {
@@ -29,7 +25,7 @@ function message(value) {
   if (typeof value.model === "string") made.model = value.model.slice(0, 200);
   if (Array.isArray(tokens) && tokens.every(isToken)) made.tokens = tokens;
   if (typeof error?.text === "string") made.error = { text: error.text.slice(0, 1000), action: String(error.action) };
-  if (isObject(usage) && count(usage.tokens)) made.usage = { tokens: usage.tokens, seconds: usage.seconds > 0 ? Number(usage.seconds) : 0 };
+  if (isObject(usage) && count(usage.tokens)) made.usage = { tokens: usage.tokens, total: count(usage.total), seconds: usage.seconds > 0 ? Number(usage.seconds) : 0 };
   return made;
 }
 

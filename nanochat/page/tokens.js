@@ -12,12 +12,12 @@ export const fromLogprob = (entry) => [entry.id ?? -1, textIn(entry), entry.forc
 export const tokenId = (token) => token[0];
 export const share = (token) => token[2];
 
+const isShare = (value) => typeof value === "number" && value >= 0 && value <= 1;
 const isText = (value) => typeof value === "string" || (Array.isArray(value) && value.every((byte) => Number.isInteger(byte)));
-const isEntry = (value) => Array.isArray(value) && Number.isInteger(value[0]) && isText(value[1]) && (value[2] === null || typeof value[2] === "number");
+const isEntry = (value) => Array.isArray(value) && Number.isInteger(value[0]) && isText(value[1]) && (value[2] === null || isShare(value[2]));
 
-// Tokens from storage or a file; undefined where they are not what this page keeps.
-export const checkedTokens = (value) => Array.isArray(value)
-  && value.every((token) => isEntry(token) && Array.isArray(token[3]) && token[3].every(isEntry)) ? value : undefined;
+// Whether a value from storage or a file is such a token.
+export const isToken = (value) => isEntry(value) && Array.isArray(value[3]) && value[3].every(isEntry);
 
 // The token's alternatives, likeliest first, with itself among them: top-k lists leave it out when it was unlikely.
 export function alternatives(token) {
