@@ -226,10 +226,16 @@ def chat_request(
     message to be continued. answer_prefix: ids with which the answer begins.
     """
     api.check_token_ids(answer_prefix, "answer_prefix")
+    decoding = api.decoding_fields(body)
+    if answer_prefix and decoding["grammar"] is not None:
+        raise ApiError(400, "answer_prefix: a grammar is for whole answers; leave it out", param="answer_prefix")
     chat_model, conversation = api.settings.chat_model, to_conversation(messages)
     continued = chat_model and continues_last(conversation, messages, continue_last)
+    room = api.max_context - len(answer_prefix)
+    if room <= 1:
+        reason = f"the answer's beginning has {len(answer_prefix)} tokens, the context {api.max_context}"
+        raise ApiError(400, reason, param="answer_prefix", code="context_length_exceeded")
     try:
-        room = api.max_context - len(answer_prefix)
         prompt, kept = fit_prompt(api.tokenizer, conversation, room, chat_model, continued)
     except ContextExceeded as error:
         raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from error
@@ -240,5 +246,5 @@ def chat_request(
         answer_begun=len(answer_prefix),
         top_logprobs=top_logprobs,
         dropped_messages=dropped,
-        **api.decoding_fields(body),
+        **decoding,
     )

@@ -36,7 +36,8 @@ class Sample:
 
     def begin(self, tokens: Sequence[int]) -> list[Piece]:
         """The final pieces of an answer's beginning that the request gave."""
-        return self._finalize([piece for token in tokens for piece in self._stream.feed(token)])
+        self._finalize([piece for token in tokens for piece in self._stream.feed(token)])
+        return list(self.pieces)
 
     def feed(self, token: Token) -> list[Piece]:
         """The final pieces that `token` completes; none once stopped."""
