@@ -1,7 +1,7 @@
 // Where a message is written: it grows with its text, is kept as a draft, and counts its tokens against the context.
 
 import * as answers from "./answers.js";
-import { $, announce } from "./dom.js";
+import { $, announce, touchScreen } from "./dom.js";
 import { send } from "./messages.js";
 import { current, keepDraft, model, on, state } from "./state.js";
 import { getJson } from "./stream.js";
@@ -9,7 +9,6 @@ import { path } from "./tree.js";
 
 const COUNT_AFTER = 400;  // ms without typing
 const MAX_CHARS = 200_000;  // that the server takes in one request
-const touch = matchMedia("(pointer: coarse)");
 let counting = null, timer = null, draftOf = null;
 
 const NEW = "new";  // the draft of a conversation that has no messages yet
@@ -23,16 +22,18 @@ export function setUpComposer() {
   text.addEventListener("keydown", (event) => {
     const composing = event.isComposing || event.keyCode === 229;  // Safari ends composing before the key that ends it
     if (event.key !== "Enter" || event.shiftKey || composing) return;
-    if (touch.matches && !event.ctrlKey && !event.metaKey) return;  // there is no Shift: Enter makes a line
+    if (touchScreen.matches && !event.ctrlKey && !event.metaKey) return;  // there is no Shift: Enter makes a line
     event.preventDefault();
     submit();
   });
+  addEventListener("resize", grow);  // lines wrap elsewhere
   on("current", showDraft);
   on("running", showRunning);
   on("models", () => {
     const chat = model()?.answers ?? true;
     text.placeholder = chat ? "Write a message" : "Write what comes next, or let the model go on";
     $("send").textContent = chat ? "Send" : "Continue";
+    grow();
     countSoon();
   });
   on("settings", countSoon);

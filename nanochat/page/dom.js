@@ -2,6 +2,8 @@
 
 export const $ = (id) => document.getElementById(id);
 
+export const touchScreen = matchMedia("(pointer: coarse)");
+
 // An element: properties where it has them, attributes else; on* are listeners.
 export function make(tag, props = {}, ...children) {
   const node = document.createElement(tag);

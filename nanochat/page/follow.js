@@ -33,7 +33,7 @@ export function setUpFollowing() {
       held = false;
     });
   }
-  addEventListener("resize", follow);
+  new ResizeObserver(follow).observe(box);  // its own size: the window, the keyboard, what is being written below it
   new MutationObserver(follow).observe(box, { childList: true, subtree: true, characterData: true });
   $("newest").addEventListener("click", () => { toEnd(); box.focus({ preventScroll: true }); });
 }

@@ -1,7 +1,7 @@
 // One message as an element: its text, versions, buttons, and what else is to be said of it.
 
 import * as answers from "./answers.js";
-import { $, button, copyText, make, notice, withoutOverrides } from "./dom.js";
+import { $, button, copyText, make, notice, touchScreen, withoutOverrides } from "./dom.js";
 import { toEnd } from "./follow.js";
 import { drawMarkdown } from "./markdown.js";
 import { isWritten } from "./presence.js";
@@ -81,7 +81,7 @@ function actions(conversation, message, { number, count, last, busy, flow }) {
       make("span", { className: "version" }, `${number}/${count}`),
       button("›", () => turn(conversation, message, 1), { "aria-label": "Later version", disabled: number === count }));
   }
-  if (message.writing) return bar;
+  if (message.writing || message.error && !message.parts.length) return bar;
   const copy = button("Copy", () => copyText(flow && last ? path(conversation).map(textOf).join("") : textOf(message), copy));
   if (!flow || last) bar.append(copy);
   if (own) bar.append(button("Edit", () => edit(message, message.text)));
@@ -160,7 +160,7 @@ function editor(body, conversation, message) {
     keepDraft(draftOf(message), null);
     answers.ask(conversation, add(conversation, message.parent, { role: "user", text: changed }).id);
     toEnd();
-    $("text").focus();
+    if (!touchScreen.matches) $("text").focus();  // which would open the keyboard over the answer
   };
   area.addEventListener("input", () => keepDraft(draftOf(message), area.value));
   area.addEventListener("keydown", (event) => {

@@ -2,12 +2,13 @@
 
 import { longest } from "./answers.js";
 import { $, button } from "./dom.js";
+import { closeMenu } from "./sidebar.js";
 import { changeSettings, emit, model, on, state } from "./state.js";
 
 const NUMBERS = ["temperature", "top_k", "top_p", "min_p", "max_tokens", "seed"];
 const FIELDS = ["system", "key", ...NUMBERS];
 const PRESETS = {
-  "The server's": { temperature: "", top_k: "", top_p: "", min_p: "" },
+  "Default": { temperature: "", top_k: "", top_p: "", min_p: "" },
   "Likeliest words": { temperature: "0", top_k: "", top_p: "", min_p: "" },
   "Careful": { temperature: "0.5", top_k: "50", top_p: "", min_p: "0.05" },
   "Free": { temperature: "1", top_k: "0", top_p: "0.95", min_p: "" },
@@ -15,14 +16,14 @@ const PRESETS = {
 
 export function setUpSettings() {
   const dialog = $("settings");
-  $("settings-open").addEventListener("click", openSettings);
+  $("settings-open").addEventListener("click", () => { closeMenu(); openSettings(); });
   $("settings-cancel").addEventListener("click", () => dialog.close());
   $("presets").append(...Object.entries(PRESETS).map(([name, values]) =>
     button(name, () => { for (const [field, value] of Object.entries(values)) $(field).value = value; check(); })));
   for (const name of NUMBERS) $(name).addEventListener("input", check);
   dialog.querySelector("form").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (!check()) return;
+    if (!check()) { dialog.querySelector("[aria-invalid=true]").focus(); return; }
     const changes = {};  // only what was changed here: another tab may have changed the rest
     for (const field of FIELDS) if ($(field).value.trim() !== $(field).before) changes[field] = $(field).value.trim();
     if ($("probabilities").checked !== $("probabilities").before) changes.probabilities = $("probabilities").checked;

@@ -13,7 +13,7 @@ let renaming = null;  // the conversation whose title is being edited
 export function setUpSidebar() {
   for (const event of ["list", "current", "running"]) on(event, drawList);
   $("search").addEventListener("input", drawList);
-  $("new").addEventListener("click", newChat);
+  for (const id of ["new", "new-here"]) $(id).addEventListener("click", newChat);
   $("menu").addEventListener("click", () => document.body.classList.contains("open") ? closeMenu() : openMenu());
   $("behind").addEventListener("click", closeMenu);
   $("export-all").addEventListener("click", () => download("nanochat-conversations.json", toJson(listed()), "application/json"));
@@ -49,13 +49,13 @@ async function importFile(file) {
 
 // Where the words stand in a conversation, in any version: {message, text: what is around them}, or null.
 function find(c, words) {
-  if (c.title.toLowerCase().includes(words)) return {};
+  const inTitle = c.title.toLowerCase().includes(words);
   for (const message of Object.values(c.messages).sort((a, b) => a.made - b.made)) {
     const text = message.role === "user" ? message.text : message.parts.map((part) => part.text).join("\n");
     const at = text.toLowerCase().indexOf(words);
-    if (at >= 0) return { message, text: [text.slice(Math.max(0, at - 20), at), text.slice(at, at + words.length), text.slice(at + words.length, at + words.length + 60)] };
+    if (at >= 0) return { message, text: inTitle ? null : [text.slice(Math.max(0, at - 20), at), text.slice(at, at + words.length), text.slice(at + words.length, at + words.length + 60)] };
   }
-  return null;
+  return inTitle ? {} : null;
 }
 
 function drawList() {
@@ -121,7 +121,7 @@ function openChoices(c, opener) {
     choose("Rename", () => { renaming = c; drawList(); $("list").querySelector("input").select(); }),
     choose("Export as Markdown", () => download(fileName(c, "md"), toMarkdown(c), "text/markdown")),
     choose("Export as JSON", () => download(fileName(c, "json"), toJson([c]), "application/json")),
-    choose("Delete", () => { answers.stop(c); remove(c); announce("Deleted"); $("search").focus(); }));
+    choose("Delete", () => { answers.stop(c); remove(c); announce("Deleted"); $("new").focus(); }));
   box.showPopover();
   const at = opener.getBoundingClientRect();
   box.style.left = Math.max(8, Math.min(at.right - box.offsetWidth, innerWidth - box.offsetWidth - 8)) + "px";
@@ -139,7 +139,7 @@ function titleField(c) {
     drawn.get(c.id)?.node.querySelector(".open")?.focus();
   };
   field.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.isComposing) finish(true);
+    if (event.key === "Enter" && !event.isComposing) { event.preventDefault(); finish(true); }  // else it would open the conversation
     if (event.key === "Escape") { event.stopPropagation(); finish(false); }
   });
   field.addEventListener("blur", () => finish(true));

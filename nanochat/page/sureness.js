@@ -49,7 +49,7 @@ function moveTo(next, from) {
 
 function legend(message) {
   const steps = ["under 5%", "5–20%", "20–40%", "40–70%", "70–95%", "over 95%"];
-  return make("div", { className: "legend" }, make("span", {}, "How likely each token was:"),
+  return make("div", { className: "legend" }, make("span", {}, "How likely each token was; choose one to see others:"),
     ...steps.map((text, i) => make("span", { className: "token", "data-level": String(i) }, text)),
     make("span", { className: "token", "data-level": "forced" }, "given by a tool"),
     message.from ? make("span", { className: "token given" }, "kept from an earlier version") : null);
@@ -62,10 +62,15 @@ let opener = null;  // the token whose alternatives are shown
 export function closeAlternatives() {
   const box = $("alternatives");
   if (box.classList.contains("hidden")) return false;
-  box.classList.add("hidden");
+  hide();
   opener?.focus();
   opener = null;
   return true;
+}
+
+function hide() {
+  $("alternatives").classList.add("hidden");
+  opener?.removeAttribute("aria-expanded");
 }
 
 function openAlternatives(node, message, body) {
@@ -73,7 +78,9 @@ function openAlternatives(node, message, body) {
   const box = $("alternatives"), index = [...body.lastChild.children].indexOf(node), token = message.tokens[index], forced = share(token) === null;
   for (const other of body.lastChild.querySelectorAll('.token[tabindex="0"]')) other.tabIndex = -1;
   node.tabIndex = 0;
+  hide();
   opener = node;
+  opener.setAttribute("aria-expanded", "true");
   const rows = forced ? [] : alternatives(token).map((other) => row(other, index, message, body));
   box.replaceChildren(make("div", { className: "row" }, make("b", {}, forced ? "A tool gave this token" : "Likeliest tokens here"),
     button("×", closeAlternatives, { "aria-label": "Close" })), ...rows,
@@ -104,7 +111,7 @@ function place(box, node) {
 
 export function setUpAlternatives() {
   const box = $("alternatives");
-  document.addEventListener("pointerdown", (event) => { if (!box.contains(event.target) && !event.target.closest?.(".token")) box.classList.add("hidden"); });
+  document.addEventListener("pointerdown", (event) => { if (!box.contains(event.target) && !event.target.closest?.(".token")) hide(); });
   $("log").addEventListener("scroll", () => { if (opener?.isConnected && !box.classList.contains("hidden")) place(box, opener); }, { passive: true });
   box.addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
