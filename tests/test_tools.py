@@ -98,6 +98,24 @@ def test_a_slow_tool_does_not_delay_other_sequences() -> None:
     assert [(runner.calls, runner.closed) for runner in made] == [(1, 1)]
 
 
+def test_a_slow_call_at_the_end_of_a_given_beginning() -> None:
+    """It runs beside the batch, as one that the model wrote."""
+    may_go = threading.Event()
+    tool, _ = slow_tool(may_go)
+    model = Scripted({OUT_END: END, **chain("!", "xyz")}, 200)
+    batch = batch_of(model, (tool,), 4)
+    begun = sequence([ord("?"), START, *b"abc", STOP], 60, answer_begun=5)
+    talking = asking("!", 1)
+    batch.submit([begun])
+    batch.submit([talking])
+    for _ in range(20):
+        batch.step()
+    assert talking.done and not begun.tokens and not batch.idle
+    may_go.set()
+    run(batch)
+    assert begun.tokens == [OUT, *b"cba", OUT_END] and begun.mask == [0] * 5 and begun.end == END
+
+
 def test_cancelling_during_a_call_closes_the_tool() -> None:
     may_go = threading.Event()
     tool, made = slow_tool(may_go)

@@ -66,14 +66,13 @@ class RunningBatch:
         group = [sequence for sequence in group if not sequence.done]
         if group:
             self._rules_of |= {sequence: self._rules(sequence) for sequence in group if LogitRules.needed(sequence)}
-            self._tools_of |= {sequence: self._tool_session(sequence) for sequence in group}
-            self.waiting.append(group)
-
-    def _tool_session(self, sequence: TokenSequence) -> ToolSession:
-        session = ToolSession(self.tools)
-        if begun := sequence.request.answer_begun:
-            session.catch_up(sequence.prompt[-begun:], sequence.room)
-        return session
+            for sequence in group:
+                self._tools_of[sequence] = session = ToolSession(self.tools)
+                begun = sequence.request.answer_begun
+                if begun and (call := session.catch_up(sequence.prompt[-begun:], sequence.room)):
+                    self.calling[sequence] = start_call(call)
+            if ready := [sequence for sequence in group if sequence not in self.calling]:
+                self.waiting.append(ready)
 
     def _rules(self, sequence: TokenSequence) -> LogitRules:
         grammar = sequence.request.grammar

@@ -126,14 +126,14 @@ class ToolSession:
             self._call.append(token)
         return None
 
-    def catch_up(self, tokens: Sequence[int], room: int) -> None:
-        """Follow the beginning of an answer that goes on: a call that it ends with is run, earlier ones are not."""
+    def catch_up(self, tokens: Sequence[int], room: int) -> Call | None:
+        """Follow the beginning of an answer that goes on, as `observe` its tokens. Only a call that it ends with is run."""
         starts = [i for i, token in enumerate(tokens) if token in self._table.by_start]
+        call = None
         for token in tokens[starts[-1] :] if starts else ():
             self.forced.clear()
             call = self.observe(token, room)
-        if starts and call and (result := call()) is not None:
-            self.force(result, room)
+        return call
 
     def force(self, result: str, room: int) -> None:
         """Force a result as the next tokens, cut so that the answer can go on after it."""
