@@ -127,7 +127,7 @@ class ToolSession:
         return None
 
     def catch_up(self, tokens: Sequence[int], room: int) -> Call | None:
-        """Follow the beginning of an answer that goes on, as `observe` its tokens. Only a call that it ends with is run."""
+        """Follow the beginning of an answer, as `observe` its tokens; only a call that it ends with is run."""
         starts = [i for i, token in enumerate(tokens) if token in self._table.by_start]
         call = None
         for token in tokens[starts[-1] :] if starts else ():
