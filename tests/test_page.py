@@ -138,7 +138,8 @@ def test_edits_and_further_answers_stay_as_versions(page: Any, served: Served) -
     assert page.locator(".body textarea").count() == 0 and served.pool.requests[1:] == []
     page.locator(".message.user").get_by_role("button", name="Edit").click()
     page.locator(".body textarea").fill("second")
-    page.get_by_role("button", name="Send").first.click()
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.press("Enter")
     until(page, "document.querySelector('.message.assistant')?.textContent.includes('You said: second')")
     assert page.locator(".message.user .version").inner_text() == "2/2"
     page.get_by_role("button", name="Earlier version").click()
@@ -196,6 +197,17 @@ def test_errors_are_clear_and_lose_nothing(page: Any, served: Served) -> None:
     answer(page).locator(".error").get_by_role("button", name="Try again").click()
     page.wait_for_selector("text=You said: precious words")
     assert page.locator(".message").count() == 2 and page.locator(".message .error").count() == 0
+
+
+def test_a_message_that_is_too_long_is_refused_in_view_and_can_be_edited(page: Any, served: Served) -> None:
+    ask(page, "word\n" * 1000)
+    error = answer(page).locator(".error")
+    assert "4096" in error.inner_text()
+    assert page.evaluate("(box => box.scrollHeight - box.clientHeight - box.scrollTop)(document.getElementById('log'))") < 8
+    error.get_by_role("button", name="Edit").click()
+    page.locator(".body textarea").fill("short")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=You said: short")
 
 
 def test_the_server_dies_in_the_middle_and_comes_back(page: Any, served: Served) -> None:

@@ -1,7 +1,7 @@
 // Where a message is written: it grows with its text, is kept as a draft, and counts its tokens against the context.
 
 import * as answers from "./answers.js";
-import { $, announce, touchScreen } from "./dom.js";
+import { $, announce, isSendKey } from "./dom.js";
 import { send } from "./messages.js";
 import { current, keepDraft, model, on, state } from "./state.js";
 import { getJson } from "./stream.js";
@@ -20,9 +20,7 @@ export function setUpComposer() {
   $("stop").addEventListener("click", () => answers.stop(current()));
   text.addEventListener("input", () => { grow(); keepDraft(draftOf, text.value || null); countSoon(); });
   text.addEventListener("keydown", (event) => {
-    const composing = event.isComposing || event.keyCode === 229;  // Safari ends composing before the key that ends it
-    if (event.key !== "Enter" || event.shiftKey || composing) return;
-    if (touchScreen.matches && !event.ctrlKey && !event.metaKey) return;  // there is no Shift: Enter makes a line
+    if (!isSendKey(event)) return;
     event.preventDefault();
     submit();
   });

@@ -18,6 +18,13 @@ export function make(tag, props = {}, ...children) {
 
 export const button = (text, onclick, props = {}) => make("button", { type: "button", onclick, ...props }, text);
 
+// Whether this key sends the text that is written. On a touch screen there is no Shift, and Enter makes a line.
+export function isSendKey(event) {
+  const composing = event.isComposing || event.keyCode === 229;  // Safari ends composing before the key that ends it
+  if (event.key !== "Enter" || event.shiftKey || composing) return false;
+  return !touchScreen.matches || event.ctrlKey || event.metaKey;
+}
+
 // Say something to screen readers.
 export const announce = (text) => { $("announce").textContent = withoutOverrides(text); };
 

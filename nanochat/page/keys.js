@@ -24,7 +24,6 @@ const SHORTCUTS = [
   ["Esc", "Close what is open, or stop the answer", (e) => e.key === "Escape", () => closeAlternatives() || closeMenu() || answers.stop(current())],
   ["Enter", "Send; on a touch screen: a new line", () => false, null],
   ["Shift+Enter", "A new line", () => false, null],
-  [`${MOD}+Enter`, "Send an edited message", () => false, null],
   ["← →", "Among tokens: the one before or after", () => false, null],
 ];
 

@@ -1,7 +1,7 @@
 // One message as an element: its text, versions, buttons, and what else is to be said of it.
 
 import * as answers from "./answers.js";
-import { $, button, copyText, make, notice, touchScreen, withoutOverrides } from "./dom.js";
+import { $, button, copyText, isSendKey, make, notice, touchScreen, withoutOverrides } from "./dom.js";
 import { toEnd } from "./follow.js";
 import { drawMarkdown } from "./markdown.js";
 import { isWritten } from "./presence.js";
@@ -83,9 +83,9 @@ function actions(conversation, message, { number, count, last, busy, flow }) {
   }
   if (message.writing || message.error && !message.parts.length) return bar;
   const copy = button("Copy", () => copyText(flow && last ? path(conversation).map(textOf).join("") : textOf(message), copy));
-  if (!flow || last) bar.append(copy);
+  if ((!flow || last) && textOf(message)) bar.append(copy);
   if (own) bar.append(button("Edit", () => edit(message, message.text)));
-  else if (!flow || last) bar.append(button("Try again", () => { answers.ask(conversation, message.parent); toEnd(); }, { disabled: busy }));
+  else if ((!flow || last) && !message.error) bar.append(button("Try again", () => { answers.ask(conversation, message.parent); toEnd(); }, { disabled: busy }));
   const early = ["length", "stopped"].includes(message.end) || message.end === "error" && message.parts.length > 0;
   if (early && !own && !flow) bar.append(button("Continue", () => answers.goOn(conversation, message), { disabled: busy || !last }));
   if (message.tokens?.length && (!flow || last)) {
@@ -122,7 +122,9 @@ function notes(conversation, message, { busy, flow, last }) {
     const doing = { settings: ["Open settings", () => $("settings-open").click()], models: ["Look again", () => emit("look")] }[message.error.action];
     const box = make("div", { className: "error", role: "alert" }, make("span", {}, message.error.text));
     if (doing) box.append(button(...doing));
-    box.append(button("Try again", () => answers.ask(conversation, message.parent), { disabled: busy }));
+    const asked = conversation.messages[message.parent];
+    if (message.error.action === "shorten" && asked) box.append(button("Edit", () => edit(asked, asked.text)));
+    else box.append(button("Try again", () => { answers.ask(conversation, message.parent); toEnd(); }, { disabled: busy }));
     found.push(box);
   }
   return found;
@@ -166,7 +168,7 @@ function editor(body, conversation, message) {
   area.addEventListener("keydown", (event) => {
     if (event.isComposing) return;
     if (event.key === "Escape") { event.stopPropagation(); cancel(); }
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send();
+    if (isSendKey(event)) { event.preventDefault(); send(); }
   });
   body.replaceChildren(area, make("div", { className: "row" }, button("Cancel", cancel), button("Send", send, { className: "primary" })));
 }

@@ -50,7 +50,7 @@ function draw() {
   $("card-open").disabled = !models.length;
 }
 
-const LABELS = { stage: "Trained by", step: "Step", run: "Run", parameters: "Parameters", layers: "Layers", tokens: "Tokens trained on",
+const LABELS = { stage: "Last stage of training", step: "Step", run: "Run", parameters: "Parameters", layers: "Layers", tokens: "Tokens in that stage",
   max_context: "Context, in tokens", vocab_size: "Tokenizer's vocabulary", val_bpb: "Validation bits per byte" };
 const STAGES = { base: "pretraining (it continues texts)", sft: "finetuning on conversations", rl: "reinforcement learning" };
 

@@ -13,6 +13,9 @@ let renaming = null;  // the conversation whose title is being edited
 export function setUpSidebar() {
   for (const event of ["list", "current", "running"]) on(event, drawList);
   $("search").addEventListener("input", drawList);
+  $("search").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.isComposing && event.target.value.trim()) $("list").querySelector("button.open")?.click();
+  });
   for (const id of ["new", "new-here"]) $(id).addEventListener("click", newChat);
   $("menu").addEventListener("click", () => document.body.classList.contains("open") ? closeMenu() : openMenu());
   $("behind").addEventListener("click", closeMenu);

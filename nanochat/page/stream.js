@@ -39,7 +39,8 @@ const REASONS = {
 const PLAIN = [401, 429, 502, 503];  // what the server says of these adds nothing
 
 export async function errorOf(response, key = "") {
-  const detail = (await response.json().catch(() => null))?.error?.message, known = REASONS[response.status];
+  const { message: detail, code } = (await response.json().catch(() => null))?.error ?? {}, known = REASONS[response.status];
+  if (code === "context_length_exceeded") return new AnswerError(detail, "shorten");
   if (response.status === 401 && key) return new AnswerError("The API key is wrong. Correct it in the settings, then try again.", "settings");
   if (!known && !detail) return new AnswerError(NOT_OURS);
   const wait = Number(response.headers.get("Retry-After"));
