@@ -203,7 +203,10 @@ def test_a_message_that_is_too_long_is_refused_in_view_and_can_be_edited(page: A
     ask(page, "word\n" * 1000)
     error = answer(page).locator(".error")
     assert "4096" in error.inner_text()
-    assert page.evaluate("(box => box.scrollHeight - box.clientHeight - box.scrollTop)(document.getElementById('log'))") < 8
+    assert (
+        page.evaluate("(box => box.scrollHeight - box.clientHeight - box.scrollTop)(document.getElementById('log'))")
+        < 8
+    )
     error.get_by_role("button", name="Edit").click()
     page.locator(".body textarea").fill("short")
     page.keyboard.press("Enter")
