@@ -52,8 +52,7 @@ function legend(message) {
   return make("div", { className: "legend" }, make("span", {}, "How likely each token was; choose one to see others:"),
     ...steps.map((text, i) => make("span", { className: "token", "data-level": String(i) }, text)),
     make("span", { className: "token", "data-level": "forced" }, "given by a tool"),
-    message.from ? make("span", { className: "token given" }, "kept from an earlier version") : null,
-    make("span", { className: "hint" }, "Choose a token to see what else was likely."));
+    message.from ? make("span", { className: "token given" }, "kept from an earlier version") : null);
 }
 
 // ---- the alternatives of one token ----------------------------------------------------------------------------
