@@ -1,6 +1,6 @@
 // Answers being written, in any number of conversations at once: showing another one does not stop them.
 
-import { announce, notice } from "./dom.js";
+import { announce } from "./dom.js";
 import { hold, isWritten, lookElsewhere } from "./presence.js";
 import { current, emit, keep, model, on, state } from "./state.js";
 import { answerEvents, getJson } from "./stream.js";
@@ -80,7 +80,7 @@ async function readable(text, signal) {
 
 // A new answer after the message `parent`; `tokens`: with which it begins.
 export function ask(conversation, parent, tokens = []) {
-  if (isRunning(conversation)) return notice("An answer is being written here; stop it first.");
+  if (isRunning(conversation)) return;  // a second click
   const message = add(conversation, parent, { role: "assistant", parts: [], tokens, from: tokens.length, model: model()?.id });
   return write(conversation, message, { prefix: tokens.map(tokenId) });
 }
@@ -96,7 +96,7 @@ export async function branch(conversation, message, tokens) {
 // that their probabilities stay; else by its text. What a base model adds is a piece of its own.
 export function goOn(conversation, message) {
   if (!chats()) return ask(conversation, message.id);
-  if (isRunning(conversation)) return notice("An answer is being written here; stop it first.");
+  if (isRunning(conversation)) return;  // a second click
   const known = message.tokens?.length > 0 && message.model === model()?.id;
   if (known) message.from = message.tokens.length; else delete message.tokens;
   delete message.end;

@@ -18,9 +18,10 @@ function message(value) {
   if (role === "user") return typeof value.text === "string" ? { ...common, text: value.text } : null;
   if (role !== "assistant" || !Array.isArray(value.parts)) return null;
   const { error, usage, tokens } = value;
-  const made = { ...common, cut: count(value.cut), from: count(value.from),
+  const made = { ...common, from: count(value.from),
     parts: value.parts.filter((p) => isObject(p) && typeof p.text === "string" && KINDS.includes(p.kind)).map(({ kind, text }) => ({ kind, text })) };
   if (ENDS.includes(value.end)) made.end = value.end;
+  if (count(value.cut)) made.cut = value.cut;
   if (Number.isSafeInteger(value.dropped)) made.dropped = value.dropped;
   if (typeof value.model === "string") made.model = value.model.slice(0, 200);
   if (Array.isArray(tokens) && tokens.every(isToken)) made.tokens = tokens;

@@ -9,7 +9,7 @@ import { path } from "./tree.js";
 
 const COUNT_AFTER = 400;  // ms without typing
 const MAX_CHARS = 200_000;  // that the server takes in one request
-let counting = null, timer = null, draftOf = null;
+let stopShown = 0, counting = null, timer = null, draftOf = null;
 
 const NEW = "new";  // the draft of a conversation that has no messages yet
 const draftKey = () => current() && Object.keys(current().messages).length ? current().id : NEW;
@@ -17,7 +17,9 @@ const draftKey = () => current() && Object.keys(current().messages).length ? cur
 export function setUpComposer() {
   const text = $("text");
   $("ask").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
-  $("stop").addEventListener("click", () => answers.stop(current()));
+  $("stop").addEventListener("click", () => {  // it appears where Send was: the second click of a double click is not meant
+    if (performance.now() - stopShown > 400) answers.stop(current());
+  });
   text.addEventListener("input", () => { grow(); keepDraft(draftOf, text.value || null); countSoon(); });
   text.addEventListener("keydown", (event) => {
     if (!isSendKey(event)) return;
@@ -64,6 +66,7 @@ function submit() {
 function showRunning() {
   const busy = answers.isRunning(current());
   $("send").classList.toggle("hidden", busy);
+  if (busy && $("stop").classList.contains("hidden")) stopShown = performance.now();
   $("stop").classList.toggle("hidden", !busy);
 }
 

@@ -74,8 +74,9 @@ function drawList() {
   if (!wanted.length) wanted.push(make("li", { className: "day" }, words ? "Nothing found." : "No conversations yet."));
   const list = $("list"), deleted = listed(true);
   if (deleted.length && !words) wanted.push(deletedItem(deleted));
+  const staying = new Set(wanted);
+  for (const node of [...list.children]) if (!staying.has(node)) node.remove();  // first, so that those that stay need not move
   for (const [i, node] of wanted.entries()) if (list.children[i] !== node) list.insertBefore(node, list.children[i] ?? null);
-  while (list.children.length > wanted.length) list.lastChild.remove();
   for (const id of drawn.keys()) if (!state.chats.has(id)) drawn.delete(id);
 }
 
@@ -125,6 +126,9 @@ function openChoices(c, opener) {
     choose("Export as Markdown", () => download(fileName(c, "md"), toMarkdown(c), "text/markdown")),
     choose("Export as JSON", () => download(fileName(c, "json"), toJson([c]), "application/json")),
     choose("Delete", () => { answers.stop(c); remove(c); announce("Deleted"); $("new").focus(); }));
+  box.ontoggle = (event) => {  // where its opener was drawn again meanwhile
+    if (event.newState === "closed" && (document.activeElement === document.body || box.contains(document.activeElement))) drawn.get(c.id)?.node.querySelector(".more")?.focus();
+  };
   box.showPopover();
   const at = opener.getBoundingClientRect();
   box.style.left = Math.max(8, Math.min(at.right - box.offsetWidth, innerWidth - box.offsetWidth - 8)) + "px";
@@ -145,7 +149,7 @@ function titleField(c) {
     if (event.key === "Enter" && !event.isComposing) { event.preventDefault(); finish(true); }  // else it would open the conversation
     if (event.key === "Escape") { event.stopPropagation(); finish(false); }
   });
-  field.addEventListener("blur", () => finish(true));
+  field.addEventListener("blur", () => setTimeout(() => { if (document.activeElement !== field) finish(true); }));
   return field;
 }
 

@@ -108,6 +108,7 @@ export function changeSettings(changes) {
 export const DELETED_DAYS = 30;  // for which a deleted conversation can be restored
 
 export function remove(conversation) {
+  if (conversation.deleted) return;  // a second click
   conversation.deleted = Date.now();
   touch(conversation);
   keep(conversation);
