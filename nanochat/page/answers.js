@@ -160,7 +160,7 @@ function take(event, message, grown) {
   if (event.tokens) message.tokens?.push(...event.tokens.map(fromLogprob));
   if (event.end) message.end = event.end;
   if (event.usage) {
-    message.usage = { tokens: event.usage.completion_tokens, total: event.usage.total_tokens, seconds: event.usage.answer_seconds };
+    message.usage = { tokens: event.usage.completion_tokens, total: event.usage.total_tokens, seconds: event.timings?.answer_seconds };
     message.dropped = event.usage.dropped_messages || 0;
   }
 }

@@ -56,7 +56,7 @@ export async function getJson(url, key, body, signal) {
   return response.json().catch(() => { throw new AnswerError(NOT_OURS); });
 }
 
-// Events of an answer: {piece: {kind, text}}, {tokens: [logprob entries]}, {end: reason}, {usage}. Raises AnswerError.
+// Events of an answer: {piece: {kind, text}}, {tokens: [logprob entries]}, {end: reason}, {usage, timings}. Raises AnswerError.
 export async function* answerEvents(url, key, body, signal) {
   let response;
   try { response = await fetch(url, { method: "POST", headers: headers(key), body: JSON.stringify(body), signal }); }
@@ -68,7 +68,7 @@ export async function* answerEvents(url, key, body, signal) {
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
       if (event.error) throw new AnswerError(event.error.message);
-      if (event.usage) yield { usage: event.usage };
+      if (event.usage) yield { usage: event.usage, timings: event.timings };
       for (const choice of event.choices || []) yield* choiceEvents(choice);
     }
   } catch (error) {

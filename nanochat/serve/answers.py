@@ -69,7 +69,7 @@ async def chunks(
     include_usage: bool,
     null_usage: bool = False,
 ) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a stream, one for each of `choices`; with `include_usage`, a last one with the number of tokens.
+    """The chunks of a stream, one for each of `choices`; with `include_usage`, a last one with the usage and timings.
 
     `null_usage`: the others then have the field as well, as null.
     """
@@ -78,7 +78,7 @@ async def chunks(
     async for choice in choices:
         yield {**base, "choices": [choice], **usage}
     if include_usage:
-        yield {**base, "choices": [], "usage": generation.usage()}
+        yield {**base, "choices": [], "usage": generation.usage(), "timings": generation.timings()}
 
 
 def stream(generation: Generation, events: AsyncIterator[Any], done: bool = True) -> Response:

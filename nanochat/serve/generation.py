@@ -34,7 +34,6 @@ class Usage(TypedDict):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     dropped_messages: int  # of the conversation, for which the context had no room
-    answer_seconds: float  # from the first token to the last
 
 
 @dataclass
@@ -219,8 +218,11 @@ class Generation:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
             "dropped_messages": self.dropped_messages,
-            "answer_seconds": round(self._last_token_at - self._first_token_at, 4),
         }
+
+    def timings(self) -> dict[str, float]:
+        """Seconds from the answer's first token to its last, on the server."""
+        return {"answer_seconds": round(self._last_token_at - self._first_token_at, 4)}
 
     @property
     def dropped_messages(self) -> int:
