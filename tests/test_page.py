@@ -467,6 +467,48 @@ def test_light_dark_and_phone(browser: Any, served: Served) -> None:
     context.close()
 
 
+def test_on_a_phone_targets_are_large_and_the_keyboard_stays_closed(browser: Any, served: Served) -> None:
+    served.pool.__init__()  # type: ignore[misc]
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    open_page(page, served)
+    page.fill("#text", "hello")
+    page.tap("#send")
+    page.wait_for_selector(".rate")
+    page.tap(".message.user button:has-text('Edit')")
+    page.keyboard.type(" again")
+    page.tap(".message.user .primary")
+    page.wait_for_selector(".version")
+    assert page.evaluate("document.activeElement.tagName") != "TEXTAREA"
+    small = """() => [...document.querySelectorAll('button, select')].filter((e) => e.checkVisibility())
+        .map((e) => [e.textContent, e.getBoundingClientRect()]).filter(([, r]) => r.width < 36 || r.height < 36)"""
+    assert page.evaluate(small) == []
+    page.tap("#menu")
+    page.tap("#settings-open")
+    assert page.evaluate("document.activeElement.id") == "settings-title"
+    # A smaller font makes iOS zoom into the field.
+    fonts = """() => [...document.querySelectorAll('textarea, select, input')]
+        .map((e) => parseFloat(getComputedStyle(e).fontSize))"""
+    assert min(page.evaluate(fonts)) >= 16
+    page.fill("#temperature", "99")
+    page.tap("#settings .primary")
+    assert page.evaluate("document.activeElement.id") == "temperature"
+    page.fill("#temperature", "0.5")
+    page.tap("#settings .primary")
+    assert "open" not in (page.get_attribute("body", "class") or "")
+    page.tap("#new-here")
+    until(page, "document.querySelectorAll('.message').length === 0")
+    context.close()
+
+
+def test_text_follows_the_browsers_text_size(page: Any, served: Served) -> None:
+    ask(page, "hello")
+    size = "parseFloat(getComputedStyle(document.querySelector('.message .body')).fontSize)"
+    before = page.evaluate(size)
+    page.evaluate("document.documentElement.style.fontSize = '200%'")
+    assert page.evaluate(size) == 2 * before
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_accessibility_violations(browser: Any, served: Served, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
