@@ -314,7 +314,7 @@ def test_candidates(
     monkeypatch.setattr(flash_attention, "fa3_kernel", lambda: loaded.append(1) or (Kernel() if installed else None))
     assert candidates(torch.device(device), dtype, compiling=True) == compiled.split()
     assert candidates(torch.device(device), dtype, compiling=False) == eager.split()
-    assert bool(loaded) == (capability == (9, 0) and dtype == torch.bfloat16)  # nothing is downloaded in vain
+    assert bool(loaded) == (capability == (9, 0) and dtype == torch.bfloat16)  # nothing is downloaded that is not used
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from memory_tracker import MemoryTracker, track_step
 
+from nanochat.gpt import GPT
 from nanochat.gpt_config import GPTConfig
 from nanochat.loss_head import chunk_tokens
-from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig
+from nanochat.optim import DistMuonAdamW, MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.optimizer import update_rules
 from nanochat.optimizer.update_rules import RULES, update_bytes
 from nanochat.planning.hardware import GPUS
@@ -144,6 +145,21 @@ def test_buffers_of_many_ranks_are_bounded_and_planned(monkeypatch: pytest.Monke
         dist.destroy_process_group()
     assert 0.7 < (peak - before) / update_bytes(groups, 8) <= 1.03
     assert peak - before < 0.6 * 8 * numbers  # the matrices' gradients and new weights at once would be all of it
+
+
+def test_the_rules_are_the_optimizers_own() -> None:
+    """Where an optimizer is there, the search for a device batch counts its rules and not the default's."""
+    config = GPTConfig.later(**vars(derive_sizes(12)))
+    with torch.device("meta"):
+        model = GPT(config)
+    found = []
+    for recipe in ("later", "later,matrix_rule=adamw"):
+        rates = get_recipe(recipe).optimizer()
+        groups = build_param_groups(model, rates, ns_dtype=torch.float32)
+        by_groups = memory_by_kind(config, GPUS["h100"], 1, 1, param_groups=groups)
+        assert by_groups == memory_by_kind(config, GPUS["h100"], 1, 1, rates)
+        found.append(by_groups["optimizer"])
+    assert found[1] > found[0]  # AdamW keeps two numbers of a weight, Muon one and a row
 
 
 @pytest.mark.parametrize("gpu", ["3060", "4090", "h100"])

@@ -128,6 +128,7 @@ def test_spikes_that_came_down() -> None:
 def test_a_loss_that_is_not_finite() -> None:
     found = only(findings.course("base_train", {}, lines_of([3.0, math.nan])))
     assert (found.kind, found.remedy) == ("bad", "gentler") and "2" in found.figures
+    assert "0" in only(findings.course("base_train", {}, [{"step": 0, "loss": None}])).figures
     stopped = {"steps": 37, "num_steps": 90, "stopped_early": True, "not_finite": True, "stopped_by": "loss is nan"}
     found = only(findings.state("chat_sft", stopped, None))
     assert found.remedy == "gentler" and "37 of 90" in found.figures and "loss is nan" in found.figures
@@ -217,6 +218,7 @@ def test_rl_without_a_signal() -> None:
     assert only(gains.signal({}, [*rollouts(0.5), *rollouts(0.95, reward=0.9)])).kind == "note"
     assert not list(gains.signal({}, rollouts(0.85)))
     assert not list(gains.signal({}, []))
+    assert not list(gains.signal({}, [{"step": 1, "groups_without_signal": 1.0}]))  # as a damaged file may have it
 
 
 def test_answers_cut_off() -> None:
@@ -288,7 +290,7 @@ def test_training_longer_has_a_forecast_where_the_text_lasts() -> None:
     )
 
 
-def test_what_broke_is_mended_first() -> None:
+def test_what_broke_comes_first() -> None:
     base = {"steps": 3, "resume_command": "resume it", "gentler_command": "gentler", "stopped_early": True}
     assert commands({"base_train": base}) == ["resume it"]
     assert commands({"base_train": base | {"not_finite": True, "stopped_by": "nan"}}) == ["gentler"]

@@ -1,4 +1,4 @@
-// What the page knows: conversations, drafts, settings, the server's models. Whoever changes something emits an event.
+// What the page knows: conversations, drafts, settings, the server's models. What changes something emits an event.
 
 import { notice } from "./dom.js";
 import * as storage from "./storage.js";

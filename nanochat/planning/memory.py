@@ -7,6 +7,7 @@ Letters: B batch rows, T time, C channels (n_embd), H query heads, G key/value h
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -51,19 +52,25 @@ def activation_bytes(config: GPTConfig, rows: int, element: int, *, fused: bool 
 
 
 def memory_by_kind(
-    config: GPTConfig, gpu: Gpu, num_gpus: int, rows: int, rates: OptimizerConfig | None = None
+    config: GPTConfig,
+    gpu: Gpu,
+    num_gpus: int,
+    rows: int,
+    rates: OptimizerConfig | None = None,
+    param_groups: list[dict[str, Any]] | None = None,
 ) -> dict[str, int]:
     """Bytes on each GPU at the peak of a step with micro-batches of `rows` rows, by kind.
 
-    Weights and gradients are fp32 and complete on every GPU; the optimizer state is sharded (ZeRO-2). `rates` names the
-    update rule of the matrices. The peak is in the backward pass, unless the update needs more than that has freed:
-    "update" is how much more. Not counted: uncounted_weights(config), and fp8's copies.
+    Weights and gradients are fp32 and complete on every GPU; the optimizer state is sharded (ZeRO-2). The update
+    rules are those of `param_groups`, an optimizer's own, or of an optimizer with these `rates`. The peak is in the
+    backward pass, unless the update needs more than that has freed: "update" is how much more. Not counted:
+    uncounted_weights(config), and fp8's copies.
     """
     with torch.device("meta"):
         model = GPT(config)
     counts, element, cpu = model.num_scaling_params(), gpu.element_bytes, gpu.device_type == "cpu"
     products = counts["transformer_matrices"] + counts["lm_head"]
-    groups = build_param_groups(model, rates or OptimizerConfig(), ns_dtype=torch.float32)
+    groups = param_groups or build_param_groups(model, rates or OptimizerConfig(), ns_dtype=torch.float32)
     chunk = min(chunk_tokens(config.vocab_size, None if cpu else gpu.memory_bytes), rows * config.sequence_len)
     freed = {
         "weight_casts": 0 if element == 4 else element * products,

@@ -81,7 +81,8 @@ def losses_of(lines: Sequence[Record]) -> list[tuple[int, float]]:
 
 def course(stage: str, values: Record, lines: Sequence[Record]) -> Iterator[Finding]:
     """A training loss that is not finite, ends above where it was, or has spikes. RL's loss is none to look at."""
-    if broken := next((line["step"] for line in lines if "loss" in line and not is_number(line["loss"])), None):
+    broken = next((line["step"] for line in lines if "loss" in line and not is_number(line["loss"])), None)
+    if broken is not None:
         text = f"The loss of {STAGES[stage].lower()} is not finite"
         yield Finding("bad", text, f"step {broken:,}", stage, "gentler")
     losses = losses_of(lines)

@@ -103,7 +103,7 @@ def difference_interval(a: float, m: float, b: float, n: float, z: float) -> tup
 
 def signal(values: Record, lines: Sequence[Record]) -> Iterator[Finding]:
     """Rewards that teach nothing, and answers cut off, over all steps and in the last part of an RL run."""
-    steps = [line for line in lines if is_number(line.get("groups_without_signal"))]
+    steps = [line for line in lines if is_number(line.get("groups_without_signal")) and is_number(line.get("reward"))]
     if not steps:
         return
     recent = steps[-max(1, len(steps) // 10) :]

@@ -94,7 +94,7 @@ FOLLOWING = (  # (stage, what it does, its command, the stage whose run it takes
 
 
 def next_steps(report: Record, found: Sequence[Finding], statuses: Mapping[str, Status]) -> Iterator[Step]:
-    """What to do next: mend what broke, else the pipeline's next stage; talk to the model; train longer."""
+    """What to do next: repair what broke, else the pipeline's next stage; talk to the model; train longer."""
     if any(status.alive for status in statuses.values()):
         yield Step(
             "Wait, or stop it with Ctrl-C: it saves, and can be resumed. If its line above is old, this says whether "
@@ -122,7 +122,7 @@ def next_steps(report: Record, found: Sequence[Finding], statuses: Mapping[str, 
 
 
 def remedy_of(values: Record, finding: Finding, status: Status | None) -> Step:
-    """The step that mends what a finding is about; without a command where none is recorded."""
+    """The step that removes the cause of a finding; without a command where none is recorded."""
     title, expected = STAGES[finding.stage].lower(), values.get("forecast") or {}
     if finding.remedy == "resume":
         command = values.get("resume_command") or with_flags(values.get("command"), "--resume")

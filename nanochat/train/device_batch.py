@@ -45,7 +45,8 @@ def fit_device_batch(step: TrainStep, requested: int, row_tokens: Callable[[], i
     usable = -runtime.all_reduce_max(-usable_bytes(runtime.device), "measuring the memory")
     dtype, config = str(runtime.dtype).removeprefix("torch."), replace(step.model.config, sequence_len=T)
     gpu = Gpu(device_name(runtime.device), gpu_memory(runtime.device) or usable, 0.0, None, 0.0, None, dtype)
-    kinds = {rows: memory_by_kind(config, gpu, runtime.world_size, rows) for rows in sizes}
+    groups = step.optimizer.param_groups
+    kinds = {rows: memory_by_kind(config, gpu, runtime.world_size, rows, param_groups=groups) for rows in sizes}
     # The context is not among what PyTorch's allocator takes, and not free any more.
     expected = {rows: float(sum(kinds[rows].values())) - kinds[rows]["context"] for rows in sizes}
 
