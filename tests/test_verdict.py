@@ -90,13 +90,23 @@ def test_training_and_validation_apart(val: float, epoch: int | None, kind: str)
 
 def test_validation_rising_while_training_falls() -> None:
     losses = np.linspace(5, 1, 100)
-    rising = only(findings.overfitting("base_train", {}, lines_of(losses, {20: 2.0, 50: 1.5, 100: 1.52})))
+    rising = only(findings.overfitting("base_train", {}, lines_of(losses, {20: 2.0, 50: 1.5, 100: 1.58})))
     assert (rising.kind, rising.remedy, rising.steps) == ("bad", "shorter", 50) and "1.500 at step 50" in rising.figures
-    flat = only(findings.overfitting("base_train", {}, lines_of(losses, {20: 2.0, 50: 1.5, 100: 1.51})))
+    flat = only(findings.overfitting("base_train", {}, lines_of(losses, {20: 2.0, 50: 1.5, 100: 1.57})))
     assert flat.kind == "good" and flat.text.startswith("No sign of")
     diverging = only(findings.overfitting("base_train", {}, lines_of(losses[::-1], {20: 2.0, 50: 1.5, 100: 1.6})))
     assert diverging.remedy == "gentler"
     assert not list(findings.overfitting("base_train", {}, lines_of(losses, {100: 1.5})))
+
+
+def test_a_rise_within_what_evaluations_vary_by_is_none() -> None:
+    """Evaluations of a finetuning run of 6,300 steps, which learnt its text by heart as little as others do."""
+    sft = [1.153, 1.119, 1.110, 1.104, 1.100, 1.105, 1.089, 1.083, 1.100, 1.096, 1.081]
+    sft += [1.104, 1.085, 1.085, 1.105, 1.094, 1.082, 1.095, 1.072, 1.051, 1.068]
+    smooth = [1.153 * 0.98**i for i in range(19)] + [1.051 * 0.745, 1.051 * 0.757]  # the same rise, out of the ordinary
+    for values, kind in ((sft, "good"), (smooth, "bad")):
+        bpb = dict(zip(range(5, 106, 5), values))
+        assert only(findings.overfitting("chat_sft", {}, lines_of(np.linspace(5, 1, 105), bpb))).kind == kind
 
 
 def test_many_passes_over_the_text_are_named() -> None:

@@ -18,7 +18,9 @@ from nanochat.reporting.view import STAGES
 FORECAST_ERRORS = 2.0  # standard errors of the forecast: beyond is 1 run in 20 by chance
 SHORT_SHARE = 0.9  # of the planned steps; with less, the machine was slower than when it was measured
 GAP = 0.05  # of validation over training bits per byte: texts differ by 1 to 2% from each other, memorising by more
-RISE = 0.01  # of validation over its best: evaluations of one run, on the same text, wiggle by less
+# Validation over its best: at least this share, and this many standard deviations of what single evaluations vary by
+# (1% in finetuning, with its high rates). With few evaluations that is not known, and a larger share has to do.
+RISE, RISE_DEVIATIONS, RISE_OF_FEW, FEW = 0.01, 3.0, 0.05, 5
 PASSES = 4  # over the text: further ones teach ever less (arXiv 2305.16264)
 WINDOW = 20  # a loss is averaged over a twentieth of the run
 ENOUGH_STEPS = 100  # fewer losses show no trend
@@ -129,6 +131,17 @@ def spikes(losses: Sequence[tuple[int, float]], before: int = 50) -> list[tuple[
     return found
 
 
+def rise_beyond_chance(values: Sequence[float]) -> float:
+    """How far the last of some evaluations must lie above the lowest to count as a rise.
+
+    Their variation around a smooth curve is estimated from second differences: these vary by √6 times as much."""
+    if len(values) < FEW:
+        return RISE_OF_FEW * min(values)
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:])]
+    deviation = 1.4826 * median(bends) / 6**0.5
+    return max(RISE * min(values), RISE_DEVIATIONS * deviation)
+
+
 def overfitting(stage: str, values: Record, lines: Sequence[Record]) -> Iterator[Finding]:
     """Validation rising, and whether training fell meanwhile; more passes over the text than teach something."""
     points = [(i, line["val_bpb"]) for i, line in enumerate(lines) if is_number(line.get("val_bpb"))]
@@ -140,7 +153,7 @@ def overfitting(stage: str, values: Record, lines: Sequence[Record]) -> Iterator
             for found in (losses_of(lines[max(0, best_at - size + 1) : best_at + 1]), losses_of(lines[-size:]))
             if found
         ]
-        if last > (1 + RISE) * best:
+        if last - best > rise_beyond_chance([value for _, value in points]):
             memorises = len(training) == 2 and training[1] < training[0]
             more = f"; training loss {training[0]:.3g} → {training[1]:.3g}" if len(training) == 2 else ""
             yield Finding(
