@@ -27,6 +27,7 @@ from bench import _run
 from bench._common import Flags, model_config, tensor_bytes, time_in_turn
 from bench._run import Result
 from nanochat.common import UserError
+from nanochat.common.ranges import Range
 from nanochat.gpt import GPT
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
@@ -36,7 +37,6 @@ from nanochat.inference.packed_weights import matrices
 from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import ToolTable
-from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer
 from nanochat.train.timing import measure_peak_flops

@@ -17,12 +17,12 @@ from bench._common import Flags, model_config, time_in_turn
 from bench._run import Result
 from bench.decode import no_tools
 from nanochat.common import UserError
+from nanochat.common.ranges import Range
 from nanochat.gpt import GPT
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.request import GenerationRequest, TokenSequence
 from nanochat.inference.sampling import SamplingParams
-from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from scripts import _cli
 

@@ -33,14 +33,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from nanochat.common import UserError, debug_enabled, get_base_dir, json_hash, warn, write_json
+from nanochat.common.files import read_json
+from nanochat.common.output import failsafe_output
 from nanochat.data.corpus import SPLITS, VAL_LIMIT, BadShards, Corpus, Record
 from nanochat.data.download import DEFAULT_SET, HUB_SETS, HubSet, download_shards, hub_folder
 from nanochat.data.listing import shown, split_entries
 from nanochat.data.own_files import open_own_files
 from nanochat.data.parquet import TextOptions
 from nanochat.data.shards import ShardCorpus, ShardOpener, open_shard
-from nanochat.files import read_json
-from nanochat.output import failsafe_output
 from nanochat.runtime import Runtime
 
 __all__ = ["Corpus", "SavedCorpus", "open_corpus", "resolve_corpus", "save_record", "starter_corpus"]

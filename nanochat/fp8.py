@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from nanochat.common import UserError, warn
-from nanochat.fast_path import fingerprint
+from nanochat.common.fast_path import fingerprint
 from nanochat.gpt import GPT, Linear
 from nanochat.runtime import Runtime
 
@@ -71,7 +71,7 @@ def check(model: GPT, recipe: str, runtime: Runtime) -> None:
     """Raise UserError for what would fail later, or gain nothing."""
     if fingerprint(Linear.forward) != PLAIN_FORM:
         raise UserError(
-            "--fp8 does not implement gpt.Linear.forward as it is now (nanochat/fast_path.py); leave it out"
+            "--fp8 does not implement gpt.Linear.forward as it is now (nanochat/common/fast_path.py); leave it out"
         )
     if recipe not in RECIPES:
         raise UserError(f"--fp8-recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from nanochat.common import UserError
-from nanochat.files import check_value
-from nanochat.ranges import Range, check_ranges
+from nanochat.common.files import check_value
+from nanochat.common.ranges import Range, check_ranges
 
 
 @dataclass

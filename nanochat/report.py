@@ -36,7 +36,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from nanochat.common import UserError, atomic_write, delete_leftovers, free_name, is_writable, warn, write_json
-from nanochat.files import check_value, read_json
+from nanochat.common.files import check_value, read_json
 from nanochat.reporting.machine import describe_machine
 from nanochat.reporting.pages import render, report_context
 from nanochat.reporting.view import SPECIAL_KEYS, STAGES, Record, stages_of, wilson_interval

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError, format_count
+from nanochat.common.ranges import Range
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.ranges import Range
 
 REFERENCE_BATCH_TOKENS = 2**19  # the batch size at which the reference learning rates were tuned
 REFERENCE_DEPTH = 12

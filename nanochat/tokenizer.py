@@ -20,8 +20,8 @@ from pydantic import FailFast, Field
 from typing_extensions import TypedDict
 
 from nanochat.common import SPECIAL_TOKENS, UserError, atomic_write, first_line, get_base_dir, warn
+from nanochat.common.files import check_value, read_json
 from nanochat.conversation import Conversation, Rendered, render, render_prompt
-from nanochat.files import check_value, read_json
 
 # GPT-4's split pattern, with digits in groups of at most two: a small vocabulary has no room for a thousand
 # three-digit tokens.

@@ -17,9 +17,9 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from nanochat.common import UserError, debug_enabled, first_line, is_out_of_memory, visible
+from nanochat.common.output import failsafe_output
+from nanochat.common.ranges import check_ranges
 from nanochat.distributed.collectives import CollectiveFailed
-from nanochat.output import failsafe_output
-from nanochat.ranges import check_ranges
 
 Config = TypeVar("Config")
 EXPECTED_ERRNOS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)

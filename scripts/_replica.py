@@ -13,9 +13,9 @@ from nanochat.checkpoint.folder import step_path
 from nanochat.checkpoint.runs import run_dir
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, get_base_dir
+from nanochat.common.ranges import Range
 from nanochat.gpt import GPT
 from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
-from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from nanochat.serve.remote_service import RemoteService, serve_replica
 from nanochat.serve.service import MIB, Observe, Service, WorkerPool

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from nanochat.common import UserError, get_base_dir, is_writable, say, visible
+from nanochat.common.ranges import Range
 from nanochat.dataset import Corpus
 from nanochat.evals.bits_per_byte import bpb_by_source, corpus_bpb
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_run import open_bundle, report_values, run_core, write_details
 from nanochat.evals.samples import continuations
 from nanochat.evals.subject import Subject, load_checkpoint, load_hf, open_evaluation_corpus
-from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.reporting.curves import scoped
 from nanochat.runtime import Runtime

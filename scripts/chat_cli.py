@@ -9,11 +9,11 @@ import tyro
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, get_base_dir, visible
+from nanochat.common.ranges import Range
 from nanochat.engine import Chat, Engine
 from nanochat.execution import choose_level
 from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import DEFAULT_TOOLS, WITH_PYTHON
-from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from scripts import _cli
 from scripts._chat import command, noted_interrupts, printable, terminal_reader

@@ -9,8 +9,8 @@ import tyro
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, get_base_dir, is_writable, say
+from nanochat.common.ranges import Range
 from nanochat.engine import Engine
-from nanochat.ranges import Range
 from nanochat.report import accuracy_values, record_stage
 from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime

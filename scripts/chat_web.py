@@ -11,11 +11,11 @@ import torch
 import tyro
 
 from nanochat.common import UserError, say
+from nanochat.common.ranges import Range
 from nanochat.conversation import Tokenizer
 from nanochat.execution import choose_level
 from nanochat.gpt import GPT
 from nanochat.inference.sampling import SamplingParams
-from nanochat.ranges import Range
 from nanochat.runtime import Runtime
 from nanochat.serve.api import ServerMetrics, Settings
 from nanochat.serve.hosts import check_allowed, is_loopback

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError, get_base_dir, say, write_json
+from nanochat.common.output import ProgressLine
 from nanochat.dataset import Corpus
 from nanochat.evals.contamination import NGRAM, Index
 from nanochat.evals.core_bundle import read_bundle
-from nanochat.output import ProgressLine
 from nanochat.report import record_stage
 from nanochat.reporting.console import print_table
 from nanochat.train.config import DataConfig

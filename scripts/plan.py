@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import torch
 
 from nanochat.common import UserError, say
+from nanochat.common.ranges import Range
 from nanochat.gpt import GPTConfig
 from nanochat.planning.hardware import Gpu, Pace, expected_pace, find_gpu
 from nanochat.planning.law import Law
 from nanochat.planning.planner import RunPlan, plan_run
-from nanochat.ranges import Range
 from nanochat.recipe import get_recipe, recipe_rules, resolve_recipe
 from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime

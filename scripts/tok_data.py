@@ -13,12 +13,12 @@ from typing import Annotated
 from filelock import FileLock, Timeout
 
 from nanochat.common import BadShard, UserError, delete_leftovers, format_count, format_seconds, get_base_dir, say
+from nanochat.common.output import ProgressLine
+from nanochat.common.ranges import Range
 from nanochat.data.corpus import SPLITS
 from nanochat.data.pretokenized import is_valid, token_path
 from nanochat.data.shards import ShardCorpus
 from nanochat.data.tokenize_shards import tokenize_shards
-from nanochat.output import ProgressLine
-from nanochat.ranges import Range
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.train.config import DataConfig
 from scripts import _cli

@@ -10,8 +10,8 @@ from itertools import islice
 from typing import Annotated, Any
 
 from nanochat.common import get_base_dir
+from nanochat.common.ranges import Range
 from nanochat.data.corpus import Document
-from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.reporting import console
 from nanochat.reporting.curves import scoped

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from nanochat.common import format_count, format_seconds, get_base_dir
+from nanochat.common.output import ProgressLine
+from nanochat.common.ranges import Range
 from nanochat.data.corpus import Document
-from nanochat.output import ProgressLine
-from nanochat.ranges import Range
 from nanochat.report import record_stage
 from nanochat.tokenizer import MIN_VOCAB_SIZE, RustBPETokenizer
 from nanochat.train.config import DataConfig

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import UserError, atomic_write
+from nanochat.common.output import ProgressLine
 from nanochat.conversation import Conversation, Tokenizer
 from nanochat.data.batches import seeded_rng
 from nanochat.data.rendered import NO_ANSWER, TOO_LONG, TRUNCATED, USES, WHOLE, RenderedConversations, render_row
 from nanochat.dataloader import ConversationLoader
-from nanochat.output import ProgressLine
 from nanochat.runtime import Runtime
 from tasks.common import TaskMixture
 from tasks.mixtures import Part, Source

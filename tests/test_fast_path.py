@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from engine_helpers import answers
 from stubs import ByteTokenizer, stir
 
-from nanochat import fast_path, flash_attention, fp8, gpt, loss_head
+from nanochat import flash_attention, fp8, gpt, loss_head
+from nanochat.common import fast_path
+from nanochat.common.fast_path import fingerprint
 from nanochat.cpu import fused, kernels
 from nanochat.engine import Engine
-from nanochat.fast_path import fingerprint
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import cpu_decoder, sampling
 from nanochat.inference.cpu_decoder import CpuDecoder

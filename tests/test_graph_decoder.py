@@ -12,7 +12,8 @@ from engine_helpers import answers, sequence
 from stubs import TOKENIZER, stir
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat import fast_path, gpt
+from nanochat import gpt
+from nanochat.common import fast_path
 from nanochat.cpu import kernels
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig

@@ -21,9 +21,9 @@ from nanochat.checkpoint.saving import save_checkpoint
 from nanochat.checkpoint.tensor_file import read_shapes, read_tensors, tensor_chunks, write_file
 from nanochat.checkpoint_manager import load_model, open_checkpoint
 from nanochat.common import UserError
+from nanochat.common.files import JSON_BYTES, read_file, read_json
 from nanochat.data.batches import saved_numbers
 from nanochat.data.corpus import STATE_KEY, BadShards
-from nanochat.files import JSON_BYTES, read_file, read_json
 from nanochat.gpt import GPT
 from nanochat.planning.law import Law
 from nanochat.report import load_report, record_stage, render_report

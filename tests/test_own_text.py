@@ -320,7 +320,7 @@ def test_thousands_of_empty_files_are_counted_not_listed(own: Path, base: Path, 
 
 
 def test_many_files_show_progress(own: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr("nanochat.output.PLAIN_SECONDS", 0)
+    monkeypatch.setattr("nanochat.common.output.PLAIN_SECONDS", 0)
     monkeypatch.setattr("nanochat.data.to_parquet.FEW_FILES", 9)
     for i in range(20):
         (own / f"{i}.txt").write_text(f"text {i}")

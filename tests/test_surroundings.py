@@ -62,7 +62,7 @@ def test_a_log_on_a_full_disk_ends_the_log_only(texts: Path, base: Path) -> None
 @pytest.mark.parametrize("flags", [[], ["-u"]])
 def test_unbuffered_output_stays_unbuffered(flags: list[str]) -> None:
     program = (
-        "import os, sys; from nanochat.output import failsafe_output\n"
+        "import os, sys; from nanochat.common.output import failsafe_output\n"
         "with failsafe_output(): print('said', end='', file=sys.stderr); print('out', end=''); os._exit(0)"
     )
     done = subprocess.run([sys.executable, *flags, "-c", program], cwd=ROOT, env=buffered(), capture_output=True)

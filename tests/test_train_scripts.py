@@ -21,8 +21,8 @@ from nanochat.checkpoint.folder import list_steps
 from nanochat.checkpoint.runs import run_dir
 from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
+from nanochat.common.files import read_json
 from nanochat.dataloader import ConversationLoader
-from nanochat.files import read_json
 from nanochat.runtime import Runtime
 from nanochat.train import pretraining
 from nanochat.train.deadline import Deadline

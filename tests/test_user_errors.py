@@ -17,7 +17,7 @@ from cli_helpers import refused
 from stubs import TINY
 
 from nanochat.common import UserError
-from nanochat.ranges import Range, check_ranges
+from nanochat.common.ranges import Range, check_ranges
 from scripts import (
     _cli,
     base_eval,

@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, StringConstraints
 from typing_extensions import TypedDict
 
 from nanochat.common import UserError, fsync, json_hash, sha256_file, write_json
-from nanochat.files import JSON_BYTES, check_value, open_file, read_json
+from nanochat.common.files import JSON_BYTES, check_value, open_file, read_json
 from nanochat.reporting.machine import memory_bytes
 
 FORMAT, VERSION = "nanochat-checkpoint", 1

@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from nanochat.checkpoint.manifest import Sha256, damaged
 from nanochat.common import UserError
-from nanochat.files import read_json
+from nanochat.common.files import read_json
 
 Step = Annotated[int, Field(ge=0, le=2**40)]
 Count = Annotated[int, Field(ge=1, le=2**40)]

@@ -20,7 +20,7 @@ from pydantic import Field, StringConstraints
 from typing_extensions import TypedDict
 
 from nanochat.common import UserError, first_line
-from nanochat.files import check_value, open_file, parse_json
+from nanochat.common.files import check_value, open_file, parse_json
 
 DTYPES = {
     "F64": torch.float64,

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from nanochat.common.fast_path import fingerprint, warn_once
 from nanochat.cpu.kernels import call, usable
-from nanochat.fast_path import fingerprint, warn_once
 
 EPSILON = torch.finfo(torch.float32).eps  # F.rms_norm adds this to the mean square, in bfloat16 too
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,7 +56,7 @@ def agrees(form: CForm, plain: Callable[..., Any]) -> bool:
     """Whether the C form stands for `plain` as it is now: the same code, and the same result on the example."""
     name = f"{plain.__module__}.{plain.__qualname__}"
     if fingerprint(plain) != form.fingerprint:
-        warn_once(f"{name} has changed: PyTorch computes it instead of C, slower (see nanochat/fast_path.py)")
+        warn_once(f"{name} has changed: PyTorch computes it instead of C, slower (see nanochat/common/fast_path.py)")
         return False
     if not all(
         torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(_results(form.run, form), _results(plain, form))

@@ -8,13 +8,13 @@ from itertools import chain
 from pathlib import Path
 
 from nanochat.common import BadShard
+from nanochat.common.output import ProgressLine
 from nanochat.conversation import Conversation
 from nanochat.data.chat_formats import is_message, to_conversation
 from nanochat.data.listing import FileListing, exists, kind_among, list_data
 from nanochat.data.remote import Source
 from nanochat.data.rows import JSON_KINDS, ROW_KINDS, Row, file_rows, json_lines, parse_line
 from nanochat.data.text_stream import text_chunks
-from nanochat.output import ProgressLine
 
 MAX_REASON_CHARS = 300
 

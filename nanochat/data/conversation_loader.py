@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError
+from nanochat.common.output import ProgressLine
 from nanochat.data.batches import Batch, PrefetchingLoader, saved_numbers, seeded_rng
 from nanochat.data.packing import BestFitPool, fill_row_whole
 from nanochat.data.rendered import TRUNCATED, Dataset, Rendered, RenderedConversations
 from nanochat.data.row_streams import check_layout, layout_arrays
-from nanochat.output import ProgressLine
 
 POOL_CONVERSATIONS = 256  # to choose the best fit from
 EXACT_CONVERSATIONS = 200_000  # num_steps() packs all of a data set up to this size, of a larger one a sample

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanochat.common import BadShard, UserError, warn
-from nanochat.files import parse_json
+from nanochat.common.files import parse_json
 
 SPLITS = ("train", "val")
 PREFETCH_ROW_GROUPS = 4  # while iterating in order

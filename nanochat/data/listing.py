@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path, PurePath
 
 from nanochat.common import UserError
+from nanochat.common.output import ProgressLine
 from nanochat.data.filesystems import ending_of
 from nanochat.data.remote import Source, find_remote, is_url
-from nanochat.output import ProgressLine
 
 COMPRESSIONS = ("", ".gz", ".zst")
 MAX_NAME = 100  # characters of a list of entries that is shown whole

@@ -25,14 +25,14 @@ from filelock import FileLock
 from typing_extensions import TypedDict
 
 from nanochat.common import BadShard, UserError, atomic_path, delete_leftovers, format_count, warn, write_json
+from nanochat.common.files import read_json
+from nanochat.common.output import ProgressLine
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
 from nanochat.data.parquet import CLEANED, TextOptions
 from nanochat.data.remote import RemoteFile, Source
 from nanochat.data.rows import LINE_KINDS
 from nanochat.data.text_stream import MIB
 from nanochat.data.textfiles import TEXT_KINDS, NoTextField, file_documents, kind_of
-from nanochat.files import read_json
-from nanochat.output import ProgressLine
 
 GROUP_DOCUMENTS, GROUP_CHARS = 1024, 16 * MIB  # a row group is full at either
 SHARD_ROW_GROUPS = 64

@@ -15,7 +15,7 @@ from pydantic import Field, StringConstraints
 from typing_extensions import TypedDict
 
 from nanochat.common import UserError
-from nanochat.files import check_value, read_file
+from nanochat.common.files import check_value, read_file
 
 # Tasks whose chance level the two published lists of baselines disagree on, in percent: (v1, v2).
 # The published GPT-2 figures, and those of this system, use v1.

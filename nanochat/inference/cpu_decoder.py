@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from nanochat import gpt
+from nanochat.common.fast_path import changed, modified_modules, unknown_fields, warn_once
 from nanochat.cpu import kernels
 from nanochat.cpu.fused import EPSILON
-from nanochat.fast_path import changed, modified_modules, unknown_fields, warn_once
 from nanochat.gpt import GPT, MLP, Block, CausalSelfAttention, Embedding, GPTConfig, Linear
 from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.packed_weights import PackedWeights

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError, warn
-from nanochat.fast_path import warn_once
+from nanochat.common.fast_path import warn_once
 from nanochat.gpt import GPT
 from nanochat.inference import cpu_decoder
 from nanochat.inference.cpu_decoder import CpuDecoder

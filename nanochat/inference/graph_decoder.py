@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nanochat.fast_path import warn_once
+from nanochat.common.fast_path import warn_once
 from nanochat.flash_attention import scaled_dot_product
 from nanochat.gpt import GPT
 from nanochat.inference.kv_cache import KVCache, plain_step

@@ -21,8 +21,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from nanochat.common import UserError, warn
+from nanochat.common.fast_path import changed, warn_once
 from nanochat.cpu import kernels
-from nanochat.fast_path import changed, warn_once
 from nanochat.runtime import to_device
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or diverged"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanochat.common import write_json
-from nanochat.files import read_json
+from nanochat.common.files import read_json
 from nanochat.gpt_config import GPTConfig
 from nanochat.scaling import estimate, scaling_params
 

@@ -8,7 +8,7 @@ from typing import Any
 from filelock import FileLock
 
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, warn
-from nanochat.files import read_json
+from nanochat.common.files import read_json
 from nanochat.reporting.charts import Chart
 from nanochat.reporting.curves import METRICS, Record, is_number, read_curve, read_metrics, scoped, with_flops
 from nanochat.reporting.pages import chart_values, render

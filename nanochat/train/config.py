@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from nanochat.common import say
+from nanochat.common.files import check_value
+from nanochat.common.ranges import Range, check_ranges
 from nanochat.dataset import Corpus, resolve_corpus
-from nanochat.files import check_value
 from nanochat.optim import OptimizerConfig
-from nanochat.ranges import Range, check_ranges
 from nanochat.recipe import get_recipe
 from nanochat.runtime import TIMEOUT_SECONDS, Runtime
 

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 from nanochat.common import UserError
+from nanochat.common.ranges import Range
 from nanochat.dataloader import ConversationLoader
 from nanochat.evals.bits_per_byte import loader_bpb
 from nanochat.evals.samples import continuations
 from nanochat.gpt import GPT
-from nanochat.ranges import Range
 from nanochat.recipe import get_recipe
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, batch_lr_scale, scaled_weight_decay

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nanochat.common import UserError, atomic_write, format_count, format_seconds, free_name, warn
-from nanochat.output import ProgressLine
+from nanochat.common.output import ProgressLine
 from nanochat.reporting.curves import parse_record
 from nanochat.runtime import Runtime
 from nanochat.train.config import TrainConfig

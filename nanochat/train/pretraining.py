@@ -10,9 +10,9 @@ import torch
 from nanochat import fp8
 from nanochat.checkpoint_manager import load_model_state
 from nanochat.common import UserError, format_count, get_base_dir
+from nanochat.common.ranges import Range
 from nanochat.distributed.rank_checks import share_weights
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.ranges import Range
 from nanochat.recipe import first_meaning, get_recipe, recipe_rules, resolve_recipe
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, derive_sizes, make_plan

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from nanochat.common import UserError
-from nanochat.ranges import Range
+from nanochat.common.ranges import Range
 from nanochat.runtime import Runtime
 from nanochat.train.build import create_step
 from nanochat.train.config import OnResume, TrainConfig

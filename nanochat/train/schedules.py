@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from nanochat.common import UserError
-from nanochat.ranges import Range, check_ranges
+from nanochat.common.ranges import Range, check_ranges
 
 
 @dataclass

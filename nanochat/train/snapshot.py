@@ -13,9 +13,9 @@ import torch
 from nanochat.checkpoint.saving import save_checkpoint
 from nanochat.checkpoint_manager import Checkpoint, load_model_state
 from nanochat.common import UserError, first_line, format_count, warn
+from nanochat.common.files import check_value
 from nanochat.cpu import kernels
 from nanochat.distributed.collectives import BackgroundGroup
-from nanochat.files import check_value
 from nanochat.optimizer.update_rules import optimizer_bytes
 from nanochat.train.config import TrainConfig
 from nanochat.train.progress import Progress

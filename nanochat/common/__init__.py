@@ -1,6 +1,6 @@
 """The base folder and other settings from the environment, user errors, atomic files, console output.
 
-Imports nothing from nanochat. This module and runtime.py are the only readers of environment variables.
+Imports nothing from nanochat. This package and runtime.py are the only readers of environment variables.
 """
 
 import contextlib
