@@ -21,6 +21,7 @@ STAGES = {
     "chat_eval": "measure the chat model's skills",
     "chat_cli": "talk to it in the terminal",
     "chat_web": "talk to it in the browser; serve it to any OpenAI client",
+    "info": "say what a checkpoint, an export or another model's files hold",
     "report": "draw the report again, and print its path",
     "launch": "start a stage in many processes, on many machines",
 }

@@ -5,6 +5,7 @@ memory-maps files when reading, so that a file truncated meanwhile kills the pro
 file is in memory twice. Here the bytes that were hashed are the bytes that the caller holds.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -94,8 +95,37 @@ class Entry(TypedDict):
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
     """The shapes of a file's tensors by name, from its header alone. Raises UserError as read_tensors does."""
-    with open_file(path, follow_links=False) as file:
-        return {name: entry["shape"] for name, entry in _read_header(path, file)[0].items()}
+    return {name: entry["shape"] for name, entry in read_entries(path).items()}
+
+
+def read_entries(path: Path, follow_links: bool = False) -> dict[str, Entry]:
+    """The header: each tensor's dtype, shape and place, in the order of the file. Raises UserError."""
+    with open_file(path, follow_links) as file, readable(path):
+        return _read_header(path, file)[0]
+
+
+def read_tensor(path: Path, name: str, follow_links: bool = False) -> torch.Tensor:
+    """One tensor of a file, without the memory for the others. Raises UserError, also if it has no tensor `name`."""
+    with open_file(path, follow_links) as file, readable(path):
+        entries, header = _read_header(path, file)
+        if name not in entries:
+            raise UserError(f"{path} has no tensor {name}")
+        entry = entries[name]
+        begin, end = entry["data_offsets"]
+        file.seek(len(header) + begin)
+        flat = torch.empty(end - begin, dtype=torch.uint8)
+        if file.readinto(flat.numpy().data) != end - begin:
+            raise UserError(f"{path} is damaged: it ends inside {name}")
+        return flat.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn the errors of a disk that fails, and of too little memory, into a UserError that names the file."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, torch.Tensor], str]:

@@ -28,6 +28,16 @@ def print_table(title: str, rows: Sequence[Sequence[str]], columns: Sequence[str
     say(drawn.get(), end="")
 
 
+def print_facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print (name, value) rows: as a table on a terminal, elsewhere one a line, unbroken, for grep and cut."""
+    if on_terminal():
+        print_table(title, rows)
+        return
+    width = max(len(name) for name, _ in rows)
+    for name, value in [("path", title), *rows]:
+        say(visible(f"{name:<{width}}  {value}").replace("\n", " "))
+
+
 def print_conversation(tokenizer: Tokenizer, conversation: Conversation) -> None:
     """Print a conversation as the model sees it. What it does not learn to say is dimmed; in a log, where nothing can
     be, what it learns to say stands in [[ ]]."""

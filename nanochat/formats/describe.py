@@ -1,0 +1,271 @@
+"""Contents as facts: the dictionary that `nanochat info --json` prints.
+
+Keys, each left out where it is not known:
+  kind, path, stage, run, step, steps, saved_at (ISO time), route, notes [text]
+  from        [{"stage", "run", "step", "tokens", "val_bpb"}], what it was trained from, the first first
+  model       {"config": {...}, "form", "changes": {...}, "features": [text], "windows": [per layer]}
+              of another program's model {"config": {...}} alone, as its file has it
+  parameters  by role (GPT.num_scaling_params) and "total"; of unknown networks "total"
+  dtypes      {dtype: parameters}, as safetensors files name them
+  memory      bytes: "float32", "bfloat16", "kv_cache_per_token", "kv_cache_full" (bfloat16, at the whole context)
+  training    steps, planned_steps, tokens, tokens_per_parameter, flops, seconds, wall_seconds, recipe, seed, data,
+              licence, device, dtype, world_size, processor
+  figures     {"val_bpb", "best_val_bpb", ...}, accuracies by task in [0, 1], "before NAME" of RL
+  tokenizer   {"kind", "vocab_size", "hash", "special_tokens", "bytes_per_token"}
+  files       {name: bytes},  integrity "hashes verified", "sizes match" or "not recorded"
+  exports     {"class": true/false, "lacks": [text]}: whether transformers' own NanoChat class can hold it
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nanochat.checkpoint.folder import completed_ns
+from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS, run_dir
+from nanochat.checkpoint_manager import open_checkpoint
+from nanochat.common import UserError
+from nanochat.formats.contents import Contents
+from nanochat.gpt_config import GPTConfig
+from nanochat.report import load_report
+from nanochat.scaling import estimate, scaling_params
+
+Record = dict[str, Any]
+MAX_ANCESTORS = 8
+STARTER_LICENCE = "CC BY-SA 4.0, CC BY 4.0, Apache-2.0, MIT, BSD-3-Clause and public domain, by source (nanochat/starter/ATTRIBUTION.md)"
+
+
+def describe(found: Contents) -> Record:
+    """The facts, in JSON types; see the module's docstring."""
+    report = report_of(found)
+    facts: Record = {
+        "kind": found.kind,
+        "path": str(found.path),
+        "stage": found.stage,
+        "run": found.run,
+        "step": found.meta.get("step"),
+        "steps": found.steps,
+        "saved_at": found.saved_at and datetime.fromtimestamp(found.saved_at, UTC).isoformat(timespec="seconds"),
+        "route": found.route,
+        "from": ancestors(found),
+        **network(found),
+        "dtypes": dict(count_dtypes(found)),
+        "training": training(found, report),
+        "figures": figures(found, report),
+        "tokenizer": tokenizer(found, report),
+        "files": found.files,
+        "integrity": "hashes verified" if found.verified else "sizes match" if found.hashes else "not recorded",
+        "notes": found.notes,
+    }
+    return {name: value for name, value in facts.items() if value not in (None, "", [], {})}
+
+
+# ---------------------------------------------------------------------------------------------------
+# The network
+
+
+def network(found: Contents) -> Record:
+    """model, parameters, memory and exports."""
+    config = found.config
+    total = sum(tensor.numel for tensor in found.tensors.values())
+    if config is None:
+        counts = {"total": total} if total else {}
+        return {"model": {"config": found.settings} if found.settings else {}, "parameters": counts}
+    counts = estimate(config)[1]
+    key_values = 2 * config.n_kv_head * config.head_dim  # numbers of a token in a layer
+    slots = [min(config.sequence_len, left + 1) for left, _ in config.window_sizes()]
+    form, changes = nearest_form(config)
+    return {
+        "model": {
+            "config": config.to_dict(),
+            "form": form,
+            "changes": changes,
+            "features": features(config),
+            "windows": [left for left, _ in config.window_sizes()],
+        },
+        "parameters": counts,
+        "memory": {
+            "float32": 4 * counts["total"],
+            "bfloat16": 2 * counts["total"],
+            "kv_cache_per_token": 2 * key_values * config.n_layer,
+            "kv_cache_full": 2 * key_values * sum(slots),
+        },
+        "exports": exports(config),
+    }
+
+
+def exports(config: GPTConfig) -> Record:
+    """Whether transformers' own class can hold this network, and which of its features that class lacks."""
+    return {}
+
+
+FORMS: dict[str, Callable[..., GPTConfig]] = {
+    "plain": GPTConfig.plain,
+    "published": GPTConfig,
+    "later": GPTConfig.later,
+}
+SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+
+
+def effective(config: GPTConfig) -> Record:
+    """The fields that decide what the network computes, apart from sizes: features that are off have no settings."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in (*SIZES, "init")}
+    short = min(left for left, _ in config.window_sizes()) < config.sequence_len
+    unused = {
+        "short_window_divisor": short,
+        "value_gate_channels": config.value_embeds,
+        "value_gate_scale": config.value_embeds,
+        "smear_channels": config.smear,
+    }
+    fields["window_pattern"] = config.window_pattern.upper() if short else "L"
+    return {name: value for name, value in fields.items() if unused.get(name, True)}
+
+
+def nearest_form(config: GPTConfig) -> tuple[str, Record]:
+    """(one of FORMS, the fields that differ from it), with as few differences as there can be."""
+    sizes = {name: getattr(config, name) for name in SIZES}
+    fields, best = effective(config), ("", {"": None} | config.to_dict())
+    for name, form in FORMS.items():
+        other = effective(form(**sizes))
+        changes = {key: value for key, value in fields.items() if other.get(key) != value}
+        if len(changes) < len(best[1]):
+            best = name, changes
+    return best
+
+
+def features(config: GPTConfig) -> list[str]:
+    """What the network has beside the plain form, in words."""
+    windows = {left for left, _ in config.window_sizes()}
+    words = {
+        f"windows of {min(windows):,} tokens ({config.window_pattern.upper()})": len(windows) > 1,
+        f"grouped queries ({config.n_head // config.n_kv_head} to a key)": config.n_kv_head < config.n_head,
+        "value embeddings": config.value_embeds,
+        "residual scalars": config.residual_scalars,
+        "smear": config.smear,
+        "backout": config.backout,
+        f"q and k x {config.qk_scale:g}": config.qk_scale != 1,
+        f"RoPE base {config.rope_base:,.0f}": config.rope_base != GPTConfig.rope_base,
+        f"softcap {config.softcap:g}": config.softcap != GPTConfig.softcap,
+    }
+    return [word for word, there in words.items() if there]
+
+
+def count_dtypes(found: Contents) -> Counter[str]:
+    counts = Counter[str]()
+    for tensor in found.tensors.values():
+        counts[tensor.dtype] += tensor.numel
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------------
+# Its training
+
+
+def base_dir_of(found: Contents) -> Path | None:
+    """The base folder that a checkpoint lies in."""
+    run = found.path.parent
+    return run.parent.parent if found.kind == "checkpoint" and run.parent.name in CHECKPOINT_FOLDERS.values() else None
+
+
+def ancestors(found: Contents) -> list[Record]:
+    """The models that it was trained from, the first first. Their figures are of their folders, where these are older
+    than what was made of them and have the same tokenizer."""
+    base_dir, entries, base, newest = base_dir_of(found), list[Record](), found.meta.get("base"), found.saved_at or 0.0
+    while isinstance(base, dict) and len(entries) < MAX_ANCESTORS:
+        stage, run, step = str(base.get("source") or "base"), str(base.get("tag")), base.get("step")
+        entries.insert(0, {"stage": stage, "run": run, "step": step})
+        if base_dir is None or not isinstance(step, int):
+            break
+        try:
+            earlier = open_checkpoint(run_dir(base_dir, stage, run), step, verify=False)
+        except UserError:  # deleted since
+            break
+        saved = completed_ns(earlier.path) / 1e9
+        if saved > newest or earlier.meta["tokenizer_hash"] != found.meta.get("tokenizer_hash"):
+            break  # another run of this name
+        progress = earlier.meta.get("progress", {})
+        entries[0] |= {key: progress[key] for key in ("tokens", "val_bpb") if progress.get(key) is not None}
+        base, newest = earlier.meta.get("base"), saved
+    return entries
+
+
+def training(found: Contents, report: Record) -> Record:
+    """How it was trained, as far as that is recorded."""
+    meta = found.meta
+    progress, plan, flags, runtime = (mapping(meta.get(k)) for k in ("progress", "plan", "user_config", "runtime"))
+    tokens, stage = progress.get("tokens"), report.get(STAGE_KEYS.get(found.stage, ""), {})
+    values: Record = {
+        "steps": progress.get("step", meta.get("step")),
+        "planned_steps": plan.get("num_steps"),
+        "tokens": tokens,
+        "seconds": progress.get("seconds"),
+        "wall_seconds": progress.get("wall_seconds"),
+        "recipe": meta.get("recipe") or flags.get("recipe") or mapping(meta.get("base")).get("recipe"),
+        "seed": flags.get("seed"),
+        "data": flags.get("data") or flags.get("tasks"),
+        "licence": licence(flags.get("data")),
+        "device": runtime.get("device"),
+        "dtype": runtime.get("dtype"),
+        "world_size": runtime.get("world_size"),
+    }
+    if str(stage.get("metrics", "")).endswith(f"/{found.run}/metrics.jsonl"):
+        machine = mapping(report.get("machine"))
+        values["processor"] = machine.get("gpus") if runtime.get("device") == "cuda" else machine.get("processor")
+    if found.config and isinstance(tokens, int):
+        flops, counts = estimate(found.config)
+        values["flops"] = float(flops * tokens)
+        if found.stage == "base":
+            values["tokens_per_parameter"] = tokens / scaling_params(counts)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def licence(data: Any) -> str | None:
+    """Of the texts it learnt from: of the starter corpus; nothing is known of any other."""
+    if not data:
+        return None
+    return STARTER_LICENCE if data == "starter" else "unknown: that of the data"
+
+
+STAGE_KEYS = {"base": "base_train", "sft": "chat_sft", "rl": "chat_rl"}
+EVALUATIONS = {"sft": "chat_eval", "rl": "chat_eval_rl"}
+
+
+def figures(found: Contents, report: Record) -> Record:
+    """Bits per byte and accuracies: of the checkpoint itself, and those that the report has of the same weights."""
+    progress = mapping(found.meta.get("progress"))
+    values: Record = {key: progress[key] for key in ("val_bpb", "best_val_bpb") if progress.get(key) is not None}
+    for key, value in mapping(found.meta.get("before")).items():
+        if isinstance(value, int | float):
+            values[f"before {key}"] = value
+    evaluated = report.get(EVALUATIONS.get(found.stage, ""), {})
+    weights = found.hashes.get("model.safetensors", "")
+    if evaluated.get("checkpoint") == f"{found.stage}/{found.run}/{found.meta.get('step')}/{weights[:12]}":
+        values |= {name: evaluated[name] for name in [*evaluated.get("counts", {}), "chatcore"] if name in evaluated}
+    return values
+
+
+def report_of(found: Contents) -> Record:
+    """The report of the base folder that it lies in; empty if there is none that can be read."""
+    base_dir = base_dir_of(found)
+    try:
+        return load_report(base_dir) if base_dir else {}
+    except UserError:
+        return {}
+
+
+def tokenizer(found: Contents, report: Record) -> Record:
+    if not (facts := found.tokenizer):
+        return {}
+    values: Record = {"kind": facts.kind, "vocab_size": facts.vocab_size, "special_tokens": facts.special_tokens}
+    trained = mapping(report.get("tokenizer"))
+    if facts.hash:
+        values["hash"] = facts.hash
+        if trained.get("hash") == facts.hash and "bytes_per_token" in trained:
+            values["bytes_per_token"] = trained["bytes_per_token"]
+    return values
+
+
+def mapping(value: Any) -> Record:
+    """`value` if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
