@@ -33,7 +33,8 @@ from nanochat.scaling import estimate, scaling_params
 
 Record = dict[str, Any]
 MAX_ANCESTORS = 8
-STARTER_LICENCE = "CC BY-SA 4.0, CC BY 4.0, Apache-2.0, MIT, BSD-3-Clause and public domain, by source (nanochat/starter/ATTRIBUTION.md)"
+STARTER_LICENCES = "CC BY-SA 4.0, CC BY 4.0, Apache-2.0, MIT, BSD-3-Clause, public domain"
+STARTER_LICENCE = f"by source: {STARTER_LICENCES} (nanochat/starter/ATTRIBUTION.md)"
 
 
 def describe(found: Contents) -> Record:
