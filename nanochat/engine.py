@@ -6,12 +6,13 @@ Chat    a conversation with a model, in memory
 """
 
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nanochat.common import warn
+from nanochat.common import is_out_of_memory, warn
 from nanochat.conversation import Message, Tokenizer, end_tokens, parse_answer
 from nanochat.gpt import GPT
 from nanochat.inference.answer_text import AnswerStream
@@ -40,6 +41,7 @@ class Engine:
         self.tools = ToolTable(tokenizer, tools)
         self.end_tokens = end_tokens(tokenizer)
         self.weights = DecodingWeights(model, int8)
+        self.max_batch = sys.maxsize  # sequences that memory is large enough for, as far as `complete` has found out
 
     @property
     def max_context(self) -> int:
@@ -103,23 +105,37 @@ class Engine:
         """Decode many requests, at most `batch_size` sequences at a time. Returns all samples of the first request,
         then of the second and so on.
 
-        A prompt that fills the context, or more, gets empty answers, with a warning.
+        Where memory is too small for so many, with a warning, from then on fewer: that changes no answer. A prompt that
+        fills the context, or more, gets empty answers, with a warning.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if overlong := sum(len(request.prompt) >= self.max_context for request in requests):
             warn(f"{overlong} of {len(requests)} prompts leave no room in the context of {self.max_context} tokens")
         # A longer prompt than the context is fitted to its own length: no token may follow.
-        groups = [request.fit(max(self.max_context, len(request.prompt))).sequences() for request in requests]
-        sequences = [sequence for group in groups for sequence in group]
+        fitted = [request.fit(max(self.max_context, len(request.prompt))) for request in requests]
+        while True:
+            groups = [request.sequences() for request in fitted]
+            sequences = [sequence for group in groups for sequence in group]
+            size = min(batch_size, self.max_batch, max(1, len(sequences)))
+            try:
+                self._decode(groups, sequences, size)
+                return sequences
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+            self.max_batch = size // 2
+            warn(f"not enough memory to decode {size} sequences at a time; from now on {self.max_batch}")
+
+    def _decode(self, groups: list[list[TokenSequence]], sequences: list[TokenSequence], size: int) -> None:
+        """Decode all sequences of the groups, `size` at a time."""
         if all(sequence.done for sequence in sequences):
-            return sequences
-        with self._batch(sequences, batch_size) as batch:
+            return
+        with self._batch(sequences, size) as batch:
             for group in groups:
                 batch.submit(group)
             while not batch.idle:
                 batch.step()
-        return sequences
 
     @contextlib.contextmanager
     def _batch(self, sequences: list[TokenSequence], batch_size: int) -> Iterator[RunningBatch]:

@@ -202,6 +202,34 @@ def test_wrong_arguments_of_complete(engine: Engine) -> None:
         complete(engine, [[BOS]], batch_size=0)
 
 
+def test_where_memory_is_too_small_fewer_are_decoded_at_a_time(
+    models: dict[str, GPT], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, sizes = Engine(models["later"], TOKENIZER), []
+    prompts = [[BOS, i] for i in range(20)]
+    expected = answers(engine, prompts, seed=3, max_tokens=6)
+    step = RunningBatch.step
+
+    def limited(batch: RunningBatch) -> Any:
+        sizes.append(batch.cache.batch_size)
+        if batch.cache.batch_size > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return step(batch)
+
+    monkeypatch.setattr(RunningBatch, "step", limited)
+    for _ in range(2):
+        assert answers(engine, prompts, seed=3, max_tokens=6) == expected
+    assert list(dict.fromkeys(sizes)) == [20, 10, 5] and engine.max_batch == 5
+    assert capsys.readouterr().err.count("not enough memory") == 2
+
+    def full(batch: RunningBatch) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(RunningBatch, "step", full)
+    with pytest.raises(torch.OutOfMemoryError):  # one sequence does not fit either
+        answers(engine, prompts)
+
+
 @pytest.mark.parametrize("top_k", [0, None, 265, 10_000])
 def test_top_k_may_be_off_or_beyond_the_vocabulary(engine: Engine, top_k: int | None) -> None:
     assert engine.generate_batch([BOS], max_tokens=5, top_k=top_k) == engine.generate_batch([BOS], max_tokens=5)

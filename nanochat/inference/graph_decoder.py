@@ -1,6 +1,6 @@
 """Decoding on an NVIDIA GPU: all kernels of a decode step launched at once, as a CUDA graph.
 
-A step of a small model is some fifty kernels a layer of a few microseconds each; launching them one by one takes the
+A step of a small model is some forty kernels a layer of a few microseconds each; launching them one by one takes the
 CPU several times as long as the GPU needs to run them. A graph replays what was launched once, with the same shapes,
 the same addresses and the same Python decisions. StaticStep is such a step: the model's own forward pass, edited layers
 included, on a view of the KVCache that takes lengths from the device. GraphDecoder keeps a graph per size of step.

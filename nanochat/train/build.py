@@ -51,6 +51,8 @@ def make_optimizer(
 def choose_device_batch(requested: int, rows: int, sequence_len: int, runtime: Runtime) -> int:
     """Rows per micro-batch: as requested, or (-1) by the device; at most this rank's share of `rows` per step."""
     own = math.ceil(rows / runtime.world_size)
+    if requested > own:
+        runtime.print0(f"--device-batch-size={requested}: a step has {own} rows on each rank, so it is {own}")
     if requested > 0:
         return min(requested, own)
     tokens = CPU_TOKENS if runtime.device.type == "cpu" else GPU_TOKENS
