@@ -129,7 +129,7 @@ class RustBPETokenizer:
         try:
             tokens = [base64.b64decode(text, validate=True) for text, _, _ in saved["tokens"]]
             tokenizer = cls(saved["pattern"], tokens, saved["special_tokens"])
-            tokenizer._check_pattern()
+            tokenizer.check_pattern()
             expected = {**tokenizer._head(), "tokens": [_row(token) for token in tokens]}
         except ValueError as error:
             raise UserError(f"{path} is damaged ({first_line(error)}); restore it or train it again") from error
@@ -145,7 +145,7 @@ class RustBPETokenizer:
             file.write(',\n "tokens": [\n  ' + ",\n  ".join(map(_row_line, self._tokens)) + "\n ]\n}\n")
         return path
 
-    def _check_pattern(self) -> None:
+    def check_pattern(self) -> None:
         """Raise ValueError if the pattern loses text; if it matches nothing at all, tiktoken panics."""
         text = "The 2nd line's\n\n  end: naïve!"
         try:

@@ -1,0 +1,111 @@
+"""Read a model from any folder or file that holds one in a format known here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanochat.checkpoint.folder import list_steps
+from nanochat.checkpoint.manifest import MANIFEST
+from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS
+from nanochat.checkpoint_manager import check_shapes, open_checkpoint
+from nanochat.common import UserError
+from nanochat.formats.portable import PortableModel
+from nanochat.formats.published import Found, find_published, parameter_shapes, read_published, read_tokenizer_pickle
+from nanochat.tokenizer import FILE_NAME, RustBPETokenizer
+
+READABLE = "a folder of `scripts.export --to=hf`, a published checkpoint (model_*.pt), or a run's folder of nanochat"
+
+
+@dataclass
+class Options:
+    """What the files may leave open."""
+
+    source: str = ""  # the stage, where the files do not tell
+    step: int = -1
+    tokenizer: Path | None = None  # a file, or the folder of one
+    assumed: Mapping[str, Any] = field(default_factory=dict)  # see published.ASSUMED
+    base: Path | None = None  # of an adapter
+
+
+def read_model(path: Path, options: Options | None = None) -> PortableModel:
+    """The model at `path`: all parameters of its config, finite, in float32. Its meta has "notes" on what was assumed.
+
+    Raises UserError for what cannot be read, and names what can.
+    """
+    path, options = Path(path), options or Options()
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    model = _read(path, options)
+    notes = model.meta.setdefault("notes", [])
+    stage = options.source or model.source
+    if not stage:
+        stage = "base"
+        notes.append("the files do not say which stage it is: taken as base; -i sft for a model that chats")
+    elif options.source and model.source not in ("", options.source):
+        notes.append(f"taken as {options.source}, though its files say {model.source}")
+    model.source = stage
+    check_state(model, path)
+    return model
+
+
+def _read(path: Path, options: Options) -> PortableModel:
+    if found := find_published(path, options.step):
+        return read_published(found, published_tokenizer(found, options.tokenizer), options.assumed)
+    if options.assumed:
+        raise UserError("--assume is for published checkpoints (model_*.pt): other files say what they are")
+    if (path / MANIFEST).exists() or list_steps(path):
+        return read_own(path, options.step)
+    raise UserError(f"{path} is no model that can be read: give {READABLE}")
+
+
+def check_state(model: PortableModel, path: Path) -> None:
+    """Raise UserError unless the state has every parameter of the config in its shape, with finite numbers. Makes all
+    of them float32."""
+    check_shapes(parameter_shapes(model.config), {n: tuple(t.shape) for n, t in model.state.items()}, path)
+    for name, tensor in model.state.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite; export or save the model again")
+        model.state[name] = tensor.float()
+
+
+def published_tokenizer(found: Found, given: Path | None) -> RustBPETokenizer:
+    """The tokenizer of a published checkpoint: as given, else beside it, else in its base folder."""
+    folder = found.model.absolute().parent
+    places = [given] if given else [folder, folder / "tokenizer", folder.parent.parent / "tokenizer"]
+    for place in places:
+        for path in [place] if place.is_file() else [place / "tokenizer.pkl", place / FILE_NAME]:
+            if path.exists():
+                return read_tokenizer(path)
+    looked = ", ".join(map(str, places))
+    raise UserError(f"there is no tokenizer.pkl in {looked}; give the one it was trained with: --tokenizer=FILE")
+
+
+def read_tokenizer(path: Path) -> RustBPETokenizer:
+    """A pickled tokenizer, or one in this nanochat's format."""
+    if path.suffix == ".pkl":
+        return read_tokenizer_pickle(path)
+    if path.name != FILE_NAME:
+        raise UserError(f"{path} is neither a tokenizer.pkl nor a {FILE_NAME}")
+    return RustBPETokenizer.from_directory(path.parent)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def read_own(path: Path, step: int) -> PortableModel:
+    """A checkpoint of this nanochat, from another base folder: a run's folder, or that of one step."""
+    run, number = (path, None if step < 0 else step)
+    if (path / MANIFEST).exists():
+        if not path.name.isdigit():
+            raise UserError(f"{path} is a checkpoint under another name; name it by its step again, such as 000120")
+        run, number = path.absolute().parent, int(path.name)
+    checkpoint = open_checkpoint(run, number, ("model.safetensors", "tokenizer.json"))
+    config, tokenizer = checkpoint.model_config(), checkpoint.tokenizer()
+    stages = {folder: stage for stage, folder in CHECKPOINT_FOLDERS.items()}
+    stage = stages.get(run.absolute().parent.name) or str(checkpoint.meta.get("stage"))
+    meta = dict(checkpoint.meta)
+    if any(name.startswith("optimizer") for name in checkpoint.manifest.files):
+        meta["notes"] = ["only the model is imported; to resume the run itself, copy its folder"]
+    return PortableModel(config, checkpoint.model_state(), tokenizer, stage if stage in stages.values() else "", meta)
