@@ -28,9 +28,7 @@ def write_checkpoint(model: PortableModel, base_dir: Path, tag: str, origin: str
     if run.exists() and any(run.iterdir()):
         raise UserError(f"{run} exists; choose another name with -g, or delete that run first")
     meta = checkpoint_meta(model, origin)
-    return save_checkpoint(
-        run, meta["progress"]["step"], model_state=model.state, meta=meta, tokenizer=model.tokenizer
-    )
+    return save_checkpoint(run, meta["progress"]["step"], model_state=model.state, meta=meta, tokenizer=model.tokenizer)
 
 
 def checkpoint_meta(model: PortableModel, origin: str) -> dict[str, Any]:
