@@ -1,6 +1,5 @@
 """Tokenizers as Hugging Face's files: the same ids, decoding, chats and masks, and back."""
 
-from pathlib import Path
 
 import pytest
 

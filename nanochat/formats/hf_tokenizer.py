@@ -9,7 +9,6 @@ conversation included, so the template marks `<|` in contents, and a normalizer 
 tokens have been found.
 """
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
