@@ -1,6 +1,5 @@
 """Tokenizers as Hugging Face's files: the same ids, decoding, chats and masks, and back."""
 
-
 import pytest
 
 from nanochat.formats.hf_tokenizer import write_tokenizer
