@@ -114,7 +114,7 @@ def load_hf_model(path: str, runtime: Runtime) -> tuple[HFModel, HFTokenizer]:
         raise UserError("--hf-path needs transformers: pip install 'nanochat[transformers]'") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype=runtime.dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype=runtime.dtype)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"--hf-path={path}: {first}") from error
