@@ -28,6 +28,9 @@ class Config:
     """Step of its checkpoint; -1 takes the last."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights: float32 is exact, bfloat16 half the size."""
+    route: Literal["auto", "class", "code"] = "auto"
+    """Of --to=hf. class: transformers' own NanoChat class, for models without the features that it lacks; code: our
+    modelling file in the folder, to be loaded with trust_remote_code; auto: class where nothing is lost, else code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.to == "hf":
         from nanochat.formats.hf_folder import write_hf
 
-        write_hf(model, Path(config.out), config.dtype)
+        write_hf(model, Path(config.out), config.dtype, config.route)
     print(f"{config.source} model of {model.meta['model_tag']}, step {model.meta['step']}: written to {config.out}")
     return 0
 

@@ -24,7 +24,9 @@ LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names.
 
 
 def modules(folder: str) -> list[Path]:
-    return sorted(p for p in (ROOT / folder).rglob("*.py") if p.name != "__init__.py")
+    """Those that are imported; remote_code is copied into exports and needs transformers."""
+    found = (ROOT / folder).rglob("*.py")
+    return sorted(p for p in found if p.name != "__init__.py" and p.parent.name != "remote_code")
 
 
 def imports(path: Path) -> set[str]:

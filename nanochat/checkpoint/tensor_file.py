@@ -56,7 +56,9 @@ def write_file(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
-def tensor_chunks(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> Iterator[Any]:
+def tensor_chunks(
+    tensors: Mapping[str, torch.Tensor | np.ndarray], metadata: Mapping[str, str] | None = None
+) -> Iterator[Any]:
     """A safetensors file in chunks: the header, then each tensor's bytes, widest dtype first (alignment)."""
     # Arrays are copied, because a read-only one cannot become a tensor.
     named = {
@@ -64,7 +66,8 @@ def tensor_chunks(tensors: Mapping[str, torch.Tensor | np.ndarray]) -> Iterator[
         for name, value in tensors.items()
     }
     order = sorted(named, key=lambda name: (-named[name].element_size(), name))
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name in order:
         begin, end = end, end + named[name].numel() * named[name].element_size()
         dtype, shape = DTYPE_NAMES[named[name].dtype], list(named[name].shape)
