@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from nanochat.checkpoint.tensor_file import tensor_chunks, write_file
 from nanochat.common import UserError
 from nanochat.formats import hf_class, hf_code
+from nanochat.formats.hf_tokenizer import write_tokenizer
 from nanochat.formats.portable import PortableModel, new_folder
 from nanochat.gpt_config import GPTConfig
 
@@ -81,7 +82,7 @@ def write_hf(model: PortableModel, out: Path, dtype: str, route: Route = "auto")
         write_json(folder / ABOUT, about(model, chosen, dtype))
         for name in hf_code.CODE_FILES if chosen == "code" else ():
             write_file(folder / name, [(hf_code.CODE / name).read_bytes()])
-        write_tokenizer(model, folder)
+        write_tokenizer(model.tokenizer, folder, model.is_chat, config.sequence_len)
 
 
 def weights(
@@ -127,13 +128,3 @@ def about(model: PortableModel, route: Literal["class", "code"], dtype: str) -> 
 
 def write_json(path: Path, values: Any) -> None:
     write_file(path, [(json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()])
-
-
-def write_tokenizer(model: PortableModel, folder: Path) -> None:
-    """The tokenizer's files."""
-    import importlib
-
-    if not Path(__file__).with_name("hf_tokenizer.py").exists():  # being written
-        return
-    hf_tokenizer = importlib.import_module("nanochat.formats.hf_tokenizer")
-    hf_tokenizer.write_tokenizer(model.tokenizer, folder, model.is_chat, model.config.sequence_len)
