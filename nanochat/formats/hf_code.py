@@ -22,7 +22,6 @@ CODE_FILES = ("configuration_nanochat_gpt.py", "modeling_nanochat_gpt.py")
 MODEL_TYPE = "nanochat_gpt"
 SAME_NAMES = (
     "qk_scale",
-    "softcap",
     "rope_base",
     "value_gate_channels",
     "value_gate_scale",
@@ -48,7 +47,7 @@ class CodeFields(TypedDict):
     sliding_window: int | None
     value_embeds: list[int]
     qk_scale: float
-    softcap: float
+    final_logit_softcapping: float
     rope_base: float
     value_gate_channels: Size
     value_gate_scale: float
@@ -82,6 +81,7 @@ def config_json(config: GPTConfig, tokenizer: RustBPETokenizer) -> dict[str, Any
         **hf_class.common_fields(config, tokenizer),
         **layers(config),
         **{name: getattr(config, name) for name in SAME_NAMES},
+        "final_logit_softcapping": config.softcap,
     }
 
 
@@ -101,7 +101,7 @@ def read_config(values: dict[str, Any], where: object) -> GPTConfig:
     contradict each other."""
     found = check_value(values, where, CodeFields, extra="ignore")
     same = {name: found[name] for name in SAME_NAMES}
-    config = hf_class.with_sizes(found, where, GPTConfig(), **same)
+    config = hf_class.with_sizes(found, where, GPTConfig(), softcap=found["final_logit_softcapping"], **same)
     for name, expected in layers(config).items():
         if found[name] != expected:
             raise UserError(f"{where}: {name} does not agree with {hf_class.RECORD}; export the model again")

@@ -21,7 +21,7 @@ class NanochatGPTConfig(PretrainedConfig):
         sliding_window=None,  # tokens that a position of a sliding layer sees, itself included
         rope_base=10000.0,
         qk_scale=1.0,  # of queries and keys, after their norm
-        softcap=15.0,
+        final_logit_softcapping=15.0,  # the name by which vLLM applies it, too
         value_embeds=(),  # layers that add a token's value embedding to its values
         value_gate_channels=32,
         value_gate_scale=2.0,
@@ -46,7 +46,7 @@ class NanochatGPTConfig(PretrainedConfig):
         self.sliding_window = sliding_window
         self.rope_base = rope_base
         self.qk_scale = qk_scale
-        self.softcap = softcap
+        self.final_logit_softcapping = final_logit_softcapping
         self.value_embeds = list(value_embeds)
         self.value_gate_channels = value_gate_channels
         self.value_gate_scale = value_gate_scale

@@ -88,10 +88,10 @@ class NanochatGPTAttention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, {"cache_position": cache_position})
-        name = self.config._attn_implementation
-        attend = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        settings = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window}
-        y, weights = attend(self, q, k, v, attention_mask, **settings, **kwargs)
+        # vLLM looks for a call of this form to put its own attention there.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        settings = {"dropout": 0.0, "sliding_window": self.sliding_window}
+        y, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, **settings, **kwargs)
         return self.o_proj(y.reshape(B, T, -1)), weights
 
 
@@ -171,6 +171,11 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        if config.smear and (config._attn_implementation or "").startswith(("vllm", "paged")):
+            raise ValueError(
+                "this network takes a share of the previous token's embedding (smear), which vLLM and paged caches "
+                "do not keep: its text would be wrong there; serve it with nanochat's chat_web or transformers serve"
+            )
         n, C, V = config.num_hidden_layers, config.hidden_size, config.vocab_size
         self.embed_tokens = nn.Embedding(V, C)
         self.layers = nn.ModuleList(NanochatGPTLayer(config, i) for i in range(n))
@@ -318,7 +323,8 @@ class NanochatGPTForCausalLM(NanochatGPTPreTrainedModel, GenerationMixin):
         outputs = self.model(input_ids, attention_mask, **arguments, cache=cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
-        logits = self.config.softcap * torch.tanh(logits / self.config.softcap)
+        cap = self.config.final_logit_softcapping
+        logits = cap * torch.tanh(logits / cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
