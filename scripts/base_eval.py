@@ -40,6 +40,8 @@ class Config(DataConfig, _cli.ModelConfig):
     """Which evaluations, separated by commas: core, bpb, sample."""
     hf_path: str = ""
     """A Hugging Face model to evaluate instead: its name on the hub, or a folder."""
+    trust_remote_code: bool = False
+    """Run the Python code in the folder of --hf-path, which a model with a network of its own needs."""
     data: str = ""
     """As for base_train; empty: the model's training data."""
     split_tokens: int = -1
@@ -106,8 +108,10 @@ def evaluate(config: Config, evaluations: list[str], runtime: Runtime) -> int:
 def load_subject(config: Config, runtime: Runtime) -> Subject:
     if config.int8 and (config.hf_path or runtime.device.type != "cpu"):
         raise UserError("--int8 is for nanochat models on a CPU; add --device-type=cpu, or leave --int8 out")
+    if config.trust_remote_code and not config.hf_path:
+        raise UserError("--trust-remote-code needs --hf-path")
     if config.hf_path:
-        return load_hf(config.hf_path, runtime)
+        return load_hf(config.hf_path, runtime, config.trust_remote_code)
     return load_checkpoint(config.model_tag, config.step, config.int8, config.device_batch_size, runtime)
 
 

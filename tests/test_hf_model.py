@@ -2,12 +2,15 @@
 
 import math
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import export_helpers
 import pytest
 import torch
 from core_helpers import Letters, random_task, small_model
+from export_helpers import CONFIGS
 
 from nanochat.common import UserError
 from nanochat.evals.core_prompts import make_examples
@@ -38,8 +41,8 @@ class FakeTokenizer:
     bos_token_id, eos_token_id = None, 256
     all_special_ids = (256,)
 
-    def __call__(self, text: Any, add_special_tokens: bool) -> dict[str, Any]:
-        assert not add_special_tokens
+    def __call__(self, text: Any, add_special_tokens: bool, split_special_tokens: bool) -> dict[str, Any]:
+        assert not add_special_tokens and split_special_tokens
         return {"input_ids": list(text.encode()) if isinstance(text, str) else [list(t.encode()) for t in text]}
 
     def __len__(self) -> int:
@@ -96,12 +99,35 @@ def test_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fake = ModuleType("transformers")
     fake.AutoModelForCausalLM = SimpleNamespace(from_pretrained=model)  # type: ignore[attr-defined]
-    fake.AutoTokenizer = SimpleNamespace(from_pretrained=lambda path: FakeTokenizer())  # type: ignore[attr-defined]
+    fake.AutoTokenizer = SimpleNamespace(from_pretrained=lambda path, **settings: FakeTokenizer())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "transformers", fake)
     loaded, _ = load_hf_model("gpt2", runtime)
     assert loaded.max_tokens == 96 and asked["use_safetensors"] is True and asked["dtype"] == torch.float32
+    assert asked["trust_remote_code"] is False  # None would ask on the terminal
+    with pytest.raises(UserError, match="folder"):
+        load_hf_model("somebody/code", runtime, trust_remote_code=True)
     with pytest.raises(UserError, match=r"^--hf-path=nobody/nothing: [^\n]*$"):
         load_hf_model("nobody/nothing", runtime)
-    fake.AutoTokenizer.from_pretrained = lambda path: SimpleNamespace(bos_token_id=None, eos_token_id=None)  # type: ignore[attr-defined]
+    fake.AutoTokenizer.from_pretrained = lambda path, **_: SimpleNamespace(bos_token_id=None, eos_token_id=None)  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="bos"):
         load_hf_model("gpt2", runtime)
+
+
+@pytest.mark.parametrize("route", CONFIGS)
+@pytest.mark.filterwarnings("default")
+def test_an_export_evaluates_as_the_checkpoint_does(route: str, tmp_path: Path) -> None:
+    """Its own code is run with consent only."""
+    pytest.importorskip("transformers")
+    model, runtime = export_helpers.make_model(route), Runtime.create("cpu", "float32")
+    folder = str(export_helpers.export(model, tmp_path / "export"))
+    if route == "code":
+        with pytest.raises(UserError, match="--trust-remote-code"):
+            load_hf_model(folder, runtime)
+    loaded, tokenizer = load_hf_model(folder, runtime, trust_remote_code=route == "code")
+    ours = export_helpers.TOKENIZER
+    text = "the cats <|bos|> and 你好"
+    assert tokenizer.encode(text) == ours.encode(text) and tokenizer.bos == ours.get_bos_token_id()
+    assert tokenizer.token_bytes[:200] == list(ours.token_bytes)[:200]
+    examples = list(make_examples(random_task("schema", 10, 1), ours, 128))
+    for a, b in zip(GPTScorer(model).score(examples), loaded.score(examples)):
+        assert [s.mean_loss for s in a] == pytest.approx([s.mean_loss for s in b], abs=1e-4)

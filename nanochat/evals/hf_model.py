@@ -1,6 +1,7 @@
 """Hugging Face causal language models with the interfaces of the evaluations. Needs the extra `transformers`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,10 +27,11 @@ class HFTokenizer:
         self.bos: int = bos
 
     def encode(self, text: Any, **ignored: Any) -> Any:
-        """Token ids of a text, or of each text of a list, without special tokens."""
-        if isinstance(text, str):
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.tokenizer(list(text), add_special_tokens=False)["input_ids"] if text else []
+        """Token ids of a text, or of each text of a list; the names of special tokens in it are text like any other."""
+        if not isinstance(text, str) and not text:
+            return []
+        texts = text if isinstance(text, str) else list(text)
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def get_bos_token_id(self) -> int:
         return self.bos
@@ -103,19 +105,30 @@ class HFModel:
         return scores_of(scored, sequences)
 
 
-def load_hf_model(path: str, runtime: Runtime) -> tuple[HFModel, HFTokenizer]:
+def load_hf_model(path: str, runtime: Runtime, trust_remote_code: bool = False) -> tuple[HFModel, HFTokenizer]:
     """Load the model and tokenizer of a hub name or folder, weights from safetensors only.
 
-    Raises UserError if the extra is not installed or there is no such model.
+    `trust_remote_code` runs the Python files of the folder; nobody is asked, and without it nothing is run. It needs a
+    folder, whose files stay as they were read. Raises UserError if the extra is not installed or there is no such
+    model.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise UserError("--hf-path needs transformers: pip install 'nanochat[transformers]'") from error
+    is_folder = Path(path).is_dir()
+    if trust_remote_code and not is_folder:
+        raise UserError(f"--trust-remote-code takes code from a folder only: download {path}, and read its *.py first")
+    # A folder may name code that lies on the hub; local_files_only keeps to the folder.
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": is_folder}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype=runtime.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path, **settings)
+        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype=runtime.dtype, **settings)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise UserError(
+                f"--hf-path={path} brings its own code; --trust-remote-code runs it, if you trust whoever wrote it"
+            ) from error
         first = str(error).strip().splitlines()[0]
         raise UserError(f"--hf-path={path}: {first}") from error
     limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]

@@ -41,11 +41,11 @@ def load_checkpoint(tag: str, step: int, int8: bool, device_batch_size: int, run
     return Subject(name, model, tokenizer, GPTScorer(model), tokens, rows, folder, meta)
 
 
-def load_hf(path: str, runtime: Runtime) -> Subject:
-    """A Hugging Face model, by its name on the hub or its folder."""
+def load_hf(path: str, runtime: Runtime, trust_remote_code: bool = False) -> Subject:
+    """A Hugging Face model, by its name on the hub or its folder; `trust_remote_code` runs the folder's code."""
     from nanochat.evals.hf_model import load_hf_model
 
-    model, tokenizer = load_hf_model(path, runtime)
+    model, tokenizer = load_hf_model(path, runtime, trust_remote_code)
     runtime.print0(f"{runtime.describe()}\nHugging Face model: {path}, context {model.max_tokens}")
     rows = max(1, 8192 // model.max_tokens)
     return Subject(path, model, tokenizer, model, 2**18, rows, path.strip("/").replace("/", "-"))

@@ -1,0 +1,38 @@
+"""Tiny models with noise in every weight, exported for transformers by both routes, and what a reader makes of them."""
+
+from pathlib import Path
+
+import torch
+from stubs import stir
+
+from nanochat.formats.hf_folder import write_hf
+from nanochat.formats.portable import PortableModel
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import RustBPETokenizer
+
+TEXTS = ["the cats and the hats on the mats sat", "two and two are four, and four and four are eight", "é 你好 😀!"]
+TOKENIZER = RustBPETokenizer.train_from_iterator(TEXTS * 3, 300)
+SIZES = {"sequence_len": 128, "vocab_size": 300, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+CONFIGS = {"class": GPTConfig.plain(**SIZES), "code": GPTConfig.later(**SIZES)}
+"""By the route that --route=auto takes."""
+
+
+def make_model(route: str) -> GPT:
+    """A model that needs this route."""
+    return stir(GPT.create(CONFIGS[route], seed=3), 0.1).eval()
+
+
+def export(model: GPT, out: Path) -> Path:
+    """Write the model as a finetuned one; returns `out`."""
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    write_hf(PortableModel(model.config, state, TOKENIZER, "sft", {"model_tag": "tiny", "step": 1}), out, "float32")
+    return out
+
+
+def model_of(portable: PortableModel) -> GPT:
+    """The model that was read."""
+    model = GPT.create(portable.config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(portable.state[name])
+    return model.eval()
