@@ -132,7 +132,7 @@ def cause_of(error: Exception) -> Exception:
     found: BaseException | None = error
     while found is not None and not isinstance(found, HTTPError | ConnectionError):
         found = found.__cause__
-    return found or error  # type: ignore[return-value]
+    return found if isinstance(found, Exception) else error
 
 
 XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")  # hf_xet's errors have no other sign of it
