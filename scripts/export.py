@@ -7,8 +7,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nanochat.common import get_base_dir
+from nanochat.common import UserError, get_base_dir, say
+from nanochat.formats.hub import open_push, push
+from nanochat.formats.model_card import CardOptions
 from nanochat.formats.portable import read_run
+from nanochat.reporting.machine import package_version
+from nanochat.train.commands import describe_flags
 from scripts import _cli
 
 
@@ -31,17 +35,45 @@ class Config:
     route: Literal["auto", "class", "code"] = "auto"
     """Of --to=hf. class: transformers' own NanoChat class, for models without the features that it lacks; code: our
     modelling file in the folder, to be loaded with trust_remote_code; auto: class where nothing is lost, else code."""
+    license: str = ""
+    """Of the weights, for the model card: mit, apache-2.0, cc-by-4.0 ...; empty: the card says that none is stated."""
+    push: str = ""
+    """USER/NAME: also upload the folder to the Hugging Face hub, as a new commit."""
+    private: bool = False
+    """With --push: nobody else may see it."""
+    existing: bool = False
+    """With --push: upload the folder as it is, from an earlier export; nothing is exported."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
+    if (config.private or config.existing) and not config.push:
+        raise UserError("--private and --existing are for --push=USER/NAME, which is missing")
+    hub = open_push(config.push, config.private) if config.push else None  # asked before anything is written
+    if not config.existing:
+        export(config)
+    if hub:
+        message = f"Export by nanochat {package_version() or ''}".strip()
+        say(f"the model is at {push(Path(config.out), hub, message)}")
+    return 0
+
+
+def export(config: Config) -> None:
+    """Write the folder."""
     model = read_run(get_base_dir(to_write=False), config.source, config.model_tag, config.step)
     if config.to == "hf":
         from nanochat.formats.hf_folder import write_hf
 
-        write_hf(model, Path(config.out), config.dtype, config.route)
-    print(f"{config.source} model of {model.meta['model_tag']}, step {model.meta['step']}: written to {config.out}")
-    return 0
+        card = CardOptions(config.license, config.push, public_command(config))
+        write_hf(model, Path(config.out), config.dtype, config.route, card)
+    say(f"{config.source} model of {model.meta['model_tag']}, step {model.meta['step']}: written to {config.out}")
+
+
+def public_command(config: Config) -> str:
+    """The command for the model card: without names of this machine."""
+    defaults, hidden = vars(Config(out="")), ("out", "model_tag", "push", "private", "existing")
+    flags = {name: value for name, value in vars(config).items() if value != defaults[name] and name not in hidden}
+    return f"python -m scripts.export {describe_flags({'to': config.to, 'source': config.source, **flags})} out"
 
 
 if __name__ == "__main__":

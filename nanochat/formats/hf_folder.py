@@ -4,7 +4,7 @@ out/
   model.safetensors  config.json  generation_config.json
   tokenizer.json  tokenizer_config.json  ...           hf_tokenizer.py
   configuration_nanochat_gpt.py  modeling_nanochat_gpt.py   only on the route "code"
-  README.md                                            model_card.py
+  README.md  curves-base.png  ...                      model_card.py
   nanochat.json                                        NanochatFile: what we know and transformers does not ask
 """
 
@@ -20,7 +20,9 @@ from nanochat.checkpoint.tensor_file import tensor_chunks, write_file
 from nanochat.common import UserError
 from nanochat.formats import hf_class, hf_code
 from nanochat.formats.hf_tokenizer import write_tokenizer
+from nanochat.formats.model_card import CardOptions, write_card
 from nanochat.formats.portable import PortableModel, new_folder
+from nanochat.formats.training_data import public_flags
 from nanochat.gpt_config import GPTConfig
 
 Route = Literal["auto", "class", "code"]
@@ -33,8 +35,8 @@ FORMAT, VERSION = "nanochat-export", 1
 class About(TypedDict, total=False):
     """The parts of a checkpoint's meta.json that an export keeps; each as meta.json has it, and missing if it is there.
 
-    `progress` has tokens, losses and bits per byte; `user_config` the flags of the run, of which `data` decides the
-    licence of the text.
+    `progress` has tokens, losses and bits per byte; `user_config` the flags of the run that may be published, of which
+    `data` decides the licence of the text.
     """
 
     model_tag: str
@@ -71,7 +73,9 @@ def choose_route(config: GPTConfig, route: Route) -> Literal["class", "code"]:
     return route
 
 
-def write_hf(model: PortableModel, out: Path, dtype: str, route: Route = "auto") -> None:
+def write_hf(
+    model: PortableModel, out: Path, dtype: str, route: Route = "auto", card: CardOptions | None = None
+) -> None:
     """Create the folder `out`. Raises UserError if it exists, or if `route` would lose a feature of the model."""
     chosen = choose_route(model.config, route)
     kind, config = ROUTES[chosen], model.config
@@ -83,6 +87,7 @@ def write_hf(model: PortableModel, out: Path, dtype: str, route: Route = "auto")
         for name in hf_code.CODE_FILES if chosen == "code" else ():
             write_file(folder / name, [(hf_code.CODE / name).read_bytes()])
         write_tokenizer(model.tokenizer, folder, model.is_chat, config.sequence_len)
+        write_card(model, folder, chosen, dtype, card)
 
 
 def weights(
@@ -114,6 +119,8 @@ def generation_config(model: PortableModel) -> dict[str, Any]:
 def about(model: PortableModel, route: Literal["class", "code"], dtype: str) -> NanochatFile:
     """nanochat.json."""
     kept: Any = {name: model.meta[name] for name in About.__annotations__ if model.meta.get(name) is not None}
+    if "user_config" in kept:
+        kept["user_config"] = public_flags(model.source, kept["user_config"])
     return {
         "format": "nanochat-export",
         "version": 1,

@@ -57,6 +57,7 @@ def write_card(
 
     `route` is class or code, `dtype` that of the weights. `base_dir` holds the model's runs and their report.
     """
+    options = options or CardOptions()
     base_dir = (base_dir or get_base_dir(to_write=False)).resolve()
     stages = history_of(model, base_dir)
     report = own_report(stages, base_dir)
