@@ -15,10 +15,10 @@ import tyro
 
 from nanochat.checkpoint.runs import find_run
 from nanochat.common import UserError, get_base_dir, say
-from nanochat.formats.contents import read_contents
 from nanochat.formats.describe import describe
 from nanochat.formats.describe_rows import rows_of
 from nanochat.formats.overview import COLUMNS, is_base_dir, overview_rows, runs_of
+from nanochat.formats.read_contents import read_contents
 from nanochat.reporting.console import print_facts, print_table
 from scripts import _cli
 

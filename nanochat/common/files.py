@@ -45,7 +45,10 @@ def read_file(path: Path | str, max_bytes: int = JSON_BYTES, follow_links: bool 
     """The contents of a regular file of at most `max_bytes`; UserError for any other."""
     with open_file(path, follow_links) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(size + 1) if size <= max_bytes else None  # read() allocates as much as it is asked for
+        try:
+            data = file.read(size + 1) if size <= max_bytes else None  # read() allocates as much as it is asked for
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if data is None or len(data) > max_bytes:
         raise UserError(f"{path} is larger than {max_bytes:,} bytes: it cannot be what it is named")
     return data

@@ -1,10 +1,8 @@
-"""What a folder or a file with a model holds, from its headers and small files alone: no weights are loaded.
+"""Contents: what a folder or a file with a model holds, from its headers and small files alone.
 
-Read: checkpoints here (a run's folder or one step's), Hugging Face folders, published nanochat checkpoints, single
-files of weights, tokenizers. All of it may be hostile: nothing is executed, and no path that a file names is followed.
+read_contents.py makes them; describe.py and differences.py say what is in them.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,17 +11,11 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint.folder import list_steps
-from nanochat.checkpoint.manifest import MANIFEST
-from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS
 from nanochat.checkpoint.tensor_file import read_entries, read_tensor
-from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
-from nanochat.common.files import open_file
-from nanochat.formats.tokenizer_facts import TokenizerFacts, read_tokenizer_facts
+from nanochat.formats.tokenizer_facts import TokenizerFacts
 from nanochat.gpt_config import GPTConfig
 
-STAGE_OF = {folder: stage for stage, folder in CHECKPOINT_FOLDERS.items()}
 MAX_FILES = 10_000  # of a folder that are looked at
 
 
@@ -71,113 +63,12 @@ KINDS = {
 }
 
 
-def read_contents(path: Path, step: int = -1, verify: bool = False) -> Contents:
-    """What is at `path`; of a run's folder its step `step`, or the latest good one for -1.
-
-    `verify` hashes all files that have a recorded hash. Raises UserError if nothing known is there, or it is damaged.
-    """
-    if path.is_dir():
-        for belongs, read in FOLDERS:
-            if belongs(path):
-                return read(path, step, verify)
-        raise UserError(
-            f"{path} holds no model that is known here: no steps of a run, config.json, model_*.pt, weights "
-            "(safetensors, gguf, onnx) or tokenizer.json"
-        )
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    if path.name == "tokenizer.json":
-        return read_tokenizer_folder(path)
-    if path.suffix in (".safetensors", ".gguf", ".onnx"):
-        return read_weights(path)
-    if PUBLISHED.fullmatch(path.name):
-        return read_published(path, step)
-    raise UserError(
-        f"{path} is no file that is known here: expected .safetensors, .gguf, .onnx, tokenizer.json, model_*.pt or "
-        "meta_*.json"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------
-# Checkpoints of ours
-
-
-def is_run(path: Path) -> bool:
-    """A run's folder, or one step's; also of one whose manifest is missing."""
-    named = re.fullmatch(r"\d{6,}", path.name) and (path / "meta.json").exists()
-    return (path / MANIFEST).exists() or bool(named) or bool(list_steps(path))
-
-
-def read_checkpoint(path: Path, step: int, verify: bool) -> Contents:
-    """A step: the folder itself, or one of a run's."""
-    if (path / MANIFEST).exists() or not list_steps(path):
-        if not path.name.isdigit():
-            raise UserError(f"{path} is a step's folder under another name; name it as its run did, such as 000120")
-        if step not in (-1, int(path.name)):
-            raise UserError(f"{path} is step {int(path.name)}, not {step}; leave --step out, or give the run's folder")
-        path, step = path.parent.resolve(), int(path.name)
-    run = path.resolve()
-    checkpoint = open_checkpoint(run, None if step < 0 else step, verify)
-    meta, manifest = checkpoint.meta, checkpoint.manifest
-    found = Contents(
-        "checkpoint",
-        checkpoint.path,
-        meta=meta,
-        stage=str(meta.get("stage") or STAGE_OF.get(run.parent.name, "")),
-        run=run.name,
-        steps=list_steps(run),
-        saved_at=(checkpoint.path / MANIFEST).stat().st_mtime,
-        files={name: record["bytes"] for name, record in manifest.files.items()},
-        hashes={name: record["sha256"] for name, record in manifest.files.items()},
-        verified=verify,
-    )
-    if "model.safetensors" in manifest.files:
-        found.config = checkpoint.model_config()
-        found.tensors = tensors_of(checkpoint.path / "model.safetensors")
-    if "tokenizer.json" in manifest.files:
-        found.tokenizer = read_tokenizer_facts(checkpoint.path)
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------
-# Files of other programs
-
-
 def tensors_of(path: Path, follow_links: bool = False) -> dict[str, TensorFacts]:
     """The tensors of a safetensors file."""
     return {
         name: TensorFacts(tuple(entry["shape"]), entry["dtype"], partial(read_tensor, path, name, follow_links))
         for name, entry in read_entries(path, follow_links).items()
     }
-
-
-def read_weights(path: Path) -> Contents:
-    """A single file: safetensors with its tensors, gguf and onnx by their size."""
-    found = Contents("weights", path, files=sizes_of([path]))
-    if path.suffix == ".safetensors":
-        found.tensors = tensors_of(path, follow_links=True)
-    elif path.suffix == ".gguf":
-        with open_file(path) as file:
-            head = file.read(24)
-        if head[:4] != b"GGUF" or len(head) < 24:
-            raise UserError(f"{path} is not a GGUF file")
-        version, count = (int.from_bytes(head[a:b], "little") for a, b in ((4, 8), (8, 16)))
-        found.notes.append(f"GGUF version {version}, {count:,} tensors")
-    return found
-
-
-def read_tokenizer_folder(path: Path, step: int = -1, verify: bool = False) -> Contents:
-    """tokenizer.json, or the folder with it."""
-    file = path if path.is_file() else path / "tokenizer.json"
-    return Contents("tokenizer", file, tokenizer=read_tokenizer_facts(file.parent), files=sizes_of([file]))
-
-
-PUBLISHED = re.compile(r"(?:model|meta)_(\d{1,9})\.(?:pt|json)")
-
-
-def read_published(path: Path, step: int = -1, verify: bool = False) -> Contents:
-    """model_*.pt with meta_*.json: the folder, or one of the two files."""
-    raise UserError(f"{path}: published checkpoints cannot be described yet")
 
 
 def sizes_of(paths: list[Path]) -> dict[str, int]:
@@ -196,29 +87,6 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_huggingface(path: Path, step: int = -1, verify: bool = False) -> Contents:
-    from nanochat.formats.contents_hf import read_folder
-
-    return read_folder(path)
-
-
-def read_only_file(path: Path, step: int = -1, verify: bool = False) -> Contents:
-    """The one file of weights in a folder without a config."""
-    weights = weights_in(path)
-    if len(weights) > 1:
-        raise UserError(f"{path} holds several files of weights; name one: {', '.join(p.name for p in weights[:5])}")
-    return read_weights(weights[0])
-
-
-def weights_in(path: Path) -> list[Path]:
-    return [file for file in files_in(path) if file.suffix in (".safetensors", ".gguf", ".onnx")]
-
-
-FOLDERS: list[tuple[Callable[[Path], Any], Callable[[Path, int, bool], Contents]]] = [
-    (is_run, read_checkpoint),
-    (lambda path: (path / "config.json").exists(), read_huggingface),
-    (lambda path: any(PUBLISHED.fullmatch(file.name) for file in files_in(path)), read_published),
-    (weights_in, read_only_file),
-    (lambda path: (path / "tokenizer.json").exists(), read_tokenizer_folder),
-]
-"""What a folder is, in the order asked, and its reader."""
+def weights_in(folder: Path) -> list[Path]:
+    """The files of weights in a folder."""
+    return [file for file in files_in(folder) if file.suffix in (".safetensors", ".gguf", ".onnx")]

@@ -2,7 +2,7 @@
 
 Keys, each left out where it is not known:
   kind, path, stage, run, step, steps, saved_at (ISO time), route, notes [text]
-  from        [{"stage", "run", "step", "tokens", "val_bpb"}], what it was trained from, the first first
+  from        [{"stage", "run", "step", "tokens", "data", "val_bpb"}], what it was trained from, the first first
   model       {"config": {...}, "form", "changes": {...}, "features": [text], "windows": [per layer]}
               of another program's model {"config": {...}} alone, as its file has it
   parameters  by role (GPT.num_scaling_params) and "total"; of unknown networks "total"
@@ -26,6 +26,7 @@ from nanochat.checkpoint.folder import completed_ns
 from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS, run_dir
 from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
+from nanochat.formats import hf_class
 from nanochat.formats.contents import Contents
 from nanochat.gpt_config import GPTConfig
 from nanochat.report import load_report
@@ -45,7 +46,7 @@ def describe(found: Contents) -> Record:
         "path": str(found.path),
         "stage": found.stage,
         "run": found.run,
-        "step": found.meta.get("step"),
+        "step": number(found.meta.get("step")),
         "steps": found.steps,
         "saved_at": found.saved_at and datetime.fromtimestamp(found.saved_at, UTC).isoformat(timespec="seconds"),
         "route": found.route,
@@ -98,7 +99,8 @@ def network(found: Contents) -> Record:
 
 def exports(config: GPTConfig) -> Record:
     """Whether transformers' own class can hold this network, and which of its features that class lacks."""
-    return {}
+    lacks = hf_class.lacking(config)
+    return {"class": not lacks, "lacks": lacks}
 
 
 FORMS: dict[str, Callable[..., GPTConfig]] = {
@@ -185,8 +187,8 @@ def ancestors(found: Contents) -> list[Record]:
         saved = completed_ns(earlier.path) / 1e9
         if saved > newest or earlier.meta["tokenizer_hash"] != found.meta.get("tokenizer_hash"):
             break  # another run of this name
-        progress = earlier.meta.get("progress", {})
-        entries[0] |= {key: progress[key] for key in ("tokens", "val_bpb") if progress.get(key) is not None}
+        known = {**earlier.meta.get("progress", {}), "data": mapping(earlier.meta.get("user_config")).get("data")}
+        entries[0] |= {key: known[key] for key in ("tokens", "val_bpb", "data") if known.get(key) is not None}
         base, newest = earlier.meta.get("base"), saved
     return entries
 
@@ -195,25 +197,26 @@ def training(found: Contents, report: Record) -> Record:
     """How it was trained, as far as that is recorded."""
     meta = found.meta
     progress, plan, flags, runtime = (mapping(meta.get(k)) for k in ("progress", "plan", "user_config", "runtime"))
-    tokens, stage = progress.get("tokens"), report.get(STAGE_KEYS.get(found.stage, ""), {})
+    stage = report.get(STAGE_KEYS.get(found.stage, ""), {})
+    tokens = number(progress.get("tokens"))
     values: Record = {
-        "steps": progress.get("step", meta.get("step")),
-        "planned_steps": plan.get("num_steps"),
+        "steps": number(progress.get("step", meta.get("step"))),
+        "planned_steps": number(plan.get("num_steps")),
         "tokens": tokens,
-        "seconds": progress.get("seconds"),
-        "wall_seconds": progress.get("wall_seconds"),
+        "seconds": number(progress.get("seconds")),
+        "wall_seconds": number(progress.get("wall_seconds")),
         "recipe": meta.get("recipe") or flags.get("recipe") or mapping(meta.get("base")).get("recipe"),
-        "seed": flags.get("seed"),
-        "data": flags.get("data") or flags.get("tasks"),
-        "licence": licence(flags.get("data")),
+        "seed": number(flags.get("seed")),
+        "data": flags.get("data") or flags.get("tasks") or None,
+        "licence": licence([flags.get("data"), *(entry.get("data") for entry in ancestors(found))]),
         "device": runtime.get("device"),
         "dtype": runtime.get("dtype"),
-        "world_size": runtime.get("world_size"),
+        "world_size": number(runtime.get("world_size")),
     }
     if str(stage.get("metrics", "")).endswith(f"/{found.run}/metrics.jsonl"):
         machine = mapping(report.get("machine"))
         values["processor"] = machine.get("gpus") if runtime.get("device") == "cuda" else machine.get("processor")
-    if found.config and isinstance(tokens, int):
+    if found.config and tokens is not None:
         flops, counts = estimate(found.config)
         values["flops"] = float(flops * tokens)
         if found.stage == "base":
@@ -221,11 +224,14 @@ def training(found: Contents, report: Record) -> Record:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def licence(data: Any) -> str | None:
-    """Of the texts it learnt from: of the starter corpus; nothing is known of any other."""
-    if not data:
+def licence(data: list[Any]) -> str | None:
+    """Of the texts that it and what it was trained from learnt from: nothing is known of any but the starter corpus."""
+    known = {str(name) for name in data if name}
+    if not known:
         return None
-    return STARTER_LICENCE if data == "starter" else "unknown: that of the data"
+    if others := sorted(known - {"starter"}):
+        return f"unknown, that of the data: {', '.join(others)}"
+    return STARTER_LICENCE
 
 
 STAGE_KEYS = {"base": "base_train", "sft": "chat_sft", "rl": "chat_rl"}
@@ -235,10 +241,9 @@ EVALUATIONS = {"sft": "chat_eval", "rl": "chat_eval_rl"}
 def figures(found: Contents, report: Record) -> Record:
     """Bits per byte and accuracies: of the checkpoint itself, and those that the report has of the same weights."""
     progress = mapping(found.meta.get("progress"))
-    values: Record = {key: progress[key] for key in ("val_bpb", "best_val_bpb") if progress.get(key) is not None}
-    for key, value in mapping(found.meta.get("before")).items():
-        if isinstance(value, int | float):
-            values[f"before {key}"] = value
+    recorded = {key: progress.get(key) for key in ("val_bpb", "best_val_bpb")}
+    recorded |= {f"before {key}": value for key, value in mapping(found.meta.get("before")).items()}
+    values: Record = {key: value for key, value in recorded.items() if number(value) is not None}
     evaluated = report.get(EVALUATIONS.get(found.stage, ""), {})
     weights = found.hashes.get("model.safetensors", "")
     if evaluated.get("checkpoint") == f"{found.stage}/{found.run}/{found.meta.get('step')}/{weights[:12]}":
@@ -265,6 +270,11 @@ def tokenizer(found: Contents, report: Record) -> Record:
         if trained.get("hash") == facts.hash and "bytes_per_token" in trained:
             values["bytes_per_token"] = trained["bytes_per_token"]
     return values
+
+
+def number(value: Any) -> Any:
+    """`value` if it is a number that can be calculated with, else None."""
+    return value if type(value) in (int, float) and abs(value) < 1e18 else None
 
 
 def mapping(value: Any) -> Record:

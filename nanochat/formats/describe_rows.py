@@ -50,7 +50,8 @@ def identity(facts: Record) -> Iterator[tuple[str, str]]:
 
 
 def ancestor(entry: Record) -> str:
-    known = [f"{format_count(entry['tokens'])} tokens"] if is_number(entry.get("tokens")) else []
+    data = f" of {entry['data']}" if entry.get("data") else ""
+    known = [f"{format_count(entry['tokens'])} tokens{data}"] if is_number(entry.get("tokens")) else []
     known += [f"{entry['val_bpb']:.4f} bpb"] if is_number(entry.get("val_bpb")) else []
     return f"{entry['stage']} {entry['run']} step {entry['step']}" + (f" ({', '.join(known)})" if known else "")
 
@@ -132,10 +133,8 @@ def training(facts: Record) -> Iterator[tuple[str, str]]:
     yield "on", ", ".join(where)
     if facts.get("saved_at"):
         yield "saved", facts["saved_at"].replace("T", " ").replace("+00:00", " UTC")
-    yield (
-        "recipe",
-        ", ".join([str(values["recipe"])] * ("recipe" in values) + [f"seed {values['seed']}"] * ("seed" in values)),
-    )
+    recipe = [str(values["recipe"])] if "recipe" in values else []
+    yield "recipe", ", ".join(recipe + ([f"seed {values['seed']}"] if "seed" in values else []))
     yield "data", str(values.get("data", ""))
     yield "its licence", str(values.get("licence", ""))
 

@@ -109,7 +109,8 @@ def compare_values(name: str, a: torch.Tensor, b: torch.Tensor) -> TensorDiff | 
         if not ((x == y) | (x.isnan() & y.isnan())).all():
             equal, delta = False, x - y
             rounded = rounded and a.dtype != b.dtype and torch.equal(x.to(narrow).double(), y.to(narrow).double())
-            largest = max(largest, delta.abs().max().nan_to_num(nan=math.inf).item())
+            most = delta.abs().max().item()
+            largest = max(largest, most) if math.isfinite(most) else math.inf
             difference += delta.square().sum().item()
         dot, norm_a, norm_b = dot + (x * y).sum().item(), norm_a + (x * x).sum().item(), norm_b + (y * y).sum().item()
     if equal:

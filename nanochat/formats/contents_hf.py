@@ -1,0 +1,106 @@
+"""Contents of a Hugging Face folder: an export of nanochat, or another program's model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.common import UserError
+from nanochat.common.files import read_json
+from nanochat.formats import hf_class, hf_code
+from nanochat.formats.contents import Contents, TensorFacts, files_in, sizes_of, tensors_of
+from nanochat.formats.hf_folder import ABOUT, CONFIG, NanochatFile
+from nanochat.formats.tokenizer_facts import read_tokenizer_facts
+from nanochat.gpt import GPT
+
+ADAPTER = "adapter_config.json"  # of PEFT
+ROUTE_OF = {"nanochat": "class", hf_code.MODEL_TYPE: "code"}  # by model_type
+KINDS_OF_WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".pt", ".pth")
+SMALL_FILES = (".json", ".jinja", ".py", ".md", ".model", ".txt")
+
+
+def is_huggingface(path: Path) -> bool:
+    return (path / CONFIG).exists() or (path / ADAPTER).exists()
+
+
+def read_huggingface(path: Path, step: int = -1, verify: bool = False) -> Contents:
+    """Of a folder. `step` and `verify` change nothing: it has one model, and no recorded hashes.
+
+    Raises UserError if one of its files is damaged.
+    """
+    adapter = not (path / CONFIG).exists()
+    settings = read_json(path / (ADAPTER if adapter else CONFIG), dict[str, Any])
+    files = files_in(path)
+    found = Contents("huggingface", path, settings=settings)
+    found.files = sizes_of([file for file in files if file.suffix in KINDS_OF_WEIGHTS + SMALL_FILES])
+    found.tensors = weights_of(files)
+    if adapter:
+        base, rank = settings.get("base_model_name_or_path"), settings.get("r")
+        found.notes.append(f"an adapter of PEFT (rank {rank!s:.20}) for {base!s:.200}; it holds no model of its own")
+    elif unread := [file.name for file in files if file.suffix in (".bin", ".pt", ".pth")]:
+        found.notes.append(f"not read, as pickles may run code: {', '.join(unread[:5])}")
+    found.route = ROUTE_OF.get(str(settings.get("model_type")), "")
+    about = read_about(path)
+    if found.route:
+        read_ours(found, path, about)
+    if (path / "tokenizer.json").exists():
+        found.tokenizer = read_tokenizer_facts(path)
+        found.tokenizer.hash = about["tokenizer_hash"] if about else ""
+    return found
+
+
+def weights_of(files: list[Path]) -> dict[str, TensorFacts]:
+    """The tensors of all safetensors files, which may be shards. Links are followed: the hub's cache has them."""
+    found: dict[str, TensorFacts] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            for name, tensor in tensors_of(file, follow_links=True).items():
+                if name in found:
+                    raise UserError(f"{file.parent} has {name} in two files; delete the one that does not belong to it")
+                found[name] = tensor
+    return found
+
+
+def read_about(path: Path) -> NanochatFile | None:
+    """nanochat.json of an export."""
+    return read_json(path / ABOUT, NanochatFile, extra="ignore") if (path / ABOUT).exists() else None
+
+
+def read_ours(found: Contents, path: Path, about: NanochatFile | None) -> None:
+    """Fill in what is known of a network that nanochat can build: its config, and its tensors under GPT's names."""
+    kind = hf_code if found.route == "code" else hf_class
+    try:
+        config = kind.read_config(found.settings, path / CONFIG)
+    except UserError as error:
+        if about:  # it was written here, so it is damaged
+            raise
+        found.notes.append(f"nanochat cannot import it: {error}")
+        found.route = ""
+        return
+    found.config = config
+    ours = {theirs: name for name, theirs in kind.names(config).items()}
+    found.tensors = {ours.get(name, name): tensor for name, tensor in found.tensors.items()}
+    if found.tensors and (problems := misfits(found)):
+        found.notes.append(f"the weights do not fit config.json: {'; '.join(problems[:3])}")
+    if about:
+        found.stage, found.meta = about["source"], dict(about.get("meta", {}))
+        found.meta["tokenizer_hash"] = about["tokenizer_hash"]
+        found.run = str(found.meta.get("model_tag", ""))
+
+
+def misfits(found: Contents) -> list[str]:
+    """Parameters that are missing, extra, or of another shape than the config's network has."""
+    assert found.config
+    parameters = {
+        name: tuple(p.shape) for name, p in GPT.allocate(found.config, "meta", torch.float32).named_parameters()
+    }
+    problems = [f"{name} is missing" for name in parameters if name not in found.tensors]
+    for name, tensor in found.tensors.items():
+        shape = parameters.get(name)
+        rows = (found.config.vocab_size, found.config.padded_vocab_size)
+        cropped = shape and shape[0] == rows[1] and tensor.shape == (rows[0], *shape[1:])
+        if shape is None:
+            problems.append(f"{name} is not in the model")
+        elif tensor.shape != shape and not cropped:
+            problems.append(f"{name} has shape {tensor.shape}, the model's has {shape}")
+    return problems
