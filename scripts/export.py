@@ -22,8 +22,9 @@ class Config:
 
     out: tyro.conf.Positional[str]
     """The folder to create."""
-    to: Literal["hf"] = "hf"
-    """hf: a Hugging Face folder, for transformers and whatever builds on it."""
+    to: Literal["hf", "onnx"] = "hf"
+    """hf: a Hugging Face folder, for transformers and whatever builds on it; onnx: a graph for onnxruntime, in browsers
+    too."""
     source: Annotated[Literal["base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
     """Which model: base, sft or rl."""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
@@ -35,6 +36,8 @@ class Config:
     route: Literal["auto", "class", "code"] = "auto"
     """Of --to=hf. class: transformers' own NanoChat class, for models without the features that it lacks; code: our
     modelling file in the folder, to be loaded with trust_remote_code; auto: class where nothing is lost, else code."""
+    int8: bool = False
+    """Of --to=onnx: a second graph with weights in int8, about a third of the size."""
     license: str = ""
     """Of the weights, for the model card: mit, apache-2.0, cc-by-4.0 ...; empty: the card says that none is stated."""
     push: str = ""
@@ -60,12 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(config: Config) -> None:
     """Write the folder."""
+    for name, kind in (("route", "hf"), ("int8", "onnx")):
+        if config.to != kind and getattr(config, name) != getattr(Config, name):
+            raise UserError(f"--{name} belongs to --to={kind}; leave it out with --to={config.to}")
     model = read_run(get_base_dir(to_write=False), config.source, config.model_tag, config.step)
     if config.to == "hf":
         from nanochat.formats.hf_folder import write_hf
 
         card = CardOptions(config.license, config.push, public_command(config))
         write_hf(model, Path(config.out), config.dtype, config.route, card)
+    else:
+        from nanochat.formats.onnx_folder import write_onnx
+
+        write_onnx(model, Path(config.out), config.dtype, config.int8)
     say(f"{config.source} model of {model.meta['model_tag']}, step {model.meta['step']}: written to {config.out}")
 
 

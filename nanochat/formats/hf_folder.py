@@ -55,7 +55,7 @@ class NanochatFile(TypedDict):
 
     format: Literal["nanochat-export"]
     version: Literal[1]
-    route: Literal["class", "code"]
+    route: Literal["class", "code", "onnx"]
     dtype: str
     source: str  # the stage: base, sft or rl
     model_config: dict[str, Any]  # of GPTConfig
@@ -116,7 +116,7 @@ def generation_config(model: PortableModel) -> dict[str, Any]:
     return {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": bos, **sampling}
 
 
-def about(model: PortableModel, route: Literal["class", "code"], dtype: str) -> NanochatFile:
+def about(model: PortableModel, route: Literal["class", "code", "onnx"], dtype: str) -> NanochatFile:
     """nanochat.json."""
     kept: Any = {name: model.meta[name] for name in About.__annotations__ if model.meta.get(name) is not None}
     if "user_config" in kept:
