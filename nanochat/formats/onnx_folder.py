@@ -27,7 +27,9 @@ GRAPHS, FLOAT, INT8 = "onnx", "model.onnx", "model_quantized.onnx"
 def write_onnx(model: PortableModel, out: Path, dtype: str = "float32", int8: bool = False) -> None:
     """Create the folder `out`. Raises UserError if it exists, for another dtype, and without the package onnx."""
     if dtype != "float32":
-        raise UserError(f"--to=onnx has no --dtype={dtype}, which few of its runtimes compute; --int8 is the small form")
+        raise UserError(
+            f"--to=onnx has no --dtype={dtype}, which few of its runtimes compute; --int8 is the small form"
+        )
     import_onnx()
     with new_folder(out) as folder:
         (folder / GRAPHS).mkdir()
