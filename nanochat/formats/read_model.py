@@ -56,7 +56,15 @@ def _read(path: Path, options: Options) -> PortableModel:
         raise UserError("--assume is for published checkpoints (model_*.pt): other files say what they are")
     if (path / MANIFEST).exists() or list_steps(path):
         return read_own(path, options.step)
+    if is_onnx(path):
+        raise UserError(f"{path} holds an ONNX graph, which runs and cannot be read back: import an export --to=hf")
     raise UserError(f"{path} is no model that can be read: give {READABLE}")
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether it is an ONNX graph, or a folder whose only weights are such."""
+    graphs = [path] if path.suffix == ".onnx" else [*path.glob("*.onnx"), *path.glob("onnx/*.onnx")]
+    return bool(graphs) and not any(path.glob("*.safetensors"))
 
 
 def check_state(model: PortableModel, path: Path) -> None:
