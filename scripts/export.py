@@ -21,18 +21,18 @@ class Config:
     """Export a model."""
 
     out: tyro.conf.Positional[str]
-    """The folder to create."""
-    to: Literal["hf", "onnx"] = "hf"
+    """The folder to create; of gguf the file."""
+    to: Literal["hf", "onnx", "gguf"] = "hf"
     """hf: a Hugging Face folder, for transformers and whatever builds on it; onnx: a graph for onnxruntime, in browsers
-    too."""
+    too; gguf: a file for a fork of llama.cpp."""
     source: Annotated[Literal["base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
     """Which model: base, sft or rl."""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
     """Tag of the run; empty takes the latest."""
     step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
     """Step of its checkpoint; -1 takes the last."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights: float32 is exact, bfloat16 half the size."""
+    dtype: Literal["float32", "bfloat16", "q8_0"] = "float32"
+    """Of the weights: float32 is exact, bfloat16 half the size; q8_0, of gguf, about a quarter."""
     route: Literal["auto", "class", "code"] = "auto"
     """Of --to=hf. class: transformers' own NanoChat class, for models without the features that it lacks; code: our
     modelling file in the folder, to be loaded with trust_remote_code; auto: class where nothing is lost, else code."""
@@ -62,20 +62,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(config: Config) -> None:
-    """Write the folder."""
+    """Write the folder or file."""
     for name, kind in (("route", "hf"), ("int8", "onnx")):
         if config.to != kind and getattr(config, name) != getattr(Config, name):
             raise UserError(f"--{name} belongs to --to={kind}; leave it out with --to={config.to}")
+    if config.to == "gguf" and config.push:
+        raise UserError("--push uploads folders; a GGUF file can be uploaded with: hf upload USER/NAME FILE")
+    if config.to != "gguf" and config.dtype == "q8_0":
+        raise UserError(f"--dtype=q8_0 belongs to --to=gguf; choose float32 or bfloat16 with --to={config.to}")
     model = read_run(get_base_dir(to_write=False), config.source, config.model_tag, config.step)
     if config.to == "hf":
         from nanochat.formats.hf_folder import write_hf
 
         card = CardOptions(config.license, config.push, public_command(config))
         write_hf(model, Path(config.out), config.dtype, config.route, card)
-    else:
+    elif config.to == "onnx":
         from nanochat.formats.onnx_folder import write_onnx
 
         write_onnx(model, Path(config.out), config.dtype, config.int8)
+    else:
+        from nanochat.formats.gguf_file import write_gguf
+
+        write_gguf(model, Path(config.out), config.dtype, config.license)
     say(f"{config.source} model of {model.meta['model_tag']}, step {model.meta['step']}: written to {config.out}")
 
 
