@@ -19,7 +19,7 @@ from nanochat.formats.gguf_file import write_gguf
 from nanochat.formats.portable import PortableModel
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer
-from scripts import export
+from scripts import _cli, export
 
 gguf = pytest.importorskip("gguf")
 
@@ -228,4 +228,7 @@ def test_rows_that_q8_0_cannot_take(model: PortableModel, tmp_path: Path) -> Non
 
 
 def test_command(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--recipe=plain" in refused(export.main, ["--to=gguf", "-i", "base", str(tmp_path / "m.gguf")], capsys)
+    for flags, word in (([], "--recipe=plain"), (["--push=me/it"], "hf upload"), (["--int8"], "--to=onnx")):
+        argv = ["--to=gguf", "-i", "base", *flags, str(tmp_path / "m.gguf")]
+        assert word in refused(lambda argv: export.export(_cli.parse(export.Config, argv)), argv, capsys)
+    assert "--to=gguf" in refused(export.main, ["--dtype=q8_0", str(tmp_path / "out")], capsys)
