@@ -208,7 +208,7 @@ def training(found: Contents, report: Record) -> Record:
         "recipe": meta.get("recipe") or flags.get("recipe") or mapping(meta.get("base")).get("recipe"),
         "seed": number(flags.get("seed")),
         "data": flags.get("data") or flags.get("tasks") or None,
-        "licence": licence([flags.get("data"), *(entry.get("data") for entry in ancestors(found))]),
+        "licence": licence(flags.get("data"), [entry.get("data") for entry in ancestors(found)]),
         "device": runtime.get("device"),
         "dtype": runtime.get("dtype"),
         "world_size": number(runtime.get("world_size")),
@@ -224,14 +224,15 @@ def training(found: Contents, report: Record) -> Record:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def licence(data: list[Any]) -> str | None:
-    """Of the texts that it and what it was trained from learnt from: nothing is known of any but the starter corpus."""
-    known = {str(name) for name in data if name}
+def licence(own: Any, before: list[Any]) -> str | None:
+    """Of the texts that it, and what it was trained from, learnt from: nothing is known of any but the starter corpus.
+    `before` has None where the data is not known."""
+    known = {str(name) for name in (own, *before) if name}
     if not known:
         return None
     if others := sorted(known - {"starter"}):
         return f"unknown, that of the data: {', '.join(others)}"
-    return STARTER_LICENCE
+    return STARTER_LICENCE if all(before) else f"of its own stage alone, {STARTER_LICENCE}"
 
 
 STAGE_KEYS = {"base": "base_train", "sft": "chat_sft", "rl": "chat_rl"}

@@ -167,9 +167,13 @@ def files(facts: Record) -> Iterator[tuple[str, str]]:
 
 
 def exports(facts: Record) -> Iterator[tuple[str, str]]:
-    if values := facts.get("exports"):
-        lacks = f"no, it lacks {', '.join(values['lacks'])}; with our modelling file (trust_remote_code)"
-        yield "transformers", "its own NanoChat class" if values["class"] else f"its own NanoChat class: {lacks}"
+    """How transformers loads it, or would load its export."""
+    code = "with the modelling file of nanochat (trust_remote_code=True)"
+    if route := facts.get("route"):
+        yield "transformers", f"loads it {code if route == 'code' else 'with its own NanoChat class'}"
+    elif values := facts.get("exports"):
+        lacks = f"its own NanoChat class lacks {', '.join(values['lacks'])}"
+        yield "exports to", "transformers' own NanoChat class" if values["class"] else f"transformers {code}; {lacks}"
 
 
 def notes(facts: Record) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nanochat.formats.describe_rows import ancestor, is_number
+from nanochat.formats.describe_rows import is_number
 from nanochat.formats.tensor_diff import group_of
 
 Record = dict[str, Any]
@@ -35,8 +35,6 @@ def rows_of(found: Record) -> list[tuple[str, str, str]]:
 
 def text(value: Any) -> str:
     """A value of a config or a record."""
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "stage" in value[0]:
-        return ", then ".join(ancestor(entry) for entry in value)
     if isinstance(value, bool) or value is None:
         return {None: "", True: "yes", False: "no"}[value]
     if isinstance(value, int):
@@ -47,8 +45,8 @@ def text(value: Any) -> str:
 
 def tensor_rows(weights: Record | None, every: bool) -> list[tuple[str, ...]]:
     """The TENSOR_COLUMNS of the tensors whose values differ, the largest relative difference first: of each, or of each
-    group of one role in all layers."""
-    changed = weights["changed"] if weights else []
+    group of one role in all layers. Where all is rounding, only of each."""
+    changed = weights["changed"] if weights and (every or not weights["rounded"]) else []
     groups: dict[str, list[Record]] = {}
     for tensor in changed:
         groups.setdefault(tensor["name"] if every else group_of(tensor["name"]), []).append(tensor)

@@ -19,7 +19,7 @@ from typing import Any
 from nanochat.common import UserError
 from nanochat.formats.contents import Contents
 from nanochat.formats.describe import SIZES, describe, effective, mapping
-from nanochat.formats.describe_rows import rows_of
+from nanochat.formats.describe_rows import ancestor, rows_of
 from nanochat.formats.tensor_diff import WeightsDiff, compare_weights
 from nanochat.formats.tokenizer_facts import TokenizerFacts
 
@@ -41,7 +41,7 @@ def compare(
         raise UserError(f"{a.path} and {b.path} have nothing in common to compare: neither weights nor a tokenizer")
     config, has_configs = compare_configs(a, b), bool((a.config and b.config) or (a.settings and b.settings))
     same = not config and (weights is None or weights.same) and (tokenizer is None or tokenizer["same"])
-    training = [{**named(f, "stage", "run", "from"), **f.get("training", {})} for f in facts]
+    training = [{**origin(f), **f.get("training", {})} for f in facts]
     flags = [{k: v for k, v in mapping(c.meta.get("user_config")).items() if k not in NOT_OF_THE_RUN} for c in (a, b)]
     return {
         "a": {"path": str(a.path), "what": rows_of(facts[0])[0][1]},
@@ -57,8 +57,12 @@ def compare(
     }
 
 
-def named(facts: Record, *names: str) -> Record:
-    return {name: facts[name] for name in names if name in facts}
+def origin(facts: Record) -> Record:
+    """Which run it is of, and from which it was trained directly."""
+    known = {name: facts[name] for name in ("stage", "run") if name in facts}
+    if before := facts.get("from"):
+        known["from"] = ancestor({name: before[-1][name] for name in ("stage", "run", "step")})
+    return known
 
 
 def in_both(a: Record, b: Record) -> dict[str, list[Any]]:
