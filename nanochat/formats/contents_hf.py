@@ -9,13 +9,13 @@ from nanochat.common import UserError
 from nanochat.common.files import read_json
 from nanochat.formats import hf_class, hf_code
 from nanochat.formats.contents import Contents, TensorFacts, files_in, sizes_of, tensors_of
-from nanochat.formats.hf_folder import ABOUT, CONFIG, NanochatFile
+from nanochat.formats.hf_folder import ABOUT, CONFIG, ROUTES, NanochatFile
 from nanochat.formats.tokenizer_facts import read_tokenizer_facts
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 
 ADAPTER = "adapter_config.json"  # of PEFT
 ROUTE_OF = {"nanochat": "class", hf_code.MODEL_TYPE: "code"}  # by model_type
-KINDS_OF_WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".pt", ".pth")
+KINDS_OF_WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".onnx_data", ".pt", ".pth")
 SMALL_FILES = (".json", ".jinja", ".py", ".md", ".model", ".txt")
 
 
@@ -31,17 +31,22 @@ def read_huggingface(path: Path, step: int = -1, verify: bool = False) -> Conten
     adapter = not (path / CONFIG).exists()
     settings = read_json(path / (ADAPTER if adapter else CONFIG), dict[str, Any])
     files = files_in(path)
+    graphs = files_in(path / "onnx") if (path / "onnx").is_dir() else []
     found = Contents("huggingface", path, settings=settings)
-    found.files = sizes_of([file for file in files if file.suffix in KINDS_OF_WEIGHTS + SMALL_FILES])
+    found.files = sizes_of([file for file in [*files, *graphs] if file.suffix in KINDS_OF_WEIGHTS + SMALL_FILES])
     found.tensors = weights_of(files)
     if adapter:
         base, rank = settings.get("base_model_name_or_path"), settings.get("r")
         found.notes.append(f"an adapter of PEFT (rank {rank!s:.20}) for {base!s:.200}; it holds no model of its own")
     elif unread := [file.name for file in files if file.suffix in (".bin", ".pt", ".pth")]:
         found.notes.append(f"not read, as pickles may run code: {', '.join(unread[:5])}")
-    found.route = ROUTE_OF.get(str(settings.get("model_type")), "")
     about = read_about(path)
-    if found.route:
+    if about:
+        found.route = str(about["route"])
+        use_about(found, about)
+    else:
+        found.route = ROUTE_OF.get(str(settings.get("model_type")), "")
+    if found.route in ROUTES:
         read_ours(found, path, about)
     if (path / "tokenizer.json").exists():
         found.tokenizer = read_tokenizer_facts(path)
@@ -82,10 +87,14 @@ def read_ours(found: Contents, path: Path, about: NanochatFile | None) -> None:
     found.tensors = {ours.get(name, name): tensor for name, tensor in found.tensors.items()}
     if found.tensors and (problems := misfits(found)):
         found.notes.append(f"the weights do not fit config.json: {'; '.join(problems[:3])}")
-    if about:
-        found.stage, found.meta = about["source"], dict(about.get("meta", {}))
-        found.meta["tokenizer_hash"] = about["tokenizer_hash"]
-        found.run = str(found.meta.get("model_tag", ""))
+
+
+def use_about(found: Contents, about: NanochatFile) -> None:
+    """Fill in what nanochat.json says: the network and its training."""
+    found.config = GPTConfig.from_dict(about["model_config"], found.path / ABOUT)
+    found.stage, found.meta = about["source"], dict(about.get("meta", {}))
+    found.meta["tokenizer_hash"] = about["tokenizer_hash"]
+    found.run = str(found.meta.get("model_tag", ""))
 
 
 def misfits(found: Contents) -> list[str]:

@@ -170,7 +170,8 @@ def exports(facts: Record) -> Iterator[tuple[str, str]]:
     """How transformers loads it, or would load its export."""
     code = "with the modelling file of nanochat (trust_remote_code=True)"
     if route := facts.get("route"):
-        yield "transformers", f"loads it {code if route == 'code' else 'with its own NanoChat class'}"
+        loaders = {"class": "transformers, with its own NanoChat class", "code": f"transformers, {code}"}
+        yield "loaded by", loaders.get(route, f"what reads {route.upper()}")
     elif values := facts.get("exports"):
         lacks = f"its own NanoChat class lacks {', '.join(values['lacks'])}"
         yield "exports to", "transformers' own NanoChat class" if values["class"] else f"transformers {code}; {lacks}"

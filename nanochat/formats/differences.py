@@ -119,12 +119,13 @@ def verdict(same: bool, config: Record | None, weights: WeightsDiff | None, toke
             different.append(weights_in_words(weights))
     if tokenizer:
         (equal if tokenizer["same"] else different).append("the tokenizer")
-    model = "model" if weights else "tokenizer"
+    listed = f"{', '.join(equal)} {'are' if len(equal) > 1 else 'is'} equal"
+    unread = "" if weights else "; weights were not compared"
     if same:
-        return f"the same {model}: {', '.join(equal)} {'are' if weights else 'is'} equal"
+        return f"the same {'model' if weights else 'as far as both go'}: {listed}{unread}"
     rounded = weights is not None and weights.rounded and different == [weights_in_words(weights)]
-    kind = "the same model, rounded" if rounded else f"different {model}s"
-    return f"{kind}: {'; '.join(different)}" + (f"; equal: {', '.join(equal)}" if equal else "")
+    kind = "the same model, rounded" if rounded else "different"
+    return f"{kind}: {'; '.join(different)}" + (f"; {listed}" if equal else "") + unread
 
 
 def weights_in_words(weights: WeightsDiff) -> str:

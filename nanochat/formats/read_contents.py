@@ -16,7 +16,7 @@ from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.common.files import open_file
 from nanochat.formats.contents import Contents, files_in, sizes_of, tensors_of, weights_in
-from nanochat.formats.contents_hf import is_huggingface, read_huggingface
+from nanochat.formats.contents_hf import is_huggingface, read_about, read_huggingface, use_about
 from nanochat.formats.contents_published import is_published, read_published
 from nanochat.formats.tokenizer_facts import read_tokenizer_facts
 
@@ -107,6 +107,9 @@ def read_weights(path: Path) -> Contents:
             raise UserError(f"{path} is not a GGUF file")
         version, count = (int.from_bytes(head[a:b], "little") for a, b in ((4, 8), (8, 16)))
         found.notes.append(f"GGUF version {version}, {count:,} tensors")
+    beside = path.parent.parent if path.parent.name == "onnx" else path.parent
+    if path.suffix != ".safetensors" and (about := read_about(beside)):
+        use_about(found, about)
     return found
 
 
