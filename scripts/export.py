@@ -22,9 +22,9 @@ class Config:
 
     out: tyro.conf.Positional[str]
     """The folder to create; of gguf the file."""
-    to: Literal["hf", "onnx", "gguf"] = "hf"
+    to: Literal["hf", "onnx", "gguf", "mlx"] = "hf"
     """hf: a Hugging Face folder, for transformers and whatever builds on it; onnx: a graph for onnxruntime, in browsers
-    too; gguf: a file for a fork of llama.cpp."""
+    too; gguf: a file for a fork of llama.cpp; mlx: a folder for mlx-lm (both: --recipe=plain only)."""
     source: Annotated[Literal["base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
     """Which model: base, sft or rl."""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
@@ -76,6 +76,10 @@ def export(config: Config) -> None:
 
         card = CardOptions(config.license, config.push, public_command(config))
         write_hf(model, Path(config.out), config.dtype, config.route, card)
+    elif config.to == "mlx":
+        from nanochat.formats.mlx_folder import write_mlx
+
+        write_mlx(model, Path(config.out), config.dtype)
     elif config.to == "onnx":
         from nanochat.formats.onnx_folder import write_onnx
 

@@ -22,10 +22,15 @@ def make_model(route: str) -> GPT:
     return stir(GPT.create(CONFIGS[route], seed=3), 0.1).eval()
 
 
-def export(model: GPT, out: Path) -> Path:
-    """Write the model as a finetuned one; returns `out`."""
+def portable(model: GPT) -> PortableModel:
+    """The model as a finetuned one."""
     state = {name: p.detach() for name, p in model.named_parameters()}
-    write_hf(PortableModel(model.config, state, TOKENIZER, "sft", {"model_tag": "tiny", "step": 1}), out, "float32")
+    return PortableModel(model.config, state, TOKENIZER, "sft", {"model_tag": "tiny", "step": 1})
+
+
+def export(model: GPT, out: Path) -> Path:
+    """Write the model for transformers; returns `out`."""
+    write_hf(portable(model), out, "float32")
     return out
 
 
