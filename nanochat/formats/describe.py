@@ -28,14 +28,13 @@ from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.formats import hf_class
 from nanochat.formats.contents import Contents
+from nanochat.formats.training_data import data_sets
 from nanochat.gpt_config import GPTConfig
 from nanochat.report import load_report
 from nanochat.scaling import estimate, scaling_params
 
 Record = dict[str, Any]
 MAX_ANCESTORS = 8
-STARTER_LICENCES = "CC BY-SA 4.0, CC BY 4.0, Apache-2.0, MIT, BSD-3-Clause, public domain"
-STARTER_LICENCE = f"by source: {STARTER_LICENCES} (nanochat/starter/ATTRIBUTION.md)"
 
 
 def describe(found: Contents) -> Record:
@@ -187,10 +186,16 @@ def ancestors(found: Contents) -> list[Record]:
         saved = completed_ns(earlier.path) / 1e9
         if saved > newest or earlier.meta["tokenizer_hash"] != found.meta.get("tokenizer_hash"):
             break  # another run of this name
-        known = {**earlier.meta.get("progress", {}), "data": mapping(earlier.meta.get("user_config")).get("data")}
+        known = {**earlier.meta.get("progress", {}), "data": data_of(earlier.meta)}
         entries[0] |= {key: known[key] for key in ("tokens", "val_bpb", "data") if known.get(key) is not None}
         base, newest = earlier.meta.get("base"), saved
     return entries
+
+
+def data_of(meta: Record) -> str | None:
+    """The flag that says what a stage trained on."""
+    flags = mapping(meta.get("user_config"))
+    return str(flags.get("data") or flags.get("tasks") or "") or None
 
 
 def training(found: Contents, report: Record) -> Record:
@@ -207,8 +212,8 @@ def training(found: Contents, report: Record) -> Record:
         "wall_seconds": number(progress.get("wall_seconds")),
         "recipe": meta.get("recipe") or flags.get("recipe") or mapping(meta.get("base")).get("recipe"),
         "seed": number(flags.get("seed")),
-        "data": flags.get("data") or flags.get("tasks") or None,
-        "licence": licence(flags.get("data"), [entry.get("data") for entry in ancestors(found)]),
+        "data": data_of(meta),
+        "licence": licence(ancestors(found), found.stage, flags),
         "device": runtime.get("device"),
         "dtype": runtime.get("dtype"),
         "world_size": number(runtime.get("world_size")),
@@ -224,15 +229,13 @@ def training(found: Contents, report: Record) -> Record:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def licence(own: Any, before: list[Any]) -> str | None:
-    """Of the texts that it, and what it was trained from, learnt from: nothing is known of any but the starter corpus.
-    `before` has None where the data is not known."""
-    known = {str(name) for name in (own, *before) if name}
-    if not known:
-        return None
-    if others := sorted(known - {"starter"}):
-        return f"unknown, that of the data: {', '.join(others)}"
-    return STARTER_LICENCE if all(before) else f"of its own stage alone, {STARTER_LICENCE}"
+def licence(before: list[Record], stage: str, flags: Record) -> str | None:
+    """Of the data that it, and what it was trained from, learnt from, by data set."""
+    stages = [(entry["stage"], {"data": entry.get("data"), "tasks": entry.get("data")}) for entry in before]
+    sets = [data_sets(name, values) for name, values in [*stages, (stage, flags)] if name in STAGE_KEYS]
+    known = dict.fromkeys(data for stage_sets in sets for data in stage_sets)
+    words = "; ".join(f"{data.short} ({data.licence})" for data in known)
+    return f"{words}; of the stages before it not recorded" if words and [] in sets[:-1] else words or None
 
 
 STAGE_KEYS = {"base": "base_train", "sft": "chat_sft", "rl": "chat_rl"}

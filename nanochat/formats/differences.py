@@ -59,7 +59,7 @@ def compare(
 
 def origin(facts: Record) -> Record:
     """Which run it is of, and from which it was trained directly."""
-    known = {name: facts[name] for name in ("stage", "run") if name in facts}
+    known: Record = {name: facts[name] for name in ("stage", "run") if name in facts}
     if before := facts.get("from"):
         known["from"] = ancestor({name: before[-1][name] for name in ("stage", "run", "step")})
     return known
