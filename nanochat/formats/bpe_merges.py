@@ -5,10 +5,11 @@ token that leaves at most one pair to be joined last, so a list of one pair a to
 same ids (`last_merge` says why).
 """
 
-import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 
-MAX_TOKEN_BYTES, MAX_VOCAB_BYTES = 2**14, 2**23  # a token, and all tokens, of which merges are derived: takes seconds
+UNRANKED = 2**62  # above any rank
+MAX_WORK = 2**28  # sum of the squares of the tokens' lengths; takes seconds, where usual vocabularies have 2**24
 
 
 def _byte_characters() -> dict[int, str]:
@@ -41,29 +42,15 @@ def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] 
     Inside a longer text the same pairs are joined in the same order as long as nothing is joined across the token's
     ends. So no other pair of neighbours ever has the bytes of this token.
     """
-    size = len(token)
-    ends, begins = list(range(1, size + 1)), list(range(-1, size))  # of the part that begins, or ends, at an index
-
-    def candidate(begin: int, middle: int, end: int) -> None:
-        rank = ranks.get(token[begin:end])
-        if rank is not None:
-            heapq.heappush(heap, (rank, begin, middle, end))
-
-    heap: list[tuple[int, int, int, int]] = []
-    for begin in range(size - 1):
-        candidate(begin, begin + 1, begin + 2)
-    while heap:
-        _, begin, middle, end = heapq.heappop(heap)  # the lowest rank, of equal ones the leftmost
-        if ends[begin] != middle or ends[middle] != end:
-            continue  # one of the two was joined to another part meanwhile
-        if end - begin == size:
-            return token[:middle], token[middle:]
-        ends[begin], ends[middle], begins[end] = end, 0, begin
-        if begin:
-            candidate(begins[begin], begin, end)
-        if end < size:
-            candidate(begin, end, ends[end])
-    return None
+    parts = [token[i : i + 1] for i in range(len(token))]
+    found = [ranks.get(left + right, UNRANKED) for left, right in itertools.pairwise(parts)]
+    while len(parts) > 2 and (lowest := min(found)) < UNRANKED:
+        i = found.index(lowest)  # of equal ones the leftmost
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        del found[i]
+        for j in range(max(i - 1, 0), min(i + 1, len(found))):
+            found[j] = ranks.get(parts[j] + parts[j + 1], UNRANKED)
+    return (parts[0], parts[1]) if len(parts) == 2 and found[0] < UNRANKED else None
 
 
 def derive_merges(tokens: Sequence[bytes]) -> dict[bytes, tuple[bytes, bytes] | None]:
@@ -72,7 +59,7 @@ def derive_merges(tokens: Sequence[bytes]) -> dict[bytes, tuple[bytes, bytes] | 
     A token that merging does not reach is used only for a piece of text that it equals. Raises ValueError if the
     tokens are too long.
     """
-    if max(map(len, tokens)) > MAX_TOKEN_BYTES or sum(map(len, tokens)) > MAX_VOCAB_BYTES:
-        raise ValueError(f"it has tokens of more than {MAX_TOKEN_BYTES:,} bytes, or of {MAX_VOCAB_BYTES:,} together")
+    if sum(len(token) ** 2 for token in tokens) > MAX_WORK:
+        raise ValueError(f"its tokens are too long: one has {max(map(len, tokens)):,} bytes")
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return {token: last_merge(token, ranks) for token in tokens if len(token) > 1}
