@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -444,6 +445,16 @@ def test_a_header_that_claims_more_than_there_is(tmp_path: Path, monkeypatch: py
         text = json.dumps({"a": {"dtype": "F32", "shape": [2**60], "data_offsets": [0, end]}}).encode()
         (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
         assert "model.safetensors" in refusal(lambda: read_contents(tmp_path))
+
+
+def test_long_texts_are_cut_and_cost_nothing(places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = places["export"] / "nanochat.json"
+    content = json.loads(path.read_text())
+    content["meta"] |= {"recipe": "x" * 10**6, "user_config": {"data": "a," * 10**6}}
+    path.write_text(json.dumps(content))
+    began = time.perf_counter()
+    assert info.main([str(places["export"])]) == 0
+    assert len(capsys.readouterr().out) < 10_000 and time.perf_counter() - began < 10
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

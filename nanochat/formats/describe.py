@@ -35,6 +35,7 @@ from nanochat.scaling import estimate, scaling_params
 
 Record = dict[str, Any]
 MAX_ANCESTORS = 8
+MAX_DATA = 500  # characters of --data that are read
 
 
 def describe(found: Contents) -> Record:
@@ -232,7 +233,9 @@ def training(found: Contents, report: Record) -> Record:
 def licence(before: list[Record], stage: str, flags: Record) -> str | None:
     """Of the data that it, and what it was trained from, learnt from, by data set."""
     stages = [(entry["stage"], {"data": entry.get("data"), "tasks": entry.get("data")}) for entry in before]
-    sets = [data_sets(name, values) for name, values in [*stages, (stage, flags)] if name in STAGE_KEYS]
+    stages = [(name, values) for name, values in [*stages, (stage, flags)] if name in STAGE_KEYS]
+    # Of a list of many files, the time it takes to part it grows with the square of its length.
+    sets = [data_sets(name, values) if len(str(values.get("data"))) < MAX_DATA else [] for name, values in stages]
     known = dict.fromkeys(data for stage_sets in sets for data in stage_sets)
     words = "; ".join(f"{data.short} ({data.licence})" for data in known)
     return f"{words}; of the stages before it not recorded" if words and [] in sets[:-1] else words or None

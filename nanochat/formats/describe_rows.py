@@ -16,6 +16,7 @@ HF_SIZES = {  # names in config.json of most architectures
     "context": ("max_position_embeddings", "n_positions"),
     "vocabulary": ("vocab_size",),
 }
+MAX_TEXT = 1000  # characters of a value, which a file that others wrote may have millions of
 DTYPE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -34,7 +35,8 @@ def rows_of(facts: Record) -> list[tuple[str, str]]:
         exports,
         notes,
     )
-    return [(name, value) for make in makers for name, value in make(facts) if value]
+    rows = [(name, value) for make in makers for name, value in make(facts) if value]
+    return [(name, value if len(value) <= MAX_TEXT else value[:MAX_TEXT] + "…") for name, value in rows]
 
 
 def identity(facts: Record) -> Iterator[tuple[str, str]]:
