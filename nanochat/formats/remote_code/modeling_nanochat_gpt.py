@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sliding_window_overlay
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -137,6 +137,7 @@ class NanochatGPTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     def _init_weights(self, module):
         """For a model that is trained from nothing, and weights that a folder lacks."""
@@ -283,7 +284,8 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
         if cache is not None:
             n = self.config.num_hidden_layers
             if len(cache.layers) == n:
-                cache.layers.append(DynamicLayer())
+                last, is_static = cache.layers[-1], isinstance(cache.layers[-1], StaticLayer)
+                cache.layers.append(StaticLayer(max_cache_len=last.max_cache_len) if is_static else DynamicLayer())
             ids, _ = cache.update(ids, ids, n, {"cache_position": cache_position})
         before = cache_position - 1
         previous = norm(self.embed_tokens(ids[:, 0, before.clamp(min=0), 0]).to(x.dtype))
