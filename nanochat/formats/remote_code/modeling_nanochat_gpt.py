@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple
 from .configuration_nanochat_gpt import NanochatGPTConfig
 
 MASK_ARGUMENTS = set(inspect.signature(create_causal_mask).parameters)
+HAS_INTERFACE = hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface")  # not in transformers 4
 # transformers 5.24 renamed the cache's argument and output.
 CACHE = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
 
@@ -88,8 +89,10 @@ class NanochatGPTAttention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, {"cache_position": cache_position})
-        # vLLM looks for a call of this form to put its own attention there.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if HAS_INTERFACE:  # vLLM looks for a call of this form to put its own attention there
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention)
         settings = {"dropout": 0.0, "sliding_window": self.sliding_window}
         y, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, **settings, **kwargs)
         return self.o_proj(y.reshape(B, T, -1)), weights
