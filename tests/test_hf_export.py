@@ -223,7 +223,7 @@ def test_saved_again_by_transformers(pair, tmp_path: Path) -> None:
 
 def test_a_model_from_its_config_alone(windows) -> None:
     """Weights are initialised, to be trained from nothing."""
-    _, theirs, out = windows
+    _, _, out = windows
     config = transformers.AutoConfig.from_pretrained(out, trust_remote_code=True)
     fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     assert all(p.isfinite().all() for p in fresh.parameters())
@@ -252,7 +252,7 @@ def test_the_route_of_a_recipe(name: str, tmp_path: Path) -> None:
     assert hf_folder.choose_route(config, "auto") == ("class" if name == "plain" else "code")
     assert hf_code.lacking(config) == []
     if name != "plain":
-        with pytest.raises(UserError, match="value embeddings.*--route=class"):
+        with pytest.raises(UserError, match=r"value embeddings.*--route=class"):
             write_hf(portable(make(config)), tmp_path / "out", "float32", "class")
         assert list(tmp_path.iterdir()) == []
 
@@ -286,7 +286,7 @@ def test_read_config_refuses_what_gpt_does_not_compute(kind) -> None:
         },
     }
     for name, value in wrong[kind].items():
-        with pytest.raises(UserError, match="^it"):
+        with pytest.raises(UserError, match=r"^it"):
             kind.read_config({**values, name: value}, "it")
 
 
