@@ -87,7 +87,7 @@ def write_hf(
         for name in hf_code.CODE_FILES if chosen == "code" else ():
             write_file(folder / name, [(hf_code.CODE / name).read_bytes()])
         write_tokenizer(model.tokenizer, folder, model.is_chat, config.sequence_len)
-        write_card(model, folder, chosen, dtype, card)
+        write_card(model, folder, chosen, dtype, card or CardOptions())
 
 
 def weights(

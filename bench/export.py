@@ -1,0 +1,123 @@
+"""Whether exports compute what GPT computes: `python -m bench.export`, or `--source=sft` for a model that was trained.
+
+Random weights, all large enough to matter, in each recipe by each route, and with grouped heads and short windows:
+the largest difference of logits in transformers over random prompts, and greedy text with its cache and without.
+"""
+
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.common import UserError, get_base_dir, say
+from nanochat.engine import Engine
+from nanochat.formats import hf_class
+from nanochat.formats.hf_folder import Route, write_hf
+from nanochat.formats.portable import PortableModel, read_run
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.recipe import get_recipe
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from scripts import _cli
+
+SEED = 1
+
+
+@dataclass
+class ExportFlags:
+    """Which model, how many prompts."""
+
+    source: str = ""
+    """base, sft or rl: a trained model instead of random ones."""
+    model_tag: str = ""
+    """Its tag."""
+    prompts: int = 200
+    """Random prompts."""
+    longest: int = 1500
+    """Tokens of the longest prompt."""
+    tokens: int = 100
+    """Of greedy text."""
+
+
+def random_models(tokenizer: RustBPETokenizer) -> Iterator[tuple[str, PortableModel, Route]]:
+    """Each with a name and a route."""
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "n_layer": 4, "n_head": 4, "n_embd": 64, "sequence_len": 2048}
+    for recipe in ("small", "published", "later", "plain"):
+        for kv_heads in (4, 1):
+            config = get_recipe(recipe).model(**sizes, n_kv_head=kv_heads)
+            routes: tuple[Route, ...] = ("code",) if hf_class.lacking(config) else ("class", "code")
+            for route in routes:
+                yield f"{recipe}, {kv_heads} key heads, {route}", random_model(config, tokenizer), route
+    config = GPTConfig.later(**{**sizes, "sequence_len": 1024}, n_kv_head=2)
+    config = replace(config, window_pattern="SSL", short_window_divisor=16)
+    yield "later, windows of 128, context 1024, code", random_model(config, tokenizer), "code"
+
+
+def random_model(config: GPTConfig, tokenizer: RustBPETokenizer) -> PortableModel:
+    """Weights as large as in a trained model; scalars between a half and one."""
+    model, generator = GPT.create(config), torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.uniform_(0.5, 1, generator=generator)
+            else:
+                is_table = "wte" in name or "value_embeds" in name
+                p.normal_(0, 1 if is_table else p.size(1) ** -0.5, generator=generator)
+    return PortableModel(config, dict(model.state_dict()), tokenizer, "base", {"model_tag": "random", "step": 0})
+
+
+def compare(model: PortableModel, route: Route, flags: ExportFlags) -> str:
+    """What was found, in words."""
+    from transformers import AutoModelForCausalLM
+
+    ours = GPT.create(model.config)
+    ours.load_state_dict(model.state)
+    with tempfile.TemporaryDirectory() as folder:
+        write_hf(model, Path(folder) / "export", "float32", route)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            Path(folder) / "export", trust_remote_code=True, dtype=torch.float32
+        ).eval()
+    draw, worst = random.Random(SEED), 0.0
+    with torch.inference_mode():
+        for _ in range(flags.prompts):
+            length = draw.randint(1, flags.longest)
+            ids = torch.tensor([draw.choices(range(model.config.vocab_size), k=length)])
+            worst = max(worst, float((theirs(ids).logits - ours(ids)).abs().max()))
+        same = same_text(ours, theirs, model.tokenizer, flags.tokens)
+    return f"largest difference of logits {worst:.1e}; greedy text {', '.join(same)}"
+
+
+def same_text(ours: GPT, theirs: Any, tokenizer: RustBPETokenizer, tokens: int) -> list[str]:
+    """Whether greedy text after a prompt is that of Engine."""
+    prompt = tokenizer.encode("The capital of France is", prepend="<|bos|>")
+    expected = [row[0] for row, _ in Engine(ours, tokenizer).generate(prompt, 1, tokens, temperature=0.0)]
+    found = []
+    for use_cache in (True, False):
+        ids = torch.tensor([prompt])
+        given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "use_cache": use_cache}
+        text = theirs.generate(ids, max_new_tokens=tokens, **given)[0, len(prompt) :].tolist()
+        verdict = "equal" if text[: len(expected)] == expected else "DIFFERENT"
+        found.append(f"{verdict} ({'cached' if use_cache else 'not cached'}, {len(expected)} tokens)")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = _cli.parse(ExportFlags, argv)
+    base_dir = get_base_dir(to_write=False)
+    if not flags.source:
+        for name, model, route in random_models(get_tokenizer(base_dir / "tokenizer")):
+            say(f"{name}: {compare(model, route, flags)}")
+        return 0
+    if flags.source not in ("base", "sft", "rl"):
+        raise UserError(f"--source is base, sft or rl, got {flags.source}")
+    model = read_run(base_dir, flags.source, flags.model_tag)
+    longest = min(flags.longest, model.config.sequence_len)
+    say(f"{flags.source} model: {compare(model, 'auto', replace(flags, longest=longest))}")
+    return 0
+
+
+if __name__ == "__main__":
+    _cli.run(main)
