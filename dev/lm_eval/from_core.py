@@ -28,7 +28,7 @@ class NoTokens:
 def documents(task: CoreTask, max_items: int) -> list[dict[str, Any]]:
     """{"context", "choices", "gold"} of the items in base_eval's order: few-shot prompts, and what follows them."""
     found = []
-    for item, shots in reference_shots(task, max_items):
+    for item, shots in reference_shots(task, len(task.items) if max_items < 0 else max_items):
         text = reference_example(task, item, shots, NoTokens()).texts[0]
         context = text.removesuffix(item["choices"][0])
         found.append({"context": context, "choices": item["choices"], "gold": item["gold"]})
