@@ -50,7 +50,7 @@ def write_card(
     folder: Path,
     route: str,
     dtype: str,
-    options: CardOptions = CardOptions(),
+    options: CardOptions | None = None,
     base_dir: Path | None = None,
 ) -> None:
     """Write README.md, and the pictures of its curves, into the folder of an export.
