@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import tyro
 
 from nanochat.common import UserError, get_base_dir, say
+from nanochat.formats.card_front import CardOptions
 from nanochat.formats.hub import open_push, push
-from nanochat.formats.model_card import CardOptions
 from nanochat.formats.portable import read_run
 from nanochat.reporting.machine import package_version
 from nanochat.train.commands import describe_flags
@@ -71,10 +71,10 @@ def export(config: Config) -> None:
     if config.to != "gguf" and config.dtype == "q8_0":
         raise UserError(f"--dtype=q8_0 belongs to --to=gguf; choose float32 or bfloat16 with --to={config.to}")
     model = read_run(get_base_dir(to_write=False), config.source, config.model_tag, config.step)
+    card = CardOptions(config.license, config.push, public_command(config))
     if config.to == "hf":
         from nanochat.formats.hf_folder import write_hf
 
-        card = CardOptions(config.license, config.push, public_command(config))
         write_hf(model, Path(config.out), config.dtype, config.route, card)
     elif config.to == "mlx":
         from nanochat.formats.mlx_folder import write_mlx
@@ -83,7 +83,7 @@ def export(config: Config) -> None:
     elif config.to == "onnx":
         from nanochat.formats.onnx_folder import write_onnx
 
-        write_onnx(model, Path(config.out), config.dtype, config.int8)
+        write_onnx(model, Path(config.out), config.dtype, config.int8, card)
     else:
         from nanochat.formats.gguf_file import write_gguf
 

@@ -20,6 +20,11 @@ def git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def owns(user: str | None, name: str) -> bool:
+    """Whether a repository is in the user's namespace, or in that of the organisation that each of them has."""
+    return user is not None and name.partition("/")[0] in (user, f"{user}-org")
+
+
 @dataclass
 class Repo:
     """A model: commits, the first first, each (id, message, files by name)."""
@@ -104,6 +109,9 @@ class FakeHub:
     def route(self, request: Any, path: str, body: bytes, user: str | None) -> None:
         if path == "/api/repos/create":
             return self.create(request, json.loads(body), user)
+        if path == "/api/whoami-v2":
+            value = {"name": user, "orgs": [{"name": f"{user}-org"}]}
+            return self.answer(request, 200 if user else 401, value=value)
         if path == "/api/validate-yaml":
             return self.validate(request, json.loads(body)["content"])
         if match := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):
@@ -116,10 +124,10 @@ class FakeHub:
             path,
         )
         repo = self.repos.get(match[1]) if match else None
-        if match is None or repo is None or (repo.private and user != match[1].split("/")[0]):
+        if match is None or repo is None or (repo.private and not owns(user, match[1])):
             return self.answer(request, 404 if user else 401, {"X-Error-Code": "RepoNotFound"})
         verb = match[3] or ("batch" if match[2] else "info")
-        if verb in ("preupload", "commit", "batch") and user != match[1].split("/")[0]:
+        if verb in ("preupload", "commit", "batch") and not owns(user, match[1]):
             return self.answer(request, 403, {"X-Error-Message": "Forbidden"})
         if verb in ("info", "revision", "resolve"):
             return self.read(request, match[1], repo, verb, match[4] or "main", match[5])
@@ -128,7 +136,7 @@ class FakeHub:
 
     def create(self, request: Any, asked: dict[str, Any], user: str | None) -> None:
         name = f"{asked['organization']}/{asked['name']}"
-        if user != asked["organization"]:
+        if not owns(user, name):
             return self.answer(request, 403, {"X-Error-Message": "Forbidden"})
         if name in self.repos:
             return self.answer(request, 409, value={"url": f"{self.url}/{name}"})

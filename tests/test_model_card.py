@@ -17,9 +17,9 @@ import yaml
 
 from nanochat.common import UserError
 from nanochat.formats import model_card
-from nanochat.formats.card_front import BENCHMARKS
+from nanochat.formats.card_front import BENCHMARKS, CardOptions
 from nanochat.formats.hf_folder import write_hf
-from nanochat.formats.model_card import CardOptions, write_card
+from nanochat.formats.model_card import write_card
 from nanochat.formats.portable import PortableModel, read_run
 from nanochat.formats.training_data import (
     CONVERSATIONS,
@@ -305,12 +305,19 @@ def test_the_command_line(here: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_the_card_of_a_graph(here: Path, tmp_path: Path) -> None:
+    model = read_run(here, "sft")
+    card = card_of(model, tmp_path / "out", CardOptions(name="alice/graph"), route="onnx")
+    assert front_of(card)["library_name"] == "transformers.js"
+    assert "alice/graph" in card and "trust_remote_code" not in card and "q8" not in card
+
+
 def test_the_code_of_a_card_runs(here: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     sizes = {"sequence_len": 128, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
     program = []
     for config, source in ((GPTConfig.plain(**sizes), "base"), (GPTConfig.later(**sizes), "rl")):
-        out = tmp_path / source
+        out = tmp_path / f"out-{source}"
         write_hf(random_model(config, source, {}, read_run(here, "sft")), out, "float32")
         code = "\n".join(re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S))
         assert ("trust_remote_code" in code) == (source == "rl")

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from nanochat.common import UserError
 from nanochat.formats.history import Stage
 from nanochat.formats.portable import PortableModel
 from nanochat.reporting.curves import Record
@@ -30,27 +32,39 @@ BENCHMARKS = {
 HUB_ORIGIN = re.compile(r"hub:([\w.-]+/[\w.-]+)(@[0-9a-f]{40})?")  # of an imported model, as import_model records it
 
 
-def front_matter(model: PortableModel, stages: Sequence[Stage], report: Record, licence: str, name: str) -> str:
-    """The YAML block with its lines of dashes, as the hub's schema has it.
+@dataclass(frozen=True)
+class CardOptions:
+    """What the export was asked for."""
 
-    `name` stands beside evaluation results.
-    """
+    licence: str = ""  # of the weights: an SPDX identifier as the hub writes it, or any name; "": not stated
+    name: str = ""  # on the hub, if it is pushed there
+    command: str = ""  # that made the export
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.+-]{0,60}", self.licence, re.ASCII):
+            raise UserError(f"--license takes an identifier such as mit, apache-2.0 or cc-by-4.0, got {self.licence!r}")
+
+
+def front_matter(
+    model: PortableModel, stages: Sequence[Stage], report: Record, options: CardOptions, route: str
+) -> str:
+    """The YAML block with its lines of dashes, as the hub's schema has it."""
     from huggingface_hub import ModelCardData
 
     sets = [one for stage in stages for one in stage.data()]
     known = bool(sets) and all(stage.data() for stage in stages) and all(one.language for one in sets)
-    listed = licence in LICENCES
+    licence, listed = options.licence, options.licence in LICENCES
     results = evaluation_results(model.source, report)
     data = ModelCardData(
         language=sorted({one.language for one in sets}) if known else None,
         license=(licence if listed else "other") if licence else None,
         license_name=licence.lower() if licence and not listed else None,
-        library_name="transformers",
+        library_name="transformers.js" if route == "onnx" else "transformers",
         pipeline_tag="text-generation",
         tags=["nanochat", *(["conversational"] if model.is_chat else [])],
         datasets=list(dict.fromkeys(one.hub for one in sets if one.hub)) or None,
         base_model=next((found[1] for stage in stages if (found := HUB_ORIGIN.fullmatch(stage.origin))), None),
-        model_name=name if results else None,
+        model_name=(options.name.rpartition("/")[2] or "nanochat") if results else None,
         eval_results=results or None,
     )
     return f"---\n{data}\n---\n"

@@ -19,8 +19,9 @@ from typing_extensions import TypedDict
 from nanochat.checkpoint.tensor_file import tensor_chunks, write_file
 from nanochat.common import UserError
 from nanochat.formats import hf_class, hf_code
+from nanochat.formats.card_front import CardOptions
 from nanochat.formats.hf_tokenizer import write_tokenizer
-from nanochat.formats.model_card import CardOptions, write_card
+from nanochat.formats.model_card import write_card
 from nanochat.formats.portable import PortableModel, new_folder
 from nanochat.formats.training_data import public_flags
 from nanochat.gpt_config import GPTConfig

@@ -60,6 +60,7 @@ def open_push(name: str, private: bool, **settings: Any) -> Push:
 
     found = hub.call(look)
     if found is None:
+        check_owner(hub)
         return Push(hub, private, None, set())
     files = {file.rfilename for file in found.siblings or ()}
     if files - {".gitattributes", "README.md"} and "nanochat.json" not in files:
@@ -67,6 +68,14 @@ def open_push(name: str, private: bool, **settings: Any) -> Push:
     if private and not found.private:
         raise UserError(f"{name} exists and is public; make it private in its settings first: {hub.url}/settings")
     return Push(hub, bool(found.private), found.sha, files)
+
+
+def check_owner(hub: Hub) -> None:
+    """Raise UserError if the token's owner can have no repository of this name, or one that the token does not show."""
+    who = hub.call(hub.api.whoami)
+    names = [str(who.get("name")), *(str(one.get("name")) for one in who.get("orgs") or ())]
+    if hub.name.partition("/")[0] not in names:
+        raise UserError(f"the token belongs to {names[0]}: push to {'/… or '.join(names[:5])}/…, or {hub.login}")
 
 
 def push(folder: Path, to: Push, message: str) -> str:

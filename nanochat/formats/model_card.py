@@ -6,7 +6,6 @@ the user's own (training_data.py). Everything about the training may be missing,
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nanochat.common import UserError, atomic_write, format_count, format_seconds, get_base_dir
-from nanochat.formats.card_front import front_matter
+from nanochat.common import atomic_write, format_count, format_seconds, get_base_dir
+from nanochat.formats.card_front import CardOptions, front_matter
 from nanochat.formats.card_plots import draw_curves
 from nanochat.formats.history import Stage, history_of, own_report, part
 from nanochat.formats.portable import PortableModel
@@ -32,19 +31,6 @@ SAMPLES, SAMPLE_LENGTH = 4, 300
 SMALL = 10**9  # parameters below which a model is called small
 
 
-@dataclass(frozen=True)
-class CardOptions:
-    """What the export was asked for."""
-
-    licence: str = ""  # of the weights: an SPDX identifier as the hub writes it, or any name; "": not stated
-    name: str = ""  # on the hub, if it is pushed there
-    command: str = ""  # that made the export
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.+-]{0,60}", self.licence, re.ASCII):
-            raise UserError(f"--license takes an identifier such as mit, apache-2.0 or cc-by-4.0, got {self.licence!r}")
-
-
 def write_card(
     model: PortableModel,
     folder: Path,
@@ -55,16 +41,17 @@ def write_card(
 ) -> None:
     """Write README.md, and the pictures of its curves, into the folder of an export.
 
-    `route` is class or code, `dtype` that of the weights. `base_dir` holds the model's runs and their report.
+    `route` is class, code or onnx, `dtype` that of the weights. `base_dir` holds the model's runs and their report.
     """
     options = options or CardOptions()
     base_dir = (base_dir or get_base_dir(to_write=False)).resolve()
     stages = history_of(model, base_dir)
     report = own_report(stages, base_dir)
     values = {
-        "front": front_matter(model, stages, report, options.licence, options.name.rpartition("/")[2] or "nanochat"),
+        "front": front_matter(model, stages, report, options, route),
         "curves": draw_curves(stages, folder),
         "route": route,
+        "int8": any(folder.glob("onnx/*quantized*")),
         "lossy": dtype == "bfloat16",
         "name": options.name,
         "command": options.command,

@@ -5,7 +5,7 @@ out/
   onnx/model_quantized.onnx                 int8, on request
   config.json  generation_config.json       as of a Hugging Face folder: the sizes of the cache, where an answer ends
   tokenizer.json  tokenizer_config.json  ...
-  nanochat.json                             as of every export (hf_folder.NanochatFile)
+  nanochat.json  README.md                  as of every export (hf_folder.NanochatFile, model_card.py)
 
 Its layout is that of transformers.js, which Optimum reads too.
 """
@@ -15,8 +15,10 @@ from typing import Any
 
 from nanochat.common import UserError
 from nanochat.formats import hf_class
+from nanochat.formats.card_front import CardOptions
 from nanochat.formats.hf_folder import ABOUT, CONFIG, about, generation_config, write_json
 from nanochat.formats.hf_tokenizer import write_tokenizer
+from nanochat.formats.model_card import write_card
 from nanochat.formats.onnx_builder import import_onnx
 from nanochat.formats.onnx_graph import build_graph, smear_layers
 from nanochat.formats.portable import PortableModel, new_folder
@@ -24,7 +26,9 @@ from nanochat.formats.portable import PortableModel, new_folder
 GRAPHS, FLOAT, INT8 = "onnx", "model.onnx", "model_quantized.onnx"
 
 
-def write_onnx(model: PortableModel, out: Path, dtype: str = "float32", int8: bool = False) -> None:
+def write_onnx(
+    model: PortableModel, out: Path, dtype: str = "float32", int8: bool = False, card: CardOptions | None = None
+) -> None:
     """Create the folder `out`. Raises UserError if it exists, for another dtype, and without the package onnx."""
     if dtype != "float32":
         raise UserError(
@@ -43,6 +47,7 @@ def write_onnx(model: PortableModel, out: Path, dtype: str = "float32", int8: bo
         write_json(folder / "generation_config.json", generation_config(model))
         write_json(folder / ABOUT, about(model, "onnx", dtype))
         write_tokenizer(model.tokenizer, folder, model.is_chat, model.config.sequence_len)
+        write_card(model, folder, "onnx", dtype, card)
 
 
 def config_json(model: PortableModel, external: dict[str, int], int8: bool) -> dict[str, Any]:
