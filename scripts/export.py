@@ -66,8 +66,10 @@ def export(config: Config) -> None:
     for name, kind in (("route", "hf"), ("int8", "onnx")):
         if config.to != kind and getattr(config, name) != getattr(Config, name):
             raise UserError(f"--{name} belongs to --to={kind}; leave it out with --to={config.to}")
-    if config.to == "gguf" and config.push:
-        raise UserError("--push uploads folders; a GGUF file can be uploaded with: hf upload USER/NAME FILE")
+    if config.to in ("gguf", "mlx") and config.push:
+        raise UserError(
+            f"--push is for --to=hf and --to=onnx; upload this one with: hf upload {config.push} {config.out}"
+        )
     if config.to != "gguf" and config.dtype == "q8_0":
         raise UserError(f"--dtype=q8_0 belongs to --to=gguf; choose float32 or bfloat16 with --to={config.to}")
     model = read_run(get_base_dir(to_write=False), config.source, config.model_tag, config.step)
