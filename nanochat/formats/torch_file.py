@@ -122,8 +122,8 @@ class TorchFile:
         """The entries by their names without NAME/, each checked: not compressed, and its bytes its own."""
         if self.file.read(4) != b"PK\3\4":
             raise UserError(
-                f"{self.path} is not in the format of torch.save since PyTorch 1.6. If you trust it, so that it may "
-                "run what it likes, write it anew: torch.save(torch.load(FILE, weights_only=False), FILE)"
+                f"{self.path} is not in the format of torch.save since PyTorch 1.6. If you trust it with your machine, "
+                "load it with PyTorch and save its state dict again"
             )
         try:
             with zipfile.ZipFile(LimitedReads(self.file)) as container:
