@@ -1,5 +1,6 @@
 """Bring a model here: `python -m scripts.import_model PATH -g TAG` writes a checkpoint for all stages to go on from."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,15 @@ from nanochat.formats.published import parse_assumed
 from nanochat.formats.read_model import Options, read_model
 from scripts import _cli
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
 
 @dataclass
 class Config:
-    """Import a model: an export's folder, a published checkpoint, or a run's folder of another machine."""
+    """Import a model: a Hugging Face folder, a published checkpoint, or a run's folder of another machine."""
 
     path: tyro.conf.Positional[str]
-    """The folder, or a file such as model_000100.pt."""
+    """The folder, a file such as model_000100.pt, or a name on the hub: ORG/NAME."""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
     """Tag of the run to create; empty takes the folder's name."""
     source: Annotated[Literal["auto", "base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "auto"
@@ -29,21 +32,26 @@ class Config:
     """Step to take of several; -1 takes the last."""
     tokenizer: str = ""
     """tokenizer.pkl of a published checkpoint, or its folder; empty looks beside it and in its base folder."""
+    base: str = ""
+    """Folder of the model that a LoRA adapter belongs to: they are merged."""
+    revision: str = "main"
+    """Branch, tag or commit on the hub."""
     assume: str = ""
     """Of a published checkpoint, what its files do not say: rope_base=10000,qk_scale=1."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
-    path = Path(config.path)
+    path = find(config.path, config.revision)
     options = Options(
         source="" if config.source == "auto" else config.source,
         step=config.step,
         tokenizer=Path(config.tokenizer) if config.tokenizer else None,
         assumed=parse_assumed(config.assume),
+        base=Path(config.base) if config.base else None,
     )
+    tag, base_dir = config.model_tag or default_tag(config.path), get_base_dir()
     model = read_model(path, options)
-    tag, base_dir = config.model_tag or default_tag(path), get_base_dir()
     folder = write_checkpoint(model, base_dir, tag, config.path)
     for line in describe(model, folder):
         say(visible(line))
@@ -51,9 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def default_tag(path: Path) -> str:
-    """The name of the folder that holds the files."""
-    folder = path.absolute() if path.is_dir() else path.absolute().parent
+def find(path: str, revision: str) -> Path:
+    """The path itself, or the folder that a name on the hub was downloaded to."""
+    if Path(path).exists() or not HUB_NAME.fullmatch(path):
+        return Path(path)
+    from nanochat.formats.hub import pull
+
+    return pull(path, get_base_dir(), revision)
+
+
+def default_tag(path: str) -> str:
+    """The name of the folder that holds the files, or of the model on the hub."""
+    folder = Path(path).absolute() if not Path(path).is_file() else Path(path).absolute().parent
     return folder.parent.name if folder.name.isdigit() else folder.name
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_helpers import STATES, config, seal, tokenizer
-from hostile_files import ODD_FILES, fifo, huge, mutate_file, reseal
+from export_helpers import export, make_model
+from hostile_files import ODD_FILES, fifo, huge, mutate_bytes, mutate_file, reseal
+from import_helpers import make_model as make_published, write_published
 
 from nanochat.checkpoint.runs import run_dir
 from nanochat.checkpoint.saving import save_checkpoint
@@ -24,6 +28,7 @@ from nanochat.common import UserError
 from nanochat.common.files import JSON_BYTES, read_file, read_json
 from nanochat.data.batches import saved_numbers
 from nanochat.data.corpus import STATE_KEY, BadShards
+from nanochat.formats.read_model import read_model
 from nanochat.gpt import GPT
 from nanochat.planning.law import Law
 from nanochat.report import load_report, record_stage, render_report
@@ -264,3 +269,133 @@ def test_a_scaling_law_of_other_types(tmp_path: Path) -> None:
         content = json.loads((tmp_path / "law.json").read_text()) | change
         (tmp_path / "bad.json").write_text(json.dumps(content))
         assert next(iter(change)) in refusal(lambda: Law.load(tmp_path / "bad.json"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models to import
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published base folder and an export."""
+    folder = tmp_path_factory.mktemp("theirs")
+    write_published(folder, make_published("later"))
+    export(make_model("class"), folder / "export")
+    return folder
+
+
+PUBLISHED_FILES = [
+    "base_checkpoints/d3/model_000100.pt",
+    "base_checkpoints/d3/meta_000100.json",
+    "tokenizer/tokenizer.pkl",
+]
+EXPORT_FILES = [f"export/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json", "nanochat.json")]
+
+
+def import_of(name: str, base: Path) -> Path:
+    return base / ("export" if name in EXPORT_FILES else "base_checkpoints/d3")
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED_FILES, *EXPORT_FILES])
+def test_a_mutated_model_is_imported_right_or_refused(name: str, theirs: Path, tmp_path: Path) -> None:
+    shutil.copytree(theirs, tmp_path, dirs_exist_ok=True)
+    data, path, refused = (theirs / name).read_bytes(), tmp_path / name, 0
+    for number in range(25):
+        rng = random.Random(number)
+        if path.suffix in (".pt", ".pkl"):
+            path.write_bytes(mutate_bytes(data, rng))
+        else:
+            mutate_file(path, rng)
+        began = time.perf_counter()
+        try:
+            read_model(import_of(name, tmp_path))
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, number
+            refused += 1
+        assert time.perf_counter() - began < 20, number
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+        path.write_bytes(data)
+    assert refused > 5
+
+
+@pytest.mark.parametrize("make", ODD_FILES, ids=lambda make: getattr(make, "__name__", "link"))
+@pytest.mark.parametrize("name", [*PUBLISHED_FILES, *EXPORT_FILES[:3]])
+def test_odd_files_are_no_models(name: str, make: Callable[[Path], Any], theirs: Path, tmp_path: Path) -> None:
+    shutil.copytree(theirs, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    refusal(lambda: read_model(import_of(name, tmp_path)))
+
+
+class Runs:
+    """Creates the file `canary` when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.canary,)
+
+
+def rezip(path: Path, change: Callable[[dict[str, bytes]], Any], compression: int = zipfile.ZIP_STORED) -> None:
+    """Write a zip file again with other entries."""
+    with zipfile.ZipFile(path) as old:
+        entries = {info.filename: old.read(info) for info in old.infolist()}
+    change(entries)
+    with zipfile.ZipFile(path, "w", compression) as new:
+        for name, data in entries.items():
+            new.writestr(name, data)
+
+
+def test_code_in_models_is_not_run(theirs: Path, tmp_path: Path) -> None:
+    shutil.copytree(theirs, tmp_path, dirs_exist_ok=True)
+    model, tokenizer = tmp_path / PUBLISHED_FILES[0], tmp_path / PUBLISHED_FILES[2]
+    canary, attack = tmp_path / "canary", Runs(tmp_path / "canary")
+    good = tokenizer.read_bytes()
+    tokenizer.write_bytes(pickle.dumps(attack))
+    assert "touch" in refusal(lambda: read_model(model.parent)) or "Path" in refusal(lambda: read_model(model.parent))
+    tokenizer.write_bytes(good)
+    torch.save({"transformer.wte.weight": attack}, model)
+    refusal(lambda: read_model(model.parent))
+    model.write_bytes(pickle.dumps(attack))
+    refusal(lambda: read_model(model.parent))
+    export_folder = tmp_path / "export"
+    (export_folder / "modeling_nanochat_gpt.py").write_text(f"open({str(canary)!r}, 'w')")
+    config = json.loads((export_folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "modeling_nanochat_gpt.X"}
+    (export_folder / "config.json").write_text(json.dumps(config))
+    read_model(export_folder)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"n": torch.zeros(1).expand(2**40)}, "damaged"),
+        ({"n": torch.zeros(4)[:0].expand(2**40, 0)}, ""),
+        ({"n": torch.zeros(4, dtype=torch.int64)}, ""),
+        ({"n": {"m": torch.zeros(4)}}, "'n'"),
+        ([torch.zeros(4)], "state dict"),
+        ({"a\nb": torch.zeros(4)}, "name"),
+        ({1: torch.zeros(4)}, "name"),
+        ({f"n{i}": tensor for tensor in [torch.zeros(1000)] for i in range(9)}, "larger"),
+    ],
+)
+def test_hostile_tensors(values: Any, word: str, theirs: Path, tmp_path: Path) -> None:
+    shutil.copytree(theirs, tmp_path, dirs_exist_ok=True)
+    torch.save(values, tmp_path / PUBLISHED_FILES[0])
+    assert word in refusal(lambda: read_model(tmp_path / PUBLISHED_FILES[0]))
+
+
+@pytest.mark.parametrize("name", ["model_000100/../x", "/etc/passwd", "model_000100/code/x.py", "other/data/0"])
+def test_hostile_containers(name: str, theirs: Path, tmp_path: Path) -> None:
+    shutil.copytree(theirs, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / PUBLISHED_FILES[0]
+    rezip(path, lambda entries: entries.update({name: b"x"}))
+    assert repr(name) in refusal(lambda: read_model(path.parent))
+    shutil.copy(theirs / PUBLISHED_FILES[0], path)
+    rezip(path, lambda entries: None, zipfile.ZIP_DEFLATED)
+    assert "compressed" in refusal(lambda: read_model(path.parent))

@@ -111,7 +111,7 @@ def read_published(found: Found, tokenizer: RustBPETokenizer, assumed: Mapping[s
         after = {name: padded(name, shape, config) for name, shape in shapes.items() if name not in tables}
         filled = {name: (config.n_layer,) for name in ("resid_lambdas", "x0_lambdas") if name in expected}
         check_shapes(expected, filled | after, found.model)
-        for table in tables:
+        for table in sorted(tables):
             check_table(saved, names[table], table, config, found.model)
         state = {name: pad(saved.read(names[name]).float(), after[name]) for name in after}
     for name in filled.keys() - state.keys():

@@ -10,11 +10,13 @@ from nanochat.checkpoint.manifest import MANIFEST
 from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS
 from nanochat.checkpoint_manager import check_shapes, open_checkpoint
 from nanochat.common import UserError
+from nanochat.formats.hf_folder import CONFIG
+from nanochat.formats.hf_import import ADAPTER_CONFIG, read_adapter, read_hf
 from nanochat.formats.portable import PortableModel
 from nanochat.formats.published import Found, find_published, parameter_shapes, read_published, read_tokenizer_pickle
 from nanochat.tokenizer import FILE_NAME, RustBPETokenizer
 
-READABLE = "a folder of `scripts.export --to=hf`, a published checkpoint (model_*.pt), or a run's folder of nanochat"
+READABLE = "a Hugging Face folder of a nanochat model, a published checkpoint (model_*.pt), or a run's folder"
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Options:
     step: int = -1
     tokenizer: Path | None = None  # a file, or the folder of one
     assumed: Mapping[str, Any] = field(default_factory=dict)  # see published.ASSUMED
-    base: Path | None = None  # of an adapter
+    base: Path | None = None  # folder of the model that an adapter changes
 
 
 def read_model(path: Path, options: Options | None = None) -> PortableModel:
@@ -58,6 +60,10 @@ def _read(path: Path, options: Options) -> PortableModel:
         return read_own(path, options.step)
     if is_onnx(path):
         raise UserError(f"{path} holds an ONNX graph, which runs and cannot be read back: import an export --to=hf")
+    if (path / ADAPTER_CONFIG).exists():
+        return read_adapter(path, options.base)
+    if (path / CONFIG).exists():
+        return read_hf(path)
     raise UserError(f"{path} is no model that can be read: give {READABLE}")
 
 

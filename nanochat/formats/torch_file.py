@@ -120,7 +120,11 @@ class TorchFile:
 
     def _read_directory(self) -> dict[str, zipfile.ZipInfo]:
         """The entries by their names without NAME/, each checked: not compressed, and its bytes its own."""
-        if self.file.read(4) != b"PK\3\4":
+        try:
+            magic = self.file.read(4)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
+        if magic != b"PK\3\4":
             raise UserError(
                 f"{self.path} is not in the format of torch.save since PyTorch 1.6. If you trust it with your machine, "
                 "load it with PyTorch and save its state dict again"
