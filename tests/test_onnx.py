@@ -19,6 +19,7 @@ from nanochat.formats.onnx_builder import quantize_rows
 from nanochat.formats.onnx_folder import write_onnx
 from nanochat.formats.onnx_graph import build_graph, smear_layers
 from nanochat.formats.portable import PortableModel
+from nanochat.formats.read_contents import read_contents
 from nanochat.formats.read_model import read_model
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
@@ -228,6 +229,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--route"):
         export.main(["--to=onnx", "--route=code", str(tmp_path / "out")])
     write_onnx(model, tmp_path / "there")
+    assert read_contents(tmp_path / "there").config == model.config  # nanochat info
     with pytest.raises(UserError, match="exists"):
         write_onnx(model, tmp_path / "there")
     for path in (tmp_path / "there", tmp_path / "there/onnx", tmp_path / "there/onnx/model.onnx"):
