@@ -178,7 +178,7 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
         if config.smear and (config._attn_implementation or "").startswith(("vllm", "paged")):
             raise ValueError(
                 "this network takes a share of the previous token's embedding (smear), which vLLM and paged caches "
-                "do not keep: its text would be wrong there; serve it with nanochat's chat_web or transformers serve"
+                "do not keep: its text would be wrong there; serve it with nanochat's chat_web"
             )
         n, C, V = config.num_hidden_layers, config.hidden_size, config.vocab_size
         self.embed_tokens = nn.Embedding(V, C)
