@@ -301,8 +301,8 @@ def test_files_of_an_export(windows) -> None:
         if path.suffix in (".json", ".py", ".jinja"):
             assert str(out) not in path.read_text() and str(Path.home()) not in path.read_text()
     ends = json.loads((out / "generation_config.json").read_text())
-    assert ends["eos_token_id"] == [TOKENIZER.encode_special("<|assistant_end|>"), BOS]
-    assert ends["pad_token_id"] == BOS
+    assert ends["eos_token_id"] == [ends["pad_token_id"], BOS]
+    assert ends["pad_token_id"] == TOKENIZER.encode_special("<|assistant_end|>")
     about = json.loads((out / "nanochat.json").read_text())
     assert about["model_config"] == WINDOWS.to_dict() and about["meta"]["step"] == 7
 

@@ -108,13 +108,12 @@ def weights(
 def generation_config(model: PortableModel) -> dict[str, Any]:
     """generation_config.json: where an answer ends, and how chat_cli samples.
 
-    Padding is <|bos|>, which ends texts too: generate takes any other padding token that it finds in a prompt for
-    padding, and would mask it.
+    Padding is a token that ends texts: generate takes any other that it finds in a prompt for padding, and masks it.
     """
-    bos = model.tokenizer.get_bos_token_id()
-    ends = [model.tokenizer.encode_special("<|assistant_end|>"), bos] if model.is_chat else bos
+    bos, end = model.tokenizer.get_bos_token_id(), model.tokenizer.encode_special("<|assistant_end|>")
+    ends = [end, bos] if model.is_chat else [bos]
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 50}
-    return {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": bos, **sampling}
+    return {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": ends[0], **sampling}
 
 
 def about(model: PortableModel, route: Literal["class", "code", "onnx"], dtype: str) -> NanochatFile:
