@@ -15,10 +15,10 @@ import tyro
 from nanochat.checkpoint.runs import find_run
 from nanochat.common import get_base_dir, say, visible
 from nanochat.common.output import ProgressLine
-from nanochat.formats.contents import Contents
-from nanochat.formats.difference_rows import TENSOR_COLUMNS, rows_of, tensor_rows
-from nanochat.formats.differences import compare
-from nanochat.formats.read_contents import read_contents
+from nanochat.inspection.contents import Contents
+from nanochat.inspection.difference_rows import TENSOR_COLUMNS, rows_of, tensor_rows
+from nanochat.inspection.differences import compare
+from nanochat.inspection.read_contents import read_contents
 from nanochat.report import to_json
 from nanochat.reporting.console import print_table
 from scripts import _cli
@@ -39,7 +39,7 @@ class Config:
     tensors: bool = False
     """List every tensor that differs, not only their groups."""
     json: bool = False
-    """Print JSON (nanochat/formats/differences.py lists its keys) instead of tables."""
+    """Print JSON (nanochat/inspection/differences.py lists its keys) instead of tables."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,10 +15,10 @@ import tyro
 
 from nanochat.checkpoint.runs import find_run
 from nanochat.common import UserError, get_base_dir, say
-from nanochat.formats.describe import describe
-from nanochat.formats.describe_rows import rows_of
-from nanochat.formats.overview import COLUMNS, is_base_dir, overview_rows, runs_of
-from nanochat.formats.read_contents import read_contents
+from nanochat.inspection.describe import describe
+from nanochat.inspection.describe_rows import rows_of
+from nanochat.inspection.overview import COLUMNS, is_base_dir, overview_rows, runs_of
+from nanochat.inspection.read_contents import read_contents
 from nanochat.reporting.console import print_facts, print_table
 from scripts import _cli
 
@@ -37,7 +37,7 @@ class Config:
     verify: bool = False
     """Read all files of a checkpoint and compare them with their recorded hashes."""
     json: bool = False
-    """Print JSON (nanochat/formats/describe.py lists its keys) instead of a table."""
+    """Print JSON (nanochat/inspection/describe.py lists its keys) instead of a table."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ LAYERS = (
     "gpt gpt_config flash_attention loss_head fp8",
     "optim optimizer checkpoint checkpoint_manager inference scaling",
     "engine evals core_eval loss_eval planning train recipe trainer",
-    "rl serve formats",
+    "rl serve formats inspection",
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names.split()}
 

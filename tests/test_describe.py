@@ -20,12 +20,12 @@ from nanochat.checkpoint.runs import run_dir
 from nanochat.checkpoint.saving import save_checkpoint
 from nanochat.checkpoint.tensor_file import DTYPES, read_tensor, tensor_chunks, write_file
 from nanochat.common import UserError
-from nanochat.formats.describe import describe
-from nanochat.formats.differences import compare
 from nanochat.formats.hf_folder import write_hf
 from nanochat.formats.portable import PortableModel
-from nanochat.formats.read_contents import read_contents
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.inspection.describe import describe
+from nanochat.inspection.differences import compare
+from nanochat.inspection.read_contents import read_contents
 from nanochat.report import record_stage
 from scripts import diff, info
 
@@ -139,7 +139,7 @@ def test_the_cache_and_the_windows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["plain", "published", "later"])
 def test_forms(form: str) -> None:
-    from nanochat.formats.describe import FORMS, nearest_form
+    from nanochat.inspection.describe import FORMS, nearest_form
 
     network = FORMS[form](**{**SIZES, "n_layer": 4})
     assert nearest_form(network) == (form, {})
@@ -316,7 +316,7 @@ def test_numbers_that_are_not_finite_and_rare_dtypes(tmp_path: Path) -> None:
 
 
 def test_without_values_nothing_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanochat.formats.tensor_diff.compare_values", None)
+    monkeypatch.setattr("nanochat.inspection.tensor_diff.compare_values", None)
     found = compare(read_contents(step_of(saved, step=20)), read_contents(step_of(saved)), values=False)
     assert found["weights"]["compared"] == "shapes" and found["same"]
 
@@ -401,7 +401,7 @@ FILES = [
 
 def described_or_refused(path: Path) -> None:
     """It is either described, as JSON and as rows, or refused in one line."""
-    from nanochat.formats.describe_rows import rows_of
+    from nanochat.inspection.describe_rows import rows_of
 
     try:
         facts = describe(read_contents(path))

@@ -19,9 +19,9 @@ from nanochat.formats.onnx_builder import quantize_rows
 from nanochat.formats.onnx_folder import write_onnx
 from nanochat.formats.onnx_graph import build_graph, smear_layers
 from nanochat.formats.portable import PortableModel
-from nanochat.formats.read_contents import read_contents
 from nanochat.formats.read_model import read_model
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.inspection.read_contents import read_contents
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import export
 

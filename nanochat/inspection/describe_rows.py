@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanochat.common import format_count, format_seconds
-from nanochat.formats.contents import KINDS
+from nanochat.inspection.contents import KINDS
 
 Record = dict[str, Any]
 STAGE_WORDS = {"base": "base model", "sft": "chat model (sft)", "rl": "chat model (rl)"}

@@ -6,7 +6,7 @@ Keys; [a, b] are the two values, and what only one of the two knows is left out,
               Not the training: two ways may lead to one model
   verdict     the same in words
   config      {field: [a, b]} that differ; of other programs' models the fields of config.json
-  training    {name: [a, b]} that differ: steps, tokens, recipe, data, ... (nanochat/formats/describe.py)
+  training    {name: [a, b]} that differ: steps, tokens, recipe, data, ... (nanochat/inspection/describe.py)
   flags       {flag: [a, b]} that differ, of the commands that trained them
   figures     {name: [a, b]} that differ: bits per byte, accuracies
   tokenizer   {"same", "sizes": [a, b], "only_a", "only_b": numbers of tokens, "first": {"id", "a", "b"}}
@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 from nanochat.common import UserError
-from nanochat.formats.contents import Contents
-from nanochat.formats.describe import SIZES, describe, effective, mapping
-from nanochat.formats.describe_rows import ancestor, rows_of
-from nanochat.formats.tensor_diff import WeightsDiff, compare_weights
-from nanochat.formats.tokenizer_facts import TokenizerFacts
+from nanochat.inspection.contents import Contents
+from nanochat.inspection.describe import SIZES, describe, effective, mapping
+from nanochat.inspection.describe_rows import ancestor, rows_of
+from nanochat.inspection.tensor_diff import WeightsDiff, compare_weights
+from nanochat.inspection.tokenizer_facts import TokenizerFacts
 
 Record = dict[str, Any]
 NOT_OF_THE_RUN = {"resume", "resume_from_step", "model_tag", "run", "tensorboard"}  # flags

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nanochat.formats.contents import Contents, TensorFacts
+from nanochat.inspection.contents import Contents, TensorFacts
 
 VOCABULARY_SIZED = re.compile(r"transformer\.wte\.weight|lm_head\.weight|value_embeds\.\d+\.weight")
 CHUNK = 2**22  # numbers that are compared at once, in float64

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from nanochat.formats.describe_rows import is_number
-from nanochat.formats.tensor_diff import group_of
+from nanochat.inspection.describe_rows import is_number
+from nanochat.inspection.tensor_diff import group_of
 
 Record = dict[str, Any]
 MAX_WIDTH = 200  # characters of a value

@@ -10,11 +10,11 @@ import torch
 from nanochat.checkpoint.tensor_file import DTYPE_NAMES, readable
 from nanochat.common import UserError
 from nanochat.common.files import open_file
-from nanochat.formats.contents import Contents, TensorFacts, sizes_of
 from nanochat.formats.published import find_published, form, portable_meta, read_meta
 from nanochat.formats.read_model import published_tokenizer
-from nanochat.formats.tokenizer_facts import facts_of
 from nanochat.formats.torch_file import TorchFile
+from nanochat.inspection.contents import Contents, TensorFacts, sizes_of
+from nanochat.inspection.tokenizer_facts import facts_of
 
 FILES = re.compile(r"(?:model_\d{1,9}\.pt|meta_\d{1,9}\.json)")
 TABLES = {"cos", "sin"}  # of rotations, which are computed here

@@ -8,8 +8,8 @@ from nanochat.checkpoint.folder import completed_ns, list_steps, step_path
 from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS
 from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError, format_count
-from nanochat.formats.describe_rows import is_number, short_list, size
 from nanochat.gpt_config import GPTConfig
+from nanochat.inspection.describe_rows import is_number, short_list, size
 from nanochat.scaling import estimate
 
 COLUMNS = ("stage", "run", "steps", "params", "tokens", "bpb", "disk", "saved (UTC)")

@@ -27,9 +27,9 @@ from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS, run_dir
 from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.formats import hf_class
-from nanochat.formats.contents import Contents
 from nanochat.formats.training_data import data_sets
 from nanochat.gpt_config import GPTConfig
+from nanochat.inspection.contents import Contents
 from nanochat.report import load_report
 from nanochat.scaling import estimate, scaling_params
 

@@ -8,10 +8,10 @@ import torch
 from nanochat.common import UserError
 from nanochat.common.files import read_json
 from nanochat.formats import hf_class, hf_code
-from nanochat.formats.contents import Contents, TensorFacts, files_in, sizes_of, tensors_of
 from nanochat.formats.hf_folder import ABOUT, CONFIG, ROUTES, NanochatFile
-from nanochat.formats.tokenizer_facts import read_tokenizer_facts
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.inspection.contents import Contents, TensorFacts, files_in, sizes_of, tensors_of
+from nanochat.inspection.tokenizer_facts import read_tokenizer_facts
 
 ADAPTER = "adapter_config.json"  # of PEFT
 ROUTE_OF = {"nanochat": "class", hf_code.MODEL_TYPE: "code"}  # by model_type

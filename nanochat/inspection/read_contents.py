@@ -15,10 +15,10 @@ from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS
 from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.common.files import open_file
-from nanochat.formats.contents import Contents, files_in, sizes_of, tensors_of, weights_in
-from nanochat.formats.contents_hf import is_huggingface, read_about, read_huggingface, use_about
-from nanochat.formats.contents_published import is_published, read_published
-from nanochat.formats.tokenizer_facts import read_tokenizer_facts
+from nanochat.inspection.contents import Contents, files_in, sizes_of, tensors_of, weights_in
+from nanochat.inspection.contents_hf import is_huggingface, read_about, read_huggingface, use_about
+from nanochat.inspection.contents_published import is_published, read_published
+from nanochat.inspection.tokenizer_facts import read_tokenizer_facts
 
 STAGE_OF = {folder: stage for stage, folder in CHECKPOINT_FOLDERS.items()}
 

@@ -13,8 +13,8 @@ import torch
 
 from nanochat.checkpoint.tensor_file import read_entries, read_tensor
 from nanochat.common import UserError
-from nanochat.formats.tokenizer_facts import TokenizerFacts
 from nanochat.gpt_config import GPTConfig
+from nanochat.inspection.tokenizer_facts import TokenizerFacts
 
 MAX_FILES = 10_000  # of a folder that are looked at
 

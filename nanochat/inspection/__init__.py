@@ -1,0 +1,1 @@
+"""What a checkpoint, an export or another program's model holds, and how two of them differ, from their headers."""
