@@ -9,9 +9,10 @@ from nanochat.common import UserError
 from nanochat.common.files import read_json
 from nanochat.formats import hf_class, hf_code
 from nanochat.formats.hf_folder import ABOUT, CONFIG, ROUTES, NanochatFile
+from nanochat.formats.hf_tokenizer import read_tokenizer
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inspection.contents import Contents, TensorFacts, files_in, sizes_of, tensors_of
-from nanochat.inspection.tokenizer_facts import read_tokenizer_facts
+from nanochat.inspection.tokenizer_facts import TokenizerFacts, facts_of, read_tokenizer_facts
 
 ADAPTER = "adapter_config.json"  # of PEFT
 ROUTE_OF = {"nanochat": "class", hf_code.MODEL_TYPE: "code"}  # by model_type
@@ -49,9 +50,19 @@ def read_huggingface(path: Path, step: int = -1, verify: bool = False) -> Conten
     if found.route in ROUTES:
         read_ours(found, path, about)
     if (path / "tokenizer.json").exists():
-        found.tokenizer = read_tokenizer_facts(path)
-        found.tokenizer.hash = about["tokenizer_hash"] if about else ""
+        found.tokenizer = tokenizer_of(path, found)
     return found
+
+
+def tokenizer_of(path: Path, found: Contents) -> TokenizerFacts:
+    """The folder's tokenizer, as one of ours where it can be read as such."""
+    facts = read_tokenizer_facts(path)
+    if found.route:
+        try:
+            facts = facts_of(read_tokenizer(path))
+        except UserError as error:
+            found.notes.append(f"nanochat cannot use its tokenizer: {error}")
+    return facts
 
 
 def weights_of(files: list[Path]) -> dict[str, TensorFacts]:
