@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nanochat.common import get_base_dir, say, visible
+from nanochat.common import get_base_dir, say, visible, warn
 from nanochat.formats.imported import install_tokenizer, write_checkpoint
 from nanochat.formats.portable import PortableModel
 from nanochat.formats.published import parse_assumed
 from nanochat.formats.read_model import Options, read_model
+from nanochat.formats.same_network import differences, in_words
 from scripts import _cli
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = write_checkpoint(model, base_dir, tag, config.path)
     for line in describe(model, folder):
         say(visible(line))
+    if parts := differences(model.config):
+        warn(f"the network here has changed ({in_words(parts)}): this model computes something else than it did there")
     say(visible(install_tokenizer(model.tokenizer, base_dir, tag)))
     return 0
 

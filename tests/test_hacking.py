@@ -98,6 +98,12 @@ def test_rule_layer_and_source_train_and_generate(patched: Path, copied: Path, t
     code = "import sys; from safetensors import safe_open\nfor p in sys.argv[1:]: print(*safe_open(p, 'pt').keys())"
     names = run(patched, "-c", code, *map(str, (folder / "000004").glob("*.safetensors")), base=copied).stdout
     assert "mlp.c_gate.weight" in names and "exp_avg" in names and "momentum_buffer" not in names
+    # Nor do exports: theirs would be another model.
+    export = (
+        "from scripts.export import main\ntry: main(['out', '-i', 'base'])\nexcept Exception as error: print(error)"
+    )
+    refused = run(patched, "-c", export, base=copied).stdout
+    assert "mlp=swiglu" in refused and "same_network.py" in refused and not (patched / "out").exists()
     shutil.rmtree(folder / "000004")
     assert "step 2" in run(patched, "-m", "scripts.base_train", *flags, "--resume", base=copied).stdout
 

@@ -9,6 +9,7 @@ record the new fingerprint, which tests/test_fast_path.py prints.
 """
 
 import ast
+import contextlib
 import functools
 import inspect
 import textwrap
@@ -31,9 +32,15 @@ def warn_once(message: str) -> None:
 def changed(recorded: Mapping[str, str], module: Any) -> list[str]:
     """Names of functions whose present form in `module` is not the recorded one.
 
-    `recorded` maps a dotted name inside the module, such as "Block.forward", to its fingerprint.
+    `recorded` maps a dotted name inside the module, such as "Block.forward", to its fingerprint. One that is gone has
+    changed.
     """
-    return [name for name, known in recorded.items() if fingerprint(attrgetter(name)(module)) != known]
+
+    def present(name: str) -> Any:
+        with contextlib.suppress(AttributeError):
+            return attrgetter(name)(module)
+
+    return [name for name, known in recorded.items() if fingerprint(present(name)) != known]
 
 
 @functools.cache

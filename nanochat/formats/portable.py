@@ -11,6 +11,7 @@ import torch
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError
+from nanochat.formats.same_network import check_network
 from nanochat.gpt_config import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -32,8 +33,10 @@ class PortableModel:
 
 
 def read_run(base_dir: Path, source: str, model_tag: str = "", step: int = -1) -> PortableModel:
-    """The model of a run here; of the latest run without a tag, at its last step for -1. Raises UserError."""
+    """The model of a run here; of the latest run without a tag, at its last step for -1. Raises UserError, also if its
+    network is not the one that exports compute."""
     model, tokenizer, meta = load_model(source, "cpu", base_dir=base_dir, model_tag=model_tag, step=step)
+    check_network(model.config)
     state = {name: p.detach() for name, p in model.named_parameters()}
     return PortableModel(model.config, state, tokenizer, source, dict(meta))
 

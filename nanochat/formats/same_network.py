@@ -1,0 +1,79 @@
+"""Whether the network is still the one that exports compute.
+
+An export computes the network a second time, in another program: gpt.py in another language, as decode.c is
+(common/fast_path.py). Nothing there notices an edit here, so the parts that define it are listed with the fingerprints
+that they had when the exports were written.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from nanochat import flash_attention, gpt, gpt_config, loss_head
+from nanochat.common import UserError
+from nanochat.common.fast_path import changed, modified_modules, unknown_fields
+from nanochat.gpt import GPT, MLP, Block, CausalSelfAttention, Embedding, GPTConfig, Linear
+from nanochat.inference.cpu_decoder import parameter_shapes
+
+FUNCTIONS: list[tuple[ModuleType, dict[str, str]]] = [
+    (
+        gpt,
+        {
+            "GPT.hidden": "1c728350",
+            "GPT._smear": "59f2b1cd",
+            "GPT._rotary": "c31f33fb",
+            "GPT.forward": "1ac1ec2c",
+            "GPT.head_weight.fget": "effb3d57",
+            "GPT.init_rotary": "69be2daf",
+            "Block.forward": "33982092",
+            "CausalSelfAttention.forward": "47e81de0",
+            "MLP.forward": "ee964089",
+            "Linear.forward": "d23dae81",
+            "norm": "95f9edc2",
+            "mix": "60102a94",
+            "normed_rotary": "f381e780",
+            "relu_squared": "cf51e9e4",
+        },
+    ),
+    (loss_head, {"head_logits": "e5f0966d", "softcap_": "c2210eb3"}),
+    (flash_attention, {"attend_at_positions": "0b5cc82c", "block_softmax_": "92f31ea6"}),
+    (
+        gpt_config,
+        {
+            "GPTConfig.short_window.fget": "d2f4cf7f",
+            "GPTConfig.window_sizes": "87b4ba8a",
+            "GPTConfig.has_value_embed": "e928f0da",
+        },
+    ),
+]
+MODULES = (GPT, Block, CausalSelfAttention, MLP, Linear, Embedding, nn.ModuleDict, nn.ModuleList)
+FIELDS = (
+    *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern", "init"),
+    *("short_window_divisor", "rope_base", "qk_scale", "softcap", "residual_scalars", "smear", "smear_channels"),
+    *("value_embeds", "value_gate_channels", "value_gate_scale", "backout"),
+)
+
+
+def differences(config: GPTConfig) -> list[str]:
+    """The functions, modules, config fields and parameters of this network that exports do not compute; usually []."""
+    model = GPT.allocate(config, "meta", torch.float32)
+    found = [name.removesuffix(".fget") for module, known in FUNCTIONS for name in changed(known, module)]
+    found += [f"{name}={getattr(config, name)}" for name in unknown_fields(config, FIELDS)]
+    found += modified_modules(model, MODULES)
+    expected = parameter_shapes(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return found + [name for name in sorted(expected | shapes) if expected.get(name) != shapes.get(name)]
+
+
+def in_words(parts: list[str]) -> str:
+    return ", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "")
+
+
+def check_network(config: GPTConfig) -> None:
+    """Raise UserError if exports would compute another network than GPT does."""
+    if parts := differences(config):
+        raise UserError(
+            f"the network has changed ({in_words(parts)}), and an export would compute the old one: make "
+            "nanochat/formats compute the same, and record it in nanochat/formats/same_network.py"
+        )
