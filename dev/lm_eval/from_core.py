@@ -1,65 +1,75 @@
-"""Write multiple-choice tasks of a CORE bundle for lm-evaluation-harness, with the prompts of base_eval:
+"""Write multiple-choice tasks of a CORE bundle for lm-evaluation-harness, so that it answers as base_eval does:
 
-python dev/lm_eval/from_core.py BUNDLE OUT arc_easy,piqa [ITEMS]
+python dev/lm_eval/from_core.py BUNDLE EXPORT OUT arc_easy,piqa [ITEMS]
 lm_eval --model hf --model_args pretrained=EXPORT,dtype=float32 --include_path OUT --tasks core_arc_easy,core_piqa
+
+The harness scores whole continuations and takes the largest sum; base_eval takes the largest mean over the tokens from
+the first that differs between the choices on. So the tokens that all choices begin with go into the context here, and
+core_choice.py divides by the number of the others.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nanochat.evals.core_bundle import CoreTask, read_bundle
-from nanochat.evals.core_prompts import reference_example, reference_shots
+from nanochat.evals.core_prompts import make_examples
+from nanochat.formats.hf_tokenizer import read_tokenizer
+from nanochat.tokenizer import RustBPETokenizer
+
+CHOICE = Path(__file__).parent / "core_choice.py"
 
 
-class NoTokens:
-    """A tokenizer for prompts of which only the text is read."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def get_bos_token_id(self) -> int:
-        return 0
-
-
-def documents(task: CoreTask, max_items: int) -> list[dict[str, Any]]:
-    """{"context", "choices", "gold"} of the items in base_eval's order: few-shot prompts, and what follows them."""
+def documents(
+    task: CoreTask, tokenizer: RustBPETokenizer, max_tokens: int = sys.maxsize, max_items: int = -1
+) -> list[dict[str, Any]]:
+    """{"context", "choices", "tokens", "gold"} of the items in base_eval's order. Items longer than `max_tokens`
+    (base_eval crops them) and those whose choices part within a character are left out.
+    """
     found = []
-    for item, shots in reference_shots(task, len(task.items) if max_items < 0 else max_items):
-        text = reference_example(task, item, shots, NoTokens()).texts[0]
-        context = text.removesuffix(item["choices"][0])
-        found.append({"context": context, "choices": item["choices"], "gold": item["gold"]})
+    for example in make_examples(task, tokenizer, sys.maxsize, max_items=max_items):
+        start = example.sequences[0].start
+        context = tokenizer.decode(example.sequences[0].ids[1:start])
+        if max(len(s.ids) for s in example.sequences) > max_tokens or not example.texts[0].startswith(context):
+            continue
+        choices = [text.removeprefix(context) for text in example.texts]
+        if context != context.rstrip():  # the harness moves it behind the context: scored alone, it can be taken off
+            choices.append("")
+        counts = [s.end - s.start for s in example.sequences]
+        found.append({"context": context, "choices": choices, "tokens": counts, "gold": example.gold})
     return found
 
 
-def write_task(task: CoreTask, out: Path, max_items: int = -1) -> str:
-    """Write the task's items and its description into `out`; returns its name there."""
+def write_task(task: CoreTask, out: Path, found: list[dict[str, Any]]) -> str:
+    """Write a task's documents and its description into `out`; returns its name there."""
     name = f"core_{task.label}"
     out.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(document) + "\n" for document in documents(task, max_items))
-    (out / f"{name}.jsonl").write_text("".join(lines))
-    description = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str((out / f"{name}.jsonl").absolute())}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}",
-        "target_delimiter": "",  # the context ends with it
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (out / f"{name}.yaml").write_text(yaml.safe_dump(description, sort_keys=False))
+    (out / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in found))
+    shutil.copy(CHOICE, out)
+    (out / f"{name}.yaml").write_text(
+        f"""task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {json.dumps(str((out / name).absolute()) + ".jsonl")}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: ""
+process_results: !function core_choice.process_results
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
     return name
 
 
 if __name__ == "__main__":
-    bundle, out, labels, *limit = sys.argv[1:]
+    bundle, export, out, labels, *limit = sys.argv[1:]
+    max_tokens = json.loads((Path(export) / "config.json").read_text())["max_position_embeddings"]
     for task in read_bundle(Path(bundle), only=labels).tasks:
         if task.kind != "multiple_choice":
             sys.exit(f"{task.label} is no multiple-choice task")
-        print(write_task(task, Path(out), int(limit[0]) if limit else -1))
+        found = documents(task, read_tokenizer(Path(export)), max_tokens, int(limit[0]) if limit else -1)
+        print(write_task(task, Path(out), found), f"({len(found)} of {len(task.items)} items)")
