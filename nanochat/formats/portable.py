@@ -1,6 +1,8 @@
 """PortableModel: a trained model without a format. Every writer takes one, every reader returns one."""
 
 import contextlib
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError
@@ -45,19 +48,60 @@ def read_run(base_dir: Path, source: str, model_tag: str = "", step: int = -1) -
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to write into, which becomes `out` when the block ends, and disappears if it raises.
 
-    Raises UserError if `out` exists and is not an empty folder: nothing is overwritten.
+    Raises UserError if `out` exists and is not an empty folder, as nothing is overwritten, and while another program
+    writes it.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    out = Path(os.path.abspath(out))  # so that it has a name and a parent
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise UserError(f"{out} exists; choose another folder, or delete it first")
-    unfinished = out.parent / f".{out.name}.new"
+    if out == Path.cwd():  # it is replaced: this program and the shell would be in a folder that is gone
+        raise UserError(f"{out} is the current folder; name one inside it")
+    unfinished = out.parent / f".{out.name}.export"
+    with only_writer(out):
+        try:
+            if unfinished.is_dir() and not unfinished.is_symlink():  # of an export that was killed
+                shutil.rmtree(unfinished)
+            make_folder(unfinished)
+            yield unfinished
+            put_in_place(unfinished, out)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Hold a lock file beside `out`, which is deleted at the end. Raises UserError if another program holds it."""
+    make_folder(out.parent, exist_ok=True)
+    path = out.parent / f".{out.name}.export.lock"
+    lock = FileLock(path, timeout=0)
     try:
-        if unfinished.exists():  # of an export that was killed
-            shutil.rmtree(unfinished)
-        unfinished.mkdir(parents=True)
-        yield unfinished
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another export is writing {out}; wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes no open file
+            path.unlink()
+        lock.release()
+
+
+def make_folder(path: Path, **options: bool) -> None:
+    """path.mkdir with its parents. Raises UserError if something else has its name."""
+    try:
+        path.mkdir(parents=True, **options)
+    except FileExistsError as error:
+        raise UserError(f"{path} exists and is no folder; delete it, or choose another name") from error
+
+
+def put_in_place(unfinished: Path, out: Path) -> None:
+    """Rename a folder to `out`, which is missing or empty. Raises UserError if that has changed meanwhile."""
+    try:
         if out.exists():
             out.rmdir()
         unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(f"{out} was created meanwhile; choose another folder, or delete it first") from error
