@@ -302,6 +302,8 @@ def test_the_command_line(here: Path, tmp_path: Path) -> None:
     for flag, named in (("--private", "--push"), ("--existing", "--push"), ("--license=a b", "--license")):
         with pytest.raises(UserError, match=named):
             export.main([str(tmp_path / "new"), "-i", "base", flag])
+    with pytest.raises(UserError, match="--license"):  # which has no card
+        export.main([str(tmp_path / "new"), "--to=mlx", "--license=mit"])
     assert not (tmp_path / "new").exists()
 
 

@@ -223,7 +223,7 @@ def test_large_models_have_a_second_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = portable(CONFIGS["plain"])
     with pytest.raises(UserError, match="bfloat16"):
-        write_onnx(model, tmp_path / "out", "bfloat16")
+        export.main(["--to=onnx", "--dtype=bfloat16", str(tmp_path / "out")])
     with pytest.raises(UserError, match="--int8"):
         export.main(["--to=hf", "--int8", str(tmp_path / "out")])
     with pytest.raises(UserError, match="--route"):

@@ -16,7 +16,7 @@ from nanochat.formats import hf_class
 from nanochat.formats.bpe_merges import derive_merges, to_byte_level
 from nanochat.formats.gguf_container import ENCODINGS, Value, write_container
 from nanochat.formats.hf_tokenizer import token_roles
-from nanochat.formats.portable import PortableModel
+from nanochat.formats.portable import PortableModel, check_new
 from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer
 
 ARCHITECTURE = "nanochat"
@@ -28,8 +28,7 @@ def write_gguf(model: PortableModel, out: Path, dtype: str, license: str = "") -
 
     Raises UserError if `out` exists, and for a model that the fork would compute differently.
     """
-    if out.exists():
-        raise UserError(f"{out} exists; choose another name, or delete it first")
+    check_new(out, is_file=True)
     missing = hf_class.lacking(dataclasses.replace(model.config, qk_scale=1.0))  # the fork has that one
     if model.tokenizer.pattern != SPLIT_PATTERN:
         missing.append("the tokenizer's split pattern")
@@ -38,8 +37,6 @@ def write_gguf(model: PortableModel, out: Path, dtype: str, license: str = "") -
             f"llama.cpp's forks compute another network: {', '.join(missing)} would be lost; "
             "train with --recipe=plain, or serve this model with python -m scripts.chat_web"
         )
-    if dtype not in ENCODINGS:
-        raise UserError(f"--to=gguf takes --dtype={', '.join(ENCODINGS)}, not {dtype}")
     values = {**_network_values(model, dtype), **_tokenizer_values(model.tokenizer, model.is_chat)}
     if license:
         values["general.license"] = license

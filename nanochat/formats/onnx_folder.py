@@ -13,7 +13,6 @@ Its layout is that of transformers.js, which Optimum reads too.
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError
 from nanochat.formats import hf_class
 from nanochat.formats.card_front import CardOptions
 from nanochat.formats.hf_folder import ABOUT, CONFIG, about, generation_config, write_json
@@ -26,14 +25,8 @@ from nanochat.formats.portable import PortableModel, new_folder
 GRAPHS, FLOAT, INT8 = "onnx", "model.onnx", "model_quantized.onnx"
 
 
-def write_onnx(
-    model: PortableModel, out: Path, dtype: str = "float32", int8: bool = False, card: CardOptions | None = None
-) -> None:
-    """Create the folder `out`. Raises UserError if it exists, for another dtype, and without the package onnx."""
-    if dtype != "float32":
-        raise UserError(
-            f"--to=onnx has no --dtype={dtype}, which few of its runtimes compute; --int8 is the small form"
-        )
+def write_onnx(model: PortableModel, out: Path, int8: bool = False, card: CardOptions | None = None) -> None:
+    """Create the folder `out`. Raises UserError if it exists, and without the package onnx."""
     import_onnx()
     with new_folder(out) as folder:
         (folder / GRAPHS).mkdir()
@@ -45,9 +38,9 @@ def write_onnx(
         }
         write_json(folder / CONFIG, config_json(model, external, int8))
         write_json(folder / "generation_config.json", generation_config(model))
-        write_json(folder / ABOUT, about(model, "onnx", dtype))
+        write_json(folder / ABOUT, about(model, "onnx", "float32"))
         write_tokenizer(model.tokenizer, folder, model.is_chat, model.config.sequence_len)
-        write_card(model, folder, "onnx", dtype, card)
+        write_card(model, folder, "onnx", "float32", card)
 
 
 def config_json(model: PortableModel, external: dict[str, int], int8: bool) -> dict[str, Any]:

@@ -44,6 +44,14 @@ def read_run(base_dir: Path, source: str, model_tag: str = "", step: int = -1) -
     return PortableModel(model.config, state, tokenizer, source, dict(meta))
 
 
+def check_new(out: Path, is_file: bool = False) -> None:
+    """Raise UserError if `out` exists: nothing is overwritten. A folder may be there if it is empty."""
+    if out.is_symlink() or (out.exists() and (is_file or not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"{out} exists; choose another {'file' if is_file else 'folder'}, or delete it first")
+    if out.absolute() == Path.cwd():  # it is replaced: this program and the shell would be in a folder that is gone
+        raise UserError(f"{out} is the current folder; name one inside it")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to write into, which becomes `out` when the block ends, and disappears if it raises.
@@ -52,10 +60,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     writes it.
     """
     out = Path(os.path.abspath(out))  # so that it has a name and a parent
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise UserError(f"{out} exists; choose another folder, or delete it first")
-    if out == Path.cwd():  # it is replaced: this program and the shell would be in a folder that is gone
-        raise UserError(f"{out} is the current folder; name one inside it")
+    check_new(out)
     unfinished = out.parent / f".{out.name}.export"
     with only_writer(out):
         try:
