@@ -27,6 +27,7 @@ MASK_ARGUMENTS = set(inspect.signature(create_causal_mask).parameters)
 HAS_INTERFACE = hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface")  # not in transformers 4
 # transformers 5.24 renamed the cache's argument and output.
 CACHE = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
+SCALARS = {"resid_lambdas": 1.0, "x0_lambdas": 0.1, "smear_lambda": 0.0, "backout_lambda": 0.2}  # before training
 
 
 def norm(x):
@@ -145,12 +146,7 @@ class NanochatGPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         """For a model that is trained from nothing, and weights that a folder lacks."""
         super()._init_weights(module)
-        for name, value in (
-            ("resid_lambdas", 1.0),
-            ("x0_lambdas", 0.1),
-            ("smear_lambda", 0.0),
-            ("backout_lambda", 0.2),
-        ):
+        for name, value in SCALARS.items():
             if name in dict(module.named_parameters(recurse=False)):
                 nn.init.constant_(getattr(module, name), value)
 
@@ -186,13 +182,13 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
         kv_dim = config.num_key_value_heads * config.head_dim
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, kv_dim) for i in config.value_embeds})
         if config.residual_scalars:
-            self.resid_lambdas = nn.Parameter(torch.ones(n))
-            self.x0_lambdas = nn.Parameter(torch.full((n,), 0.1))
+            self.resid_lambdas = nn.Parameter(torch.empty(n))
+            self.x0_lambdas = nn.Parameter(torch.empty(n))
         if config.smear:
             self.smear_gate = nn.Linear(config.smear_channels, 1, bias=False)
-            self.smear_lambda = nn.Parameter(torch.zeros(1))
+            self.smear_lambda = nn.Parameter(torch.empty(1))
         if config.backout:
-            self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+            self.backout_lambda = nn.Parameter(torch.empty(1))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -211,13 +207,9 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
         **kwargs,
     ):
         """input_ids (B, T) -> BaseModelOutputWithPast. `cache` and `past_key_values` are two names of one argument."""
-        cfg, cache = self.config, past_key_values if cache is None else cache
-        x = norm(self._embed(input_ids, inputs_embeds))
+        cfg, x = self.config, norm(self._embed(input_ids, inputs_embeds))
         use_cache = cfg.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
-            cache, use_cache = None, False
-        if use_cache and cache is None:
-            cache = DynamicCache(config=cfg)
+        cache, use_cache = self._choose_cache(past_key_values if cache is None else cache, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         cache_position = torch.arange(x.size(1), device=x.device) + past
         kwargs.pop("cache_position", None)  # generate gave it before transformers 5.10
@@ -227,27 +219,28 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
         if cfg.smear:
             x = self._smear(x, input_ids, position_ids, cache, cache_position)
         cos_sin, x0, middle = rotary(position_ids, cfg, x.dtype), x, None
-        hidden_states, attentions = [x], []
+        hidden_states, attentions = (x,), ()  # kept only if they are asked for
         for i, layer in enumerate(self.layers):
             scalars = (self.resid_lambdas[i], self.x0_lambdas[i], x0) if cfg.residual_scalars else None
             value_embed = self.value_embeds[str(i)](input_ids) if i in cfg.value_embeds else None
-            mask = masks[cfg.layer_types[i]]
-            x, weights = layer(
-                x, scalars, value_embed, cos_sin, mask, cache, cache_position, position_ids=position_ids, **kwargs
-            )
-            if cfg.backout and i == cfg.num_hidden_layers // 2:
-                middle = x
-            hidden_states.append(x)
-            attentions.append(weights)
-        if middle is not None:
-            x = x - self.backout_lambda.to(x) * middle.to(x)
-        hidden_states[-1] = x = norm(x)
+            places = cos_sin, masks[cfg.layer_types[i]], cache, cache_position
+            x, weights = layer(x, scalars, value_embed, *places, position_ids=position_ids, **kwargs)
+            middle = x if cfg.backout and i == cfg.num_hidden_layers // 2 else middle
+            hidden_states += (x,) if output_hidden_states else ()
+            attentions += (weights,) if output_attentions else ()
+        x = norm(x if middle is None else x - self.backout_lambda.to(x) * middle.to(x))
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
             **{CACHE: cache if use_cache else None},
         )
+
+    def _choose_cache(self, cache, use_cache):
+        """(the cache to use or None, whether to return it): none where layers are computed again for gradients."""
+        if self.gradient_checkpointing and self.training:
+            return None, False
+        return DynamicCache(config=self.config) if use_cache and cache is None else cache, use_cache
 
     def _embed(self, input_ids, inputs_embeds):
         """(B, T, C). Raises ValueError for embeddings without ids where the network looks up more than these."""
