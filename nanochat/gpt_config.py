@@ -93,6 +93,10 @@ class GPTConfig:
         left[-1] = self.sequence_len
         return [(n, 0) for n in left]
 
+    @property
+    def has_short_windows(self) -> bool:
+        return any(left < self.sequence_len for left, _ in self.window_sizes())
+
     def has_value_embed(self, layer: int) -> bool:
         return self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
 

@@ -7,6 +7,7 @@ from nanochat.checkpoint.folder import completed_ns, list_steps, step_path
 from nanochat.common import UserError
 
 CHECKPOINT_FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+STAGE_OF_FOLDER = {folder: stage for stage, folder in CHECKPOINT_FOLDERS.items()}
 STAGES = {"base": "base_train", "sft": "chat_sft", "rl": "chat_rl"}
 
 

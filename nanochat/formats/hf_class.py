@@ -15,6 +15,7 @@ from nanochat.common.files import check_value
 from nanochat.gpt_config import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 
+MODEL_TYPE = "nanochat"
 RMS_EPS = 2.0**-23  # that torch adds to the mean square in float32
 RECORD = "nanochat_config"  # our config within config.json, for what the class has no field for
 
@@ -51,7 +52,7 @@ class ClassFields(TypedDict):
 def lacking(config: GPTConfig) -> list[str]:
     """The features of `config` that the class cannot compute, in words; [] if it can be exported to it."""
     features = {
-        "short attention windows": any(left < config.sequence_len for left, _ in config.window_sizes()),
+        "short attention windows": config.has_short_windows,
         "value embeddings": config.value_embeds,
         "residual scalars": config.residual_scalars,
         "smear": config.smear,
@@ -65,7 +66,7 @@ def config_json(config: GPTConfig, tokenizer: RustBPETokenizer) -> dict[str, Any
     """config.json, without what depends on the file of weights."""
     return {
         "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
+        "model_type": MODEL_TYPE,
         **common_fields(config, tokenizer),
         "rope_parameters": {"rope_theta": config.rope_base, "rope_type": "default"},
         "final_logit_softcapping": config.softcap,

@@ -60,11 +60,7 @@ class CodeFields(TypedDict):
 
 def lacking(config: GPTConfig) -> list[str]:
     """The features of `config` that the code does not compute: transformers' caches know no window of one token."""
-    return ["short windows without any earlier token"] if config.short_window == 0 and _has_short(config) else []
-
-
-def _has_short(config: GPTConfig) -> bool:
-    return any(left < config.sequence_len for left, _ in config.window_sizes())
+    return ["short windows without any earlier token"] if config.short_window == 0 and config.has_short_windows else []
 
 
 def config_json(config: GPTConfig, tokenizer: RustBPETokenizer) -> dict[str, Any]:

@@ -8,7 +8,6 @@ out/
   nanochat.json                                        NanochatFile: what we know and transformers does not ask
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired
@@ -17,20 +16,22 @@ import torch
 from typing_extensions import TypedDict
 
 from nanochat.checkpoint.tensor_file import tensor_chunks, write_file
-from nanochat.common import UserError
+from nanochat.common import UserError, write_json
+from nanochat.common.files import read_json
 from nanochat.formats import hf_class, hf_code
 from nanochat.formats.card_front import CardOptions
 from nanochat.formats.hf_tokenizer import write_tokenizer
 from nanochat.formats.model_card import write_card
+from nanochat.formats.parameters import has_row_per_token
 from nanochat.formats.portable import PortableModel, new_folder
 from nanochat.formats.training_data import public_flags
 from nanochat.gpt_config import GPTConfig
 
 Route = Literal["auto", "class", "code"]
 ROUTES = {"class": hf_class, "code": hf_code}
+ROUTE_OF = {hf_class.MODEL_TYPE: "class", hf_code.MODEL_TYPE: "code"}  # by model_type in config.json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS, CONFIG, ABOUT = "model.safetensors", "config.json", "nanochat.json"
-FORMAT, VERSION = "nanochat-export", 1
 
 
 class About(TypedDict, total=False):
@@ -95,13 +96,10 @@ def weights(
     config: GPTConfig, state: Mapping[str, torch.Tensor], names: Mapping[str, str], dtype: torch.dtype
 ) -> Iterator[Any]:
     """The file of weights in chunks. Vocabularies are cropped to the tokens that there are."""
-    padded, size = config.padded_vocab_size, config.vocab_size
     assert set(state) == set(names), f"parameters without a name outside: {set(state) ^ set(names)}"
     tensors = {}
     for name, tensor in state.items():
-        is_vocabulary = name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
-        assert not is_vocabulary or tensor.size(0) == padded
-        tensors[names[name]] = (tensor[:size] if is_vocabulary else tensor).to(dtype)
+        tensors[names[name]] = (tensor[: config.vocab_size] if has_row_per_token(name) else tensor).to(dtype)
     return tensor_chunks(tensors, {"format": "pt"})
 
 
@@ -133,5 +131,8 @@ def about(model: PortableModel, route: Literal["class", "code", "onnx"], dtype: 
     }
 
 
-def write_json(path: Path, values: Any) -> None:
-    write_file(path, [(json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()])
+def read_about(folder: Path, follow_links: bool = True) -> NanochatFile | None:
+    """nanochat.json of an export; None if the folder has none. Raises UserError if it is damaged."""
+    if not (folder / ABOUT).exists():
+        return None
+    return read_json(folder / ABOUT, NanochatFile, follow_links=follow_links, extra="ignore")

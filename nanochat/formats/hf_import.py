@@ -14,15 +14,14 @@ from nanochat.checkpoint.tensor_file import Name, read_shapes, read_tensors
 from nanochat.checkpoint_manager import check_shapes
 from nanochat.common import UserError
 from nanochat.common.files import read_json
-from nanochat.formats import hf_class, hf_code
-from nanochat.formats.hf_folder import ABOUT, CONFIG, WEIGHTS, NanochatFile
+from nanochat.formats import hf_code
+from nanochat.formats.hf_folder import CONFIG, ROUTE_OF, ROUTES, WEIGHTS, read_about
 from nanochat.formats.hf_tokenizer import read_tokenizer
+from nanochat.formats.parameters import has_row_per_token, pad, padded_shape, parameter_shapes
 from nanochat.formats.portable import PortableModel
-from nanochat.formats.published import VOCABULARY_SIZED, pad, padded, parameter_shapes
 from nanochat.gpt_config import GPTConfig
 from nanochat.reporting.machine import memory_bytes
 
-KINDS: dict[str, Any] = {"nanochat": hf_class, hf_code.MODEL_TYPE: hf_code}
 INDEX, ADAPTER_CONFIG, ADAPTER = "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"
 MAX_FILES = 1000
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -51,12 +50,13 @@ def read_hf(folder: Path) -> PortableModel:
     Raises UserError for another architecture, and for tensors that do not fit the config, before any is read.
     """
     values = read_json(folder / CONFIG, dict[str, Any], follow_links=False)
-    kind = KINDS.get(str(values.get("model_type")))
-    if kind is None:
+    route = ROUTE_OF.get(str(values.get("model_type")))
+    if route is None:
         raise UserError(
-            f"{folder / CONFIG} is of the model type {values.get('model_type')!r:.60}; models that can be read have "
-            f"{' or '.join(KINDS)}"
+            f"{folder / CONFIG} has the model type {values.get('model_type')!r:.60}; models that can be read have "
+            f"{' or '.join(ROUTE_OF)}"
         )
+    kind = ROUTES[route]
     config = kind.read_config(values, folder / CONFIG)
     tied = values.get("tie_word_embeddings") is True
     state = read_state(folder, config, kind.names(config), tied)
@@ -76,9 +76,9 @@ def read_hf(folder: Path) -> PortableModel:
 
 def about(folder: Path) -> tuple[str, dict[str, Any]]:
     """(stage, meta) from nanochat.json; ("", without more than notes) if another program has written the folder."""
-    if not (folder / ABOUT).exists():
+    content = read_about(folder, follow_links=False)
+    if content is None:
         return "", {"notes": []}
-    content = read_json(folder / ABOUT, NanochatFile, follow_links=False, extra="ignore")
     source = content["source"] if content["source"] in ("base", "sft", "rl") else ""
     notes = []
     if content["dtype"] != "float32":
@@ -91,7 +91,8 @@ def about(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def read_state(folder: Path, config: GPTConfig, names: Mapping[str, str], tied: bool) -> dict[str, torch.Tensor]:
-    """The parameters by our names, float32, the vocabulary padded. `names` are the folder's by ours."""
+    """The parameters by our names, float32, the vocabulary padded. `names` are the folder's by ours; tensors may also
+    have ours, as in an export for MLX."""
     files = weight_files(folder)
     if sum((folder / name).lstat().st_size for name in files) > memory_bytes():
         raise UserError(f"the weights in {folder} are larger than this machine's memory")
@@ -101,14 +102,19 @@ def read_state(folder: Path, config: GPTConfig, names: Mapping[str, str], tied: 
         shapes = {key: tuple(shape) for key, shape in read_shapes(folder / name).items()}
         if files[name] is not None and files[name] != set(shapes):
             raise UserError(f"{folder / name} does not hold the tensors that {INDEX} says")
-        found |= {ours.get(key, key): padded(ours.get(key, key), shape, config) for key, shape in shapes.items()}
+        for key, shape in shapes.items():
+            parameter = ours.get(key, key)
+            if parameter in found:
+                raise UserError(f"{folder} has {parameter} twice; delete the file that does not belong to it")
+            found[parameter] = padded_shape(parameter, shape, config)
     if tied and HEAD not in found:
         found[HEAD] = found.get(EMBEDDING, ())
     check_shapes(parameter_shapes(config), found, folder)
     state = {}
     for name in files:
         for key, tensor in read_tensors(folder / name)[0].items():
-            state[ours[key]] = pad(tensor.float(), found[ours[key]])
+            parameter = ours.get(key, key)
+            state[parameter] = pad(tensor.float(), found[parameter])
     if tied:
         state[HEAD] = state[EMBEDDING].clone()
     return state
@@ -168,7 +174,7 @@ def read_adapter(folder: Path, base: Path | None) -> PortableModel:
         name = ours.get(f"{module.removeprefix('base_model.model.')}.weight", "")
         a, b = (tensors[f"{module}.lora_{part}.weight"].float() for part in "AB")
         weight = model.state.get(name)
-        if weight is None or VOCABULARY_SIZED.fullmatch(name) or a.dim() != 2 or b.dim() != 2:
+        if weight is None or has_row_per_token(name) or a.dim() != 2 or b.dim() != 2:
             raise UserError(f"{folder / ADAPTER}: {module} is no matrix of the model in {base}")
         if (b.size(0), a.size(1)) != weight.shape or a.size(0) != rank or b.size(1) != rank:
             raise UserError(f"{folder / ADAPTER}: {module} does not fit the model in {base}")

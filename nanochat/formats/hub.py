@@ -17,6 +17,7 @@ from filelock import FileLock
 from nanochat.common import UserError, say, sha256_file, warn
 from nanochat.data.download import STALL_SECONDS
 from nanochat.formats.hub_client import Hub, lacks_xet, library_warnings, quiet_progress
+from nanochat.formats.published import MODEL_FILE
 
 # Files of an earlier push that the next one deletes where it does not replace them: other programs would load them.
 OURS = re.compile(
@@ -28,7 +29,6 @@ READ = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|nanochat)\.json|"
     r"chat_template\.jinja|[\w.-]+\.safetensors|[\w.-]+\.safetensors\.index\.json"
 )
-PUBLISHED = re.compile(r"model_(\d{1,9})\.pt")  # weights of the published project
 
 
 @dataclass
@@ -181,7 +181,7 @@ def wanted(names: Iterable[str]) -> list[str]:
     found = [name for name in names if READ.fullmatch(name)]
     if any(name.endswith(".safetensors") for name in found):
         return found
-    steps = [match[1] for name in names if (match := PUBLISHED.fullmatch(name))]
+    steps = [match[1] for name in names if (match := MODEL_FILE.fullmatch(name))]
     if not steps:
         return []
     last = max(steps, key=int)

@@ -7,9 +7,9 @@ epsilon of its norms, 1e-5, 84 times ours.
 from pathlib import Path
 
 from nanochat.checkpoint.tensor_file import write_file
-from nanochat.common import UserError
+from nanochat.common import UserError, write_json
 from nanochat.formats import hf_class
-from nanochat.formats.hf_folder import CONFIG, DTYPES, WEIGHTS, generation_config, weights, write_json
+from nanochat.formats.hf_folder import CONFIG, DTYPES, WEIGHTS, generation_config, weights
 from nanochat.formats.hf_tokenizer import write_tokenizer
 from nanochat.formats.portable import PortableModel, new_folder
 from nanochat.gpt_config import GPTConfig

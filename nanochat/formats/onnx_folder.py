@@ -13,9 +13,10 @@ Its layout is that of transformers.js, which Optimum reads too.
 from pathlib import Path
 from typing import Any
 
+from nanochat.common import write_json
 from nanochat.formats import hf_class
 from nanochat.formats.card_front import CardOptions
-from nanochat.formats.hf_folder import ABOUT, CONFIG, about, generation_config, write_json
+from nanochat.formats.hf_folder import ABOUT, CONFIG, about, generation_config
 from nanochat.formats.hf_tokenizer import write_tokenizer
 from nanochat.formats.model_card import write_card
 from nanochat.formats.onnx_builder import import_onnx

@@ -190,7 +190,7 @@ class _Machine:
 
 HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "PROTO": _Machine.proto,
-    **dict.fromkeys(("FRAME",), _Machine.skip),
+    "FRAME": _Machine.skip,
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
     "NEWFALSE": lambda machine, _: machine.push(False),

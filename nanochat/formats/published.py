@@ -16,24 +16,20 @@ import torch
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from nanochat.checkpoint.runs import STAGE_OF_FOLDER
 from nanochat.checkpoint_manager import check_shapes
 from nanochat.common import SPECIAL_TOKENS, UserError, first_line
 from nanochat.common.files import check_value, open_file, read_file, read_json
+from nanochat.formats.parameters import pad, padded_shape, parameter_shapes
 from nanochat.formats.pickle_data import MAX_BYTES, Call, read_pickle
 from nanochat.formats.portable import PortableModel
 from nanochat.formats.torch_file import TorchFile
-from nanochat.gpt import GPT
 from nanochat.gpt_config import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 
 MODEL_FILE = re.compile(r"model_(\d{1,9})\.pt")
-STAGES = {
-    "base_checkpoints": "base",
-    "mid_checkpoints": "sft",
-    "chatsft_checkpoints": "sft",
-    "chatrl_checkpoints": "rl",
-}
-VOCABULARY_SIZED = re.compile(r"transformer\.wte\.weight|lm_head\.weight|value_embeds\.\d+\.weight")
+STAGES = {**STAGE_OF_FOLDER, "mid_checkpoints": "sft"}
+TABLES = {"cos", "sin"}  # of rotations, which are computed here
 LATER_CHANNELS = 12  # of the value gates, before 32
 ROPE_BASES = (10_000.0, 100_000.0)
 TABLE_TOLERANCE = 0.02  # rotations were saved in bfloat16, and two bases differ by far more
@@ -103,12 +99,12 @@ def read_published(found: Found, tokenizer: RustBPETokenizer, assumed: Mapping[s
     meta = read_meta(found.meta)
     with open_file(found.model) as file:
         saved = TorchFile(found.model, file)
-        names = {name.removeprefix("_orig_mod."): name for name in saved.tensors}  # of a model that was compiled
+        names = {parameter_name(name): name for name in saved.tensors}
         shapes = {name: saved.tensors[old].shape for name, old in names.items()}
         config, notes = form(meta["model_config"], shapes, assumed)
         expected = parameter_shapes(config)
-        tables = {"cos", "sin"} & set(names)
-        after = {name: padded(name, shape, config) for name, shape in shapes.items() if name not in tables}
+        tables = TABLES & set(names)
+        after = {name: padded_shape(name, shape, config) for name, shape in shapes.items() if name not in tables}
         filled = {name: (config.n_layer,) for name in ("resid_lambdas", "x0_lambdas") if name in expected}
         check_shapes(expected, filled | after, found.model)
         for table in sorted(tables):
@@ -118,6 +114,11 @@ def read_published(found: Found, tokenizer: RustBPETokenizer, assumed: Mapping[s
         state[name] = torch.full((config.n_layer,), 1.0 if name == "resid_lambdas" else 0.0)
         notes.append(f"{name} is missing and taken as {state[name][0]:g}, as the published code does")
     return PortableModel(config, state, tokenizer, found.stage or "", portable_meta(found, meta, config, notes))
+
+
+def parameter_name(saved: str) -> str:
+    """The name of a saved tensor without what torch.compile puts before it."""
+    return saved.removeprefix("_orig_mod.")
 
 
 def portable_meta(found: Found, meta: SavedMeta, config: GPTConfig, notes: list[str]) -> dict[str, Any]:
@@ -199,12 +200,6 @@ def assumptions(config: GPTConfig, saved: SavedConfig, assumed: Mapping[str, Any
     return notes
 
 
-def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of GPT's parameters by name; needs no memory for them."""
-    model = GPT.allocate(config, "meta", torch.float32)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
 def parse_assumed(text: str) -> dict[str, Any]:
     """The fields of --assume=rope_base=10000,qk_scale=1. Raises UserError for another field or value."""
     types, values = get_type_hints(GPTConfig), dict[str, Any]()
@@ -217,20 +212,6 @@ def parse_assumed(text: str) -> dict[str, Any]:
         except ValueError:
             raise UserError(f"--assume: {name} takes a {types[name].__name__}, got {value!r}") from None
     return values
-
-
-def padded(name: str, shape: tuple[int, ...], config: GPTConfig) -> tuple[int, ...]:
-    """A saved tensor's shape here: early versions did not pad the vocabulary."""
-    if VOCABULARY_SIZED.fullmatch(name) and len(shape) == 2 and shape[0] == config.vocab_size:
-        return config.padded_vocab_size, shape[1]
-    return shape
-
-
-def pad(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """`tensor` with rows of zeros up to `shape`."""
-    if tensor.shape == shape:
-        return tensor
-    return torch.cat([tensor, torch.zeros(shape[0] - tensor.shape[0], *shape[1:])])
 
 
 def check_table(saved: TorchFile, name: str, table: str, config: GPTConfig, path: Path) -> None:

@@ -1,21 +1,23 @@
 """Read a model from any folder or file that holds one in a format known here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint.folder import list_steps
 from nanochat.checkpoint.manifest import MANIFEST
-from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS
+from nanochat.checkpoint.runs import STAGE_OF_FOLDER
 from nanochat.checkpoint_manager import check_shapes, open_checkpoint
 from nanochat.common import UserError
 from nanochat.formats.hf_folder import CONFIG
 from nanochat.formats.hf_import import ADAPTER_CONFIG, read_adapter, read_hf
+from nanochat.formats.parameters import parameter_shapes
 from nanochat.formats.portable import PortableModel
-from nanochat.formats.published import Found, find_published, parameter_shapes, read_published, read_tokenizer_pickle
+from nanochat.formats.published import Found, find_published, read_published, read_tokenizer_pickle
 from nanochat.tokenizer import FILE_NAME, RustBPETokenizer
 
+PICKLE = "tokenizer.pkl"
 READABLE = "a Hugging Face folder of a nanochat model, a published checkpoint (model_*.pt), or a run's folder"
 
 
@@ -85,14 +87,23 @@ def check_state(model: PortableModel, path: Path) -> None:
 
 def published_tokenizer(found: Found, given: Path | None) -> RustBPETokenizer:
     """The tokenizer of a published checkpoint: as given, else beside it, else in its base folder."""
-    folder = found.model.absolute().parent
-    places = [given] if given else [folder, folder / "tokenizer", folder.parent.parent / "tokenizer"]
-    for place in places:
-        for path in [place] if place.is_file() else [place / "tokenizer.pkl", place / FILE_NAME]:
-            if path.exists():
-                return read_tokenizer(path)
+    places = [given] if given else tokenizer_places(found)
+    if path := find_tokenizer(places):
+        return read_tokenizer(path)
     looked = ", ".join(map(str, places))
     raise UserError(f"there is no tokenizer.pkl in {looked}; give the one it was trained with: --tokenizer=FILE")
+
+
+def tokenizer_places(found: Found) -> list[Path]:
+    """The folders in which a published checkpoint may have its tokenizer."""
+    folder = found.model.absolute().parent
+    return [folder, folder / "tokenizer", folder.parent.parent / "tokenizer"]
+
+
+def find_tokenizer(places: Sequence[Path]) -> Path | None:
+    """The first file of a tokenizer in these folders, or among these files."""
+    paths = [p for place in places for p in ([place] if place.is_file() else [place / PICKLE, place / FILE_NAME])]
+    return next((path for path in paths if path.exists()), None)
 
 
 def read_tokenizer(path: Path) -> RustBPETokenizer:
@@ -117,9 +128,10 @@ def read_own(path: Path, step: int) -> PortableModel:
         run, number = path.absolute().parent, int(path.name)
     checkpoint = open_checkpoint(run, number, ("model.safetensors", "tokenizer.json"))
     config, tokenizer = checkpoint.model_config(), checkpoint.tokenizer()
-    stages = {folder: stage for stage, folder in CHECKPOINT_FOLDERS.items()}
-    stage = stages.get(run.absolute().parent.name) or str(checkpoint.meta.get("stage"))
+    stage = STAGE_OF_FOLDER.get(run.absolute().parent.name) or str(checkpoint.meta.get("stage"))
     meta = dict(checkpoint.meta)
     if any(name.startswith("optimizer") for name in checkpoint.manifest.files):
         meta["notes"] = ["only the model is imported; to resume the run itself, copy its folder"]
-    return PortableModel(config, checkpoint.model_state(), tokenizer, stage if stage in stages.values() else "", meta)
+    return PortableModel(
+        config, checkpoint.model_state(), tokenizer, stage if stage in STAGE_OF_FOLDER.values() else "", meta
+    )

@@ -3,25 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nanochat.common import UserError
 from nanochat.common.files import read_json
-from nanochat.formats import hf_class, hf_code
-from nanochat.formats.hf_folder import ABOUT, CONFIG, ROUTES, NanochatFile
+from nanochat.formats.hf_folder import ABOUT, CONFIG, ROUTE_OF, ROUTES, NanochatFile, read_about
+from nanochat.formats.hf_import import ADAPTER_CONFIG
 from nanochat.formats.hf_tokenizer import read_tokenizer
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.formats.parameters import padded_shape, parameter_shapes
+from nanochat.gpt_config import GPTConfig
 from nanochat.inspection.contents import Contents, TensorFacts, files_in, sizes_of, tensors_of
 from nanochat.inspection.tokenizer_facts import TokenizerFacts, facts_of, read_tokenizer_facts
 
-ADAPTER = "adapter_config.json"  # of PEFT
-ROUTE_OF = {"nanochat": "class", hf_code.MODEL_TYPE: "code"}  # by model_type
 KINDS_OF_WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".onnx_data", ".pt", ".pth")
 SMALL_FILES = (".json", ".jinja", ".py", ".md", ".model", ".txt")
 
 
 def is_huggingface(path: Path) -> bool:
-    return (path / CONFIG).exists() or (path / ADAPTER).exists()
+    return (path / CONFIG).exists() or (path / ADAPTER_CONFIG).exists()
 
 
 def read_huggingface(path: Path, step: int = -1, verify: bool = False) -> Contents:
@@ -30,7 +27,7 @@ def read_huggingface(path: Path, step: int = -1, verify: bool = False) -> Conten
     Raises UserError if one of its files is damaged.
     """
     adapter = not (path / CONFIG).exists()
-    settings = read_json(path / (ADAPTER if adapter else CONFIG), dict[str, Any])
+    settings = read_json(path / (ADAPTER_CONFIG if adapter else CONFIG), dict[str, Any])
     files = files_in(path)
     graphs = files_in(path / "onnx") if (path / "onnx").is_dir() else []
     found = Contents("huggingface", path, settings=settings)
@@ -77,14 +74,9 @@ def weights_of(files: list[Path]) -> dict[str, TensorFacts]:
     return found
 
 
-def read_about(path: Path) -> NanochatFile | None:
-    """nanochat.json of an export."""
-    return read_json(path / ABOUT, NanochatFile, extra="ignore") if (path / ABOUT).exists() else None
-
-
 def read_ours(found: Contents, path: Path, about: NanochatFile | None) -> None:
     """Fill in what is known of a network that nanochat can build: its config, and its tensors under GPT's names."""
-    kind = hf_code if found.route == "code" else hf_class
+    kind = ROUTES[found.route]
     try:
         config = kind.read_config(found.settings, path / CONFIG)
     except UserError as error:
@@ -111,16 +103,12 @@ def use_about(found: Contents, about: NanochatFile) -> None:
 def misfits(found: Contents) -> list[str]:
     """Parameters that are missing, extra, or of another shape than the config's network has."""
     assert found.config
-    parameters = {
-        name: tuple(p.shape) for name, p in GPT.allocate(found.config, "meta", torch.float32).named_parameters()
-    }
+    parameters = parameter_shapes(found.config)
     problems = [f"{name} is missing" for name in parameters if name not in found.tensors]
     for name, tensor in found.tensors.items():
         shape = parameters.get(name)
-        rows = (found.config.vocab_size, found.config.padded_vocab_size)
-        cropped = shape and shape[0] == rows[1] and tensor.shape == (rows[0], *shape[1:])
         if shape is None:
             problems.append(f"{name} is not in the model")
-        elif tensor.shape != shape and not cropped:
+        elif padded_shape(name, tensor.shape, found.config) != shape:
             problems.append(f"{name} has shape {tensor.shape}, the model's has {shape}")
     return problems

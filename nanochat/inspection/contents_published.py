@@ -10,14 +10,13 @@ import torch
 from nanochat.checkpoint.tensor_file import DTYPE_NAMES, readable
 from nanochat.common import UserError
 from nanochat.common.files import open_file
-from nanochat.formats.published import find_published, form, portable_meta, read_meta
-from nanochat.formats.read_model import published_tokenizer
+from nanochat.formats.published import TABLES, find_published, form, parameter_name, portable_meta, read_meta
+from nanochat.formats.read_model import find_tokenizer, read_tokenizer, tokenizer_places
 from nanochat.formats.torch_file import TorchFile
 from nanochat.inspection.contents import Contents, TensorFacts, sizes_of
 from nanochat.inspection.tokenizer_facts import facts_of
 
 FILES = re.compile(r"(?:model_\d{1,9}\.pt|meta_\d{1,9}\.json)")
-TABLES = {"cos", "sin"}  # of rotations, which are computed here
 
 
 def is_published(path: Path) -> bool:
@@ -51,10 +50,8 @@ def read_published(path: Path, step: int = -1, verify: bool = False) -> Contents
         notes=notes,
     )
     result.meta["progress"] = progress(result.meta)
-    folder = found.model.absolute().parent
-    places = (folder, folder / "tokenizer", folder.parent.parent / "tokenizer")
-    if any((place / name).exists() for place in places for name in ("tokenizer.pkl", "tokenizer.json")):
-        result.tokenizer = facts_of(published_tokenizer(found, None))
+    if file := find_tokenizer(tokenizer_places(found)):
+        result.tokenizer = facts_of(read_tokenizer(file))
     else:
         notes.append("its tokenizer is not beside it")
     return result
@@ -73,11 +70,11 @@ def torch_tensors(path: Path) -> dict[str, TensorFacts]:
     with open_file(path) as file, readable(path):
         saved = TorchFile(path, file).tensors
     return {
-        name.removeprefix("_orig_mod."): TensorFacts(
+        parameter_name(name): TensorFacts(
             tensor.shape, DTYPE_NAMES[tensor.dtype], partial(read_torch_tensor, path, name)
         )
         for name, tensor in saved.items()
-        if name.removeprefix("_orig_mod.") not in TABLES
+        if parameter_name(name) not in TABLES
     }
 
 

@@ -11,16 +11,15 @@ from typing import Any
 
 from nanochat.checkpoint.folder import list_steps
 from nanochat.checkpoint.manifest import MANIFEST
-from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS
+from nanochat.checkpoint.runs import STAGE_OF_FOLDER
 from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.common.files import open_file
+from nanochat.formats.hf_folder import read_about
 from nanochat.inspection.contents import Contents, files_in, sizes_of, tensors_of, weights_in
-from nanochat.inspection.contents_hf import is_huggingface, read_about, read_huggingface, use_about
+from nanochat.inspection.contents_hf import is_huggingface, read_huggingface, use_about
 from nanochat.inspection.contents_published import is_published, read_published
 from nanochat.inspection.tokenizer_facts import read_tokenizer_facts
-
-STAGE_OF = {folder: stage for stage, folder in CHECKPOINT_FOLDERS.items()}
 
 
 def read_contents(path: Path, step: int = -1, verify: bool = False) -> Contents:
@@ -75,7 +74,7 @@ def read_checkpoint(path: Path, step: int, verify: bool) -> Contents:
         "checkpoint",
         checkpoint.path,
         meta=meta,
-        stage=str(meta.get("stage") or STAGE_OF.get(run.parent.name, "")),
+        stage=str(meta.get("stage") or STAGE_OF_FOLDER.get(run.parent.name, "")),
         run=run.name,
         steps=list_steps(run),
         saved_at=(checkpoint.path / MANIFEST).stat().st_mtime,

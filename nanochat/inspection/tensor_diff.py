@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from nanochat.formats.parameters import cropped_shape
 from nanochat.inspection.contents import Contents, TensorFacts
 
-VOCABULARY_SIZED = re.compile(r"transformer\.wte\.weight|lm_head\.weight|value_embeds\.\d+\.weight")
 CHUNK = 2**22  # numbers that are compared at once, in float64
 
 
@@ -69,7 +69,7 @@ def compare_weights(a: Contents, b: Contents, values: bool, progress: Callable[[
     found.only_b = [name for name in b.tensors if name not in a.tensors]
     for number, name in enumerate(shared):
         one, two = a.tensors[name], b.tensors[name]
-        shapes = cropped_shape(name, one, a), cropped_shape(name, two, b)
+        shapes = shape_of(name, a), shape_of(name, b)
         if shapes[0] != shapes[1]:
             found.shapes[name] = shapes
             continue
@@ -87,12 +87,10 @@ def compare_weights(a: Contents, b: Contents, values: bool, progress: Callable[[
     return found
 
 
-def cropped_shape(name: str, tensor: TensorFacts, model: Contents) -> list[int]:
-    """Its shape without the rows that pad the vocabulary."""
-    shape = list(tensor.shape)
-    if model.config and shape and VOCABULARY_SIZED.fullmatch(name) and shape[0] == model.config.padded_vocab_size:
-        shape[0] = model.config.vocab_size
-    return shape
+def shape_of(name: str, model: Contents) -> list[int]:
+    """A tensor's shape without the rows that pad the vocabulary."""
+    shape = model.tensors[name].shape
+    return list(cropped_shape(name, shape, model.config) if model.config else shape)
 
 
 def crop(tensor: TensorFacts, shape: list[int]) -> torch.Tensor:
