@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.common import UserError
-from nanochat.formats.history import Stage
+from nanochat.formats.history import CHAT_EVALUATIONS, Stage
 from nanochat.formats.portable import PortableModel
 from nanochat.reporting.curves import Record
 from nanochat.reporting.view import skills_of
@@ -74,7 +74,7 @@ def evaluation_results(source: str, report: Record) -> list[Any]:
     """The model's accuracies on public benchmarks, as the hub's leaderboards read them."""
     from huggingface_hub import EvalResult
 
-    values = report.get({"sft": "chat_eval", "rl": "chat_eval_rl"}.get(source, "")) or {}
+    values = report.get(CHAT_EVALUATIONS.get(source, "")) or {}
     results = []
     for skill in skills_of(values):
         if skill.name in BENCHMARKS and skill.total:

@@ -10,14 +10,16 @@ from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS, run_dir
 from nanochat.checkpoint_manager import Checkpoint, open_checkpoint
 from nanochat.common import UserError
 from nanochat.common.files import read_json
-from nanochat.formats.portable import PortableModel
+from nanochat.formats.portable import PortableModel, part
 from nanochat.formats.training_data import DataSet, data_sets, public_command
 from nanochat.report import load_report
 from nanochat.reporting.curves import Curve, metric_of, read_curve, read_metrics
 
 Record = dict[str, Any]
 MAX_STAGES = 8
+WEIGHTS = "model.safetensors"
 TITLES = {"base": "pretraining", "sft": "finetuning", "rl": "reinforcement learning"}
+CHAT_EVALUATIONS = {"sft": "chat_eval", "rl": "chat_eval_rl"}  # in the report, by stage
 REPORTED = {"base": ("base_train", "base_eval"), "sft": ("chat_sft", "chat_eval"), "rl": ("chat_rl", "chat_eval_rl")}
 
 
@@ -82,12 +84,6 @@ class Stage:
         return [curve for curve in found if curve]
 
 
-def part(values: Record, name: str) -> Record:
-    """An object inside; empty if there is none."""
-    value = values.get(name)
-    return value if isinstance(value, dict) else {}
-
-
 def history_of(model: PortableModel, base_dir: Path) -> list[Stage]:
     """The stages of the model's training, the first first; as far as their runs are in the base folder, with them."""
     meta = model.meta
@@ -95,14 +91,19 @@ def history_of(model: PortableModel, base_dir: Path) -> list[Stage]:
     checkpoint = find_checkpoint(last, base_dir)
     if checkpoint and weights_of(checkpoint) == meta.get("weights"):
         adopt(last, checkpoint)
+    return [*earlier_stages(last, base_dir), last]
+
+
+def earlier_stages(last: Stage, base_dir: Path | None) -> list[Stage]:
+    """The stages before `last`, the first first; with their runs as far as they are in the base folder."""
     stages = [last]
     while len(stages) < MAX_STAGES and (base := part(stages[0].meta, "base")).get("source") in CHECKPOINT_FOLDERS:
         earlier = Stage(base["source"], str(base.get("tag") or ""), step_of(base), {"recipe": base.get("recipe")})
-        checkpoint = find_checkpoint(earlier, base_dir) if stages[0].run else None
+        checkpoint = find_checkpoint(earlier, base_dir) if base_dir and stages[0].run else None
         if checkpoint and is_older(checkpoint, stages[0]):
             adopt(earlier, checkpoint)
         stages.insert(0, earlier)
-    return stages
+    return stages[:-1]
 
 
 def step_of(values: Record) -> int:
@@ -111,15 +112,16 @@ def step_of(values: Record) -> int:
 
 
 def find_checkpoint(stage: Stage, base_dir: Path) -> Checkpoint | None:
-    """The checkpoint with the stage's names in the base folder, not read yet."""
+    """The checkpoint with the stage's names in the base folder, its weights not read yet."""
     try:
-        return open_checkpoint(run_dir(base_dir, stage.name, stage.tag), stage.step, verify=False)
+        checkpoint = open_checkpoint(run_dir(base_dir, stage.name, stage.tag), stage.step, verify=False)
     except UserError:  # deleted since, or of another machine
         return None
+    return checkpoint if WEIGHTS in checkpoint.manifest.files else None
 
 
 def weights_of(checkpoint: Checkpoint) -> str:
-    return checkpoint.manifest.files["model.safetensors"]["sha256"]
+    return checkpoint.manifest.files[WEIGHTS]["sha256"]
 
 
 def is_older(checkpoint: Checkpoint, stage: Stage) -> bool:
@@ -147,6 +149,11 @@ def own_report(stages: list[Stage], base_dir: Path) -> Record:
     return found | ({"machine": report.get("machine") or {}} if found else {})
 
 
+def reported_name(stage: Stage) -> str:
+    """The name by which the report's evaluations of chats know a checkpoint."""
+    return f"{stage.name}/{stage.tag}/{stage.step}/{stage.weights[:12]}"
+
+
 def keys_of(stage: Stage, report: Record, base_dir: Path) -> Iterator[str]:
     """Of the report's two keys of a stage, the training and the evaluation, those that are of this checkpoint."""
     assert stage.run
@@ -159,6 +166,6 @@ def keys_of(stage: Stage, report: Record, base_dir: Path) -> Iterator[str]:
     if stage.name == "base":
         same = (values.get("model"), values.get("step")) == (stage.tag, stage.step)
     else:
-        same = values.get("checkpoint") == f"{stage.name}/{stage.tag}/{stage.step}/{stage.weights[:12]}"
+        same = values.get("checkpoint") == reported_name(stage)
     if same:
         yield evaluation

@@ -8,7 +8,7 @@ from nanochat.checkpoint.runs import run_dir
 from nanochat.checkpoint.saving import save_checkpoint
 from nanochat.common import UserError
 from nanochat.dataset import HUB_SETS
-from nanochat.formats.portable import PortableModel
+from nanochat.formats.portable import PortableModel, part
 from nanochat.gpt_config import GPTConfig
 from nanochat.recipe import RECIPES, get_recipe
 from nanochat.scaling import make_plan
@@ -32,8 +32,8 @@ def write_checkpoint(model: PortableModel, base_dir: Path, tag: str, origin: str
 
 
 def checkpoint_meta(model: PortableModel, origin: str) -> dict[str, Any]:
-    """The meta that evaluation, chat and finetuning read. Of the files' meta only numbers and known names are kept: a
-    path in it is of another machine."""
+    """The meta that evaluation, chat and finetuning read. Of the files' meta only numbers and known names are kept: its
+    paths are those of another machine."""
     meta, step = model.meta, model.meta.get("step")
     step = step if type(step) is int and 0 <= step <= MAX_STEP else 0
     numbers = {"val_bpb": meta.get("val_bpb"), **part(meta, "progress"), "step": step}
@@ -49,12 +49,6 @@ def checkpoint_meta(model: PortableModel, origin: str) -> dict[str, Any]:
         "progress": {name: numbers[name] for name in KEPT_PROGRESS if is_number(numbers.get(name))},
         "imported": {"from": origin, "notes": list(meta.get("notes", []))},
     }
-
-
-def part(meta: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object inside the meta; empty if it has none."""
-    value = meta.get(name)
-    return value if isinstance(value, dict) else {}
 
 
 def is_number(value: Any) -> bool:

@@ -16,8 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from nanochat.common import atomic_write, format_count, format_seconds, get_base_dir
 from nanochat.formats.card_front import CardOptions, front_matter
 from nanochat.formats.card_plots import draw_curves
-from nanochat.formats.history import Stage, history_of, own_report, part
-from nanochat.formats.portable import PortableModel
+from nanochat.formats.features import features_in_words
+from nanochat.formats.history import Stage, history_of, own_report
+from nanochat.formats.portable import PortableModel, part
 from nanochat.formats.training_data import DataSet
 from nanochat.gpt_config import GPTConfig
 from nanochat.reporting.curves import Record, is_number, scoped, task_words
@@ -141,14 +142,6 @@ def facts_of(model: PortableModel, stages: Sequence[Stage]) -> list[tuple[str, s
         stages[-1].meta.get("recipe") or stages[0].meta.get("recipe") or part(stages[-1].meta, "base").get("recipe")
     )
     heads = f"{config.n_head} of {config.head_dim}, {config.n_kv_head} for keys and values"
-    features = {
-        "value embeddings": config.value_embeds,
-        "residual scalars": config.residual_scalars,
-        "smear": config.smear,
-        "backout": config.backout,
-        f"q and k × {config.qk_scale:g}": config.qk_scale != 1,
-        f"windows {config.window_pattern}": min(left for left, _ in config.window_sizes()) < config.sequence_len - 1,
-    }
     return [
         ("parameters", f"{count_parameters(config):,}"),
         ("layers, width", f"{config.n_layer}, {config.n_embd}"),
@@ -156,7 +149,7 @@ def facts_of(model: PortableModel, stages: Sequence[Stage]) -> list[tuple[str, s
         ("context", f"{config.sequence_len:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,} (byte-level BPE)"),
         ("recipe", str(recipe or "not recorded")),
-        ("beside the plain transformer", ", ".join(name for name, there in features.items() if there) or "nothing"),
+        ("beside the plain transformer", ", ".join(features_in_words(config)) or "nothing"),
     ]
 
 

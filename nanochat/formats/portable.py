@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,12 @@ class PortableModel:
     def is_chat(self) -> bool:
         """Whether it was finetuned on conversations."""
         return self.source != "base"
+
+
+def part(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object inside a meta; empty if there is none."""
+    value = values.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def read_run(base_dir: Path, source: str, model_tag: str = "", step: int = -1) -> PortableModel:

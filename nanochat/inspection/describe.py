@@ -22,11 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint.folder import completed_ns
-from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS, run_dir
-from nanochat.checkpoint_manager import open_checkpoint
+from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS, STAGES
 from nanochat.common import UserError
 from nanochat.formats import hf_class
+from nanochat.formats.features import features_in_words
+from nanochat.formats.history import CHAT_EVALUATIONS, Stage, earlier_stages, reported_name, step_of
+from nanochat.formats.portable import part
 from nanochat.formats.training_data import data_sets
 from nanochat.gpt_config import GPTConfig
 from nanochat.inspection.contents import Contents
@@ -34,13 +35,12 @@ from nanochat.report import load_report
 from nanochat.scaling import estimate, scaling_params
 
 Record = dict[str, Any]
-MAX_ANCESTORS = 8
 MAX_DATA = 500  # characters of --data that are read
 
 
 def describe(found: Contents) -> Record:
     """The facts, in JSON types; see the module's docstring."""
-    report = report_of(found)
+    report, before = report_of(found), ancestors(found)
     facts: Record = {
         "kind": found.kind,
         "path": str(found.path),
@@ -50,10 +50,10 @@ def describe(found: Contents) -> Record:
         "steps": found.steps,
         "saved_at": found.saved_at and datetime.fromtimestamp(found.saved_at, UTC).isoformat(timespec="seconds"),
         "route": found.route,
-        "from": ancestors(found),
+        "from": before,
         **network(found),
         "dtypes": dict(count_dtypes(found)),
-        "training": training(found, report),
+        "training": training(found, report, before),
         "figures": figures(found, report),
         "tokenizer": tokenizer(found, report),
         "files": found.files,
@@ -83,7 +83,7 @@ def network(found: Contents) -> Record:
             "config": config.to_dict(),
             "form": form,
             "changes": changes,
-            "features": features(config),
+            "features": features_in_words(config),
             "windows": [left for left, _ in config.window_sizes()],
         },
         "parameters": counts,
@@ -114,7 +114,7 @@ SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd
 def effective(config: GPTConfig) -> Record:
     """The fields that decide what the network computes, apart from sizes: features that are off have no settings."""
     fields = {name: value for name, value in config.to_dict().items() if name not in (*SIZES, "init")}
-    short = min(left for left, _ in config.window_sizes()) < config.sequence_len
+    short = config.has_short_windows
     unused = {
         "short_window_divisor": short,
         "value_gate_channels": config.value_embeds,
@@ -137,23 +137,6 @@ def nearest_form(config: GPTConfig) -> tuple[str, Record]:
     return best
 
 
-def features(config: GPTConfig) -> list[str]:
-    """What the network has beside the plain form, in words."""
-    windows = {left for left, _ in config.window_sizes()}
-    words = {
-        f"windows of {min(windows):,} tokens ({config.window_pattern.upper()})": len(windows) > 1,
-        f"grouped queries ({config.n_head // config.n_kv_head} to a key)": config.n_kv_head < config.n_head,
-        "value embeddings": config.value_embeds,
-        "residual scalars": config.residual_scalars,
-        "smear": config.smear,
-        "backout": config.backout,
-        f"q and k x {config.qk_scale:g}": config.qk_scale != 1,
-        f"RoPE base {config.rope_base:,.0f}": config.rope_base != GPTConfig.rope_base,
-        f"softcap {config.softcap:g}": config.softcap != GPTConfig.softcap,
-    }
-    return [word for word, there in words.items() if there]
-
-
 def count_dtypes(found: Contents) -> Counter[str]:
     counts = Counter[str]()
     for tensor in found.tensors.values():
@@ -171,39 +154,34 @@ def base_dir_of(found: Contents) -> Path | None:
     return run.parent.parent if found.kind == "checkpoint" and run.parent.name in CHECKPOINT_FOLDERS.values() else None
 
 
+def stage_of(found: Contents) -> Stage:
+    """Its own training, as the last of its history."""
+    run = found.path.parent if base_dir_of(found) else None
+    weights = found.hashes.get("model.safetensors", "")
+    return Stage(found.stage, found.run, step_of(found.meta), found.meta, run, weights)
+
+
 def ancestors(found: Contents) -> list[Record]:
-    """The models that it was trained from, the first first. Their figures are of their folders, where these are older
-    than what was made of them and have the same tokenizer."""
-    base_dir, entries, base, newest = base_dir_of(found), list[Record](), found.meta.get("base"), found.saved_at or 0.0
-    while isinstance(base, dict) and len(entries) < MAX_ANCESTORS:
-        stage, run, step = str(base.get("source") or "base"), str(base.get("tag")), base.get("step")
-        entries.insert(0, {"stage": stage, "run": run, "step": step})
-        if base_dir is None or not isinstance(step, int):
-            break
-        try:
-            earlier = open_checkpoint(run_dir(base_dir, stage, run), step, verify=False)
-        except UserError:  # deleted since
-            break
-        saved = completed_ns(earlier.path) / 1e9
-        if saved > newest or earlier.meta["tokenizer_hash"] != found.meta.get("tokenizer_hash"):
-            break  # another run of this name
-        known = {**earlier.meta.get("progress", {}), "data": data_of(earlier.meta)}
-        entries[0] |= {key: known[key] for key in ("tokens", "val_bpb", "data") if known.get(key) is not None}
-        base, newest = earlier.meta.get("base"), saved
+    """The models that it was trained from, the first first; with figures where their folders are still there."""
+    entries = []
+    for stage in earlier_stages(stage_of(found), base_dir_of(found)):
+        known = {**stage.progress, "data": data_of(stage.meta)}
+        figures = {key: known[key] for key in ("tokens", "val_bpb", "data") if known.get(key) is not None}
+        entries.append({"stage": stage.name, "run": stage.tag, "step": stage.step, **figures})
     return entries
 
 
 def data_of(meta: Record) -> str | None:
     """The flag that says what a stage trained on."""
-    flags = mapping(meta.get("user_config"))
+    flags = part(meta, "user_config")
     return str(flags.get("data") or flags.get("tasks") or "") or None
 
 
-def training(found: Contents, report: Record) -> Record:
+def training(found: Contents, report: Record, before: list[Record]) -> Record:
     """How it was trained, as far as that is recorded."""
     meta = found.meta
-    progress, plan, flags, runtime = (mapping(meta.get(k)) for k in ("progress", "plan", "user_config", "runtime"))
-    stage = report.get(STAGE_KEYS.get(found.stage, ""), {})
+    progress, plan, flags, runtime = (part(meta, k) for k in ("progress", "plan", "user_config", "runtime"))
+    stage = report.get(STAGES.get(found.stage, ""), {})
     tokens = number(progress.get("tokens"))
     values: Record = {
         "steps": number(progress.get("step", meta.get("step"))),
@@ -211,16 +189,16 @@ def training(found: Contents, report: Record) -> Record:
         "tokens": tokens,
         "seconds": number(progress.get("seconds")),
         "wall_seconds": number(progress.get("wall_seconds")),
-        "recipe": meta.get("recipe") or flags.get("recipe") or mapping(meta.get("base")).get("recipe"),
+        "recipe": meta.get("recipe") or flags.get("recipe") or part(meta, "base").get("recipe"),
         "seed": number(flags.get("seed")),
         "data": data_of(meta),
-        "licence": licence(ancestors(found), found.stage, flags),
+        "licence": licence(before, found.stage, flags),
         "device": runtime.get("device"),
         "dtype": runtime.get("dtype"),
         "world_size": number(runtime.get("world_size")),
     }
     if str(stage.get("metrics", "")).endswith(f"/{found.run}/metrics.jsonl"):
-        machine = mapping(report.get("machine"))
+        machine = part(report, "machine")
         values["processor"] = machine.get("gpus") if runtime.get("device") == "cuda" else machine.get("processor")
     if found.config and tokens is not None:
         flops, counts = estimate(found.config)
@@ -233,7 +211,7 @@ def training(found: Contents, report: Record) -> Record:
 def licence(before: list[Record], stage: str, flags: Record) -> str | None:
     """Of the data that it, and what it was trained from, learnt from, by data set."""
     stages = [(entry["stage"], {"data": entry.get("data"), "tasks": entry.get("data")}) for entry in before]
-    stages = [(name, values) for name, values in [*stages, (stage, flags)] if name in STAGE_KEYS]
+    stages = [(name, values) for name, values in [*stages, (stage, flags)] if name in STAGES]
     # Of a list of many files, the time it takes to part it grows with the square of its length.
     sets = [data_sets(name, values) if len(str(values.get("data"))) < MAX_DATA else [] for name, values in stages]
     known = dict.fromkeys(data for stage_sets in sets for data in stage_sets)
@@ -241,19 +219,14 @@ def licence(before: list[Record], stage: str, flags: Record) -> str | None:
     return f"{words}; of the stages before it not recorded" if words and [] in sets[:-1] else words or None
 
 
-STAGE_KEYS = {"base": "base_train", "sft": "chat_sft", "rl": "chat_rl"}
-EVALUATIONS = {"sft": "chat_eval", "rl": "chat_eval_rl"}
-
-
 def figures(found: Contents, report: Record) -> Record:
     """Bits per byte and accuracies: of the checkpoint itself, and those that the report has of the same weights."""
-    progress = mapping(found.meta.get("progress"))
+    progress = part(found.meta, "progress")
     recorded = {key: progress.get(key) for key in ("val_bpb", "best_val_bpb")}
-    recorded |= {f"before {key}": value for key, value in mapping(found.meta.get("before")).items()}
+    recorded |= {f"before {key}": value for key, value in part(found.meta, "before").items()}
     values: Record = {key: value for key, value in recorded.items() if number(value) is not None}
-    evaluated = report.get(EVALUATIONS.get(found.stage, ""), {})
-    weights = found.hashes.get("model.safetensors", "")
-    if evaluated.get("checkpoint") == f"{found.stage}/{found.run}/{found.meta.get('step')}/{weights[:12]}":
+    evaluated = report.get(CHAT_EVALUATIONS.get(found.stage, ""), {})
+    if evaluated.get("checkpoint") == reported_name(stage_of(found)):
         values |= {name: evaluated[name] for name in [*evaluated.get("counts", {}), "chatcore"] if name in evaluated}
     return values
 
@@ -271,7 +244,7 @@ def tokenizer(found: Contents, report: Record) -> Record:
     if not (facts := found.tokenizer):
         return {}
     values: Record = {"kind": facts.kind, "vocab_size": facts.vocab_size, "special_tokens": facts.special_tokens}
-    trained = mapping(report.get("tokenizer"))
+    trained = part(report, "tokenizer")
     if facts.hash:
         values["hash"] = facts.hash
         if trained.get("hash") == facts.hash and "bytes_per_token" in trained:
@@ -282,8 +255,3 @@ def tokenizer(found: Contents, report: Record) -> Record:
 def number(value: Any) -> Any:
     """`value` if it is a number that can be calculated with, else None."""
     return value if type(value) in (int, float) and abs(value) < 1e18 else None
-
-
-def mapping(value: Any) -> Record:
-    """`value` if it is a JSON object, else an empty one."""
-    return value if isinstance(value, dict) else {}

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from nanochat.common import UserError
+from nanochat.formats.portable import part
 from nanochat.inspection.contents import Contents
-from nanochat.inspection.describe import SIZES, describe, effective, mapping
+from nanochat.inspection.describe import SIZES, describe, effective
 from nanochat.inspection.describe_rows import ancestor, rows_of
 from nanochat.inspection.tensor_diff import WeightsDiff, compare_weights
 from nanochat.inspection.tokenizer_facts import TokenizerFacts
@@ -42,7 +43,7 @@ def compare(
     config, has_configs = compare_configs(a, b), bool((a.config and b.config) or (a.settings and b.settings))
     same = not config and (weights is None or weights.same) and (tokenizer is None or tokenizer["same"])
     training = [{**origin(f), **f.get("training", {})} for f in facts]
-    flags = [{k: v for k, v in mapping(c.meta.get("user_config")).items() if k not in NOT_OF_THE_RUN} for c in (a, b)]
+    flags = [{k: v for k, v in part(c.meta, "user_config").items() if k not in NOT_OF_THE_RUN} for c in (a, b)]
     return {
         "a": {"path": str(a.path), "what": rows_of(facts[0])[0][1]},
         "b": {"path": str(b.path), "what": rows_of(facts[1])[0][1]},
