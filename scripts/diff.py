@@ -7,17 +7,16 @@ tokenizer, as far as both have them), 1: not, 2: they cannot be compared.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from nanochat.checkpoint.runs import find_run
-from nanochat.common import get_base_dir, say, visible
+from nanochat.common import UserError, get_base_dir, say, visible
 from nanochat.common.output import ProgressLine
 from nanochat.inspection.contents import Contents
 from nanochat.inspection.difference_rows import TENSOR_COLUMNS, rows_of, tensor_rows
 from nanochat.inspection.differences import compare
+from nanochat.inspection.overview import find_models
 from nanochat.inspection.read_contents import read_contents
 from nanochat.report import to_json
 from nanochat.reporting.console import print_table
@@ -29,11 +28,11 @@ class Config:
     """Say what differs between two models. Exit code 0: the same model, 1: not, 2: they cannot be compared."""
 
     a: tyro.conf.Positional[str]
-    """A path, or with -i the tag of a run; see python -m scripts.info --help."""
+    """A path, or the tag of a run; see python -m scripts.info --help."""
     b: tyro.conf.Positional[str]
     """The same of the other model."""
     source: Annotated[Literal["", "base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = ""
-    """A and B are tags of runs of this stage."""
+    """A and B are tags of runs, of this stage."""
     values: bool = True
     """Compare the weights' values, one tensor at a time; --no-values: only their names, shapes and dtypes."""
     tensors: bool = False
@@ -54,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_model(name: str, source: str) -> Contents:
-    """A path, or with a source a run by its tag."""
-    return read_contents(find_run(get_base_dir(to_write=False), source, name) if source else Path(name))
+    """A path, or a run by its tag."""
+    paths = find_models(name, source, get_base_dir(to_write=False))
+    if len(paths) > 1:
+        raise UserError(f"several stages have a run named {name}: choose one with -i, or give its folder")
+    return read_contents(paths[0])
 
 
 def compare_with_progress(a: Contents, b: Contents, values: bool) -> dict[str, Any]:

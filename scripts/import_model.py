@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nanochat.common import get_base_dir, say, visible, warn
+from nanochat.common import UserError, get_base_dir, say, visible, warn
 from nanochat.formats.imported import install_tokenizer, write_checkpoint
 from nanochat.formats.portable import PortableModel
 from nanochat.formats.published import parse_assumed
@@ -32,7 +32,7 @@ class Config:
     step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
     """Step to take of several; -1 takes the last."""
     tokenizer: str = ""
-    """tokenizer.pkl of a published checkpoint, or its folder; empty looks beside it and in its base folder."""
+    """Of a published checkpoint: tokenizer.pkl, or its folder; empty looks beside it and in its base folder."""
     base: str = ""
     """Folder of the model that a LoRA adapter belongs to: they are merged."""
     revision: str = "main"
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def find(path: str, revision: str) -> Path:
     """The path itself, or the folder that a name on the hub was downloaded to."""
     if Path(path).exists() or not HUB_NAME.fullmatch(path):
+        if revision != Config.revision:
+            raise UserError(f"--revision is for a model on the hub; {path} is a path")
         return Path(path)
     from nanochat.formats.hub import pull
 

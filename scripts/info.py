@@ -13,11 +13,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from nanochat.checkpoint.runs import find_run
 from nanochat.common import UserError, get_base_dir, say
 from nanochat.inspection.describe import describe
 from nanochat.inspection.describe_rows import rows_of
-from nanochat.inspection.overview import COLUMNS, is_base_dir, overview_rows, runs_of
+from nanochat.inspection.overview import COLUMNS, find_models, is_base_dir, overview_rows, runs_of
 from nanochat.inspection.read_contents import read_contents
 from nanochat.reporting.console import print_facts, print_table
 from scripts import _cli
@@ -49,29 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not config.source and not config.path:
         raise UserError(f"there are no runs in {base_dir} yet; give a path, or train: bash runs/runcpu.sh")
-    path = find(config.path, config.source, base_dir)
-    if path is None:
+    paths = find_models(config.path, config.source, base_dir)
+    if len(paths) > 1:
         show_runs(runs_of(base_dir, config.path), f"runs named {config.path}: choose one with -i", config.json)
         return 0
-    facts = describe(read_contents(path, config.step, config.verify))
+    facts = describe(read_contents(paths[0], config.step, config.verify))
     if config.json:
         say(json.dumps(facts))
     else:
         print_facts(facts["path"], rows_of(facts))
     return 0
-
-
-def find(name: str, source: str, base_dir: Path) -> Path | None:
-    """The path that is meant: with a source the run of this tag, else an existing path, else the only run of this tag.
-    None if several stages have one."""
-    if source:
-        return find_run(base_dir, source, name)
-    if Path(name).exists() or "/" in name:
-        return Path(name)
-    named = runs_of(base_dir, name)
-    if not named:
-        raise UserError(f"{name} is no path, nor a run in {base_dir}; `python -m scripts.info` lists the runs")
-    return Path(named[0]["path"]) if len(named) == 1 else None
 
 
 def show_runs(entries: list[dict[str, Any]], title: str, as_json: bool) -> None:

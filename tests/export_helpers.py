@@ -1,6 +1,7 @@
 """Tiny models with noise in every weight, exported for transformers by both routes, and what a reader makes of them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from stubs import stir
@@ -17,15 +18,20 @@ CONFIGS = {"class": GPTConfig.plain(**SIZES), "code": GPTConfig.later(**SIZES)}
 """By the route that --route=auto takes."""
 
 
+def stirred(config: GPTConfig, seed: int = 3, noise: float = 0.1) -> GPT:
+    """A model with noise in every weight, so that every feature matters."""
+    return stir(GPT.create(config, seed=seed), noise).eval()
+
+
 def make_model(route: str) -> GPT:
     """A model that needs this route."""
-    return stir(GPT.create(CONFIGS[route], seed=3), 0.1).eval()
+    return stirred(CONFIGS[route])
 
 
-def portable(model: GPT) -> PortableModel:
-    """The model as a finetuned one."""
+def portable(model: GPT, source: str = "sft", tokenizer: RustBPETokenizer = TOKENIZER, **meta: Any) -> PortableModel:
+    """The model of a run named tiny."""
     state = {name: p.detach() for name, p in model.named_parameters()}
-    return PortableModel(model.config, state, TOKENIZER, "sft", {"model_tag": "tiny", "step": 1})
+    return PortableModel(model.config, state, tokenizer, source, {"model_tag": "tiny", "step": 1, **meta})
 
 
 def export(model: GPT, out: Path) -> Path:

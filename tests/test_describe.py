@@ -350,6 +350,13 @@ def test_info_prints(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "/none/such" in refusal(lambda: info.main(["/none/such"]))
 
 
+def test_diff_of_tags(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(saved))
+    assert diff.main(["tiny", "tiny", "-i", "base"]) == 0
+    with pytest.raises(UserError, match="-i"):  # base and sft have one
+        diff.main(["tiny", "tiny"])
+
+
 def test_diff_prints_and_exits(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = str(step_of(saved, step=20)), str(step_of(saved))
     assert diff.main([one, two]) == 1

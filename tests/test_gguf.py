@@ -12,7 +12,7 @@ import pytest
 import regex
 import torch
 from cli_helpers import refused
-from stubs import stir
+from export_helpers import portable, stirred
 
 from nanochat.common import SPECIAL_TOKENS, UserError
 from nanochat.formats.gguf_file import write_gguf
@@ -52,8 +52,7 @@ def model() -> PortableModel:
     tokenizer = RustBPETokenizer.train_from_iterator(texts(40), 320)
     sizes = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "sequence_len": 32}
     config = GPTConfig.plain(vocab_size=tokenizer.get_vocab_size(), qk_scale=1.2, rope_base=50_000.0, **sizes)
-    state = {name: p.detach() for name, p in stir(GPT.create(config, seed=3)).named_parameters()}
-    return PortableModel(config, state, tokenizer, "base", {"model_tag": "tag"})
+    return portable(stirred(config), "base", tokenizer, model_tag="tag")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_helpers import SIZES, TOKENIZER
-from stubs import stir
+from export_helpers import SIZES, TOKENIZER, portable, stirred
 
 from nanochat.checkpoint.tensor_file import read_tensors
 from nanochat.common import UserError
 from nanochat.formats import hf_class, hf_code, hf_folder
 from nanochat.formats.hf_folder import write_hf
-from nanochat.formats.portable import PortableModel
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recipe import get_recipe
 
@@ -43,16 +41,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def make(config: GPTConfig) -> GPT:
-    """A model whose weights are all large enough to matter."""
-    return stir(GPT.create(config, seed=1), 0.2).eval()
-
-
-def portable(model: GPT, source: str = "sft") -> PortableModel:
-    state = {name: p.detach() for name, p in model.named_parameters()}
-    return PortableModel(model.config, state, TOKENIZER, source, {"model_tag": "tiny", "step": 7})
-
-
 def load(folder: Path, **options: object):
     code = (folder / hf_code.CODE_FILES[0]).exists()
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=code, **options).eval()
@@ -62,14 +50,14 @@ def load(folder: Path, **options: object):
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """A model, and what transformers loads of its export."""
     config, route = MODELS[request.param]
-    model, out = make(config), tmp_path_factory.mktemp("export") / "model"
+    model, out = stirred(config), tmp_path_factory.mktemp("export") / "model"
     write_hf(portable(model), out, "float32", route)  # type: ignore[arg-type]
     return model, load(out)
 
 
 @pytest.fixture(scope="module")
 def windows(tmp_path_factory: pytest.TempPathFactory):
-    model, out = make(WINDOWS), tmp_path_factory.mktemp("export") / "model"
+    model, out = stirred(WINDOWS), tmp_path_factory.mktemp("export") / "model"
     write_hf(portable(model), out, "float32")
     return model, load(out), out
 
@@ -231,7 +219,7 @@ def test_a_model_from_its_config_alone(windows) -> None:
 
 
 def test_bfloat16(tmp_path: Path) -> None:
-    model = make(LATER)
+    model = stirred(LATER)
     for dtype in ("float32", "bfloat16"):
         write_hf(portable(model), tmp_path / dtype, dtype)
     sizes = [(tmp_path / dtype / "model.safetensors").stat().st_size for dtype in ("float32", "bfloat16")]
@@ -253,7 +241,7 @@ def test_the_route_of_a_recipe(name: str, tmp_path: Path) -> None:
     assert hf_code.lacking(config) == []
     if name != "plain":
         with pytest.raises(UserError, match=r"value embeddings.*--route=class"):
-            write_hf(portable(make(config)), tmp_path / "out", "float32", "class")
+            write_hf(portable(stirred(config)), tmp_path / "out", "float32", "class")
         assert list(tmp_path.iterdir()) == []
 
 
@@ -304,7 +292,7 @@ def test_files_of_an_export(windows) -> None:
     assert ends["eos_token_id"] == [ends["pad_token_id"], BOS]
     assert ends["pad_token_id"] == TOKENIZER.encode_special("<|assistant_end|>")
     about = json.loads((out / "nanochat.json").read_text())
-    assert about["model_config"] == WINDOWS.to_dict() and about["meta"]["step"] == 7
+    assert about["model_config"] == WINDOWS.to_dict() and about["meta"]["step"] == 1
 
 
 def test_a_prompt_of_bos_needs_no_mask(windows) -> None:
@@ -317,7 +305,7 @@ def test_a_prompt_of_bos_needs_no_mask(windows) -> None:
 
 
 def test_nothing_is_left_of_a_failed_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = portable(make(LATER))
+    model = portable(stirred(LATER))
     for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
 
         def fail(*_: object, error: BaseException = error) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_helpers import assert_one_line_error, assert_same_bits
-from export_helpers import CONFIGS, TOKENIZER, export, make_model, model_of
+from export_helpers import CONFIGS, TOKENIZER, export, make_model, model_of, portable
 from import_helpers import FORMS, encoding, make_model as make_published, write_published
 
 from nanochat.checkpoint.tensor_file import read_tensors, tensor_chunks, write_file
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError
+from nanochat.formats.mlx_folder import write_mlx
 from nanochat.formats.published import parse_assumed
 from nanochat.formats.read_model import Options, read_model
 from nanochat.gpt import GPT
@@ -239,3 +240,22 @@ def test_greedy_text_is_the_same(base: Path, tmp_path: Path) -> None:
                 row = [*row, int(one(torch.tensor([row]))[0, -1].argmax())]
             ids.append(row)
     assert ids[1] == ids[2]
+
+
+def test_an_export_for_mlx_comes_back(tmp_path: Path) -> None:
+    model = make_model("class")
+    write_mlx(portable(model), tmp_path / "out", "float32")
+    assert_same_bits(read_model(tmp_path / "out").state, parameters(model))
+
+
+def test_options_without_effect_are_refused(tmp_path: Path) -> None:
+    out = export(make_model("class"), tmp_path / "out")
+    for options, flag in (
+        (Options(tokenizer=tmp_path), "--tokenizer"),
+        (Options(base=out), "--base"),
+        (Options(step=1), "--step"),
+        (Options(assumed={"rope_base": 1e4}), "--assume"),
+    ):
+        assert_one_line_error(lambda: read_model(out, options), flag)  # noqa: B023
+    with pytest.raises(UserError, match="--revision"):
+        main([str(out), "--revision=v1"])

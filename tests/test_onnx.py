@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import export_helpers
 import numpy as np
 import pytest
 import torch
-from stubs import stir
+from export_helpers import stirred
 
 from nanochat.common import UserError
 from nanochat.formats import onnx_builder
@@ -44,12 +45,11 @@ TOKENIZER = RustBPETokenizer.train_from_iterator(
 
 
 def make_model(config: GPTConfig) -> GPT:
-    """A model in which every feature matters."""
-    return stir(GPT.create(config), 0.2).eval().requires_grad_(False)
+    return stirred(config, noise=0.2).requires_grad_(False)
 
 
 def portable(config: GPTConfig, source: str = "sft") -> PortableModel:
-    return PortableModel(config, make_model(config).state_dict(), TOKENIZER, source, {"model_tag": "x", "step": 1})
+    return export_helpers.portable(make_model(config), source, TOKENIZER)
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:

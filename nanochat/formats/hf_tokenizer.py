@@ -103,10 +103,7 @@ def _tokenizer_json(tokenizer: RustBPETokenizer) -> dict[str, Any]:
     tokens = [tokenizer.decode_bytes([id]) for id in range(tokenizer.get_vocab_size() - len(specials))]
     if taken := set(specials) & {to_byte_level(token) for token in tokens}:
         raise UserError(f"the vocabulary has an ordinary token with the name of the special token {min(taken)}")
-    try:
-        merges = derive_merges(tokens)
-    except ValueError as error:
-        raise UserError(f"the tokenizer cannot be exported: {first_line(error)}") from error
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -118,11 +115,7 @@ def _tokenizer_json(tokenizer: RustBPETokenizer) -> dict[str, Any]:
         "normalizer": UNMARK,
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [
-                CUT_WHITESPACE,
-                _split(tokenizer.pattern, "Isolated"),
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-            ],
+            "pretokenizers": [CUT_WHITESPACE, _split(tokenizer.pattern, "Isolated"), byte_level],
         },
         "post_processor": {
             "type": "TemplateProcessing",
@@ -130,7 +123,7 @@ def _tokenizer_json(tokenizer: RustBPETokenizer) -> dict[str, Any]:
             "pair": [bos, first, second],
             "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [specials["<|bos|>"]], "tokens": ["<|bos|>"]}},
         },
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        "decoder": byte_level,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -141,9 +134,16 @@ def _tokenizer_json(tokenizer: RustBPETokenizer) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": True,  # a piece that is a token is that token, also where merging does not reach it
             "vocab": {to_byte_level(token): rank for rank, token in enumerate(tokens)},
-            "merges": [list(map(to_byte_level, pair)) for pair in merges.values() if pair],
+            "merges": _merges(tokens),
         },
     }
+
+
+def _merges(tokens: Sequence[bytes]) -> list[list[str]]:
+    try:
+        return [list(map(to_byte_level, pair)) for pair in derive_merges(tokens).values() if pair]
+    except ValueError as error:
+        raise UserError(f"the tokenizer cannot be exported: {first_line(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -54,15 +54,21 @@ def read_model(path: Path, options: Options | None = None) -> PortableModel:
 
 
 def _read(path: Path, options: Options) -> PortableModel:
-    if found := find_published(path, options.step):
+    found = find_published(path, options.step)
+    if found and not options.base:
         return read_published(found, published_tokenizer(found, options.tokenizer), options.assumed)
-    if options.assumed:
-        raise UserError("--assume is for published checkpoints (model_*.pt): other files say what they are")
+    if options.assumed or options.tokenizer:
+        raise UserError("--assume and --tokenizer are for published checkpoints (model_*.pt): other files have both")
+    is_adapter = (path / ADAPTER_CONFIG).exists()
+    if options.base and not is_adapter:
+        raise UserError(f"--base is for the folder of an adapter, with {ADAPTER_CONFIG}; leave it out for {path}")
     if (path / MANIFEST).exists() or list_steps(path):
         return read_own(path, options.step)
     if is_onnx(path):
         raise UserError(f"{path} holds an ONNX graph, which runs and cannot be read back: import an export --to=hf")
-    if (path / ADAPTER_CONFIG).exists():
+    if options.step >= 0:
+        raise UserError(f"{path} has no steps to choose from; leave --step out")
+    if is_adapter:
         return read_adapter(path, options.base)
     if (path / CONFIG).exists():
         return read_hf(path)

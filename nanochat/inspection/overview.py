@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint.folder import completed_ns, list_steps, step_path
-from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS
+from nanochat.checkpoint.runs import CHECKPOINT_FOLDERS, find_run
 from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError, format_count
 from nanochat.gpt_config import GPTConfig
@@ -36,6 +36,18 @@ def runs_of(base_dir: Path, tag: str = "") -> list[dict[str, Any]]:
         entry["newest"] = entry["saved_at"] == newest
         entry["saved_at"] = datetime.fromtimestamp(entry["saved_at"], UTC).isoformat(timespec="seconds")
     return found
+
+
+def find_models(name: str, source: str, base_dir: Path) -> list[Path]:
+    """What `name` may mean: with a source the run of this tag, else an existing path, else the runs of this tag, of
+    which several stages may have one. Raises UserError if there is none."""
+    if source:
+        return [find_run(base_dir, source, name)]
+    if Path(name).exists() or "/" in name:
+        return [Path(name)]
+    if named := runs_of(base_dir, name):
+        return [Path(run["path"]) for run in named]
+    raise UserError(f"{name} is no path, nor a run in {base_dir}; `python -m scripts.info` lists the runs")
 
 
 def facts_of(run: Path) -> dict[str, Any]:
