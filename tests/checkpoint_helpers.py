@@ -100,12 +100,18 @@ def record_of(path):
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
 
-def assert_one_line_error(call, *words, kind=UserError):
-    """`call` raises `kind` with a message of one line that contains all `words`."""
+def refusal(call, kind=UserError):
+    """The message of the error that `call` raises; of one line that fits a screen."""
     with pytest.raises(kind) as caught:
         call()
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 1000
+    return message
+
+
+def assert_one_line_error(call, *words, kind=UserError):
+    """`call` raises `kind` with a message of one line that contains all `words`."""
+    message = refusal(call, kind)
     for word in words:
         assert str(word) in message, f"{word!r} not in {message!r}"
 

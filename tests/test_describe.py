@@ -7,13 +7,12 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_helpers import config, other_tokenizer, tokenizer
+from checkpoint_helpers import config, other_tokenizer, refusal, tokenizer
 from hostile_files import ODD_FILES, fifo, mutate_file
 
 from nanochat.checkpoint.runs import run_dir
@@ -76,13 +75,6 @@ def portable(network: GPTConfig, source: str = "base") -> PortableModel:
 
 def plain() -> GPTConfig:
     return GPTConfig.plain(vocab_size=tokenizer().get_vocab_size(), **SIZES)
-
-
-def refusal(call: Callable[[], Any]) -> str:
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-    return str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import STATES, config, seal, tokenizer
+from checkpoint_helpers import STATES, config, refusal, seal, tokenizer
 from export_helpers import export, make_model
 from hostile_files import ODD_FILES, fifo, huge, mutate_bytes, mutate_file, reseal
 from import_helpers import make_model as make_published, write_published
@@ -74,13 +74,6 @@ def load(step: Path) -> dict[str, Any]:
     for state in (lambda: dict(checkpoint.optimizer_state()[0]), checkpoint.loader_state, checkpoint.rng_state):
         state()
     return meta
-
-
-def refusal(call: Callable[[], Any]) -> str:
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-    return str(error.value)
 
 
 def test_a_mutated_checkpoint_is_loaded_right_or_refused(saved: Path, tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from checkpoint_helpers import refusal
 from fake_hub import FakeHub, Repo
 from huggingface_hub import constants
 
@@ -61,13 +62,6 @@ def pull_from(hub: FakeHub, base: Path, name: str = "alice/model", revision: str
     return pull(name, base, revision, endpoint=hub.url, delay_seconds=0.01)
 
 
-def error_of(call: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-    return str(caught.value)
-
-
 # ---------------------------------------------------------------------------------------------------
 # Push
 
@@ -87,7 +81,7 @@ def test_a_private_repository_stays_private(hub: FakeHub, export: Path, capsys) 
     push_to(hub, export)  # without the flag an existing one is not published
     assert hub.repos["alice/model"].private
     push_to(hub, export, "alice/open")
-    assert "/settings" in error_of(lambda: push_to(hub, export, "alice/open", private=True))
+    assert "/settings" in refusal(lambda: push_to(hub, export, "alice/open", private=True))
 
 
 def test_the_next_push_says_what_it_replaces_and_deletes_what_would_be_loaded(hub, export: Path, capsys) -> None:
@@ -115,34 +109,34 @@ def test_the_same_push_again_makes_no_commit(hub: FakeHub, export: Path) -> None
 def test_files_of_something_else_are_not_touched(hub: FakeHub, export: Path) -> None:
     hub.repos["alice/model"] = Repo()
     hub.repos["alice/model"].add("mine", {"README.md": b"# mine", "pytorch_model.bin": b"weights"})
-    assert "alice/model" in error_of(lambda: open_push("alice/model", False, endpoint=hub.url))
+    assert "alice/model" in refusal(lambda: open_push("alice/model", False, endpoint=hub.url))
     hub.repos["alice/model"].add("emptied", {"README.md": b"# mine"})
     push_to(hub, export)
 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "alice/", "/model", "alice/..", "alice/mo del", "al--ice/x", "é/x"])
 def test_names_that_no_model_can_have(hub: FakeHub, name: str) -> None:
-    assert "USER/NAME" in error_of(lambda: check_name(name))
-    assert "USER/NAME" in error_of(lambda: open_push(name, False, endpoint=hub.url))
+    assert "USER/NAME" in refusal(lambda: check_name(name))
+    assert "USER/NAME" in refusal(lambda: open_push(name, False, endpoint=hub.url))
     assert not hub.requests
 
 
 def test_without_a_token_nothing_is_asked(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    assert "hf auth login" in error_of(lambda: open_push("alice/model", False, endpoint=hub.url))
+    assert "hf auth login" in refusal(lambda: open_push("alice/model", False, endpoint=hub.url))
     assert not hub.requests
     Path(constants.HF_TOKEN_PATH).write_text("hf_alice")  # as `hf auth login` leaves it
     assert open_push("alice/model", False, endpoint=hub.url).commit is None
 
 
 def test_a_token_that_is_not_good_enough(hub: FakeHub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "alice/" in error_of(lambda: push_to(hub, export, "carol/model")) and hub.count("POST") == 0
+    assert "alice/" in refusal(lambda: push_to(hub, export, "carol/model")) and hub.count("POST") == 0
     push_to(hub, export, "alice-org/model")
     push_to(hub, export)
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
-    assert "settings/tokens" in error_of(lambda: push_to(hub, export))
+    assert "settings/tokens" in refusal(lambda: push_to(hub, export))
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    assert "(401)" in error_of(lambda: push_to(hub, export))
+    assert "(401)" in refusal(lambda: push_to(hub, export))
     assert len(hub.repos["alice/model"].commits) == 2
 
 
@@ -151,7 +145,7 @@ def test_a_commit_of_someone_else_meanwhile_is_not_overwritten(hub: FakeHub, exp
     ready = open_push("alice/model", False, endpoint=hub.url)
     hub.repos["alice/model"].add("edited there", {"README.md": b"# edited"})
     (export / "config.json").write_bytes(b"{ }")
-    assert "412" in error_of(lambda: push(export, ready, "second"))
+    assert "412" in refusal(lambda: push(export, ready, "second"))
     assert hub.repos["alice/model"].files == {"README.md": b"# edited"}
 
 
@@ -176,7 +170,7 @@ def test_a_push_that_is_given_up_publishes_nothing_and_goes_on_later(
 ) -> None:
     monkeypatch.setenv("NANOCHAT_NETWORK_SECONDS", "0.2")
     hub.faults["/commit/"] = [503] * 200
-    assert "503" in error_of(lambda: push_to(hub, export))
+    assert "503" in refusal(lambda: push_to(hub, export))
     assert set(hub.repos["alice/model"].files) == {".gitattributes"}
     hub.faults.clear()
     push_to(hub, export)
@@ -197,7 +191,7 @@ def test_ctrl_c_publishes_nothing(hub: FakeHub, export: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached_is_not_waited_for(hub: FakeHub, export: Path) -> None:
     hub.close()
-    assert hub.url.rpartition("/")[2] in error_of(lambda: push_to(hub, export))
+    assert hub.url.rpartition("/")[2] in refusal(lambda: push_to(hub, export))
 
 
 def test_a_hub_without_xet_gets_lfs(hub: FakeHub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,23 +203,23 @@ def test_a_hub_without_xet_gets_lfs(hub: FakeHub, export: Path, monkeypatch: pyt
 
 def test_a_card_that_the_hub_refuses(hub: FakeHub, export: Path) -> None:
     (export / "README.md").write_bytes(b"---\nlicense: [1]\n---\n")
-    assert "license" in error_of(lambda: push_to(hub, export))
+    assert "license" in refusal(lambda: push_to(hub, export))
     assert hub.count("/lfs/") == 0
 
 
 def test_offline_mode(hub: FakeHub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
-    assert "HF_HUB_OFFLINE" in error_of(lambda: push_to(hub, export))
-    assert "HF_HUB_OFFLINE" in error_of(lambda: pull_from(hub, export))
+    assert "HF_HUB_OFFLINE" in refusal(lambda: push_to(hub, export))
+    assert "HF_HUB_OFFLINE" in refusal(lambda: pull_from(hub, export))
 
 
 def test_only_exports_are_pushed(hub: FakeHub, tmp_path: Path, export: Path) -> None:
     ready = open_push("alice/model", False, endpoint=hub.url)
     (tmp_path / "home").mkdir()
-    assert "config.json" in error_of(lambda: push(tmp_path / "home", ready, "x"))
+    assert "config.json" in refusal(lambda: push(tmp_path / "home", ready, "x"))
     (export / "secret.txt").symlink_to(tmp_path / "token")
-    assert "secret.txt" in error_of(lambda: push(export, ready, "x"))
+    assert "secret.txt" in refusal(lambda: push(export, ready, "x"))
     assert hub.count("POST") == 0
 
 
@@ -284,7 +278,7 @@ def test_a_pull_of_a_revision(hub: FakeHub, model: Repo, tmp_path: Path) -> None
     model.add("second", EXPORT | {"config.json": b"{2}"})
     assert (pull_from(hub, tmp_path) / "config.json").read_bytes() == b"{2}"
     assert (pull_from(hub, tmp_path, revision=first) / "config.json").read_bytes() == b"{}"
-    assert "alice/model" in error_of(lambda: pull_from(hub, tmp_path, revision="nowhere"))
+    assert "alice/model" in refusal(lambda: pull_from(hub, tmp_path, revision="nowhere"))
 
 
 def test_of_a_published_checkpoint_the_last_step_is_taken(hub: FakeHub, tmp_path: Path) -> None:
@@ -293,24 +287,24 @@ def test_of_a_published_checkpoint_the_last_step_is_taken(hub: FakeHub, tmp_path
     hub.repos["alice/model"].add("first", {name: name.encode() for name in names})
     assert {p.name for p in pull_from(hub, tmp_path).iterdir()} == {names[2], names[3], "tokenizer.pkl"}
     hub.repos["alice/model"].add("second", {"model.bin": b""})
-    assert "safetensors" in error_of(lambda: pull_from(hub, tmp_path))
+    assert "safetensors" in refusal(lambda: pull_from(hub, tmp_path))
 
 
 def test_models_that_are_not_shown(hub: FakeHub, model: Repo, tmp_path: Path, monkeypatch) -> None:
-    assert "alice/other" in error_of(lambda: pull_from(hub, tmp_path, "alice/other"))
+    assert "alice/other" in refusal(lambda: pull_from(hub, tmp_path, "alice/other"))
     model.private = True
     pull_from(hub, tmp_path)  # alice herself
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
-    assert "alice/model" in error_of(lambda: pull_from(hub, tmp_path))
+    assert "alice/model" in refusal(lambda: pull_from(hub, tmp_path))
     monkeypatch.delenv("HF_TOKEN")
-    assert "hf auth login" in error_of(lambda: pull_from(hub, tmp_path))
+    assert "hf auth login" in refusal(lambda: pull_from(hub, tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    assert "hf auth login" in error_of(lambda: pull_from(hub, tmp_path))
+    assert "hf auth login" in refusal(lambda: pull_from(hub, tmp_path))
 
 
 def test_a_gated_model(hub: FakeHub, model: Repo, tmp_path: Path) -> None:
     model.gated = True
-    assert f"{hub.url}/alice/model" in error_of(lambda: pull_from(hub, tmp_path))
+    assert f"{hub.url}/alice/model" in refusal(lambda: pull_from(hub, tmp_path))
     assert not list(tmp_path.rglob("config.json"))
 
 
@@ -324,7 +318,7 @@ def test_a_pull_through_failures(hub: FakeHub, model: Repo, tmp_path: Path, faul
 def test_an_interrupted_pull_is_no_model_and_goes_on(hub: FakeHub, model: Repo, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("NANOCHAT_NETWORK_SECONDS", "0")
     hub.faults["model.safetensors"] = [503] * 50
-    error_of(lambda: pull_from(hub, tmp_path))
+    refusal(lambda: pull_from(hub, tmp_path))
     folder = tmp_path / "pulled" / "alice--model"
     assert not (folder / model.commits[0][0]).exists()
     hub.faults.clear()
@@ -336,7 +330,7 @@ def test_an_interrupted_pull_is_no_model_and_goes_on(hub: FakeHub, model: Repo, 
 def test_a_file_that_is_not_what_the_hub_states(hub: FakeHub, model: Repo, tmp_path: Path) -> None:
     hub.faults["corrupt"] = [1]
     model.commits[0] = (model.commits[0][0], "", {"model.safetensors": WEIGHTS})  # only large files have a hash
-    assert "model.safetensors" in error_of(lambda: pull_from(hub, tmp_path))
+    assert "model.safetensors" in refusal(lambda: pull_from(hub, tmp_path))
     assert (pull_from(hub, tmp_path) / "model.safetensors").read_bytes() == WEIGHTS
 
 
@@ -352,7 +346,7 @@ def test_two_processes_pull_once(hub: FakeHub, model: Repo, tmp_path: Path) -> N
 
 def test_a_full_disk(hub: FakeHub, model: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    assert "GB" in error_of(lambda: pull_from(hub, tmp_path))
+    assert "GB" in refusal(lambda: pull_from(hub, tmp_path))
 
 
 def test_errors_of_this_machine_are_no_errors_of_the_hub(hub: FakeHub, export: Path) -> None:
