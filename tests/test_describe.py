@@ -171,6 +171,7 @@ def test_an_export(route: str, tmp_path: Path) -> None:
     assert facts["exports"]["class"] is (route == "class") and "notes" not in facts
     assert facts["figures"]["val_bpb"] == 1.25 and facts["step"] == 40
     assert facts["tokenizer"]["vocab_size"] == tokenizer().get_vocab_size()
+    assert "--step" in refusal(lambda: read_contents(tmp_path / "out", step=40))
 
 
 def cropped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -30,6 +30,8 @@ def read_contents(path: Path, step: int = -1, verify: bool = False) -> Contents:
     if path.is_dir():
         for belongs, read in FOLDERS:
             if belongs(path):
+                if step >= 0 and read not in (read_checkpoint, read_published):
+                    raise UserError(f"{path} has no steps to choose from; leave --step out")
                 return read(path, step, verify)
         raise UserError(
             f"{path} holds no model that is known here: no steps of a run, config.json, model_*.pt, weights "
