@@ -60,7 +60,7 @@ class SavedMeta(TypedDict):
 
 
 @dataclass
-class Found:
+class PublishedFiles:
     """A checkpoint's files, as far as their names tell."""
 
     model: Path
@@ -73,7 +73,7 @@ class Found:
 # Files
 
 
-def find_published(path: Path, step: int = -1) -> Found | None:
+def find_published(path: Path, step: int = -1) -> PublishedFiles | None:
     """The checkpoint that a .pt file or the folder of a run names, at its last step for -1; None if there is none.
 
     Raises UserError if there are only other steps.
@@ -88,10 +88,10 @@ def find_published(path: Path, step: int = -1) -> Found | None:
     chosen = step if step >= 0 else max(steps)
     name = steps[chosen]
     meta = folder / name.replace("model_", "meta_").replace(".pt", ".json")
-    return Found(folder / name, meta, chosen, STAGES.get(folder.absolute().parent.name))
+    return PublishedFiles(folder / name, meta, chosen, STAGES.get(folder.absolute().parent.name))
 
 
-def read_published(found: Found, tokenizer: RustBPETokenizer, assumed: Mapping[str, Any]) -> PortableModel:
+def read_published(found: PublishedFiles, tokenizer: RustBPETokenizer, assumed: Mapping[str, Any]) -> PortableModel:
     """The model in these files. Its meta has the notes on what was assumed.
 
     `assumed` are fields of GPTConfig (ASSUMED) that override. Raises UserError for files that are something else.
@@ -101,7 +101,7 @@ def read_published(found: Found, tokenizer: RustBPETokenizer, assumed: Mapping[s
         saved = TorchFile(found.model, file)
         names = {parameter_name(name): name for name in saved.tensors}
         shapes = {name: saved.tensors[old].shape for name, old in names.items()}
-        config, notes = form(meta["model_config"], shapes, assumed)
+        config, notes = infer_config(meta["model_config"], shapes, assumed)
         expected = parameter_shapes(config)
         tables = TABLES & set(names)
         after = {name: padded_shape(name, shape, config) for name, shape in shapes.items() if name not in tables}
@@ -121,7 +121,7 @@ def parameter_name(saved: str) -> str:
     return saved.removeprefix("_orig_mod.")
 
 
-def portable_meta(found: Found, meta: SavedMeta, config: GPTConfig, notes: list[str]) -> dict[str, Any]:
+def portable_meta(found: PublishedFiles, meta: SavedMeta, config: GPTConfig, notes: list[str]) -> dict[str, Any]:
     """What a checkpoint's meta needs of it; sizes of the run only where the files have them."""
     user = meta.get("user_config", {})
     batch = meta.get("total_batch_size") or user.get("total_batch_size")
@@ -146,10 +146,10 @@ def read_meta(path: Path) -> SavedMeta:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Form
+# Config
 
 
-def form(
+def infer_config(
     saved: SavedConfig, shapes: Mapping[str, tuple[int, ...]], assumed: Mapping[str, Any]
 ) -> tuple[GPTConfig, list[str]]:
     """(config, notes) of the version that had tensors of these names and shapes."""

@@ -14,7 +14,7 @@ from nanochat.formats.hf_folder import CONFIG
 from nanochat.formats.hf_import import ADAPTER_CONFIG, read_adapter, read_hf
 from nanochat.formats.parameters import parameter_shapes
 from nanochat.formats.portable import PortableModel
-from nanochat.formats.published import Found, find_published, read_published, read_tokenizer_pickle
+from nanochat.formats.published import PublishedFiles, find_published, read_published, read_tokenizer_pickle
 from nanochat.tokenizer import FILE_NAME, RustBPETokenizer
 
 PICKLE = "tokenizer.pkl"
@@ -91,7 +91,7 @@ def check_state(model: PortableModel, path: Path) -> None:
         model.state[name] = tensor.float()
 
 
-def published_tokenizer(found: Found, given: Path | None) -> RustBPETokenizer:
+def published_tokenizer(found: PublishedFiles, given: Path | None) -> RustBPETokenizer:
     """The tokenizer of a published checkpoint: as given, else beside it, else in its base folder."""
     places = [given] if given else tokenizer_places(found)
     if path := find_tokenizer(places):
@@ -100,7 +100,7 @@ def published_tokenizer(found: Found, given: Path | None) -> RustBPETokenizer:
     raise UserError(f"there is no tokenizer.pkl in {looked}; give the one it was trained with: --tokenizer=FILE")
 
 
-def tokenizer_places(found: Found) -> list[Path]:
+def tokenizer_places(found: PublishedFiles) -> list[Path]:
     """The folders in which a published checkpoint may have its tokenizer."""
     folder = found.model.absolute().parent
     return [folder, folder / "tokenizer", folder.parent.parent / "tokenizer"]

@@ -10,7 +10,7 @@ import torch
 from nanochat.checkpoint.tensor_file import DTYPE_NAMES, readable
 from nanochat.common import UserError
 from nanochat.common.files import open_file
-from nanochat.formats.published import TABLES, find_published, form, parameter_name, portable_meta, read_meta
+from nanochat.formats.published import TABLES, find_published, infer_config, parameter_name, portable_meta, read_meta
 from nanochat.formats.read_model import find_tokenizer, read_tokenizer, tokenizer_places
 from nanochat.formats.torch_file import TorchFile
 from nanochat.inspection.contents import Contents, TensorFacts, sizes_of
@@ -36,7 +36,7 @@ def read_published(path: Path, step: int = -1, verify: bool = False) -> Contents
     meta = read_meta(found.meta)
     tensors = torch_tensors(found.model)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config, notes = form(meta["model_config"], shapes, {})
+    config, notes = infer_config(meta["model_config"], shapes, {})
     result = Contents(
         "published",
         found.model,
