@@ -118,6 +118,8 @@ def export(config: Config, out: Path, card: CardOptions) -> None:
 
         write_gguf(model, out, config.dtype, config.license)
     say(f"{config.source} model of {model.meta['model_tag']}, step {model.meta['step']}: written to {out}")
+    if list(out.glob("modeling_*.py")):
+        say("its network is code in that folder: transformers loads it with trust_remote_code=True")
 
 
 def public_command(config: Config) -> str:

@@ -23,7 +23,7 @@ STAGES = {
     "chat_web": "talk to it in the browser; serve it to any OpenAI client",
     "info": "say what a checkpoint, an export or another model's files hold",
     "diff": "say what differs between two models",
-    "export": "write it in another program's format: Hugging Face transformers",
+    "export": "write it in another program's format: transformers, ONNX, GGUF, MLX",
     "report": "draw the report again, and print its path",
     "import_model": "bring a model of another program or machine here",
     "launch": "start a stage in many processes, on many machines",

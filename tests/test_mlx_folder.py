@@ -11,6 +11,7 @@ from export_helpers import CONFIGS, TOKENIZER, make_model, portable
 from safetensors.torch import load_file
 
 from nanochat.common import UserError
+from nanochat.formats.hf_import import read_hf
 from nanochat.formats.mlx_folder import write_mlx
 from nanochat.gpt_config import GPTConfig
 
@@ -25,6 +26,13 @@ def test_the_folder(tmp_path: Path) -> None:
     assert config["rope_theta"] == CONFIGS["class"].rope_base and config["model_type"] == "nanochat"
     with pytest.raises(UserError, match="smear"):
         write_mlx(portable(make_model("code")), tmp_path / "other", "float32")
+
+
+def test_without_its_tokenizer(tmp_path: Path) -> None:
+    write_mlx(portable(make_model("class")), tmp_path / "out", "float32")
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="is missing: copy the tokenizer"):
+        read_hf(tmp_path / "out")
 
 
 def test_what_is_lacking() -> None:

@@ -183,6 +183,8 @@ def read_tokenizer(folder: Path) -> RustBPETokenizer:
     Raises UserError, with the reason, unless this program gives the same ids with the same vocabulary.
     """
     path = folder / TOKENIZER_FILE
+    if not path.exists():
+        raise UserError(f"{path} is missing: copy the tokenizer's files there from the folder the model was made from")
     content: FileContent = read_json(path, FileContent)
     try:
         pattern, model = _split_pattern(content), content["model"]

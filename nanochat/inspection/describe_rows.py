@@ -43,8 +43,8 @@ def identity(facts: Record) -> Iterator[tuple[str, str]]:
     """What it is, where it is from, when it was saved."""
     parts = [STAGE_WORDS.get(facts.get("stage", ""), ""), facts.get("run", "")]
     parts += [f"step {facts['step']:,}"] if is_number(facts.get("step")) else []
-    what = ", ".join([part for part in parts if part] or [KINDS[facts["kind"]]])
-    yield "what", what if facts["kind"] == "checkpoint" else f"{KINDS[facts['kind']]}: {what}"
+    kind, what = KINDS[facts["kind"]], ", ".join(part for part in parts if part)
+    yield "what", kind if not what else what if facts["kind"] == "checkpoint" else f"{kind}: {what}"
     if others := [step for step in facts.get("steps", []) if step != facts["step"]]:
         yield "other steps", short_list(others) + ("" if facts["step"] > others[-1] else " (newest)")
     if chain := [ancestor(entry) for entry in facts.get("from", [])]:
