@@ -8,6 +8,7 @@ from typing import Any
 
 import export_helpers
 import pytest
+import safetensors.torch
 import torch
 from core_helpers import Letters, random_task, small_model
 from export_helpers import CONFIGS
@@ -95,7 +96,7 @@ def test_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.update(settings, path=path)
         if path == "nobody/nothing":
             raise OSError("nobody/nothing is not a model\nand more lines")
-        return FakeModel()
+        return FakeModel(), {"missing_keys": set()}
 
     fake = ModuleType("transformers")
     fake.AutoModelForCausalLM = SimpleNamespace(from_pretrained=model)  # type: ignore[attr-defined]
@@ -111,6 +112,27 @@ def test_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     fake.AutoTokenizer.from_pretrained = lambda path, **_: SimpleNamespace(bos_token_id=None, eos_token_id=None)  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="bos"):
         load_hf_model("gpt2", runtime)
+
+
+def test_damaged_folders_are_refused_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    runtime = Runtime.create("cpu", "float32")
+    folder = export_helpers.export(export_helpers.make_model("class"), tmp_path / "export")
+    whole = {name: (folder / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")}
+    tensors = safetensors.torch.load(whole["model.safetensors"])
+    del tensors["lm_head.weight"]
+    damages = {
+        "config.json": b'{"model_type": "nanochat", "hidden_size": -5}',
+        "tokenizer.json": b'{"version": "1.0"}',
+        "model.safetensors": whole["model.safetensors"][:100],
+    }
+    # transformers would fill a missing tensor with random numbers.
+    for name, data in [*damages.items(), ("model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))]:
+        (folder / name).write_bytes(data)
+        with pytest.raises(UserError, match=r"^--hf-path=[^\n]*$"):
+            load_hf_model(str(folder), runtime)
+        (folder / name).write_bytes(whole[name])
+    load_hf_model(str(folder), runtime)
 
 
 @pytest.mark.parametrize("route", CONFIGS)

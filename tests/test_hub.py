@@ -2,10 +2,13 @@
 
 import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -332,6 +335,21 @@ def test_a_file_that_is_not_what_the_hub_states(hub: FakeHub, model: Repo, tmp_p
     model.commits[0] = (model.commits[0][0], "", {"model.safetensors": WEIGHTS})  # only large files have a hash
     assert "model.safetensors" in refusal(lambda: pull_from(hub, tmp_path))
     assert (pull_from(hub, tmp_path) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("size", ["big", -1, None, 2**70])
+def test_sizes_that_no_file_has(size: Any, hub: FakeHub, model: Repo, tmp_path: Path, monkeypatch) -> None:
+    info = SimpleNamespace(sha="a" * 40, siblings=[SimpleNamespace(rfilename="a.safetensors", size=size, lfs=None)])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
+    assert re.search("no size|GB left", refusal(lambda: pull_from(hub, tmp_path)))
+
+
+def test_an_answer_of_another_form(hub: FakeHub, model: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(*_: object, **__: object) -> None:
+        raise TypeError("argument after ** must be a mapping, not list\nand more")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", parse)
+    assert "something else than a hub" in refusal(lambda: pull_from(hub, tmp_path))
 
 
 def test_two_processes_pull_once(hub: FakeHub, model: Repo, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat.common import UserError
+from nanochat.common import UserError, is_out_of_memory
 from nanochat.evals.core_prompts import Example, Scored
 from nanochat.evals.scoring import Score, pad_rows, score_batches, scores_of
 from nanochat.runtime import Runtime
@@ -123,14 +123,20 @@ def load_hf_model(path: str, runtime: Runtime, trust_remote_code: bool = False) 
     settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": is_folder}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **settings)
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype=runtime.dtype, **settings)
-    except (OSError, ValueError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, dtype=runtime.dtype, output_loading_info=True, **settings
+        )
+    except Exception as error:  # of damaged files any: KeyError, SafetensorError, what the tokenizers' library raises
+        if is_out_of_memory(error):
+            raise
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise UserError(
                 f"--hf-path={path} brings its own code; --trust-remote-code runs it, if you trust whoever wrote it"
             ) from error
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"--hf-path={path}: {first}") from error
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"--hf-path={path}: {kind}{(str(error).strip().splitlines() or [''])[0][:300]}") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(f"--hf-path={path}: its files lack the weights {', '.join(missing)[:200]}; copy it again")
     limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
     max_tokens = next((limit for limit in limits if isinstance(limit, int) and limit > 0), 2048)
     return HFModel(model.to(runtime.device).eval(), max_tokens, runtime.device), HFTokenizer(tokenizer)

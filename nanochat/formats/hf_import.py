@@ -113,6 +113,8 @@ def read_state(folder: Path, config: GPTConfig, names: Mapping[str, str], tied: 
     state = {}
     for name in files:
         for key, tensor in read_tensors(folder / name)[0].items():
+            if not tensor.is_floating_point():
+                raise UserError(f"{folder / name}: {key} is quantized ({tensor.dtype}); save it again in float32")
             parameter = ours.get(key, key)
             state[parameter] = pad(tensor.float(), found[parameter])
     if tied:

@@ -155,7 +155,9 @@ def download(hub: Hub, folder: Path, commit: str, files: dict[str, Any]) -> None
     names = wanted(files)
     if not names:
         raise UserError(f"{hub.name} has neither safetensors nor a published nanochat checkpoint: {hub.url}/tree/main")
-    total = sum(files[name].size or 0 for name in names)
+    if strange := [name for name in names if type(files[name].size) is not int or files[name].size < 0]:
+        raise UserError(f"{hub.url}: the hub states no size of {strange[0]}; is it a hub? Look at HF_ENDPOINT")
+    total = sum(files[name].size for name in names)
     if total > (free := shutil.disk_usage(folder.parent).free):
         raise UserError(f"{hub.name} needs {total / 1e9:,.1f} GB, and {folder.parent} has {free / 1e9:,.1f} GB left")
     say(f"downloading {len(names)} files, {total / 1e6:,.1f} MB, from {hub.url} (commit {commit[:10]})")

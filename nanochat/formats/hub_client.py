@@ -67,6 +67,8 @@ class Hub:
                 return result
             except UserError:
                 raise
+            except (TypeError, LookupError, AttributeError) as error:  # of the library, about an answer of another form
+                raise UserError(f"{self.host} answers something else than a hub does: {first_line(error)}") from error
             except (HTTPError, OSError, RuntimeError, ValueError) as error:
                 cause = cause_of(error)
                 if isinstance(cause, OfflineModeIsEnabled):
@@ -108,7 +110,7 @@ class Hub:
             return f"{self.host}: {said} ({status})" + (f"; {again}" if is_temporary(error) else "")
         if isinstance(error, errors.HTTPError | ConnectionError):
             return f"cannot reach {self.host} ({brief(error)}); check the network, and {again}"
-        return f"{self.host}: {error}"
+        return f"{self.host}: {first_line(error)}"
 
 
 def check_name(name: str) -> None:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from nanochat.checkpoint.folder import LOCK
 from nanochat.checkpoint.runs import run_dir
 from nanochat.checkpoint.saving import save_checkpoint
 from nanochat.common import UserError
@@ -25,7 +26,7 @@ def write_checkpoint(model: PortableModel, base_dir: Path, tag: str, origin: str
     Raises UserError if there is such a run.
     """
     run = run_dir(base_dir, model.source, tag)
-    if run.exists() and any(run.iterdir()):
+    if run.exists() and {entry.name for entry in run.iterdir()} - {LOCK}:  # of an import that failed the lock stays
         raise UserError(f"{run} exists; choose another name with -g, or delete that run first")
     meta = checkpoint_meta(model, origin)
     return save_checkpoint(run, meta["progress"]["step"], model_state=model.state, meta=meta, tokenizer=model.tokenizer)
