@@ -15,6 +15,7 @@ import torch
 from checkpoint_helpers import config, other_tokenizer, refusal, tokenizer
 from hostile_files import ODD_FILES, fifo, mutate_file
 
+from nanochat.checkpoint import tensor_file
 from nanochat.checkpoint.runs import run_dir
 from nanochat.checkpoint.saving import save_checkpoint
 from nanochat.checkpoint.tensor_file import DTYPES, read_tensor, tensor_chunks, write_file
@@ -306,6 +307,19 @@ def test_numbers_that_are_not_finite_and_rare_dtypes(tmp_path: Path) -> None:
     found = compare(*(read_contents(tmp_path / f"{name}.safetensors") for name in "ab"))
     assert [(t["name"], t["max"]) for t in found["weights"]["changed"]] == [("inf", None)]
     assert found["weights"]["identical"] == len(base) - 1
+
+
+def test_a_header_is_read_once_for_all_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"t{i}": torch.tensor([float(i)]) for i in range(50)}
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path in paths:
+        write_file(path, tensor_chunks(tensors))
+        tensors["t7"] = torch.tensor([0.0])
+    calls, read = [], tensor_file._read_header
+    monkeypatch.setattr(tensor_file, "_read_header", lambda *args: calls.append(1) or read(*args))
+    for path in paths:
+        assert [read_tensor(path, f"t{i}").item() for i in (0, 7, 49)] == [0, 7 if path == paths[0] else 0, 49]
+    assert len(calls) == 2
 
 
 def test_without_values_nothing_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

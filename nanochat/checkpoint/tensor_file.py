@@ -6,6 +6,7 @@ file is in memory twice. Here the bytes that were hashed are the bytes that the 
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -110,16 +111,25 @@ def read_entries(path: Path, follow_links: bool = False) -> dict[str, Entry]:
 def read_tensor(path: Path, name: str, follow_links: bool = False) -> torch.Tensor:
     """One tensor of a file, without the memory for the others. Raises UserError, also if it has no tensor `name`."""
     with open_file(path, follow_links) as file, readable(path):
-        entries, header = _read_header(path, file)
+        found = os.fstat(file.fileno())
+        entries, start = _known_header(path, follow_links, (found.st_ino, found.st_mtime_ns, found.st_size))
         if name not in entries:
             raise UserError(f"{path} has no tensor {name}")
         entry = entries[name]
         begin, end = entry["data_offsets"]
-        file.seek(len(header) + begin)
+        file.seek(start + begin)
         flat = torch.empty(end - begin, dtype=torch.uint8)
         if file.readinto(flat.numpy().data) != end - begin:
             raise UserError(f"{path} is damaged: it ends inside {name}")
         return flat.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+@functools.lru_cache(maxsize=2)
+def _known_header(path: Path, follow_links: bool, version: tuple[int, int, int]) -> tuple[dict[str, Entry], int]:
+    """The header and its size; read once for all tensors of a file, which would take quadratic time."""
+    with open_file(path, follow_links) as file:
+        entries, header = _read_header(path, file)
+    return entries, len(header)
 
 
 @contextlib.contextmanager
