@@ -101,6 +101,7 @@ def check_flags(config: Config) -> None:
 def export(config: Config, out: Path, card: CardOptions) -> None:
     """Write the folder or file."""
     model = read_run(get_base_dir(to_write=False), config.source, config.model_tag, config.step)
+    say(f"{config.source} model of {model.meta['model_tag']}, step {model.meta['step']}")
     if config.to == "hf":
         from nanochat.formats.hf_folder import write_hf
 
@@ -117,7 +118,7 @@ def export(config: Config, out: Path, card: CardOptions) -> None:
         from nanochat.formats.gguf_file import write_gguf
 
         write_gguf(model, out, config.dtype, config.license)
-    say(f"{config.source} model of {model.meta['model_tag']}, step {model.meta['step']}: written to {out}")
+    say(f"written to {out}" + (f"; {out / 'README.md'} says how to load it" if config.to in ("hf", "onnx") else ""))
     if list(out.glob("modeling_*.py")):
         say("its network is code in that folder: transformers loads it with trust_remote_code=True")
 

@@ -14,7 +14,7 @@ from nanochat import flash_attention, gpt, gpt_config, loss_head
 from nanochat.common import UserError
 from nanochat.common.fast_path import changed, modified_modules, unknown_fields
 from nanochat.gpt import GPT, MLP, Block, CausalSelfAttention, Embedding, GPTConfig, Linear
-from nanochat.inference.cpu_decoder import parameter_shapes
+from nanochat.inference.cpu_decoder import expected_shapes
 
 FUNCTIONS: list[tuple[ModuleType, dict[str, str]]] = [
     (
@@ -61,7 +61,7 @@ def differences(config: GPTConfig) -> list[str]:
     found = [name.removesuffix(".fget") for module, known in FUNCTIONS for name in changed(known, module)]
     found += [f"{name}={getattr(config, name)}" for name in unknown_fields(config, FIELDS)]
     found += modified_modules(model, MODULES)
-    expected = parameter_shapes(config)
+    expected = expected_shapes(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return found + [name for name in sorted(expected | shapes) if expected.get(name) != shapes.get(name)]
 

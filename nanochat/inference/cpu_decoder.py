@@ -124,12 +124,12 @@ def unknown_parts(model: GPT) -> list[str]:
         *(f"{name}={getattr(model.config, name)}" for name in unknown_fields(model.config, FIELDS)),
         *modified_modules(model, MODULES),
     ]
-    shapes = parameter_shapes(model.config)
+    shapes = expected_shapes(model.config)
     found = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return unknown + [name for name in sorted(shapes.keys() | found.keys()) if shapes.get(name) != found.get(name)]
 
 
-def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter that decode.c reads."""
     C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
     HD, GD = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
