@@ -71,7 +71,9 @@ def parse(config: type[Config], argv: Sequence[str] | None = None) -> Config:
 def program_name() -> str:
     """The command as the user typed it: `python -m scripts.base_train`."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return f"python -m {spec.name}" if spec and spec.name.startswith("scripts.") else "nanochat"
+    if spec and spec.name.startswith("scripts.") and spec.name != "scripts.stages":
+        return f"python -m {spec.name}"
+    return " ".join(["nanochat", *sys.argv[1:2]])
 
 
 def join_repeated(args: list[str], flag: str) -> list[str]:
@@ -119,6 +121,7 @@ MESSAGES = (
     (r".*Missing value for argument '\S*?(--[\w-]+)'.*", r"\1 needs a value (with a leading dash: \1=-...)"),
     (r".*[Ii]nvalid choice '(.*?)' for argument '\S*?(--[\w-]+)'\. Expected one of \((.*)\)", r"\2 takes \3, got '\1'"),
     (r".*Unrecognized options:", "unrecognized:"),
+    (r".*Required options:? Missing from [^:]*: ([A-Z]+) .*", r"\1 is missing"),
     (r"^Value error (Error parsing \w+: )?", ""),
 )
 

@@ -27,9 +27,9 @@ from scripts import _cli
 class Config:
     """Say what differs between two models. Exit code 0: the same model, 1: not, 2: they cannot be compared."""
 
-    a: tyro.conf.Positional[str]
+    a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A")]
     """A path, or the tag of a run; see python -m scripts.info --help."""
-    b: tyro.conf.Positional[str]
+    b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="B")]
     """The same of the other model."""
     source: Annotated[Literal["", "base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = ""
     """A and B are tags of runs, of this stage."""

@@ -20,7 +20,7 @@ from scripts import _cli
 class Config:
     """Export a model."""
 
-    out: tyro.conf.Positional[str]
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """The folder to create, such as out; of --to=gguf the file, such as model.gguf. Nothing is overwritten."""
     to: Literal["hf", "onnx", "gguf", "mlx"] = "hf"
     """hf: a Hugging Face folder, for transformers and whatever builds on it; onnx: a graph for onnxruntime, in browsers

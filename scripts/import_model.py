@@ -23,7 +23,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 class Config:
     """Import a model: a Hugging Face folder, a published checkpoint, or a run's folder of another machine."""
 
-    path: tyro.conf.Positional[str]
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
     """The folder, a file such as model_000100.pt, or a name on the hub: ORG/NAME."""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
     """Tag of the run to create; empty takes the folder's name."""

@@ -26,7 +26,7 @@ from scripts import _cli
 class Config:
     """Say what a checkpoint, an export or another model's files hold, without loading the weights."""
 
-    path: tyro.conf.Positional[str] = ""
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = ""
     """A run's tag, or a path: of a run, a step, a base folder, a Hugging Face folder, a published checkpoint, a file of
     weights or a tokenizer. Empty: the base folder."""
     source: Annotated[Literal["", "base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = ""
