@@ -97,7 +97,7 @@ def test_one_graph_with_the_plain_loss_and_gradients(
     loss_fn = compiled_loss(model, "on", CPU)
     found = loss_and_gradients(model, loss_fn, inputs, targets, weights)
     for x, y in zip(found, wanted, strict=True):
-        assert (x - y).norm() <= 1e-5 * y.norm() + 1e-6
+        assert (x - y).norm() <= 1e-5 * y.norm() + 5e-6
     (called,) = compiler.graphs
     assert "argsort" not in called and called.count("flex_attention") == (
         2 if backend == "flex" else 0
