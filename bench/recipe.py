@@ -1,150 +1,149 @@
-"""What a change to the recipe is worth, at equal time: `python -m bench.recipe --trials default default,smear=False`.
+"""Race one recipe or revision against another at equal time: `python -m bench.recipe --b=smear=False --minutes=5`.
 
-The first trial is the yardstick. Steps of all trials are timed in turn, and each trial gets as many as fit in the
-time that the first one needs for its own. All of them train on the starter corpus, from the same seeds, and are
-measured on the same held-out rows. A change smaller than the spread between seeds is no change.
+Both sides train at the same time, each on its own half of the cores (on a GPU, in turns), from the same seeds, and are
+measured on the same held-out text. Each pair of runs gives one difference; the table has its mean over the pairs with
+the 95% interval. `--candidates=FILE` searches among many changes until it is stopped: docs/leaderboard.md.
 """
 
-import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from statistics import mean, stdev
-from typing import Any
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
 
-from bench import _run
-from bench._common import Flags, starter_texts, time_in_turn
-from bench._run import Result
-from nanochat.common import UserError, say
-from nanochat.dataloader import PretrainLoader
-from nanochat.dataset import starter_corpus
-from nanochat.evals.bits_per_byte import corpus_bpb
-from nanochat.gpt import GPT
-from nanochat.recipe import resolve_recipe
-from nanochat.runtime import Runtime
-from nanochat.scaling import align_batch, make_plan
-from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.build import random_batch
-from nanochat.train.pretraining import PretrainConfig, build_step, plan_arguments
-from nanochat.train.step import TrainStep
-from nanochat.trainer import Trainer
+from bench._effects import Search, ranking, read_candidates
+from bench._race import Race, Side, can_run_together, stopped_by_signal
+from bench._run import ROOT, git
+from nanochat.common import UserError, json_hash, say
+from nanochat.common.ranges import Range
+from nanochat.reporting.console import print_table
+from nanochat.reporting.machine import describe_machine
 from scripts import _cli
+
+COMMON = "--depth=3 --head-dim=64 --max-seq-len=512 --total-batch-size=4096 --recipe=small"
+LEADERBOARD = ROOT / "dev" / "LEADERBOARD.md"
 
 
 @dataclass
-class RecipeFlags(Flags):
-    """Which recipes, how long, how often."""
+class Config:
+    """Race side B against side A. A side is written as words: @REVISION, --flag=value of base_train, vocab=N, or
+    changes to the recipe such as smear=False,matrix_lr=0.03; nothing is the working tree as it is."""
 
-    trials: list[str] = field(default_factory=lambda: ["default", "published"])
-    """Recipes and changes to them, such as default,smear=False; the first is the yardstick."""
-    steps: int = 300
-    """Optimizer steps of the first trial."""
-    total_batch: int = 4096
-    """Tokens in a step."""
-    seeds: int = 2
-    """Runs of each trial, from seeds 1, 2, …, for weights and data."""
-    equal_steps: bool = False
-    """Give all trials the same number of steps, whatever they cost."""
-    chars: int = 4_000_000
+    a: str = ""
+    """The yardstick."""
+    b: str = ""
+    """What is measured against it."""
+    minutes: Annotated[float, Range(above=0, max=600)] = 5.0
+    """Of each run."""
+    seeds: Annotated[int, Range(1, 1000)] = 3
+    """Pairs of runs; with one there is no interval."""
+    common: str = COMMON
+    """Flags of base_train that both sides have, unless a side says otherwise."""
+    data: str = ""
+    """The corpus, as for base_train; empty: the starter corpus."""
+    vocab_size: int = 4096
+    """Tokens in the vocabulary, special tokens included."""
+    chars: int = 20_000_000
     """Characters of text to train the vocabulary on."""
-    eval_tokens: int = 131_072
-    """Held-out tokens."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.trials or min(self.steps, self.seeds, self.total_batch, self.eval_tokens) < 1:
-            raise UserError("--trials, --steps, --seeds, --total-batch and --eval-tokens must not be empty or zero")
-
-
-def new_step(flags: RecipeFlags, trial: str, steps: int, seed: int, runtime: Runtime) -> TrainStep:
-    """The optimizer step that base_train would make for this recipe."""
-    config = PretrainConfig(
-        depth=flags.depth,
-        head_dim=flags.head_dim,
-        max_seq_len=flags.seq_len,
-        recipe=trial,
-        seed=seed,
-        window_pattern=flags.window_pattern,
-        num_iterations=steps,
-        total_batch_size=flags.total_batch,
-    )
-    model_config = config.network(flags.vocab_size)(flags.depth)
-    trial = resolve_recipe(trial, model_config.n_layer, model_config.n_embd)
-    model = GPT.create(model_config, runtime.device, runtime.dtype, seed)
-    plan = make_plan(model_config, **plan_arguments(config, trial), num_iterations=steps)
-    return build_step(config, trial, plan, model, runtime)
-
-
-def measure(flags: RecipeFlags, runtime: Runtime) -> Result:
-    flags.total_batch = align_batch(flags.total_batch, flags.seq_len)
-    seconds = step_seconds(flags, runtime)
-    tokenizer = RustBPETokenizer.train_from_iterator(starter_texts("train", flags.chars), flags.vocab_size)
-    found: dict[str, dict[str, Any]] = {}
-    for trial in flags.trials:
-        ratio = seconds[trial] / seconds[flags.trials[0]]
-        steps = flags.steps if flags.equal_steps else max(1, round(flags.steps / ratio))
-        bpb = [train(flags, trial, steps, seed, tokenizer, runtime) for seed in range(1, flags.seeds + 1)]
-        found[trial] = {"steps": steps, "step_seconds_ratio": ratio, "bpb": bpb}
-        say(f"{trial}: {steps} steps, bpb {', '.join(f'{b:.4f}' for b in bpb)}")
-    yardstick = found[flags.trials[0]]["bpb"]
-    rows = []
-    for trial, values in found.items():
-        effects = [bpb - reference for bpb, reference in zip(values["bpb"], yardstick)]  # seed by seed
-        values["effect"], values["spread"] = mean(effects), stdev(effects) if len(effects) > 1 else None
-        spread = "" if values["spread"] is None else f" ± {values['spread']:.4f}"
-        rows.append(
-            (
-                trial,
-                f"{values['step_seconds_ratio']:.3f}",
-                str(values["steps"]),
-                f"{mean(values['bpb']):.4f}",
-                f"{values['effect']:+.4f}{spread}",
-            )
-        )
-    title = f"recipes, depth {flags.depth}, {flags.seq_len} tokens, {flags.seeds} seeds"
-    return Result(title, ("recipe", "time a step", "steps", "val bpb", "effect"), rows, {"trials": found})
-
-
-def step_seconds(flags: RecipeFlags, runtime: Runtime) -> dict[str, float]:
-    """Median seconds of a step of each trial, timed in turn."""
-    actions: dict[str, Callable[[], Any]] = {}
-    for trial in dict.fromkeys(flags.trials):
-        step = new_step(flags, trial, flags.steps, 1, runtime)
-        batch = random_batch(flags.total_batch // flags.seq_len, flags.seq_len, flags.vocab_size, runtime)
-        actions[trial] = partial(step, batch)
-    return time_in_turn(actions, flags.seconds, runtime)
-
-
-def train(
-    flags: RecipeFlags, trial: str, steps: int, seed: int, tokenizer: RustBPETokenizer, runtime: Runtime
-) -> float:
-    """Validation bits per byte at the end of one run."""
-    loader = PretrainLoader(
-        starter_corpus(),
-        tokenizer,
-        sequence_len=flags.seq_len,
-        seed=seed,
-        rows_per_step=flags.total_batch // flags.seq_len,
-    )
-    trainer = Trainer(new_step(flags, trial, steps, seed, runtime), loader)
-    try:
-        trainer.run()
-        return corpus_bpb(
-            trainer.model,
-            starter_corpus(),
-            tokenizer,
-            runtime,
-            split="val",
-            tokens=flags.eval_tokens,
-            device_batch_size=trainer.step.device_batch_size,
-        )
-    finally:
-        loader.close()
-        gc.collect()
+    eval_bytes: Annotated[int, Range(1)] = 1_000_000
+    """Held-out text to measure on."""
+    candidates: str = ""
+    """A file with one side a line: search for what beats A, until stopped or decided."""
+    results: str = "race.jsonl"
+    """Where every pair is written down; a race or search that was stopped goes on from there."""
+    record: bool = False
+    """Append the result to dev/LEADERBOARD.md."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return _run.run("recipe", RecipeFlags, measure, argv)
+    config = _cli.parse(Config, argv)
+    if bool(config.b) == bool(config.candidates):
+        raise UserError("give what to race against A: --b=smear=False, or --candidates=FILE with one a line")
+    candidates = [Side.parse(config.b)]
+    if config.candidates:
+        candidates = read_candidates(Path(config.candidates).read_text().splitlines())
+    search = Search(Side.parse(config.a), candidates)
+    first, results = search.baseline, Path(config.results)
+    settings = race_settings(config)
+    for line in known_results(results, settings):
+        search.record(line["a"], line["b"], *line["bpb"])
+    race = Race(
+        config.minutes, shlex.split(config.common), config.data or "starter", config.vocab_size, config.chars,
+        config.eval_bytes, can_run_together(),
+    )  # fmt: skip
+    try:
+        with stopped_by_signal(), race:
+            while (b := following(search, config)) is not None:
+                effect = search.effect(b)
+                seed = 1 + len(effect.differences) + len(effect.failures)
+                say(f"pair {seed}: {search.baseline.text or 'A'} against {b.text or 'as it is'}")
+                bpb = race.pair(search.baseline, b, seed)
+                line = {"a": search.baseline.text, "b": b.text, "seed": seed, "bpb": bpb, "settings": settings}
+                append_line(results, json.dumps(line))
+                search.record(search.baseline.text, b.text, *bpb)
+                say(f"  A {shown(bpb[0])}, B {shown(bpb[1])}; B - A: {effect} ({effect.verdict})")
+                if isinstance(bpb[0], str):
+                    raise UserError(f"side A does not train: {bpb[0]}")
+    except KeyboardInterrupt:
+        say(f"stopped; the pairs so far are in {results}, and the same command goes on from there")
+    show(search, first, config)
+    return 0
+
+
+def following(search: Search, config: Config) -> Side | None:
+    """The next side to race; None when all is done."""
+    if config.candidates:
+        return search.next_candidate()
+    b = search.candidates[0]
+    effect = search.effect(b)
+    return b if len(effect.differences) + len(effect.failures) < config.seeds else None
+
+
+def race_settings(config: Config) -> dict[str, Any]:
+    """What a pair's result depends on besides its sides: results of other settings do not count."""
+    names = ("minutes", "common", "data", "vocab_size", "chars", "eval_bytes")
+    code = json_hash([git("rev-parse", "HEAD").stdout, git("diff", "HEAD").stdout])[:12]
+    return {**{name: getattr(config, name) for name in names}, "code": code, "machine": describe_machine()["processor"]}
+
+
+def known_results(path: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The pairs of an earlier race of the same settings."""
+    if path.exists():
+        lines = (json.loads(line) for line in path.read_text().splitlines() if line.strip())
+        yield from (line for line in lines if line["settings"] == settings)
+
+
+def show(search: Search, first: Side, config: Config) -> None:
+    """Print the tables of all baselines, and record the last one if asked to."""
+    baselines = [Side.parse(text) for text in dict.fromkeys(base for base, _ in search.effects)] or [first]
+    for baseline in baselines:
+        rows = ranking(search, baseline)
+        if rows:
+            title = f"against {baseline.text or 'the working tree'}, {config.minutes:g} minutes"
+            print_table(title, rows, ("side", "pairs", "bits per byte, B - A", "verdict"))
+    if config.record:
+        for baseline in baselines:
+            for text, pairs, effect, verdict in ranking(search, baseline):
+                append_line(LEADERBOARD, board_row(baseline.text, text, pairs, effect, verdict, config))
+
+
+def board_row(a: str, b: str, pairs: str, effect: str, verdict: str, config: Config) -> str:
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip() or "-"
+    machine = describe_machine()
+    where = f"{machine['cores']} cores {machine['processor']}"
+    length = f"{config.minutes:g} min, {pairs} pairs"
+    return f"| {' | '.join((effect, verdict, b, a or 'as it was', length, str(date.today()), commit, where))} |"
+
+
+def append_line(path: Path, line: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def shown(bpb: float | str) -> str:
+    return bpb if isinstance(bpb, str) else f"{bpb:.4f}"
 
 
 if __name__ == "__main__":

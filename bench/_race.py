@@ -1,0 +1,228 @@
+"""Training runs against each other: a pair of them at the same time, each on its own half of the machine."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench._run import ROOT, worktree
+from nanochat.common import UserError, json_hash
+
+# Run a command on some cores only: before its threads exist, and without a fork of this process's.
+PINNED = (
+    "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); os.execv(sys.argv[2], sys.argv[2:])"
+)
+GRACE_SECONDS = 900.0  # that a run may take beyond its minutes before it counts as hanging
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a race, written as words: `@REVISION` for other code, `--flag=value` of base_train, `vocab=N`,
+    and changes to the recipe such as `smear=False`. No words: the working tree with the common flags."""
+
+    text: str
+    revision: str = ""
+    flags: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+    vocab_size: int = 0  # 0: the common one
+
+    @classmethod
+    def parse(cls, text: str) -> "Side":
+        """Raises UserError for a word that is none of these."""
+        revision, vocab_size, flags, changes = "", 0, list[str](), list[str]()
+        for word in shlex.split(text):
+            if word.startswith("@") and len(word) > 1:
+                revision = word[1:]
+            elif word.startswith("--") and "=" in word:
+                flags.append(word)
+            elif word.startswith("vocab=") and word[6:].isdigit():
+                vocab_size = int(word[6:])
+            elif "=" in word and not word.startswith("-"):
+                changes += word.split(",")
+            else:
+                raise UserError(
+                    f"{word!r} is neither @REVISION, --flag=value, vocab=N nor a change such as smear=False"
+                )
+        return cls(" ".join(text.split()), revision, tuple(flags), tuple(changes), vocab_size)
+
+    def plus(self, other: "Side") -> "Side":
+        """This side changed further by `other`, which wins where both set the same."""
+        return Side.parse(f"{self.text} {other.text}")
+
+    def command(self, common: Sequence[str]) -> list[str]:
+        """base_train's flags: the common ones, this side's in their place, and the recipe with all changes."""
+        given = dict(flag.split("=", 1) for flag in (*common, *self.flags))
+        changes = {change.partition("=")[0]: change for change in self.changes}  # the last of each name
+        given["--recipe"] = ",".join([given.get("--recipe", "default"), *changes.values()])
+        return [f"{name}={value}" for name, value in given.items()]
+
+
+@dataclass
+class Race:
+    """What all runs have in common. Use as a context: it holds the checked-out revisions and the tokenizers."""
+
+    minutes: float
+    common: Sequence[str]  # flags of base_train
+    data: str
+    vocab_size: int
+    chars: int  # the tokenizers are trained on
+    eval_bytes: int
+    together: bool  # both sides at once, each on half of the cores
+    _open: ExitStack = field(default_factory=ExitStack)
+    _trees: dict[str, Path] = field(default_factory=dict)
+    _tokenizers: dict[str, tuple[Path, float]] = field(default_factory=dict)
+
+    def __enter__(self) -> "Race":
+        self.folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="nanochat-race-")))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def pair(self, a: Side, b: Side, seed: int) -> tuple[float | str, float | str]:
+        """Bits per byte of both sides from one seed; of one that failed, its error's last line instead.
+
+        At odd seeds they take each other's cores, so that a difference between cores cancels out.
+        """
+        sides, halves = [a, b], cpu_halves()
+        if seed % 2:
+            halves.reverse()
+        for side in sides:
+            self._tokenizer(side)  # outside of the time
+        if not self.together:
+            return self._finish(self._start(a, seed, None)), self._finish(self._start(b, seed, None))
+        runs = list[Started]()
+        try:
+            runs += [self._start(side, seed, half) for side, half in zip(sides, halves)]
+            return self._finish(runs[0]), self._finish(runs[1])
+        finally:
+            for run in runs:
+                run.kill()
+
+    def _tree(self, side: Side) -> Path:
+        if side.revision and side.revision not in self._trees:
+            self._trees[side.revision] = self._open.enter_context(worktree(side.revision))
+        return self._trees.get(side.revision, ROOT)
+
+    def _tokenizer(self, side: Side) -> tuple[Path, float]:
+        """(folder, bytes per token) of the side's vocabulary, trained with its code the first time."""
+        size, tree = side.vocab_size or self.vocab_size, self._tree(side)
+        key = f"{size}-{json_hash([side.revision])[:8]}"
+        if key not in self._tokenizers:
+            base = self.folder / key
+            flags = [
+                f"--vocab-size={size}",
+                f"--max-chars={self.chars}",
+                *([f"--data={self.data}"] if self.data else []),
+            ]
+            done = subprocess.run(
+                [sys.executable, "-m", "scripts.tok_train", *flags],
+                cwd=tree,
+                env={**os.environ, "NANOCHAT_BASE_DIR": str(base)},
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                raise UserError(f"tok_train {' '.join(flags)} failed: {last_words(done.stderr)}")
+            report = json.loads((base / "report" / "report.json").read_text())
+            self._tokenizers[key] = base / "tokenizer", report["tokenizer"]["bytes_per_token"]
+        return self._tokenizers[key]
+
+    def _start(self, side: Side, seed: int, cpus: set[int] | None) -> "Started":
+        tokenizer, bytes_per_token = self._tokenizer(side)
+        base = Path(tempfile.mkdtemp(dir=self.folder))
+        shutil.copytree(tokenizer, base / "tokenizer")
+        common = [f"--minutes={self.minutes:g}", "--eval-every=-1", "--sample-every=-1", *self.common]
+        common.append(f"--data={self.data}")
+        # As many tokens as the same text has, whatever the vocabulary.
+        common.append(f"--eval-tokens={max(1, round(self.eval_bytes / bytes_per_token))}")
+        command = [sys.executable, "-m", "scripts.base_train", *side.command(common)]
+        command += [f"--seed={seed}", "--model-tag=race"]
+        return Started(command, self._tree(side), base, cpus, time.monotonic() + 60 * self.minutes + GRACE_SECONDS)
+
+    def _finish(self, run: "Started") -> float | str:
+        """Wait for a run's end; its final bits per byte, or why there are none."""
+        try:
+            return run.result()
+        finally:
+            run.kill()
+            shutil.rmtree(run.base, ignore_errors=True)
+
+
+class Started:
+    """A training run in a process group of its own."""
+
+    def __init__(self, command: list[str], tree: Path, base: Path, cpus: set[int] | None, deadline: float) -> None:
+        self.base, self.deadline = base, deadline
+        self.log = open(base / "log.txt", "w+")  # noqa: SIM115
+        pinned = [sys.executable, "-c", PINNED, ",".join(map(str, cpus)), *command] if cpus else command
+        self.process = subprocess.Popen(
+            pinned,
+            cwd=tree,
+            env={**os.environ, "NANOCHAT_BASE_DIR": str(base)},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def result(self) -> float | str:
+        try:
+            code = self.process.wait(max(1.0, self.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return "hangs"
+        if code:
+            self.log.seek(0)
+            return f"exit code {code}: {last_words(self.log.read())}"
+        report = json.loads((self.base / "report" / "report.json").read_text())
+        bpb = report["base_train"]["val_bpb"]
+        return float(bpb) if bpb is not None and math.isfinite(bpb) else f"val_bpb is {bpb}"
+
+    def kill(self) -> None:
+        """End the run and whatever it started, if it is still going."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+
+
+def last_words(text: str) -> str:
+    """The last line that says something."""
+    return ([line.strip() for line in text.splitlines() if line.strip()] or ["no message"])[-1][:200]
+
+
+def cpu_halves() -> list[set[int]]:
+    """The cores this process may use, in two halves of the same size."""
+    cpus = sorted(os.sched_getaffinity(0))
+    half = len(cpus) // 2
+    return [set(cpus[:half]), set(cpus[half : 2 * half])]
+
+
+def can_run_together() -> bool:
+    """Whether two runs can be given half of the machine each: several cores, no GPU to share, and Linux."""
+    return hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1 and not torch.cuda.is_available()
+
+
+@contextmanager
+def stopped_by_signal() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt, so that the runs end with this process."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

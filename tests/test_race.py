@@ -1,0 +1,156 @@
+"""Races of two recipes: sides as words, intervals, the search, and one race for real at toy size."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import recipe
+from bench._effects import MAX_PAIRS, Effect, Search, read_candidates
+from bench._race import Race, Side, can_run_together
+from nanochat.common import UserError
+
+TOY = "--depth=1 --head-dim=8 --aspect-ratio=8 --max-seq-len=16 --total-batch-size=32 --recipe=small"
+
+
+def test_a_side_is_a_revision_flags_and_changes() -> None:
+    side = Side.parse("@main --depth=4 smear=False,matrix_lr=0.03 vocab=2048")
+    assert (side.revision, side.flags, side.vocab_size) == ("main", ("--depth=4",), 2048)
+    assert side.changes == ("smear=False", "matrix_lr=0.03")
+    assert side.command(["--depth=3", "--head-dim=64", "--recipe=small"]) == [
+        "--depth=4",
+        "--head-dim=64",
+        "--recipe=small,smear=False,matrix_lr=0.03",
+    ]
+    more = side.plus(Side.parse("smear=True --depth=2"))
+    assert more.command([]) == ["--depth=2", "--recipe=default,smear=True,matrix_lr=0.03"] and more.revision == "main"
+    assert Side.parse("").command(["--recipe=small"]) == ["--recipe=small"]
+
+
+@pytest.mark.parametrize("text", ["smear", "--depth", "-g=1", "@", "vocab=many --x"])
+def test_a_wrong_word_is_named(text: str) -> None:
+    with pytest.raises(UserError, match=text.split()[-1]):
+        Side.parse(text)
+
+
+def test_the_interval_is_students() -> None:
+    """Worked example: differences -0.02, -0.01, -0.03: mean -0.02, s 0.01, t(2) 4.303."""
+    effect = Effect([-0.02, -0.01, -0.03])
+    assert effect.mean == pytest.approx(-0.02)
+    assert effect.half_width == pytest.approx(4.303 * 0.01 / math.sqrt(3))
+    assert effect.verdict == "not told apart"
+    assert Effect([-0.02, -0.021, -0.019]).verdict == "better"
+    assert Effect([0.02, 0.021, 0.019]).verdict == "worse"
+    assert Effect([-0.5]).verdict == "not told apart", "one pair has no interval"
+    assert Effect([-0.5, -0.5], ["exit code 1"]).verdict == "failed"
+
+
+def search_with(effects: dict[str, float], spread: float = 0.001) -> tuple[Search, list[tuple[str, str]]]:
+    """Run a search to its end where each candidate's effect is known, on top of any baseline."""
+    search, tried = Search(Side.parse(""), [Side.parse(text) for text in effects]), list[tuple[str, str]]()
+    while (b := search.next_candidate()) is not None:
+        n = len(search.effect(b).differences)
+        tried.append((search.baseline.text, b.text))
+        search.record(search.baseline.text, b.text, 1.5, 1.5 + effects[b.text] + spread * (-1) ** n)
+        assert len(tried) < 200
+    return search, tried
+
+
+def test_a_search_takes_up_what_is_better_and_drops_what_is_worse() -> None:
+    search, tried = search_with({"a=1": -0.02, "b=1": 0.03, "c=1": -0.05})
+    assert search.baseline.text.split() == ["c=1", "a=1"] and [c.text for c in search.candidates] == ["b=1"]
+    assert [b for _, b in tried[:3]] == ["a=1", "b=1", "c=1"], "each is tried once first"
+    assert sum(b == "c=1" for _, b in tried) >= 2 and tried.count(("", "b=1")) <= 3
+
+
+def test_a_search_ends_although_nothing_is_told_apart() -> None:
+    search, tried = search_with({"a=1": 0.0001, "b=1": -0.0001}, spread=0.01)
+    assert search.baseline.text == "" and len(tried) == 2 * MAX_PAIRS
+
+
+def test_a_candidate_that_fails_is_not_tried_again() -> None:
+    search = Search(Side.parse(""), [Side.parse("a=1")])
+    search.record("", "a=1", 1.5, "exit code 2: no such field")
+    assert search.next_candidate() is None and search.effect(search.candidates[0]).verdict == "failed"
+
+
+def test_candidates_are_lines() -> None:
+    lines = ["# ideas", "", "smear=False  # first", "smear=False", "vocab=512"]
+    assert [side.text for side in read_candidates(lines)] == ["smear=False", "vocab=512"]
+
+
+def fake_pairs(monkeypatch: pytest.MonkeyPatch, bpb: Any) -> list[tuple[str, str, int]]:
+    """Replace training by `bpb(side, seed)`; returns the list of pairs that are asked for."""
+    asked = list[tuple[str, str, int]]()
+
+    def pair(race: Race, a: Side, b: Side, seed: int) -> tuple[Any, Any]:
+        asked.append((a.text, b.text, seed))
+        return bpb(a, seed), bpb(b, seed)
+
+    monkeypatch.setattr(Race, "pair", pair)
+    return asked
+
+
+def test_a_race_goes_on_where_it_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(side: Side, seed: int) -> float:
+        if seed == 2:
+            raise KeyboardInterrupt
+        return 1.5 - 0.1 * bool(side.text)
+
+    argv = ["--b=smear=False", f"--results={tmp_path / 'race.jsonl'}", "--seeds=3"]
+    asked = fake_pairs(monkeypatch, stopped)
+    assert recipe.main(argv) == 0 and [seed for *_, seed in asked] == [1, 2]
+    asked = fake_pairs(monkeypatch, lambda side, seed: 1.5 - 0.1 * bool(side.text))
+    assert recipe.main(argv) == 0 and [seed for *_, seed in asked] == [2, 3]
+    assert "better" in capsys.readouterr().out
+    asked = fake_pairs(monkeypatch, lambda side, seed: 1.5)
+    assert recipe.main([*argv, "--minutes=7"]) == 0 and len(asked) == 3, "other settings are another race"
+
+
+def test_a_row_of_the_leaderboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    board = tmp_path / "LEADERBOARD.md"
+    monkeypatch.setattr(recipe, "LEADERBOARD", board)
+    fake_pairs(monkeypatch, lambda side, seed: 1.5 - 0.1 * bool(side.text))
+    assert recipe.main(["--b=smear=False", f"--results={tmp_path / 'r'}", "--seeds=2", "--record"]) == 0
+    [row] = board.read_text().splitlines()
+    assert row.split("|")[1].strip().startswith("-0.1000") and "smear=False" in row and "2 pairs" in row
+
+
+def test_a_yardstick_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_pairs(monkeypatch, lambda side, seed: 1.5 if side.text else "exit code 2: no text")
+    with pytest.raises(UserError, match="no text"):
+        recipe.main(["--b=smear=False", f"--results={tmp_path / 'r'}"])
+
+
+@pytest.mark.parametrize("argv", [[], ["--b=smear=False", "--candidates=x"], ["--b=smear"], ["--minutes=0", "--b=a=1"]])
+def test_wrong_flags(argv: list[str]) -> None:
+    with pytest.raises(UserError):
+        recipe.main(argv)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups")
+def test_two_recipes_are_raced_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "race.jsonl"
+    argv = [
+        "--b=matrix_lr=0.0,embedding_lr=0.0,unembedding_lr=0.0",
+        "--minutes=0.05",
+        "--seeds=1",
+        f"--common={TOY} --num-iterations=30",
+        "--vocab-size=300",
+        "--chars=20000",
+        "--eval-bytes=2000",
+        f"--results={results}",
+    ]
+    assert recipe.main(argv) == 0
+    [line] = [json.loads(line) for line in results.read_text().splitlines()]
+    a, b = line["bpb"]
+    assert a < b - 0.5 and line["seed"] == 1, "what does not learn is worse"
+    assert f"{a:.4f}" in capsys.readouterr().out
+    if can_run_together():
+        assert len(os.sched_getaffinity(0)) > 1, "this process keeps its cores"
