@@ -10,7 +10,7 @@ from bench._race import Side
 # Two-sided 95% points of Student's t for 1, 2, … degrees of freedom; beyond the last one close to the normal's.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 NOISE = 0.01  # bits per byte: what is assumed of two pairs' spread before there are two
-MAX_PAIRS = 8  # of one candidate: what is not told apart by then is worth no more nights
+MAX_PAIRS = 8  # of one candidate; what is not told apart by then counts as equal
 
 
 @dataclass

@@ -122,18 +122,9 @@ class Race:
         key = f"{size}-{json_hash([side.revision])[:8]}"
         if key not in self._tokenizers:
             base = self.folder / key
-            flags = [
-                f"--vocab-size={size}",
-                f"--max-chars={self.chars}",
-                *([f"--data={self.data}"] if self.data else []),
-            ]
-            done = subprocess.run(
-                [sys.executable, "-m", "scripts.tok_train", *flags],
-                cwd=tree,
-                env={**os.environ, "NANOCHAT_BASE_DIR": str(base)},
-                capture_output=True,
-                text=True,
-            )
+            flags = [f"--vocab-size={size}", f"--max-chars={self.chars}", f"--data={self.data}"]
+            command = [sys.executable, "-P", "-m", "scripts.tok_train", *flags]
+            done = subprocess.run(command, env=environment(tree, base), capture_output=True, text=True)
             if done.returncode:
                 raise UserError(f"tok_train {' '.join(flags)} failed: {last_words(done.stderr)}")
             report = json.loads((base / "report" / "report.json").read_text())
@@ -148,7 +139,7 @@ class Race:
         common.append(f"--data={self.data}")
         # As many tokens as the same text has, whatever the vocabulary.
         common.append(f"--eval-tokens={max(1, round(self.eval_bytes / bytes_per_token))}")
-        command = [sys.executable, "-m", "scripts.base_train", *side.command(common)]
+        command = [sys.executable, "-P", "-m", "scripts.base_train", *side.command(common)]
         command += [f"--seed={seed}", "--model-tag=race"]
         return Started(command, self._tree(side), base, cpus, time.monotonic() + 60 * self.minutes + GRACE_SECONDS)
 
@@ -170,8 +161,7 @@ class Started:
         pinned = [sys.executable, "-c", PINNED, ",".join(map(str, cpus)), *command] if cpus else command
         self.process = subprocess.Popen(
             pinned,
-            cwd=tree,
-            env={**os.environ, "NANOCHAT_BASE_DIR": str(base)},
+            env=environment(tree, base),
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -195,6 +185,12 @@ class Started:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.log.close()
+
+
+def environment(tree: Path, base: Path) -> dict[str, str]:
+    """For a process with the code of `tree` and the base folder `base`, run with -P: not the code in the current
+    folder, which stays, so that relative paths in flags mean what they mean to the user."""
+    return {**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": str(tree)}
 
 
 def last_words(text: str) -> str:

@@ -17,6 +17,7 @@ from bench._effects import Search, ranking, read_candidates
 from bench._race import Race, Side, can_run_together, stopped_by_signal
 from bench._run import ROOT, git
 from nanochat.common import UserError, json_hash, say
+from nanochat.common.files import parse_json, read_file
 from nanochat.common.ranges import Range
 from nanochat.reporting.console import print_table
 from nanochat.reporting.machine import describe_machine
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("give what to race against A: --b=smear=False, or --candidates=FILE with one a line")
     candidates = [Side.parse(config.b)]
     if config.candidates:
-        candidates = read_candidates(Path(config.candidates).read_text().splitlines())
+        candidates = read_candidates(read_file(config.candidates).decode(errors="replace").splitlines())
     search = Search(Side.parse(config.a), candidates)
     first, results = search.baseline, Path(config.results)
     settings = race_settings(config)
@@ -80,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seed = 1 + len(effect.differences) + len(effect.failures)
                 say(f"pair {seed}: {search.baseline.text or 'A'} against {b.text or 'as it is'}")
                 bpb = race.pair(search.baseline, b, seed)
-                line = {"a": search.baseline.text, "b": b.text, "seed": seed, "bpb": bpb, "settings": settings}
-                append_line(results, json.dumps(line))
+                pair = {"a": search.baseline.text, "b": b.text, "seed": seed, "bpb": bpb, "settings": settings}
+                append_line(results, json.dumps({**pair, "commits": commits(search.baseline.text, b.text)}))
                 search.record(search.baseline.text, b.text, *bpb)
                 say(f"  A {shown(bpb[0])}, B {shown(bpb[1])}; B - A: {effect} ({effect.verdict})")
                 if isinstance(bpb[0], str):
@@ -109,10 +110,18 @@ def race_settings(config: Config) -> dict[str, Any]:
 
 
 def known_results(path: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The pairs of an earlier race of the same settings."""
+    """The pairs of an earlier race of the same settings and code."""
     if path.exists():
-        lines = (json.loads(line) for line in path.read_text().splitlines() if line.strip())
-        yield from (line for line in lines if line["settings"] == settings)
+        for number, line in enumerate(read_file(path).splitlines(), start=1):
+            pair = parse_json(line, f"{path}, line {number}", dict[str, Any])
+            if pair["settings"] == settings and pair["commits"] == commits(pair["a"], pair["b"]):
+                yield pair
+
+
+def commits(*sides: str) -> list[str]:
+    """The commit of each side's @REVISION, "" for the working tree: a branch may have moved since."""
+    revisions = [Side.parse(text).revision for text in sides]
+    return [git("rev-parse", f"{r}^{{commit}}").stdout.strip() if r else "" for r in revisions]
 
 
 def show(search: Search, first: Side, config: Config) -> None:

@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 import tyro
 
 from nanochat.common import UserError, get_base_dir, say, visible, warn
+from nanochat.common.fast_path import in_words
 from nanochat.formats.imported import install_tokenizer, write_checkpoint
 from nanochat.formats.portable import PortableModel
 from nanochat.formats.published import parse_assumed
 from nanochat.formats.read_model import Options, read_model
-from nanochat.formats.same_network import differences, in_words
+from nanochat.formats.same_network import differences
 from scripts import _cli
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

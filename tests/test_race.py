@@ -128,20 +128,49 @@ def test_a_yardstick_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp
         recipe.main(["--b=smear=False", f"--results={tmp_path / 'r'}"])
 
 
-@pytest.mark.parametrize("argv", [[], ["--b=smear=False", "--candidates=x"], ["--b=smear"], ["--minutes=0", "--b=a=1"]])
+def test_other_code_is_another_race(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The results of a branch that has moved since do not count."""
+    head = ["1" * 40]
+    monkeypatch.setattr(recipe, "commits", lambda *sides: head)
+    argv = ["--b=@branch", f"--results={tmp_path / 'race.jsonl'}", "--seeds=2"]
+    for expected in (2, 0):
+        asked = fake_pairs(monkeypatch, lambda side, seed: 1.5)
+        assert recipe.main(argv) == 0 and len(asked) == expected
+    head[0] = "2" * 40
+    asked = fake_pairs(monkeypatch, lambda side, seed: 1.5)
+    assert recipe.main(argv) == 0 and len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--candidates=nowhere.txt"],
+        [],
+        ["--b=smear=False", "--candidates=x"],
+        ["--b=smear"],
+        ["--minutes=0", "--b=a=1"],
+    ],
+)
 def test_wrong_flags(argv: list[str]) -> None:
     with pytest.raises(UserError):
         recipe.main(argv)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups")
-def test_two_recipes_are_raced_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_recipes_are_raced_for_real(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text("The cat sat on the mat and looked at the dog. " * 2000)
+    (tmp_path / "scripts").mkdir()  # is not the code to run
+    (tmp_path / "scripts" / "__init__.py").write_text("raise SystemExit(3)")
     results = tmp_path / "race.jsonl"
     argv = [
         "--b=matrix_lr=0.0,embedding_lr=0.0,unembedding_lr=0.0",
         "--minutes=0.05",
         "--seeds=1",
         f"--common={TOY} --num-iterations=30",
+        "--data=own.txt",  # relative to the user's folder
         "--vocab-size=300",
         "--chars=20000",
         "--eval-bytes=2000",

@@ -102,3 +102,27 @@ def unknown_fields(config: Any, known: Iterable[str]) -> list[str]:
 
     known = frozenset(known)
     return [f.name for f in dataclasses.fields(config) if f.name not in known and getattr(config, f.name) != f.default]
+
+
+def unknown_parts(
+    model: Any,
+    functions: Iterable[tuple[Any, Mapping[str, str]]],
+    modules: Iterable[type],
+    fields: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[str]:
+    """The parts of a network that are not as a second implementation of it knows them; [] if all are.
+
+    It knows the functions of some modules by their fingerprints, and classes of modules, fields of the config, and
+    parameters with their shapes.
+    """
+    found = [name.removesuffix(".fget") for module, recorded in functions for name in changed(recorded, module)]
+    found += [f"{name}={getattr(model.config, name)}" for name in unknown_fields(model.config, fields)]
+    found += modified_modules(model, modules)
+    present = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return found + [name for name in sorted(shapes.keys() | present.keys()) if shapes.get(name) != present.get(name)]
+
+
+def in_words(parts: list[str]) -> str:
+    """The first five parts, for a message."""
+    return ", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "")

@@ -131,7 +131,7 @@ def load_hf_model(path: str, runtime: Runtime, trust_remote_code: bool = False) 
             raise
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise UserError(
-                f"--hf-path={path} brings its own code; --trust-remote-code runs it, if you trust whoever wrote it"
+                f"--hf-path={path} brings its own code; --trust-remote-code runs it, if you trust its author"
             ) from error
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise UserError(f"--hf-path={path}: {kind}{(str(error).strip().splitlines() or [''])[0][:300]}") from error

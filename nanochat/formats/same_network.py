@@ -12,7 +12,7 @@ from torch import nn
 
 from nanochat import flash_attention, gpt, gpt_config, loss_head
 from nanochat.common import UserError
-from nanochat.common.fast_path import changed, modified_modules, unknown_fields
+from nanochat.common.fast_path import in_words, unknown_parts
 from nanochat.gpt import GPT, MLP, Block, CausalSelfAttention, Embedding, GPTConfig, Linear
 from nanochat.inference.cpu_decoder import expected_shapes
 
@@ -57,17 +57,9 @@ FIELDS = (
 
 def differences(config: GPTConfig) -> list[str]:
     """The functions, modules, config fields and parameters of this network that exports do not compute; usually []."""
-    model = GPT.allocate(config, "meta", torch.float32)
-    found = [name.removesuffix(".fget") for module, known in FUNCTIONS for name in changed(known, module)]
-    found += [f"{name}={getattr(config, name)}" for name in unknown_fields(config, FIELDS)]
-    found += modified_modules(model, MODULES)
-    expected = expected_shapes(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return found + [name for name in sorted(expected | shapes) if expected.get(name) != shapes.get(name)]
-
-
-def in_words(parts: list[str]) -> str:
-    return ", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "")
+    return unknown_parts(
+        GPT.allocate(config, "meta", torch.float32), FUNCTIONS, MODULES, FIELDS, expected_shapes(config)
+    )
 
 
 def check_network(config: GPTConfig) -> None:

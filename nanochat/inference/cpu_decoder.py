@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from nanochat import gpt
-from nanochat.common.fast_path import changed, modified_modules, unknown_fields, warn_once
+from nanochat.common import fast_path
+from nanochat.common.fast_path import in_words, warn_once
 from nanochat.cpu import kernels
 from nanochat.cpu.fused import EPSILON
 from nanochat.gpt import GPT, MLP, Block, CausalSelfAttention, Embedding, GPTConfig, Linear
@@ -95,8 +96,7 @@ def supported(model: GPT) -> bool:
     if not handles(model):
         return False
     if unknown := differences(model):
-        parts = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        warn_once(f"the C decoder does not implement this model ({parts}): decoding in PyTorch, slower")
+        warn_once(f"the C decoder does not implement this model ({in_words(unknown)}): decoding in PyTorch, slower")
     return not unknown
 
 
@@ -119,14 +119,7 @@ def unknown_parts(model: GPT) -> list[str]:
     """The model's functions, modules, config fields and parameters that decode.c is not written for."""
     if type(model.config) is not GPTConfig:
         return [type(model.config).__qualname__]
-    unknown = [
-        *changed(FUNCTIONS, gpt),
-        *(f"{name}={getattr(model.config, name)}" for name in unknown_fields(model.config, FIELDS)),
-        *modified_modules(model, MODULES),
-    ]
-    shapes = expected_shapes(model.config)
-    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return unknown + [name for name in sorted(shapes.keys() | found.keys()) if shapes.get(name) != found.get(name)]
+    return fast_path.unknown_parts(model, [(gpt, FUNCTIONS)], MODULES, FIELDS, expected_shapes(model.config))
 
 
 def expected_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
