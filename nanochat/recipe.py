@@ -91,6 +91,8 @@ RECIPES = {
     "later": LATER,
     # Full attention and no extras, to measure features against.
     "plain": Recipe(GPTConfig.plain, model_changes={"window_pattern": "L"}),
+    # That network with the training of small, for models that other programs shall run (docs/portable.md).
+    "portable": replace(SMALL, model_form=GPTConfig.plain, model_changes={"window_pattern": "L"}),
 }
 FIRST_MEANINGS = {
     "default": "small",

@@ -227,7 +227,7 @@ def test_rows_that_q8_0_cannot_take(model: PortableModel, tmp_path: Path) -> Non
 
 
 def test_command(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for flags, word in (([], "--recipe=plain"), (["--push=me/it"], "hf upload"), (["--int8"], "--to=onnx")):
+    for flags, word in (([], "--recipe=portable"), (["--push=me/it"], "hf upload"), (["--int8"], "--to=onnx")):
         argv = ["--to=gguf", "-i", "base", *flags, str(tmp_path / "m.gguf")]
         assert word in refused(export.main, argv, capsys)
     assert "q8_0" in refused(export.main, ["--dtype=q8_0", str(tmp_path / "out")], capsys)

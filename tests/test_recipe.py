@@ -140,3 +140,15 @@ def test_every_recipe_is_complete() -> None:
     for name in RECIPES:
         recipe = get_recipe(name)
         assert recipe.model() and recipe.optimizer() and recipe.schedule(5) and recipe.plan
+
+
+def test_portable_is_the_plain_network_with_the_training_of_small() -> None:
+    from nanochat.formats import hf_class
+
+    portable, small, plain = map(get_recipe, ("portable", "small", "plain"))
+    assert portable.model() == plain.model() and not hf_class.lacking(portable.model())
+    assert hf_class.lacking(small.model())
+    for part in ("optimizer", "plan"):
+        ours, theirs = (getattr(recipe, part) for recipe in (portable, small))
+        assert (ours() == theirs()) if callable(ours) else (ours == theirs)
+    assert portable.schedule(50) == small.schedule(50) != plain.schedule(50)

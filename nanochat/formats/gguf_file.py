@@ -35,7 +35,7 @@ def write_gguf(model: PortableModel, out: Path, dtype: str, license: str = "") -
     if missing:
         raise UserError(
             f"llama.cpp's forks compute another network: {', '.join(missing)} would be lost; "
-            "train with --recipe=plain, or serve this model with python -m scripts.chat_web"
+            "train with --recipe=portable, or serve this model with python -m scripts.chat_web"
         )
     values = {**_network_values(model, dtype), **_tokenizer_values(model.tokenizer, model.is_chat)}
     if license:

@@ -49,7 +49,7 @@ class ModelFlags:
     window_pattern: str = "SSSL"
     """Per layer, tiled: S short window, L full context; the last layer is always L."""
     recipe: str = "default"
-    """default (small or later, by the network's size), small, published, later or plain; changes may follow:
+    """default (small or later, by the network's size), small, published, later, plain or portable; changes may follow:
     default,smear=False,matrix_lr=0.03 (docs/training.md)."""
     target_flops: Annotated[float, Range(above=0, unset=-1)] = -1.0
     """Horizon in training FLOPs."""
