@@ -23,7 +23,7 @@ class Config:
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """The folder to create, such as out; of --to=gguf the file, such as model.gguf. Nothing is overwritten."""
     to: Literal["hf", "onnx", "gguf", "mlx"] = "hf"
-    """hf: a Hugging Face folder, for transformers and what builds on it; onnx: a graph for onnxruntime, in browsers too;
+    """hf: a Hugging Face folder, for transformers and what builds on it; onnx: a graph for onnxruntime and browsers;
     gguf: a file for a fork of llama.cpp; mlx: a folder for mlx-lm (gguf and mlx: of --recipe=portable or plain)."""
     source: Annotated[Literal["base", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"
     """Which model: base, sft or rl."""
