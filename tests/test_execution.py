@@ -176,7 +176,7 @@ def test_programs_get_the_right_verdict(level: str, name: str, victim: Victim) -
     timeout = 0.2 if expected == "timeout" else 5
     began = time.monotonic()
     result = execute_code(victim.prelude + code, timeout=timeout, level=level)
-    assert time.monotonic() - began < timeout + 2
+    assert time.monotonic() - began < timeout + 5  # a start takes long on a busy machine
     assert result.verdict in expected.split() and result.success == (result.verdict == "success"), result
     assert "ESCAPED" not in result.stdout and victim.unharmed()
     assert len(result.stdout) + len(result.stderr) <= 64 << 10
