@@ -11,17 +11,30 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from dev.starter import books, identity, prose, qa, reference, synthetic, talk, words, writer  # noqa: E402
+from dev.starter import (  # noqa: E402
+    books,
+    identity,
+    prose,
+    qa,
+    reference,
+    synthetic,
+    talk,
+    validation,
+    words,
+    writer,
+)
 from dev.starter.archives import MANIFEST, Reader, fetch, load_manifest  # noqa: E402
 from dev.starter.clean import deduplicate, is_clean, normalise  # noqa: E402
 from nanochat.common import UserError  # noqa: E402
 
+VALIDATION = ROOT / "nanochat" / "starter" / "val.parquet"
 BUDGETS = {
     "chitchat": 8.5,
     "stories": 3.4,
@@ -76,15 +89,24 @@ class Sources:
             yield from ((source, text) for text in function(self.readers[archive]))
 
 
-def build_corpus(sources: Sources, out: Path) -> list[tuple[str, str]]:
-    """Write train.parquet and val.parquet; returns the (source, text) kept."""
+def validation_set(sources: Sources, path: Path) -> list[tuple[str, str]]:
+    """The fixed validation set in `path`; drawn and written only where there is none."""
+    if not path.exists():
+        say(f"drawing {path.name}")
+        writer.write_documents(path, validation.draw(sources.leads, sources.conversations, sources.answers))
+    return validation.load(path)
+
+
+def build_corpus(sources: Sources, held_out: list[tuple[str, str]], out: Path) -> list[tuple[str, str]]:
+    """Write train.parquet; returns the (source, text) kept."""
     say("cleaning and deduplicating")
     docs = ((source, normalise(text)) for source, text in sources.documents())
-    kept = deduplicate((source, text) for source, text in docs if is_clean(text) and len(text) >= 60)
-    kept = writer.within_budget(kept, BUDGETS)
-    say("writing train.parquet and val.parquet")
-    writer.write_documents(out / "train.parquet", [d for d in kept if not writer.is_val(d[1])])
-    writer.write_documents(out / "val.parquet", [d for d in kept if writer.is_val(d[1])])
+    usable = ((source, text) for source, text in docs if is_clean(text) and len(text) >= 60)
+    unique = deduplicate(chain((("", text) for _, text in held_out), usable))
+    known = validation.HeldOut(held_out)
+    kept = writer.within_budget([d for d in unique if d[0] and not known.overlaps(d[1])], BUDGETS)
+    say("writing train.parquet")
+    writer.write_documents(out / "train.parquet", kept)
     return kept
 
 
@@ -104,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "starter", help="folder of archives")
     parser.add_argument("--manifest", type=Path, default=MANIFEST, help="pinned archives")
     parser.add_argument("--synthetic", type=Path, default=ROOT / "dev" / "starter" / "synthetic", help="*.jsonl.gz")
+    parser.add_argument("--validation", type=Path, default=VALIDATION, help="the fixed set that nothing may repeat")
     parser.add_argument("--out", type=Path, default=ROOT / "nanochat" / "starter", help="where to write")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -112,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    kept = build_corpus(sources, args.out)
+    held_out = validation_set(sources, args.validation)
+    kept = build_corpus(sources, held_out, args.out)
     say("conversations for finetuning")
     conversations = [
         *(("smalltalk", turns) for turns in talk.smalltalk(sources.conversations)),
@@ -120,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
         *qa.conversations(sources.readers, sources.leads, sources.answers, sources.countable),
         *identity.smalltalk(),
     ]
+    known = validation.HeldOut(held_out)
+    conversations = [c for c in conversations if not known.overlaps("\n".join(c[1]))]
     counts = qa.write(args.out, conversations, identity.train(), identity.held_out())
     train, test = words.write(args.out, sources.readers["wordnet"], kept)
     print_table(kept)

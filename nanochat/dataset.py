@@ -47,6 +47,9 @@ __all__ = ["Corpus", "SavedCorpus", "open_corpus", "resolve_corpus", "save_recor
 
 RECORD = "corpus.json"  # in a run's folder: Corpus.record() of its first session
 
+STARTER_VAL = "starter-val"  # in --data: validate on the starter corpus's validation text
+KNOWN_NAMES = ("starter", STARTER_VAL, *HUB_SETS)
+
 
 def resolve_corpus(
     data: str,
@@ -62,7 +65,8 @@ def resolve_corpus(
     "" is the first public set with downloaded shards, else the starter corpus; "starter", "fineweb-edu" and "climbmix"
     are those; anything else is files of the kinds in textfiles.KINDS: paths, folders (with their subfolders, hidden
     files left out), globs and URLs, separated by commas, also beside those names. `text_field` is the field or column
-    with the text.
+    with the text. "starter-val" beside them makes the starter corpus's validation text the only one, so that figures
+    of models of different texts compare.
 
     Starter and public sets are split by file, own data by document hash (see document_hash). Raises UserError for
     data that is missing, empty or without text, BadShard for a damaged file unless skip_bad. `skipped` (shard -> why)
@@ -73,14 +77,14 @@ def resolve_corpus(
         downloaded = (name for name in HUB_SETS if any(hub_folder(name, base_dir).glob("shard_*.parquet")))
         data = next(downloaded, "starter")
     opener = ShardOpener(base_dir, BadShards(skip_bad, dict(skipped or {})), recorded, TextOptions(text_field))
-    entries = split_entries(data, ("starter", *HUB_SETS))
-    if len(entries) > 1 and any(entry == "starter" or entry in HUB_SETS for entry in entries):
+    entries = split_entries(data, KNOWN_NAMES)
+    if len(entries) > 1 and any(entry in KNOWN_NAMES for entry in entries):
         return mixed_corpus(entries, opener)
     if data == "starter":
         return starter_corpus(base_dir)
     if data in HUB_SETS:
         return hub_corpus(HUB_SETS[data], opener)
-    return open_own_files(data, opener, known_names=("starter", *HUB_SETS))
+    return open_own_files(data, opener, known_names=KNOWN_NAMES)
 
 
 class SavedCorpus(NamedTuple):
@@ -187,15 +191,21 @@ def hub_corpus(hub: HubSet, opener: ShardOpener) -> ShardCorpus:
 
 
 def mixed_corpus(entries: Sequence[str], opener: ShardOpener) -> Corpus:
-    """Starter or public sets beside own files: the shards of all, each split as it is alone."""
+    """Starter or public sets beside own files: the shards of all, each split as it is alone, unless starter-val is
+    there: then it is the validation text, and all of the others is trained on but what is validation text by file."""
     alone = replace(opener, recorded=None)
-    named = dict.fromkeys(entry for entry in entries if entry == "starter" or entry in HUB_SETS)
-    parts = [starter_corpus() if name == "starter" else hub_corpus(HUB_SETS[name], alone) for name in named]
+    named = dict.fromkeys(entry for entry in entries if entry in KNOWN_NAMES)
+    sets = [name for name in named if name != STARTER_VAL]
+    parts = [starter_corpus() if name == "starter" else hub_corpus(HUB_SETS[name], alone) for name in sets]
     val_limit, files = VAL_LIMIT, ""
     if own := [entry for entry in entries if entry not in named]:
-        parts.append(open_own_files(",".join(own), alone, known_names=("starter", *HUB_SETS)))
+        parts.append(open_own_files(",".join(own), alone, known_names=KNOWN_NAMES))
         val_limit, files = parts[-1].val_limit, f"{', '.join(named)}; {parts[-1].files}"
+    if not parts:
+        raise UserError(f"--data={','.join(entries)} names no text to train on")
     train, val = ([shard for part in parts for shard in part.shards[split]] for split in SPLITS)
+    if STARTER_VAL in named:
+        train, val = [replace(shard, by_hash=False) for shard in train], starter_corpus().shards["val"]
     corpus = opener.corpus(shown(entries), train, val, val_limit)
     corpus.files = files
     return corpus

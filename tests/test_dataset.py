@@ -371,6 +371,18 @@ def test_starter_is_the_default_where_nothing_is_downloaded(starter: list[str], 
     assert resolve_corpus("", base).name == "climbmix" and resolve_corpus("starter", base).name == "starter"
 
 
+def test_starter_val_is_the_only_validation_text(starter: list[str], own: Path, base: Path) -> None:
+    mine = make_texts(300, seed=7)
+    write_parquet(own / "mine.parquet", mine, 50)
+    corpus = resolve_corpus(f"{own},starter-val", base)
+    assert texts_of(corpus, "val") == starter[25:]
+    assert sorted(texts_of(corpus, "train")) == sorted(mine)  # nothing of it is held out
+    again = resolve_corpus(f"{own},starter-val", base, recorded=corpus.record())
+    assert again.fingerprint == corpus.fingerprint and texts_of(again, "val") == starter[25:]
+    assert texts_of(resolve_corpus("starter,starter-val", base), "train") == starter[:25]
+    assert "no text to train on" in error_of("starter-val,starter-val", base)
+
+
 def test_public_shards_split_by_file(base: Path) -> None:
     put_shards(base, "fineweb-edu", 0, 3, 1822)
     corpus = resolve_corpus("fineweb-edu", base)

@@ -7,15 +7,17 @@ from collections import Counter, defaultdict
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from dev import build_starter_data
-from dev.starter import clean, identity, synthetic, writer
+from dev.starter import clean, identity, synthetic, validation, writer
 from nanochat.common import SPECIAL_TOKENS
 
 STARTER = Path(str(files("nanochat") / "starter"))
 SYNTHETIC = Path(build_starter_data.__file__).parent / "starter" / "synthetic"
+VALIDATION_HASH = "42b398e894e2ee8b7c4ec97acb340ccb1b9f4936c0502ebb6c995821c82f16d9"
 MARKUP = re.compile(r"\[\[|\]\]|\{\{|\}\}|</?(?:ref|br|p|div|span|i|b|strong|sub|sup)\b|\[\d+\]|https?://|\ufffd|'''")
 
 
@@ -51,12 +53,46 @@ def test_corpus_schema(name: str) -> None:
     assert groups[0].column(0).compression == "ZSTD"
 
 
-def test_corpus_split_and_sources(corpus: dict) -> None:
-    train, val = corpus["train"], corpus["val"]
-    texts = [normal(row["text"]) for row in train + val]
-    assert len(set(texts)) == len(texts)
-    assert {row["source"] for row in val} == {row["source"] for row in train}
-    assert 0.01 < len(val) / len(texts) < 0.03
+def test_the_validation_set_never_changes(corpus: dict) -> None:
+    """Bits per byte compare across versions of the training text only while this set stays what it is."""
+    digest = hashlib.sha256()
+    for row in corpus["val"]:
+        digest.update(f"{row['source']}\0{row['text']}\0\0".encode())
+    assert digest.hexdigest() == VALIDATION_HASH
+    assert validation.content_hash(validation.load(STARTER / "val.parquet")) == VALIDATION_HASH
+
+
+def test_the_validation_set_has_prose_talk_stories_and_answers(corpus: dict) -> None:
+    sizes: Counter[str] = Counter()
+    for row in corpus["val"]:
+        sizes[row["source"]] += len(row["text"].encode())
+    assert set(sizes) == {"wikipedia", "chitchat", "help", "own_stories", "own_answers", "own_talks"}
+    assert 0.9e6 < sizes.total() < 1.1e6 and max(sizes.values()) < 0.5 * sizes.total()
+
+
+def hashed_runs(texts: list[str], words: int = 13) -> np.ndarray:
+    """A hash of every `words` words in a row, lower-cased, by another way than the builder's."""
+    numbers = np.array([hash(w) for w in re.findall(r"\w+", "\n".join(texts).casefold())], dtype=np.int64).astype(
+        np.uint64
+    )
+    found = np.zeros(len(numbers) - words + 1, dtype=np.uint64)
+    for at in range(words):
+        found = found * np.uint64(0x9E3779B97F4A7C15) + numbers[at : at + len(found)]
+    return found
+
+
+def test_nothing_trained_on_repeats_the_validation_set(corpus: dict, chats: dict) -> None:
+    held_out = {run for row in corpus["val"] if len(row["text"]) > 200 for run in hashed_runs([row["text"]]).tolist()}
+    talked = ["\n".join(m["content"] for m in row["messages"]) for row in chats["train"]]
+    trained_on = hashed_runs([row["text"] for row in corpus["train"]] + talked)
+    assert held_out.isdisjoint(trained_on.tolist())
+    assert not held_out.isdisjoint(hashed_runs(["a " + corpus["val"][0]["text"]]).tolist())  # what is there is seen
+
+
+def test_a_text_that_repeats_thirteen_words_is_found() -> None:
+    known = validation.HeldOut([("a", "One two, three four five six seven eight nine ten eleven twelve thirteen.")])
+    assert known.overlaps("zero ONE two three four five six seven - eight nine ten eleven twelve thirteen fourteen")
+    assert not known.overlaps("one two three four five six seven eight nine ten eleven twelve")
 
 
 def test_corpus_weights(corpus: dict) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dev.starter.clean import fraction, key, stable_hash
+from dev.starter.clean import fraction, stable_hash
 from nanochat.common import atomic_write
 
 ROW_GROUP = 1024
@@ -32,11 +32,6 @@ def within_budget(docs: list[tuple[str, str]], budgets: dict[str, float]) -> lis
             if source in left:
                 left[source] -= size
     return kept
-
-
-def is_val(text: str) -> bool:
-    """The split: by hash of the normalised text alone, so that duplicates fall on one side."""
-    return fraction(key(text), "split") < VAL_FRACTION
 
 
 def interleave(items: list[tuple[str, Any]], name: Any = str) -> list[tuple[str, Any]]:
