@@ -1,4 +1,4 @@
-/* AVX-512, its products of bfloat16 pairs and AMX tiles in plain C, as far as decode.c and vectors.h use them, so that
+/* AVX-512, its products of pairs and AMX tiles in plain C, as far as decode.c and vectors.h use them, so that
    what is compiled for CPUs that have them can be tried on CPUs that do not: -include this with -march=x86-64.
 
    Orders of summation and roundings are those of Intel's manual (Software Developer's Manual, volume 2). Subnormal
@@ -11,8 +11,11 @@
 #include <unistd.h>
 
 #define __AVX512F__ 1
+#define __AVX512BW__ 1
 #define __AVX512BF16__ 1
+#define __AVX512VNNI__ 1
 #define __AMX_BF16__ 1
+#define __AMX_INT8__ 1
 
 #define HERE static inline __attribute__((unused))
 
@@ -42,6 +45,11 @@ HERE __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
         sum[i] = fmaf(upper_half(a[2 * i + 1]), upper_half(b[2 * i + 1]), sum[i]);
         sum[i] = fmaf(upper_half(a[2 * i]), upper_half(b[2 * i]), sum[i]);
     }
+    return sum;
+}
+HERE __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
+    for (int i = 0; i < 16; i++)
+        sum[i] += (int16_t)a[i] * (int16_t)b[i] + (a[i] >> 16) * (b[i] >> 16);
     return sum;
 }
 
@@ -79,6 +87,16 @@ HERE void _tile_dpbf16ps(int sums, int a, int b) {
         }
         memcpy(sum, registers[sums][row], sizeof(sum));
         for (int n = 0; n < tile_row_bytes[sums] / 4; n++) sum[n] += even[n] + odd[n];
+        memcpy(registers[sums][row], sum, sizeof(sum));
+    }
+}
+HERE void _tile_dpbssd(int sums, int a, int b) {
+    for (int row = 0; row < tile_rows[sums]; row++) {
+        int32_t sum[16];
+        memcpy(sum, registers[sums][row], sizeof(sum));
+        for (int k = 0; k < tile_row_bytes[a]; k++)
+            for (int n = 0; n < tile_row_bytes[sums] / 4; n++)
+                sum[n] += (int8_t)registers[a][row][k] * (int8_t)registers[b][k / 4][4 * n + k % 4];
         memcpy(registers[sums][row], sum, sizeof(sum));
     }
 }

@@ -137,8 +137,11 @@ def test_bfloat16_stays_as_near_to_float32_as_pytorch_does(head_dim: int, compil
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_row_gets_the_same_bits_alone_and_beside_others(dtype: torch.dtype, int8: bool, compiled: str) -> None:
-    weights = DecodingWeights(build(dtype=dtype), int8)
+@pytest.mark.parametrize("heads", [4, 5])  # 64 inputs fill AMX's tiles, 80 do not
+def test_a_row_gets_the_same_bits_alone_and_beside_others(
+    dtype: torch.dtype, int8: bool, heads: int, compiled: str
+) -> None:
+    weights = DecodingWeights(build(dtype=dtype, n_head=heads, n_kv_head=1, n_embd=16 * heads), int8)
     model = weights.current()
     prompts = [ids(2 + i, seed=i) for i in range(19)]  # rows of 2 .. 20 tokens: 4 at a time, then 3 alone; tiles of 10
     together = CpuDecoder(model, prefilled(model, prompts), weights.packed)
@@ -205,7 +208,7 @@ def test_the_batch_uses_it_and_says_what_plain_pytorch_says(monkeypatch: pytest.
     ours = answers(engine, prompts, max_tokens=20, temperature=1.0, top_k=20, seed=3, batch_size=3)
     calls = []
     monkeypatch.setattr(CpuDecoder, "__call__", lambda *_: calls.append(1))
-    monkeypatch.setattr(cpu_decoder, "supported", lambda model: False)
+    monkeypatch.setattr(cpu_decoder, "supported", lambda *_: False)
     theirs = answers(engine, prompts, max_tokens=20, temperature=1.0, top_k=20, seed=3, batch_size=3)
     assert ours == theirs and not calls and any(len(tokens) == 20 for tokens in ours)
 
@@ -226,7 +229,7 @@ def test_agrees_on_cpus_with_shorter_vectors(cpu: str, tmp_path: Path) -> None:
                 whole = model(tokens)  # (9, T, V)
             alone = CpuDecoder(model, KVCache(model.config, 1, 48, dtype=dtype), weights.packed)
             together = CpuDecoder(model, prefilled(model, list(tokens[:, :11])), weights.packed)
-            tolerance = 1e-4 if dtype == torch.float32 else 0.3
+            tolerance = 0.3 if dtype == torch.bfloat16 else 2e-3 if int8 else 1e-4
             assert (alone.prompt(tokens[0].tolist()) - whole[0, 11]).abs().max() < tolerance
             assert (together(tokens[:, 11].tolist()) - whole[:, 11]).abs().max() < tolerance
 
@@ -299,7 +302,45 @@ def test_int8_decodes_what_prompts_are_read_with(dtype: torch.dtype) -> None:
         whole = copy(tokens[None])[0]
     for at in range(4, 20):
         error = (decoder([int(tokens[at])])[0] - whole[at]).abs().max()
-        assert error < (1e-4 if dtype == torch.float32 else 0.3)
+        assert error < (2e-3 if dtype == torch.float32 else 0.3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("heads", [4, 5])
+@pytest.mark.parametrize("outlier", [1, 10])  # squared afterwards; weights that undo 100 are 1 of 127 in int8
+def test_int8_rounds_what_it_multiplies_far_less_than_bfloat16_does(heads: int, outlier: float, compiled: str) -> None:
+    model = build(n_head=heads, n_kv_head=1, n_embd=16 * heads)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.c_fc.weight[7] *= outlier
+            block.mlp.c_proj.weight[:, 7] /= outlier**2
+    weights = DecodingWeights(model, int8=True)
+    exact, tokens = weights.current(), ids(24)
+    assert weights.packed is not None
+    rounded = DecodingWeights(GPT.create(exact.config, compute_dtype=torch.bfloat16))
+    rounded.current().load_state_dict(exact.state_dict())
+    with torch.inference_mode():
+        whole, in_bfloat16 = exact(tokens[None])[0, -1], rounded.current()(tokens[None])[0, -1]
+    logits = CpuDecoder(exact, KVCache(exact.config, 1, 48), weights.packed).prompt(tokens.tolist())[0]
+    assert (logits - whole).norm() < 0.1 * (in_bfloat16 - whole).norm() < 0.01 * whole.norm()
+
+
+@needs_compiler
+def test_damaged_activations_show_in_int8() -> None:
+    model = build()
+    with torch.no_grad():
+        model.wte.weight[3, 5] = float("nan")
+    weights = DecodingWeights(model, int8=True)
+    assert weights.packed is not None
+    decoder = CpuDecoder(weights.current(), KVCache(model.config, 1, 48), weights.packed)
+    assert decoder([2]).isfinite().all() and decoder([3]).isnan().all()
+
+
+@needs_compiler
+def test_int8_is_compared_with_the_plain_form_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_decoder, "_agrees", {})
+    assert DecodingWeights(model := build(), int8=True).packed is not None
+    assert list(cpu_decoder._agrees) == [(str(cpu_decoder.probe_config(model.config)), torch.float32, True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,8 @@
 
 #include "vectors.h"
 
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -26,6 +27,7 @@
 #endif
 
 enum { AHEAD = 4096 }; /* prefetch distance in a ring, bytes */
+enum { INT16_SUMS = 512 }; /* products of int16 and int8, of at most 32639 and 127, that an int32 can add up */
 
 /* Inputs of products with bfloat16 weights are rounded to bfloat16. They are stored as bfloat16 if the CPU multiplies
    pairs of bfloat16, else as float32, which avoids a conversion per tile. */
@@ -36,8 +38,8 @@ enum { PAIRWISE = 0 };
 #endif
 
 /* (M, K), packed (packed_weights.py): blocks of LANES outputs, in each of them input after input (bfloat16: pair after
-   pair), so that a product reads it from start to end and needs no sum across a vector. M is padded to a whole block.
-   int8 has a scale for each output. */
+   pair, int8: four after four), so that a product reads it from start to end and needs no sum across a vector. M is
+   padded to a whole block. int8 has a scale for each output. */
 typedef struct { const void *weight; const float *scale; } Matrix;
 
 typedef struct {
@@ -61,6 +63,8 @@ typedef struct {
 typedef struct { /* float32 unless noted; `in` and `wide` are inputs of products */
     float *x, *first, *middle, *q, *k, *v; /* (B, C) thrice, (B, H*D), (B, G*D) twice */
     void *in, *wide;                       /* (B, C) and (B, max(4C, H*D)) */
+    void *integers;                        /* for products of int8: the last of these two, as `quantize` leaves it, */
+    float *scale;                          /* (B) and what one is worth in each row */
     float *scores;                         /* (B, H, room) */
     void *previous;                        /* (rows, C) embedding of each row's last token, as in the cache; or NULL */
 } Scratch;
@@ -72,21 +76,24 @@ typedef struct { /* B tokens: either one each of B rows, or all of one row, in o
 
 /* ---- matrix products ----------------------------------------------------------------------------------------- */
 
-const int block_outputs = LANES; /* for packed_weights.py */
+const int block_outputs = LANES, int8_inputs = INTEGER_PRODUCTS ? 4 : 1; /* for packed_weights.py */
 
 typedef struct { /* where a product (B, M) is written, and how */
     enum { STORE, ADD, RELU2 } then;
     void *y;
+    const float *scale; /* of each row's integers, for int8 */
 } Output;
 
-/* Write the sums of a block's n outputs. */
-INLINE void finish(const int kind, vec sum, Matrix w, long block, const long n, Output out, long at) {
+/* Write the sums of a block's n outputs for token b. */
+INLINE void finish_some(const int kind, vec sum, Matrix w, long block, const long n, Output out, long b, long M) {
+    const long at = b * M + LANES * block;
     float *y = (float *)out.y + at;
     vec before = {0};
     if (out.then == ADD) memcpy(&before, y, n * sizeof(float));
-    if (kind == INT8)
-        for (int i = 0; i < LANES; i++) sum[i] = fmaf(sum[i], w.scale[LANES * block + i], before[i]); /* rounded once */
-    else sum += before;
+    if (kind == INT8) {
+        vec scale = get(w.scale, LANES * block, F32);
+        sum = add_product(before, sum, INTEGER_PRODUCTS ? scale * out.scale[b] : scale);
+    } else sum += before;
     if (out.then == RELU2) {
         words bits = (words)(sum * sum) & ~(words)(sum <= 0); /* a NaN stays one */
         sum = (vec)bits;
@@ -102,6 +109,12 @@ INLINE void finish(const int kind, vec sum, Matrix w, long block, const long n, 
         }
     }
     memcpy(y, &sum, n * sizeof(float));
+}
+
+INLINE void finish(const int kind, vec sum, Matrix w, long block, Output out, long b, long M) {
+    const long left = M - LANES * block;
+    if (left >= LANES) finish_some(kind, sum, w, block, LANES, out, b, M);
+    else finish_some(kind, sum, w, block, left, out, b, M);
 }
 
 /* Prefetch into the level 2 cache, for the next four blocks. */
@@ -146,6 +159,34 @@ INLINE void tile(const int kind, const int R, const int N, Matrix w, long block,
 #endif
             }
         }
+    } else if (kind == INT8 && INTEGER_PRODUCTS) {
+        const int16_t *in = (const int16_t *)x + b * K;
+        for (long start = 0; start < K; start += INT16_SUMS) {
+            const long end = start + INT16_SUMS < K ? start + INT16_SUMS : K;
+            integers part[16] = {{0}};
+            for (long k = start; k < end; k += 4) {
+                pairs16 fours[4];
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) {
+                    memcpy(&fours[r], weight[r] + LANES * k, sizeof(pairs16));
+                    if (LANES * k % 64 == 0) fetch(weight[r] + LANES * (k + 4 * K));
+                }
+#pragma GCC unroll 8
+                for (int n = 0; n < N; n++) {
+                    int32_t even, odd;
+                    memcpy(&even, in + n * K + k, 4);
+                    memcpy(&odd, in + n * K + k + 2, 4);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++)
+                        part[N * r + n] = add_pairs(part[N * r + n], fours[r] << 8 >> 8, even - (integers){0});
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++)
+                        part[N * r + n] = add_pairs(part[N * r + n], fours[r] >> 8, odd - (integers){0});
+                }
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < R * N; i++) sum[i] += __builtin_convertvector(part[i], vec);
+        }
     } else {
         const float *in = (const float *)x + b * K;
         for (long k = 0; k < K; k++) {
@@ -162,13 +203,9 @@ INLINE void tile(const int kind, const int R, const int N, Matrix w, long block,
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-        const long m = LANES * (block + r), left = M - m < LANES ? M - m : LANES;
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; n++)
-            if (left == LANES) finish(kind, sum[N * r + n], w, block + r, LANES, out, (b + n) * M + m);
-            else finish(kind, sum[N * r + n], w, block + r, left, out, (b + n) * M + m);
-    }
+        for (int n = 0; n < N; n++) finish(kind, sum[N * r + n], w, block + r, out, b + n, M);
 }
 
 /* Separate functions: in a single one gcc spills the sums to memory. */
@@ -205,10 +242,11 @@ PRODUCT(F32)
 PRODUCT(BF16)
 PRODUCT(INT8)
 
-#ifdef __AMX_BF16__
-/* AMX: registers of 16 rows of 64 bytes. One instruction multiplies 32 inputs of up to 16 tokens by a block's 16 outputs;
-   the packed weights have its layout. Its order of summation differs, so it is used for a single token too. */
-enum { TILE_TOKENS = 16, TILE_INPUTS = 32 };
+#ifdef TILES
+/* AMX: registers of 16 rows of 64 bytes. One instruction multiplies 64 bytes of inputs of up to 16 rows by a block's 16
+   outputs: 32 bfloat16 numbers of a token, or 64 of its integers' high or low bytes, two rows a token. The packed weights
+   have its layout. Its order of summation differs for bfloat16, so it is used for a single token too. */
+enum { TILE_ROWS = 16, TILE_BYTES = 64 };
 static int tiles_allowed;
 
 __attribute__((constructor)) static void ask_for_tiles(void) { /* Linux grants these registers on request */
@@ -216,59 +254,76 @@ __attribute__((constructor)) static void ask_for_tiles(void) { /* Linux grants t
     tiles_allowed = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-/* Registers 0-3 hold sums, 4 the inputs of N tokens, 5-7 weights. */
+/* Registers 0-3 hold sums, 4 N rows of inputs, 5-7 weights. */
 static void shape_tiles(long N) {
     struct { uint8_t palette, start[15]; uint16_t row_bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = i < 5 ? N : 16;
+    for (int i = 0; i < 8; i++) shape.row_bytes[i] = TILE_BYTES, shape.rows[i] = i < 5 ? N : 16;
     __asm__ volatile("" : : "r"(&shape) : "memory"); /* gcc's next line claims to read its first bytes only */
     _tile_loadconfig(&shape);
 }
 
-/* R blocks of outputs, 4 or 1, for N rows of x from b on; `skip` of these are already computed. */
-INLINE void sums_of_tiles(const int R, Matrix w, long block, const bf16_t *x, long b, long N, long skip, long K,
-                          Output out, long M) {
-    const char *weight = (const char *)w.weight + block * LANES * K * 2;
-    float sum[4][TILE_TOKENS][LANES];
+/* R blocks of outputs, 4 or 1, for N tokens from b on; `skip` of these are already computed. A row of inputs has
+   `bytes`, and so does each output of a block. */
+INLINE void sums_of_tiles(const int kind, const int R, Matrix w, long block, const char *x, long b, long N, long skip,
+                          long bytes, Output out, long M) {
+    const int rows = kind == INT8 ? 2 : 1; /* of a token */
+    const char *weight = (const char *)w.weight + block * LANES * bytes;
+    int32_t sum[4][TILE_ROWS][LANES];
 #define EACH_BLOCK(DO) { DO(0, 5) if (R == 4) { DO(1, 6) DO(2, 7) DO(3, 5) } } /* registers have fixed numbers */
 #define CLEAR(r, w) _tile_zero(r);
-#define ADD_UP(r, w) _tile_loadd(w, weight + 2 * LANES * (r * K + k), 64); _tile_dpbf16ps(r, 4, w);
-#define KEEP(r, w) _tile_stored(r, sum[r], 64);
+#define ADD_UP(r, w)                                                                                                  \
+    _tile_loadd(w, weight + LANES * (r * bytes + k), TILE_BYTES);                                                     \
+    if (kind == INT8) _tile_dpbssd(r, 4, w); else _tile_dpbf16ps(r, 4, w);
+#define KEEP(r, w) _tile_stored(r, sum[r], TILE_BYTES);
     EACH_BLOCK(CLEAR)
-    for (long k = 0; k < K; k += TILE_INPUTS) {
-        _tile_loadd(4, x + b * K + k, 2 * K);
+    for (long k = 0; k < bytes; k += TILE_BYTES) {
+        _tile_loadd(4, x + b * rows * bytes + k, bytes);
         EACH_BLOCK(ADD_UP)
     }
     EACH_BLOCK(KEEP)
-    for (int r = 0; r < R; r++) {
-        const long m = LANES * (block + r), left = M - m < LANES ? M - m : LANES;
-        for (long n = skip; n < N; n++)
-            if (left == LANES) finish(BF16, get(sum[r][n], 0, F32), w, block + r, LANES, out, (b + n) * M + m);
-            else finish(BF16, get(sum[r][n], 0, F32), w, block + r, left, out, (b + n) * M + m);
-    }
+    for (int r = 0; r < R; r++)
+        for (long n = skip; n < N; n++) {
+            vec total = get(sum[r][rows * n], 0, F32);
+            if (kind == INT8) total = add_product(as_floats(sum[r][2 * n + 1]), as_floats(sum[r][2 * n]), all(256));
+            finish(kind, total, w, block + r, out, b + n, M);
+        }
 }
 
-static void product_of_tiles(Matrix w, const bf16_t *x, Output out, long B, long K, long M) {
+INLINE void product_of_tiles(const int kind, Matrix w, const void *x, Output out, long B, long K, long M) {
     const long blocks = (M + LANES - 1) / LANES, unit = blocks >= 4 * NUM_THREADS ? 4 : 1;
-    const long parts = (B + TILE_TOKENS - 1) / TILE_TOKENS, N = (B + parts - 1) / parts; /* B in parts of one size, */
-    shape_tiles(N);
+    const long rows = kind == INT8 ? 2 : 1, bytes = kind == INT8 ? K : 2 * K, most = TILE_ROWS / rows;
+    const long parts = (B + most - 1) / most, N = (B + parts - 1) / parts; /* B in parts of one size, */
+    shape_tiles(rows * N);
 #pragma omp for schedule(static) nowait
     for (long first = 0; first < blocks; first += unit)
         for (long from = 0; from < B; from += N) {
             const long b = from + N < B ? from : B - N; /* of which the last may begin in the one before */
-            if (first + 4 <= blocks && unit == 4) sums_of_tiles(4, w, first, x, b, N, from - b, K, out, M);
+            if (first + 4 <= blocks && unit == 4) sums_of_tiles(kind, 4, w, first, x, b, N, from - b, bytes, out, M);
             else
                 for (long i = first; i < first + unit && i < blocks; i++)
-                    sums_of_tiles(1, w, i, x, b, N, from - b, K, out, M);
+                    sums_of_tiles(kind, 1, w, i, x, b, N, from - b, bytes, out, M);
         }
     _tile_release();
 }
 #endif
 
+/* Whether a model's products use tiles: its inputs fill them. */
+static int tiled(const Model *m) {
+#ifdef TILES
+    const long inputs = m->kind == INT8 ? TILE_BYTES : TILE_BYTES / 2;
+    return m->kind != F32 && tiles_allowed && m->C % inputs == 0 && m->H * m->D % inputs == 0;
+#else
+    (void)m;
+    return 0;
+#endif
+}
+
 /* Product of x (B, K) with w, outputs divided among the threads. No barrier: the caller sets one. */
 static void product(const Model *model, Matrix w, const void *x, Output out, long B, long K, long M) {
-#ifdef __AMX_BF16__
-    if (model->kind == BF16 && tiles_allowed && K % TILE_INPUTS == 0) {
-        product_of_tiles(w, x, out, B, K, M);
+#ifdef TILES
+    if (tiled(model)) {
+        if (model->kind == INT8) product_of_tiles(INT8, w, x, out, B, K, M);
+        else product_of_tiles(BF16, w, x, out, B, K, M);
         return;
     }
 #endif
@@ -276,6 +331,34 @@ static void product(const Model *model, Matrix w, const void *x, Output out, lon
     case BF16: product_BF16(w, x, out, B, K, M); break;
     case INT8: product_INT8(w, x, out, B, K, M); break;
     default: product_F32(w, x, out, B, K, M);
+    }
+}
+
+/* Row b of `integers`, the inputs of a product with int8 weights, of x (K): rounded to 16 bits, the largest being 32639.
+   Whatever x is, this adds less error than rounding to bfloat16 does: at most sqrt(K) / 2 parts in 32639 of its length.
+   Tiles multiply bytes: all high ones, then all low ones, both signed (hence 32639 and not 32767). Vectors multiply
+   pairs: even and odd numbers of each four, as their weights lie. A value that is no number makes the whole row so. */
+static void quantize(const Model *m, const Scratch *s, const float *x, long b, long K) {
+    float most = 1e-30f, damage = 0;
+#pragma omp simd reduction(max : most) reduction(+ : damage)
+    for (long i = 0; i < K; i++) {
+        most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+        damage += 0 * x[i];
+    }
+    const float factor = 32639 / most;
+    s->scale[b] = most / 32639 + damage;
+    if (tiled(m)) {
+        int8_t *restrict high = (int8_t *)s->integers + 2 * b * K, *restrict low = high + K;
+        SIMD for (long i = 0; i < K; i++) {
+            int number = (int)rintf(factor * x[i]);
+            high[i] = (number + 128) >> 8, low[i] = number;
+        }
+    } else {
+        int16_t *restrict to = (int16_t *)s->integers + b * K;
+        SIMD for (long i = 0; i < K; i += 4) {
+            to[i] = (int16_t)rintf(factor * x[i]), to[i + 1] = (int16_t)rintf(factor * x[i + 2]);
+            to[i + 2] = (int16_t)rintf(factor * x[i + 1]), to[i + 3] = (int16_t)rintf(factor * x[i + 3]);
+        }
     }
 }
 
@@ -295,11 +378,12 @@ static void put(const Model *m, void *to, long at, const float *from, long n) {
     SIMD for (long i = 0; i < n; i++) y[i] = from_bf16(to_bf16(from[i]));
 }
 
-/* Row b of `in`, the input of the next product: x normed. */
-static void norm_row(const Model *m, const float *x, void *in, long b) {
+/* Row b of the input of the next product: x normed. */
+static void norm_row(const Model *m, const Scratch *s, const float *x, long b) {
     float y[m->C], f = norm_factor(x, m->C, m->eps);
     SIMD for (long i = 0; i < m->C; i++) y[i] = f * x[i];
-    put(m, in, b * m->C, y, m->C);
+    put(m, s->in, b * m->C, y, m->C);
+    if (INTEGER_PRODUCTS && m->kind == INT8) quantize(m, s, y, b, m->C);
 }
 
 /* sigmoid of the product of x (n) with row g of a small matrix (rows, n) */
@@ -451,6 +535,8 @@ static void attend(const Model *m, const Layer *layer, const Scratch *s, const T
 /* Tokens -> logits (B - first, V) of tokens first .. B-1; the cache then holds all of them. */
 void decode_step(const Model *m, const Scratch *s, const Tokens *t, float *logits, long first) {
     const long B = t->B, C = m->C, HD = m->H * m->D, GD = m->G * m->D, one_row = B > 1 && t->rows[0] == t->rows[1];
+    const int whole = INTEGER_PRODUCTS && m->kind == INT8; /* rows are rounded whole, once they are complete */
+    const void *in = whole ? s->integers : s->in, *wide = whole ? s->integers : s->wide;
     const long parts = B < 8 ? m->G : 1, heads = m->G / parts; /* of a token's heads, for a thread each */
 #pragma omp parallel
     {
@@ -461,11 +547,11 @@ void decode_step(const Model *m, const Scratch *s, const Tokens *t, float *logit
                 float *x = s->x + b * C, *start = s->first + b * C;
                 if (m->resid)
                     for (long c = 0; c < C; c++) x[c] = m->resid[i] * x[c] + m->x0[i] * start[c];
-                norm_row(m, x, s->in, b);
+                norm_row(m, s, x, b);
             }
-            product(m, layer->q, s->in, (Output){STORE, s->q}, B, C, HD);
-            product(m, layer->k, s->in, (Output){STORE, s->k}, B, C, GD);
-            product(m, layer->v, s->in, (Output){STORE, s->v}, B, C, GD);
+            product(m, layer->q, in, (Output){STORE, s->q, s->scale}, B, C, HD);
+            product(m, layer->k, in, (Output){STORE, s->k, s->scale}, B, C, GD);
+            product(m, layer->v, in, (Output){STORE, s->v, s->scale}, B, C, GD);
             BARRIER
 #pragma omp for collapse(2) schedule(static, 1) nowait
             for (long b = 0; b < B; b++)
@@ -476,12 +562,14 @@ void decode_step(const Model *m, const Scratch *s, const Tokens *t, float *logit
             for (long b = 0; b < B; b++)
                 for (long part = 0; part < parts; part++)
                     attend(m, layer, s, t, b, part * heads, (part + 1) * heads);
-            product(m, layer->proj, s->wide, (Output){ADD, s->x}, B, HD, C);
+            if (whole) EACH_TOKEN quantize(m, s, (float *)s->wide + b * HD, b, HD);
+            product(m, layer->proj, wide, (Output){ADD, s->x, s->scale}, B, HD, C);
             BARRIER
-            EACH_TOKEN norm_row(m, s->x + b * C, s->in, b);
-            product(m, layer->fc, s->in, (Output){RELU2, s->wide}, B, C, 4 * C);
+            EACH_TOKEN norm_row(m, s, s->x + b * C, b);
+            product(m, layer->fc, in, (Output){RELU2, s->wide, s->scale}, B, C, 4 * C);
             BARRIER
-            product(m, layer->out, s->wide, (Output){ADD, s->x}, B, 4 * C, C);
+            if (whole) EACH_TOKEN quantize(m, s, (float *)s->wide + b * 4 * C, b, 4 * C);
+            product(m, layer->out, wide, (Output){ADD, s->x, s->scale}, B, 4 * C, C);
             BARRIER
             if (m->backout && i == m->middle)
                 EACH_TOKEN memcpy(s->middle + b * C, s->x + b * C, C * sizeof(float));
@@ -491,10 +579,10 @@ void decode_step(const Model *m, const Scratch *s, const Tokens *t, float *logit
             remember(m, s, t, b);
             if (m->backout)
                 for (long c = 0; c < C; c++) x[c] -= *m->backout * s->middle[b * C + c];
-            norm_row(m, x, s->in, b);
+            norm_row(m, s, x, b);
         }
-        const void *in = (char *)s->in + first * C * (m->kind == BF16 && PAIRWISE ? 2 : 4);
-        product(m, m->head, in, (Output){STORE, logits}, B - first, C, m->V);
+        const void *last = (char *)in + first * C * (whole || (m->kind == BF16 && PAIRWISE) ? 2 : 4);
+        product(m, m->head, last, (Output){STORE, logits, s->scale + first}, B - first, C, m->V);
         BARRIER
 #pragma omp for simd schedule(static)
         for (long i = 0; i < (B - first) * m->V; i++) /* cap * tanh(logit / cap) */

@@ -51,16 +51,36 @@ enum { F32, BF16, INT8 }; /* kinds of numbers */
 
 INLINE long size_of(const int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
 
-INLINE vec from_bytes(bytes b) {
-#if defined(__AVX512F__)
-    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b));
-#elif defined(__AVX2__)
-    __m128i low = {0};
-    memcpy(&low, &b, 8);
-    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low));
-#else /* by way of int16: gcc takes the direct conversion apart into single numbers */
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, shorts), integers), vec);
+/* sum + the products of two pairs of int16 in each place; where the CPU has no such instruction, int8 is multiplied as
+   float. */
+typedef int16_t pairs16 __attribute__((vector_size(4 * LANES)));
+#if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+enum { INTEGER_PRODUCTS = 1 };
+#else
+enum { INTEGER_PRODUCTS = 0 };
 #endif
+
+INLINE integers add_pairs(integers sum, pairs16 a, integers b) {
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+    return (integers)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sum + (integers)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return sum + (integers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return sum + (integers)a * b; /* not used */
+#endif
+}
+
+/* int8, by way of int16: gcc takes the direct conversion apart into single numbers */
+INLINE vec from_bytes(bytes b) {
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, shorts), integers), vec);
+}
+
+INLINE vec as_floats(const int32_t *p) {
+    integers numbers;
+    memcpy(&numbers, p, sizeof(numbers));
+    return __builtin_convertvector(numbers, vec);
 }
 
 INLINE words widened(halves h) {

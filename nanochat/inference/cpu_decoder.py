@@ -55,7 +55,7 @@ class Model(ctypes.Structure):
 class Scratch(ctypes.Structure):
     _fields_ = (
         *((name, POINTER) for name in ("x", "first", "middle", "q", "k", "v")),
-        *((name, POINTER) for name in ("input", "wide", "scores", "previous")),
+        *((name, POINTER) for name in ("input", "wide", "integers", "scale", "scores", "previous")),
     )
 
 
@@ -63,7 +63,7 @@ class Tokens(ctypes.Structure):
     _fields_ = (*((name, ctypes.POINTER(LONG)) for name in ("ids", "rows", "positions")), ("B", LONG))
 
 
-SHORT_PROMPT = 128  # tokens: from here on PyTorch's products are as fast; with int8 weights, from half of it on
+SHORT_PROMPT = 128  # tokens: from here on PyTorch's products are as fast
 
 # What decode.c computes. A model that differs in anything named here is decoded in PyTorch.
 FUNCTIONS = {
@@ -90,12 +90,12 @@ FIELDS = (
 )
 
 
-def supported(model: GPT) -> bool:
+def supported(model: GPT, int8: bool = False) -> bool:
     """Whether decode.c can decode this model: on a CPU with a compiler, of a dtype and sizes that it handles, and
     computing what it computes. Warns once of what it does not know."""
     if not handles(model):
         return False
-    if unknown := differences(model):
+    if unknown := differences(model, int8):
         warn_once(f"the C decoder does not implement this model ({in_words(unknown)}): decoding in PyTorch, slower")
     return not unknown
 
@@ -107,10 +107,10 @@ def handles(model: GPT) -> bool:
     return dtype in (torch.float32, torch.bfloat16) and sizes_fit and kernels.in_use(model.device)
 
 
-def differences(model: GPT) -> list[str]:
+def differences(model: GPT, int8: bool = False) -> list[str]:
     """How the model differs from what decode.c computes, in words; where decode.c handles it also by example."""
     unknown = unknown_parts(model)
-    if not unknown and handles(model) and not agrees(probe_config(model.config), model.compute_dtype):
+    if not unknown and handles(model) and not agrees(probe_config(model.config), model.compute_dtype, int8):
         return ["its result for a small example, which differs from PyTorch's"]
     return unknown
 
@@ -148,13 +148,14 @@ def probe_config(config: GPTConfig) -> GPTConfig:
     return replace(config, sequence_len=16, vocab_size=64, **sizes)
 
 
-_agrees: dict[tuple[str, torch.dtype], bool] = {}
+_agrees: dict[tuple[str, torch.dtype, bool], bool] = {}
 
 
-def agrees(config: GPTConfig, dtype: torch.dtype) -> bool:
+def agrees(config: GPTConfig, dtype: torch.dtype, int8: bool = False) -> bool:
     """Whether decode.c gives the same logits as PyTorch for a model of this config with random weights: of a prompt of
-    5 tokens, and of one more. Computed once per config and dtype; takes a few milliseconds."""
-    key = str(config), dtype
+    5 tokens, and of one more. With int8, PyTorch has what the rounded weights stand for. Computed once per config and
+    dtype; takes a few milliseconds."""
+    key = str(config), dtype, int8
     if key not in _agrees:
         with torch.inference_mode():
             model, draw = GPT.create(config, compute_dtype=dtype), torch.Generator().manual_seed(1)
@@ -162,7 +163,7 @@ def agrees(config: GPTConfig, dtype: torch.dtype) -> bool:
                 p.data = torch.randn(p.shape, generator=draw) * (0.15 if p.dim() > 1 else 0.5)
                 p.data = p.data.to(dtype if p.dim() > 1 else p.dtype)
             tokens = [3, 1, 4, 1, 5, 9]
-            decoder = CpuDecoder(model, KVCache(config, 1, 16, dtype=dtype), PackedWeights(model))
+            decoder = CpuDecoder(model, KVCache(config, 1, 16, dtype=dtype), PackedWeights(model, int8))
             logits = torch.cat([decoder.prompt(tokens[:5]), decoder(tokens[5:])])  # (2, V)
             plain = model(torch.tensor([tokens], device="cpu"))[0, 4:]
         error = (logits - plain).norm() / plain.norm()
@@ -177,7 +178,6 @@ class CpuDecoder:
         """`model` has its matrices in its compute dtype (decoding_weights.DecodingWeights)."""
         assert cache.max_tokens <= model.cos.size(0)
         self.cache, self.vocab_size = cache, model.config.vocab_size
-        self._max_tokens = SHORT_PROMPT // 2 if packed.int8 else SHORT_PROMPT
         self._kept: list[Any] = [model, packed, *model.parameters(), *cache.k, *cache.v]  # C holds their addresses
         self._model = self._describe(model, packed)
         self._scratch = self._reserve(model)
@@ -192,7 +192,7 @@ class CpuDecoder:
 
     def takes(self, start: int, num_tokens: int) -> bool:
         """Whether `prompt` can run so many tokens after `start` others: none may leave a window before the last."""
-        return num_tokens <= min(self._max_tokens, min(ring.size(1) for ring in self.cache.k) - start)
+        return num_tokens <= min(SHORT_PROMPT, min(ring.size(1) for ring in self.cache.k) - start)
 
     def prompt(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append tokens to the only row -> softcapped fp32 logits (1, V) after the last, as if one by one."""
@@ -288,6 +288,8 @@ class CpuDecoder:
             "v": GD,
             "input": C,
             "wide": max(4 * C, HD),
+            "integers": max(4 * C, HD),
+            "scale": 1,
             "scores": config.n_head * self._model.room,
         }
         tensors = {name: torch.zeros(B, size) for name, size in sizes.items()}

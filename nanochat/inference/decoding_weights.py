@@ -27,14 +27,14 @@ class DecodingWeights:
         """`int8`: quantize to eight bits; the model of current() then has the dequantized values."""
         if int8 and model.device.type != "cpu":
             raise UserError("int8 weights are for decoding on a CPU; leave int8 out")
-        self.model = model
+        self.model, self.int8 = model, int8
         needs_cast = any(p.dtype != _decoding_dtype(p, model.compute_dtype) for p in model.parameters())
         with torch.inference_mode(False):  # else they could not be renewed outside of it
             self._copy = cast_copy(model) if int8 or needs_cast else model
-            self.packed = PackedWeights(self._copy, int8) if int8 or cpu_decoder.supported(model) else None
-        if int8 and not cpu_decoder.supported(model):
+            self.packed = PackedWeights(self._copy, int8) if int8 or cpu_decoder.supported(model, int8) else None
+        if int8 and not cpu_decoder.supported(model, int8):
             warn("int8 saves no memory here: without a C compiler, or for this model, the C decoder is not used")
-        if self.packed is None and isinstance(model, GPT) and cpu_decoder.differences(model):
+        if self.packed is None and isinstance(model, GPT) and cpu_decoder.differences(model, int8):
             check_cached_decoding(self._copy)
         self._versions = self._current_versions()
         self._lock = threading.Lock()
@@ -58,7 +58,7 @@ class DecodingWeights:
 
     def cpu_decoder(self, cache: KVCache) -> CpuDecoder | None:
         """The C decoder of the weights on `cache`; None where decoding runs in PyTorch."""
-        usable = cpu_decoder.supported(self.model)
+        usable = cpu_decoder.supported(self.model, self.int8)
         return CpuDecoder(self._copy, cache, self.packed) if usable and self.packed else None
 
     def _current_versions(self) -> list[tuple[int, int]]:

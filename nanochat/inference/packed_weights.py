@@ -17,8 +17,17 @@ from nanochat.gpt import GPT
 
 def block_outputs() -> int:
     """Outputs per block: the number of floats in a vector of this CPU."""
+    return _constant("block_outputs", 16)
+
+
+def adjacent_inputs(dtype: torch.dtype) -> int:
+    """Inputs of an output that lie together, as this CPU multiplies them at once."""
+    return {torch.bfloat16: 2, torch.int8: _constant("int8_inputs", 4)}.get(dtype, 1)
+
+
+def _constant(name: str, otherwise: int) -> int:
     library = kernels.library()
-    return ctypes.c_int.in_dll(library, "block_outputs").value if library else 16
+    return ctypes.c_int.in_dll(library, name).value if library else otherwise
 
 
 class PackedWeights:
@@ -65,8 +74,8 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """weight (M, K) -> (blocks, K / P, outputs, P): P inputs of each output are adjacent, two in bfloat16."""
-    together, outputs = 2 if weight.dtype == torch.bfloat16 else 1, block_outputs()
+    """weight (M, K) -> (blocks, K / P, outputs, P): P inputs of each output are adjacent."""
+    together, outputs = adjacent_inputs(weight.dtype), block_outputs()
     M, K = weight.shape
     weight = F.pad(weight, (0, 0, 0, -M % outputs))
     return weight.view(-1, outputs, K // together, together).permute(0, 2, 1, 3).contiguous()
