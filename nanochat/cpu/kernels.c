@@ -200,30 +200,31 @@ void softmax_backward(void *g, const void *p, long N, long Q, long K, float scal
 /* ---- the head's softcapped cross-entropy --------------------------------------------------------------------- */
 
 /* logits (N, V), before the softcap -> losses (N,). With `backward`, the logits become the gradient of
-   sum(weights * losses). A capped logit lies within +-cap, so e^x cannot overflow and no maximum is needed. */
+   sum(weights * losses). A capped logit lies within +-cap <= 64, so e^x cannot overflow and no maximum is needed. */
 void head_rows(void *logits, const int64_t *targets, const float *weights, float *losses, long N, long V, float cap,
                int backward, int bf16) {
 #pragma omp parallel
     {
-        float *t = malloc(2 * V * sizeof(float)), *e = t + V;
+        float *v = malloc(V * sizeof(float));
 #pragma omp for
         for (long row = 0; row < N; row++) {
             float sum = 0, over = 2 / cap;
-            load(t, logits, row * V, V, bf16);
+            load(v, logits, row * V, V, bf16);
             /* tanh(z / cap) = 1 - 2 / (e^(2z/cap) + 1) */
+            float target = 1 - 2 / (fast_exp(over * v[targets[row]]) + 1);
 #pragma omp simd reduction(+ : sum)
             for (long i = 0; i < V; i++) {
-                t[i] = 1 - 2 / (fast_exp(over * t[i]) + 1);
-                sum += e[i] = fast_exp(cap * t[i]);
+                float t = 1 - 2 / (fast_exp(over * v[i]) + 1), e = bounded_exp(cap * t);
+                sum += e;
+                v[i] = e * (1 - t * t);
             }
-            long target = targets[row];
-            losses[row] = logf(sum) - cap * t[target];
+            losses[row] = logf(sum) - cap * target;
             if (!backward) continue;
-            float w = weights[row], share = w / sum, slope = 1 - t[target] * t[target];
-            SIMD for (long i = 0; i < V; i++) e[i] = share * e[i] * (1 - t[i] * t[i]);
-            e[target] -= w * slope;
-            store(logits, row * V, e, V, bf16);
+            float w = weights[row], share = w / sum;
+            SIMD for (long i = 0; i < V; i++) v[i] *= share;
+            v[targets[row]] -= w * (1 - target * target);
+            store(logits, row * V, v, V, bf16);
         }
-        free(t);
+        free(v);
     }
 }

@@ -34,20 +34,26 @@ static inline void store(void *to, long at, const float *restrict from, long n, 
     SIMD for (long i = 0; i < n; i++) p[i] = to_bf16(from[i]);
 }
 
-/* e^x to about one part in 10^7: 2^k times a polynomial on [-ln2/2, ln2/2], without branches, so that it vectorises. */
-static inline float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+/* e^x for |x| < 87, to about one part in 10^7: a polynomial on [-ln2/2, ln2/2] whose exponent is raised by k. Without
+   branches, so that it vectorises. */
+static inline float bounded_exp(float x) {
     float k = rintf(x * 1.44269504f);
     float r = fmaf(k, -0.693359375f, x); /* ln 2 in two parts, so that the difference is exact */
     r = fmaf(k, 2.12194440e-4f, r);
-    float p = 1.0f / 5040;
-    p = fmaf(p, r, 1.0f / 720);
+    float p = 1.0f / 720;
     p = fmaf(p, r, 1.0f / 120);
     p = fmaf(p, r, 1.0f / 24);
     p = fmaf(p, r, 1.0f / 6);
     p = fmaf(p, r, 0.5f);
     p = fmaf(p, r, 1.0f);
     p = fmaf(p, r, 1.0f);
-    union { int32_t i; float f; } two_to_k = {.i = ((int32_t)k + 127) << 23};
-    return p * two_to_k.f;
+    union { float f; int32_t i; } scaled = {.f = p};
+    scaled.i += (int32_t)k << 23;
+    return scaled.f;
+}
+
+static inline float fast_exp(float x) { /* in this form a limit is one instruction, and a NaN stays one */
+    x = -86.0f > x ? -86.0f : x;
+    x = 88.0f < x ? 88.0f : x;
+    return bounded_exp(x);
 }
