@@ -53,6 +53,12 @@ def mix(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> t
     return a * x + b * y
 
 
+@in_c("linear")
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., K), weight (M, K) -> (..., M) in the dtype of x."""
+    return F.linear(x, weight.to(x.dtype))
+
+
 class Linear(nn.Linear):
     """A matrix without bias: kept in float32, multiplied in the dtype of its input."""
 
@@ -60,7 +66,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 class CausalSelfAttention(nn.Module):

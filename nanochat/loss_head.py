@@ -83,12 +83,10 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         return dx * grads[0].to(dx.dtype), dw * grads[0], None, None, None, None
 
 
-def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+@in_c("add_product_")
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """total += a @ b, where `total` may have a finer dtype than the factors."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
 
 
 LOGIT_BYTES = 14  # of a chunk's logits on a GPU: in 16 bits, and at the peak three forms in float32

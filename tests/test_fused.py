@@ -65,6 +65,21 @@ def test_c_form_agrees_with_float64(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(40,), (2, 3, 7), (0, 5)])
+def test_linear_layers_sum_the_weights_gradient_in_float32(dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(*rows, 33, generator=random).to(dtype)
+    weight = torch.randn(17, 33, generator=random)
+    got = differentiated(gpt.linear, [x, weight])
+    wanted = differentiated(gpt.linear, [x.double(), weight.to(dtype).double()])
+    tolerances = (2e-5,) * 3 if dtype == torch.float32 else (5e-3, 5e-3, 5e-3)
+    if dtype == torch.bfloat16 and kernels.wide_product() is not None:
+        tolerances = (5e-3, 5e-3, 2e-3)  # what rounding the result's gradient costs
+    for ours, exact, kind, tolerance in zip(got, wanted, (dtype, dtype, torch.float32), tolerances, strict=True):
+        assert ours.dtype == kind and (ours.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_has_pytorchs_epsilon(dtype: torch.dtype) -> None:
     x = torch.full((2, 8), 1e-3, dtype=dtype)
     assert torch.allclose(gpt.norm(x), torch.nn.functional.rms_norm(x, (8,)), rtol=1e-2)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from nanochat.common.fast_path import fingerprint, warn_once
-from nanochat.cpu.kernels import call, usable
+from nanochat.cpu.kernels import add_transposed_product, call, usable, wide_product
 
 EPSILON = torch.finfo(torch.float32).eps  # F.rms_norm adds this to the mean square, in bfloat16 too
 F = TypeVar("F", bound=Callable[..., Any])
@@ -166,6 +166,33 @@ class _ReluSquared(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Linear layers: the weight's gradient is summed in float32 and written once
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return _Linear.apply(x, weight)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        w = weight.to(x.dtype)
+        ctx.save_for_backward(x, w)
+        return torch.nn.functional.linear(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        g, dx, dw = grads[0].contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            dx = g @ w
+        if ctx.needs_input_grad[1]:
+            dw = torch.empty(w.shape, dtype=torch.float32)
+            add_transposed_product(dw, g.view(-1, g.size(-1)), x.view(-1, x.size(-1)), keep=0.0)
+        return dx, dw
+
+
+# ---------------------------------------------------------------------------------------------------
 # Queries and keys: rotation, norm, scale
 
 
@@ -199,6 +226,11 @@ class _NormedRotary(torch.autograd.Function):
 # In place, called inside the autograd functions of attention and of the loss
 
 
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    add_transposed_product(total, a.T, b)
+    return total
+
+
 def block_softmax_(scores: torch.Tensor, first: int, window: int, scale: float) -> torch.Tensor:
     call("softmax_forward", scores, *scores.shape, first, window, scale, scores.dtype == torch.bfloat16)
     return scores
@@ -220,6 +252,11 @@ def head_rows_(
 # ---------------------------------------------------------------------------------------------------
 
 
+def _few_terms() -> torch.Tensor:
+    """A matrix in bfloat16 whose products are exact in it: each sum has one term, each factor is a power of two."""
+    return torch.tensor([1.0, -2.0, 0.5, 4.0], device="cpu").diag().bfloat16()
+
+
 def _rotary_example() -> tuple[Any, ...]:
     angles = _waves(1, 5, 1, 4)
     return _waves(2, 5, 3, 8), angles.cos(), angles.sin(), 1.2
@@ -229,6 +266,33 @@ FORMS = {
     "norm": CForm(norm, "95f9edc2", lambda: (_waves(3, 37),)),
     "mix": CForm(mix, "60102a94", lambda: (_waves(3, 37), _waves(3, 37).cos(), _waves(2)[1], _waves(3)[2]), tensors=2),
     "relu_squared": CForm(relu_squared, "cf51e9e4", lambda: (_waves(3, 37),), fits=lambda h: h.is_contiguous()),
+    "linear": CForm(
+        linear,
+        "0ad23a94",
+        lambda: (_few_terms(), _waves(3, 4)),
+        tensors=2,
+        fits=lambda x, weight: (
+            x.dtype == torch.bfloat16
+            and weight.dtype == torch.float32
+            and x.is_contiguous()
+            and x.numel() > 0
+            and torch.is_grad_enabled()
+            and wide_product() is not None
+        ),
+    ),
+    "add_product_": CForm(
+        add_product_,
+        "e7bbb3e0",
+        lambda: (_waves(4, 3), _few_terms().T, _waves(4, 3).bfloat16()),
+        tensors=3,
+        fits=lambda total, a, b: (
+            (total.dtype, a.dtype, b.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+            and a.T.is_contiguous()
+            and b.is_contiguous()
+            and total.is_contiguous()
+            and wide_product() is not None
+        ),
+    ),
     "normed_rotary": CForm(
         normed_rotary,
         "f381e780",

@@ -3,6 +3,7 @@
 Without a compiler everything still works, slower, in PyTorch.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -51,6 +52,26 @@ def _as_c(value: Any) -> Any:
         return ctypes.c_float(value)
     assert value.is_contiguous()
     return ctypes.c_void_p(value.data_ptr())
+
+
+@functools.cache
+def wide_product() -> Any:
+    """MKL's cblas_gemm_bf16bf16f32: factors in bfloat16, sums in float32, which PyTorch links and has no operation for.
+
+    None on CPUs without AMX, where it was not measured, and where PyTorch comes without MKL.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        if "amx_bf16" in cpu_flags():
+            return ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).cblas_gemm_bf16bf16f32
+    return None
+
+
+def add_transposed_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, keep: float = 1.0) -> None:
+    """total (M, K) = keep * total + a.T @ b in float32, of contiguous a (N, M) and b (N, K) in bfloat16; by MKL."""
+    (N, M), K = a.shape, b.size(1)
+    row_major, plain, transposed = 101, 111, 112  # from mkl_cblas.h
+    sizes = (M, K, N, ctypes.c_float(1.0), _as_c(a), M, _as_c(b), K, ctypes.c_float(keep), _as_c(total), K)
+    wide_product()(row_major, transposed, plain, *sizes)
 
 
 @functools.cache
