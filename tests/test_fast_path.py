@@ -23,10 +23,12 @@ from nanochat.formats import same_network
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import cpu_decoder, sampling
 from nanochat.inference.cpu_decoder import CpuDecoder
+from nanochat.optimizer import update_rules
 
 needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
 PLAIN = {
-    name: next(getattr(m, name) for m in (gpt, flash_attention, loss_head) if hasattr(m, name)) for name in fused.FORMS
+    name: next(getattr(m, name) for m in (gpt, flash_attention, loss_head, update_rules) if hasattr(m, name))
+    for name in fused.FORMS
 }
 
 

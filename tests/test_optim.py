@@ -35,7 +35,7 @@ def muon(params: list[torch.Tensor], lr: float = 0.1, **settings: Any) -> MuonAd
 @pytest.mark.parametrize(
     "form, tolerance, settings",
     [
-        ("published", 6e-2, {"ns_dtype": torch.bfloat16}),
+        ("published", 0.1, {"ns_dtype": torch.bfloat16}),  # the published form rounds more often
         ("later", 3e-3, {**EXACT, "ns_safety": 1.01}),
     ],
 )

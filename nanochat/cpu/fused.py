@@ -241,6 +241,23 @@ def block_softmax_backward_(grad: torch.Tensor, weights: torch.Tensor, scale: fl
     return grad
 
 
+def adamw_(
+    p: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+) -> tuple[torch.Tensor, ...]:
+    (beta1, beta2), keep = betas, 1 - lr * decay
+    rates = (keep, lr / (1 - beta1**step), beta1, beta2, 1 / (1 - beta2**step), eps)
+    call("adamw", p, g, m, v, p.numel(), *map(float, rates))
+    return p, m, v
+
+
 def head_rows_(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float, backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,6 +309,23 @@ FORMS = {
             and total.is_contiguous()
             and wide_product() is not None
         ),
+    ),
+    "adamw_": CForm(
+        adamw_,
+        "5dd2f3c2",
+        lambda: (
+            _waves(37),
+            _waves(37).cos(),
+            _waves(37).square(),
+            _waves(37).square(),
+            3,
+            0.1,
+            (0.8, 0.95),
+            1e-8,
+            0.1,
+        ),
+        tensors=4,
+        fits=lambda p, g, m, v, *rates: all(x.dtype == torch.float32 and x.is_contiguous() for x in (p, g, m, v)),
     ),
     "normed_rotary": CForm(
         normed_rotary,

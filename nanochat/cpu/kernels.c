@@ -161,6 +161,21 @@ void rotary_backward(const void *gy, const void *y, const float *r, const float 
             }
 }
 
+/* ---- AdamW --------------------------------------------------------------------------------------------------- */
+
+/* In place, all of size n: m += (1 - beta1) * (g - m); v = beta2 * v + (1 - beta2) * g^2;
+   p = keep * p - rate * m / (sqrt(v * correction) + eps) */
+void adamw(float *restrict p, const float *restrict g, float *restrict m, float *restrict v, long n, float keep,
+           float rate, float beta1, float beta2, float correction, float eps) {
+    const float new1 = 1 - beta1, new2 = 1 - beta2;
+#pragma omp parallel for simd
+    for (long i = 0; i < n; i++) {
+        m[i] += new1 * (g[i] - m[i]);
+        v[i] = beta2 * v[i] + new2 * g[i] * g[i];
+        p[i] = keep * p[i] - rate * m[i] / (sqrtf(v[i] * correction) + eps);
+    }
+}
+
 /* ---- attention's softmax over one block of queries ----------------------------------------------------------- */
 
 /* scores (N, Q, K) become probabilities in place. Query i of the block sits at key position first + i and sees the

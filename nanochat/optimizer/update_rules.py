@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from nanochat.cpu.fused import in_c
+
 # Per step (a, b, c) of X <- aX + b(XX')X + c(XX')^2 X: the minimax-optimal composition for singular values in
 # [1e-3, 1], with the paper's safety factor folded in (Polar Express, arXiv 2505.16932).
 POLAR_EXPRESS = (
@@ -44,12 +46,10 @@ def orthogonalize(
     x = x.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * safety + 1e-6)
     for a, b, c in POLAR_EXPRESS[:steps]:
-        if x.size(-2) > x.size(-1):
-            gram = x.mT @ x
-            x = a * x + x @ (b * gram + c * (gram @ gram))
-        else:
-            gram = x @ x.mT
-            x = a * x + (b * gram + c * (gram @ gram)) @ x
+        tall = x.size(-2) > x.size(-1)
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
 
@@ -65,6 +65,29 @@ def even_out(update: torch.Tensor, second_moment: torch.Tensor, beta2: float) ->
     before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
     after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
     return update * (scale * (before / after.clamp_min(1e-10))).to(update.dtype)
+
+
+@in_c("adamw_")
+def adamw_(
+    p: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+) -> tuple[torch.Tensor, ...]:
+    """One step of AdamW (arXiv 1711.05101) on p with gradient g, in place: returns p and its moments m and v."""
+    beta1, beta2 = betas
+    if decay:
+        p.mul_(1 - lr * decay)
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
+    p.add_(m.div(denominator).mul_(-lr / (1 - beta1**step)).to(p.dtype))
+    return p, m, v
 
 
 class UpdateRule:
@@ -115,14 +138,8 @@ class AdamW(UpdateRule):
     def update(
         self, params: torch.Tensor, grads: torch.Tensor, state: dict[str, Any], step: int, group: dict[str, Any]
     ) -> None:
-        exp_avg, exp_avg_sq, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], group["betas"]
-        grads = grads.to(exp_avg.dtype)
-        if group["weight_decay"]:
-            params.mul_(1 - group["lr"] * group["weight_decay"])
-        exp_avg.lerp_(grads, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
-        denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        params.add_(exp_avg.div(denominator).mul_(-group["lr"] / (1 - beta1**step)).to(params.dtype))
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        adamw_(params, grads.to(m.dtype), m, v, step, *(group[key] for key in ("lr", "betas", "eps", "weight_decay")))
 
 
 class Muon(UpdateRule):
