@@ -23,9 +23,11 @@ from dev.starter import (  # noqa: E402
     identity,
     prose,
     qa,
+    reading,
     reference,
     synthetic,
     talk,
+    unknown,
     validation,
     words,
     writer,
@@ -43,8 +45,11 @@ BUDGETS = {
     "shakespeare": 1.0,
     "kjv": 1.0,
     "moby_dick": 0.6,
+    "plain_stories": 0.0,
 }
-"""MB of text at most, by source. Books and speeches stay under a fifth of the whole; the rest is kept whole."""
+"""MB of text at most, by source; --budget changes them. Books and speeches stay under a fifth of the whole; the rest is
+kept whole."""
+PLAIN_STORIES, PLAIN_STORIES_READ = 9000, 3000  # generated; and of these followed by questions and answers
 
 
 def say(message: str, started: float = time.monotonic()) -> None:
@@ -76,6 +81,7 @@ class Sources:
         yield from (("chitchat", talk.as_text(c)) for c in self.conversations)
         yield from ((kinds[a.kind], a.text) for a in self.answers)
         yield from (("wordnet", text) for text in reference.wordnet(self.readers["wordnet"], self.countable))
+        yield from (("plain_stories", text) for text in reading.documents(PLAIN_STORIES, PLAIN_STORIES_READ))
         for source, function, archive in (
             ("factbook", reference.factbook, "factbook"),
             ("recipes", reference.recipes, "recipes"),
@@ -97,17 +103,38 @@ def validation_set(sources: Sources, path: Path) -> list[tuple[str, str]]:
     return validation.load(path)
 
 
-def build_corpus(sources: Sources, held_out: list[tuple[str, str]], out: Path) -> list[tuple[str, str]]:
-    """Write train.parquet; returns the (source, text) kept."""
+def usable_documents(sources: Sources, held_out: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(source, text) of all documents that are clean, different from each other, and repeat nothing held out."""
     say("cleaning and deduplicating")
     docs = ((source, normalise(text)) for source, text in sources.documents())
-    usable = ((source, text) for source, text in docs if is_clean(text) and len(text) >= 60)
-    unique = deduplicate(chain((("", text) for _, text in held_out), usable))
+    clean = ((source, text) for source, text in docs if is_clean(text) and len(text) >= 60)
     known = validation.HeldOut(held_out)
-    kept = writer.within_budget([d for d in unique if d[0] and not known.overlaps(d[1])], BUDGETS)
-    say("writing train.parquet")
-    writer.write_documents(out / "train.parquet", kept)
-    return kept
+    unique = deduplicate(chain((("", text) for _, text in held_out), clean))
+    return [(source, text) for source, text in unique if source and not known.overlaps(text)]
+
+
+def conversations(sources: Sources, held_out: list[tuple[str, str]], out: Path) -> Counter[str]:
+    """Write the conversations for finetuning; returns how many there are by source."""
+    say("conversations for finetuning")
+    found = [
+        *(("smalltalk", turns) for turns in talk.smalltalk(sources.conversations)),
+        *(("smalltalk", [q, a]) for q, a in talk.chatterbot(sources.readers["chatterbot"], "greetings", "health")),
+        *qa.conversations(sources.readers, sources.leads, sources.answers, sources.countable),
+        *qa.told(),
+        *(("reading", turns) for turns in reading.leads(sources.leads)),
+        *identity.smalltalk(),
+    ]
+    known = validation.HeldOut(held_out)
+    found = [(source, turns) for source, turns in found if not known.overlaps("\n".join(turns))]
+    facts = unknown.Facts(sources.readers, sources.leads, prose.topics(sources.readers["wikipedia"]))
+    split = [
+        [
+            *(("identity", turns) for turns in own),
+            *(("unknown", turns) for turns in unknown.pairs(facts, held_out=side)),
+        ]
+        for side, own in ((False, identity.train()), (True, identity.held_out()))
+    ]
+    return qa.write(out, found, *split)
 
 
 def print_table(kept: list[tuple[str, str]]) -> None:
@@ -120,6 +147,11 @@ def print_table(kept: list[tuple[str, str]]) -> None:
     print(f"| total | {len(kept):,} | {sizes.total() / 1e6:.2f} | 100% |")
 
 
+def budgets(text: str) -> dict[str, float]:
+    """`stories=0,tales=0.2` -> {"stories": 0.0, "tales": 0.2}."""
+    return {name: float(megabytes) for name, _, megabytes in (entry.partition("=") for entry in text.split(","))}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and build everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--manifest", type=Path, default=MANIFEST, help="pinned archives")
     parser.add_argument("--synthetic", type=Path, default=ROOT / "dev" / "starter" / "synthetic", help="*.jsonl.gz")
     parser.add_argument("--validation", type=Path, default=VALIDATION, help="the fixed set that nothing may repeat")
+    parser.add_argument("--budget", type=budgets, default={}, help="MB by source: stories=0,plain_stories=4")
     parser.add_argument("--out", type=Path, default=ROOT / "nanochat" / "starter", help="where to write")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -136,20 +169,13 @@ def main(argv: list[str] | None = None) -> None:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     held_out = validation_set(sources, args.validation)
-    kept = build_corpus(sources, held_out, args.out)
-    say("conversations for finetuning")
-    conversations = [
-        *(("smalltalk", turns) for turns in talk.smalltalk(sources.conversations)),
-        *(("smalltalk", [q, a]) for q, a in talk.chatterbot(sources.readers["chatterbot"], "greetings", "health")),
-        *qa.conversations(sources.readers, sources.leads, sources.answers, sources.countable),
-        *identity.smalltalk(),
-    ]
-    known = validation.HeldOut(held_out)
-    conversations = [c for c in conversations if not known.overlaps("\n".join(c[1]))]
-    counts = qa.write(args.out, conversations, identity.train(), identity.held_out())
+    kept = writer.within_budget(usable_documents(sources, held_out), BUDGETS | args.budget)
+    say("writing train.parquet")
+    writer.write_documents(args.out / "train.parquet", kept)
+    counts = conversations(sources, held_out, args.out)
     train, test = words.write(args.out, sources.readers["wordnet"], kept)
     print_table(kept)
-    print(f"conversations: {counts}; words: {train:,} to train on, {test:,} to test")
+    print(f"conversations: {dict(counts)}; words: {train:,} to train on, {test:,} to test")
     say("done")
 
 

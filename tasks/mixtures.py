@@ -120,6 +120,9 @@ def starter_mixture(split: str, seed: int = 42) -> list[Part]:
         *(Part(f"word problems {level}", WordProblems(level, max(5, size // 500), seed=draw)) for level in LEVELS),
         Part("small talk", StarterChat(split, source="smalltalk")),
         Part("questions", StarterChat(split, source="qa")),
+        Part("stories", StarterChat(split, source="stories")),
+        Part("reading", StarterChat(split, source="reading")),
+        Part("what cannot be known", StarterChat(split, source="unknown")),
     ]
     return [*parts, Part("identity", StarterChat(split, source="identity"), passes=4 if train else 1)]
 

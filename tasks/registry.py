@@ -17,6 +17,8 @@ from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.starter import Identity
+from tasks.stories import Stories
+from tasks.unknown import Unknown
 from tasks.wordproblems import LEVELS, WordProblems
 
 EVAL_SIZE = 256  # items of a generated task in evaluation
@@ -49,6 +51,9 @@ TASKS: dict[str, TaskSpec] = {
     "Arithmetic": generated(Arithmetic),
     **{f"WordProblems{level}": generated(WordProblems, level) for level in LEVELS},
     "Identity": TaskSpec(Identity, "val", starter=True),
+    "Unanswerable": TaskSpec(partial(Unknown, answerable=False), "val", starter=True),
+    "Answerable": TaskSpec(partial(Unknown, answerable=True), "val", starter=True),
+    "Stories": TaskSpec(Stories, starter=True),
 }
 
 # Levels of rising difficulty, each called with size, split ("train" or "test") and seed.
@@ -59,6 +64,7 @@ REWARDED: dict[str, Sequence[Callable[..., Task]]] = {
     "LetterCounting": [SpellingBee],
     "Spelling": [SimpleSpelling],
     "Identity": [lambda size, split, seed: Identity("train" if split == "train" else "val", stop=size)],
+    "Unknown": [lambda size, split, seed: Unknown("train" if split == "train" else "val", stop=size)],
     "Format": [Format],
     "Code": [Code],
 }

@@ -130,7 +130,7 @@ def test_conversations_alternate(chats: dict) -> None:
         roles = [m["role"] for m in row["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
     counts = Counter(row["source"] for row in chats["train"])
-    assert set(counts) == {"smalltalk", "qa", "identity"} and counts.total() < 26_000
+    assert set(counts) == {"smalltalk", "qa", "identity", "stories", "reading", "unknown"} and counts.total() < 32_000
 
 
 def test_answers_are_short(chats: dict) -> None:
@@ -142,7 +142,7 @@ def test_questions_do_not_straddle_the_split(chats: dict) -> None:
     first = defaultdict(set)
     for split, rows in chats.items():
         for row in rows:
-            if row["source"] == "qa":
+            if row["source"] in ("qa", "stories", "reading"):
                 first[normal(row["messages"][0]["content"])].add(split)
     assert all(len(splits) == 1 for splits in first.values())
 

@@ -546,7 +546,7 @@ def test_final_text_is_what_comes_last_without_the_question() -> None:
 def test_registry() -> None:
     names = (
         "ARC-Easy ARC-Challenge MMLU GSM8K HumanEval SpellingBee SimpleSpelling Arithmetic WordProblems1 "
-        "WordProblems2 WordProblems3 Identity"
+        "WordProblems2 WordProblems3 Identity Unanswerable Answerable Stories"
     )
     assert list(TASKS) == names.split()
     assert {name: spec.baseline for name, spec in TASKS.items() if spec.baseline} == {

@@ -79,6 +79,11 @@ def sentences(text: str) -> list[str]:
     return [s for s in [*out, text[at:].strip()] if s]
 
 
+def start_sentence(text: str) -> str:
+    """With a capital first letter, the rest as it is."""
+    return text[0].upper() + text[1:]
+
+
 def cut_to_sentence(text: str) -> str:
     """Cut an unfinished answer back to its last full sentence; "" if it has none."""
     ends = [m.end() for m in SENTENCE_END.finditer(text)]

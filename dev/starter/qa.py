@@ -1,20 +1,25 @@
 """Questions and short answers templated over the real text, and the writing of the finetuning files."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dev.starter import prose
+from dev.starter import prose, reading
 from dev.starter.archives import Reader
-from dev.starter.clean import RUDE, fraction, key, sentences, stable_hash
+from dev.starter.clean import RUDE, fraction, key, sentences, stable_hash, start_sentence
 from dev.starter.reference import countries, field, glosses, recipe_list, with_article
+from dev.starter.stories import stories
+from dev.starter.stories.requests import request
 from dev.starter.synthetic import Answer
 from dev.starter.talk import chatterbot
 from dev.starter.writer import VAL_FRACTION, write_conversations
 
 Pair = tuple[str, str]
-CAPS = {"geography": 2000, "words": 4500, "topics": 6000, "recipes": 800, "explain": 1500, "help": 1600, "story": 2200}
+CAPS = {"geography": 2000, "words": 4500, "topics": 6000, "recipes": 800, "explain": 1500, "help": 1600}
+STORIES = {"short": 1800, "five": 1800, "read": 2200}  # stories told, told in five sentences, and asked about
 """Conversations at most, by kind of question, so that none swamps the others."""
 
 WHAT_IS = (
@@ -75,11 +80,6 @@ CAPITAL = (
 def choose(templates: tuple[str, ...], x: str, **more: str) -> str:
     """One of the templates, picked by the words it is about."""
     return templates[stable_hash(x, "template") % len(templates)].format(x=x, **more)
-
-
-def start_sentence(text: str) -> str:
-    """With a capital first letter, the rest as it is."""
-    return text[0].upper() + text[1:]
 
 
 def geography(readers: dict[str, Reader]) -> Iterator[Pair]:
@@ -212,12 +212,19 @@ def conversations(
         "trivia": trivia(readers),
         "explain": explained(answers, leads, topic_of),
         "help": generated(answers, "help", 70),
-        "story": generated(answers, "story", 110),
     }
     for kind, pairs in kinds.items():
         ordered = sorted(set(pairs), key=lambda pair: (stable_hash("\n".join(pair), "cap"), pair))
         for question, answer in ordered[: CAPS.get(kind)]:
             yield "qa", [question, answer]
+
+
+def told() -> Iterator[tuple[str, list[str]]]:
+    """Generated stories that were asked for, and questions about others."""
+    short = (story for story in stories(2 * STORIES["short"], seed=1) if len(story.text.split()) <= 110)
+    yield from (("stories", request(story, five=False)) for story in islice(short, STORIES["short"]))
+    yield from (("stories", request(story, five=True)) for story in stories(STORIES["five"], seed=2, five=True))
+    yield from (("reading", turns) for turns in reading.stories(stories(STORIES["read"], seed=3, five=True)))
 
 
 def split_key(source: str, turns: list[str]) -> str:
@@ -226,18 +233,19 @@ def split_key(source: str, turns: list[str]) -> str:
 
 
 def write(
-    out: Path, others: list[tuple[str, list[str]]], identity: list[list[str]], held_out: list[list[str]]
-) -> dict[str, int]:
-    """Write sft_train.parquet and sft_val.parquet; returns conversations by source."""
-    tidy = ((source, [re.sub(r" {2,}", " ", turn) for turn in turns]) for source, turns in others)
+    out: Path, split: list[tuple[str, list[str]]], train: list[tuple[str, list[str]]], val: list[tuple[str, list[str]]]
+) -> Counter[str]:
+    """Write sft_train.parquet and sft_val.parquet; returns conversations by source.
+
+    Those of `split` go to one side by a hash of the question, those of `train` and `val` are split already.
+    """
+    tidy = ((source, [re.sub(r" {2,}", " ", turn) for turn in turns]) for source, turns in split)
     unique = {(source, tuple(map(key, turns))): (source, turns) for source, turns in tidy}
-    kept_out = {key(question) for question, _ in held_out}
-    everything = [c for c in unique.values() if not kept_out & set(map(key, c[1][::2]))]
-    sides: list[list[tuple[str, list[str]]]] = [[], []]
-    for source, turns in everything:
-        sides[fraction(split_key(source, turns), "split") < VAL_FRACTION].append((source, turns))
-    sides[0] += [("identity", turns) for turns in identity]
-    sides[1] += [("identity", pair) for pair in held_out]
-    write_conversations(out / "sft_train.parquet", sides[0])
-    write_conversations(out / "sft_val.parquet", sides[1])
-    return {s: sum(source == s for side in sides for source, _ in side) for s in ("smalltalk", "qa", "identity")}
+    kept_out = {key(turns[0]) for _, turns in val}
+    sides: tuple[list[tuple[str, list[str]]], list[tuple[str, list[str]]]] = ([], [])
+    for source, turns in unique.values():
+        if not kept_out & set(map(key, turns[::2])):
+            sides[fraction(split_key(source, turns), "split") < VAL_FRACTION].append((source, turns))
+    write_conversations(out / "sft_train.parquet", sides[0] + train)
+    write_conversations(out / "sft_val.parquet", sides[1] + val)
+    return Counter(source for source, _ in [*sides[0], *sides[1], *train, *val])
