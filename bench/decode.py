@@ -54,6 +54,8 @@ class DecodeFlags(Flags):
     """Sequences decoded together; each number is measured in turn."""
     prompt: Annotated[int, Range(1)] = 100
     """Tokens in each prompt."""
+    prompts: tuple[int, ...] = ()
+    """Tokens in further prompts, of which only the time to the first token is measured, one sequence at a time."""
     temperature: Annotated[float, Range(0, 1e6)] = 0.8
     """Sampling temperature, with top_k 50."""
     int8: bool = False
@@ -63,10 +65,13 @@ class DecodeFlags(Flags):
         super().__post_init__()
         if not self.rows or min(self.rows) < 1:
             raise UserError(f"--rows needs numbers of at least 1, got {self.rows}")
-        needed = self.prompt + max(self.rows) + 2  # sequences grow while the others are prefilled
+        if self.prompts and min(self.prompts) < 1:
+            raise UserError(f"--prompts needs numbers of at least 1, got {self.prompts}")
+        longest = max((self.prompt, *self.prompts))
+        needed = longest + max(self.rows) + 2  # sequences grow while the others are prefilled
         if needed > self.seq_len:
             raise UserError(
-                f"--prompt {self.prompt} and {max(self.rows)} --rows need --seq-len {needed}, got {self.seq_len}"
+                f"prompts of {longest} and {max(self.rows)} --rows need --seq-len {needed}, got {self.seq_len}"
             )
 
 
@@ -89,7 +94,8 @@ class Case:
             sampling = SamplingParams(self.flags.temperature, 50, seed=seed)
             self.batch.submit(GenerationRequest(prompt, room, sampling).sequences())
         began = time.perf_counter()
-        self.batch.step(1)
+        while not self.batch.running:
+            self.batch.step(1)
         waited = time.perf_counter() - began
         while len(self.batch.running) < self.rows:
             self.batch.step(1)
@@ -138,6 +144,12 @@ class Case:
         return 2 * weights * self.rows + 4 * model.config.n_embd * self.slots_seen()
 
 
+def first_token_seconds(weights: DecodingWeights, flags: DecodeFlags) -> float:
+    """From one prompt of flags.prompt tokens to its first token."""
+    case = Case(weights, 1, flags)
+    return median(case.start() for _ in range(7))
+
+
 def no_tools() -> ToolTable:
     """For a batch without tools. The ids of its vocabulary, single bytes, are not used."""
     return ToolTable(RustBPETokenizer(SPLIT_PATTERN, [bytes([value]) for value in range(256)]), ())
@@ -164,6 +176,7 @@ def measure(flags: DecodeFlags, runtime: Runtime) -> Result:
     peak = max(measure_peak_flops(replace(runtime, dtype=dtype)) for dtype in fastest)
     for case in cases.values():
         case.first_token_seconds = median(case.start() for _ in range(5))
+    first_token = {n: first_token_seconds(weights, replace(flags, prompt=n)) for n in flags.prompts}
     num_params = sum(m.weight.numel() for m in matrices(weights.current()))
     values: dict[str, Any] = {"bytes_per_second": bandwidth, "flops_per_second": peak, "num_matrix_params": num_params}
     table = []
@@ -180,6 +193,7 @@ def measure(flags: DecodeFlags, runtime: Runtime) -> Result:
         }
         row = {
             "rows": str(rows),
+            "prompt": str(flags.prompt),
             "first token, ms": f"{1e3 * case.first_token_seconds:.1f}",
             "step, ms": f"{1e3 * step:.3f}",
             "model alone, ms": f"{1e3 * alone:.3f}",
@@ -192,6 +206,11 @@ def measure(flags: DecodeFlags, runtime: Runtime) -> Result:
             values[f"model_without_graph_ms_per_step_{rows}"] = plain
             row["model without a graph, ms"] = f"{plain:.3f}"
         table.append(row)
+    for n, waited in first_token.items():
+        values[f"first_token_ms_of_{n}"] = 1e3 * waited
+        table.append(
+            dict.fromkeys(table[0], "") | {"rows": "1", "prompt": str(n), "first token, ms": f"{1e3 * waited:.1f}"}
+        )
     one = values.get("tokens_per_second_1")
     if one:
         values |= {f"times_one_row_{rows}": values[f"tokens_per_second_{rows}"] / one for rows in flags.rows}

@@ -59,13 +59,14 @@ POSITIVE = {
         encode_batch_mb_per_second encode_batch_tokens_per_second decode_mb_per_second bytes_per_token""",
     "distributed": "cores",
     "decode": """bytes_per_second num_matrix_params tokens_per_second_1 ms_per_step_3 model_ms_per_step_1
-        bandwidth_share_3 arithmetic_share_3 flops_per_second first_token_ms_1 times_one_row_3""",
+        bandwidth_share_3 arithmetic_share_3 flops_per_second first_token_ms_1 first_token_ms_of_7
+        times_one_row_3""",
     "sandbox": "unsafe_warm_per_second unsafe_tested_per_second unsafe_cold_per_second",
 }
 SMALL_TEXT = {
     "tokenizer": ["--chars=20000"],
     "data": ["--chars=20000", "--documents=100", "--again=20"],
-    "decode": ["--prompt=5", "--rows", "1", "3"],
+    "decode": ["--prompt=5", "--prompts", "7", "--rows", "1", "3"],
     "sandbox": ["--problems=0"],
     "distributed": ["--processes=1,2", "--rounds-of-all=1"],
 }

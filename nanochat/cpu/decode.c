@@ -5,9 +5,9 @@
    one token, and for many each weight is used for all of them while it is in a register.
 
    gpt.py is the definition. cpu_decoder.py lists what of it is implemented here and compares the two at start.
-   Activations are float32 where PyTorch rounds each to bfloat16; only the inputs of products with bfloat16 weights, and
-   the cache, are rounded. The order of every sum is independent of B, so a row's results are the same bits whichever
-   rows are beside it and however a prompt is split.
+   Activations are float32 where PyTorch rounds each to bfloat16; only the inputs of products are rounded, to bfloat16 or
+   beside int8 weights to 16-bit integers, and the cache. The order of every sum is independent of B, so a row's results
+   are the same bits whichever rows are beside it and however a prompt is split.
 
    C channels, H query heads, G key/value heads, D head size, V vocabulary. The structs are mirrored in cpu_decoder.py. */
 
@@ -225,7 +225,7 @@ INLINE void tile(const int kind, const int R, const int N, Matrix w, long block,
         _Pragma("omp for schedule(static) nowait") for (long first = 0; first < blocks; first += unit) {              \
             const long last = first + unit < blocks ? first + unit : blocks;                                          \
             long b = 0;                                                                                               \
-            if (last - first == 4) { /* these weights stay in cache while all of x passes */                                      \
+            if (last - first == 4) { /* these weights stay in cache while all of x passes */                          \
                 for (; b + WIDE <= B; b += WIDE)                                                                      \
                     for (long i = first; i < last; i += TALL) many_##kind(w, i, x, b, K, out, M);                     \
                 for (; b + 2 <= B; b += 2) two_##kind(w, first, x, b, K, out, M);                                     \
@@ -254,55 +254,74 @@ __attribute__((constructor)) static void ask_for_tiles(void) { /* Linux grants t
     tiles_allowed = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-/* Registers 0-3 hold sums, 4 N rows of inputs, 5-7 weights. */
+/* Registers 0-3 hold sums, 4 and 5 N rows of inputs each, 6 and 7 weights. */
 static void shape_tiles(long N) {
     struct { uint8_t palette, start[15]; uint16_t row_bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) shape.row_bytes[i] = TILE_BYTES, shape.rows[i] = i < 5 ? N : 16;
+    for (int i = 0; i < 8; i++) shape.row_bytes[i] = TILE_BYTES, shape.rows[i] = i < 6 ? N : 16;
     __asm__ volatile("" : : "r"(&shape) : "memory"); /* gcc's next line claims to read its first bytes only */
     _tile_loadconfig(&shape);
 }
 
-/* R blocks of outputs, 4 or 1, for N tokens from b on; `skip` of these are already computed. A row of inputs has
-   `bytes`, and so does each output of a block. */
-INLINE void sums_of_tiles(const int kind, const int R, Matrix w, long block, const char *x, long b, long N, long skip,
-                          long bytes, Output out, long M) {
+/* R blocks of outputs for P parts of N tokens each: R, P are 4, 1 or 2, 2 or 1, 1. The last part of all B tokens may
+   begin in the one before. A row of inputs has `bytes`, and so does each output of a block. */
+INLINE void sums_of_tiles(const int kind, const int R, const int P, Matrix w, long block, const char *x, long part,
+                          long N, long B, long bytes, Output out, long M) {
     const int rows = kind == INT8 ? 2 : 1; /* of a token */
     const char *weight = (const char *)w.weight + block * LANES * bytes;
+    const long parts = (B + N - 1) / N, ahead = R * P == 4 && parts > 2 ? 4 * LANES / parts + 1 : 0; /* lines a step */
+    long b[2];
+    for (int p = 0; p < P; p++) b[p] = (part + p + 1) * N < B ? (part + p) * N : B - N;
+    const char *first = x + b[0] * rows * bytes, *second = x + b[P - 1] * rows * bytes;
     int32_t sum[4][TILE_ROWS][LANES];
-#define EACH_BLOCK(DO) { DO(0, 5) if (R == 4) { DO(1, 6) DO(2, 7) DO(3, 5) } } /* registers have fixed numbers */
-#define CLEAR(r, w) _tile_zero(r);
-#define ADD_UP(r, w)                                                                                                  \
-    _tile_loadd(w, weight + LANES * (r * bytes + k), TILE_BYTES);                                                     \
-    if (kind == INT8) _tile_dpbssd(r, 4, w); else _tile_dpbf16ps(r, 4, w);
-#define KEEP(r, w) _tile_stored(r, sum[r], TILE_BYTES);
-    EACH_BLOCK(CLEAR)
+#define WEIGHTS(to, r) _tile_loadd(to, weight + LANES * (r * bytes + k), TILE_BYTES); /* registers have fixed numbers */
+#define ADD_UP(sum, in, w) if (kind == INT8) _tile_dpbssd(sum, in, w); else _tile_dpbf16ps(sum, in, w);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
     for (long k = 0; k < bytes; k += TILE_BYTES) {
-        _tile_loadd(4, x + b * rows * bytes + k, bytes);
-        EACH_BLOCK(ADD_UP)
-    }
-    EACH_BLOCK(KEEP)
-    for (int r = 0; r < R; r++)
-        for (long n = skip; n < N; n++) {
-            vec total = get(sum[r][rows * n], 0, F32);
-            if (kind == INT8) total = add_product(as_floats(sum[r][2 * n + 1]), as_floats(sum[r][2 * n]), all(256));
-            finish(kind, total, w, block + r, out, b + n, M);
+        _tile_loadd(4, first + k, bytes);
+        for (long i = part / P * ahead; i < (part / P + 1) * ahead; i++) /* each part a share of the next blocks */
+            fetch(weight + LANES * (4 * bytes + R * k) + i * TILE_BYTES);
+        if (P == 2) {
+            _tile_loadd(5, second + k, bytes);
+            WEIGHTS(6, 0) ADD_UP(0, 4, 6) ADD_UP(2, 5, 6)
+            WEIGHTS(7, 1) ADD_UP(1, 4, 7) ADD_UP(3, 5, 7)
+        } else {
+            WEIGHTS(6, 0) ADD_UP(0, 4, 6)
+            if (R == 4) { WEIGHTS(7, 1) ADD_UP(1, 4, 7) WEIGHTS(6, 2) ADD_UP(2, 4, 6) WEIGHTS(7, 3) ADD_UP(3, 4, 7) }
         }
+    }
+    _tile_stored(0, sum[0], TILE_BYTES);
+    _tile_stored(1, sum[1], TILE_BYTES);
+    _tile_stored(2, sum[2], TILE_BYTES);
+    _tile_stored(3, sum[3], TILE_BYTES);
+    for (int p = 0; p < P; p++)
+        for (int r = 0; r < R; r++)
+            for (long n = (part + p) * N - b[p]; n < N; n++) { /* those before are in the part before */
+                const int32_t (*of)[LANES] = &sum[R * p + r][rows * n];
+                vec total = get(of[0], 0, F32);
+                if (kind == INT8) total = add_product(as_floats(of[1]), as_floats(of[0]), all(256)); /* low, high */
+                finish(kind, total, w, block + r, out, b[p] + n, M);
+            }
 }
 
 INLINE void product_of_tiles(const int kind, Matrix w, const void *x, Output out, long B, long K, long M) {
     const long blocks = (M + LANES - 1) / LANES, unit = blocks >= 4 * NUM_THREADS ? 4 : 1;
     const long rows = kind == INT8 ? 2 : 1, bytes = kind == INT8 ? K : 2 * K, most = TILE_ROWS / rows;
-    const long parts = (B + most - 1) / most, N = (B + parts - 1) / parts; /* B in parts of one size, */
+    const long parts = (B + most - 1) / most, N = (B + parts - 1) / parts; /* all of one size */
     shape_tiles(rows * N);
 #pragma omp for schedule(static) nowait
-    for (long first = 0; first < blocks; first += unit)
-        for (long from = 0; from < B; from += N) {
-            const long b = from + N < B ? from : B - N; /* of which the last may begin in the one before */
-            if (first + 4 <= blocks && unit == 4) sums_of_tiles(kind, 4, w, first, x, b, N, from - b, bytes, out, M);
-            else
-                for (long i = first; i < first + unit && i < blocks; i++)
-                    sums_of_tiles(kind, 1, w, i, x, b, N, from - b, bytes, out, M);
-        }
+    for (long i = 0; i < blocks; i += unit)
+        if (unit == 4 && i + 4 <= blocks) {
+            for (long j = i; j < i + 4; j += 2)
+                for (long part = 0; part + 1 < parts; part += 2)
+                    sums_of_tiles(kind, 2, 2, w, j, x, part, N, B, bytes, out, M);
+            if (parts % 2) sums_of_tiles(kind, 4, 1, w, i, x, parts - 1, N, B, bytes, out, M);
+        } else
+            for (long j = i; j < i + unit && j < blocks; j++)
+                for (long part = 0; part < parts; part++)
+                    sums_of_tiles(kind, 1, 1, w, j, x, part, N, B, bytes, out, M);
     _tile_release();
 }
 #endif
@@ -334,8 +353,8 @@ static void product(const Model *model, Matrix w, const void *x, Output out, lon
     }
 }
 
-/* Row b of `integers`, the inputs of a product with int8 weights, of x (K): rounded to 16 bits, the largest being 32639.
-   Whatever x is, this adds less error than rounding to bfloat16 does: at most sqrt(K) / 2 parts in 32639 of its length.
+/* Row b of `integers`, the inputs of a product with int8 weights, from x (K): rounded to 16 bits, the largest to 32639.
+   The error is at most sqrt(K) / 2 in 32639 of the length of x, whatever outliers it has; in bfloat16 it is 1 in 512.
    Tiles multiply bytes: all high ones, then all low ones, both signed (hence 32639 and not 32767). Vectors multiply
    pairs: even and odd numbers of each four, as their weights lie. A value that is no number makes the whole row so. */
 static void quantize(const Model *m, const Scratch *s, const float *x, long b, long K) {
@@ -468,6 +487,22 @@ static float exponentials(float *p, long n) {
     return sum;
 }
 
+/* Add to sums of queries (heads, D) the values of n slots times p (heads, room), which is for these slots. */
+INLINE void add_values(const int kind, const long D, const int n, const Model *m, float *sums, const char *value,
+                       long from, long to, const float *p) {
+    const long size = size_of(kind), step = m->G * D * size, group = m->H / m->G, ahead = (AHEAD / step + 1) * step;
+    for (int i = 0; i < n; i++)
+        for (long at = from * D * size; at < to * D * size; at += 64) __builtin_prefetch(value + i * step + ahead + at);
+    for (long h = from * group; h < to * group; h++)
+        for (long d = 0; d < D; d += LANES) {
+            vec sum = get(sums + h * D, d, F32);
+#pragma GCC unroll 4
+            for (int i = 0; i < n; i++)
+                sum = add_product(sum, all(p[h * m->room + i]), get(value + i * step, h / group * D + d, kind));
+            memcpy(sums + h * D + d, &sum, sizeof(sum));
+        }
+}
+
 /* Attention of a token's queries of heads from .. to-1, in place, over n slots of its row; the order of slots does not
    matter. All heads process a slot before the next one, so memory is read sequentially: twice the bandwidth of each head
    jumping from slot to slot. p (H, room). */
@@ -497,17 +532,9 @@ INLINE void look(const int kind, const long D, const Model *m, float *q, const c
         sum[h] = exponentials(p + h * m->room, n);
         memset(q + h * D, 0, D * sizeof(float));
     }
-    for (long i = 0; i < n; i++) {
-        const char *value = values + i * step;
-        for (long at = from * D * size; at < to * D * size; at += 64) __builtin_prefetch(value + ahead + at);
-        for (long h = from * group; h < to * group; h++) {
-            const vec weight = all(p[h * m->room + i]);
-            for (long d = 0; d < D; d += LANES) {
-                vec y = add_product(get(q + h * D, d, F32), weight, get(value, h / group * D + d, kind));
-                memcpy(q + h * D + d, &y, sizeof(y));
-            }
-        }
-    }
+    long i = 0;
+    for (; i + 4 <= n; i += 4) add_values(kind, D, 4, m, q, values + i * step, from, to, p + i); /* loads sums once */
+    for (; i < n; i++) add_values(kind, D, 1, m, q, values + i * step, from, to, p + i);
     for (long h = from * group; h < to * group; h++)
         for (long d = 0; d < D; d++) q[h * D + d] /= sum[h];
 }

@@ -1,8 +1,8 @@
 """The large matrices of a model in the memory layout of the C decoder (decode.c), in the model's dtype or in int8.
 
 int8 halves the bytes read per token compared with bfloat16, for a little accuracy: each row of a matrix is divided by
-its largest absolute value over 127 and rounded (symmetric, one scale per output). Embeddings and gates are not packed:
-a token reads one row of them.
+its largest absolute value over 127 and rounded (symmetric, one scale per output). They are multiplied by activations of
+16 bits, as integers (decode.c: quantize). Embeddings and gates are not packed: a token reads one row of them.
 """
 
 import ctypes
