@@ -1,6 +1,6 @@
 """The network: a GPT, how it is initialised and how large it is. Sizes and features are in gpt_config.py.
 
-    tokens -> embedding -> smear -> n_layer x Block (+ attention, + MLP) -> backout -> norm -> head -> softcap
+    tokens -> embedding + n-grams -> smear -> n_layer x Block (+ attention, + MLP) -> backout -> norm -> head -> cap
 
 Weights are float32; each is cast to the activations' dtype, compute_dtype, where it is multiplied. A function marked
 `in_c` also has a C form for CPUs (cpu/fused.py), used while this plain form is the one it was written for.
@@ -21,6 +21,9 @@ from nanochat.gpt_config import GPTConfig
 from nanochat.loss_head import head_logits, head_loss
 
 __all__ = ["GPT", "GPTConfig"]
+
+RECENT = 3  # ids of a row's last tokens that a cache keeps: smear looks one token back, the n-grams of that two more
+NGRAM_FACTORS = (998_244_353, 1_000_000_007, 1_610_612_741)  # of a token and the two before it: primes below 2^31
 
 
 @in_c("norm")
@@ -177,6 +180,9 @@ class GPT(nn.Module):
         with_values = [i for i in range(config.n_layer) if config.has_value_embed(i)]
         kv_dim = config.n_kv_head * config.head_dim
         self.value_embeds = nn.ModuleDict({str(i): Embedding(V, kv_dim) for i in with_values})
+        if config.ngram_rows:
+            self.ngram_embed = Embedding(config.ngram_rows, config.ngram_dim)
+            self.ngram_proj = Linear(config.ngram_dim, C)
         if config.residual_scalars:
             self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
@@ -195,9 +201,10 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, kv_cache: "AttentionCache | None" = None) -> torch.Tensor:
         """idx (B, T) -> final normed hidden states (B, T, C) in the compute dtype."""
         cfg, T = self.config, idx.size(1)
-        x = norm(self.wte(idx).to(self.compute_dtype))
+        recent = None if kv_cache is None else kv_cache.recent
+        x = self._embed(idx, recent)
         if cfg.smear:
-            x = self._smear(x, kv_cache)
+            x = self._smear(x, recent)
         x0, middle, cos_sin = x, None, self._rotary(T, kv_cache)
         for i, block in enumerate(self.blocks):
             if cfg.residual_scalars:
@@ -209,15 +216,33 @@ class GPT(nn.Module):
         if middle is not None:
             x = x - self.backout_lambda.to(x.dtype) * middle
         if kv_cache is not None:
-            kv_cache.advance(T)
+            kv_cache.advance(idx)
         return norm(x)
 
-    def _smear(self, x: torch.Tensor, kv_cache: "AttentionCache | None") -> torch.Tensor:
-        """Add a gated share of the previous token's embedding; position 0 has none."""
-        before = torch.zeros_like(x[:, :1])
-        if kv_cache is not None:
-            before = before if kv_cache.previous_embedding is None else kv_cache.previous_embedding
-            kv_cache.previous_embedding = x[:, -1:]
+    def _embed(self, idx: torch.Tensor, recent: torch.Tensor | None) -> torch.Tensor:
+        """idx (B, T) after the tokens `recent` (B, 2 or more; None: after nothing) -> normed embeddings (B, T, C)."""
+        x = self.wte(idx)
+        if self.config.ngram_rows:
+            x = x + self.ngram_proj(self.ngram_embed(self._ngrams(idx, recent)).sum(0).to(self.compute_dtype))
+        return norm(x.to(self.compute_dtype))
+
+    def _ngrams(self, idx: torch.Tensor, recent: torch.Tensor | None) -> torch.Tensor:
+        """(2, B, T): the table's rows for the pair and the triple of tokens that end at each of idx (B, T).
+
+        Which share a row is left to chance, as in arXiv 1607.01759; -1 stands for what is before the first token.
+        """
+        ids = F.pad(idx, (2, 0), value=-1) if recent is None else torch.cat([recent[:, -2:], idx], dim=1)
+        one, two, three = NGRAM_FACTORS
+        pair = one * idx + two * (ids[:, 1:-1] + 1)
+        return torch.stack([pair, pair + three * (ids[:, :-2] + 1)]) % self.config.ngram_rows
+
+    def _smear(self, x: torch.Tensor, recent: torch.Tensor | None) -> torch.Tensor:
+        """Add a gated share of the previous token's embedding to x (B, T, C); a row's first token has none."""
+        if recent is None:
+            before = torch.zeros_like(x[:, :1])
+        else:
+            last = recent[:, -1:]  # (B, 1)
+            before = self._embed(last.clamp_min(0), recent[:, :-1]).masked_fill((last < 0)[..., None], 0)
         previous = torch.cat([before, x[:, :-1]], dim=1)  # (B, T, C)
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))  # (B, T, 1)
         return x + self.smear_lambda.to(x.dtype) * gate * previous
@@ -267,7 +292,7 @@ class GPT(nn.Module):
         try:
             self.hidden(idx, kv_cache)
         except AllStored:
-            kv_cache.advance(idx.size(1))
+            kv_cache.advance(idx)
         finally:
             kv_cache.stop_layer = None
 
@@ -316,6 +341,9 @@ class GPT(nn.Module):
             block.init_weights(generator)
         for weight in self.value_embeds.parameters():
             init_uniform(weight, cfg, generator)
+        if cfg.ngram_rows:
+            nn.init.normal_(self.ngram_embed.weight, std=0.02, generator=generator)
+            init_uniform(self.ngram_proj.weight, cfg, generator)
         if cfg.residual_scalars:
             depth = torch.linspace(0, 1, cfg.n_layer, device=self.device)
             self.resid_lambdas.copy_(1.15 - 0.10 * depth if later else torch.ones_like(depth))
@@ -363,6 +391,8 @@ class GPT(nn.Module):
             "lm_head": self.lm_head.weight.numel(),
             "transformer_matrices": sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2),
         }
+        if self.config.ngram_rows:
+            counts["ngram_embed"] = self.ngram_embed.weight.numel()
         total = sum(p.numel() for p in self.parameters())
         return {**counts, "scalars": total - sum(counts.values()), "total": total}
 
@@ -371,6 +401,7 @@ class GPT(nn.Module):
         counts = self.num_scaling_params()
         matmul = counts["transformer_matrices"] + counts["lm_head"]
         matmul += self.smear_gate.weight.numel() if self.config.smear else 0
+        matmul += self.ngram_proj.weight.numel() if self.config.ngram_rows else 0
         seen = sum(min(left, self.config.sequence_len) for left, _ in self.window_sizes)
         return 6 * matmul + 12 * self.config.n_head * self.config.head_dim * seen
 
@@ -391,15 +422,17 @@ def init_uniform(weight: torch.Tensor, config: GPTConfig, generator: torch.Gener
 class AttentionCache(Protocol):
     """A key/value cache as the model uses it (inference.kv_cache.KVCache)."""
 
-    previous_embedding: Any  # (B, 1, C) tensor for smear, or None before the first token
     stop_layer: int | None  # the layer where attend only stores k and v, then raises AllStored; None: no layer
 
     @property
     def lengths(self) -> torch.Tensor: ...  # (B,) tokens already cached per row
 
+    @property
+    def recent(self) -> torch.Tensor: ...  # (B, RECENT) ids of each row's last tokens, -1 before its first
+
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor: ...
 
-    def advance(self, num_tokens: int) -> None: ...
+    def advance(self, idx: torch.Tensor) -> None: ...  # idx (B, T) are in every layer
 
 
 class AllStored(Exception):

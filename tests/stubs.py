@@ -65,7 +65,7 @@ class Scripted:
 
     def __call__(self, idx: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
         self.fed.append(idx.tolist())
-        kv_cache.advance(idx.size(1))
+        kv_cache.advance(idx)
         return self.table[idx]
 
     hidden = __call__

@@ -2,7 +2,8 @@
 
 import contextlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,12 @@ SIZES: dict[str, Any] = {
     "window_pattern": "SL",
     "short_window_divisor": 2,
 }
-FORMS = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
+FORMS: dict[str, Callable[..., GPTConfig]] = {
+    "published": GPTConfig,
+    "later": GPTConfig.later,
+    "plain": GPTConfig.plain,
+    "ngrams": partial(GPTConfig.later, ngram_rows=97, ngram_dim=24),
+}
 
 
 def build(form: str = "later", dtype: torch.dtype = torch.float32, **sizes: Any) -> GPT:

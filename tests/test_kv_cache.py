@@ -17,6 +17,7 @@ CONFIGS = {
     "one_kv_head": GPTConfig(sequence_len=24, n_kv_head=1, window_pattern="SL", **SIZES),
     "odd_window": GPTConfig(sequence_len=23, n_kv_head=2, window_pattern="S", **SIZES),
     "later": GPTConfig.later(sequence_len=24, n_kv_head=2, **SIZES),
+    "ngrams": GPTConfig.later(sequence_len=24, n_kv_head=2, ngram_rows=97, ngram_dim=16, **SIZES),
     "later_windows": GPTConfig.later(sequence_len=24, n_kv_head=2, **{**SIZES, "short_window_divisor": 2}),
     "plain": GPTConfig.plain(sequence_len=24, n_kv_head=4, **SIZES),
 }
@@ -172,7 +173,7 @@ def test_attention_against_float64(divisor: int, heads: tuple[int, int]) -> None
     for part in torch.arange(20).split([3, 1, 6, 1, 1, 1, 7]):
         for layer, left in enumerate((window, 20)):
             got[layer].append(cache.attend(layer, q[:, part], k[:, part], v[:, part], left))
-        cache.advance(len(part))
+        cache.lengthen(len(part))
     for layer, left in enumerate((window, 20)):
         for row in range(2):
             close(torch.cat(got[layer], dim=1)[row], reference(q[row], k[row], v[row], left))
@@ -194,7 +195,7 @@ def test_a_ring_equals_a_full_cache_with_a_mask() -> None:
             q[:, one], full_k, full_v, k[:, one], v[:, one], torch.full((3,), t), window_size=(32, 0)
         )
         close(y, expected)
-        ring.advance(1)
+        ring.lengthen(1)
 
 
 def test_windowed_layers_hold_only_their_window() -> None:

@@ -1,6 +1,7 @@
 """The prefix cache: hits do not change a bit of the results, and its memory is bounded."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "PREFILL_CHUNK", CHUNK)
 
 
-@pytest.mark.parametrize("form", [GPTConfig, GPTConfig.later])
+@pytest.mark.parametrize("form", [GPTConfig, GPTConfig.later, partial(GPTConfig.later, ngram_rows=97)])
 def test_a_hit_does_not_change_a_bit(form) -> None:  # type: ignore[no-untyped-def]
     """Windows shorter and longer than a chunk; prompts shared in part, whole, to the token, and not at all."""
     model, rng = make_model(form), random.Random(0)

@@ -26,6 +26,7 @@
 #define NUM_THREADS 1
 #endif
 
+enum { RECENT = 3 };   /* gpt.RECENT */
 enum { AHEAD = 4096 }; /* prefetch distance in a ring, bytes */
 enum { INT16_SUMS = 512 }; /* products of int16 and int8, of at most 32639 and 127, that an int32 can add up */
 
@@ -50,11 +51,12 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    long C, H, G, D, V, num_layers, middle, gate_channels, smear_channels;
+    long C, H, G, D, V, num_layers, middle, gate_channels, smear_channels, ngram_rows, ngram_dim;
     long kind, bf16; /* F32, BF16 or INT8 matrices; whether embeddings and cache are bfloat16 */
     long room;       /* slots of the largest ring, rounded up to 16 */
     float softcap, qk_scale, gate_scale, eps;
-    const void *wte, *smear_gate;                                        /* (V, C), (smear_channels) or NULL */
+    const void *wte, *smear_gate;             /* (V, C), (smear_channels) or NULL */
+    const void *ngram_embed, *ngram_proj;     /* (ngram_rows, ngram_dim), (C, ngram_dim), if there are rows */
     const float *resid, *x0, *smear_lambda, *backout, *cosine, *sine; /* the first four may be NULL; (positions, D/2) */
     Matrix head;
     const Layer *layers;
@@ -66,7 +68,7 @@ typedef struct { /* float32 unless noted; `in` and `wide` are inputs of products
     void *integers;                        /* for products of int8: the last of these two, as `quantize` leaves it, */
     float *scale;                          /* (B) and what one is worth in each row */
     float *scores;                         /* (B, H, room) */
-    void *previous;                        /* (rows, C) embedding of each row's last token, as in the cache; or NULL */
+    long *recent;                          /* (rows, RECENT) ids of each row's last tokens, as in the cache */
 } Scratch;
 
 typedef struct { /* B tokens: either one each of B rows, or all of one row, in order */
@@ -413,37 +415,55 @@ static float gate_of(const Model *m, const void *gate, long g, const float *x, l
     return 1.0f / (1.0f + expf(-sum));
 }
 
-/* The normed embedding of a token. */
-static void embedding(const Model *m, long id, float *x) {
-    load(x, m->wte, id * m->C, m->C, m->bf16);
-    float f = norm_factor(x, m->C, m->eps);
-    SIMD for (long i = 0; i < m->C; i++) x[i] *= f;
+/* Id of the token `back` places before token b in its row, -1 if there is none. */
+static long id_before(const Scratch *s, const Tokens *t, long b, long back) {
+    const long here = t->B > 1 && t->rows[0] == t->rows[1] ? b : 0; /* so many of them are in this call */
+    return back <= here ? t->ids[b - back] : s->recent[RECENT * t->rows[b] + RECENT + here - back];
+}
+
+/* The normed embedding of the token `back` places before token b, with its n-grams (GPT._embed). */
+static void embedding(const Model *m, const Scratch *s, const Tokens *t, long b, long back, float *x) {
+    const long id = id_before(s, t, b, back), C = m->C, D = m->ngram_dim;
+    load(x, m->wte, id * C, C, m->bf16);
+    if (m->ngram_rows) {
+        const long pair = 998244353 * id + 1000000007 * (id_before(s, t, b, back + 1) + 1);
+        const long triple = pair + 1610612741 * (id_before(s, t, b, back + 2) + 1);
+        float one[D], two[D], weights[D];
+        load(one, m->ngram_embed, pair % m->ngram_rows * D, D, m->bf16);
+        load(two, m->ngram_embed, triple % m->ngram_rows * D, D, m->bf16);
+        SIMD for (long i = 0; i < D; i++) one[i] += two[i];
+        for (long c = 0; c < C; c++) {
+            float sum = 0;
+            load(weights, m->ngram_proj, c * D, D, m->bf16);
+#pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < D; i++) sum += weights[i] * one[i];
+            x[c] += sum;
+        }
+    }
+    float f = norm_factor(x, C, m->eps);
+    SIMD for (long i = 0; i < C; i++) x[i] *= f;
 }
 
 /* Token b's embedding plus a gated share of the previous token's (smear). */
 static void embed(const Model *m, const Scratch *s, const Tokens *t, long b) {
     long C = m->C;
     float *x = s->x + b * C, old[C];
-    embedding(m, t->ids[b], x);
-    if (m->smear_gate) {
-        if (b && t->rows[b - 1] == t->rows[b]) {
-            bf16_t rounded[C];
-            embedding(m, t->ids[b - 1], old);
-            if (m->bf16) store(rounded, 0, old, C, 1), load(old, rounded, 0, C, 1);
-        } else
-            load(old, s->previous, t->rows[b] * C, C, m->bf16);
+    embedding(m, s, t, b, 0, x);
+    if (m->smear_gate && id_before(s, t, b, 1) >= 0) {
+        embedding(m, s, t, b, 1, old);
         float share = *m->smear_lambda * gate_of(m, m->smear_gate, 0, x, m->smear_channels);
         for (long i = 0; i < C; i++) x[i] += share * old[i];
     }
     memcpy(s->first + b * C, x, C * sizeof(float));
 }
 
-/* Store token b's embedding for the next step, if it is its row's last; after every thread has read the old one. */
-static void remember(const Model *m, const Scratch *s, const Tokens *t, long b) {
-    if (!m->smear_gate || (b + 1 < t->B && t->rows[b + 1] == t->rows[b])) return;
-    float x[m->C];
-    embedding(m, t->ids[b], x);
-    store(s->previous, t->rows[b] * m->C, x, m->C, m->bf16);
+/* Keep the ids of token b and those before it for the next step, if it is its row's last; after every thread has read
+   the old ones. */
+static void remember(const Scratch *s, const Tokens *t, long b) {
+    if (b + 1 < t->B && t->rows[b + 1] == t->rows[b]) return;
+    long ids[RECENT];
+    for (long i = 0; i < RECENT; i++) ids[i] = id_before(s, t, b, RECENT - 1 - i);
+    memcpy(s->recent + RECENT * t->rows[b], ids, sizeof(ids));
 }
 
 /* A head's query or key, in place: rotated to its position, normed, scaled. */
@@ -603,7 +623,7 @@ void decode_step(const Model *m, const Scratch *s, const Tokens *t, float *logit
         }
         EACH_TOKEN {
             float *x = s->x + b * C;
-            remember(m, s, t, b);
+            remember(s, t, b);
             if (m->backout)
                 for (long c = 0; c < C; c++) x[c] -= *m->backout * s->middle[b * C + c];
             norm_row(m, s, x, b);

@@ -20,8 +20,10 @@ FUNCTIONS: list[tuple[ModuleType, dict[str, str]]] = [
     (
         gpt,
         {
-            "GPT.hidden": "1c728350",
-            "GPT._smear": "59f2b1cd",
+            "GPT.hidden": "cba8ed75",
+            "GPT._smear": "b2fa7b6a",
+            "GPT._ngrams": "7f290ce5",
+            "GPT._embed": "74ff5184",
             "GPT._rotary": "c31f33fb",
             "GPT.forward": "1ac1ec2c",
             "GPT.head_weight.fget": "effb3d57",

@@ -43,9 +43,12 @@ class Layer(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_ = (
         *((name, LONG) for name in ("C", "H", "G", "D", "V", "num_layers", "middle")),
-        *((name, LONG) for name in ("gate_channels", "smear_channels", "kind", "bf16", "room")),
+        *(
+            (name, LONG)
+            for name in ("gate_channels", "smear_channels", "ngram_rows", "ngram_dim", "kind", "bf16", "room")
+        ),
         *((name, FLOAT) for name in ("softcap", "qk_scale", "gate_scale", "eps")),
-        *((name, POINTER) for name in ("wte", "smear_gate", "resid", "x0")),
+        *((name, POINTER) for name in ("wte", "smear_gate", "ngram_embed", "ngram_proj", "resid", "x0")),
         *((name, POINTER) for name in ("smear_lambda", "backout", "cosine", "sine")),
         ("head", Matrix),
         ("layers", ctypes.POINTER(Layer)),
@@ -55,7 +58,7 @@ class Model(ctypes.Structure):
 class Scratch(ctypes.Structure):
     _fields_ = (
         *((name, POINTER) for name in ("x", "first", "middle", "q", "k", "v")),
-        *((name, POINTER) for name in ("input", "wide", "integers", "scale", "scores", "previous")),
+        *((name, POINTER) for name in ("input", "wide", "integers", "scale", "scores", "recent")),
     )
 
 
@@ -67,8 +70,10 @@ SHORT_PROMPT = 128  # tokens: from here on PyTorch's products are as fast
 
 # What decode.c computes. A model that differs in anything named here is decoded in PyTorch.
 FUNCTIONS = {
-    "GPT.hidden": "1c728350",
-    "GPT._smear": "59f2b1cd",
+    "GPT.hidden": "cba8ed75",
+    "GPT._smear": "b2fa7b6a",
+    "GPT._ngrams": "7f290ce5",
+    "GPT._embed": "74ff5184",
     "GPT._rotary": "c31f33fb",
     "GPT.forward": "1ac1ec2c",
     "GPT.last_logits": "c8cd79a2",
@@ -87,7 +92,7 @@ MODULES = (GPT, Block, CausalSelfAttention, MLP, Linear, Embedding, nn.ModuleDic
 FIELDS = (
     *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern", "init"),
     *("short_window_divisor", "rope_base", "qk_scale", "softcap", "residual_scalars", "smear", "smear_channels"),
-    *("value_embeds", "value_gate_channels", "value_gate_scale", "backout"),
+    *("value_embeds", "value_gate_channels", "value_gate_scale", "backout", "ngram_rows", "ngram_dim"),
 )
 
 
@@ -139,6 +144,9 @@ def expected_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
         others |= {"resid_lambdas": (L,), "x0_lambdas": (L,)}
     if config.smear:
         others |= {"smear_gate.weight": (1, config.smear_channels), "smear_lambda": (1,)}
+    if config.ngram_rows:
+        others |= {"ngram_embed.weight": (config.ngram_rows, config.ngram_dim)}
+        others |= {"ngram_proj.weight": (config.n_embd, config.ngram_dim)}
     return shapes | others | ({"backout_lambda": (1,)} if config.backout else {})
 
 
@@ -188,7 +196,7 @@ class CpuDecoder:
         B = len(tokens)
         assert self.cache.num_rows == B
         logits = self._run(tokens, range(B), [self.cache.length(row) for row in range(B)], 0)
-        self.cache.advance(1)
+        self.cache.lengthen(1)
         return logits
 
     def takes(self, start: int, num_tokens: int) -> bool:
@@ -200,7 +208,7 @@ class CpuDecoder:
         T, start = len(tokens), self.cache.length(0)
         assert self.cache.num_rows == 1 and self.takes(start, T)
         logits = self._run(tokens, [0] * T, range(start, start + T), T - 1)
-        self.cache.advance(T)
+        self.cache.lengthen(T)
         return logits
 
     def _run(self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int], first: int) -> torch.Tensor:
@@ -253,6 +261,8 @@ class CpuDecoder:
             middle=config.n_layer // 2,
             gate_channels=config.value_gate_channels,
             smear_channels=config.smear_channels,
+            ngram_rows=config.ngram_rows,
+            ngram_dim=config.ngram_dim,
             bf16=bf16,
             kind=KINDS[torch.int8 if packed.int8 else model.compute_dtype],
             room=-(-max(ring.size(1) for ring in self.cache.k) // 16) * 16,
@@ -262,6 +272,8 @@ class CpuDecoder:
             eps=EPSILON,
             wte=address(model.wte.weight),
             smear_gate=address(model.smear_gate.weight) if config.smear else None,
+            ngram_embed=address(model.ngram_embed.weight) if config.ngram_rows else None,
+            ngram_proj=address(model.ngram_proj.weight) if config.ngram_rows else None,
             resid=address(model.resid_lambdas) if scalars else None,
             x0=address(model.x0_lambdas) if scalars else None,
             smear_lambda=address(model.smear_lambda) if config.smear else None,
@@ -293,9 +305,8 @@ class CpuDecoder:
             "scale": 1,
             "scores": config.n_head * self._model.room,
         }
-        tensors = {name: torch.zeros(B, size) for name, size in sizes.items()}
-        if self.cache.embeddings is not None:
-            tensors["previous"] = self.cache.embeddings
+        tensors: dict[str, torch.Tensor] = {name: torch.zeros(B, size) for name, size in sizes.items()}
+        tensors["recent"] = self.cache.recent_of_all
         self._kept += tensors.values()
         return Scratch(**{name: self._address(tensor) for name, tensor in tensors.items()})
 

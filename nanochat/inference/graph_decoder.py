@@ -47,9 +47,9 @@ class StaticStep:
     """One more token in each of the first R rows of a KVCache (gpt.AttentionCache), without anything that depends on
     lengths known to the host.
 
-    `inputs` (2, R) are the token ids and the lengths. `run` stores keys and values and sets `logits` (R, V), and
-    `embedding` (R, 1, C) of a model with smear. It reads nothing that it writes, so it may be repeated. A row beyond
-    those in use has the length 0: it writes to its own first slot, which the next `join` overwrites.
+    `inputs` (2, R) are the token ids and the lengths. `run` stores keys and values and sets `logits` (R, V). It reads
+    nothing that it writes, so it may be repeated. A row beyond those in use has the length 0: it writes to its own
+    first slot, which the next `join` overwrites.
     """
 
     stop_layer: int | None = None
@@ -61,7 +61,6 @@ class StaticStep:
         self.inputs = torch.zeros(2, rows, dtype=torch.long, device=device)
         self.lengths = self.inputs[1]
         self.logits: torch.Tensor
-        self.embedding: torch.Tensor | None = None
         self._row, self._slot = torch.arange(rows, device=device), torch.arange(width, device=device)
         self._all_visible = torch.zeros(rows, 1, 1, width, dtype=model.compute_dtype, device=device)
         self._mask = self._all_visible
@@ -78,13 +77,9 @@ class StaticStep:
         self.logits = self.model(self.inputs[0][:, None], kv_cache=self)[:, -1]
 
     @property
-    def previous_embedding(self) -> torch.Tensor | None:
-        """(R, 1, C) embedding of each row's last token; None without smear."""
-        return None if self.cache.embeddings is None else self.cache.embeddings[: self.num_rows]
-
-    @previous_embedding.setter
-    def previous_embedding(self, value: torch.Tensor) -> None:
-        self.embedding = value
+    def recent(self) -> torch.Tensor:
+        """(R, RECENT) ids of each row's last tokens."""
+        return self.cache.recent_of_all[: self.num_rows]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Store k, v (R, 1, G, D) and attend from q (R, 1, H, D) over the first S slots -> (R, 1, H, D)."""
@@ -98,7 +93,7 @@ class StaticStep:
         R, S = self.num_rows, min(size, self.slots)
         return scaled_dot_product(q, keys[:R, :S], values[:R, :S], self._mask[..., :S])
 
-    def advance(self, num_tokens: int) -> None:
+    def advance(self, idx: torch.Tensor) -> None:
         """Nothing: the KVCache advances after the replay."""
 
 
@@ -127,8 +122,7 @@ class GraphDecoder:
         step.fill(tokens, self._lengths())
         graph.replay()
         B = len(tokens)
-        self.cache.previous_embedding = None if step.embedding is None else step.embedding[:B]
-        self.cache.advance(1)
+        self.cache.advance(step.inputs[0][:B, None])
         return step.logits[:B]
 
     def _size(self) -> Size:

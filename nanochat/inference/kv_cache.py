@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat.flash_attention import attend_at_positions, flash_attn_func, scaled_dot_product
-from nanochat.gpt import GPT, AllStored, GPTConfig
+from nanochat.gpt import GPT, RECENT, AllStored, GPTConfig
 from nanochat.runtime import to_device
 
 
@@ -50,15 +50,9 @@ class KVCache:
         self.v = [torch.zeros(batch_size, size, G, D, device=device, dtype=dtype) for size in sizes]
         self._host_lengths = [0] * batch_size  # known without waiting for the device
         self._lengths: torch.Tensor | None = None  # those in use on the device, until they change
-        self._previous = torch.zeros(batch_size, 1, config.n_embd, device=device, dtype=dtype) if config.smear else None
-        self._new_previous: torch.Tensor | None = None
+        self.recent_of_all = torch.full((batch_size, RECENT), -1, device=device)  # `recent` of rows not in use too
         self._plans: dict[int, _Decode] = {}  # by ring size, until the lengths change
         self._use_rows(batch_size if num_rows is None else num_rows)
-
-    @property
-    def embeddings(self) -> torch.Tensor | None:
-        """(batch_size, 1, C) where previous_embedding of every row is kept."""
-        return self._previous
 
     # -- gpt.AttentionCache ---------------------------------------------------------------------------
 
@@ -73,13 +67,9 @@ class KVCache:
         return self._lengths
 
     @property
-    def previous_embedding(self) -> torch.Tensor | None:
-        """(B, 1, C) embedding of each row's last token, zero where there is none; None without smear."""
-        return None if self._previous is None else self._previous[: self.num_rows]
-
-    @previous_embedding.setter
-    def previous_embedding(self, value: torch.Tensor | None) -> None:
-        self._new_previous = value  # takes effect in advance(): this forward pass still reads the old one
+    def recent(self) -> torch.Tensor:
+        """(B, RECENT) ids of each row's last tokens, the very last at the end; -1 where there is none."""
+        return self.recent_of_all[: self.num_rows]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Store k, v (B, T, G, D) after what each row holds and attend from q (B, T, H, D) -> (B, T, H, D)."""
@@ -108,13 +98,15 @@ class KVCache:
         rows = torch.arange(B, device=k.device)[:, None]
         self.k[layer][rows, slots], self.v[layer][rows, slots] = k[:, T - kept :], v[:, T - kept :]
 
-    def advance(self, num_tokens: int) -> None:
-        """Add `num_tokens` to the length of every row in use, after all layers have stored their k and v."""
+    def advance(self, idx: torch.Tensor) -> None:
+        """Count the tokens idx (B, T) in every row in use, after all layers have stored their k and v."""
+        self.recent.copy_(torch.cat([self.recent, idx], dim=1)[:, -RECENT:])
+        self.lengthen(idx.size(1))
+
+    def lengthen(self, num_tokens: int) -> None:
+        """As `advance`, of a decoder that keeps `recent_of_all` itself."""
         for row in range(self.num_rows):
             self._host_lengths[row] += num_tokens
-        if self._previous is not None and self._new_previous is not None:
-            self._previous[: self.num_rows] = self._new_previous
-        self._new_previous = None
         self._forget_lengths()
 
     # -- attention ------------------------------------------------------------------------------------
@@ -173,20 +165,19 @@ class KVCache:
         for ring, other_ring in zip([*self.k, *self.v], [*other.k, *other.v]):
             kept = min(n, ring.size(1))
             ring[dst, :kept] = other_ring[src, :kept]
-        if self._previous is not None and other._previous is not None:
-            self._previous[dst] = other._previous[src]
+        self.recent_of_all[dst] = other.recent_of_all[src]
         self._set_length(dst, n)
 
     def read_chunk(self, row: int, start: int, end: int) -> list[torch.Tensor]:
         """Copy the k and v of tokens start .. end-1, the last of `row`, layer by layer as far as the ring still holds
-        them, and the last embedding."""
+        them, and the last tokens' ids."""
         assert self._host_lengths[row] == end
         parts = []
         for ring in [*self.k, *self.v]:
             size = ring.size(1)
             positions = torch.arange(max(start, end - size), end, device=ring.device)
             parts.append(ring[row, positions % size])  # (kept, G, D)
-        return parts if self._previous is None else [*parts, self._previous[row].clone()]
+        return [*parts, self.recent_of_all[row].clone()]
 
     def write_chunk(self, row: int, start: int, end: int, parts: list[torch.Tensor]) -> None:
         """Append to `row`, which has `start` tokens, what read_chunk copied of the next ones."""
@@ -196,8 +187,7 @@ class KVCache:
             kept = part[-size:]  # this cache may be shorter than the one it was read from
             positions = torch.arange(end - kept.size(0), end, device=ring.device)
             ring[row, positions % size] = kept
-        if self._previous is not None:
-            self._previous[row] = parts[-1]
+        self.recent_of_all[row] = parts[-1]
         self._set_length(row, end)
 
     def join(self, other: "KVCache", src: int = 0) -> int:
@@ -218,8 +208,7 @@ class KVCache:
         """Empty every row in use."""
         for row in range(self.num_rows):
             self._set_length(row, 0)
-            if self._previous is not None:
-                self._previous[row] = 0
+            self.recent_of_all[row] = -1
 
     def rewind(self, lengths: list[int]) -> None:
         """Truncate the rows to `lengths`. For benchmarks: a ring that has wrapped has lost the older tokens."""

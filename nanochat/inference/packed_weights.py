@@ -62,9 +62,9 @@ class PackedWeights:
 
 
 def matrices(model: GPT) -> list[nn.Linear]:
-    """The linear layers that are read whole for every token: all but the gates."""
+    """The linear layers that are read whole for every token: all but the gates and the n-grams'."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return [m for name, m in layers if not name.endswith(("ve_gate", "smear_gate"))]
+    return [m for name, m in layers if not name.endswith(("ve_gate", "smear_gate", "ngram_proj"))]
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

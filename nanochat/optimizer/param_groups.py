@@ -29,6 +29,7 @@ class OptimizerConfig:
     scalar_lr: float = 0.5
     value_embed_lr_ratio: float = 1.0  # of the embedding rate
     smear_backout_lr: float = 0.2
+    ngram_lr_ratio: float = 1.0  # of the embedding rate
     weight_decay: float = 0.2  # of the matrices, at depth 12
     adam_beta1: float = 0.8
     adam_beta2: float = 0.95
@@ -98,6 +99,8 @@ def build_param_groups(
         adamw([model.wte.weight], config.embedding_lr * width, embed_betas, config.wte_decay),
         adamw(list(model.value_embeds.parameters()), value_lr, embed_betas, config.value_embed_decay),
     ]
+    if model.config.ngram_rows:
+        groups.append(adamw([model.ngram_embed.weight], groups[1]["lr"] * config.ngram_lr_ratio, embed_betas))
     scalar_lr = config.scalar_lr * lr_scale
     if model.config.residual_scalars:
         groups.append(scalars([model.resid_lambdas], scalar_lr * 0.01, betas, config.resid_decay))
@@ -108,6 +111,8 @@ def build_param_groups(
     for p in model.blocks.parameters():
         if p.dim() == 2:
             matrices.setdefault(tuple(p.shape), []).append(p)
+    if model.config.ngram_rows:
+        matrices.setdefault(tuple(model.ngram_proj.weight.shape), []).append(model.ngram_proj.weight)
     placed = {p for group in groups for p in group["params"]}.union(*matrices.values())
     # Whatever else a model has, such as learnable gains: they scale activations as the residual scalars do.
     others = {name: p for name, p in model.named_parameters() if p not in placed}
