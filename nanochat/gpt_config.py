@@ -30,10 +30,10 @@ class GPTConfig:
     value_gate_channels: Annotated[int, Range(1)] = 32
     value_gate_scale: Annotated[float, Range(-1e6, 1e6)] = 2.0
     residual_scalars: bool = True  # per layer: x = resid_lambda * x + x0_lambda * x0
-    smear: bool = False  # each token takes a gated bit of its predecessor's embedding
-    smear_channels: Annotated[int, Range(1)] = 24
     ngram_rows: Annotated[int, Range(0, 2**26)] = 0  # of the table of hashed pairs and triples of tokens; 0: none
     ngram_dim: Annotated[int, Range(1, 2**17)] = 64  # of a row, which a matrix brings to n_embd
+    smear: bool = False  # each token takes a gated bit of its predecessor's embedding
+    smear_channels: Annotated[int, Range(1)] = 24
     backout: bool = False  # the middle layer's residual is subtracted before the head
     init: str = "published"  # or "later": smaller embeddings and c_fc, scalars graded over depth, gates not zero
 

@@ -28,6 +28,8 @@ MODELS = {
     "published": (GPTConfig(**SIZES), "code"),
     "later": (LATER, "code"),
     "windows": (WINDOWS, "code"),
+    "n-grams": (replace(WINDOWS, ngram_rows=97, ngram_dim=24), "code"),
+    "n-grams alone": (GPTConfig.plain(**SIZES, ngram_rows=97), "code"),
     "smear alone": (GPTConfig.plain(**SIZES, smear=True, qk_scale=1.3), "code"),
 }
 BOS = TOKENIZER.get_bos_token_id()

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,3 +275,10 @@ def test_the_example_writes_what_the_model_writes(source: str, tmp_path: Path, m
         answer.append(token)
     assert found["answer"] == answer and printed.getvalue() == found["tokenizer"].decode(answer) + "\n"
     assert len(answer) > 20  # long enough to mean something
+
+
+def test_ngrams_are_refused(tmp_path: Path) -> None:
+    model = portable(replace(CONFIGS["later"], ngram_rows=97))
+    with pytest.raises(UserError, match="n-grams"):
+        write_onnx(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

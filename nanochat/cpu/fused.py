@@ -255,6 +255,7 @@ def adamw_(
     (beta1, beta2), keep = betas, 1 - lr * decay
     rates = (keep, lr / (1 - beta1**step), beta1, beta2, 1 / (1 - beta2**step), eps)
     call("adamw", p, g, m, v, p.numel(), *map(float, rates))
+    torch.autograd.graph.increment_version(p)  # decoding copies of the weights are renewed by it
     return p, m, v
 
 

@@ -10,6 +10,7 @@ def features_in_words(config: GPTConfig) -> list[str]:
         f"grouped queries ({config.n_head // config.n_kv_head} to a key)": config.n_kv_head < config.n_head,
         "value embeddings": config.value_embeds,
         "residual scalars": config.residual_scalars,
+        f"n-grams ({config.ngram_rows:,} rows)": config.ngram_rows > 0,
         "smear": config.smear,
         "backout": config.backout,
         f"q and k x {config.qk_scale:g}": config.qk_scale != 1,

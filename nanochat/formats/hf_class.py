@@ -55,6 +55,7 @@ def lacking(config: GPTConfig) -> list[str]:
         "short attention windows": config.has_short_windows,
         "value embeddings": config.value_embeds,
         "residual scalars": config.residual_scalars,
+        "n-grams": config.ngram_rows > 0,
         "smear": config.smear,
         "backout": config.backout,
         f"a scale of queries and keys (qk_scale={config.qk_scale:g})": config.qk_scale != 1,

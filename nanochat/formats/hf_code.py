@@ -28,6 +28,8 @@ SAME_NAMES = (
     "residual_scalars",
     "smear",
     "smear_channels",
+    "ngram_rows",
+    "ngram_dim",
     "backout",
 )
 """Fields that config.json has under the names of GPTConfig."""
@@ -54,6 +56,8 @@ class CodeFields(TypedDict):
     residual_scalars: bool
     smear: bool
     smear_channels: Size
+    ngram_rows: NotRequired[Annotated[int, Field(ge=0, le=2**26)]]
+    ngram_dim: NotRequired[Size]
     backout: bool
     nanochat_config: dict[str, Any]
 
@@ -96,7 +100,7 @@ def read_config(values: dict[str, Any], where: object) -> GPTConfig:
     """The config of a model with our code from its config.json. Raises UserError, naming `where`, if its fields
     contradict each other."""
     found = check_value(values, where, CodeFields, extra="ignore")
-    same = {name: found[name] for name in SAME_NAMES}
+    same = {name: found[name] for name in SAME_NAMES if name in found}  # exports before n-grams have none
     config = hf_class.with_sizes(found, where, GPTConfig(), softcap=found["final_logit_softcapping"], **same)
     for name, expected in layers(config).items():
         if found[name] != expected:
@@ -115,6 +119,8 @@ def names(config: GPTConfig) -> dict[str, str]:
     features = {
         "resid_lambdas": config.residual_scalars,
         "x0_lambdas": config.residual_scalars,
+        "ngram_embed.weight": config.ngram_rows,
+        "ngram_proj.weight": config.ngram_rows,
         "smear_gate.weight": config.smear,
         "smear_lambda": config.smear,
         "backout_lambda": config.backout,

@@ -13,7 +13,7 @@ Its layout is that of transformers.js, which Optimum reads too.
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import write_json
+from nanochat.common import UserError, write_json
 from nanochat.formats import hf_class
 from nanochat.formats.card_front import CardOptions
 from nanochat.formats.hf_folder import ABOUT, CONFIG, about, generation_config
@@ -27,8 +27,10 @@ GRAPHS, FLOAT, INT8 = "onnx", "model.onnx", "model_quantized.onnx"
 
 
 def write_onnx(model: PortableModel, out: Path, int8: bool = False, card: CardOptions | None = None) -> None:
-    """Create the folder `out`. Raises UserError if it exists, and without the package onnx."""
+    """Create the folder `out`. Raises UserError if it exists, without the package onnx, and for n-grams."""
     import_onnx()
+    if model.config.ngram_rows:
+        raise UserError("this model has n-grams, which the graph does not compute: --to=hf does, or train without them")
     with new_folder(out) as folder:
         (folder / GRAPHS).mkdir()
         comment = f"A {model.source} model of nanochat; what its inputs are: docs/portable.md there."

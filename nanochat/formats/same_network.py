@@ -54,7 +54,7 @@ MODULES = (GPT, Block, CausalSelfAttention, MLP, Linear, Embedding, nn.ModuleDic
 FIELDS = (
     *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern", "init"),
     *("short_window_divisor", "rope_base", "qk_scale", "softcap", "residual_scalars", "smear", "smear_channels"),
-    *("value_embeds", "value_gate_channels", "value_gate_scale", "backout"),
+    *("value_embeds", "value_gate_channels", "value_gate_scale", "backout", "ngram_rows", "ngram_dim"),
 )
 
 

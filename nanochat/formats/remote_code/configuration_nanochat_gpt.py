@@ -28,6 +28,8 @@ class NanochatGPTConfig(PretrainedConfig):
         residual_scalars=False,
         smear=False,  # each token takes a gated share of its predecessor's embedding
         smear_channels=24,
+        ngram_rows=0,  # of a table of hashed pairs and triples of tokens, added to the embeddings
+        ngram_dim=64,
         backout=False,  # the middle layer's residual is subtracted before the head
         initializer_range=0.02,
         tie_word_embeddings=False,
@@ -53,6 +55,8 @@ class NanochatGPTConfig(PretrainedConfig):
         self.residual_scalars = residual_scalars
         self.smear = smear
         self.smear_channels = smear_channels
+        self.ngram_rows = ngram_rows
+        self.ngram_dim = ngram_dim
         self.backout = backout
         self.initializer_range = initializer_range
         self.use_cache = use_cache

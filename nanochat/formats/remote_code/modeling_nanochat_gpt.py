@@ -171,10 +171,10 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        if config.smear and (config._attn_implementation or "").startswith(("vllm", "paged")):
+        if (config.smear or config.ngram_rows) and (config._attn_implementation or "").startswith(("vllm", "paged")):
             raise ValueError(
-                "this network takes a share of the previous token's embedding (smear), which vLLM and paged caches "
-                "do not keep: its text would be wrong there; serve it with nanochat's chat_web"
+                "this network looks at the previous tokens' ids (smear, n-grams), which vLLM and paged caches do not "
+                "keep: its text would be wrong there; serve it with nanochat's chat_web"
             )
         n, C, V = config.num_hidden_layers, config.hidden_size, config.vocab_size
         self.embed_tokens = nn.Embedding(V, C)
@@ -184,6 +184,9 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
         if config.residual_scalars:
             self.resid_lambdas = nn.Parameter(torch.empty(n))
             self.x0_lambdas = nn.Parameter(torch.empty(n))
+        if config.ngram_rows:
+            self.ngram_embed = nn.Embedding(config.ngram_rows, config.ngram_dim)
+            self.ngram_proj = nn.Linear(config.ngram_dim, C, bias=False)
         if config.smear:
             self.smear_gate = nn.Linear(config.smear_channels, 1, bias=False)
             self.smear_lambda = nn.Parameter(torch.empty(1))
@@ -207,7 +210,7 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
         **kwargs,
     ):
         """input_ids (B, T) -> BaseModelOutputWithPast. `cache` and `past_key_values` are two names of one argument."""
-        cfg, x = self.config, norm(self._embed(input_ids, inputs_embeds))
+        cfg, x = self.config, self._embed(input_ids, inputs_embeds)
         use_cache = cfg.use_cache if use_cache is None else use_cache
         cache, use_cache = self._choose_cache(past_key_values if cache is None else cache, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
@@ -216,8 +219,12 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
         if position_ids is None:
             position_ids = self._positions(attention_mask, cache_position)
         masks = self._masks(x, attention_mask, position_ids, cache, cache_position)
+        if cfg.smear or cfg.ngram_rows:
+            ids = self._all_ids(input_ids, cache, cache_position)
+            x = self._add_ngrams(x, ids, cache_position, position_ids)
+        x = norm(x)
         if cfg.smear:
-            x = self._smear(x, input_ids, position_ids, cache, cache_position)
+            x = self._smear(x, ids, cache_position, position_ids)
         cos_sin, x0, middle = rotary(position_ids, cfg, x.dtype), x, None
         hidden_states, attentions = (x,), ()  # kept only if they are asked for
         for i, layer in enumerate(self.layers):
@@ -246,8 +253,8 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
         """(B, T, C). Raises ValueError for embeddings without ids where the network looks up more than these."""
         if input_ids is None and inputs_embeds is None:
             raise ValueError("give input_ids or inputs_embeds")
-        if input_ids is None and (self.config.smear or self.config.value_embeds):
-            raise ValueError("this network looks up value embeddings or the previous token: give input_ids")
+        if input_ids is None and (self.config.smear or self.config.ngram_rows or self.config.value_embeds):
+            raise ValueError("this network looks up value embeddings or previous tokens: give input_ids")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _positions(self, attention_mask, cache_position):
@@ -270,21 +277,40 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
         }
         return self.create_masks_for_generate(self.config, **given)
 
-    def _smear(self, x, input_ids, position_ids, cache, cache_position):
-        """Add to x (B, T, C) a gated share of the embedding before each; position 0 has none.
+    def _all_ids(self, input_ids, cache, cache_position):
+        """(B, S) ids of the cached tokens and the new ones.
 
-        The ids of all tokens are kept in a layer of the cache of their own, which beam search, cropping and batch
-        operations change as they change the others. They tell the embeddings, and take less memory.
+        They are kept in a layer of the cache of their own, which beam search, cropping and batch operations change as
+        they change the others.
         """
-        ids = input_ids[:, None, :, None]  # as keys of one head and channel
-        if cache is not None:
-            n = self.config.num_hidden_layers
-            if len(cache.layers) == n:
-                last, is_static = cache.layers[-1], isinstance(cache.layers[-1], StaticLayer)
-                cache.layers.append(StaticLayer(max_cache_len=last.max_cache_len) if is_static else DynamicLayer())
-            ids, _ = cache.update(ids, ids, n, {"cache_position": cache_position})
+        if cache is None:
+            return input_ids
+        ids, n = input_ids[:, None, :, None], self.config.num_hidden_layers  # as keys of one head and channel
+        if len(cache.layers) == n:
+            last, is_static = cache.layers[-1], isinstance(cache.layers[-1], StaticLayer)
+            cache.layers.append(StaticLayer(max_cache_len=last.max_cache_len) if is_static else DynamicLayer())
+        return cache.update(ids, ids, n, {"cache_position": cache_position})[0][:, 0, :, 0]
+
+    def _add_ngrams(self, x, ids, places, position_ids):
+        """Add to x (B, T, C), the embeddings of the tokens at `places` (T,) of ids (B, S), those of pairs and triples.
+
+        Before position 0 comes the id -1.
+        """
+        if not self.config.ngram_rows:
+            return x
+        one, two, three = (
+            torch.where((position_ids >= back) & (places >= back), ids[:, (places - back).clamp(min=0)], -1)
+            for back in range(3)
+        )
+        pair = 998_244_353 * one + 1_000_000_007 * (two + 1)
+        rows = torch.stack([pair, pair + 1_610_612_741 * (three + 1)]) % self.config.ngram_rows
+        return x + self.ngram_proj(self.ngram_embed(rows).sum(0)).to(x.dtype)
+
+    def _smear(self, x, ids, cache_position, position_ids):
+        """Add to x (B, T, C) a gated share of the embedding before each; position 0 has none."""
         before = cache_position - 1
-        previous = norm(self.embed_tokens(ids[:, 0, before.clamp(min=0), 0]).to(x.dtype))
+        previous = self.embed_tokens(ids[:, before.clamp(min=0)])
+        previous = norm(self._add_ngrams(previous, ids, before, position_ids - 1).to(x.dtype))
         has_previous = (position_ids > 0) & (before >= 0)
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))  # (B, T, 1)
         return x + self.smear_lambda * gate * previous * has_previous[..., None]
