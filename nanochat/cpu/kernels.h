@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512VL__
 #include <immintrin.h>
 #endif
 
@@ -35,7 +35,7 @@ static inline void store(void *to, long at, const float *restrict from, long n, 
     if (!bf16) { memcpy((float *)to + at, from, n * sizeof(float)); return; }
     bf16_t *restrict p = (bf16_t *)to + at;
     long done = 0;
-#ifdef __AVX512BF16__ /* the compiler takes to_bf16 for eight instructions */
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) /* the compiler takes to_bf16 for eight instructions */
     for (; done + 16 <= n; done += 16)
         _mm256_storeu_si256((void *)(p + done), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + done)));
 #endif
