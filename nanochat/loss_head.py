@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.cpu.fused import in_c
+from nanochat.cpu.kernels import wide_product
 
 
 def softcap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -93,12 +94,14 @@ LOGIT_BYTES = 14  # of a chunk's logits on a GPU: in 16 bits, and at the peak th
 
 
 def chunk_tokens(vocab_size: int, gpu_memory: float | None = None) -> int:
-    """Tokens per chunk: a chunk's logits should stay in a CPU's cache, or take about 2% of a GPU's memory (bytes).
+    """Tokens per chunk: a chunk's logits should stay in a CPU's caches, or take about 2% of a GPU's memory (bytes).
 
     Smaller chunks make the products inefficient. On a GPU a power of two of logits, so that the little that a card
-    lacks of its nominal memory changes nothing.
+    lacks of its nominal memory changes nothing. With AMX the products outrun the memory: there larger chunks win, as
+    each reads and writes the weight's whole gradient (bench/loss_head.py).
     """
-    logits = 2 ** int(math.log2(0.024 * gpu_memory / LOGIT_BYTES)) if gpu_memory else 2**22
+    in_cache = 2**22 if torch.compiler.is_compiling() or wide_product() is None else 2**24
+    logits = 2 ** int(math.log2(0.024 * gpu_memory / LOGIT_BYTES)) if gpu_memory else in_cache
     return max(64, logits // vocab_size)
 
 

@@ -132,7 +132,7 @@ def test_chunks_are_bounded_and_never_empty() -> None:
     for vocab in (64, 8192, 32768, 2**24):
         for memory in (None, 2.0**33, 2.0**37):
             assert chunk_tokens(vocab, memory) >= 64
-    assert chunk_tokens(32768) * 32768 <= 2**22
+    assert chunk_tokens(32768) * 32768 <= 2**24
 
 
 def test_the_chunk_is_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
