@@ -100,13 +100,19 @@ class _BlockedAttention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
+@in_c("block_attention")
+def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """Causal attention: q, k, v (N, T, D) with N = B*H -> (N, T, D)."""
+    return _BlockedAttention.apply(q, k, v, window)
+
+
 def _blocked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     B, T, H, D = q.shape
     repeat = H // k.size(2)
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
     q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v))
-    y = _BlockedAttention.apply(q, k, v, min(window, T))
+    y = block_attention(q, k, v, min(window, T))
     return y.view(B, H, T, D).transpose(1, 2)
 
 

@@ -1,8 +1,11 @@
 """The C kernels compute what the plain form does, forward and backward, and are left out where they do not apply."""
 
+import ctypes
 import functools
 import math
+import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from nanochat import flash_attention, gpt
-from nanochat.cpu import kernels
+from nanochat.cpu import fused, kernels
 from nanochat.flash_attention import block_softmax_, block_softmax_backward_
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_head import head_loss, head_rows_
@@ -102,6 +105,44 @@ def test_block_softmax(first: int, window: int, dtype: torch.dtype) -> None:
     assert (weights[:, ~visible] == 0).all()
     back = block_softmax_backward_(grad.clone(), weights, 0.3)
     assert exact.grad is not None and torch.allclose(back.double(), exact.grad, atol=2 * tolerance)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """attention.c as compiled for a CPU with AMX, whose instructions are functions in plain C."""
+    if platform.machine() != "x86_64":
+        pytest.skip("an x86 CPU")
+    path = tmp_path_factory.mktemp("emulated") / "attention.so"
+    (source,) = (source for source in kernels.SOURCES if source.name == "attention.c")
+    flags = ["-march=x86-64", "-O1", "-Wno-psabi", "-include", Path(__file__).with_name("emulated.h")]
+    subprocess.run(["cc", *kernels.FLAGS, *flags, "-o", path, source, "-lm"], check=True)
+    return ctypes.CDLL(str(path))
+
+
+@needs_compiler
+@pytest.mark.parametrize("T, D, window", [(32, 32, 32), (160, 64, 64), (96, 32, 96), (128, 32, 32)])
+@pytest.mark.parametrize("cpu", ["this", "emulated"])
+def test_attention_with_amx(
+    cpu: str, T: int, D: int, window: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cpu == "this" and not fused.tiles_usable():
+        pytest.skip("no AMX")
+    if cpu == "emulated":
+        library = request.getfixturevalue("emulated")
+        assert library.tiles_usable() == 1
+        monkeypatch.setattr(kernels, "library", lambda: library)
+    random = torch.Generator().manual_seed(1)
+    q, k, v, grad = (torch.randn(3, T, D, generator=random).bfloat16() for _ in range(4))
+    ours, exact = ([x.to(dtype).requires_grad_() for x in (q, k, v)] for dtype in (torch.bfloat16, torch.float64))
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    scores = (exact[0] @ exact[1].mT / D**0.5).masked_fill((distance < 0) | (distance > window), -math.inf)
+    wanted, got = scores.softmax(-1) @ exact[2], fused.block_attention(*ours, window)
+    both = [
+        (got, wanted),
+        *zip(torch.autograd.grad(got, ours, grad), torch.autograd.grad(wanted, exact, grad.double())),
+    ]
+    for found, right in both:
+        assert found.dtype == torch.bfloat16 and (found.double() - right).norm() < 5e-3 * right.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -183,17 +183,10 @@ void adamw(float *restrict p, const float *restrict g, float *restrict m, float 
 void softmax_forward(void *scores, long N, long Q, long K, long first, long window, float scale, int bf16) {
 #pragma omp parallel for
     for (long row = 0; row < N * Q; row++) {
-        float v[K], sum = 0, most = -INFINITY;
-        long here = first + row % Q, from = here - window > 0 ? here - window : 0, to = here + 1;
+        float v[K];
+        long here = first + row % Q, from = here - window > 0 ? here - window : 0;
         load(v, scores, row * K, K, bf16);
-#pragma omp simd reduction(max : most)
-        for (long i = from; i < to; i++) most = v[i] > most ? v[i] : most;
-#pragma omp simd reduction(+ : sum)
-        for (long i = from; i < to; i++) sum += v[i] = fast_exp(scale * (v[i] - most));
-        float share = 1 / sum;
-        for (long i = 0; i < from; i++) v[i] = 0;
-        SIMD for (long i = from; i < to; i++) v[i] *= share;
-        for (long i = to; i < K; i++) v[i] = 0;
+        softmax_row(v, from, here + 1, K, scale);
         store(scores, row * K, v, K, bf16);
     }
 }
@@ -202,12 +195,10 @@ void softmax_forward(void *scores, long N, long Q, long K, long first, long wind
 void softmax_backward(void *g, const void *p, long N, long Q, long K, float scale, int bf16) {
 #pragma omp parallel for
     for (long row = 0; row < N * Q; row++) {
-        float u[K], v[K], dot = 0;
+        float u[K], v[K];
         load(u, g, row * K, K, bf16);
         load(v, p, row * K, K, bf16);
-#pragma omp simd reduction(+ : dot)
-        for (long i = 0; i < K; i++) dot += u[i] * v[i];
-        SIMD for (long i = 0; i < K; i++) u[i] = scale * v[i] * (u[i] - dot);
+        softmax_row_backward(u, v, K, scale);
         store(g, row * K, u, K, bf16);
     }
 }

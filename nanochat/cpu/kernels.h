@@ -65,3 +65,24 @@ static inline float fast_exp(float x) { /* in this form a limit is one instructi
     x = 88.0f < x ? 88.0f : x;
     return bounded_exp(x);
 }
+
+/* scores v (K), of a query that sees the keys from .. to - 1, become its probabilities */
+static inline void softmax_row(float *v, long from, long to, long K, float scale) {
+    float sum = 0, most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (long i = from; i < to; i++) most = v[i] > most ? v[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (long i = from; i < to; i++) sum += v[i] = fast_exp(scale * (v[i] - most));
+    float share = 1 / sum;
+    for (long i = 0; i < from; i++) v[i] = 0;
+    SIMD for (long i = from; i < to; i++) v[i] *= share;
+    for (long i = to; i < K; i++) v[i] = 0;
+}
+
+/* g = scale * p * (g - sum(p * g)): the gradient of K scores from that of their probabilities p */
+static inline void softmax_row_backward(float *restrict g, const float *restrict p, long K, float scale) {
+    float dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (long i = 0; i < K; i++) dot += g[i] * p[i];
+    SIMD for (long i = 0; i < K; i++) g[i] = scale * p[i] * (g[i] - dot);
+}

@@ -1,4 +1,4 @@
-"""Compile kernels.c, decode.c and sampling.c with the machine's C compiler, once, and call them.
+"""Compile kernels.c, attention.c, decode.c and sampling.c with the machine's C compiler, once, and call them.
 
 Without a compiler everything still works, slower, in PyTorch.
 """
@@ -18,7 +18,7 @@ import torch
 from nanochat.common import atomic_path, get_kernels_dir, is_writable, kernels_enabled, warn
 from nanochat.device.cpu import cpu_flags
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "decode.c", "sampling.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "decode.c", "sampling.c"))
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "vectors.h"))
 # With contraction the compiler may round a * b + c once in one loop and twice in another (see vectors.h).
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
@@ -89,6 +89,7 @@ def library() -> ctypes.CDLL | None:
             build(compiler, path)
         library = ctypes.CDLL(str(path))
         library.decode_step.restype = library.draw_rows.restype = None
+        library.tiles_usable.restype = ctypes.c_long
         return library
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", b"") or b""
