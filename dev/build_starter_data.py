@@ -33,7 +33,7 @@ from dev.starter import (  # noqa: E402
     writer,
 )
 from dev.starter.archives import MANIFEST, Reader, fetch, load_manifest  # noqa: E402
-from dev.starter.clean import deduplicate, is_clean, normalise  # noqa: E402
+from dev.starter.clean import deduplicate, is_clean, key, normalise  # noqa: E402
 from nanochat.common import UserError  # noqa: E402
 
 VALIDATION = ROOT / "nanochat" / "starter" / "val.parquet"
@@ -49,7 +49,7 @@ BUDGETS = {
 }
 """MB of text at most, by source; --budget changes them. Books and speeches stay under a fifth of the whole; the rest is
 kept whole."""
-PLAIN_STORIES, PLAIN_STORIES_READ = 9000, 3000  # generated; and of these followed by questions and answers
+PLAIN_STORIES, PLAIN_STORIES_READ = 4000, 1000  # generated; and of these followed by questions and answers
 
 
 def say(message: str, started: float = time.monotonic()) -> None:
@@ -134,6 +134,8 @@ def conversations(sources: Sources, held_out: list[tuple[str, str]], out: Path) 
         ]
         for side, own in ((False, identity.train()), (True, identity.held_out()))
     ]
+    asked = {key(text.partition("\n")[0]) for _, text in held_out}
+    split[0] += [("qa", list(pair)) for pair in qa.everyday(asked)]
     return qa.write(out, found, *split)
 
 

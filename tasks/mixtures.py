@@ -122,7 +122,7 @@ def starter_mixture(split: str, seed: int = 42) -> list[Part]:
         Part("questions", StarterChat(split, source="qa")),
         Part("stories", StarterChat(split, source="stories")),
         Part("reading", StarterChat(split, source="reading")),
-        Part("what cannot be known", StarterChat(split, source="unknown")),
+        Part("what cannot be known", StarterChat(split, source="unknown"), passes=2 if train else 1),
     ]
     return [*parts, Part("identity", StarterChat(split, source="identity"), passes=4 if train else 1)]
 

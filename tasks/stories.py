@@ -55,7 +55,8 @@ SUBJECTS = (
 
 
 class Stories(Task):
-    """Fifty requests for stories of five sentences; right if a story has four to six and keeps its names."""
+    """Fifty requests for stories of five sentences; right if a story has four to six, keeps its names and has those
+    that were asked for."""
 
     def __init__(self, split: str = "test", **kwargs: Any):
         super().__init__(**kwargs)
@@ -75,7 +76,8 @@ class Stories(Task):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         text = final_text(conversation, completion)
-        return 4 <= len(sentences(text)) <= 6 and not name_problem(text)
+        asked_for = re.findall(r"named (\w+)", conversation["messages"][0]["content"])
+        return 4 <= len(sentences(text)) <= 6 and not name_problem(text) and all(name in text for name in asked_for)
 
 
 def sentences(text: str) -> list[str]:
@@ -97,8 +99,8 @@ def name_problem(text: str) -> str:
     """Why a told story does not keep its characters' names, "" if it does.
 
     Every name has to be introduced where it comes up first (named X, her friend X, or in the first sentence), and only
-    once; the first one has to come up again, as a name, "he", "she" or "they", in the last three sentences; and a sole
-    character must not change between "he" and "she".
+    once, and must not meet itself; the first one has to come up again, as a name, "he", "she" or "they", in the last
+    three sentences; and a sole character must not change between "he" and "she".
     """
     told, lines = names(text), sentences(text)
     if not told:
@@ -111,6 +113,11 @@ def name_problem(text: str) -> str:
         if not again and not INTRODUCED.search(before) and not lines[0].startswith(before + name):
             return f"{name} was not introduced"
         known += [] if again else [name]
+    for name in known:
+        if re.search(
+            rf"\b{re.escape(name)} (?:and|found|met|saw|woke|asked|told|gave|helped) {re.escape(name)}\b", text
+        ):
+            return f"{name} is two characters"
     ending = " ".join(lines[-3:])
     if known[0] not in ending and not any(pronoun.search(ending) for pronoun in (HE, SHE, THEY)):
         return f"{known[0]} is forgotten"

@@ -12,8 +12,8 @@ from tasks.starter import StarterChat
 
 SENTENCES = 2  # in which an answer has to say that it does not know
 DECLINES = re.compile(
-    r"\b(?:do(?:n't| not) (?:really |actually )?know|(?:can't|cannot|can not) (?:know|tell|see|say|answer)"
-    r"|no (?:idea|way)|(?:never|not|haven't) heard|not (?:sure|certain|a word that i know|know)"
+    r"\b(?:do(?:n't| not) (?:really |actually )?know|(?:can't|cannot|can not) (?:know|tell|see|say|answer|look)"
+    r"|no (?:idea|way)|(?:never|not|haven't) heard|not (?:sure|certain|a word that i know|know)|only know what"
     r"|(?:nobody|no one) (?:knows|can know)|have to (?:tell me|wait)|means nothing to me|unable to|wish i knew"
     r"|couldn't (?:say|tell))\b",
     re.IGNORECASE,

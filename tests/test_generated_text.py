@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dev.starter import reading, unknown
+from dev.starter import clean, identity, qa, reading, unknown
 from dev.starter.stories import Story, stories
 from dev.starter.stories.check import problem
 from dev.starter.stories.plots import alternatives, pieces, plots
@@ -104,6 +104,15 @@ def test_questions_about_leads() -> None:
     assert answer == "Oslo is the capital of Norway."
 
 
+def test_everyday_questions_have_one_answer_and_none_is_held_out() -> None:
+    everything, kept_out = list(qa.everyday(set())), {clean.key("Why is there wind?")}
+    blocks = identity.blocks(qa.EVERYDAY).values()
+    assert len(blocks) > 150 and all(len(block.answers) == 1 and block.questions for block in blocks)
+    assert len({clean.key(q) for block in blocks for q in block.questions}) == sum(len(b.questions) for b in blocks)
+    assert len(list(qa.everyday(kept_out))) == len(everything) - 4
+    assert not any(declines(answer) or len(answer.split()) > 70 for _, answer in everything)
+
+
 class FakeFacts(unknown.Facts):
     def __init__(self) -> None:
         self.countries = [{"country": "Norway", "capital": "Oslo", "population": "5,000,000", "language": "Norwegian"}]
@@ -157,6 +166,7 @@ TOLD = (
         (TOLD.replace("Mina looked", "Anna looked").replace("One day Rex", "One day Anna and Rex"), "Anna"),
         (TOLD.replace("a dog called Rex", "a dog"), "Rex"),
         (TOLD.replace("One day Rex", "Then a cat named Mina"), "twice"),
+        (TOLD.replace("She found him", "Mina found Mina"), "two characters"),
         (TOLD.replace("named Mina", "with red shoes").replace("Mina looked", "She looked").replace("Rex", "it"), "no"),
         ("A boy named Tim had a hat. It was red. Tim lost it. He was sad. She found it.", "both he and she"),
         ("A boy named Tim had a hat. Tim lost it. It rained. The sun came out. It was warm.", "forgotten"),
@@ -173,6 +183,9 @@ def test_fifty_requests_for_stories() -> None:
     assert len({task[i]["messages"][0]["content"] for i in range(len(task))}) == len(task) == 50
     assert task.evaluate(task[0], TOLD)
     assert not task.evaluate(task[0], TOLD.split(". ")[0] + ".") and not task.evaluate(task[0], "")
+    asked = next(c for c in task if "named Oscar" in c["messages"][0]["content"])
+    told = TOLD.replace("girl named Mina", "boy named Oscar").replace("Mina", "Oscar").replace("She", "He")
+    assert task.evaluate(asked, told) and not task.evaluate(asked, TOLD)
     assert len(sentences('"Hi!" said Mrs. Hill. "Who are you?" asked Leo. They sat down.')) == 3
     with pytest.raises(UserError, match="test"):
         Stories("train")

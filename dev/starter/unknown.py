@@ -20,7 +20,7 @@ from dev.starter.stories.cast import lexicon
 from dev.starter.stories.plots import alternatives, pieces
 
 TEXT = Path(__file__).with_name("unknown.txt")
-TRAIN = {"unknown": 2000, "known": 1600}
+TRAIN = {"unknown": 3000, "known": 2600}
 HELD_OUT = 120
 """Questions of each kind. A wording that has used up its names is asked less often."""
 
