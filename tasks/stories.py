@@ -68,9 +68,12 @@ class Stories(Task):
         return len(self.prompts)
 
     def get_example(self, index: int) -> Conversation:
-        reference = (  # shows the form; evaluate() does not compare with it
-            "Once there was a girl named Nora who had a small dog named Pip. One day Pip ran away. Nora looked for him"
-            " everywhere. At last she found Pip under the stairs. Nora and Pip went home together."
+        """The reference only shows the form; evaluate() does not compare with it."""
+        asked = re.findall(r"named (\w+)", self.prompts[index])
+        name = asked[0] if asked else "Nora"
+        reference = (
+            f"Once there was somebody named {name} who had a small friend named Pip. One day Pip was gone. {name} looked"
+            f" everywhere. At last {name} found Pip under the stairs. {name} and Pip went home together."
         )
         return exchange(self.prompts[index], reference)
 
