@@ -298,6 +298,12 @@ def adamw_(
     return p, m, v
 
 
+def cautious_step_(p: torch.Tensor, update: torch.Tensor, lr: float, decay: float) -> torch.Tensor:
+    call("cautious_step", p, update, p.numel(), float(lr), float(lr * decay), update.dtype == torch.bfloat16)
+    torch.autograd.graph.increment_version(p)
+    return p
+
+
 def head_rows_(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float, backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -366,6 +372,13 @@ FORMS = {
         ),
         tensors=4,
         fits=lambda p, g, m, v, *rates: all(x.dtype == torch.float32 and x.is_contiguous() for x in (p, g, m, v)),
+    ),
+    "cautious_step_": CForm(
+        cautious_step_,
+        "48088c69",
+        lambda: (_waves(3, 37), _waves(3, 37).cos(), 0.5, 0.25),
+        tensors=2,
+        fits=lambda p, update, *rates: p.dtype == torch.float32 and p.is_contiguous() and update.is_contiguous(),
     ),
     "normed_rotary": CForm(
         normed_rotary,

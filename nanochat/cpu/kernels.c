@@ -176,6 +176,20 @@ void adamw(float *restrict p, const float *restrict g, float *restrict m, float 
     }
 }
 
+/* ---- the end of Muon's step ---------------------------------------------------------------------------------- */
+
+/* In place, of size n: p -= rate * u, and decay * p where u shrinks p too */
+void cautious_step(float *restrict p, const void *u, long n, float rate, float decay, int bf16) {
+    const long step = 4096;
+#pragma omp parallel for
+    for (long at = 0; at < n; at += step) {
+        float v[step];
+        long m = at + step < n ? step : n - at;
+        load(v, u, at, m, bf16);
+        SIMD for (long i = 0; i < m; i++) p[at + i] -= rate * v[i] + (v[i] * p[at + i] >= 0 ? decay * p[at + i] : 0);
+    }
+}
+
 /* ---- attention's softmax over one block of queries ----------------------------------------------------------- */
 
 /* scores (N, Q, K) become probabilities in place. Query i of the block sits at key position first + i and sees the

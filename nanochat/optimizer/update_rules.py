@@ -90,6 +90,14 @@ def adamw_(
     return p, m, v
 
 
+@in_c("cautious_step_")
+def cautious_step_(p: torch.Tensor, update: torch.Tensor, lr: float, decay: float) -> torch.Tensor:
+    """p -= lr * update, in place; p also decays by lr * decay where the update shrinks it."""
+    update = update.to(p.dtype)
+    shrinks = (update * p) >= 0
+    return p.sub_(lr * update + (lr * decay) * p * shrinks)
+
+
 class UpdateRule:
     """An update rule. State is float32, one named tensor or more per parameter, full-shape in checkpoints."""
 
@@ -181,10 +189,9 @@ class Muon(UpdateRule):
             # Muon+ (arXiv 2602.21545): give the result exactly the norm a semi-orthogonal matrix has.
             target = math.sqrt(min(update.size(-2), update.size(-1)))
             update = update * (target / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-        update = even_out(update, state["second_moment"], group["beta2"]).to(params.dtype)
+        update = even_out(update, state["second_moment"], group["beta2"])
         lr = group["lr"] * math.sqrt(max(1.0, params.size(-2) / params.size(-1)))
-        shrinks = (update * params) >= 0
-        params.sub_(lr * update + (lr * group["weight_decay"]) * params * shrinks)
+        cautious_step_(params, update, lr, group["weight_decay"])
 
 
 RULES: dict[str, UpdateRule] = {"adamw": AdamW(), "muon": Muon()}
