@@ -72,8 +72,8 @@ class Stories(Task):
         asked = re.findall(r"named (\w+)", self.prompts[index])
         name = asked[0] if asked else "Nora"
         reference = (
-            f"Once there was somebody named {name} who had a small friend named Pip. One day Pip was gone. {name} looked"
-            f" everywhere. At last {name} found Pip under the stairs. {name} and Pip went home together."
+            f"Once there was somebody named {name} who had a small friend named Pip. One day Pip was gone. {name}"
+            f" looked everywhere. At last {name} found Pip under the stairs. {name} and Pip went home together."
         )
         return exchange(self.prompts[index], reference)
 
