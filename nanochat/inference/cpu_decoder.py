@@ -22,7 +22,7 @@ from nanochat.cpu import kernels
 from nanochat.cpu.fused import EPSILON
 from nanochat.gpt import GPT, MLP, Block, CausalSelfAttention, Embedding, GPTConfig, Linear
 from nanochat.inference.kv_cache import KVCache
-from nanochat.inference.packed_weights import PackedWeights
+from nanochat.inference.packed_weights import PackedWeights, adjacent_inputs
 
 POINTER, LONG, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -66,7 +66,7 @@ class Tokens(ctypes.Structure):
     _fields_ = (*((name, ctypes.POINTER(LONG)) for name in ("ids", "rows", "positions")), ("B", LONG))
 
 
-SHORT_PROMPT = 128  # tokens: from here on PyTorch's products are as fast
+SHORT_PROMPT = 255  # tokens: less than a chunk of prefill
 
 # What decode.c computes. A model that differs in anything named here is decoded in PyTorch.
 FUNCTIONS = {
@@ -180,6 +180,13 @@ def agrees(config: GPTConfig, dtype: torch.dtype, int8: bool = False) -> bool:
     return _agrees[key]
 
 
+def short_prompt(dtype: torch.dtype, int8: bool) -> int:
+    """Tokens up to which decode.c is at least as fast as PyTorch, whose products are faster the larger they are."""
+    if int8:
+        return SHORT_PROMPT if adjacent_inputs(torch.int8) > 1 else 64  # multiplied as integers, or as float32
+    return SHORT_PROMPT if dtype == torch.bfloat16 else 128
+
+
 class CpuDecoder:
     """Decodes with the weights of `model`: matrices from `packed`, other parameters in place."""
 
@@ -187,6 +194,7 @@ class CpuDecoder:
         """`model` has its matrices in its compute dtype (decoding_weights.DecodingWeights)."""
         assert cache.max_tokens <= model.cos.size(0)
         self.cache, self.vocab_size = cache, model.config.vocab_size
+        self._max_tokens = short_prompt(model.compute_dtype, packed.int8)
         self._kept: list[Any] = [model, packed, *model.parameters(), *cache.k, *cache.v]  # C holds their addresses
         self._model = self._describe(model, packed)
         self._scratch = self._reserve(model)
@@ -201,7 +209,7 @@ class CpuDecoder:
 
     def takes(self, start: int, num_tokens: int) -> bool:
         """Whether `prompt` can run so many tokens after `start` others: none may leave a window before the last."""
-        return num_tokens <= min(SHORT_PROMPT, min(ring.size(1) for ring in self.cache.k) - start)
+        return num_tokens <= min(self._max_tokens, min(ring.size(1) for ring in self.cache.k) - start)
 
     def prompt(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append tokens to the only row -> softcapped fp32 logits (1, V) after the last, as if one by one."""
