@@ -191,6 +191,22 @@ def test_a_prompt_that_closes_a_window_is_not_taken() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_longest_prompt_that_is_taken(dtype: torch.dtype, int8: bool) -> None:
+    weights = DecodingWeights(build(dtype=dtype, sequence_len=300, window_pattern="L"), int8)
+    model, length = weights.current(), cpu_decoder.short_prompt(dtype, int8)
+    assert weights.packed is not None
+    decoder = CpuDecoder(model, KVCache(model.config, 1, 300, dtype=dtype), weights.packed)
+    assert decoder.takes(0, length) and not decoder.takes(0, length + 1)
+    tokens = ids(length)
+    with torch.inference_mode():
+        last = model(tokens[None])[0, -1]
+    error = (decoder.prompt(tokens.tolist())[0] - last).abs().max()
+    assert error < (0.3 if dtype == torch.bfloat16 else 2e-3 if int8 else 1e-4)
+
+
+@needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_number_of_threads_changes_no_bit(threads: int, compiled: str) -> None:
     model, prompts = build(vocab_size=1100), [ids(3 + i, seed=i) for i in range(13)]  # 69 blocks of outputs
