@@ -88,6 +88,25 @@ def test_adamw_follows_torch(weight_decay: float, betas: tuple[float, float]) ->
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
+def test_lazy_adamw_updates_the_numbers_that_have_a_gradient() -> None:
+    """Against a loop over numbers; as large as several of the C form's blocks."""
+    draw = torch.Generator().manual_seed(5)
+    p = torch.randn(150, generator=draw)
+    expected, m, v, beta1, beta2 = p.tolist(), [0.0] * 150, [0.0] * 150, 0.8, 0.95
+    optimizer = MuonAdamW([{"kind": "lazy_adamw", "params": [p], "lr": 0.1, "weight_decay": 0.1}])
+    for step in range(1, 5):
+        grad = torch.randn(150, generator=draw) * (torch.rand(150, generator=draw) < 0.3)
+        grad[20 * step :] = 0
+        p.grad = grad
+        optimizer.step()
+        for i, g in enumerate(grad.tolist()):
+            if g:
+                m[i], v[i] = beta1 * m[i] + (1 - beta1) * g, beta2 * v[i] + (1 - beta2) * g * g
+                change = 0.1 / (1 - beta1**step) * m[i] / (math.sqrt(v[i] / (1 - beta2**step)) + 1e-10)
+                expected[i] = expected[i] * (1 - 0.01) - change
+    torch.testing.assert_close(p, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
 def test_adamw_keeps_fp32_state_for_bf16_parameters() -> None:
     p = random(4, 4).bfloat16().requires_grad_()
     optimizer = MuonAdamW([{"kind": "adamw", "params": [p], "lr": 0.1}])

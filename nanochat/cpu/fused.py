@@ -290,10 +290,11 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     decay: float,
+    lazy: bool,
 ) -> tuple[torch.Tensor, ...]:
     (beta1, beta2), keep = betas, 1 - lr * decay
     rates = (keep, lr / (1 - beta1**step), beta1, beta2, 1 / (1 - beta2**step), eps)
-    call("adamw", p, g, m, v, p.numel(), *map(float, rates))
+    call("adamw", p, g, m, v, p.numel(), *map(float, rates), lazy)
     torch.autograd.graph.increment_version(p)  # decoding copies of the weights are renewed by it
     return p, m, v
 
@@ -358,10 +359,10 @@ FORMS = {
     ),
     "adamw_": CForm(
         adamw_,
-        "5dd2f3c2",
+        "3756712c",
         lambda: (
             _waves(37),
-            _waves(37).cos(),
+            _waves(37).relu(),
             _waves(37).square(),
             _waves(37).square(),
             3,
@@ -369,6 +370,7 @@ FORMS = {
             (0.8, 0.95),
             1e-8,
             0.1,
+            True,
         ),
         tensors=4,
         fits=lambda p, g, m, v, *rates: all(x.dtype == torch.float32 and x.is_contiguous() for x in (p, g, m, v)),

@@ -100,7 +100,8 @@ def build_param_groups(
         adamw(list(model.value_embeds.parameters()), value_lr, embed_betas, config.value_embed_decay),
     ]
     if model.config.ngram_rows:
-        groups.append(adamw([model.ngram_embed.weight], groups[1]["lr"] * config.ngram_lr_ratio, embed_betas))
+        table = adamw([model.ngram_embed.weight], groups[1]["lr"] * config.ngram_lr_ratio, embed_betas)
+        groups.append({**table, "kind": "lazy_adamw"})
     scalar_lr = config.scalar_lr * lr_scale
     if model.config.residual_scalars:
         groups.append(scalars([model.resid_lambdas], scalar_lr * 0.01, betas, config.resid_decay))

@@ -78,15 +78,20 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     decay: float,
+    lazy: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """One step of AdamW (arXiv 1711.05101) on p with gradient g, in place: returns p and its moments m and v."""
+    """One step of AdamW (arXiv 1711.05101) on p with gradient g, in place: returns p and its moments m and v. Lazy: a
+    number whose gradient is 0 stays as it is, and so do its moments."""
     beta1, beta2 = betas
+    before = (p.clone(), m.clone(), v.clone()) if lazy else ()
     if decay:
         p.mul_(1 - lr * decay)
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
     p.add_(m.div(denominator).mul_(-lr / (1 - beta1**step)).to(p.dtype))
+    for x, old in zip((p, m, v), before):
+        torch.where(g == 0, old, x, out=x)
     return p, m, v
 
 
@@ -138,6 +143,7 @@ class AdamW(UpdateRule):
 
     elementwise = True
     temporary_bytes = 12  # 8 with gradients in float32
+    lazy = False
     defaults: ClassVar[dict[str, Any]] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 
     def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -147,7 +153,16 @@ class AdamW(UpdateRule):
         self, params: torch.Tensor, grads: torch.Tensor, state: dict[str, Any], step: int, group: dict[str, Any]
     ) -> None:
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        adamw_(params, grads.to(m.dtype), m, v, step, *(group[key] for key in ("lr", "betas", "eps", "weight_decay")))
+        rates = [group[key] for key in ("lr", "betas", "eps", "weight_decay")] + [self.lazy]
+        adamw_(params, grads.to(m.dtype), m, v, step, *rates)
+
+
+class LazyAdamW(AdamW):
+    """AdamW of the numbers that have a gradient, for tables of which a step looks up a small part: the rest is not even
+    read on a CPU."""
+
+    temporary_bytes = 25
+    lazy = True
 
 
 class Muon(UpdateRule):
@@ -194,7 +209,7 @@ class Muon(UpdateRule):
         cautious_step_(params, update, lr, group["weight_decay"])
 
 
-RULES: dict[str, UpdateRule] = {"adamw": AdamW(), "muon": Muon()}
+RULES: dict[str, UpdateRule] = {"adamw": AdamW(), "lazy_adamw": LazyAdamW(), "muon": Muon()}
 """By the `kind` of a parameter group."""
 
 
