@@ -124,8 +124,6 @@ def conversations(sources: Sources, held_out: list[tuple[str, str]], out: Path) 
         *(("reading", turns) for turns in reading.leads(sources.leads)),
         *identity.smalltalk(),
     ]
-    known = validation.HeldOut(held_out)
-    found = [(source, turns) for source, turns in found if not known.overlaps("\n".join(turns))]
     facts = unknown.Facts(sources.readers, sources.leads, prose.topics(sources.readers["wikipedia"]))
     split = [
         [
@@ -136,6 +134,8 @@ def conversations(sources: Sources, held_out: list[tuple[str, str]], out: Path) 
     ]
     asked = {key(text.partition("\n")[0]) for _, text in held_out}
     split[0] += [("qa", list(pair)) for pair in qa.everyday(asked)]
+    known = validation.HeldOut(held_out)
+    found, split[0] = ([c for c in group if not known.overlaps("\n".join(c[1]))] for group in (found, split[0]))
     return qa.write(out, found, *split)
 
 
