@@ -261,6 +261,11 @@ def tiles_usable() -> bool:
     return found is not None and bool(found.tiles_usable())
 
 
+def amx_attends(element_bytes: int, length: int, head_dim: int) -> bool:
+    """Whether attention of these sizes can run there; its window must fit too."""
+    return element_bytes == 2 and length % 32 == head_dim % 32 == 0 and tiles_usable()
+
+
 # ---------------------------------------------------------------------------------------------------
 # In place, called inside the autograd functions of attention and of the loss
 
@@ -396,9 +401,8 @@ FORMS = {
         fits=lambda q, k, v, window: (
             all(x.dtype == torch.bfloat16 for x in (q, k, v))
             and q.numel() > 0
-            and all(n % 32 == 0 for n in q.shape[1:])
             and (window % 32 == 0 or window >= q.size(1))
-            and tiles_usable()
+            and amx_attends(q.element_size(), *q.shape[1:])
         ),
         tolerance=1e-2,  # the plain form rounds the scores too
     ),

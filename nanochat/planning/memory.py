@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nanochat.cpu.fused import BLOCK, amx_attends
 from nanochat.flash_attention import query_block
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_head import LOGIT_BYTES, chunk_tokens
@@ -45,7 +46,8 @@ def activation_bytes(config: GPTConfig, rows: int, element: int, *, fused: bool 
         saved += sides * 4 * C  # squared ReLU
         if blocked:
             span = min(window, T)
-            block = query_block(span, element)  # of queries; keys visible to only some of them add half a block
+            # Of queries; keys visible to only some of them add half a block.
+            block = BLOCK if fused and amx_attends(element, T, config.head_dim) else query_block(span, element)
             saved += config.n_head * min(span - span**2 / (2 * T) + block / 2, T)
             saved += 2 * (queries - keys) if config.n_kv_head < config.n_head else 0  # k and v, repeated
     return int(rows * T * saved * element)
