@@ -434,3 +434,8 @@ def test_int8_is_for_cpus() -> None:
         model = GPT(GPTConfig(**SIZES))
     with pytest.raises(UserError, match="CPU"):
         DecodingWeights(model, int8=True)
+
+
+def test_the_example_is_small_whatever_the_model_has() -> None:
+    config = cpu_decoder.probe_config(GPTConfig.later(n_embd=768, n_head=6, n_kv_head=2, ngram_rows=2**26))
+    assert GPT.allocate(config, "meta", torch.float32).num_scaling_params()["total"] < 4e6

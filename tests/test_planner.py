@@ -1,5 +1,6 @@
 """The planner against published runs, its memory against autograd, and the scaling law fit against known laws."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -373,7 +374,9 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", [GPTConfig, GPTConfig.later, GPTConfig.plain])
+@pytest.mark.parametrize(
+    "form", [GPTConfig, GPTConfig.later, GPTConfig.plain, functools.partial(GPTConfig.plain, ngram_rows=97)]
+)
 @pytest.mark.parametrize(("kernels", "dtype"), [(True, torch.float32), (True, torch.bfloat16), (False, torch.float32)])
 def test_activation_bytes_equal_those_autograd_saves(
     kernels: bool, dtype: torch.dtype, form: Any, shape: dict[str, int], monkeypatch: pytest.MonkeyPatch

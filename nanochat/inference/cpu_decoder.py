@@ -154,6 +154,7 @@ def probe_config(config: GPTConfig) -> GPTConfig:
     """The same features and head size in a model of a few thousand weights."""
     group = config.n_head // config.n_kv_head
     sizes: dict[str, Any] = {"n_layer": 2, "n_head": group, "n_kv_head": 1, "n_embd": group * config.head_dim}
+    sizes["ngram_rows"] = min(config.ngram_rows, 97)
     return replace(config, sequence_len=16, vocab_size=64, **sizes)
 
 

@@ -38,6 +38,7 @@ def activation_bytes(config: GPTConfig, rows: int, element: int, *, fused: bool 
     # Per token, in numbers. Outside the layers: the norm of the embedding, smear and backout, the last norm, and the
     # gradient that the head's loss computes in the forward pass.
     saved = C * ((sides if config.residual_scalars else 1) + 2 * config.smear + config.backout + 2.0)
+    saved += config.ngram_dim if config.ngram_rows else 0  # what the matrix of the n-grams multiplies
     for layer, (window, _) in enumerate(config.window_sizes()):
         saved += C * config.residual_scalars  # x, for its lambda's gradient
         saved += sides * (2 * C + queries + keys)  # the norms before attention and MLP, and those of q and k
