@@ -232,8 +232,9 @@ class GPT(nn.Module):
         Which share a row is left to chance, as in arXiv 1607.01759; -1 stands for what is before the first token.
         """
         ids = F.pad(idx, (2, 0), value=-1) if recent is None else torch.cat([recent[:, -2:], idx], dim=1)
+        ids = ids.long()  # int32 would overflow
         one, two, three = NGRAM_FACTORS
-        pair = one * idx + two * (ids[:, 1:-1] + 1)
+        pair = one * ids[:, 2:] + two * (ids[:, 1:-1] + 1)
         return torch.stack([pair, pair + three * (ids[:, :-2] + 1)]) % self.config.ngram_rows
 
     def _smear(self, x: torch.Tensor, recent: torch.Tensor | None) -> torch.Tensor:

@@ -178,6 +178,7 @@ def test_prefill_and_decode_equal_one_pass(form: str) -> None:
     with torch.no_grad():
         pieces = [model(part, kv_cache=cache) for part in idx.split([7, 1, 1, 4, 1, 1, 1], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model(idx), rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(idx.int()), model(idx))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -99,6 +99,7 @@ def test_logits_are_equal(pair) -> None:
         for length in (1, 2, 31, 64, 100, 128, *beyond):
             ids = torch.cat([prompt(length, seed) for seed in (1, 2)])
             torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=2e-5)
+        assert torch.equal(theirs(ids.int()).logits, theirs(ids).logits)
 
 
 def test_greedy_text_is_equal(pair) -> None:

@@ -283,6 +283,7 @@ class NanochatGPTModel(NanochatGPTPreTrainedModel):
         They are kept in a layer of the cache of their own, which beam search, cropping and batch operations change as
         they change the others.
         """
+        input_ids = input_ids.long()  # as the products of _add_ngrams need
         if cache is None:
             return input_ids
         ids, n = input_ids[:, None, :, None], self.config.num_hidden_layers  # as keys of one head and channel
