@@ -35,6 +35,7 @@ from dev.starter import (  # noqa: E402
 from dev.starter.archives import MANIFEST, Reader, fetch, load_manifest  # noqa: E402
 from dev.starter.clean import deduplicate, is_clean, key, normalise  # noqa: E402
 from nanochat.common import UserError  # noqa: E402
+from tasks.stories import Stories  # noqa: E402
 
 VALIDATION = ROOT / "nanochat" / "starter" / "val.parquet"
 BUDGETS = {
@@ -135,6 +136,8 @@ def conversations(sources: Sources, held_out: list[tuple[str, str]], out: Path) 
     asked = {key(text.partition("\n")[0]) for _, text in held_out}
     split[0] += [("qa", list(pair)) for pair in qa.everyday(asked)]
     known = validation.HeldOut(held_out)
+    tested = {key(prompt) for prompt in Stories().prompts}
+    found = [(source, turns) for source, turns in found if key(turns[0]) not in tested]
     found, split[0] = ([c for c in group if not known.overlaps("\n".join(c[1]))] for group in (found, split[0]))
     return qa.write(out, found, *split)
 

@@ -56,6 +56,15 @@ def test_names_and_things_come_up_before_they_are_used() -> None:
             assert re.search(rf"\b(?:an?|his|her|'s)(?: \w+)? {thing.noun}\b", story.text), story.text
 
 
+def test_nothing_is_spoiled_at_a_picnic_that_was_not_brought() -> None:
+    told = [story.text for story in stories(150, 9, five=True) if story.plot == "picnic"]
+    for text in told:
+        brought, _, after = text.partition("unpacked ")[2].partition(".")
+        assert all(food in brought for food in ("cake", "lemonade") if food in after), text
+        assert not ("rain came" in after and ("guests" in after or "merrier" in after)), text
+    assert len(told) > 3
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
