@@ -439,3 +439,17 @@ def test_int8_is_for_cpus() -> None:
 def test_the_example_is_small_whatever_the_model_has() -> None:
     config = cpu_decoder.probe_config(GPTConfig.later(n_embd=768, n_head=6, n_kv_head=2, ngram_rows=2**26))
     assert GPT.allocate(config, "meta", torch.float32).num_scaling_params()["total"] < 4e6
+
+
+@needs_compiler
+@pytest.mark.parametrize("int8", [False, True])
+def test_buffers_need_no_first_value(int8: bool) -> None:
+    model = build()
+    weights = DecodingWeights(model, int8)
+    cache = KVCache(model.config, 3, 20, dtype=model.compute_dtype)
+    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
+    try:
+        decoder = weights.cpu_decoder(cache)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert decoder is not None and all(decoder(tokens).isfinite().all() for tokens in ([1, 2, 3], [4, 5, 6]))

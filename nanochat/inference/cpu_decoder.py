@@ -314,7 +314,7 @@ class CpuDecoder:
             "scale": 1,
             "scores": config.n_head * self._model.room,
         }
-        tensors: dict[str, torch.Tensor] = {name: torch.zeros(B, size) for name, size in sizes.items()}
+        tensors = {name: torch.empty(B, size) for name, size in sizes.items()}  # touched as far as it is used
         tensors["recent"] = self.cache.recent_of_all
         self._kept += tensors.values()
         return Scratch(**{name: self._address(tensor) for name, tensor in tensors.items()})
