@@ -52,6 +52,17 @@ class Unknown(Task):
         text = final_text(conversation, completion)
         return bool(text) and declines(text) == declines(reference_text(conversation))
 
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """As `evaluate`; of an answer that is given, the share of the reference's words that it has: else anything said
+        with confidence would be rewarded."""
+        reference = reference_text(conversation)
+        if declines(reference) or not self.evaluate(conversation, completion):
+            return float(self.evaluate(conversation, completion))
+        wanted, said = (
+            set(re.findall(r"\w+", text.lower())) for text in (reference, final_text(conversation, completion))
+        )
+        return len(wanted & said) / len(wanted)
+
 
 def declines(text: str) -> bool:
     """Whether an answer says in its first sentences that it does not know."""

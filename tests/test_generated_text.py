@@ -12,7 +12,7 @@ from dev.starter.stories.plots import alternatives, pieces, plots
 from dev.starter.stories.requests import request
 from nanochat.common import UserError
 from tasks.stories import Stories, name_problem, sentences
-from tasks.unknown import declines
+from tasks.unknown import Unknown, declines
 
 GOOD = 'Once there was a girl named Mina. She had a red kite. One day the kite was gone. "Oh no," said Mina. She cried.'
 CAST = [("Mina", "she"), ("kite", "it"), ("Leo", "he"), ("Ada", "she")]
@@ -198,3 +198,11 @@ def test_fifty_requests_for_stories() -> None:
     assert len(sentences('"Hi!" said Mrs. Hill. "Who are you?" asked Leo. They sat down.')) == 3
     with pytest.raises(UserError, match="test"):
         Stories("train")
+
+
+def test_the_reward_of_an_answer_is_the_share_of_the_reference() -> None:
+    task = Unknown(answerable=True)
+    conversation = task[0]
+    reference = conversation["messages"][-1]["content"]
+    assert task.reward(conversation, reference) == 1 and task.reward(conversation, "nonsense") == 0
+    assert task.reward(conversation, "I do not know.") == 0
