@@ -51,6 +51,8 @@ def random_models(tokenizer: RustBPETokenizer) -> Iterator[tuple[str, PortableMo
             routes: tuple[Route, ...] = ("code",) if hf_class.lacking(config) else ("class", "code")
             for route in routes:
                 yield f"{recipe}, {kv_heads} key heads, {route}", random_model(config, tokenizer), route
+    config = get_recipe("small").model(**sizes, n_kv_head=2, ngram_rows=1000, ngram_dim=32)
+    yield "small with n-grams, 2 key heads, code", random_model(config, tokenizer), "code"
     config = GPTConfig.later(**{**sizes, "sequence_len": 1024}, n_kv_head=2)
     config = replace(config, window_pattern="SSL", short_window_divisor=16)
     yield "later, windows of 128, context 1024, code", random_model(config, tokenizer), "code"

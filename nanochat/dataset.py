@@ -78,7 +78,7 @@ def resolve_corpus(
         data = next(downloaded, "starter")
     opener = ShardOpener(base_dir, BadShards(skip_bad, dict(skipped or {})), recorded, TextOptions(text_field))
     entries = split_entries(data, KNOWN_NAMES)
-    if len(entries) > 1 and any(entry in KNOWN_NAMES for entry in entries):
+    if STARTER_VAL in entries or (len(entries) > 1 and any(entry in KNOWN_NAMES for entry in entries)):
         return mixed_corpus(entries, opener)
     if data == "starter":
         return starter_corpus(base_dir)
@@ -202,7 +202,7 @@ def mixed_corpus(entries: Sequence[str], opener: ShardOpener) -> Corpus:
         parts.append(open_own_files(",".join(own), alone, known_names=KNOWN_NAMES))
         val_limit, files = parts[-1].val_limit, f"{', '.join(named)}; {parts[-1].files}"
     if not parts:
-        raise UserError(f"--data={','.join(entries)} names no text to train on")
+        raise UserError(f"--data={','.join(entries)} names no text to train on: give {STARTER_VAL} beside one")
     train, val = ([shard for part in parts for shard in part.shards[split]] for split in SPLITS)
     if STARTER_VAL in named:
         train, val = [replace(shard, by_hash=False) for shard in train], starter_corpus().shards["val"]

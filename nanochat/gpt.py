@@ -23,7 +23,6 @@ from nanochat.loss_head import head_logits, head_loss
 __all__ = ["GPT", "GPTConfig"]
 
 RECENT = 3  # ids of a row's last tokens that a cache keeps: smear looks one token back, the n-grams of that two more
-NGRAM_FACTORS = (998_244_353, 1_000_000_007, 1_610_612_741)  # of a token and the two before it: primes below 2^31
 
 
 @in_c("norm")
@@ -233,7 +232,11 @@ class GPT(nn.Module):
         """
         ids = F.pad(idx, (2, 0), value=-1) if recent is None else torch.cat([recent[:, -2:], idx], dim=1)
         ids = ids.long()  # int32 would overflow
-        one, two, three = NGRAM_FACTORS
+        one, two, three = (
+            998_244_353,
+            1_000_000_007,
+            1_610_612_741,
+        )  # primes below 2^31
         pair = one * ids[:, 2:] + two * (ids[:, 1:-1] + 1)
         return torch.stack([pair, pair + three * (ids[:, :-2] + 1)]) % self.config.ngram_rows
 

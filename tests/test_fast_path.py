@@ -17,7 +17,7 @@ from stubs import ByteTokenizer, stir
 from nanochat import flash_attention, fp8, gpt, loss_head
 from nanochat.common import UserError, fast_path
 from nanochat.common.fast_path import fingerprint
-from nanochat.cpu import fused, kernels
+from nanochat.cpu import functions, fused, kernels
 from nanochat.engine import Engine
 from nanochat.formats import same_network
 from nanochat.gpt import GPT, GPTConfig
@@ -147,8 +147,8 @@ def test_unchanged_functions_run_in_c(name: str, monkeypatch: pytest.MonkeyPatch
     if name in ("linear", "add_product_") and kernels.wide_product() is None:
         pytest.skip("no AMX, or PyTorch without MKL")
     assert fused.agrees(form, PLAIN[name].plain)
-    monkeypatch.setattr(fused, "call", lambda *args: calls.append(args[0]))
-    monkeypatch.setattr(fused, "add_transposed_product", lambda *args, **named: calls.append("product"))
+    monkeypatch.setattr(functions, "call", lambda *args: calls.append(args[0]))
+    monkeypatch.setattr(functions, "add_transposed_product", lambda *args, **named: calls.append("product"))
     if name == "linear":  # differs in its backward pass only
         x, weight = form.example()
         PLAIN[name](x, weight.requires_grad_()).sum().backward()

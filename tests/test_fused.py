@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from nanochat import flash_attention, gpt
-from nanochat.cpu import fused, kernels
+from nanochat.cpu import functions, kernels
 from nanochat.flash_attention import block_softmax_, block_softmax_backward_
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_head import head_loss, head_rows_
@@ -125,7 +125,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def test_attention_with_amx(
     cpu: str, T: int, D: int, window: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if cpu == "this" and not fused.tiles_usable():
+    if cpu == "this" and not functions.tiles_usable():
         pytest.skip("no AMX")
     if cpu == "emulated":
         library = request.getfixturevalue("emulated")
@@ -136,7 +136,7 @@ def test_attention_with_amx(
     ours, exact = ([x.to(dtype).requires_grad_() for x in (q, k, v)] for dtype in (torch.bfloat16, torch.float64))
     distance = torch.arange(T)[:, None] - torch.arange(T)
     scores = (exact[0] @ exact[1].mT / D**0.5).masked_fill((distance < 0) | (distance > window), -math.inf)
-    wanted, got = scores.softmax(-1) @ exact[2], fused.block_attention(*ours, window)
+    wanted, got = scores.softmax(-1) @ exact[2], functions.block_attention(*ours, window)
     both = [
         (got, wanted),
         *zip(torch.autograd.grad(got, ours, grad), torch.autograd.grad(wanted, exact, grad.double())),
@@ -254,3 +254,11 @@ def test_devices_and_dtypes_agree_on_a_gpu_that_is_not_there(form, monkeypatch: 
         logits = torch.func.functional_call(model, tensors, (tokens,))
         loss = torch.func.functional_call(model, tensors, (tokens[:, :-1], tokens[:, 1:]))
         assert (logits.device.type, logits.dtype) == (loss.device.type, loss.dtype) == ("cuda", torch.float32)
+
+
+@needs_compiler
+def test_gradients_of_gradients_are_refused() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    (slope,) = torch.autograd.grad(functions.norm(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()

@@ -22,7 +22,7 @@ FUNCTIONS: list[tuple[ModuleType, dict[str, str]]] = [
         {
             "GPT.hidden": "cba8ed75",
             "GPT._smear": "b2fa7b6a",
-            "GPT._ngrams": "3caad1f9",
+            "GPT._ngrams": "b3aa4b49",
             "GPT._embed": "74ff5184",
             "GPT._rotary": "c31f33fb",
             "GPT.forward": "1ac1ec2c",

@@ -19,7 +19,7 @@ from nanochat import gpt
 from nanochat.common import fast_path
 from nanochat.common.fast_path import in_words, warn_once
 from nanochat.cpu import kernels
-from nanochat.cpu.fused import EPSILON
+from nanochat.cpu.functions import EPSILON
 from nanochat.gpt import GPT, MLP, Block, CausalSelfAttention, Embedding, GPTConfig, Linear
 from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.packed_weights import PackedWeights, adjacent_inputs
@@ -72,7 +72,7 @@ SHORT_PROMPT = 255  # tokens: less than a chunk of prefill
 FUNCTIONS = {
     "GPT.hidden": "cba8ed75",
     "GPT._smear": "b2fa7b6a",
-    "GPT._ngrams": "3caad1f9",
+    "GPT._ngrams": "b3aa4b49",
     "GPT._embed": "74ff5184",
     "GPT._rotary": "c31f33fb",
     "GPT.forward": "1ac1ec2c",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nanochat.cpu.fused import BLOCK, amx_attends
+from nanochat.cpu.functions import BLOCK, amx_attends
 from nanochat.flash_attention import query_block
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_head import LOGIT_BYTES, chunk_tokens

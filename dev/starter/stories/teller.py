@@ -70,7 +70,7 @@ class Story:
     # -- scenes
 
     def can_tell(self, conditions: list[str], text: str) -> bool:
-        """Whether a version of a scene fits: its conditions hold, and whoever acts in it is there or comes with it."""
+        """Whether a version of a scene fits: its conditions hold, and its characters are there or come with it."""
         brought = {condition[1] for condition in conditions if condition[0] == "+"}
         for slot in "bcw":
             wanted = re.search(rf"\{{{slot}[.}}+]", text) or slot in conditions or slot in brought
