@@ -20,6 +20,10 @@ PREFERENCES = {
 }
 
 
+class Gone(RuntimeError):
+    """The page replaced an element between two commands, before anything was done to it."""
+
+
 class Firefox:
     """A headless Firefox with an empty profile in `folder`; downloads go to `folder`/downloads."""
 
@@ -51,14 +55,15 @@ class Firefox:
         return json.loads(self.stream.read(int(length)))
 
     def call(self, command: str, parameters: dict[str, Any] | None = None) -> Any:
-        """The result of a command. Raises RuntimeError with Firefox's message."""
+        """The result of a command. Raises Gone or another RuntimeError with Firefox's message."""
         self.number += 1
         message = json.dumps([0, self.number, command, parameters or {}]).encode()
         self.stream.write(b"%d:%s" % (len(message), message))
         self.stream.flush()
         _, _, error, result = self._receive()
         if error:
-            raise RuntimeError(f"{command}: {error['message']}")
+            gone = error["error"] in ("stale element reference", "no such element")
+            raise (Gone if gone else RuntimeError)(f"{command}: {error['message']}")
         return result
 
     def run(self, script: str, *arguments: Any) -> Any:
@@ -75,7 +80,11 @@ class Firefox:
         return str(self.call("WebDriver:FindElement", using)["value"][ELEMENT])
 
     def click(self, selector: str) -> None:
-        self.call("WebDriver:ElementClick", {"id": self.find(selector)})
+        """Click the first element, once more if the page replaced it meanwhile."""
+        try:
+            self.call("WebDriver:ElementClick", {"id": self.find(selector)})
+        except Gone:
+            self.call("WebDriver:ElementClick", {"id": self.find(selector)})
 
     def press(self, label: str, within: str = "") -> None:
         """Click the last button with this text or label."""
@@ -83,16 +92,21 @@ class Firefox:
             (b.getAttribute("aria-label") || b.textContent).startsWith(arguments[1])).at(-1);
             document.querySelectorAll("[data-press]").forEach((b) => delete b.dataset.press);
             found.dataset.press = ""; """
-        self.run(script, within, label)
-        self.click("[data-press]")
+        for attempt in range(3):
+            self.run(script, within, label)
+            try:
+                return self.call("WebDriver:ElementClick", {"id": self.find("[data-press]")})
+            except Gone:
+                if attempt == 2:
+                    raise
 
     def keys(self, selector: str, text: str) -> None:
         """Type into an element; \\ue007 is Enter, a file input takes a path."""
         self.call("WebDriver:ElementSendKeys", {"id": self.find(selector), "text": text})
 
-    def wait(self, condition: str) -> Any:
-        """Wait until a JavaScript expression is true, and return it."""
-        return until(lambda: self.run(f"return {condition}"))
+    def wait(self, condition: str) -> None:
+        """Wait until a JavaScript expression is true. An element counts, and need not outlive the question."""
+        until(lambda: self.run(f"return Boolean({condition})"))
 
     def close(self) -> None:
         self.stream.close()
