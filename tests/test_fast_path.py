@@ -146,6 +146,8 @@ def test_unchanged_functions_run_in_c(name: str, monkeypatch: pytest.MonkeyPatch
     form, calls = fused.FORMS[name], []
     if name in ("linear", "add_product_") and kernels.wide_product() is None:
         pytest.skip("no AMX, or PyTorch without MKL")
+    if name == "block_attention" and not functions.tiles_usable():
+        pytest.skip("no AMX")
     assert fused.agrees(form, PLAIN[name].plain)
     monkeypatch.setattr(functions, "call", lambda *args: calls.append(args[0]))
     monkeypatch.setattr(functions, "add_transposed_product", lambda *args, **named: calls.append("product"))
