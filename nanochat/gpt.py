@@ -232,11 +232,7 @@ class GPT(nn.Module):
         """
         ids = F.pad(idx, (2, 0), value=-1) if recent is None else torch.cat([recent[:, -2:], idx], dim=1)
         ids = ids.long()  # int32 would overflow
-        one, two, three = (
-            998_244_353,
-            1_000_000_007,
-            1_610_612_741,
-        )  # primes below 2^31
+        one, two, three = 998_244_353, 1_000_000_007, 1_610_612_741  # primes below 2^31
         pair = one * ids[:, 2:] + two * (ids[:, 1:-1] + 1)
         return torch.stack([pair, pair + three * (ids[:, :-2] + 1)]) % self.config.ngram_rows
 

@@ -191,6 +191,7 @@ def test_chat_template(model: PortableModel, tmp_path: Path) -> None:
         ({"value_embeds": True}, "value embeddings"),
         ({"residual_scalars": True}, "residual scalars"),
         ({"smear": True}, "smear"),
+        ({"ngram_rows": 97}, "n-grams"),
         ({"backout": True}, "backout"),
     ],
 )

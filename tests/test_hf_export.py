@@ -236,6 +236,14 @@ def test_bfloat16(tmp_path: Path) -> None:
         assert (theirs(ids).logits - exact).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("name", ["n-grams alone", "smear alone"])
+def test_a_paged_cache_is_refused(name: str, tmp_path: Path) -> None:
+    """vLLM's too: it keeps no ids, so that the text would be another one."""
+    write_hf(portable(stirred(MODELS[name][0])), tmp_path / "out", "float32")
+    with pytest.raises(ValueError, match=r"smear, n-grams.*vLLM.*chat_web"):
+        load(tmp_path / "out", attn_implementation="paged|eager")
+
+
 @pytest.mark.parametrize("name", ["small", "published", "later", "plain"])
 def test_the_route_of_a_recipe(name: str, tmp_path: Path) -> None:
     """Only plain has nothing that transformers' class lacks; asking for that class is refused with the features."""

@@ -39,6 +39,7 @@ def test_what_is_lacking() -> None:
     from nanochat.formats.mlx_folder import lacking
 
     assert not lacking(GPTConfig.plain()) and len(lacking(GPTConfig.plain(softcap=20.0))) == 1
+    assert lacking(GPTConfig.plain(ngram_rows=97)) == ["n-grams"]
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nanochat.common import UserError
 from nanochat.formats import onnx_builder
 from nanochat.formats.onnx_builder import quantize_rows
 from nanochat.formats.onnx_folder import write_onnx
-from nanochat.formats.onnx_graph import build_graph, smear_layers
+from nanochat.formats.onnx_graph import build_graph, id_layers
 from nanochat.formats.portable import PortableModel
 from nanochat.formats.read_model import read_model
 from nanochat.gpt import GPT, GPTConfig
@@ -39,6 +38,8 @@ CONFIGS = {
     "later": GPTConfig.later(n_kv_head=4, **SHORT),
     "later_one_kv_head": GPTConfig.later(n_kv_head=1, **SHORT),
     "plain": GPTConfig.plain(n_kv_head=2, **SIZES),
+    "ngrams": GPTConfig.later(n_kv_head=2, ngram_rows=97, ngram_dim=16, **SHORT),
+    "ngrams_alone": GPTConfig.plain(n_kv_head=1, ngram_rows=2**20 + 7, ngram_dim=1, **SIZES),
 }
 TOKENIZER = RustBPETokenizer.train_from_iterator(
     [f"the cat has {n} hats, the dog {n * n} mats" for n in range(99)], 300
@@ -112,17 +113,18 @@ def test_cached_logits(pair: tuple[GPT, Session], pieces: list[int]) -> None:
     close(torch.cat(found, dim=1), model(ids))
 
 
-def test_rows_of_different_length(pair: tuple[GPT, Session]) -> None:
-    """Padded on the left, prefilled together and continued: each as if it were alone."""
+@pytest.mark.parametrize("pieces", [[25, *[1] * 6], [20, 3, 1, 1, 1, 5]], ids=str)
+def test_rows_of_different_length(pair: tuple[GPT, Session], pieces: list[int]) -> None:
+    """Padded on the left, prefilled together, whole or in pieces, and continued: each as if it were alone."""
     model, session = pair
-    lengths, width, more = [3, 25, 11], 25, 6
+    lengths, width, more = [3, 25, 11, 1], 25, 6
     rows = [random_ids(1, n + more, seed=n) for n in lengths]
     padded = torch.cat([torch.cat([torch.full((1, width - r.size(1) + more), 7), r], dim=1) for r in rows])
     mask = np.array([[0] * (width - n) + [1] * (n + more) for n in lengths])
-    prefilled, past = session(padded[:, :width], mask=mask[:, :width])
-    found = [prefilled]
-    for i in range(width, width + more):
-        logits, past = session(padded[:, i : i + 1], past, mask[:, : i + 1])
+    found, past, seen = [], None, 0
+    for piece in padded.split(pieces, dim=1):
+        seen += piece.size(1)
+        logits, past = session(piece, past, mask[:, :seen])
         found.append(logits)
     for row, logits in zip(rows, torch.cat(found, dim=1)):
         close(logits[-row.size(1) :], model(row)[0])
@@ -141,11 +143,11 @@ def test_another_runtime(tmp_path: Path) -> None:
     """The standard's own evaluator has the same logits: the graph holds nothing that only onnxruntime knows."""
     from onnx.reference import ReferenceEvaluator
 
-    model = make_model(CONFIGS["later"])
+    model = make_model(CONFIGS["ngrams"])
     for int8 in (False, True):
         build_graph(model.config, model.state_dict(), int8).save(tmp_path / "m", "")
         session, ids = Session(tmp_path / "m"), random_ids(1, 30)
-        past = {i.name: np.zeros((1, 4, 0, 8), np.float32) for i in session.cache}
+        past = {i.name: np.zeros((1, 2, 0, 8), np.float32) for i in session.cache}
         feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones((1, 30), np.int64), **past}
         logits, *_ = ReferenceEvaluator(str(tmp_path / "m")).run(None, feeds)
         close(torch.from_numpy(logits), session(ids)[0], 0.05 if int8 else 5e-5)  # int8: a rounding may flip
@@ -165,7 +167,7 @@ def test_codes_are_within_half_a_step() -> None:
     assert not codes[7].any() and (np.abs(codes).max(axis=1) == 127).sum() == 49
 
 
-@pytest.mark.parametrize("name", ["later", "grouped"])
+@pytest.mark.parametrize("name", ["later", "grouped", "ngrams"])
 def test_int8(name: str, tmp_path: Path) -> None:
     """Near the model's logits, a quarter of its weights, and a token's logits depend on no later token or neighbour."""
     config = GPTConfig(**{**CONFIGS[name].to_dict(), "sequence_len": 16, "n_embd": 64})
@@ -202,7 +204,7 @@ def test_config_describes_the_cache(name: str, tmp_path: Path) -> None:
     assert outputs == ["logits", *(name.replace("past_key_values", "present") for name in wanted)]
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     assert {tuple(i.shape[1::2]) for i in session.cache} == {(config["num_key_value_heads"], head_dim)}
-    assert len(layers) == 4 + smear_layers(model.config) == 4 + {"later": 1, "later_one_kv_head": 2}.get(name, 0)
+    assert len(layers) == 4 + id_layers(model.config) == 4 + ("later" in name or "ngrams" in name)
     about = json.loads((tmp_path / "out/nanochat.json").read_text())
     assert about["route"] == "onnx" and about["model_config"]["n_layer"] == 4
     assert config["transformers.js_config"]["dtype"] == "fp32" and not (tmp_path / "out/onnx/model.onnx_data").exists()
@@ -246,11 +248,13 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # The example of the documentation
 
 
-@pytest.mark.parametrize("source", ["base", "sft"])
-def test_the_example_writes_what_the_model_writes(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("source", "ngram_rows"), [("base", 0), ("sft", 0), ("sft", 97)])
+def test_the_example_writes_what_the_model_writes(
+    source: str, ngram_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """100 greedy tokens, or up to the end."""
     pytest.importorskip("tokenizers")
-    config = GPTConfig.later(**{**SHORT, "n_kv_head": 2, "sequence_len": 128})
+    config = GPTConfig.later(**{**SHORT, "n_kv_head": 2, "sequence_len": 128, "ngram_rows": ngram_rows})
     assert config.vocab_size == TOKENIZER.get_vocab_size()
     write_onnx(portable(config, source), tmp_path / "out")
     section = DOCS.read_text(encoding="utf-8").split("\n## ONNX\n")[1].split("\n## ")[0]
@@ -275,10 +279,3 @@ def test_the_example_writes_what_the_model_writes(source: str, tmp_path: Path, m
         answer.append(token)
     assert found["answer"] == answer and printed.getvalue() == found["tokenizer"].decode(answer) + "\n"
     assert len(answer) > 20  # long enough to mean something
-
-
-def test_ngrams_are_refused(tmp_path: Path) -> None:
-    model = portable(replace(CONFIGS["later"], ngram_rows=97))
-    with pytest.raises(UserError, match="n-grams"):
-        write_onnx(model, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []

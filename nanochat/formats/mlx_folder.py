@@ -28,7 +28,8 @@ def write_mlx(model: PortableModel, out: Path, dtype: str) -> None:
     config = model.config
     if features := lacking(config):
         raise UserError(
-            f"this model has {', '.join(features)}, which mlx-lm does not compute; train with --recipe=portable"
+            f"this model has {', '.join(features)}, which mlx-lm does not compute; train with --recipe=portable, "
+            "or export this model with --to=hf or --to=onnx"
         )
     fields = hf_class.config_json(config, model.tokenizer)
     with new_folder(out) as folder:

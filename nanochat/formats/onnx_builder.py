@@ -119,7 +119,7 @@ class OnnxBuilder:
         return self._quantized[x]
 
     def embedding(self, ids: str, weight: torch.Tensor, name: str) -> str:
-        """Rows of weight (V, C) by ids (B, T) -> (B, T, C)."""
+        """Rows of weight (V, C) by ids (...) -> (..., C)."""
         if not self.int8:
             return self.op("Gather", self.constant(name, weight), ids)
         codes, scales = quantize_rows(weight)

@@ -13,24 +13,22 @@ Its layout is that of transformers.js, which Optimum reads too.
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, write_json
+from nanochat.common import write_json
 from nanochat.formats import hf_class
 from nanochat.formats.card_front import CardOptions
 from nanochat.formats.hf_folder import ABOUT, CONFIG, about, generation_config
 from nanochat.formats.hf_tokenizer import write_tokenizer
 from nanochat.formats.model_card import write_card
 from nanochat.formats.onnx_builder import import_onnx
-from nanochat.formats.onnx_graph import build_graph, smear_layers
+from nanochat.formats.onnx_graph import build_graph, id_layers
 from nanochat.formats.portable import PortableModel, new_folder
 
 GRAPHS, FLOAT, INT8 = "onnx", "model.onnx", "model_quantized.onnx"
 
 
 def write_onnx(model: PortableModel, out: Path, int8: bool = False, card: CardOptions | None = None) -> None:
-    """Create the folder `out`. Raises UserError if it exists, without the package onnx, and for n-grams."""
+    """Create the folder `out`. Raises UserError if it exists, or without the package onnx."""
     import_onnx()
-    if model.config.ngram_rows:
-        raise UserError("this model has n-grams, which the graph does not compute: --to=hf does, or train without them")
     with new_folder(out) as folder:
         (folder / GRAPHS).mkdir()
         comment = f"A {model.source} model of nanochat; what its inputs are: docs/portable.md there."
@@ -53,7 +51,7 @@ def config_json(model: PortableModel, external: dict[str, int], int8: bool) -> d
     of the context and the end of a text; what is computed is the graph's own matter.
     """
     fields = hf_class.config_json(model.config, model.tokenizer)
-    fields["num_hidden_layers"] += smear_layers(model.config)
+    fields["num_hidden_layers"] += id_layers(model.config)
     script: dict[str, Any] = {"use_external_data_format": external}
     if not int8:
         script["dtype"] = "fp32"  # in browsers it would look for the int8 file

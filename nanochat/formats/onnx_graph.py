@@ -5,8 +5,8 @@ Inputs and outputs have the names that programs for Hugging Face's decoder model
     input_ids (B, T), attention_mask (B, P+T), past_key_values.N.key and .value (B, G, P, D)
     -> logits (B, T, V), present.N.key and .value (B, G, P+T, D)
 
-A model with smear needs the embedding of the token before the first of `input_ids`. Those programs keep nothing but
-keys and values, so embeddings are cached as if they were those of further layers: see `smear_layers`.
+Smear and n-grams need the ids of the tokens before the first of `input_ids`. Those programs keep nothing but keys and
+values, so ids are cached as if they were those of one more layer: see `id_layers`.
 
 Shapes: B batch, T new tokens, P past tokens, S = P + T, C channels, H query heads, G key/value heads, R = H / G,
 D head size, V vocabulary.
@@ -23,9 +23,9 @@ from nanochat.gpt_config import GPTConfig
 HIDDEN = -1e30  # added to the score of a key that is not seen; finite, as rows of padding see none
 
 
-def smear_layers(config: GPTConfig) -> int:
-    """How many further layers the cache has, of 2 * G * D numbers a token each, for embeddings of C = H * D."""
-    return math.ceil(config.n_head / (2 * config.n_kv_head)) if config.smear else 0
+def id_layers(config: GPTConfig) -> int:
+    """How many layers the cache has for ids: 1 or 0. All its numbers of a token are the id, exact as float32."""
+    return int(config.smear or config.ngram_rows > 0)
 
 
 def build_graph(config: GPTConfig, state: dict[str, torch.Tensor], int8: bool = False) -> OnnxBuilder:
@@ -42,7 +42,7 @@ class _Network:
         self.present: list[tuple[str, str]] = []  # the new keys and values of each layer, (B, G, S, D)
 
     def build(self) -> OnnxBuilder:
-        g, num_layers = self.g, self.config.n_layer + smear_layers(self.config)
+        g, num_layers = self.g, self.config.n_layer + id_layers(self.config)
         self.ids = g.input("input_ids", "INT64", ["batch_size", "sequence_length"])
         self.mask = g.input("attention_mask", "INT64", ["batch_size", "total_sequence_length"])
         names = [(f"{i}.key", f"{i}.value") for i in range(num_layers)]
@@ -101,8 +101,7 @@ class _Network:
         """The final normed hidden states (B, T, C). Fills `present`."""
         g, cfg, state = self.g, self.config, self.state
         g.scope, middle = "embedding/", None
-        embedded = g.rms_norm(g.embedding(self.ids, self._table("transformer.wte"), "wte"))
-        x = x0 = self._smear(embedded) if cfg.smear else embedded
+        x = x0 = self._embed()
         for i, (window, _) in enumerate(cfg.window_sizes()):
             g.scope = f"layer_{i}/"
             if cfg.residual_scalars:
@@ -112,9 +111,9 @@ class _Network:
             x = g.op("Add", x, self._mlp(i, g.rms_norm(x)))
             if cfg.backout and i == cfg.n_layer // 2:
                 middle = x
-        if cfg.smear:
-            g.scope = "cached_embedding/"
-            self._cache_embeddings(embedded)
+        if id_layers(cfg):
+            g.scope = "cached_ids/"
+            self._cache_ids()
         g.scope = "head/"
         if middle is not None:
             x = g.op("Sub", x, g.op("Mul", middle, float(state["backout_lambda"])))
@@ -170,38 +169,50 @@ class _Network:
         second = g.op("Sub", g.op("Mul", b, self.cos), g.op("Mul", a, self.sin))
         return g.rms_norm(g.op("Concat", first, second, axis=3))
 
-    # -- smear ----------------------------------------------------------------------------------------
+    # -- embeddings -----------------------------------------------------------------------------------
 
-    def _smear(self, x: str) -> str:
-        """Add a gated share of the previous token's embedding, of none where the attention mask leaves it out."""
+    def _embed(self) -> str:
+        """Normed embeddings (B, T, C) of the new tokens, with n-grams and smear."""
+        g, cfg, wte = self.g, self.config, self._table("transformer.wte")
+        if not id_layers(cfg):
+            return g.rms_norm(g.embedding(self.ids, wte, "wte"))
+        ids = self._ids_with_past()  # (B, 3+T)
+        x = g.embedding(g.op("Max", g.slice(ids, 2, ENDLESS, 1), 0), wte, "wte")  # (B, 1+T, C)
+        x = g.rms_norm(g.op("Add", x, self._ngrams(ids)) if cfg.ngram_rows else x)
+        new = g.slice(x, 1, ENDLESS, 1)  # (B, T, C)
+        return self._smear(new, g.slice(x, 0, -1, 1), g.slice(ids, 2, -1, 1)) if cfg.smear else new
+
+    def _ids_with_past(self) -> str:
+        """The ids (B, 3+T) of the new tokens and of three before; -1 where there is none or the mask leaves it out."""
+        g, cached = self.g, self.past[self.config.n_layer][0]
+        past = g.op("Cast", g.op("Gather", g.op("Gather", cached, 0, axis=3), 0, axis=1), to=g.onnx.TensorProto.INT64)
+        kept = g.op("Cast", self.mask, to=g.onnx.TensorProto.BOOL)
+        ids = g.op("Where", kept, g.op("Concat", past, self.ids, axis=1), -1)  # (B, S)
+        return g.slice(g.op("Pad", ids, [0, 3, 0, 0], -1), self.past_length, ENDLESS, 1)
+
+    def _ngrams(self, ids: str) -> str:
+        """What pairs and triples of ids (B, 2+N) add to the embeddings of the last N: (B, N, C)."""
+        g = self.g
+        one, two, three = (g.slice(ids, start, end, 1) for start, end in ((2, ENDLESS), (1, -1), (0, -2)))
+        pair = g.op("Add", g.op("Mul", one, 998_244_353), g.op("Mul", g.op("Add", two, 1), 1_000_000_007))
+        triple = g.op("Add", pair, g.op("Mul", g.op("Add", three, 1), 1_610_612_741))
+        hashes = g.op("Concat", g.op("Unsqueeze", pair, [0]), g.op("Unsqueeze", triple, [0]), axis=0)  # (2, B, N)
+        rows = g.op("Mod", hashes, self.config.ngram_rows)
+        rows = g.embedding(rows, self.state["ngram_embed.weight"], "ngram_embed")
+        return self._linear(g.op("ReduceSum", rows, [0], keepdims=0), "ngram_proj", exact=True)
+
+    def _smear(self, x: str, previous: str, previous_ids: str) -> str:
+        """Add to x (B, T, C) a gated share of the embedding before each, if there is one."""
         g, cfg = self.g, self.config
-        last = self._last_embedding()  # (B, 1, C); (B, 0, C) without past tokens
-        padded = g.op("Pad", g.op("Concat", last, x, axis=1), [0, 1, 0, 0, 0, 0])
-        previous = g.slice(padded, g.op("Min", self.past_length, 1), -1, 1)  # (B, T, C)
-        kept = g.slice(g.op("Pad", self.mask, [0, 1, 0, 0]), self.past_length, -1, 1)  # (B, T)
-        kept = g.op("Unsqueeze", g.op("Cast", kept, to=g.onnx.TensorProto.FLOAT), [2])
+        there = g.op("Unsqueeze", g.op("Where", g.op("Less", previous_ids, 0), 0.0, 1.0), [2])
         gate = self._linear(g.slice(x, 0, cfg.smear_channels, 2), "smear_gate", exact=True)  # (B, T, 1)
         gate = g.op("Mul", g.op("Sigmoid", gate), float(self.state["smear_lambda"]))
-        return g.op("Add", x, g.op("Mul", g.op("Mul", gate, kept), previous))
+        return g.op("Add", x, g.op("Mul", g.op("Mul", gate, there), previous))
 
-    def _last_embedding(self) -> str:
-        """The embedding of the last cached token, from the cache's further layers."""
+    def _cache_ids(self) -> None:
+        """Append the new ids to the cache's last layer, G * D times each in keys and in values."""
         g, cfg = self.g, self.config
-        parts = []
-        for value in [value for pair in self.past[cfg.n_layer :] for value in pair]:
-            last = g.op("Transpose", g.slice(value, -1, ENDLESS, 2), perm=[0, 2, 1, 3])  # (B, 0 or 1, G, D)
-            parts.append(g.reshape(last, 0, 0, cfg.n_kv_head * cfg.head_dim))
-        return g.slice(g.op("Concat", *parts, axis=2), 0, cfg.n_embd, 2)
-
-    def _cache_embeddings(self, x: str) -> None:
-        """Append x (B, T, C) to the cache's further layers; what is left of the last of them is zero."""
-        g, cfg, layers = self.g, self.config, self.past[self.config.n_layer :]
-        width = cfg.n_kv_head * cfg.head_dim
-        if missing := 2 * len(layers) * width - cfg.n_embd:
-            x = g.op("Pad", x, [0, 0, 0, 0, 0, missing])
-        for i, pair in enumerate(layers):
-            key, value = (
-                g.op("Concat", past, self._heads(g.slice(x, start, start + width, 2), cfg.n_kv_head), axis=2)
-                for past, start in zip(pair, (2 * i * width, (2 * i + 1) * width))
-            )
-            self.present.append((key, value))
+        ids = g.op("Unsqueeze", g.op("Cast", self.ids, to=g.onnx.TensorProto.FLOAT), [1, 3])  # (B, 1, T, 1)
+        ids = g.op("Expand", ids, [1, cfg.n_kv_head, 1, cfg.head_dim])
+        key, value = (g.op("Concat", past, ids, axis=2) for past in self.past[cfg.n_layer])
+        self.present.append((key, value))
