@@ -1,5 +1,7 @@
 """What several test files share: a model small enough to train in a test."""
 
+import contextlib
+import gc
 import json
 import os
 import shutil
@@ -46,6 +48,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_freeze_nothing() -> Iterator[None]:
+    """A run's own freezing of objects goes through all that pytest and all the tests have loaded, twice a run."""
+    from nanochat import trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "frozen_objects", contextlib.nullcontext)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_objects_frozen() -> None:
+    """Leave what is loaded before a file's tests out of their garbage collections: a second each in a full suite."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", params=SAFE_LEVELS)

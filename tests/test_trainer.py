@@ -30,7 +30,7 @@ from nanochat.train.config import OnResume, TrainConfig, merge_saved_config, res
 from nanochat.train.metrics import Metrics, cut_metrics
 from nanochat.train.run import run_to_end
 from nanochat.train.snapshot import check_disk
-from nanochat.trainer import Hook, Interrupted, Record, Trainer
+from nanochat.trainer import Hook, Interrupted, Record, Trainer, frozen_objects
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -433,8 +433,9 @@ def test_data_that_ends_early_ends_the_run_with_a_save(capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_loaded_objects_are_not_collected_again_during_a_run(fails: bool) -> None:
+def test_loaded_objects_are_not_collected_again_during_a_run(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Garbage collection is frozen from the first step to the end of the run, however it ends."""
+    monkeypatch.setattr(trainer_module, "frozen_objects", frozen_objects)  # in place of conftest.py's
     gc.unfreeze()
     trainer = make_trainer(steps=3)
     frozen: list[int] = []
