@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def runs_freeze_nothing() -> Iterator[None]:
-    """A run's own freezing of objects goes through all that pytest and all the tests have loaded, twice a run."""
+def short_starts() -> Iterator[None]:
+    """Runs in this process freeze no objects, of which pytest and the tests have loaded a million, and measure the
+    machine's FLOP/s briefly: a second a run in a full suite."""
     from nanochat import trainer
+    from nanochat.train import timing
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "frozen_objects", contextlib.nullcontext)
+        patch.setattr(timing, "measure_peak_flops", partial(timing.measure_peak_flops, seconds=0.001))
         yield
 
 
