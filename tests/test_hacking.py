@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from stubs import TINY
 
 from nanochat.cpu import kernels
@@ -91,18 +92,24 @@ def test_rule_layer_and_source_train_and_generate(patched: Path, copied: Path, t
         "--recipe=default,matrix_rule=lion,matrix_lr=0.001,mlp=swiglu",
         f"--data=sqlite://{database}",
     ]
-    done = run(patched, "-m", "scripts.base_train", *flags, base=copied)
+    train_and_export = """if True:
+        import sys
+        from scripts import base_train, export
+        assert base_train.main(sys.argv[1:]) == 0
+        try:
+            export.main(["out", "-i", "base"])
+        except Exception as error:
+            print("refused:", error)
+    """
+    done = run(patched, "-c", train_and_export, *flags, base=copied)
     # The C decoder does not know the layer, says so once, and PyTorch samples.
     assert done.stderr.count("SwiGLU") == int(kernels.in_use(torch.device("cpu")))
     folder = copied / "base_checkpoints" / "tiny"
-    code = "import sys; from safetensors import safe_open\nfor p in sys.argv[1:]: print(*safe_open(p, 'pt').keys())"
-    names = run(patched, "-c", code, *map(str, (folder / "000004").glob("*.safetensors")), base=copied).stdout
+    files = (folder / "000004").glob("*.safetensors")
+    names = " ".join(name for path in files for name in safe_open(path, "pt").keys())  # noqa: SIM118
     assert "mlp.c_gate.weight" in names and "exp_avg" in names and "momentum_buffer" not in names
     # Nor do exports: theirs would be another model.
-    export = (
-        "from scripts.export import main\ntry: main(['out', '-i', 'base'])\nexcept Exception as error: print(error)"
-    )
-    refused = run(patched, "-c", export, base=copied).stdout
+    refused = done.stdout.partition("refused:")[2]
     assert "mlp=swiglu" in refused and "same_network.py" in refused and not (patched / "out").exists()
     shutil.rmtree(folder / "000004")
     assert "step 2" in run(patched, "-m", "scripts.base_train", *flags, "--resume", base=copied).stdout
