@@ -1,5 +1,6 @@
 """Run a function on several ranks: processes that form a gloo group, as torchrun would start them."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nanochat import trainer
 from nanochat.runtime import Runtime
 
 # Children are forked from one process that has imported all slow modules.
@@ -63,6 +65,7 @@ def _child(
     timeout: float,
 ) -> None:
     gc.freeze()  # collecting garbage would copy all inherited memory, half a second per process
+    trainer.frozen_objects = contextlib.nullcontext  # would thaw it
     torch.set_num_threads(1)
     environment, args = pickle.loads(sent)
     os.environ.clear()

@@ -68,7 +68,7 @@ SMALL_TEXT = {
     "data": ["--chars=20000", "--documents=100", "--again=20"],
     "decode": ["--prompt=5", "--prompts", "7", "--rows", "1", "3"],
     "sandbox": ["--problems=0"],
-    "distributed": ["--processes=1,2", "--rounds-of-all=1"],
+    "distributed": ["--processes=2", "--rounds-of-all=1"],
 }
 
 
