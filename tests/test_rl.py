@@ -124,9 +124,9 @@ def test_on_a_bandit_the_policy_finds_the_best_arm(runtime: Runtime) -> None:
     with torch.no_grad():  # it likes to stop: an answer that is cut off earns nothing
         model.lm_head.weight[END] += 0.5 * model.hidden(torch.tensor([[ord("b")]]))[0, 0]
     loader = loader_for(model, runtime, groups=8, num_samples=16, max_new_tokens=8)
-    step = step_for(model, runtime, micro=128, steps=150, lr=0.5)
+    step = step_for(model, runtime, micro=128, steps=100, lr=0.5)
     first = None
-    for _ in range(150):
+    for _ in range(100):
         batch = loader.next_batch()
         first = first if first is not None else loader.figures["reward"]
         step(batch)
