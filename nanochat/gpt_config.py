@@ -12,7 +12,7 @@ from nanochat.common.ranges import Range, check_ranges
 class GPTConfig:
     """Everything that defines the network. Saved with every checkpoint and read back from it.
 
-    The defaults are the published form; `later()` and `plain()` are the two others people compare with.
+    The defaults are the published form; `later()`, `small()` and `plain()` are the others people compare with.
     """
 
     sequence_len: Annotated[int, Range(2, 2**20)] = 2048
@@ -31,7 +31,7 @@ class GPTConfig:
     value_gate_scale: Annotated[float, Range(-1e6, 1e6)] = 2.0
     residual_scalars: bool = True  # per layer: x = resid_lambda * x + x0_lambda * x0
     ngram_rows: Annotated[int, Range(0, 2**26)] = 0  # of the table of hashed pairs and triples of tokens; 0: none
-    ngram_dim: Annotated[int, Range(1, 2**17)] = 64  # of a row, which a matrix brings to n_embd
+    ngram_dim: Annotated[int, Range(1, 2**17)] = 32  # of a row, which a matrix brings to n_embd
     smear: bool = False  # each token takes a gated bit of its predecessor's embedding
     smear_channels: Annotated[int, Range(1)] = 24
     backout: bool = False  # the middle layer's residual is subtracted before the head
@@ -66,6 +66,12 @@ class GPTConfig:
             "init": "later",
         }
         return cls(**{**features, **sizes})
+
+    @classmethod
+    def small(cls, **sizes: Any) -> "GPTConfig":
+        """The later form with the published initialisation, and n-grams: look-ups are cheap on a CPU, products not."""
+        rows = min(64 * sizes.get("vocab_size", cls.vocab_size), 2**20)
+        return cls.later(**{"init": "published", "ngram_rows": rows, **sizes})
 
     @classmethod
     def plain(cls, **sizes: Any) -> "GPTConfig":

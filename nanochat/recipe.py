@@ -76,11 +76,12 @@ LATER = Recipe(
     },
     plan_changes={"decay_by_horizon": True},
 )
-# The later one's network and rates, with the published initialisation and schedule and with rates that rise as the
-# horizon gets shorter: better in the short runs of small models that were compared here (dev/LOG.md, 2026-11-24).
+# The later one's network and rates, with the published initialisation and schedule, n-grams, and rates that rise as
+# the horizon gets shorter: better in the short runs of small models that were compared here (dev/LOG.md, 2026-11-24
+# and 29).
 SMALL = replace(
     LATER,
-    model_changes={"init": "published"},
+    model_form=GPTConfig.small,
     schedule_changes={"momentum_peak": 0.97, "momentum_warmdown": True, "decay_shape": "cosine"},
     plan_changes={**LATER.plan_changes, "horizon_exponent": 0.2},
 )

@@ -213,6 +213,17 @@ def card_for(base: Path, rows: int, T: int, factor: float = 1.0) -> FakeCard:
     return FakeCard(usage(model, rows, T, factor) / USABLE_SHARE * 1.001, partial(usage, factor=factor))
 
 
+WITHOUT_NGRAMS = "--recipe=small,ngram_rows=0"
+
+
+@pytest.fixture
+def plain_base(copied: Path) -> Path:
+    """A base folder whose tiny model has no n-grams: the update of their table would need more than its activations."""
+    shutil.rmtree(run_dir(copied, "base", "tiny"))
+    assert base_train.main([*TINY, WITHOUT_NGRAMS, f"--data={copied / 'text.jsonl'}"]) == 0
+    return copied
+
+
 class Lengths(Format):
     """Longer answers earn more, so that most groups have something to learn."""
 
@@ -239,19 +250,19 @@ def script_of(stage: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
         flags += ["--total-batch-size=384", f"--data={path}", "--eval-tokens=16", "--max-seq-len=12"]
         return lambda more: chat_sft.main([*flags, *more]), 12
     model = [f for f in TINY if f.startswith(("--depth", "--n-embd", "--head-dim", "--max-seq-len", "--eval-tokens"))]
-    flags += [*model, "--total-batch-size=512", f"--data={base / 'text.jsonl'}"]
+    flags += [*model, WITHOUT_NGRAMS, "--total-batch-size=512", f"--data={base / 'text.jsonl'}"]
     return lambda more: base_train.main([*flags, *more]), 16
 
 
 @pytest.mark.parametrize("stage", ["base", "sft", "rl"])
 def test_each_stage_searches_its_device_batch_and_trains(
-    stage: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, plain_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU without --device-batch-size: of 32 rows a step, 8 fit at once."""
-    main, T = script_of(stage, copied, monkeypatch)
-    with fake_card(monkeypatch, card_for(copied, 8, T)) as card:
+    main, T = script_of(stage, plain_base, monkeypatch)
+    with fake_card(monkeypatch, card_for(plain_base, 8, T)) as card:
         assert main([]) == 0
-    saved = open_checkpoint(run_dir(copied, stage, "faked"))
+    saved = open_checkpoint(run_dir(plain_base, stage, "faked"))
     assert saved.step == 3 and saved.meta["runtime"]["device_batch_size"] == 8
     assert saved.meta["user_config"]["device_batch_size"] == -1
     assert card.trained[:2] == [(8, T)] * 2 and max(rows for rows, _ in card.trained) == 8
@@ -262,11 +273,11 @@ def test_each_stage_searches_its_device_batch_and_trains(
 
 @pytest.mark.parametrize(("factor", "rows"), [(0.1, 32), (10.0, 4)])
 def test_a_wrong_estimate_costs_few_compilations(
-    factor: float, rows: int, copied: Path, monkeypatch: pytest.MonkeyPatch
+    factor: float, rows: int, plain_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Too high: one more, as the first trial's memory says which size is right. Too low: one for each halving."""
-    main, T = script_of("base", copied, monkeypatch)
-    with fake_card(monkeypatch, card_for(copied, rows, T, factor)) as card:
+    main, T = script_of("base", plain_base, monkeypatch)
+    with fake_card(monkeypatch, card_for(plain_base, rows, T, factor)) as card:
         assert main([]) == 0
     first, *others = [size for size, _ in card.compiled]
     assert others == ([rows] if rows == 32 else [first >> i for i in range(1, (first // rows).bit_length())]) != []
@@ -277,28 +288,28 @@ def losses_of(base: Path, tag: str = "faked") -> list[float]:
     return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
 
 
-def test_a_run_resumes_on_a_smaller_card(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_on_a_smaller_card(plain_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The saved device batch does not fit there; the data and the losses stay."""
-    main, T = script_of("base", copied, monkeypatch)
-    with fake_card(monkeypatch, card_for(copied, 32, T)):
+    main, T = script_of("base", plain_base, monkeypatch)
+    with fake_card(monkeypatch, card_for(plain_base, 32, T)):
         assert main([]) == 0
-    losses = losses_of(copied)
+    losses = losses_of(plain_base)
     for card, rows, more in (
-        (card_for(copied, 8, T), 8, []),
-        (card_for(copied, 32, T), 32, []),
-        (card_for(copied, 32, T), 4, ["--device-batch-size=4"]),
+        (card_for(plain_base, 8, T), 8, []),
+        (card_for(plain_base, 32, T), 32, []),
+        (card_for(plain_base, 32, T), 4, ["--device-batch-size=4"]),
     ):
         with fake_card(monkeypatch, card):
             assert main(["--resume-from-step=1", *more]) == 0
-        again = open_checkpoint(run_dir(copied, "base", "faked"))
+        again = open_checkpoint(run_dir(plain_base, "base", "faked"))
         assert again.meta["runtime"]["device_batch_size"] == rows
-        assert len(losses) == 3 and losses_of(copied) == pytest.approx(losses, rel=1e-5)
+        assert len(losses) == 3 and losses_of(plain_base) == pytest.approx(losses, rel=1e-5)
 
 
 def test_memory_that_ends_within_a_run_names_the_flag(
-    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    plain_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main, _ = script_of("base", copied, monkeypatch)
+    main, _ = script_of("base", plain_base, monkeypatch)
     with fake_card(monkeypatch, FakeCard(0.0, usage)):
         assert main(["--device-batch-size=8"]) == 1
     assert "--device-batch-size=4" in capsys.readouterr().err

@@ -32,7 +32,10 @@ def test_names_stand_for_what_is_published() -> None:
     assert later.model().init == "later" and later.plan == PlanRules(decay_by_horizon=True)
     # The small one is the later one, but for what short runs want.
     small = get_recipe("small")
-    assert small.model(n_layer=3) == later.model(n_layer=3, init="published")
+    network = small.model(n_layer=3, vocab_size=4096)
+    assert network == GPTConfig.later(n_layer=3, vocab_size=4096, init="published", ngram_rows=64 * 4096)
+    assert small.model(vocab_size=50_000).ngram_rows == 2**20  # 128 MiB in float32
+    assert get_recipe("small,ngram_rows=0").model(n_layer=3) == later.model(n_layer=3, init="published")
     assert small.optimizer() == later.optimizer()
     assert small.schedule(10) == OLD_SCHEDULE and small.plan.decay_by_horizon
     assert small.plan.horizon_exponent == 0.2
