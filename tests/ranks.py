@@ -1,7 +1,8 @@
-"""Run a function on several ranks: processes that form a gloo group, as torchrun would start them."""
+"""Run a function on several ranks, which form a gloo group, as torchrun would start them; or one script by itself."""
 
 import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -9,7 +10,9 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 
 from nanochat import trainer
 from nanochat.runtime import Runtime
+from nanochat.train import timing
 
 # Children are forked from one process that has imported all slow modules.
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -64,9 +68,7 @@ def _child(
     sent: bytes,
     timeout: float,
 ) -> None:
-    gc.freeze()  # collecting garbage would copy all inherited memory, half a second per process
-    trainer.frozen_objects = contextlib.nullcontext  # would thaw it
-    torch.set_num_threads(1)
+    _prepare()
     environment, args = pickle.loads(sent)
     os.environ.clear()
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -85,3 +87,28 @@ def _child(
         answer = False, f"rank {rank}: {traceback.format_exc()}"
     sender.send_bytes(pickle.dumps(answer))
     runtime.close()
+
+
+def start_script(name: str, argv: list[str], base: Path) -> BaseProcess:
+    """Start a stage with a base folder, and its output in log.txt there. It starts at once, with all modules loaded."""
+    process = FORKSERVER.Process(target=_run_script, args=(name, argv, str(base), dict(os.environ)))
+    process.start()
+    return process
+
+
+def _run_script(name: str, argv: list[str], base: str, environment: dict[str, str]) -> None:
+    _prepare()
+    os.environ.clear()
+    os.environ |= environment | {"NANOCHAT_BASE_DIR": base}
+    handle = os.open(Path(base) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    raise SystemExit(importlib.import_module(f"scripts.{name}").main(argv))
+
+
+def _prepare() -> None:
+    """Make a forked process quick, as conftest.py does for runs in this one."""
+    gc.freeze()  # collecting garbage would copy all inherited memory, half a second per process
+    trainer.frozen_objects = contextlib.nullcontext  # would thaw it
+    timing.measure_peak_flops = partial(timing.measure_peak_flops, seconds=0.001)
+    torch.set_num_threads(1)

@@ -1,8 +1,6 @@
 """A run killed at random moments resumes from its last save and ends with the same bits."""
 
-import gc
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -10,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import FORKSERVER
+from ranks import start_script
 
 from nanochat.common import sha256_file
 
@@ -41,29 +39,8 @@ SFT = [
 ]
 
 
-def child(stage: str, argv: list[str], base_dir: str, log: str) -> None:
-    """Run one stage with its output in a file."""
-    import importlib
-
-    import torch
-
-    gc.freeze()  # as in ranks.py
-    torch.set_num_threads(1)
-    os.environ["NANOCHAT_BASE_DIR"] = base_dir
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    raise SystemExit(importlib.import_module(f"scripts.{stage}").main(argv))
-
-
-def start(stage: str, argv: list[str], base: Path) -> multiprocessing.process.BaseProcess:
-    process = FORKSERVER.Process(target=child, args=(stage, argv, str(base), str(base / "log.txt")))
-    process.start()
-    return process
-
-
 def finish(stage: str, argv: list[str], base: Path) -> None:
-    process = start(stage, argv, base)
+    process = start_script(stage, argv, base)
     process.join(120)
     assert process.exitcode == 0, (base / "log.txt").read_text()[-3000:]
 
@@ -124,7 +101,7 @@ def test_killed_runs_end_like_one_never_killed(
     rng, kills, reached = random.Random(7), 0, 0
     run = tmp_path / folder / "tiny"
     while kills < 10:  # twenty in all
-        process = start(stage, flags, tmp_path)
+        process = start_script(stage, flags, tmp_path)
         # Some are killed while they start or load, the others up to three steps later, at any point.
         # Near the end all are killed while they start: a run that has ended cannot be killed.
         room = STEPS - count_lines(run)
@@ -191,7 +168,7 @@ def test_killed_reinforcement_learning_ends_like_one_never_killed(straight: Path
         shutil.copytree(straight / "tokenizer", base / "tokenizer")
     finish("chat_rl", flags, bases[0])
     run = bases[1] / "chatrl_checkpoints" / "tiny"
-    process = start("chat_rl", flags, bases[1])
+    process = start_script("chat_rl", flags, bases[1])
     while process.is_alive() and count_lines(run) < 5:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]

@@ -3,15 +3,13 @@
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from ranks import start_script
 
 from nanochat.report import accuracy_values, load_report, record_stage
 from nanochat.reporting import findings, gains
@@ -356,22 +354,20 @@ def test_a_killed_run_is_noticed(copied: Path, capsys: pytest.CaptureFixture[str
     from stubs import TINY
 
     flags = [f for f in TINY if not f.startswith("--num-iterations")]
-    command = [sys.executable, "-m", "scripts.base_train", *flags, f"--data={copied / 'text.jsonl'}"]
-    command += ["--num-iterations=1000000", "--eval-every=5", "--eval-tokens=16"]
-    environment = os.environ | {"NANOCHAT_BASE_DIR": str(copied)}
-    root = Path(__file__).parent.parent
-    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while load_report(copied)["base_train"].get("status") != "running" and time.monotonic() < deadline:
-                assert process.poll() is None
-                time.sleep(0.02)
-            _, statuses = judge(load_report(copied), copied)
-            assert statuses["base_train"].alive and "1000000" in load_report(copied)["base_train"]["progress"]
-            assert main(["--base-dir", str(copied)]) == 0 and "step " in capsys.readouterr().out
-            assert 'http-equiv="refresh"' in (copied / "report" / "report.html").read_text()
-        finally:
-            process.send_signal(signal.SIGKILL)
+    flags += [f"--data={copied / 'text.jsonl'}", "--num-iterations=1000000", "--eval-every=5", "--eval-tokens=16"]
+    process = start_script("base_train", flags, copied)
+    try:
+        deadline = time.monotonic() + 60
+        while load_report(copied)["base_train"].get("status") != "running" and time.monotonic() < deadline:
+            assert process.is_alive(), (copied / "log.txt").read_text()
+            time.sleep(0.02)
+        _, statuses = judge(load_report(copied), copied)
+        assert statuses["base_train"].alive and "1000000" in load_report(copied)["base_train"]["progress"]
+        assert main(["--base-dir", str(copied)]) == 0 and "step " in capsys.readouterr().out
+        assert 'http-equiv="refresh"' in (copied / "report" / "report.html").read_text()
+    finally:
+        process.kill()
+        process.join()
     record_stage(copied, "tokenizer", {"seconds": 1})  # any later stage draws the report again
     for page in ("report.html", "report.md"):
         text = (copied / "report" / page).read_text()
