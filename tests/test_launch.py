@@ -1,19 +1,16 @@
 """Exit codes of scripts.launch."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from ranks import start_script
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from nanochat.common import UserError
 from scripts import launch
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(("program", "code"), [("exit 0", 0), ("exit 2", 2), ("exit 143", 143), ("kill -ABRT $$", 134)])
@@ -21,10 +18,12 @@ def test_exit_code_of_the_program(program: str, code: int, tmp_path: Path) -> No
     path = tmp_path / "program"
     path.write_text(program)
     flags = ["--no-python", "--standalone", "--nproc_per_node=1", f"--log-dir={tmp_path}", "sh", str(path)]
-    done = subprocess.run([sys.executable, "-m", "scripts.launch", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert ("launch: rank 0 failed first" in done.stderr) == (code > 0)
-    assert bool(re.search("SIGABRT.* --resume .*--timeout", done.stderr)) == (code == 134)
+    process = start_script("launch", flags, tmp_path)
+    process.join(120)
+    said = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == code, said
+    assert ("launch: rank 0 failed first" in said) == (code > 0)
+    assert bool(re.search("SIGABRT.* --resume .*--timeout", said)) == (code == 134)
 
 
 @pytest.mark.parametrize("error", [RendezvousConnectionError("gone"), dist.DistNetworkError("reset\nat frame 0")])
