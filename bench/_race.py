@@ -30,7 +30,7 @@ GRACE_SECONDS = 900.0  # that a run may take beyond its minutes before it counts
 @dataclass(frozen=True)
 class Side:
     """One side of a race, written as words: `@REVISION` for other code, `--flag=value` of base_train, `vocab=N`,
-    and changes to the recipe such as `smear=False`. No words: the working tree with the common flags."""
+    and changes to the recipe such as `backout=False`. No words: the working tree with the common flags."""
 
     text: str
     revision: str = ""
@@ -53,7 +53,7 @@ class Side:
                 changes += word.split(",")
             else:
                 raise UserError(
-                    f"{word!r} is neither @REVISION, --flag=value, vocab=N nor a change such as smear=False"
+                    f"{word!r} is neither @REVISION, --flag=value, vocab=N nor a change such as backout=False"
                 )
         return cls(" ".join(text.split()), revision, tuple(flags), tuple(changes), vocab_size)
 

@@ -1,4 +1,4 @@
-"""Race one recipe or revision against another at equal time: `python -m bench.recipe --b=smear=False --minutes=5`.
+"""Race one recipe or revision against another at equal time: `python -m bench.recipe --b=backout=False --minutes=5`.
 
 Both sides train at the same time, each on its own half of the cores (on a GPU, in turns), from the same seeds, and are
 measured on the same held-out text. Each pair of runs gives one difference; the table has its mean over the pairs with
@@ -30,7 +30,7 @@ LEADERBOARD = ROOT / "dev" / "LEADERBOARD.md"
 @dataclass
 class Config:
     """Race side B against side A. A side is written as words: @REVISION, --flag=value of base_train, vocab=N, or
-    changes to the recipe such as smear=False,matrix_lr=0.03; nothing is the working tree as it is."""
+    changes to the recipe such as backout=False,matrix_lr=0.03; nothing is the working tree as it is."""
 
     a: str = ""
     """The yardstick."""
@@ -61,7 +61,7 @@ class Config:
 def main(argv: Sequence[str] | None = None) -> int:
     config = _cli.parse(Config, argv)
     if bool(config.b) == bool(config.candidates):
-        raise UserError("give what to race against A: --b=smear=False, or --candidates=FILE with one a line")
+        raise UserError("give what to race against A: --b=backout=False, or --candidates=FILE with one a line")
     candidates = [Side.parse(config.b)]
     if config.candidates:
         candidates = read_candidates(read_file(config.candidates).decode(errors="replace").splitlines())

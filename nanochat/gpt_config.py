@@ -69,9 +69,9 @@ class GPTConfig:
 
     @classmethod
     def small(cls, **sizes: Any) -> "GPTConfig":
-        """The later form with the published initialisation, and n-grams: look-ups are cheap on a CPU, products not."""
+        """The later form with the published initialisation, and with n-grams in place of smear: look-ups are cheap."""
         rows = min(64 * sizes.get("vocab_size", cls.vocab_size), 2**20)
-        return cls.later(**{"init": "published", "ngram_rows": rows, **sizes})
+        return cls.later(**{"init": "published", "ngram_rows": rows, "smear": False, **sizes})
 
     @classmethod
     def plain(cls, **sizes: Any) -> "GPTConfig":

@@ -50,7 +50,7 @@ class ModelFlags:
     """Per layer, tiled: S short window, L full context; the last layer is always L."""
     recipe: str = "default"
     """default (small or later, by the network's size), small, published, later, plain or portable; changes may follow:
-    default,smear=False,matrix_lr=0.03 (docs/training.md)."""
+    default,backout=False,matrix_lr=0.03 (docs/training.md)."""
     target_flops: Annotated[float, Range(above=0, unset=-1)] = -1.0
     """Horizon in training FLOPs."""
     target_param_data_ratio: Annotated[float, Range(above=0, unset=-1)] = 10.5
