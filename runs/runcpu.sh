@@ -37,8 +37,8 @@ if [ -n "$SMOKE" ]; then
   RL="--num-iterations=2 --examples-per-step=2 --num-samples=4 --max-new-tokens=16 --eval-examples=4"
 else
   VOCAB=4096 CHARS=20000000 CONTEXT=512 DEPTH=-1 BATCH=4096 SPLIT=65536
-  BASE="--minutes=$(share 0.31) --eval-every=150 --save-every=100 --eval-tokens=32768"
-  SFT="--minutes=$(share 0.44) --eval-every=300 --save-every=100 --eval-tokens=32768" EVAL="-x 200"
+  BASE="--minutes=$(share 0.31) --eval-every=150 --save-every=500 --eval-tokens=32768"
+  SFT="--minutes=$(share 0.44) --eval-every=300 --save-every=500 --eval-tokens=32768" EVAL="-x 200"
   RL="--minutes=$(share 0.12) --init-lr-frac=0.02 --examples-per-step=24 --max-new-tokens=64 --eval-every=50 --save-every=50"
 fi
 done_file() { [ -f "$NANOCHAT_BASE_DIR/.done/$1" ]; }
@@ -56,7 +56,7 @@ if [ -n "$EARLIER" ] && [ "$(share 1.0)" != "$EARLIER" ]; then
 fi
 stage tok_train  python -m scripts.tok_train --data=starter --vocab-size=$VOCAB --max-chars=$CHARS
 done_file base_train || FRESH=1
-# The small recipe at every depth: it was better in all short runs that were compared.
+# The small recipe at every depth: it was made for short runs.
 stage base_train python -m scripts.base_train --resume --data=starter --model-tag=cpu --recipe=small --depth=$DEPTH --head-dim=64 \
   --max-seq-len=$CONTEXT --total-batch-size=$BATCH --sample-every=-1 $BASE
 [ -z "${FRESH:-}" ] || share 1.0 > "$NANOCHAT_BASE_DIR/.done/minutes"
