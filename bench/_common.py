@@ -36,7 +36,7 @@ class Flags:
     window_pattern: str = "SSSL"
     """Per layer, tiled: S short window, L full context."""
     recipe: str = "default"
-    """Model features and rates: default, published, later or plain, and changes to it (default,backout=False)."""
+    """Features and rates: default, small, published, later, plain or portable, and changes (default,backout=False)."""
     dtype: str = ""
     """float32, bfloat16 or float16; empty chooses by the machine."""
     device_type: str = ""

@@ -154,9 +154,12 @@ def open_corpus(
         if other != found[0]:
             raise UserError(f"--data differs between ranks: rank {rank} finds other files than rank 0")
     if saved and saved.fingerprint != corpus.fingerprint:
+        same = "give the same --data"
+        if {"starter", STARTER_VAL} & set(corpus.name.split(",")):
+            same += " with the version of nanochat that began the run, as the starter corpus may be another one now"
         raise UserError(
             f"the data has changed since step {saved.step} was saved: cannot resume exactly; "
-            "give the same --data, or start a new run with --init-from"
+            f"{same}, or start a new run with --init-from"
         )
     return corpus
 

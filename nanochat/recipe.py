@@ -126,7 +126,7 @@ def get_recipe(text: str) -> Recipe:
         kind = next((kind for kind, owner in OWNERS.items() if key in _types(owner)), None)
         if not equals or kind is None:
             known = ", ".join(sorted({key for owner in OWNERS.values() for key in _types(owner)}))
-            raise UserError(f"--recipe: after the name come changes like smear=False, not {change!r}; known: {known}")
+            raise UserError(f"--recipe: after the name come changes like backout=False, not {change!r}; known: {known}")
         changed[kind][key] = _read(key, value, _types(OWNERS[kind])[key])
     return Recipe(recipe.model_form, recipe.optimizer_form, **changed)
 

@@ -130,13 +130,15 @@ def test_the_cache_and_the_windows(tmp_path: Path) -> None:
     assert facts["model"]["form"] == "published" and facts["model"]["changes"] == {"qk_scale": 1.5}
 
 
-@pytest.mark.parametrize("form", ["plain", "published", "later"])
+@pytest.mark.parametrize("form", ["plain", "published", "later", "small"])
 def test_forms(form: str) -> None:
     from nanochat.inspection.describe import FORMS, nearest_form
 
     network = FORMS[form](**{**SIZES, "n_layer": 4})
     assert nearest_form(network) == (form, {})
     assert nearest_form(dataclasses.replace(network, softcap=20.0)) == (form, {"softcap": 20.0})
+    wider = {"ngram_dim": 64}  # counts only where there are n-grams
+    assert nearest_form(dataclasses.replace(network, **wider)) == (form, wider if form == "small" else {})
 
 
 def test_evaluations_count_if_they_are_of_these_weights(saved: Path, tmp_path: Path) -> None:

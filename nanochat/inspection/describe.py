@@ -107,6 +107,7 @@ FORMS: dict[str, Callable[..., GPTConfig]] = {
     "plain": GPTConfig.plain,
     "published": GPTConfig,
     "later": GPTConfig.later,
+    "small": GPTConfig.small,
 }
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 
@@ -120,6 +121,7 @@ def effective(config: GPTConfig) -> Record:
         "value_gate_channels": config.value_embeds,
         "value_gate_scale": config.value_embeds,
         "smear_channels": config.smear,
+        "ngram_dim": config.ngram_rows > 0,
     }
     fields["window_pattern"] = config.window_pattern.upper() if short else "L"
     return {name: value for name, value in fields.items() if unused.get(name, True)}

@@ -29,7 +29,7 @@ class NanochatGPTConfig(PretrainedConfig):
         smear=False,  # each token takes a gated share of its predecessor's embedding
         smear_channels=24,
         ngram_rows=0,  # of a table of hashed pairs and triples of tokens, added to the embeddings
-        ngram_dim=64,
+        ngram_dim=32,
         backout=False,  # the middle layer's residual is subtracted before the head
         initializer_range=0.02,
         tie_word_embeddings=False,

@@ -1,6 +1,6 @@
 """A nanochat GPT for Hugging Face transformers: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
 
-    tokens -> embedding -> norm -> smear -> layers (attention, MLP) -> backout -> norm -> head -> softcap
+    tokens -> embedding (+ n-grams) -> norm -> smear -> layers (attention, MLP) -> backout -> norm -> head -> softcap
 
 This file needs torch and transformers only. It comes from nanochat/formats/remote_code of the program that trained the
 model, and computes what nanochat/gpt.py there does.
