@@ -146,6 +146,17 @@ def first_meaning(text: str) -> str:
     return FIRST_MEANINGS.get(name.strip(), name) + comma + changes
 
 
+def with_changes(text: str, config: GPTConfig) -> str:
+    """`text` with the changes that make its network `config`, as its name may have meant another when that was made."""
+    found = config.to_dict()
+    sizes = {name: found[name] for name in (*SIZES, "window_pattern") if name in found}
+    try:
+        named = get_recipe(resolve_recipe(text, config.n_layer, config.n_embd)).model(**sizes).to_dict()
+    except UserError:  # of another version
+        return text
+    return ",".join([text, *(f"{name}={value}" for name, value in found.items() if value != named[name])])
+
+
 def recipe_rules(text: str) -> dict[str, Any]:
     """The arguments of scaling.make_plan that come from the (resolved) recipe."""
     recipe = get_recipe(text)

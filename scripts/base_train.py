@@ -16,8 +16,10 @@ from nanochat.evals.bits_per_byte import corpus_bpb
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_run import open_bundle
 from nanochat.evals.samples import continuations
+from nanochat.gpt_config import GPTConfig
 from nanochat.planning.hardware import known_gpu
 from nanochat.planning.planner import forecast_values, plan_and_outcome
+from nanochat.recipe import with_changes
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, describe
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -113,11 +115,12 @@ def core_hook(config: Config, trainer: Trainer, tokenizer: RustBPETokenizer, bun
     return Hook(lambda trainer: evaluate_core(trainer, *core), config.core_metric_every, seconds=seconds)
 
 
-def longer_run(config: Config, now: Progress) -> dict[str, Any]:
+def longer_run(config: Config, network: GPTConfig, now: Progress) -> dict[str, Any]:
     """The report's values of a run that trains the same model anew, LONGER times as long: its command and time."""
     minutes = LONGER * config.minutes if config.ends_on_time else -1.0
     steps = -1 if minutes > 0 else LONGER * now.step
-    fresh = replace(config, resume=False, resume_from_step=-1, minutes=minutes, num_iterations=steps)
+    recipe = config.recipe if config.init_from else with_changes(config.recipe, network)
+    fresh = replace(config, resume=False, resume_from_step=-1, minutes=minutes, num_iterations=steps, recipe=recipe)
     seconds = 60 * minutes if minutes > 0 else LONGER * now.wall_seconds
     return {"times": LONGER, "command": command_line("base_train", fresh), "seconds": seconds}
 
@@ -131,7 +134,7 @@ def report(run: Run[Config], trainer: Trainer, plan: Plan, corpus: str) -> None:
 
     values: dict[str, Any] = {
         "forecast": expected(1),
-        "longer": longer_run(run.config, now) | expected(LONGER),
+        "longer": longer_run(run.config, trainer.model.config, now) | expected(LONGER),
         "flops": now.tokens * plan.flops_per_token,
         "plan": describe(trainer.model.config, plan),
         "tables": {"Plan and outcome": plan_and_outcome(plan, now, run.config.minutes, corpus)},

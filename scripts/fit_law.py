@@ -20,7 +20,7 @@ from nanochat.planning.fit import fit_law
 from nanochat.planning.isoflop import Run, Study, best_sizes
 from nanochat.planning.law import Law
 from nanochat.planning.study_plots import plot_isoflops, plot_series
-from nanochat.recipe import first_meaning
+from nanochat.recipe import first_meaning, with_changes
 from nanochat.reporting.console import print_table
 from nanochat.scaling import estimate, scaling_params
 from scripts import _cli
@@ -93,7 +93,7 @@ def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
         flops_per_token, counts = estimate(config)
         tokens = progress["step"] * plan["total_batch_tokens"]
         corpora.add(user["data"] or "the public shards")
-        recipes.add(meta.get("recipe") or first_meaning(user.get("recipe", "published")))
+        recipes.add(with_changes(meta.get("recipe") or first_meaning(user.get("recipe", "published")), config))
         runs.append(
             Run(
                 tag=tag,

@@ -12,7 +12,7 @@ from nanochat.common import UserError
 from nanochat.gpt_config import GPTConfig
 from nanochat.optim import OptimizerConfig
 from nanochat.planning.law import Law
-from nanochat.recipe import RECIPES, PlanRules, Recipe, get_recipe, resolve_recipe
+from nanochat.recipe import RECIPES, PlanRules, Recipe, get_recipe, resolve_recipe, with_changes
 from nanochat.runtime import Runtime
 from nanochat.scaling import MEASURED_SIZE, derive_sizes, network_size
 from nanochat.train.pretraining import PretrainConfig, run_recipe
@@ -72,6 +72,16 @@ def test_a_resumed_run_keeps_its_recipe() -> None:
     assert resumed("later", {}).schedule(10) == OLD_SCHEDULE
     assert resumed("later,warmdown_ratio=0.3", {}).schedule(10).warmdown_ratio == 0.3
     assert resumed("published", {}) == get_recipe("published")
+
+
+def test_a_name_that_meant_another_network_is_followed_by_its_changes() -> None:
+    sizes = {"n_layer": 3, "n_embd": 128, "n_head": 2, "n_kv_head": 2, "vocab_size": 4096, "window_pattern": "SL"}
+    for name in RECIPES:
+        assert with_changes(name, get_recipe(name).model(**sizes)) == name
+    old = GPTConfig.small(**sizes, smear=True, ngram_rows=0)
+    assert with_changes("small", old) == "small,ngram_rows=0,smear=True"
+    assert get_recipe(with_changes("default", old)).model(**sizes) == old
+    assert with_changes("unknown", old) == "unknown"
 
 
 def test_changes_reach_their_owner() -> None:

@@ -12,6 +12,8 @@ from nanochat.common import UserError
 from nanochat.common.files import read_json
 from nanochat.formats.portable import PortableModel, part
 from nanochat.formats.training_data import DataSet, data_sets, public_command
+from nanochat.gpt_config import GPTConfig
+from nanochat.recipe import with_changes
 from nanochat.report import load_report
 from nanochat.reporting.curves import Curve, metric_of, read_curve, read_metrics
 
@@ -57,7 +59,13 @@ class Stage:
     @property
     def command(self) -> str:
         """The command that trains it, as it may be published; "" if that is not known."""
-        return public_command(self.name, self.flags) if len(self.flags) > 3 and not self.origin else ""
+        flags = self.flags
+        if len(flags) <= 3 or self.origin:
+            return ""
+        if self.run and "recipe" in flags and not flags.get("init_from"):
+            network = GPTConfig.from_dict(part(self.meta, "model_config"))
+            flags = flags | {"recipe": with_changes(str(flags["recipe"]), network)}
+        return public_command(self.name, flags)
 
     def data(self) -> list[DataSet]:
         """What it trained on."""

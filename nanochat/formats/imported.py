@@ -71,7 +71,9 @@ def data_of(meta: dict[str, Any]) -> str:
 
 
 def recipe_of(model: PortableModel) -> str:
-    """The recipe of its pretraining if the files name one, else the one whose network is the most like it."""
+    """The recipe of its pretraining if the files name one, else the one whose network is the most like it.
+
+    A model of `small` from when that had smear and no n-grams is most like `later`."""
     saved = part(model.meta, "base").get("recipe") or model.meta.get("recipe")
     if isinstance(saved, str):
         try:

@@ -21,6 +21,7 @@ from nanochat.formats.history import Stage, history_of, own_report
 from nanochat.formats.portable import PortableModel, part
 from nanochat.formats.training_data import DataSet
 from nanochat.gpt_config import GPTConfig
+from nanochat.recipe import with_changes
 from nanochat.reporting.curves import Record, is_number, scoped, task_words
 from nanochat.reporting.machine import git_commit, package_version
 from nanochat.reporting.pages import escape_markdown, fence
@@ -148,7 +149,7 @@ def facts_of(model: PortableModel, stages: Sequence[Stage]) -> list[tuple[str, s
         ("heads", heads),
         ("context", f"{config.sequence_len:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,} (byte-level BPE)"),
-        ("recipe", str(recipe or "not recorded")),
+        ("recipe", with_changes(str(recipe), config) if recipe else "not recorded"),
         ("beside the plain transformer", ", ".join(features_in_words(config)) or "nothing"),
     ]
 
