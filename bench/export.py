@@ -53,8 +53,8 @@ def random_models(tokenizer: RustBPETokenizer) -> Iterator[tuple[str, PortableMo
         for kv_heads in (4, 1):
             config = get_recipe(recipe).model(**sizes, n_kv_head=kv_heads)
             yield from by_each_route(f"{recipe}, {kv_heads} key heads", config, tokenizer)
-    config = get_recipe("small").model(**sizes, n_kv_head=2, ngram_rows=1000, ngram_dim=32)
-    yield from by_each_route("small with n-grams, 2 key heads", config, tokenizer)
+    config = get_recipe("later").model(**sizes, n_kv_head=2, ngram_rows=1000)
+    yield from by_each_route("later with n-grams, 2 key heads", config, tokenizer)
     config = GPTConfig.later(**{**sizes, "sequence_len": 1024}, n_kv_head=2)
     config = replace(config, window_pattern="SSL", short_window_divisor=16)
     yield from by_each_route("later, windows of 128, context 1024", config, tokenizer)

@@ -47,9 +47,13 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
     model = GPT.create(model_config(flags), runtime.device, runtime.dtype)
     for p in model.parameters():
         p.grad = torch.randn_like(p).mul_(1e-3)
+    if table_rows := model.config.ngram_rows:  # a batch reaches two of them for each token: of its pair and its triple
+        others = torch.ones(table_rows, dtype=torch.bool, device=runtime.device)
+        others[torch.randint(table_rows, (2 * flags.tokens,), device=runtime.device)] = False
+        model.ngram_embed.weight.grad[others] = 0  # type: ignore[index]
     groups = make_optimizer(model, TrainConfig().optimizer_config(flags.recipe), runtime, 1e-3, 0.1).param_groups
     muon = [group for group in groups if group["kind"] == "muon"]
-    adamw = [group for group in groups if group["kind"] == "adamw"]
+    adamw = [group for group in groups if group["kind"] != "muon"]
     products = OrthogonalisationProducts(muon, runtime.device)
     actions: dict[str, Callable[[], Any]] = {
         "step": MuonAdamW(groups).step,

@@ -125,7 +125,7 @@ def test_a_server_under_load(
 # Counting
 
 
-@pytest.mark.parametrize("recipe", ["published", "later", "plain"])
+@pytest.mark.parametrize("recipe", ["published", "later", "small", "plain"])
 def test_the_linear_products_are_all_there(toy: Flags, runtime: Runtime, recipe: str) -> None:
     toy.recipe = recipe
     model = GPT.create(model_config(toy))
