@@ -10,7 +10,6 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -90,7 +89,10 @@ def _child(
 
 
 def start_script(name: str, argv: list[str], base: Path) -> BaseProcess:
-    """Start a stage with a base folder, and its output in log.txt there. It starts at once, with all modules loaded."""
+    """Start a stage's script with these flags in a process of its own, forked with all modules loaded.
+
+    Its output goes to log.txt in the base folder.
+    """
     process = FORKSERVER.Process(target=_run_script, args=(name, argv, str(base), dict(os.environ)))
     process.start()
     return process
@@ -110,5 +112,6 @@ def _prepare() -> None:
     """Make a forked process quick, as conftest.py does for runs in this one."""
     gc.freeze()  # collecting garbage would copy all inherited memory, half a second per process
     trainer.frozen_objects = contextlib.nullcontext  # would thaw it
-    timing.measure_peak_flops = partial(timing.measure_peak_flops, seconds=0.001)
+    measure, short = timing.measure_peak_flops, 0.001
+    timing.measure_peak_flops = lambda runtime, seconds=short: measure(runtime, min(seconds, short))
     torch.set_num_threads(1)

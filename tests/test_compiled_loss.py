@@ -16,7 +16,7 @@ from nanochat import flash_attention
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.train.compiling import compiled_loss
 
-FORMS = {"published": GPTConfig, "later": GPTConfig.later, "plain": GPTConfig.plain}
+FORMS = {"published": GPTConfig, "later": GPTConfig.later, "small": GPTConfig.small, "plain": GPTConfig.plain}
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler about itself
 
 
@@ -80,7 +80,9 @@ def loss_and_gradients(model: GPT, loss_fn: Any, *batch: torch.Tensor) -> list[t
 SIZES = {"sequence_len": 160, "vocab_size": 300, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
 
 
-@pytest.mark.parametrize("form, backend", [("later", "flex"), ("published", "sdpa"), ("plain", "blocked")])
+@pytest.mark.parametrize(
+    "form, backend", [("later", "flex"), ("small", "flex"), ("published", "sdpa"), ("plain", "blocked")]
+)
 def test_one_graph_with_the_plain_loss_and_gradients(
     form: str, backend: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -241,7 +241,8 @@ def test_the_batch_uses_it_and_says_what_plain_pytorch_says(monkeypatch: pytest.
 def test_agrees_on_cpus_with_shorter_vectors(cpu: str, tmp_path: Path) -> None:
     if cpu == "haswell" and not {"avx2", "fma", "bmi2"} <= cpu_flags():
         pytest.skip("this CPU has no AVX2")
-    with compiled_with(tmp_path, f"-march={cpu}", "-O1"):  # compiles in less than half the time
+    quicker = () if cpu == "haswell" else ("-O1",)  # haswell as users compile it; this takes less than half the time
+    with compiled_with(tmp_path, f"-march={cpu}", *quicker):
         assert block_outputs() < 16
         for dtype, int8 in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
             weights = DecodingWeights(build(dtype=dtype), int8)

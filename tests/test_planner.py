@@ -375,7 +375,14 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    "form", [GPTConfig, GPTConfig.later, GPTConfig.plain, functools.partial(GPTConfig.plain, ngram_rows=97)]
+    "form",
+    [
+        GPTConfig,
+        GPTConfig.later,
+        GPTConfig.small,
+        GPTConfig.plain,
+        functools.partial(GPTConfig.plain, ngram_rows=97),
+    ],
 )
 @pytest.mark.parametrize(("kernels", "dtype"), [(True, torch.float32), (True, torch.bfloat16), (False, torch.float32)])
 def test_activation_bytes_equal_those_autograd_saves(

@@ -109,7 +109,7 @@ def test_killed_runs_end_like_one_never_killed(
         deadline = time.monotonic() + 60
         while process.is_alive() and count_lines(run) < wanted and time.monotonic() < deadline:
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05 if count_lines(run) else 1))
+        time.sleep(rng.uniform(0, 0.05 if count_lines(run) else 0.3))
         process.join(0)
         assert process.exitcode in (None, 0), (tmp_path / "log.txt").read_text()[-3000:]
         if process.exitcode == 0:  # the test was delayed so long that the run ended

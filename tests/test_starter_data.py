@@ -101,7 +101,7 @@ def test_corpus_weights(corpus: dict) -> None:
         sizes[row["source"]] += len(row["text"].encode())
     total = sizes.total()
     assert 28e6 < total < 60e6
-    assert max(sizes.values()) < 0.33 * total
+    assert max(sizes.values()) < 0.36 * total
     assert sizes["speeches"] + sizes["tales"] < 0.1 * total, "of older English"
 
 
@@ -177,7 +177,7 @@ def test_every_source_is_attributed(corpus: dict) -> None:
 def test_hash_mismatch_stops_with_both_hashes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "fake-1.0.tar.gz").write_bytes(b"not what was pinned")
     actual, pinned = hashlib.sha256(b"not what was pinned").hexdigest(), "0" * 64
-    entry = {"key": "fake", "registry": "pypi-sdist", "name": "fake", "version": "1.0"}
+    entry = {"key": "fake", "registry": "pypi-wheel", "name": "fake", "version": "1.0"}
     entry |= {"filename": "fake-1.0.tar.gz", "sha256": pinned}
     (tmp_path / "manifest.json").write_text(json.dumps([entry]))
     arguments = ["--cache", str(tmp_path), "--manifest", str(tmp_path / "manifest.json"), "--out", str(tmp_path)]
