@@ -150,6 +150,42 @@ def test_a_changed_recipe_trains_and_is_remembered(copied) -> None:  # type: ign
     assert start.base["recipe"] == "plain,smear=True,lr_scale=2"
 
 
+def test_a_checkpoint_from_before_small_had_n_grams(copied: Path, tmp_path: Path) -> None:
+    """Its network had smear, its config no fields of n-grams: it resumes and is exported as what it is."""
+    from nanochat.checkpoint.manifest import Manifest, file_record
+    from nanochat.common import write_json
+    from nanochat.formats.card_front import CardOptions
+    from nanochat.formats.hf_folder import write_hf
+    from nanochat.formats.history import history_of
+    from nanochat.formats.portable import read_run
+    from nanochat.report import load_report
+    from scripts import base_train
+
+    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=old", "--num-iterations=4", "--save-every=2"]
+    assert base_train.main([*flags, "--recipe=small,smear=True,ngram_rows=0"]) == 0
+    run = copied / "base_checkpoints" / "old"
+    wanted = open_checkpoint(run).model_state()
+    meta = open_checkpoint(run, 2).meta
+    meta["recipe"] = meta["user_config"]["recipe"] = "small"
+    del meta["model_config"]["ngram_rows"], meta["model_config"]["ngram_dim"]
+    write_json(run / "000002" / "meta.json", meta)
+    manifest = Manifest.read(run / "000002")
+    manifest.files["meta.json"] = file_record(run / "000002" / "meta.json")
+    manifest.write()
+    assert base_train.main([*flags, "--recipe=small", "--resume-from-step=2"]) == 0
+    found = open_checkpoint(run)
+    assert found.meta["model_config"]["smear"] and found.meta["recipe"] == "small"
+    assert found.model_state().keys() == wanted.keys()
+    assert all((tensor == wanted[name]).all() for name, tensor in found.model_state().items())
+    command = load_report(copied)["base_train"]["longer"]["command"]
+    assert "--recipe=small,ngram_rows=0,smear=True" in command
+    for step in (2, 4):
+        model = read_run(copied, "base", "old", step)
+        write_hf(model, tmp_path / str(step), "float32", card=CardOptions())
+        assert "--recipe=small,ngram_rows=0,smear=True" in history_of(model, copied)[0].command
+        assert "small,ngram_rows=0,smear=True" in (tmp_path / str(step) / "README.md").read_text()
+
+
 def test_every_recipe_is_complete() -> None:
     for name in RECIPES:
         recipe = get_recipe(name)
