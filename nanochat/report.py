@@ -13,7 +13,7 @@ $BASE/report/report.json holds
     planned_steps, tokenizer_hash, forecast {"text", "bpb", "error", "tokens"},
     longer {"times", "command", "seconds", "bpb", "error"}: of pretraining; the forecasts only on the law's own text
     KEY_of        what the value KEY was measured on, where its name promises more: "core_of": "18 of 22 tasks"
-    val_bpb, tokens, tokens_per_second, num_params and other single values, shown as they are
+    val_bpb, tokens, tokens_per_second, num_params, ngram_params and other single values, shown as they are
     TASK          accuracy in [0, 1] by task name, beside
     counts        {TASK: [passed, total]},  intervals {TASK: [low, high]} (95%),  baselines {TASK: guessing},
     references    {MODEL: {TASK: accuracy}} of other models, as published
@@ -57,6 +57,7 @@ class StageValues(TypedDict, total=False):
     model: str
     metrics: str
     num_params: Number
+    ngram_params: Number
     tokens: Number
     val_bpb: Number
     core: Number

@@ -5,6 +5,7 @@ system; batch size grows with the horizon as in arXiv 2505.13738, learning rates
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,9 +208,23 @@ def beyond_measured(config: GPTConfig, plan: Plan) -> tuple[float, float]:
     return size, plan.tokens * plan.flops_per_token / MEASURED_FLOPS
 
 
+def ngram_share(counts: Mapping[str, int]) -> str:
+    """`, 8.39M of them in the table of n-grams`, to follow a number of parameters; "" without such a table."""
+    in_table = counts.get("ngram_embed", 0)
+    return f", {format_count(in_table)} of them in the table of n-grams" if in_table else ""
+
+
+def reported_params(counts: Mapping[str, int]) -> dict[str, int]:
+    """A report's values: `num_params`, and `ngram_params` where there are any."""
+    in_table = {"ngram_params": counts["ngram_embed"]} if "ngram_embed" in counts else {}
+    return {"num_params": counts["total"], **in_table}
+
+
 def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:
     """The plan as (name, value) rows, printed before training and kept in the report."""
     counts = plan.params
+    inside = {"matrices and head": scaling_params(counts), "the table of n-grams": counts.get("ngram_embed", 0)}
+    shares = [f"{format_count(number)} in {where}" for where, number in inside.items() if number]
     size, flops = beyond_measured(config, plan)
     outside = f"no: {size:,.1f} x the largest network, {flops:,.0f} x the FLOPs of the longest run compared here"
     rows: list[tuple[str, Any]] = [
@@ -217,7 +232,7 @@ def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:
         ("heads (key/value), head size", f"{config.n_head} ({config.n_kv_head}), {config.head_dim}"),
         ("context, windows", f"{config.sequence_len}, {config.window_pattern} (short {config.short_window})"),
         ("vocabulary", f"{config.vocab_size:,}"),
-        ("parameters", f"{counts['total']:,} ({format_count(scaling_params(counts))} in matrices and head)"),
+        ("parameters", f"{counts['total']:,} ({', '.join(shares)})"),
         ("training FLOPs per token", f"{plan.flops_per_token:,}"),
         ("tokens per step", f"{plan.total_batch_tokens:,}"),
         ("steps", f"{plan.num_steps:,} (from {plan.horizon})"),

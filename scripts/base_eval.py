@@ -17,6 +17,7 @@ from nanochat.evals.subject import Subject, load_checkpoint, load_hf, open_evalu
 from nanochat.report import record_stage
 from nanochat.reporting.curves import scoped
 from nanochat.runtime import Runtime
+from nanochat.scaling import reported_params
 from nanochat.train.commands import command_line
 from nanochat.train.config import DataConfig
 from scripts import _cli
@@ -97,7 +98,7 @@ def evaluate(config: Config, evaluations: list[str], runtime: Runtime) -> int:
         values |= {
             "model": subject.name,
             "step": subject.meta["step"],
-            "num_params": subject.model.num_scaling_params()["total"],
+            **reported_params(subject.model.num_scaling_params()),
             "seconds": time.perf_counter() - started,
             "command": command_line("base_eval", config),
         }

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import UserError, format_count
+from nanochat.gpt_config import GPTConfig
 from nanochat.report import accuracy_values, load_report, record_stage, render_report, to_json
 from nanochat.reporting.charts import Chart
 from nanochat.reporting.compare import compare_metric, read_run
@@ -22,6 +23,7 @@ from nanochat.reporting.curves import Curve, curves_of, last_of_each, read_metri
 from nanochat.reporting.samples import Part, answer_parts, sample_groups
 from nanochat.reporting.scales import Scale, horizontal_scales, vertical_scale
 from nanochat.reporting.view import STAGES, facts_of, headline, mixed_runs, skill_groups, stages_of, wilson_interval
+from nanochat.scaling import describe, estimate, make_plan, ngram_share, reported_params
 from scripts.report import main
 
 NASTY = '<script>alert("1")</script> & <b>| `x` ``` </pre>\n| über 日本語 \\'
@@ -223,6 +225,18 @@ def test_page_of_a_running_stage_refreshes(tmp_path: Path) -> None:
     assert updated[:10] in page.text and updated[11:19] in page.text  # it may have been killed since
     record_stage(tmp_path, "base_train", {"seconds": 9})
     assert 'http-equiv="refresh"' not in html_of(tmp_path)
+
+
+def test_parameters_in_the_table_of_n_grams_are_named(tmp_path: Path) -> None:
+    for config, found in ((GPTConfig.later(n_layer=2), {}), (GPTConfig.small(n_layer=2), {"ngram_params": 2**25})):
+        counts = estimate(config)[1]
+        assert reported_params(counts) == {"num_params": counts["total"], **found}
+        record_stage(tmp_path, "base_train", reported_params(counts))
+        shown = [text for label, text in headline(load_report(tmp_path)) if "n-grams" in label]
+        assert shown == [format_count(number) for number in found.values()]
+        assert ("33.6M" in ngram_share(counts)) == bool(found)
+        plan = dict(describe(config, make_plan(config)))
+        assert ("33.6M" in plan["parameters"]) == bool(found)
 
 
 def test_stages_of_different_models_get_a_note(tmp_path: Path) -> None:

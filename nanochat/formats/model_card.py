@@ -27,7 +27,7 @@ from nanochat.reporting.machine import git_commit, package_version
 from nanochat.reporting.pages import escape_markdown, fence
 from nanochat.reporting.samples import Answer
 from nanochat.reporting.view import skill_groups
-from nanochat.scaling import estimate
+from nanochat.scaling import estimate, ngram_share
 
 SAMPLES, SAMPLE_LENGTH = 4, 300
 SMALL = 10**9  # parameters below which a model is called small
@@ -115,10 +115,16 @@ def count_parameters(config: GPTConfig) -> int:
     return estimate(config)[1]["total"]
 
 
+def parameters_in_words(config: GPTConfig) -> str:
+    """`1.97M parameters`, and how many of them are in a table of n-grams."""
+    counts = estimate(config)[1]
+    return f"{format_count(counts['total'])} parameters{ngram_share(counts)}"
+
+
 def title_of(model: PortableModel) -> str:
     """`nanochat, 1.97M parameters, finetuned for chat`."""
     kind = {"base": "base model", "sft": "finetuned for chat", "rl": "finetuned for chat, with reinforcement learning"}
-    return f"nanochat, {format_count(count_parameters(model.config))} parameters, {kind[model.source]}"
+    return f"nanochat, {parameters_in_words(model.config)}, {kind[model.source]}"
 
 
 def summary_of(model: PortableModel, stages: Sequence[Stage]) -> str:
@@ -144,7 +150,7 @@ def facts_of(model: PortableModel, stages: Sequence[Stage]) -> list[tuple[str, s
     )
     heads = f"{config.n_head} of {config.head_dim}, {config.n_kv_head} for keys and values"
     return [
-        ("parameters", f"{count_parameters(config):,}"),
+        ("parameters", f"{count_parameters(config):,}{ngram_share(estimate(config)[1])}"),
         ("layers, width", f"{config.n_layer}, {config.n_embd}"),
         ("heads", heads),
         ("context", f"{config.sequence_len:,} tokens"),
@@ -222,10 +228,10 @@ def data_rows(stages: Sequence[Stage]) -> list[list[str]]:
 
 def limits_of(model: PortableModel, seconds: float) -> list[str]:
     """Sentences about what not to expect."""
-    config, count = model.config, count_parameters(model.config)
-    time = f" and was trained for {format_seconds(seconds)}" if seconds else ""
+    config = model.config
+    time = f", and was trained for {format_seconds(seconds)}" if seconds else ""
     limits = [
-        f"It has {format_count(count)} parameters{time}. What it writes is often wrong or makes no sense, and always "
+        f"It has {parameters_in_words(config)}{time}. What it writes is often wrong or makes no sense, and always "
         "sounds sure.",
         "Nothing was done for safety: it refuses nothing, and its texts have the errors and prejudices of what it "
         "learnt from.",

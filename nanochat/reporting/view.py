@@ -66,6 +66,7 @@ FACT_LABELS = {
     "val_bpb": "validation bits per byte",
     "train_bpb": "training bits per byte",
     "num_params": "parameters",
+    "ngram_params": "parameters in n-grams",
     "tokens_per_second": "tokens per second",
     "bytes_per_token": "bytes per token",
     "vocab_size": "vocabulary",
@@ -256,6 +257,7 @@ def numeric_columns(rows: Sequence[Sequence[Any]], num_columns: int) -> list[boo
 # (label, stage, key, format) of the main numbers of the pipeline.
 HEADLINE: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("parameters", "base_train", "num_params", format_count),
+    ("parameters in n-grams", "base_train", "ngram_params", format_count),
     ("training tokens", "base_train", "tokens", format_count),
     ("bits per byte", "base_train", "val_bpb", "{:.3f}".format),
     ("CORE", "base_eval", "core", "{:.4f}".format),

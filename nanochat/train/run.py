@@ -44,6 +44,7 @@ from nanochat.report import record_stage
 from nanochat.reporting.console import print_table
 from nanochat.reporting.status import run_lock
 from nanochat.runtime import Runtime
+from nanochat.scaling import reported_params
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.commands import command_line, describe_flags, gentler_command, train_on_command
 from nanochat.train.config import HORIZON, Config, TrainConfig, merge_saved_config
@@ -209,7 +210,7 @@ class Run(Generic[Config]):
             "num_steps": trainer.schedule.num_steps,
             "tokens": now.tokens,
             "tokens_per_second": now.tokens / max(now.seconds, 1e-9),
-            "num_params": trainer.model.num_scaling_params()["total"],
+            **reported_params(trainer.model.num_scaling_params()),
             "loader": trainer.loader.stats(),
             "metrics": os.path.relpath(self.folder / "metrics.jsonl", get_base_dir()),
             "command": command_line(self.script, self.config),
