@@ -14,6 +14,7 @@ from nanochat.common import sha256_file
 
 STEPS, SAVE_EVERY = 60, 3
 BASE = [
+    "--recipe=small,smear=True",  # n-grams and smear
     "--depth=1",
     "--n-embd=32",
     "--head-dim=16",

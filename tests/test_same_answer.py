@@ -21,6 +21,7 @@ from nanochat.runtime import Runtime
 
 STEPS, HALF = 8, 4
 FLAGS = [
+    "--recipe=small,smear=True",  # n-grams and smear
     "--depth=3",
     "--n-embd=32",
     "--head-dim=16",
