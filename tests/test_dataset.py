@@ -22,7 +22,8 @@ from nanochat import dataset
 from nanochat.common import UserError
 from nanochat.data import own_files, parquet, shards, text_stream, textfiles, to_parquet
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
-from nanochat.dataset import resolve_corpus
+from nanochat.dataset import SavedCorpus, open_corpus, resolve_corpus
+from nanochat.runtime import Runtime
 
 
 def error_of(data: object, base: Path) -> str:
@@ -534,3 +535,12 @@ def test_damaged_compression(kind: str, own: Path, base: Path) -> None:
         message = error_of(own, base)
         assert path.name in message and "damaged" in message
     assert not any(p.is_dir() for p in (base / "converted").iterdir())
+
+
+def test_a_run_on_another_starter_corpus_is_told_which_version_resumes_it(own: Path, base: Path) -> None:
+    (own / "a.jsonl").write_bytes(jsonl(f"text {i}" for i in range(200)))
+    saved = SavedCorpus(3, "0" * 16, {}, None)
+    for data, is_starter in (("", True), ("starter", True), (f"{own},starter-val", True), (str(own), False)):
+        with pytest.raises(UserError, match=r"step 3 .*--init-from") as error:
+            open_corpus(data, base, Runtime.create("cpu"), saved=saved)
+        assert ("version of nanochat" in str(error.value)) == is_starter

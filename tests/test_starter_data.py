@@ -13,7 +13,8 @@ import pytest
 
 from dev import build_starter_data
 from dev.starter import clean, identity, synthetic, validation, writer
-from nanochat.common import SPECIAL_TOKENS
+from dev.starter.archives import Archive
+from nanochat.common import SPECIAL_TOKENS, UserError
 
 STARTER = Path(str(files("nanochat") / "starter"))
 SYNTHETIC = Path(build_starter_data.__file__).parent / "starter" / "synthetic"
@@ -186,6 +187,11 @@ def test_hash_mismatch_stops_with_both_hashes(tmp_path: Path, capsys: pytest.Cap
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and "\n" not in error and actual in error and pinned in error
     assert not list(tmp_path.glob("*.parquet"))
+
+
+def test_an_unknown_registry_is_refused() -> None:
+    with pytest.raises(UserError, match=r"fake.*pypi-sdist"):
+        Archive("fake", "pypi-sdist", "fake", "1.0", "fake-1.0.tar.gz", "0" * 64).command(Path())
 
 
 def test_near_duplicates_are_found() -> None:
