@@ -99,9 +99,9 @@ def test_changes_reach_their_owner() -> None:
     [
         ("latest", "one of default"),
         ("", "one of"),
-        ("later,", "smear=False"),
+        ("later,", "backout=False"),
         ("later,smaer=1", "known: "),
-        ("later,smear", "smear=False"),
+        ("later,smear", "backout=False"),
         ("later,smear=maybe", "takes a bool"),
         ("later,rope_base=x", "takes a float"),
         ("later,matrix_lr=nan", "finite"),
