@@ -226,7 +226,8 @@ def describe(config: GPTConfig, plan: Plan) -> list[tuple[str, str]]:
     inside = {"matrices and head": scaling_params(counts), "the table of n-grams": counts.get("ngram_embed", 0)}
     shares = [f"{format_count(number)} in {where}" for where, number in inside.items() if number]
     size, flops = beyond_measured(config, plan)
-    outside = f"no: {size:,.1f} x the largest network, {flops:,.0f} x the FLOPs of the longest run compared here"
+    excess = {"largest network": size, "FLOPs of the longest run": flops}
+    outside = "no: " + ", ".join(f"{x:,.1f} x the {what}" for what, x in excess.items() if x > 1) + " compared here"
     rows: list[tuple[str, Any]] = [
         ("layers x width", f"{config.n_layer} x {config.n_embd}"),
         ("heads (key/value), head size", f"{config.n_head} ({config.n_kv_head}), {config.head_dim}"),

@@ -100,7 +100,9 @@ def test_the_plan_says_what_lies_outside_of_what_was_measured(capsys: pytest.Cap
     assert not planned([*H100, "--depth=24", "--num-iterations=1", "--total-batch-size=2048"], capsys)["measured_here"]
     size, flops = 24 * 1536**2 / (6 * 384**2), planned([*H100, "--depth=24"], capsys)["flops"] / 1e14
     shown = dict(describe_plan(["--depth=24"]))
-    assert f"{size:,.1f} x" in shown["measured here"] and f"{flops:,.0f} x" in shown["measured here"]
+    assert f"{size:,.1f} x the" in shown["measured here"] and f"{flops:,.1f} x the" in shown["measured here"]
+    longer = dict(describe_plan([*tiny, "--num-iterations=5000"]))["measured here"]
+    assert longer.startswith("no: 1.3 x the FLOPs"), "only what lies outside"
     assert dict(describe_plan([*tiny, "--num-iterations=400"]))["measured here"] == "yes"
 
 
