@@ -95,8 +95,9 @@ def test_fit_law_reads_finished_runs(copied: Path, capsys: pytest.CaptureFixture
         main(["--runs=law_*"])
 
 
-def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More time gives a deeper model; a machine ten times slower gives that of a tenth of the time."""
+def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """More time gives a deeper model; a machine ten times slower gives that of a tenth of the time. Other programs
+    on the cores while the pace is measured are warned of."""
     from nanochat.runtime import Runtime
     from nanochat.train.pretraining import ModelFlags
 
@@ -114,4 +115,10 @@ def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         pace, "measure_pace", lambda config, gpu, runtime: Pace(pace.estimate(config)[0] / speed, 0.1, "test")
     )
+    monkeypatch.setattr(pace.CoreWatch, "share", lambda watch: 0.0)
+    capsys.readouterr()
     assert pace.best_depth(300, 4096, of_depth, law, runtime).key == chosen[1]
+    assert "OMP_WAIT_POLICY" not in capsys.readouterr().err
+    monkeypatch.setattr(pace.CoreWatch, "share", lambda watch: 0.9)
+    pace.best_depth(300, 4096, of_depth, law, runtime)
+    assert "OMP_WAIT_POLICY" in capsys.readouterr().err

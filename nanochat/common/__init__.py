@@ -107,6 +107,11 @@ def kernels_enabled() -> bool:
     return os.environ.get("NANOCHAT_KERNELS", "") != "0"
 
 
+def openmp_sleeps() -> bool:
+    """OMP_WAIT_POLICY=passive lets PyTorch's threads on a CPU give up their cores while they wait for each other."""
+    return os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+
+
 def _path_from_env(name: str) -> Path | None:
     path = os.environ.get(name)
     return Path(path).expanduser().resolve() if path else None

@@ -13,6 +13,7 @@ from nanochat.common import UserError, atomic_write, format_count, format_second
 from nanochat.common.output import ProgressLine
 from nanochat.reporting.curves import parse_record
 from nanochat.runtime import Runtime
+from nanochat.train.busy_cores import CoreWatch
 from nanochat.train.config import TrainConfig
 from nanochat.train.deadline import RecentPace
 from nanochat.trainer import Record, Trainer
@@ -40,6 +41,7 @@ class Metrics:
         self.waited = 0.0  # for data, in this session after its first step, which compiles
         self.first_seconds: float | None = None  # record["seconds"] of that step
         self.said_waiting = False
+        self.cores: CoreWatch | None = None  # since the first step, until it has been judged
         self.file = None
         self.write_failed = False
         if runtime.is_main:
@@ -67,12 +69,18 @@ class Metrics:
         self.shown.show(last=trainer.finished or "val_bpb" in record)
 
     def watch_waiting(self, trainer: Trainer, record: Record) -> None:
-        """Warn once if training waits for its data for more than MAX_WAIT_SHARE of the time, and say what helps."""
+        """Warn once if training waits for its data for more than MAX_WAIT_SHARE of the time, or for cores that other
+        programs use, and say what helps."""
         if self.first_seconds is None:
             self.first_seconds = record["seconds"]
+            self.cores = CoreWatch() if self.runtime.device.type == "cpu" else None
             return
         self.waited += record["wait_seconds"]
         total = self.waited + record["seconds"] - self.first_seconds
+        if self.cores and total > WAIT_WATCH_SECONDS:
+            if text := self.cores.warning("training"):
+                warn(text)
+            self.cores = None
         if not self.said_waiting and total > WAIT_WATCH_SECONDS and self.waited > MAX_WAIT_SHARE * total:
             self.said_waiting = True
             warn(f"training waits for data for {self.waited / total:.0%} of the time; {trainer.loader.advice}")

@@ -18,6 +18,7 @@ from nanochat.planning.memory import memory_by_kind
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, align_batch, estimate
 from nanochat.train.build import choose_device_batch, create_step, random_batch
+from nanochat.train.busy_cores import CoreWatch
 from nanochat.train.config import TrainConfig
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.timing import batch_for_minutes, reference_peak, steps_in, time_calls
@@ -49,10 +50,12 @@ def best_depth(
 
     `batch_tokens` are per step, over all ranks.
     """
-    gpu = this_machine(runtime)
+    gpu, cores = this_machine(runtime), CoreWatch()
     candidates = {depth: Candidate.of(config_of_depth(depth)) for depth in range(1, REFERENCE_DEPTH + 1)}
     pace0, pace1 = (measure_pace(config_of_depth(depth), gpu, runtime) for depth in PROBES)
     probe0, probe1 = (candidates[depth] for depth in PROBES)
+    if text := cores.warning("the measurement from which the depth is chosen"):
+        runtime.warn0(text)
 
     def interpolate(x: float, x0: float, x1: float, y0: float, y1: float) -> float:
         # Below a third of the measured time the line is not credible, however small the model.
