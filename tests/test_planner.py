@@ -330,7 +330,7 @@ def test_a_model_too_slow_to_measure_is_scaled_up(monkeypatch: pytest.MonkeyPatc
         (2, 256, 1),
         (1, 256, 1),
     ]
-    monkeypatch.setattr(measured, "time_step", lambda trial, rows, runtime: (float(rows), 1.0))
+    monkeypatch.setattr(measured, "time_step", lambda trial, rows, *_: (float(rows), 1.0))
     slow = measured.Gpu("abacus", 1e12, 1e9, None, 0.0, None, "float32")
     pace = measured.measure_pace(
         GPTConfig(sequence_len=64, vocab_size=64, n_layer=4, n_embd=64, n_head=2, n_kv_head=2),
@@ -547,5 +547,5 @@ def test_every_rank_times_whole_micro_batches(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("nanochat.train.build.DistMuonAdamW", MuonAdamW)
     monkeypatch.setattr(TrainStep, "accumulate", lambda self, batch: seen.append(batch.inputs.shape))
     config = GPTConfig(sequence_len=16, vocab_size=64, n_layer=1, n_embd=32, n_head=1, n_kv_head=1)
-    measured.time_step(config, 3, rank)
+    measured.time_step(config, 3, rank, 1.0)
     assert set(seen) == {(3, 16)}

@@ -10,10 +10,12 @@ import pytest
 from stubs import TINY
 
 from nanochat.common import UserError
+from nanochat.gpt import GPTConfig
 from nanochat.planning.fit import fit_law
 from nanochat.planning.hardware import Pace
 from nanochat.planning.isoflop import Run, best_sizes, lowest_point, parabola
 from nanochat.planning.law import Law
+from nanochat.runtime import Runtime
 from nanochat.train import pace
 from scripts.fit_law import main
 
@@ -98,23 +100,24 @@ def test_fit_law_reads_finished_runs(copied: Path, capsys: pytest.CaptureFixture
 def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """More time gives a deeper model; a machine ten times slower gives that of a tenth of the time. Other programs
     on the cores while the pace is measured are warned of."""
-    from nanochat.runtime import Runtime
     from nanochat.train.pretraining import ModelFlags
 
     of_depth = ModelFlags(head_dim=64, max_seq_len=512).network(4096)
     law = Law(0.7, 60.0, 0.35, 180.0, 0.35)
-    speed = 1e11
+    speed, update_seconds = 1e11, 0.01
+    within = set()  # seconds that a measurement may take
+
+    def measure(config: GPTConfig, gpu: object, runtime: Runtime, seconds: float) -> Pace:
+        within.add(seconds)
+        return Pace(pace.estimate(config)[0] / speed, update_seconds, "test")
+
     monkeypatch.setattr(pace, "this_machine", lambda runtime: None)
-    monkeypatch.setattr(
-        pace, "measure_pace", lambda config, gpu, runtime: Pace(pace.estimate(config)[0] / speed, 0.01, "test")
-    )
+    monkeypatch.setattr(pace, "measure_pace", measure)
     runtime = Runtime.create("cpu")
     chosen = [pace.best_depth(minutes, 4096, of_depth, law, runtime).key for minutes in (1, 30, 600)]
     assert chosen == sorted(chosen) and chosen[0] < chosen[-1]
-    speed = 1e10
-    monkeypatch.setattr(
-        pace, "measure_pace", lambda config, gpu, runtime: Pace(pace.estimate(config)[0] / speed, 0.1, "test")
-    )
+    assert within == {0.6, 18.0, 20.0}
+    speed, update_seconds = 1e10, 0.1
     monkeypatch.setattr(pace.CoreWatch, "share", lambda watch: 0.0)
     capsys.readouterr()
     assert pace.best_depth(300, 4096, of_depth, law, runtime).key == chosen[1]

@@ -23,7 +23,8 @@ from nanochat.train.config import TrainConfig
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.timing import batch_for_minutes, reference_peak, steps_in, time_calls
 
-MEASURING_SECONDS = 20.0
+MEASURING_SECONDS = 20.0  # for each model, as a rule
+MEASURING_SHARE = 0.01  # of --minutes, for each of PROBES, where that is less
 SHORTEST_ROW = 256  # tokens: fewer would not keep the matrix products busy
 PROBES = (2, 6)  # depths that are timed; the pace of others is interpolated linearly
 
@@ -52,7 +53,8 @@ def best_depth(
     """
     gpu, cores = this_machine(runtime), CoreWatch()
     candidates = {depth: Candidate.of(config_of_depth(depth)) for depth in range(1, REFERENCE_DEPTH + 1)}
-    pace0, pace1 = (measure_pace(config_of_depth(depth), gpu, runtime) for depth in PROBES)
+    seconds = min(MEASURING_SECONDS, MEASURING_SHARE * 60 * minutes)
+    pace0, pace1 = (measure_pace(config_of_depth(depth), gpu, runtime, seconds) for depth in PROBES)
     probe0, probe1 = (candidates[depth] for depth in PROBES)
     if text := cores.warning("the measurement from which the depth is chosen"):
         runtime.warn0(text)
@@ -100,8 +102,10 @@ def available_memory(path: str = "/proc/meminfo") -> float:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def measure_pace(config: GPTConfig, gpu: Gpu, runtime: Runtime) -> Pace:
-    """Time a micro-batch and an update of the model, or, where that takes too long, of a shorter or shallower one."""
+def measure_pace(config: GPTConfig, gpu: Gpu, runtime: Runtime, within: float | None = None) -> Pace:
+    """Time a micro-batch and an update of the model, or of a shorter or shallower one where that would take longer
+    than `within` seconds (None: MEASURING_SECONDS)."""
+    within = MEASURING_SECONDS if within is None else within
     cost, params = estimate(config)
     usual = USUAL_SHARE_OF_PEAK * gpu.peak_flops
     for trial, rows in trials(config, choose_device_batch(-1, 2**30, config.sequence_len, runtime)):
@@ -109,9 +113,9 @@ def measure_pace(config: GPTConfig, gpu: Gpu, runtime: Runtime) -> Pace:
         tokens = rows * trial.sequence_len
         seconds = 3 * (tokens * trial_cost + update_flops(trial)) / usual  # one to warm up, at least two to measure
         memory = sum(memory_by_kind(trial, gpu, 1, rows).values())
-        if seconds > MEASURING_SECONDS or memory > gpu.memory_bytes / 2:
+        if seconds > within or memory > gpu.memory_bytes / 2:
             continue
-        micro, update = time_step(trial, rows, runtime)
+        micro, update = time_step(trial, rows, runtime, within / 16)
         layers = "all" if trial.n_layer == config.n_layer else f"{trial.n_layer} of the"
         return Pace(
             micro / tokens * cost / trial_cost,
@@ -153,8 +157,9 @@ def update_flops(config: GPTConfig) -> float:
     return sum(5 * (4 * small**2 * large + 2 * small**3) for small, large in shapes)
 
 
-def time_step(config: GPTConfig, rows: int, runtime: Runtime) -> tuple[float, float]:
-    """(seconds of a micro-batch of `rows` rows on each rank, seconds of an update), each the fastest of up to 5."""
+def time_step(config: GPTConfig, rows: int, runtime: Runtime, seconds: float) -> tuple[float, float]:
+    """(seconds of a micro-batch of `rows` rows on each rank, seconds of an update), each the fastest of two, or of up
+    to 5 within `seconds`."""
     total = rows * runtime.world_size
     step = create_step(
         GPT.create(config, runtime.device, runtime.dtype),
@@ -169,6 +174,6 @@ def time_step(config: GPTConfig, rows: int, runtime: Runtime) -> tuple[float, fl
         compile="auto",
     )
     batch = random_batch(total, config.sequence_len, config.vocab_size, runtime)
-    micro = time_calls(lambda: step.accumulate(batch), runtime, MEASURING_SECONDS / 16, most=5)
-    update = time_calls(step.optimizer.step, runtime, MEASURING_SECONDS / 16, most=5)
+    micro = time_calls(lambda: step.accumulate(batch), runtime, seconds, most=5)
+    update = time_calls(step.optimizer.step, runtime, seconds, most=5)
     return min(micro), min(update)

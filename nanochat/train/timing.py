@@ -77,7 +77,7 @@ def steps_for_minutes(
     """
     step = make_step(copy.deepcopy(model))
     fit_device_batch(step, config.device_batch_size, lambda: batch.inputs.size(1))
-    seconds = median(time_calls(lambda: step(batch), runtime, min(10.0, config.minutes * 60 * 0.04), most=20))
+    seconds = median(time_calls(lambda: step(batch), runtime, min(10.0, config.minutes * 60 * 0.01), most=20))
     steps = steps_in(config.minutes, seconds)
     runtime.print0(
         f"timed a few steps on this machine, {seconds:.3g} s each: at this pace about {steps:,} fit in "
