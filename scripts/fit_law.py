@@ -128,7 +128,7 @@ def write_csv(path: Path, runs: Sequence[Run]) -> None:
 
 def law_rows(law: Law, study: Study) -> Iterator[tuple[str, str]]:
     """(name, value) rows for the table."""
-    yield "bits per byte", "E + A / N^alpha + B / D^beta"
+    yield "bits per byte", "((N0 / N)^(alpha/beta) + D0 / D)^beta"
     for name, error in law.errors.items():
         yield f"  {name}", f"{getattr(law, name):.4g} ± {error:.2g}"
     yield "best N grows as", f"C^({study.params_exponent[0]:.3f} ± {study.params_exponent[1]:.3f})"

@@ -255,10 +255,10 @@ def test_a_damaged_report_is_refused_and_then_replaced(damage: Any, tmp_path: Pa
 
 
 def test_a_scaling_law_of_other_types(tmp_path: Path) -> None:
-    law = Law(0.5, 1.0, 0.3, 2.0, 0.4, [(1e6, 1e7, 1.5)], [[0.5, 1.0, 0.3, 2.0, 0.4]])
+    law = Law(1e7, 0.1, 2e8, 0.2, [(1e6, 1e7, 1.5)], [[1e7, 0.1, 2e8, 0.2]])
     law.save(tmp_path / "law.json")
     assert Law.load(tmp_path / "law.json") == law
-    for change in ({"E": "0.5"}, {"points": [[1, 2]]}, {"resamples": 3}, {"alpha": None}):
+    for change in ({"N0": "0.5"}, {"points": [[1, 2]]}, {"resamples": 3}, {"alpha": None}):
         content = json.loads((tmp_path / "law.json").read_text()) | change
         (tmp_path / "bad.json").write_text(json.dumps(content))
         assert next(iter(change)) in refusal(lambda: Law.load(tmp_path / "bad.json"))

@@ -464,7 +464,7 @@ def test_memory_of_each_rank_is_as_planned(world_size: int, dtype: str) -> None:
 # ---------------------------------------------------------------------------------------------------
 # The law
 
-TRUE = Law(E=0.45, A=30, alpha=0.30, B=120, beta=0.33)
+TRUE = Law(N0=2e7, alpha=0.09, D0=8e8, beta=0.14)
 
 
 def noisy_runs(seed: int, noise: float = 0.002) -> list[tuple[float, float, float]]:
@@ -485,12 +485,11 @@ def test_fit_recovers_the_law(seed: int) -> None:
         points[3] = (n, d, loss * 1.3)  # an outlier
     law = fit_law(points)
     assert law.alpha == pytest.approx(TRUE.alpha, abs=0.03) and law.beta == pytest.approx(TRUE.beta, abs=0.03)
-    assert abs(law.E - TRUE.E) < 0.03
     assert law.loss(16e6, 2e8) == pytest.approx(TRUE.loss(16e6, 2e8), rel=0.003)
     far = 6.4e8, 1.2e10  # ten times the largest model
     assert law.loss(*far) == pytest.approx(TRUE.loss(*far), rel=0.01)
     error = law.loss_error(*far)
-    assert error is not None and abs(law.loss(*far) - TRUE.loss(*far)) < 4 * error < 0.1
+    assert error is not None and abs(law.loss(*far) - TRUE.loss(*far)) < 4 * error < 0.2
     assert 0 < law.errors["alpha"] < 0.05
 
 
@@ -505,9 +504,10 @@ def test_best_of_a_budget() -> None:
 
     candidates = {i: flat(1e6 * 1.2**i) for i in range(40)}
     choice = TRUE.best(lambda key: 1e17, candidates)
-    # At the optimum for 6ND FLOPs another parameter and another token are worth the same: aA/N^a = bB/D^b.
+    # At the optimum for 6ND FLOPs another parameter and another token are worth the same.
     n, d = candidates[choice.key].params, choice.tokens
-    assert TRUE.alpha * TRUE.A / n**TRUE.alpha == pytest.approx(TRUE.beta * TRUE.B / d**TRUE.beta, rel=0.1)
+    power = TRUE.alpha / TRUE.beta
+    assert power * (TRUE.N0 / n) ** power == pytest.approx(TRUE.D0 / d, rel=0.2)
     assert d == pytest.approx(1e17 / 6 / n) and choice.loss == TRUE.loss(n, d)
     # If wide models run slower, the best model for the same time is smaller.
     assert TRUE.best(lambda key: 1e17 / 1.2**key, candidates).key < choice.key
@@ -521,7 +521,7 @@ def test_law_on_disk_and_in_the_plan(
     law = fit_law(noisy_runs(0), corpus="starter", num_resamples=5)
     law.save(path)
     assert Law.load(path) == law
-    (tmp_path / "bad.json").write_text('{"E": 1}')
+    (tmp_path / "bad.json").write_text('{"N0": 1}')
     with pytest.raises(UserError, match=r"bad\.json"):
         Law.load(tmp_path / "bad.json")
     monkeypatch.setattr(plan.Law, "load", lambda: law)

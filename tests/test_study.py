@@ -19,7 +19,7 @@ from nanochat.runtime import Runtime
 from nanochat.train import pace
 from scripts.fit_law import main
 
-TRUE = {"E": 0.7, "A": 60.0, "alpha": 0.35, "B": 180.0, "beta": 0.35}
+N0, D0, POWER = 1e8, 2e8, 0.14  # loss = (N0 / N + D0 / D)^POWER
 
 
 def runs_of_a_known_law(noise: float) -> list[Run]:
@@ -27,7 +27,7 @@ def runs_of_a_known_law(noise: float) -> list[Run]:
     for budget in (1e13, 1e14, 1e15):
         for params in np.geomspace(3e5, 3e7, 7):
             tokens = budget / (6 * params)
-            bpb = TRUE["E"] + TRUE["A"] * params ** -TRUE["alpha"] + TRUE["B"] * tokens ** -TRUE["beta"]
+            bpb = (N0 / params + D0 / tokens) ** POWER
             runs.append(
                 Run(
                     "x",
@@ -49,8 +49,7 @@ def test_the_best_size_of_a_known_law() -> None:
     optima, params_exponent, tokens_exponent = best_sizes(runs, fit_law([(r.params, r.tokens, r.bpb) for r in runs]))
     assert params_exponent[0] == pytest.approx(0.5, abs=0.02) and tokens_exponent[0] == pytest.approx(0.5, abs=0.02)
     for optimum in optima:
-        # d/dN of A N^-a + B (6N/C)^a = 0
-        n = (TRUE["A"] / TRUE["B"]) ** (1 / 0.7) * (optimum.flops / 6) ** 0.5
+        n = (N0 / D0 * optimum.flops / 6) ** 0.5  # d/dN of N0 / N + D0 6N / C = 0
         assert optimum.params == pytest.approx(n, rel=0.05)
         assert optimum.ratio == pytest.approx(optimum.flops / 6 / n**2, rel=0.1)
         assert optimum.parabola is not None and optimum.parabola[0] == pytest.approx(n, rel=0.5)
@@ -103,7 +102,7 @@ def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     from nanochat.train.pretraining import ModelFlags
 
     of_depth = ModelFlags(head_dim=64, max_seq_len=512).network(4096)
-    law = Law(0.7, 60.0, 0.35, 180.0, 0.35)
+    law = Law(N0, POWER, D0, POWER)
     speed, update_seconds = 1e11, 0.01
     within = set()  # seconds that a measurement may take
 

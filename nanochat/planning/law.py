@@ -17,7 +17,7 @@ from nanochat.gpt_config import GPTConfig
 from nanochat.scaling import estimate, scaling_params
 
 WARN_EXTRAPOLATION = 10.0  # beyond this many times the FLOPs of the largest run fitted, a forecast carries a warning
-PARAMETERS = ("E", "A", "alpha", "B", "beta")
+PARAMETERS = ("N0", "alpha", "D0", "beta")
 LAW_FILE = Path(__file__).parent / "law.json"
 Point = tuple[float, float, float]  # (N scaling parameters, D tokens, loss in bits per byte)
 
@@ -57,16 +57,19 @@ class Forecast(NamedTuple):
 
 @dataclass
 class Law:
-    """loss(N, D) = E + A / N^alpha + B / D^beta (Chinchilla, arXiv 2203.15556), in bits per byte.
+    """loss(N, D) = ((N0 / N)^(alpha/beta) + D0 / D)^beta in bits per byte, as in Kaplan et al. (arXiv 2001.08361).
 
-    `resamples` are fits to bootstrap samples: (E, A, alpha, B, beta) each. The parameters are strongly correlated, so
-    the error of anything computed from them is its spread over the resamples.
+    With tokens without end a model reaches (N0 / N)^alpha, and a model of any size (D0 / D)^beta after D tokens.
+    E + A / N^alpha + B / D^beta (Chinchilla, arXiv 2203.15556) has a parameter more and misses small models by twice
+    as much: it knows no sizes that gain more from the same tokens than others (dev/LOG.md).
+
+    `resamples` are fits to bootstrap samples: the four parameters each. They are strongly correlated, so the error of
+    anything computed from them is its spread over the resamples.
     """
 
-    E: float
-    A: float
+    N0: float
     alpha: float
-    B: float
+    D0: float
     beta: float
     points: list[Point] = field(default_factory=list)
     resamples: list[list[float]] = field(default_factory=list)
@@ -122,6 +125,6 @@ class Law:
 
 
 def law_loss(parameters: np.ndarray, n: float | np.ndarray, d: float | np.ndarray) -> np.ndarray:
-    """Losses of many parameter sets: parameters (..., 5) -> (...), with n and d broadcast against (...)."""
-    E, A, alpha, B, beta = np.moveaxis(parameters, -1, 0)
-    return E + A * n**-alpha + B * d**-beta
+    """Losses of many parameter sets: parameters (..., 4) -> (...), with n and d broadcast against (...)."""
+    N0, alpha, D0, beta = np.moveaxis(parameters, -1, 0)
+    return ((N0 / n) ** (alpha / beta) + D0 / d) ** beta
