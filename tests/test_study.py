@@ -113,9 +113,9 @@ def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(pace, "this_machine", lambda runtime: None)
     monkeypatch.setattr(pace, "measure_pace", measure)
     runtime = Runtime.create("cpu")
-    chosen = [pace.best_depth(minutes, 4096, of_depth, law, runtime).key for minutes in (1, 30, 600)]
-    assert chosen == sorted(chosen) and chosen[0] < chosen[-1]
-    assert within == {0.6, 18.0, 20.0}
+    chosen = [pace.best_depth(minutes, 4096, of_depth, law, runtime).key for minutes in (0.1, 30, 600)]
+    assert chosen == sorted(chosen) and chosen[0] == 2 < chosen[1] < chosen[-1]
+    assert within == {0.06, 18.0, 20.0}
     speed, update_seconds = 1e10, 0.1
     monkeypatch.setattr(pace.CoreWatch, "share", lambda watch: 0.0)
     capsys.readouterr()

@@ -26,6 +26,7 @@ from nanochat.train.timing import batch_for_minutes, reference_peak, steps_in, t
 MEASURING_SECONDS = 20.0  # for each model, as a rule
 MEASURING_SHARE = 0.01  # of --minutes, for each of PROBES, where that is less
 SHORTEST_ROW = 256  # tokens: fewer would not keep the matrix products busy
+SHALLOWEST = 2  # one layer learns no induction (arXiv 2209.11895): it cannot copy what stands in a question
 PROBES = (2, 6)  # depths that are timed; the pace of others is interpolated linearly
 
 
@@ -47,12 +48,12 @@ def choose_depth(
 def best_depth(
     minutes: float, batch_tokens: int, config_of_depth: Callable[[int], GPTConfig], law: Law, runtime: Runtime
 ) -> Choice:
-    """The depth, from 1 to 12, with the lowest loss after `minutes` on this machine.
+    """The depth, from 2 to 12, with the lowest loss after `minutes` on this machine.
 
     `batch_tokens` are per step, over all ranks.
     """
     gpu, cores = this_machine(runtime), CoreWatch()
-    candidates = {depth: Candidate.of(config_of_depth(depth)) for depth in range(1, REFERENCE_DEPTH + 1)}
+    candidates = {depth: Candidate.of(config_of_depth(depth)) for depth in range(SHALLOWEST, REFERENCE_DEPTH + 1)}
     seconds = min(MEASURING_SECONDS, MEASURING_SHARE * 60 * minutes)
     pace0, pace1 = (measure_pace(config_of_depth(depth), gpu, runtime, seconds) for depth in PROBES)
     probe0, probe1 = (candidates[depth] for depth in PROBES)
@@ -60,8 +61,7 @@ def best_depth(
         runtime.warn0(text)
 
     def interpolate(x: float, x0: float, x1: float, y0: float, y1: float) -> float:
-        # Below a third of the measured time the line is not credible, however small the model.
-        return max(y0 + (x - x0) / (x1 - x0) * (y1 - y0), y0 / 3)
+        return y0 + (x - x0) / (x1 - x0) * (y1 - y0)
 
     def flops(depth: int) -> float:
         model = candidates[depth]
