@@ -105,7 +105,8 @@ def following(search: Search, config: Config) -> Side | None:
 def race_settings(config: Config) -> dict[str, Any]:
     """What a pair's result depends on besides its sides: results of other settings do not count."""
     names = ("minutes", "common", "data", "vocab_size", "chars", "eval_bytes")
-    code = json_hash([git("rev-parse", "HEAD").stdout, git("diff", "HEAD").stdout])[:12]
+    changes = git("diff", "HEAD", "--", ".", ":(exclude)dev/LEADERBOARD.md").stdout  # --record writes there
+    code = json_hash([git("rev-parse", "HEAD").stdout, changes])[:12]
     return {**{name: getattr(config, name) for name in names}, "code": code, "machine": describe_machine()["processor"]}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import recipe
+from bench import _run, recipe
 from bench._effects import MAX_PAIRS, Effect, Search, read_candidates
 from bench._race import Race, Side, can_run_together
 from nanochat.common import UserError
@@ -154,6 +154,23 @@ def test_other_code_is_another_race(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_wrong_flags(argv: list[str]) -> None:
     with pytest.raises(UserError):
         recipe.main(argv)
+
+
+def test_a_recorded_race_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Results count for the code that they were measured with; a new row of the leaderboard is no other code."""
+    monkeypatch.setattr(_run, "ROOT", tmp_path)
+    (tmp_path / "dev").mkdir()
+    board, code = tmp_path / "dev" / "LEADERBOARD.md", tmp_path / "gpt.py"
+    board.write_text("rows\n")
+    code.write_text("n = 1\n")
+    user = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (["init", "-q"], ["add", "-A"], [*user, "commit", "-qm", "first"]):
+        assert _run.git(*words).returncode == 0
+    before = recipe.race_settings(recipe.Config(b="smear=True"))
+    board.write_text("rows\nanother\n")
+    assert recipe.race_settings(recipe.Config(b="smear=True")) == before
+    code.write_text("n = 2\n")
+    assert recipe.race_settings(recipe.Config(b="smear=True")) != before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups")
