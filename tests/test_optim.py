@@ -338,6 +338,16 @@ def test_every_parameter_is_in_one_group(form: Any, n_layer: int) -> None:
     MuonAdamW(groups)
 
 
+def test_the_table_of_ngrams_learns_slowly() -> None:
+    """At the embeddings' rate it learns by heart what is read twice (dev/LOG.md)."""
+    sizes = {"vocab_size": 100, "sequence_len": 16, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+    model = GPT.create(GPTConfig.small(**sizes))
+    groups = build_param_groups(model, OptimizerConfig.later(), lr_scale=0.3, ns_dtype=torch.float32)
+    rates = {id(p): (group["kind"], group["lr"]) for group in groups for p in group["params"]}
+    kind, rate = rates[id(model.ngram_embed.weight)]
+    assert kind == "lazy_adamw" and rate == pytest.approx(0.1 * rates[id(model.wte.weight)][1])
+
+
 def test_parameters_that_are_no_matrices_get_the_rate_of_the_residual_scalars() -> None:
     """A learnable gain inside a block, or one beside them."""
     model = GPT.create(GPTConfig(vocab_size=64, sequence_len=16, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
