@@ -84,7 +84,8 @@ def train(config: Config, runtime: Runtime) -> int:
         trainer.hooks = make_hooks(config, corpus, tokenizer, runtime)
         if model.config.ngram_rows:
             without = replace(model.config, ngram_rows=0, smear=True)
-            trainer.hooks.append(Hook(RepeatWatch(with_changes(config.recipe, without)), 1))
+            instead = "" if config.init_from else with_changes(config.recipe, without)  # the source's network stays
+            trainer.hooks.append(Hook(RepeatWatch(instead), 1))
         if bundle:
             trainer.hooks.append(core_hook(config, trainer, tokenizer, bundle))
         return run.train(

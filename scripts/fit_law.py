@@ -84,7 +84,7 @@ def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
     for tag in fnmatch.filter(tags, pattern):
         if re.search(r"\.old\d+$", tag) and ".old" not in pattern:
             continue  # renamed by a later run with the same tag
-        meta = open_checkpoint(folder / tag, verify=False).meta  # verified; the weights are not read
+        meta = open_checkpoint(folder / tag, verify=False).meta  # only the metadata is read, not the weights
         progress, plan, user = meta["progress"], meta["plan"], meta["user_config"]
         if progress["step"] < plan["num_steps"] or progress["val_bpb"] is None:
             warn(f"{tag} is not finished (step {progress['step']} of {plan['num_steps']}): skipped")

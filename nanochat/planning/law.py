@@ -60,8 +60,8 @@ class Law:
     """loss(N, D) = ((N0 / N)^(alpha/beta) + D0 / D)^beta in bits per byte, as in Kaplan et al. (arXiv 2001.08361).
 
     With tokens without end a model reaches (N0 / N)^alpha, and a model of any size (D0 / D)^beta after D tokens.
-    E + A / N^alpha + B / D^beta (Chinchilla, arXiv 2203.15556) has a parameter more and misses small models by twice
-    as much: it knows no sizes that gain more from the same tokens than others (dev/LOG.md).
+    E + A / N^alpha + B / D^beta (Chinchilla, arXiv 2203.15556) has a parameter more and misses the runs of
+    law.json by twice as much: there, larger models gain more from the same tokens, which no sum says (dev/LOG.md).
 
     `resamples` are fits to bootstrap samples: the four parameters each. They are strongly correlated, so the error of
     anything computed from them is its spread over the resamples.

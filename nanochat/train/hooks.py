@@ -53,7 +53,7 @@ def sample_hook(complete: Callable[[GPT], list[dict[str, str]]], every: int) -> 
 
 class RepeatWatch:
     """A hook for models with a table of n-grams: warns once when a text is read for the third time, as the table then
-    knows by heart what follows where (dev/LOG.md). `instead` is the recipe without one."""
+    knows by heart what follows where (dev/LOG.md). `instead` is the recipe without one, "" if the network is given."""
 
     def __init__(self, instead: str) -> None:
         self.instead, self.warned = instead, False
@@ -61,9 +61,10 @@ class RepeatWatch:
     def __call__(self, trainer: Trainer) -> None:
         if not self.warned and trainer.loader.stats()["epoch"] >= FEW_READINGS:
             self.warned = True
+            advice = f", or with --recipe={self.instead}" if self.instead else ""
             trainer.runtime.warn0(
                 f"the text has been read {FEW_READINGS} times, and the table of n-grams begins to learn it by heart: "
-                f"train on more text, for a shorter time, or with --recipe={self.instead}"
+                f"train on more text, or for a shorter time{advice}"
             )
 
 

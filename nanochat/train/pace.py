@@ -57,7 +57,7 @@ def best_depth(
     seconds = min(MEASURING_SECONDS, MEASURING_SHARE * 60 * minutes)
     pace0, pace1 = (measure_pace(config_of_depth(depth), gpu, runtime, seconds) for depth in PROBES)
     probe0, probe1 = (candidates[depth] for depth in PROBES)
-    if text := cores.warning("the measurement from which the depth is chosen"):
+    if runtime.device.type == "cpu" and (text := cores.warning("the measurement from which the depth is chosen")):
         runtime.warn0(text)
 
     def interpolate(x: float, x0: float, x1: float, y0: float, y1: float) -> float:
