@@ -72,7 +72,7 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
         "num_params": counts["step"],
         "num_muon_params": counts["muon"],
     }
-    words = {"step": "whole update", "muon": "Muon alone", "adamw": "AdamW alone", "products": "Muon's bare products"}
+    words = {"step": "whole update", "muon": "Muon alone", "adamw": "others alone", "products": "Muon's bare products"}
     rows = [
         (
             words[name],

@@ -17,7 +17,16 @@ from nanochat.checkpoint.optimizer_shards import StateSlot, parse_name
 from nanochat.common import UserError
 from nanochat.distributed.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
-from nanochat.optimizer.update_rules import AHEAD, RULES, UpdateRule, even_out, flat_slices, orthogonalize, slices
+from nanochat.optimizer.update_rules import (
+    AHEAD,
+    RULES,
+    Total,
+    UpdateRule,
+    even_out,
+    flat_slices,
+    orthogonalize,
+    slices,
+)
 
 __all__ = ["DistMuonAdamW", "MuonAdamW", "OptimizerConfig", "build_param_groups", "even_out", "orthogonalize"]
 
@@ -34,7 +43,7 @@ class MuonAdamW:
     `param_groups`, `state` and `step` are as in torch.optim.Optimizer. This is not a subclass of it: creating one
     imports torch's compiler, which takes seconds.
 
-    State per parameter is full-shape and fp32, named by its rule: adamw `exp_avg`, `exp_avg_sq`; muon
+    State per parameter is full-shape and fp32, named by its rule: adamw `exp_avg`, `exp_avg_sq`; sgd none; muon
     `momentum_buffer` (R, C) and `second_moment` (R, 1) or (1, C). A matrix's state is a view into its slice's stack, so
     saving and loading do not see the stacks.
     """
@@ -65,11 +74,15 @@ class MuonAdamW:
             if rule_of(group).elementwise:
                 for p in params:
                     if p.grad is not None:
-                        self._update_range(p, p.detach(), p.grad, group)
+                        self._update_range(p, p.detach(), p.grad, self._scaled(group, p.grad))
             elif all(p.grad is not None for p in params):
                 for part in slices(params):
                     stacked = self._update_stack(part, torch.stack([p.grad.to(torch.float32) for p in part]), group)
                     torch._foreach_copy_(part, list(stacked.unbind(0)))
+
+    def _scaled(self, group: dict[str, Any], grad: torch.Tensor, total: Total = lambda sums: sums) -> dict[str, Any]:
+        """The group with what its rule multiplies by, for a parameter of which this rank has the gradient `grad`."""
+        return {**group, "grad_scale": rule_of(group).grad_scale(grad, total)}
 
     def _update_range(self, p: torch.Tensor, own: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         """Update `own`, which is p's data or a range of it, by an elementwise rule."""
@@ -238,7 +251,7 @@ class DistMuonAdamW(MuonAdamW):
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p, grad in zip(self.small, summed.split([p.numel() for p in self.small])):
             if present[p]:
-                self._update_range(p, p.detach(), grad.view_as(p), groups[p])
+                self._update_range(p, p.detach(), grad.view_as(p), self._scaled(groups[p], grad))
 
     def _start_sum(self, group: dict[str, Any], part: list[torch.Tensor]) -> Pending:
         """Start to sum a slice's gradients; each rank gets its share's."""
@@ -252,9 +265,10 @@ class DistMuonAdamW(MuonAdamW):
         (p,) = part
         start, stop = self._own_range(p)
         flat, share = p.detach().view(-1), self._share(p)
-        own = flat[start:stop]
+        own, grad = flat[start:stop], grad[: stop - start]
+        group = self._scaled(group, grad, lambda sums: start_all_reduce(sums, "summing a gradient's size").wait())
         if start < stop:
-            self._update_range(p, own, grad[: stop - start], group)
+            self._update_range(p, own, grad, group)
         exact = share * self.world_size == p.numel()
         whole = flat if exact else flat.new_empty(share * self.world_size)
         pending = start_all_gather(_padded(own, share), whole, "gathering large weights")

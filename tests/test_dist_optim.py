@@ -12,14 +12,14 @@ from nanochat.runtime import Runtime
 
 # Awkward shapes: tensors that no world size divides, fewer matrices than ranks, a scalar, one without gradients.
 ADAMW = {"embedding": (37, 5), "even": (24, 4), "scalar": (1,), "lambdas": (7,), "idle": (50,), "now_and_then": (41,)}
-LAZY = {"table": (43, 6)}
+TABLE = {"table": (43, 6)}
 MUON = [[(6, 10)] * 5, [(10, 4)] * 1, [(4, 4)] * 3, [(3, 8)] * 2]
 STEPS = 6
 
 
 def make_params() -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
-    shapes = {**ADAMW, **LAZY, **{f"m{g}.{i}": shape for g, group in enumerate(MUON) for i, shape in enumerate(group)}}
+    shapes = {**ADAMW, **TABLE, **{f"m{g}.{i}": shape for g, group in enumerate(MUON) for i, shape in enumerate(group)}}
     return {name: torch.randn(shape, generator=random).requires_grad_() for name, shape in shapes.items()}
 
 
@@ -28,7 +28,7 @@ def make_groups(params: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     return [
         {"kind": "adamw", "params": [params[n] for n in names[:3]], "lr": 0.1, "weight_decay": 0.01},
         {"kind": "adamw", "params": [params[n] for n in names[3:]], "lr": 0.05, "betas": (0.9, 0.99)},
-        {"kind": "lazy_adamw", "params": [params["table"]], "lr": 0.1},
+        {"kind": "sgd", "params": [params["table"]], "lr": 0.1},
         *(
             {
                 "kind": "muon",
@@ -49,7 +49,7 @@ def gradient(name: str, shape: tuple[int, ...], step: int, part: int) -> torch.T
         return None
     seed = hash((step, part, sum(map(ord, name)))) % 2**31
     draw = torch.Generator().manual_seed(seed)
-    some = torch.rand(shape[0], 1, generator=draw) < 0.1 if name in LAZY else 1  # rows that were looked up
+    some = torch.rand(shape[0], 1, generator=draw) < 0.1 if name in TABLE else 1  # rows that were looked up
     return torch.randn(shape, generator=draw) * some
 
 

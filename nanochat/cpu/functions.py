@@ -220,9 +220,9 @@ def block_softmax_backward_(grad: torch.Tensor, weights: torch.Tensor, scale: fl
 
 
 def adamw_(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, *rates: Any) -> tuple[torch.Tensor, ...]:
-    step, lr, (beta1, beta2), eps, decay, lazy = rates
+    step, lr, (beta1, beta2), eps, decay = rates
     factors = (1 - lr * decay, lr / (1 - beta1**step), beta1, beta2, 1 / (1 - beta2**step), eps)
-    call("adamw", p, g, m, v, p.numel(), *map(float, factors), lazy)
+    call("adamw", p, g, m, v, p.numel(), *map(float, factors))
     torch.autograd.graph.increment_version(p)  # decoding copies of the weights are renewed by it
     return p, m, v
 

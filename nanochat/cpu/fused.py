@@ -134,7 +134,7 @@ FORMS = {
     ),
     "adamw_": CForm(
         functions.adamw_,
-        "3756712c",
+        "5dd2f3c2",
         lambda: (
             _waves(37),
             _waves(37).relu(),
@@ -145,7 +145,6 @@ FORMS = {
             (0.8, 0.95),
             1e-8,
             0.1,
-            True,
         ),
         tensors=4,
         fits=lambda p, g, m, v, *rates: all(x.dtype == torch.float32 and x.is_contiguous() for x in (p, g, m, v)),

@@ -164,24 +164,15 @@ void rotary_backward(const void *gy, const void *y, const float *r, const float 
 /* ---- AdamW --------------------------------------------------------------------------------------------------- */
 
 /* In place, all of size n: m += (1 - beta1) * (g - m); v = beta2 * v + (1 - beta2) * g^2;
-   p = keep * p - rate * m / (sqrt(v * correction) + eps). Lazy: not where g is 0; a block of zeros costs its reading. */
+   p = keep * p - rate * m / (sqrt(v * correction) + eps) */
 void adamw(float *restrict p, const float *restrict g, float *restrict m, float *restrict v, long n, float keep,
-           float rate, float beta1, float beta2, float correction, float eps, int lazy) {
+           float rate, float beta1, float beta2, float correction, float eps) {
     const float new1 = 1 - beta1, new2 = 1 - beta2;
-    const long step = 64; /* numbers: what is looked up lies together */
-#pragma omp parallel for
-    for (long at = 0; at < n; at += step) {
-        const long end = at + step < n ? at + step : n;
-        int some = !lazy;
-        for (long i = at; i < end; i++) some |= g[i] != 0;
-        if (!some) continue;
-#pragma omp simd
-        for (long i = at; i < end; i++) {
-            const int still = lazy & (g[i] == 0);
-            const float m1 = m[i] + new1 * (g[i] - m[i]), v1 = beta2 * v[i] + new2 * g[i] * g[i];
-            const float p1 = keep * p[i] - rate * m1 / (sqrtf(v1 * correction) + eps);
-            m[i] = still ? m[i] : m1, v[i] = still ? v[i] : v1, p[i] = still ? p[i] : p1;
-        }
+#pragma omp parallel for simd
+    for (long i = 0; i < n; i++) {
+        m[i] += new1 * (g[i] - m[i]);
+        v[i] = beta2 * v[i] + new2 * g[i] * g[i];
+        p[i] = keep * p[i] - rate * m[i] / (sqrtf(v[i] * correction) + eps);
     }
 }
 

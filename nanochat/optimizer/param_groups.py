@@ -29,7 +29,7 @@ class OptimizerConfig:
     scalar_lr: float = 0.5
     value_embed_lr_ratio: float = 1.0  # of the embedding rate
     smear_backout_lr: float = 0.2
-    ngram_lr_ratio: float = 0.1  # of the embedding rate: larger steps learn text that is read twice by heart
+    ngram_lr_ratio: float = 0.4  # of the embedding rate, for an average number of the gradient
     weight_decay: float = 0.2  # of the matrices, at depth 12
     adam_beta1: float = 0.8
     adam_beta2: float = 0.95
@@ -100,8 +100,8 @@ def build_param_groups(
         adamw(list(model.value_embeds.parameters()), value_lr, embed_betas, config.value_embed_decay),
     ]
     if model.config.ngram_rows:
-        table = adamw([model.ngram_embed.weight], groups[1]["lr"] * config.ngram_lr_ratio, embed_betas)
-        groups.append({**table, "kind": "lazy_adamw"})
+        lr = groups[1]["lr"] * config.ngram_lr_ratio
+        groups.append({"kind": "sgd", "params": [model.ngram_embed.weight], "lr": lr, "weight_decay": 0.0})
     scalar_lr = config.scalar_lr * lr_scale
     if model.config.residual_scalars:
         groups.append(scalars([model.resid_lambdas], scalar_lr * 0.01, betas, config.resid_decay))

@@ -10,7 +10,7 @@ Shapes: K matrices in a stack, R rows, C columns.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -78,20 +78,15 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     decay: float,
-    lazy: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """One step of AdamW (arXiv 1711.05101) on p with gradient g, in place: returns p and its moments m and v. Lazy: a
-    number whose gradient is 0 stays as it is, and so do its moments."""
+    """One step of AdamW (arXiv 1711.05101) on p with gradient g, in place: returns p and its moments m and v."""
     beta1, beta2 = betas
-    before = (p.clone(), m.clone(), v.clone()) if lazy else ()
     if decay:
         p.mul_(1 - lr * decay)
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
     p.add_(m.div(denominator).mul_(-lr / (1 - beta1**step)).to(p.dtype))
-    for x, old in zip((p, m, v), before):
-        torch.where(g == 0, old, x, out=x)
     return p, m, v
 
 
@@ -101,6 +96,9 @@ def cautious_step_(p: torch.Tensor, update: torch.Tensor, lr: float, decay: floa
     update = update.to(p.dtype)
     shrinks = (update * p) >= 0
     return p.sub_(lr * update + (lr * decay) * p * shrinks)
+
+
+Total = Callable[[torch.Tensor], torch.Tensor]
 
 
 class UpdateRule:
@@ -126,6 +124,11 @@ class UpdateRule:
         (K, *shape), its state stacked likewise."""
         raise NotImplementedError
 
+    def grad_scale(self, grads: torch.Tensor, total: Total) -> torch.Tensor | float:
+        """What `update` multiplies the gradient by, as group["grad_scale"]. For elementwise rules: `grads` is what this
+        rank has of a parameter's gradient, and `total` sums a tensor over the ranks. Collective."""
+        return 1.0
+
     def settings(self, config: Any, ns_dtype: torch.dtype) -> dict[str, Any]:
         """Group settings that OptimizerConfig has fields for; ns_dtype is the dtype of fast products on this device."""
         return {}
@@ -143,7 +146,6 @@ class AdamW(UpdateRule):
 
     elementwise = True
     temporary_bytes = 12  # 8 with gradients in float32
-    lazy = False
     defaults: ClassVar[dict[str, Any]] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 
     def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -153,16 +155,37 @@ class AdamW(UpdateRule):
         self, params: torch.Tensor, grads: torch.Tensor, state: dict[str, Any], step: int, group: dict[str, Any]
     ) -> None:
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        rates = [group[key] for key in ("lr", "betas", "eps", "weight_decay")] + [self.lazy]
+        rates = [group[key] for key in ("lr", "betas", "eps", "weight_decay")]
         adamw_(params, grads.to(m.dtype), m, v, step, *rates)
 
 
-class LazyAdamW(AdamW):
-    """AdamW of the numbers that have a gradient, for tables of which a step looks up a small part: the rest is not even
-    read on a CPU."""
+class NormedSGD(UpdateRule):
+    """SGD without state, its gradient divided by the size of an average number of it, for tables of which a step looks
+    up a small part.
 
-    temporary_bytes = 25
-    lazy = True
+    A row moves in proportion to its gradient: far if it is looked up often, little if it is seen once. Adam moves both
+    alike, rare rows further even, and so learns text by heart (dev/LOG.md).
+    """
+
+    elementwise = True
+    temporary_bytes = 1  # next to none
+    defaults: ClassVar[dict[str, Any]] = {"weight_decay": 0.0}
+
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def grad_scale(self, grads: torch.Tensor, total: Total) -> torch.Tensor:
+        """1 / (sum of squares / sum of absolute values), which numbers that are 0 do not change."""
+        norms = [torch.linalg.vector_norm(grads, ord, dtype=torch.float32) for ord in (1, 2)]
+        absolute, squares = total(torch.stack([norms[0], norms[1].square()])).unbind()
+        return absolute / squares.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def update(
+        self, params: torch.Tensor, grads: torch.Tensor, state: dict[str, Any], step: int, group: dict[str, Any]
+    ) -> None:
+        if group["weight_decay"]:
+            params.mul_(1 - group["lr"] * group["weight_decay"])
+        params.addcmul_(grads.to(params.dtype), group["grad_scale"].to(params.dtype), value=-group["lr"])
 
 
 class Muon(UpdateRule):
@@ -209,7 +232,7 @@ class Muon(UpdateRule):
         cautious_step_(params, update, lr, group["weight_decay"])
 
 
-RULES: dict[str, UpdateRule] = {"adamw": AdamW(), "lazy_adamw": LazyAdamW(), "muon": Muon()}
+RULES: dict[str, UpdateRule] = {"adamw": AdamW(), "sgd": NormedSGD(), "muon": Muon()}
 """By the `kind` of a parameter group."""
 
 
