@@ -185,8 +185,10 @@ def test_the_end_comes_once_and_stays():
 
 def test_an_endless_loader_goes_on():
     loader = make_loader(chats(10), num_epochs=None)
-    assert len(take_all(loader, max_batches=30)) == 30
+    batches = take_all(loader, max_batches=30)
+    assert len(batches) == 30
     assert loader.stats()["epoch"] > 2
+    assert batches[0].read_before == 0 and batches[-1].read_before == len(batches[-1].inputs)
 
 
 @pytest.mark.parametrize(("rows", "num_epochs"), [(1, 1), (4, 1), (4, 3), (1000, 1)])

@@ -255,9 +255,11 @@ def test_a_state_of_two_ranks_loads_in_one_three_or_four():
 def test_a_restored_loader_goes_on_exactly_from_every_step():
     """Over three epochs and their borders; the saved state is that of the batch, not of the thread ahead of it."""
     loader = make_loader(FakeCorpus([7, 0, 5]), rows=2)
-    states, rows = [loader.state_dict()], []
+    states, rows, read_before = [loader.state_dict()], [], []
     while loader.stats()["epoch"] < 3:
-        rows.append(loader.next_batch().inputs.numpy())
+        batch = loader.next_batch()
+        rows.append(batch.inputs.numpy())
+        read_before.append(batch.read_before)
         states.append(loader.state_dict())
     loader.close()
     assert 20 < len(rows) < 200
@@ -265,10 +267,23 @@ def test_a_restored_loader_goes_on_exactly_from_every_step():
         restored = make_loader(FakeCorpus([7, 0, 5]), rows=2)
         restored.load_state_dict(states[step])
         assert_same_state(restored.state_dict(), states[step])
-        for expected, state in zip(rows[step : step + 3], states[step + 1 :]):
-            np.testing.assert_array_equal(restored.next_batch().inputs.numpy(), expected)
+        for expected, again, state in zip(rows[step : step + 3], read_before[step:], states[step + 1 :]):
+            batch = restored.next_batch()
+            np.testing.assert_array_equal(batch.inputs.numpy(), expected)
+            assert batch.read_before == again
             assert_same_state(restored.state_dict(), state)
         restored.close()
+
+
+def test_rows_of_later_epochs_are_counted_as_read_before():
+    """A small corpus is read ahead by an epoch, so rows of both come up for a while; they count as new."""
+    corpus = FakeCorpus([40])
+    loader = make_loader(corpus, rows=4)
+    rows = sum(len(tokens_of(text)) + 1 for text in corpus.texts) / 16  # of an epoch
+    counts = [loader.next_batch().read_before for _ in range(round(10 * rows / 4))]
+    loader.close()
+    assert counts[0] == 0 and counts[-1] == 4
+    assert 0.9 * rows < sum(4 - count for count in counts) < 3 * rows
 
 
 def assert_same_state(one, other):

@@ -1,6 +1,7 @@
 """The training loop: gradients, hooks, stop signals, failures, saves, and which flags a resumed run keeps."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 import math
@@ -24,12 +25,15 @@ from nanochat.dataloader import Batch
 from nanochat.distributed.rank_checks import NonFiniteLoss
 from nanochat.distributed.signals import StopRequested
 from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.train import metrics as metrics_module
 from nanochat.train.build import choose_device_batch
 from nanochat.train.config import OnResume, TrainConfig, merge_saved_config, resume_rules
 from nanochat.train.metrics import Metrics, cut_metrics
 from nanochat.train.run import run_to_end
+from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.snapshot import check_disk
+from nanochat.train.step import TrainStep
 from nanochat.trainer import Hook, Interrupted, Record, Trainer, frozen_objects
 
 
@@ -59,6 +63,25 @@ def test_loss_is_the_mean_over_all_targets_of_the_global_batch() -> None:
     trainer.run()
     assert records[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert records[0]["tokens"] == int((batch.targets >= 0).sum())
+
+
+@pytest.mark.parametrize("read_before", [0, 3, 6])
+def test_text_that_was_read_before_trains_ngrams_less(read_before: int) -> None:
+    """By the share of such rows in the batch, and no other parameter."""
+
+    def step(read_before: int) -> dict[str, torch.Tensor]:
+        """How far each parameter moves."""
+        model = GPT.create(dataclasses.replace(CONFIG, ngram_rows=50, ngram_dim=8), seed=1)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        groups = build_param_groups(model, OptimizerConfig(), ns_dtype=torch.float32)
+        train = TrainStep(model, MuonAdamW(groups), CPU, ScheduleConfig(4), 6, model.loss)
+        train(dataclasses.replace(RandomBatches().next_batch(), read_before=read_before))
+        return {name: p.detach() - before[name] for name, p in model.named_parameters()}
+
+    new, moved = step(0), step(read_before)
+    assert new["ngram_embed.weight"].abs().max() > 1e-3
+    new["ngram_embed.weight"] *= 1 - (1 - OptimizerConfig.ngram_reread_ratio) * read_before / 6
+    torch.testing.assert_close(moved, new)
 
 
 def test_num_steps_counts_optimizer_steps() -> None:

@@ -87,10 +87,14 @@ class ConversationPacker:
 
     def next_step(self) -> tuple[Batch, ConversationState]:
         """The rank's rows of the next step. Raises StopIteration when there is none left."""
+        used = self.cursor.epoch * self.size + self.cursor.position - len(self.pool)
         rows = self.next_rows()
         if not rows:
             raise StopIteration
-        return build_batch(rows[self.rank :: self.world_size], self.row_tokens, self.pad), self.state()
+        batch = build_batch(rows[self.rank :: self.world_size], self.row_tokens, self.pad)
+        if used >= self.size:  # as many as an epoch has; which ones, is not known of those that wait in the pool
+            batch.read_before = len(batch.inputs)
+        return batch, self.state()
 
     def next_rows(self) -> list[list[Pooled]]:
         """The rows of the next step: rows_per_step, fewer at the end of the data, then none."""

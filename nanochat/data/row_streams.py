@@ -188,21 +188,22 @@ class RowPacker:
         The N = rows_per_stream * streams rows have one of each stream, then the next of each, and so on.
         """
         rows = np.empty((self.rows_per_stream, len(self.streams), self.row_tokens), np.int64)
-        sources: set[tuple[int, int]] = set()  # (epoch, row group) of everything in the rows
+        sources: list[set[tuple[int, int]]] = []  # of each row: (epoch, row group) of everything in it
         for round_of_rows in rows:
             due = [stream for stream in self.streams if stream.counts.rows % REFILL_ROWS == 0]
             self._refill(due)  # all at once, so that the tokenizer's threads have enough to share
-            for stream, row in zip(self.streams, round_of_rows):
-                self._pack(stream, row, sources)
+            sources += [self._pack(stream, row) for stream, row in zip(self.streams, round_of_rows)]
         flat = rows.reshape(-1, self.row_tokens)  # (N, T+1)
         # Copied by numpy: torch would wake threads for it, which training may be using.
         inputs, targets = (torch.from_numpy(np.ascontiguousarray(half)) for half in (flat[:, :-1], flat[:, 1:]))
         first, last = self.streams[0].index, self.streams[-1].index
-        origin = f"{describe_sources(sources)}, {len(self.streams)} streams from {first} to {last}"
-        return Batch(inputs, targets, None, origin), self.state()
+        origin = f"{describe_sources(set().union(*sources))}, {len(self.streams)} streams from {first} to {last}"
+        read_before = sum(min(epoch for epoch, _ in of_row) > 0 for of_row in sources)
+        return Batch(inputs, targets, None, origin, read_before), self.state()
 
-    def _pack(self, stream: RowStream, row: np.ndarray, sources: set[tuple[int, int]]) -> None:
-        """Write a stream's next row into `row`, (T+1,)."""
+    def _pack(self, stream: RowStream, row: np.ndarray) -> set[tuple[int, int]]:
+        """Write a stream's next row into `row`, (T+1,). Returns (epoch, row group) of everything in it."""
+        sources: set[tuple[int, int]] = set()
         row[-1] = self.bos  # stays where the segments leave a space of one
         end = documents = cropped = 0
         for segment, length, taken in fill_row(stream.pool, self.row_tokens, lambda: self._refill([stream])):
@@ -217,6 +218,7 @@ class RowPacker:
                 stream.pool.add(tail.length, tail)
         old = stream.counts
         stream.counts = Counts(old.rows + 1, old.documents + documents, old.cropped + cropped)
+        return sources
 
     def _refill(self, streams: list[RowStream]) -> None:
         """Read and tokenise until none of the streams wants more."""

@@ -30,6 +30,7 @@ class OptimizerConfig:
     value_embed_lr_ratio: float = 1.0  # of the embedding rate
     smear_backout_lr: float = 0.2
     ngram_lr_ratio: float = 0.4  # of the embedding rate, for an average number of the gradient
+    ngram_reread_ratio: float = 0.1  # times this for text that was read before, lest it be learnt by heart
     weight_decay: float = 0.2  # of the matrices, at depth 12
     adam_beta1: float = 0.8
     adam_beta2: float = 0.95
@@ -101,7 +102,8 @@ def build_param_groups(
     ]
     if model.config.ngram_rows:
         lr = groups[1]["lr"] * config.ngram_lr_ratio
-        groups.append({"kind": "sgd", "params": [model.ngram_embed.weight], "lr": lr, "weight_decay": 0.0})
+        table = {"kind": "sgd", "params": [model.ngram_embed.weight], "lr": lr, "weight_decay": 0.0}
+        groups.append({**table, "reread": config.ngram_reread_ratio})
     scalar_lr = config.scalar_lr * lr_scale
     if model.config.residual_scalars:
         groups.append(scalars([model.resid_lambdas], scalar_lr * 0.01, betas, config.resid_decay))

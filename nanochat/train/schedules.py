@@ -34,8 +34,12 @@ class ScheduleConfig:
         """The last steps of the run, over which the rates fall."""
         return round(self.warmdown_ratio * self.num_steps)
 
-    def apply(self, param_groups: list[dict[str, Any]], step: int) -> float:
-        """Set the rates of MuonAdamW's groups for the update after `step` steps; returns the rates' multiplier."""
+    def apply(self, param_groups: list[dict[str, Any]], step: int, unread: float = 1.0) -> float:
+        """Set the rates of MuonAdamW's groups for the update after `step` steps; returns the rates' multiplier.
+
+        `unread` is the share of the batch's rows with text that was not read before. At 0, the rates of groups with
+        "reread" are multiplied by that.
+        """
         multiplier = lr_multiplier(step, self.num_steps, self.warmup_steps, self.warmdown_ratio, self.final_lr_frac)
         momentum_warmdown = self.warmdown_ratio if self.momentum_warmdown else 0.0
         momentum = muon_momentum(
@@ -43,7 +47,7 @@ class ScheduleConfig:
         )
         decay = decay_multiplier(step, self.num_steps, self.decay_shape)
         for group in param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
+            group["lr"] = group["initial_lr"] * multiplier * (unread + (1 - unread) * group.get("reread", 1.0))
             if "momentum" in group:
                 group["momentum"] = momentum
             if group.get("decay_scheduled"):

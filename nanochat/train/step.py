@@ -39,13 +39,14 @@ class TrainStep:
     device_batch_size: int  # rows per micro-batch
     loss_fn: LossFunction  # model.loss, or its compiled form
     progress: Progress = field(default_factory=Progress)
+    unread: float = 1.0  # share of the last step's rows with text that was not read before
     positions: int = 0  # tokens that this rank computed in the last step, without those left out or cut off
 
     def __call__(self, batch: Batch) -> Record:
         """Take one optimizer step; returns its metrics. Raises NonFiniteLoss before anything is updated."""
         started, now = time.perf_counter(), self.progress
-        multiplier = self.schedule.apply(self.optimizer.param_groups, now.step)
         loss, num_targets = self.accumulate(batch)
+        multiplier = self.schedule.apply(self.optimizer.param_groups, now.step, self.unread)
         if not self.runtime.scales_loss or self.unscale_gradients():
             self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
@@ -68,8 +69,9 @@ class TrainStep:
         Raises NonFiniteLoss on all ranks, naming the data.
         """
         runtime, device = self.runtime, self.runtime.device
-        counted = runtime.all_reduce_sum((batch.targets >= 0).sum().to(device), "counting targets")
-        num_targets = max(int(counted), 1)
+        counts = torch.tensor([int((batch.targets >= 0).sum()), len(batch.inputs), batch.read_before], device=device)
+        num_targets, rows, read_before = runtime.all_reduce_sum(counts, "counting targets").tolist()
+        num_targets, self.unread = max(num_targets, 1), 1 - read_before / max(rows, 1)
         rank_loss, self.positions = torch.zeros((), device=device), 0
         for inputs, targets, weights in self.micro_batches(batch):
             self.positions += inputs.numel()
