@@ -24,7 +24,7 @@ from nanochat.runtime import Runtime
 from nanochat.scaling import Plan, describe
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.train.commands import command_line
-from nanochat.train.hooks import RepeatWatch, estimate_core_seconds, evaluate_core, sample_hook, validate
+from nanochat.train.hooks import estimate_core_seconds, evaluate_core, sample_hook, validate
 from nanochat.train.pretraining import PretrainConfig as Config, build_model, build_step, fix_plan, run_recipe
 from nanochat.train.progress import Progress
 from nanochat.train.run import Run, open_run
@@ -82,10 +82,6 @@ def train(config: Config, runtime: Runtime) -> int:
         if runtime.is_main and not (saved and saved.record):
             save_record(corpus, folder)
         trainer.hooks = make_hooks(config, corpus, tokenizer, runtime)
-        if model.config.ngram_rows:
-            without = replace(model.config, ngram_rows=0, smear=True)
-            instead = "" if config.init_from else with_changes(config.recipe, without)  # the source's network stays
-            trainer.hooks.append(Hook(RepeatWatch(instead), 1))
         if bundle:
             trainer.hooks.append(core_hook(config, trainer, tokenizer, bundle))
         return run.train(

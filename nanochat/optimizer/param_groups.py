@@ -30,7 +30,7 @@ class OptimizerConfig:
     value_embed_lr_ratio: float = 1.0  # of the embedding rate
     smear_backout_lr: float = 0.2
     ngram_lr_ratio: float = 0.4  # of the embedding rate, for an average number of the gradient
-    ngram_reread_ratio: float = 0.1  # times this for text that was read before, lest it be learnt by heart
+    ngram_reread_ratio: float = 0.0  # times this for text that was read before, lest it be learnt by heart
     weight_decay: float = 0.2  # of the matrices, at depth 12
     adam_beta1: float = 0.8
     adam_beta2: float = 0.95

@@ -15,8 +15,6 @@ from nanochat.fp8 import without_fp8
 from nanochat.gpt import GPT
 from nanochat.trainer import Hook, Record, Trainer
 
-FEW_READINGS = 2  # of a text that n-grams were seen to gain from
-
 
 def validate(trainer: Trainer, measure: Callable[[Trainer], float]) -> Record:
     """Measure validation bits per byte, on all ranks; store it in the run's progress and return it as val_bpb.
@@ -49,23 +47,6 @@ def sample_hook(complete: Callable[[GPT], list[dict[str, str]]], every: int) -> 
                 say(f"  {item['prompt']} -> {item['text']!r}")
 
     return Hook(sample, every)
-
-
-class RepeatWatch:
-    """A hook for models with a table of n-grams: warns once when a text is read for the third time, as the table then
-    knows by heart what follows where (dev/LOG.md). `instead` is the recipe without one, "" if the network is given."""
-
-    def __init__(self, instead: str) -> None:
-        self.instead, self.warned = instead, False
-
-    def __call__(self, trainer: Trainer) -> None:
-        if not self.warned and trainer.loader.stats()["epoch"] >= FEW_READINGS:
-            self.warned = True
-            advice = f", or with --recipe={self.instead}" if self.instead else ""
-            trainer.runtime.warn0(
-                f"the text has been read {FEW_READINGS} times, and the table of n-grams begins to learn it by heart: "
-                f"train on more text, or for a shorter time{advice}"
-            )
 
 
 def evaluate_core(trainer: Trainer, tokenizer: Any, bundle: Bundle, max_per_task: int) -> Record:
