@@ -1,7 +1,6 @@
 """base_train, chat_sft and chat_rl as scripts: starting models, run folders, resuming, exit."""
 
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -24,7 +23,6 @@ from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.common.files import read_json
 from nanochat.dataloader import ConversationLoader
-from nanochat.recipe import get_recipe
 from nanochat.runtime import Runtime
 from nanochat.train import pretraining
 from nanochat.train.deadline import Deadline
@@ -55,22 +53,6 @@ def test_init_from_copies_the_weights_and_resuming_does_not_need_the_source(copi
     assert base_train.main(["--model-tag=next", "--resume-from-step=1", "--eval-tokens=64", data]) == 0
     step = copied / "base_checkpoints" / "next" / "000001"
     assert base_train.main([*TINY, data, "--model-tag=third", f"--init-from={step}"]) == 0
-
-
-@pytest.mark.parametrize("recipe", ["small", "small,matrix_lr=0.01,ngram_rows=64", "small,ngram_rows=0"])
-def test_a_text_that_is_read_often_is_no_text_for_ngrams(
-    recipe: str, copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (copied / "short.txt").write_text("one two three\n\nfour five six\n\nseven eight\n\nnine ten\n" * 3)
-    flags = [*TINY, f"--recipe={recipe}", "--eval-every=-1", "--sample-every=-1"]
-    base_train.main([*flags, f"--data={copied / 'text.jsonl'}"])
-    assert "ngram_rows=0" not in capsys.readouterr().err
-    base_train.main([*flags, f"--data={copied / 'short.txt'}", "--num-iterations=5"])
-    found = re.findall(r"--recipe=(\S*ngram_rows=0\S*)", capsys.readouterr().err)
-    assert len(found) == (0 if recipe.endswith("=0") else 1)
-    if found:
-        network = get_recipe(found[0]).model(n_layer=1, n_embd=16, n_head=2, n_kv_head=2)
-        assert network.ngram_rows == 0 and network.smear and found[0].startswith(recipe.partition(",")[0])
 
 
 def test_init_from_keeps_the_context(copied: Path) -> None:
