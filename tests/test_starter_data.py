@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dev import build_starter_data
-from dev.starter import clean, identity, synthetic, validation, writer
+from dev.starter import clean, identity, synthetic, validation, words, writer
 from dev.starter.archives import Archive
 from nanochat.common import SPECIAL_TOKENS, UserError
 
@@ -166,7 +166,13 @@ def test_words() -> None:
     test = (STARTER / "words_test.txt").read_text().split()
     assert not set(train) & set(test) and len(set(train)) == len(train)
     assert all(re.fullmatch("[a-z]{3,12}", word) for word in train + test)
-    assert 10_000 < len(train) + len(test) < 25_000 and 0.07 < len(test) / len(train + test) < 0.13
+    assert 15_000 < len(train) < 25_000 and 1_000 < len(test) < 2_000
+
+
+def test_forms_of_tested_words_are_not_trained_on() -> None:
+    counts = {"juggle": 9, "juggling": 8, "jugglingly": 7, "jug": 6, "unrelated": 6, "teh": 5, "seldom": 3}
+    train, test = words.split(counts, {"juggle", "unrelated", "seldom"})  # the hash of "juggle" says: test
+    assert (train, test) == (["jug", "unrelated", "teh"], ["juggle"])
 
 
 def test_every_source_is_attributed(corpus: dict) -> None:
