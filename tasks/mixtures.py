@@ -117,7 +117,7 @@ def starter_mixture(split: str, seed: int = 42) -> list[Part]:
         Part("spelling", SimpleSpelling(size=size, seed=draw)),
         Part("letter counting", SpellingBee(size=size, seed=draw)),
         # Enough to learn the format of an answer; reinforcement learning (chat_rl) trains to solve them.
-        *(Part(f"word problems {level}", WordProblems(level, max(5, size // 500), seed=draw)) for level in LEVELS),
+        *(Part(f"word problems {level}", WordProblems(level, max(5, size // 20), seed=draw)) for level in LEVELS),
         Part("small talk", StarterChat(split, source="smalltalk")),
         Part("questions", StarterChat(split, source="qa")),
         Part("stories", StarterChat(split, source="stories")),
