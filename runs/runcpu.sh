@@ -37,9 +37,9 @@ if [ -n "$SMOKE" ]; then
   RL="--num-iterations=2 --examples-per-step=2 --num-samples=4 --max-new-tokens=16 --eval-examples=4"
 else
   VOCAB=4096 CHARS=20000000 CONTEXT=512 DEPTH=-1 BATCH=4096 SPLIT=65536
-  BASE="--minutes=$(share 0.31) --eval-every=150 --save-every=500 --eval-tokens=32768"
-  SFT="--minutes=$(share 0.44) --eval-every=300 --save-every=500 --eval-tokens=32768" EVAL="-x 200"
-  RL="--minutes=$(share 0.12) --init-lr-frac=0.02 --examples-per-step=24 --max-new-tokens=64 --eval-every=50 --save-every=50"
+  BASE="--minutes=$(share 0.36) --eval-every=150 --save-every=500 --eval-tokens=32768"
+  SFT="--minutes=$(share 0.38) --eval-every=300 --save-every=500 --eval-tokens=32768" EVAL="-x 200"
+  RL="--minutes=$(share 0.10) --init-lr-frac=0.02 --examples-per-step=24 --max-new-tokens=64 --eval-every=50 --save-every=50"
 fi
 done_file() { [ -f "$NANOCHAT_BASE_DIR/.done/$1" ]; }
 stage() {  # stage NAME COMMAND...: run it once
