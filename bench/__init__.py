@@ -3,7 +3,7 @@
     train        one optimizer step: time and memory by part, and the share of matrix products
     attention    training attention, full and short window, at one, two and four times the context
     loss_head    the output head with its loss, against the plain form that materialises all logits
-    optimizer    one update: Muon, AdamW, and the matrix products inside Muon
+    optimizer    one update: Muon, the other rules, and the matrix products inside Muon
     distributed  the sharded optimizer: time, memory and speed over numbers of ranks
     data         the loader: tokens per second from text, and whether an epoch shows every token
     tokenizer    training, encoding, decoding

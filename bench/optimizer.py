@@ -1,7 +1,7 @@
 """One update of all weights from random gradients: `python -m bench.optimizer`.
 
-Muon and AdamW are timed apart, each with its own groups of parameters, and beside them the bare products of Muon's
-orthogonalisation, at the same shapes and in the same dtype.
+Muon and the other rules are timed apart, each with its own groups of parameters, and beside them the bare products of
+Muon's orthogonalisation, at the same shapes and in the same dtype.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,32 +47,28 @@ def measure(flags: Flags, runtime: Runtime) -> Result:
     model = GPT.create(model_config(flags), runtime.device, runtime.dtype)
     for p in model.parameters():
         p.grad = torch.randn_like(p).mul_(1e-3)
-    if table_rows := model.config.ngram_rows:  # a batch reaches two of them for each token: of its pair and its triple
-        others = torch.ones(table_rows, dtype=torch.bool, device=runtime.device)
-        others[torch.randint(table_rows, (2 * flags.tokens,), device=runtime.device)] = False
-        model.ngram_embed.weight.grad[others] = 0  # type: ignore[index]
     groups = make_optimizer(model, TrainConfig().optimizer_config(flags.recipe), runtime, 1e-3, 0.1).param_groups
     muon = [group for group in groups if group["kind"] == "muon"]
-    adamw = [group for group in groups if group["kind"] != "muon"]
+    others = [group for group in groups if group["kind"] != "muon"]
     products = OrthogonalisationProducts(muon, runtime.device)
     actions: dict[str, Callable[[], Any]] = {
         "step": MuonAdamW(groups).step,
         "muon": MuonAdamW(muon).step,
-        "adamw": MuonAdamW(adamw).step,
+        "others": MuonAdamW(others).step,
         "products": products,
     }
     seconds = time_in_turn(actions, flags.seconds, runtime)
-    counts = {"muon": count(muon), "adamw": count(adamw), "step": count(groups)}
+    counts = {"muon": count(muon), "others": count(others), "step": count(groups)}
     values: dict[str, Any] = {f"{name}_ms": 1e3 * took for name, took in seconds.items()}
     values |= {
-        "muon_share": seconds["muon"] / (seconds["muon"] + seconds["adamw"]),
+        "muon_share": seconds["muon"] / (seconds["muon"] + seconds["others"]),
         "products_share": seconds["products"] / seconds["step"],
         "products_share_of_muon": seconds["products"] / seconds["muon"],
         "products_flops_per_second": products.flops / seconds["products"],
         "num_params": counts["step"],
         "num_muon_params": counts["muon"],
     }
-    words = {"step": "whole update", "muon": "Muon alone", "adamw": "others alone", "products": "Muon's bare products"}
+    words = {"step": "whole update", "muon": "Muon alone", "others": "others alone", "products": "Muon's bare products"}
     rows = [
         (
             words[name],

@@ -1,4 +1,4 @@
-"""MuonAdamW: Muon for the matrices inside the blocks, AdamW for everything else, one optimizer for both.
+"""MuonAdamW: Muon for the matrices inside the blocks, AdamW for most of the rest, one optimizer for all.
 
 The arithmetic and the state of each rule are in optimizer/update_rules.py, which parameter gets which rule and rate in
 optimizer/param_groups.py. DistMuonAdamW does the same on several ranks.
@@ -69,7 +69,7 @@ class MuonAdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient; a stacked group needs all of its gradients."""
-        for group in self.param_groups:
+        for group in self._groups_to_update():
             params = group["params"]
             if rule_of(group).elementwise:
                 for p in params:
@@ -79,6 +79,9 @@ class MuonAdamW:
                 for part in slices(params):
                     stacked = self._update_stack(part, torch.stack([p.grad.to(torch.float32) for p in part]), group)
                     torch._foreach_copy_(part, list(stacked.unbind(0)))
+
+    def _groups_to_update(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if not rule_of(group).changes_nothing(group)]
 
     def _scaled(self, group: dict[str, Any], grad: torch.Tensor, total: Total = lambda sums: sums) -> dict[str, Any]:
         """The group with what its rule multiplies by, for a parameter of which this rank has the gradient `grad`."""
@@ -192,7 +195,8 @@ class DistMuonAdamW(MuonAdamW):
 
     Communication starts once the backward pass has ended, and overlaps with the updates alone: while one slice is
     updated, the sums of the next AHEAD slices and the gathers of the last ones are under way. Under NCCL waiting
-    orders streams and does not block the program, which queues the whole step. Only matrices need flat buffers, of
+    orders streams and does not block the program, which queues the whole step. (A rule with a `grad_scale` waits for a
+    sum more.) Only matrices need flat buffers, of
     the slices under way; tensors of an elementwise rule are summed and gathered in place, unless they are padded.
     A parameter without a gradient on every rank is left alone; without one on some ranks, those count as zero.
     """
@@ -217,7 +221,7 @@ class DistMuonAdamW(MuonAdamW):
         """Update every parameter that has a gradient on any rank. Collective."""
         params = [p for group in self.param_groups for p in group["params"]]
         small = self._start_small(params)
-        parts = [(group, part) for group in self.param_groups for part in self._slices_of(group)]
+        parts = [(group, part) for group in self._groups_to_update() for part in self._slices_of(group)]
         sums = deque(self._start_sum(*first) for first in parts[:AHEAD])
         summed = small.wait()
         present = dict(zip(params, (summed[: len(params)] > 0).tolist()))

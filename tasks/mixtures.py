@@ -116,7 +116,7 @@ def starter_mixture(split: str, seed: int = 42) -> list[Part]:
         Part("arithmetic", Arithmetic(size=size, seed=draw)),
         Part("spelling", SimpleSpelling(size=size, seed=draw)),
         Part("letter counting", SpellingBee(size=size, seed=draw)),
-        # Enough to learn the format of an answer; reinforcement learning (chat_rl) trains to solve them.
+        # Enough that some answers of each level are right, which reinforcement learning (chat_rl) needs to go on from.
         *(Part(f"word problems {level}", WordProblems(level, max(5, size // 20), seed=draw)) for level in LEVELS),
         Part("small talk", StarterChat(split, source="smalltalk")),
         Part("questions", StarterChat(split, source="qa")),

@@ -65,6 +65,9 @@ REWARDED: dict[str, Sequence[Callable[..., Task]]] = {
     "Spelling": [SimpleSpelling],
     "Identity": [lambda size, split, seed: Identity("train" if split == "train" else "val", stop=size)],
     "Unknown": [lambda size, split, seed: Unknown("train" if split == "train" else "val", stop=size)],
+    "Answerable": [
+        lambda size, split, seed: Unknown("train" if split == "train" else "val", answerable=True, stop=size)
+    ],
     "Format": [Format],
     "Code": [Code],
 }

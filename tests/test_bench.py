@@ -53,7 +53,7 @@ POSITIVE = {
         seconds_to_second_step peak_memory_bytes flops_per_second share_of_peak num_params state_bytes""",
     "attention": "full_forward_ms_1x short_forward_backward_ms_2x torch_us_per_token_4x",
     "loss_head": "head_ms plain_ms products_ms products_share",
-    "optimizer": "step_ms muon_ms adamw_ms muon_share products_share products_flops_per_second",
+    "optimizer": "step_ms muon_ms others_ms muon_share products_share products_flops_per_second",
     "data": "tokens_per_second tokens_per_cpu_second",
     "tokenizer": """train_seconds encode_single_mb_per_second encode_single_tokens_per_second
         encode_batch_mb_per_second encode_batch_tokens_per_second decode_mb_per_second bytes_per_token""",

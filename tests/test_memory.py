@@ -77,6 +77,9 @@ def test_chunks_of_the_head_follow_the_card() -> None:
 # The update
 
 
+SINGLE_NUMBERS = 8 * 512  # bytes: of sums, norms and factors, in the blocks that the tracker counts
+
+
 def steps(groups: list[dict[str, Any]], optimizer: MuonAdamW, device: str = "cpu") -> Iterator[MuonAdamW]:
     """The optimizer before each of its steps, with new gradients."""
     for _ in range(2):
@@ -96,9 +99,8 @@ def test_temporaries_are_as_declared(kind: str, ns_dtype: torch.dtype, shape: tu
         for optimizer in steps(groups, MuonAdamW(groups), "meta"):
             before, peak = tracker.now, tracker.peak_of(optimizer.step)
     numbers = (1 if RULES[kind].elementwise else 7) * params[0].numel()
-    assert 0.6 < (peak - before) / numbers / RULES[
-        kind
-    ].temporary_bytes <= 1.03 and peak - before <= 1.03 * update_bytes(groups)
+    declared, used = RULES[kind].temporary_bytes * numbers, peak - before - SINGLE_NUMBERS
+    assert 0.6 * declared - SINGLE_NUMBERS < used <= 1.03 * declared and used <= 1.03 * update_bytes(groups)
 
 
 def test_slices_change_no_bit_and_bound_the_temporaries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,7 @@ def test_every_parameter_is_in_one_group(form: Any, n_layer: int) -> None:
     MuonAdamW(groups)
 
 
-def test_the_table_of_ngrams_moves_in_proportion_to_its_gradient() -> None:
+def test_the_table_of_ngrams_is_updated_by_sgd() -> None:
     """Under Adam it learns by heart what is read twice (dev/LOG.md)."""
     sizes = {"vocab_size": 100, "sequence_len": 16, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
     model = GPT.create(GPTConfig.small(**sizes))

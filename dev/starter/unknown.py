@@ -22,8 +22,9 @@ from dev.starter.stories.plots import alternatives, pieces
 TEXT = Path(__file__).with_name("unknown.txt")
 TRAIN = {"unknown": 3000, "known": 3400}
 HELD_OUT = 120
-TRAINED_ONLY = ("object", "spot")  # lists
 """Questions of each kind. A wording that has used up its names is asked less often."""
+TRAINED_ONLY = ("object", "spot")
+"""Lists of unknown.txt that no held-out question uses."""
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Facts:
 def slots(rng: random.Random, facts: Facts, held_out: bool) -> dict[str, str]:
     """A value for every slot of unknown.txt."""
     lists, _ = contents()
-    # The held-out questions need no more lists than they had: they stay as they were.
+    # Another draw would change all held-out questions after it.
     drawn = {name: entries for name, entries in lists.items() if not (held_out and name in TRAINED_ONLY)}
     values = {name: rng.choice(entries) for name, entries in drawn.items()} | rng.choice(facts.countries)
     for this in ("day", "month"):

@@ -92,7 +92,7 @@ class ConversationPacker:
         if not rows:
             raise StopIteration
         batch = build_batch(rows[self.rank :: self.world_size], self.row_tokens, self.pad)
-        if used >= self.size:  # as many as an epoch has; which ones, is not known of those that wait in the pool
+        if used >= self.size:  # as many conversations as an epoch has were in rows
             batch.read_before = len(batch.inputs)
         return batch, self.state()
 

@@ -29,8 +29,8 @@ class OptimizerConfig:
     scalar_lr: float = 0.5
     value_embed_lr_ratio: float = 1.0  # of the embedding rate
     smear_backout_lr: float = 0.2
-    ngram_lr_ratio: float = 0.4  # of the embedding rate, for an average number of the gradient
-    ngram_reread_ratio: float = 0.0  # times this for text that was read before, lest it be learnt by heart
+    ngram_lr_ratio: float = 0.4  # of the embedding rate
+    ngram_reread_ratio: float = 0.0  # of that, on text that was read before: it would be learnt by heart
     weight_decay: float = 0.2  # of the matrices, at depth 12
     adam_beta1: float = 0.8
     adam_beta2: float = 0.95
@@ -51,7 +51,7 @@ class OptimizerConfig:
         for name, value in vars(self).items():
             if "beta" in name and not 0 <= value < 1:
                 raise UserError(f"{name} must be from 0 to below 1, got {value:g}")
-            if ("lr" in name or "decay" in name) and value < 0:
+            if any(part in name for part in ("lr", "decay", "ratio")) and value < 0:
                 raise UserError(f"{name} cannot be negative, got {value:g}")
 
     @classmethod
@@ -80,8 +80,8 @@ def build_param_groups(
 ) -> list[dict[str, Any]]:
     """The optimizer's parameter groups for `model`, every parameter in exactly one.
 
-    AdamW rates shrink with width as (n_embd/768)^-0.5, the scalars' do not; all rates are multiplied by
-    `lr_scale` (batch size, finetuning). `weight_decay` is the matrices', already scaled for depth.
+    The rates of embeddings and head shrink with width as (n_embd/768)^-0.5, the scalars' do not; all rates are
+    multiplied by `lr_scale` (batch size, finetuning). `weight_decay` is the matrices', already scaled for depth.
     """
     width = (model.config.n_embd / 768) ** -0.5 * lr_scale
     betas = (config.adam_beta1, config.adam_beta2)

@@ -98,15 +98,15 @@ def cautious_step_(p: torch.Tensor, update: torch.Tensor, lr: float, decay: floa
     return p.sub_(lr * update + (lr * decay) * p * shrinks)
 
 
-Total = Callable[[torch.Tensor], torch.Tensor]
+Total = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over the ranks that share a parameter; collective
 
 
 class UpdateRule:
-    """An update rule. State is float32, one named tensor or more per parameter, full-shape in checkpoints."""
+    """An update rule. State is float32, named tensors for each parameter, full-shape in checkpoints."""
 
     elementwise: ClassVar[bool]
-    """True: each number is updated by itself, so ranks may split a tensor anywhere and state has the parameter's shape.
-    False: equal-shaped parameters are stacked, and a rank gets whole ones."""
+    """True: but for `grad_scale`, each number is updated by itself, so ranks may split a tensor anywhere and state has
+    the parameter's shape. False: equal-shaped parameters are stacked, and a rank gets whole ones."""
     defaults: ClassVar[dict[str, Any]]
     """Settings of a parameter group besides "kind", "params" and "lr". The schedule sets "momentum" if it is there;
     with decay_scheduled the weight decay follows the schedule too."""
@@ -125,9 +125,13 @@ class UpdateRule:
         raise NotImplementedError
 
     def grad_scale(self, grads: torch.Tensor, total: Total) -> torch.Tensor | float:
-        """What `update` multiplies the gradient by, as group["grad_scale"]. For elementwise rules: `grads` is what this
-        rank has of a parameter's gradient, and `total` sums a tensor over the ranks. Collective."""
+        """What `update` multiplies a parameter's gradient by, as group["grad_scale"]; `grads` is what this rank has of
+        it. Of elementwise rules only."""
         return 1.0
+
+    def changes_nothing(self, group: dict[str, Any]) -> bool:
+        """Whether a step of the group, with what ranks exchange for it, can be left out at its rate of now."""
+        return False
 
     def settings(self, config: Any, ns_dtype: torch.dtype) -> dict[str, Any]:
         """Group settings that OptimizerConfig has fields for; ns_dtype is the dtype of fast products on this device."""
@@ -160,22 +164,21 @@ class AdamW(UpdateRule):
 
 
 class NormedSGD(UpdateRule):
-    """SGD without state, its gradient divided by the size of an average number of it, for tables of which a step looks
-    up a small part.
+    """SGD without state, for tables of which a step looks up a small part: p -= lr * g * sum |g| / sum g^2.
 
     A row moves in proportion to its gradient: far if it is looked up often, little if it is seen once. Adam moves both
     alike, rare rows further even, and so learns text by heart (dev/LOG.md).
     """
 
     elementwise = True
-    temporary_bytes = 1  # next to none
+    temporary_bytes = 0
     defaults: ClassVar[dict[str, Any]] = {"weight_decay": 0.0}
 
     def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         return {}
 
     def grad_scale(self, grads: torch.Tensor, total: Total) -> torch.Tensor:
-        """1 / (sum of squares / sum of absolute values), which numbers that are 0 do not change."""
+        """sum |g| / sum g^2: about 0.7 / root mean square of the numbers that are not 0, which alone count."""
         norms = [torch.linalg.vector_norm(grads, ord, dtype=torch.float32) for ord in (1, 2)]
         absolute, squares = total(torch.stack([norms[0], norms[1].square()])).unbind()
         return absolute / squares.clamp_min(torch.finfo(torch.float32).tiny)
@@ -185,7 +188,10 @@ class NormedSGD(UpdateRule):
     ) -> None:
         if group["weight_decay"]:
             params.mul_(1 - group["lr"] * group["weight_decay"])
-        params.addcmul_(grads.to(params.dtype), group["grad_scale"].to(params.dtype), value=-group["lr"])
+        params.addcmul_(grads, group["grad_scale"], value=-group["lr"])
+
+    def changes_nothing(self, group: dict[str, Any]) -> bool:
+        return not group["lr"]
 
 
 class Muon(UpdateRule):

@@ -132,8 +132,8 @@ def measure_pace(config: GPTConfig, gpu: Gpu, runtime: Runtime, within: float | 
 
 
 def updated(params: dict[str, int]) -> int:
-    """Parameters whose update takes longer in a deeper model: not the table of n-grams, of which a batch reaches few
-    rows at any depth."""
+    """Parameters whose update takes longer in a deeper model: not the table of n-grams, which is
+    the same at any depth."""
     return params["total"] - params.get("ngram_embed", 0)
 
 

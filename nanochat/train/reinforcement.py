@@ -40,8 +40,8 @@ class RLConfig(TrainConfig):
     model_step: Annotated[int, Range(-1)] = -1
     """Its step; -1 takes the last."""
     tasks: str = "WordProblems"
-    """Separated by commas: WordProblems, GSM8K, Arithmetic, LetterCounting, Spelling, Identity, Unknown, Format,
-    Code."""
+    """Separated by commas: WordProblems, GSM8K, Arithmetic, LetterCounting, Spelling, Identity, Unknown,
+    Answerable (the questions of Unknown that can be answered), Format, Code."""
     num_epochs: Annotated[int, Range(1)] = 1
     """Passes over the tasks' training items, unless --num-iterations or --minutes says otherwise."""
     examples_per_step: Annotated[int, Range(1)] = 16

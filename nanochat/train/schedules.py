@@ -37,8 +37,8 @@ class ScheduleConfig:
     def apply(self, param_groups: list[dict[str, Any]], step: int, unread: float = 1.0) -> float:
         """Set the rates of MuonAdamW's groups for the update after `step` steps; returns the rates' multiplier.
 
-        `unread` is the share of the batch's rows with text that was not read before. At 0, the rates of groups with
-        "reread" are multiplied by that.
+        `unread` is the share of the batch's rows with text of the first epoch. Groups with "reread", a factor for text
+        that was read before, get the mean factor of the batch's rows.
         """
         multiplier = lr_multiplier(step, self.num_steps, self.warmup_steps, self.warmdown_ratio, self.final_lr_frac)
         momentum_warmdown = self.warmdown_ratio if self.momentum_warmdown else 0.0

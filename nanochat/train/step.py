@@ -39,7 +39,7 @@ class TrainStep:
     device_batch_size: int  # rows per micro-batch
     loss_fn: LossFunction  # model.loss, or its compiled form
     progress: Progress = field(default_factory=Progress)
-    unread: float = 1.0  # share of the last step's rows with text that was not read before
+    unread: float = 1.0  # share of the last step's rows with text of the first epoch
     positions: int = 0  # tokens that this rank computed in the last step, without those left out or cut off
 
     def __call__(self, batch: Batch) -> Record:
