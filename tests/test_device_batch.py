@@ -218,7 +218,7 @@ FEW_NGRAMS = "--recipe=small,ngram_rows=97"
 
 @pytest.fixture
 def plain_base(copied: Path) -> Path:
-    """A base folder with a small table of n-grams: the usual one's update would need more than the activations."""
+    """A base folder with a small table of n-grams: the usual one would need more than the activations."""
     shutil.rmtree(run_dir(copied, "base", "tiny"))
     assert base_train.main([*TINY, FEW_NGRAMS, f"--data={copied / 'text.jsonl'}"]) == 0
     return copied
