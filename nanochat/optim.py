@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat.checkpoint.optimizer_shards import StateSlot, parse_name
-from nanochat.common import UserError
+from nanochat.common import UserError, warn
 from nanochat.distributed.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from nanochat.optimizer.param_groups import OptimizerConfig, build_param_groups
 from nanochat.optimizer.update_rules import (
@@ -162,8 +162,10 @@ class MuonAdamW:
         `tensors` may come piece by piece. Raises UserError if one is missing or has another shape.
         """
         slots: dict[str, StateSlot] = {}
+        known: set[str] = set()  # names of all state, other ranks' too
         for group in self.param_groups:
             for p in group["params"]:
+                known |= {f"{key}.{names[p]}" for key in rule_of(group).state_shapes(tuple(p.shape))}
                 start, stop = self._own_range(p)
                 if names[p] in steps and start < stop:
                     self.state[p] = {"step": steps[names[p]]}
@@ -175,6 +177,8 @@ class MuonAdamW:
         missing = {name: slot.target.numel() for name, slot in slots.items()}
         for saved_name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
             name, first = parse_name(saved_name)
+            if name not in known and name.partition(".")[2] in names.values():
+                warn(f"the checkpoint's optimizer has {name}, which the update rule of now does not use")
             if name in slots:
                 missing[name] -= slots[name].copy_from(tensor, first)
         for name, count in missing.items():

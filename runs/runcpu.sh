@@ -63,7 +63,7 @@ stage base_train python -m scripts.base_train --resume --data=starter --model-ta
 stage base_eval  python -m scripts.base_eval --data=starter --split-tokens=$SPLIT
 stage chat_sft   python -m scripts.chat_sft --resume --model-tag=cpu --total-batch-size=$BATCH --init-lr-frac=2 $SFT
 stage chat_eval  python -m scripts.chat_eval -i sft $EVAL
-# Answerable, lest the model decline more and more of what it can answer.
+# Answerable: RL on the other tasks alone makes the model decline more questions that it can answer.
 stage chat_rl    python -m scripts.chat_rl --resume --model-tag=cpu --tasks=WordProblems,LetterCounting,Spelling,Arithmetic,Identity,Answerable $RL
 stage chat_eval_rl python -m scripts.chat_eval -i rl $EVAL
 

@@ -107,6 +107,15 @@ def test_sgd_divides_by_the_size_of_an_average_number(slice_numbers: int, monkey
     assert optimizer.named_state({p: "p"}) == ({}, {"p": 4})
 
 
+def test_state_of_another_rule_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a run whose table of n-grams was updated by Adam."""
+    p = torch.ones(2, 3)
+    for kind, warned in (("sgd", True), ("adamw", False)):
+        state = {f"{name}.table": torch.zeros(2, 3) for name in ("exp_avg", "exp_avg_sq")}
+        MuonAdamW([{"kind": kind, "params": [p], "lr": 0.1}]).load_named_state({p: "table"}, state, {"table": 3})
+        assert ("exp_avg.table" in capsys.readouterr().err) == warned
+
+
 def test_adamw_keeps_fp32_state_for_bf16_parameters() -> None:
     p = random(4, 4).bfloat16().requires_grad_()
     optimizer = MuonAdamW([{"kind": "adamw", "params": [p], "lr": 0.1}])

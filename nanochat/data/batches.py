@@ -27,7 +27,7 @@ class Batch:
     targets: torch.Tensor  # (N, T) int64, -1 = no target
     weights: torch.Tensor | None = None  # (N, T) float32, per target
     origin: str = ""  # which data the rows came from, for error messages
-    read_before: int = 0  # rows of which all text is of the second epoch or a later one
+    read_before: int = 0  # rows with text of later epochs than the first only
 
 
 class Loader(Protocol):

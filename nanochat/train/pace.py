@@ -132,8 +132,7 @@ def measure_pace(config: GPTConfig, gpu: Gpu, runtime: Runtime, within: float | 
 
 
 def updated(params: dict[str, int]) -> int:
-    """Parameters whose update takes longer in a deeper model: not the table of n-grams, which is
-    the same at any depth."""
+    """Parameters whose update takes longer in a deeper model: the table of n-grams has one size at any depth."""
     return params["total"] - params.get("ngram_embed", 0)
 
 
