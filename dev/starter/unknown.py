@@ -136,7 +136,11 @@ def ask(block: Block, held_out: bool, rng: random.Random, draw: Callable[[], dic
 
 
 def pairs(facts: Facts, held_out: bool, sizes: dict[str, int] = TRAIN, seed: int = 22) -> list[list[str]]:
-    """[question, answer] of both kinds, no question twice; `sizes` of each kind, HELD_OUT if held out."""
+    """[question, answer] of both kinds, none twice; `sizes` of each kind, HELD_OUT if held out.
+
+    In training a question comes again with another answer: most of those without a name in them, such as "What time
+    is it?", would otherwise be there once, and many times behind a sentence that answers them.
+    """
     rng = random.Random(f"{seed} {held_out}")
     found: dict[str, list[str]] = {}
     for kind, size in sizes.items():
@@ -144,7 +148,7 @@ def pairs(facts: Facts, held_out: bool, sizes: dict[str, int] = TRAIN, seed: int
         kept: dict[str, list[str]] = {}
         for number in range(8 * size):
             pair = ask(usable[number % len(usable)], held_out, rng, lambda: slots(rng, facts, held_out))
-            kept.setdefault(pair[0].lower(), pair)
+            kept.setdefault(pair[0].lower() if held_out else "\n".join(pair).lower(), pair)
             if len(kept) == (HELD_OUT if held_out else size):
                 break
         found |= kept
