@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dev import build_starter_data
-from dev.starter import clean, identity, synthetic, validation, words, writer
+from dev.starter import clean, identity, synthetic, unknown, validation, words, writer
 from dev.starter.archives import Archive
 from nanochat.common import SPECIAL_TOKENS, UserError
 
@@ -145,6 +145,14 @@ def test_questions_do_not_straddle_the_split(chats: dict) -> None:
             if row["source"] in ("qa", "stories", "reading"):
                 first[normal(row["messages"][0]["content"])].add(split)
     assert all(len(splits) == 1 for splits in first.values())
+
+
+def test_questions_without_names_are_asked_alone_too(chats: dict) -> None:
+    """Once each, they would be outnumbered by the same questions behind a sentence that answers them."""
+    asked = Counter(normal(row["messages"][0]["content"]) for row in chats["train"] if row["source"] == "unknown")
+    bare = {wording for b in unknown.contents()[1] if b.kind == "unknown" for wording in b.questions[False]}
+    bare = {normal(wording) for wording in bare if "{" not in wording}
+    assert len(bare) > 30 and not {wording for wording in bare if asked[wording] < 4}
 
 
 def test_identity_held_out(chats: dict) -> None:
