@@ -86,6 +86,14 @@ def test_training_and_validation_apart(val: float, epoch: int | None, kind: str)
     assert not list(findings.gap({"base_eval": {"val_bpb": val}}))
 
 
+def test_apart_is_no_fault_while_validation_falls() -> None:
+    """As in the starter corpus, whose validation text is of other kinds."""
+    report = {"base_eval": {"train_bpb": 1.0, "val_bpb": 1.2}, "base_train": {"loader": {"epoch": 3}}}
+    for evaluations, kind in (({50: 1.3, 100: 1.2}, "note"), ({50: 1.1, 100: 1.2}, "bad"), ({100: 1.2}, "bad")):
+        lines = lines_of(np.linspace(5, 1, 100), evaluations)
+        assert only(findings.gap(report, lines)).kind == kind
+
+
 def test_validation_rising_while_training_falls() -> None:
     losses = np.linspace(5, 1, 100)
     rising = only(findings.overfitting("base_train", {}, lines_of(losses, {20: 2.0, 50: 1.5, 100: 1.58})))

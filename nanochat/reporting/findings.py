@@ -142,9 +142,20 @@ def rise_beyond_chance(values: Sequence[float]) -> float:
     return max(RISE * min(values), RISE_DEVIATIONS * deviation)
 
 
+def validations(lines: Sequence[Record]) -> list[tuple[int, float]]:
+    """(index, bits per byte on validation text) of the lines that have it."""
+    return [(i, line["val_bpb"]) for i, line in enumerate(lines) if is_number(line.get("val_bpb"))]
+
+
+def validation_rose(lines: Sequence[Record]) -> bool | None:
+    """Whether the last evaluation is above the lowest by more than chance; None with less than two."""
+    values = [value for _, value in validations(lines)]
+    return values[-1] - min(values) > rise_beyond_chance(values) if len(values) >= 2 else None
+
+
 def overfitting(stage: str, values: Record, lines: Sequence[Record]) -> Iterator[Finding]:
     """Validation rising, and whether training fell meanwhile; more passes over the text than teach something."""
-    points = [(i, line["val_bpb"]) for i, line in enumerate(lines) if is_number(line.get("val_bpb"))]
+    points = validations(lines)
     if len(points) >= 2:
         (best_at, best), (_, last) = min(points, key=lambda point: point[1]), points[-1]
         size = max(1, len(lines) // WINDOW)
@@ -153,7 +164,7 @@ def overfitting(stage: str, values: Record, lines: Sequence[Record]) -> Iterator
             for found in (losses_of(lines[max(0, best_at - size + 1) : best_at + 1]), losses_of(lines[-size:]))
             if found
         ]
-        if last - best > rise_beyond_chance([value for _, value in points]):
+        if validation_rose(lines):
             memorises = len(training) == 2 and training[1] < training[0]
             more = f"; training loss {training[0]:.3g} → {training[1]:.3g}" if len(training) == 2 else ""
             yield Finding(
@@ -219,8 +230,8 @@ def length(report: Record) -> Iterator[Finding]:
         yield Finding("note", text, f"{steps:,} steps of {planned:,}")
 
 
-def gap(report: Record) -> Iterator[Finding]:
-    """Training and validation text after pretraining."""
+def gap(report: Record, lines: Sequence[Record] = ()) -> Iterator[Finding]:
+    """Training and validation text after pretraining; `lines` are its metrics."""
     values = report.get("base_eval") or {}
     train, val = values.get("train_bpb"), values.get("val_bpb")
     if not (is_number(train) and is_number(val)) or train <= 0:
@@ -230,6 +241,9 @@ def gap(report: Record) -> Iterator[Finding]:
     if val > (1 + GAP) * train and passes == 0:
         text = "Training and validation are apart, though it read its text once: the two differ in kind"
         yield Finding("note", text, figures)
+    elif val > (1 + GAP) * train and validation_rose(lines) is False:
+        text = "Training and validation are apart, though validation did not rise: the two differ in kind, or it begins"
+        yield Finding("note", f"{text} to know its text by heart", figures)
     elif val > (1 + GAP) * train:
         yield Finding("bad", "The base model knows its training text better than other text", figures)
     else:

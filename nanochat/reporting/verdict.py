@@ -61,7 +61,8 @@ def verdict_of(report: Record, runs: Runs, statuses: Mapping[str, Status]) -> Ve
             found += course(stage, values, runs.get(stage, ()))
             found += overfitting(stage, values, runs.get(stage, ()))
     found += [Finding("bad", "Figures of different models are mixed", note) for note in mixed_stages(report).values()]
-    for judge in (gap, partial, contamination, finetuning, reinforcement):
+    found += gap(report, runs.get("base_train", ()))
+    for judge in (partial, contamination, finetuning, reinforcement):
         found += judge(report)
     found += signal(report.get("chat_rl") or {}, runs.get("chat_rl", ()))
     found.sort(key=lambda finding: finding.kind != "bad")
