@@ -31,7 +31,7 @@ class Config(_cli.ModelConfig):
     """0 takes the most likely token; higher is more varied."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
     """Sample among the k most likely tokens; 0 is off."""
-    min_p: float = 0.0
+    min_p: float = 0.1
     """Sample among tokens at least this likely compared with the likeliest; 0 is off."""
     top_p: float = 1.0
     """Sample among the fewest tokens whose probabilities sum to this; 1 is off."""

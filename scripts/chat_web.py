@@ -37,6 +37,8 @@ class Config(ReplicaConfig):
     """Default of requests; 0 takes the most likely token."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
     """Default of requests; 0 is off."""
+    min_p: float = 0.1
+    """Default of requests: tokens at least this likely compared with the likeliest; 0 is off."""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"]), Range(1, unset=-1)] = -1
     """Longest answer in tokens, also of requests for more; -1: what the prompt leaves of the context."""
     port: Annotated[int, tyro.conf.arg(aliases=["-p"]), Range(1, 65535, unset=-1)] = -1
@@ -58,7 +60,7 @@ class Config(ReplicaConfig):
         if self.workers and (self.num_gpus > 1 or self.device_type not in ("", "cpu")):
             raise UserError("--workers is for a CPU; on GPUs use --num-gpus, a replica on each")
         check_allowed(self.allow_host, self.cors)
-        SamplingParams(self.temperature, self.top_k)  # raises UserError now
+        SamplingParams(self.temperature, self.top_k, min_p=self.min_p)  # raises UserError now
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +122,7 @@ def settings_of(
         api_keys=keys,
         cors_origins=config.cors,
         allow_hosts=[config.host, *config.allow_host],
-        sampling=SamplingParams(config.temperature, config.top_k),
+        sampling=SamplingParams(config.temperature, config.top_k, min_p=config.min_p),
         max_tokens=None if config.max_tokens < 0 else config.max_tokens,
         request_seconds=config.request_seconds,
         chat_model=config.source != "base",

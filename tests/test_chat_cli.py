@@ -88,7 +88,7 @@ def shown(model: Scripted) -> list[str]:
 
 def test_one_answer(trained: Any, base_dir: Path, capsys: Capture) -> None:
     _, model, tokenizer = trained
-    flags = ["-t", "0.8", "-k", "20", "--top-p", "0.9", "--max-tokens", "9", "--seed", "3"]
+    flags = ["-t", "0.8", "-k", "20", "--top-p", "0.9", "--min-p", "0", "--max-tokens", "9", "--seed", "3"]
     assert chat_cli.main(["-p", "hi", *flags]) == 0
     prompt = render_prompt(tokenizer, [{"role": "user", "content": "hi"}])
     settings: dict[str, Any] = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3}

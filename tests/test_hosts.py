@@ -14,6 +14,7 @@ from live import Live, post, rest, until
 from serve_helpers import CHAT, app_of, chat, slow
 
 from nanochat.common import UserError
+from nanochat.inference.sampling import SamplingParams
 from nanochat.serve import uvicorn_server
 from nanochat.serve.api import Settings
 from nanochat.serve.hosts import host_name, is_loopback, is_own
@@ -94,6 +95,13 @@ def test_origins_that_no_page_can_have(origin: str) -> None:
     assert (
         settings("--cors=https://x.example:8443", "--cors=null", "--cors=*").cors_origins[0] == "https://x.example:8443"
     )
+
+
+def test_how_to_draw_by_default() -> None:
+    assert settings().sampling == SamplingParams(0.8, 50, min_p=0.1)
+    assert settings("-t=0.5", "-k=9", "--min-p=0").sampling == SamplingParams(0.5, 9)
+    with pytest.raises(UserError, match="min_p"):
+        settings("--min-p=1.5")
 
 
 def test_addresses_are_allowed_by_a_flag() -> None:

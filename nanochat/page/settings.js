@@ -10,8 +10,8 @@ const FIELDS = ["system", "key", ...NUMBERS];
 const PRESETS = {
   "Default": { temperature: "", top_k: "", top_p: "", min_p: "" },
   "Likeliest words": { temperature: "0", top_k: "", top_p: "", min_p: "" },
-  "Careful": { temperature: "0.5", top_k: "50", top_p: "", min_p: "0.05" },
-  "Free": { temperature: "1", top_k: "0", top_p: "0.95", min_p: "" },
+  "Careful": { temperature: "0.5", top_k: "50", top_p: "", min_p: "0.2" },
+  "Free": { temperature: "1", top_k: "0", top_p: "0.95", min_p: "0" },
 };
 
 export function setUpSettings() {
