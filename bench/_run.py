@@ -59,11 +59,7 @@ def run(
 def compare(name: str, flags: Flags) -> Result:
     """Run benchmark `name` alternately in the working tree and in revision flags.against; medians and their ratios."""
     defaults = asdict(type(flags)())
-    given = [
-        f"--{key.replace('_', '-')}={value}"
-        for key, value in asdict(flags).items()
-        if key not in ("against", "rounds") and value != defaults[key]
-    ]
+    given = words_of(flags)
     ours: list[dict[str, Any]] = []
     theirs: list[dict[str, Any]] = []
     with worktree(flags.against) as there:
@@ -86,6 +82,22 @@ def compare(name: str, flags: Flags) -> Result:
         rows,
         {"against": flags.against, "rounds": flags.rounds, "working_tree": here, "revision": before, "ratio": ratios},
     )
+
+
+def words_of(flags: Flags) -> list[str]:
+    """The command line that gives these flags, without --against and --rounds."""
+    words, defaults = [], asdict(type(flags)())
+    for key, value in asdict(flags).items():
+        flag = key.replace("_", "-")
+        if key in ("against", "rounds") or value == defaults[key]:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words.append(f"--{flag}={value}")
+    return words
 
 
 def middle(results: list[dict[str, Any]], but: set[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import _common, _run, serve, train
+from bench import _common, _run, decode, serve, train
 from bench._common import Flags, LinearProducts, linear_shapes, model_config
 from bench.data import CountedDocuments, count_epoch
 from bench.optimizer import OrthogonalisationProducts
@@ -281,6 +281,14 @@ def test_against(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = (repository.parent / "log").read_text().splitlines()
     assert log == ["new --depth=7 --window-pattern=L", "old --depth=7 --window-pattern=L"] * 2
     assert worktrees(repository) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [decode.DecodeFlags(int8=True, rows=(1, 4), prompts=(5,), temperature=0.0, depth=2), train.TrainFlags(fit=True)],
+)
+def test_against_gives_the_same_flags(flags: Flags) -> None:
+    assert _cli.parse(type(flags), _run.words_of(flags)) == flags
 
 
 def test_against_another_setting_is_said(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
