@@ -74,18 +74,19 @@ def result(base: Path, stage: str = "base") -> tuple[list[float], dict[str, Any]
 
 
 def assert_same(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Losses, and all weights together, agree within the relative `tolerance`.
+    """Losses agree within the relative `tolerance`, all weights together within twice that.
 
-    A single matrix within ten times that, because Muon amplifies the rounding of a gradient's small singular values.
+    A single matrix within twenty times that, because Muon amplifies the rounding of a gradient's small singular values
+    and AdamW that of small gradients (8e-5 in the first value embedding on a CPU with AMX, 1.4e-5 in all weights).
     Scalars, which multiply a stream of size 1, within a hundred times that as an absolute difference: their first
     gradients are rounding error alone (see SCALAR_EPS), whose size depends on the CPU.
     """
     assert found[0] == pytest.approx(expected[0], rel=tolerance) and found[2] == expected[2]
     differences = {name: float((found[1][name] - tensor).norm()) for name, tensor in expected[1].items()}
     norms = {name: float(tensor.norm()) for name, tensor in expected[1].items()}
-    assert math.hypot(*differences.values()) <= tolerance * math.hypot(*norms.values())
+    assert math.hypot(*differences.values()) <= 2 * tolerance * math.hypot(*norms.values())
     for name, tensor in expected[1].items():
-        allowed = 100 * tolerance if tensor.numel() < 100 else 10 * tolerance * norms[name]
+        allowed = 100 * tolerance if tensor.numel() < 100 else 20 * tolerance * norms[name]
         assert differences[name] <= allowed, f"{name}, of norm {norms[name]:.2g}, differs by {differences[name]:.2g}"
 
 
