@@ -15,6 +15,7 @@ from bench._common import Flags, circumstances
 from nanochat.common import UserError, say, warn
 from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
+from nanochat.train.commands import flag_words
 from scripts import _cli
 
 ROOT = Path(__file__).resolve().parent.parent  # the working tree
@@ -59,7 +60,7 @@ def run(
 def compare(name: str, flags: Flags) -> Result:
     """Run benchmark `name` alternately in the working tree and in revision flags.against; medians and their ratios."""
     defaults = asdict(type(flags)())
-    given = words_of(flags)
+    given = flag_words(changed_flags(flags))
     ours: list[dict[str, Any]] = []
     theirs: list[dict[str, Any]] = []
     with worktree(flags.against) as there:
@@ -84,20 +85,10 @@ def compare(name: str, flags: Flags) -> Result:
     )
 
 
-def words_of(flags: Flags) -> list[str]:
-    """The command line that gives these flags, without --against and --rounds."""
-    words, defaults = [], asdict(type(flags)())
-    for key, value in asdict(flags).items():
-        flag = key.replace("_", "-")
-        if key in ("against", "rounds") or value == defaults[key]:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list | tuple):
-            words += [f"--{flag}", *map(str, value)]
-        else:
-            words.append(f"--{flag}={value}")
-    return words
+def changed_flags(flags: Flags) -> dict[str, Any]:
+    """The flags of one run that are not as by default."""
+    defaults = asdict(type(flags)())
+    return {k: v for k, v in asdict(flags).items() if k not in ("against", "rounds") and v != defaults[k]}
 
 
 def middle(results: list[dict[str, Any]], but: set[str]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from nanochat.formats import hf_class, hf_code, hf_folder
 from nanochat.formats.hf_folder import write_hf
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recipe import get_recipe
+from scripts import chat_cli
 
 transformers = pytest.importorskip("transformers")
 
@@ -302,6 +303,12 @@ def test_files_of_an_export(windows) -> None:
     ends = json.loads((out / "generation_config.json").read_text())
     assert ends["eos_token_id"] == [ends["pad_token_id"], BOS]
     assert ends["pad_token_id"] == TOKENIZER.encode_special("<|assistant_end|>")
+    chat = chat_cli.Config()
+    assert {name: ends[name] for name in ("temperature", "top_k", "min_p")} == {
+        "temperature": chat.temperature,
+        "top_k": chat.top_k,
+        "min_p": chat.min_p,
+    }
     about = json.loads((out / "nanochat.json").read_text())
     assert about["model_config"] == WINDOWS.to_dict() and about["meta"]["step"] == 1
 

@@ -110,7 +110,7 @@ def generation_config(model: PortableModel) -> dict[str, Any]:
     """
     bos, end = model.tokenizer.get_bos_token_id(), model.tokenizer.encode_special("<|assistant_end|>")
     ends = [end, bos] if model.is_chat else [bos]
-    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 50}
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 50, "min_p": 0.1}
     return {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": ends[0], **sampling}
 
 

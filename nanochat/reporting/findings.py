@@ -148,7 +148,7 @@ def validations(lines: Sequence[Record]) -> list[tuple[int, float]]:
 
 
 def validation_rose(lines: Sequence[Record]) -> bool | None:
-    """Whether the last evaluation is above the lowest by more than chance; None with less than two."""
+    """Whether the last evaluation is above the lowest by more than chance; None with fewer than two."""
     values = [value for _, value in validations(lines)]
     return values[-1] - min(values) > rise_beyond_chance(values) if len(values) >= 2 else None
 
@@ -238,16 +238,19 @@ def gap(report: Record, lines: Sequence[Record] = ()) -> Iterator[Finding]:
         return
     figures = f"{val:.3f} bits per byte on validation text, {train:.3f} on training text ({val - train:+.3f})"
     passes = ((report.get("base_train") or {}).get("loader") or {}).get("epoch")
-    if val > (1 + GAP) * train and passes == 0:
+    if val <= (1 + GAP) * train:
+        yield Finding("good", "Training and validation are not apart: no sign of text learnt by heart", figures)
+    elif passes == 0:
         text = "Training and validation are apart, though it read its text once: the two differ in kind"
         yield Finding("note", text, figures)
-    elif val > (1 + GAP) * train and validation_rose(lines) is False:
-        text = "Training and validation are apart, though validation did not rise: the two differ in kind, or it begins"
-        yield Finding("note", f"{text} to know its text by heart", figures)
-    elif val > (1 + GAP) * train:
-        yield Finding("bad", "The base model knows its training text better than other text", figures)
+    elif validation_rose(lines) is False:
+        text = (
+            "Training and validation are apart, though validation did not rise: the two differ in kind, or it begins "
+            "to know its text by heart"
+        )
+        yield Finding("note", text, figures)
     else:
-        yield Finding("good", "Training and validation are not apart: no sign of text learnt by heart", figures)
+        yield Finding("bad", "The base model knows its training text better than other text", figures)
 
 
 def partial(report: Record) -> Iterator[Finding]:

@@ -27,14 +27,21 @@ def gentler_command(script: str, config: TrainConfig) -> str:
 
 def describe_flags(flags: Mapping[str, Any]) -> str:
     """The flags as on a command line, quoted where a shell needs it."""
-    words = []
+    return shlex.join(flag_words(flags))
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """The flags as the words of a command line, for `subprocess`."""
+    words = list[str]()
     for name, value in flags.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{flag}", *map(str, value)]
         else:
             words.append(f"--{flag}={value}")
-    return shlex.join(words)
+    return words
 
 
 def train_on_command(
