@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 
 from bench._race import Side
+from nanochat.common import UserError
 
 # Two-sided 95% points of Student's t for 1, 2, … degrees of freedom; beyond the last one close to the normal's.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -66,9 +67,11 @@ class Search:
     def record(self, baseline: str, candidate: str, a: float | str, b: float | str) -> None:
         """Add a pair's result. One whose side a failed says nothing about b."""
         effect = self.effects.setdefault((baseline, candidate), Effect())
+        if isinstance(a, str):
+            return
         if isinstance(b, str):
             effect.failures.append(b)
-        elif not isinstance(a, str):
+        else:
             effect.differences.append(b - a)
 
     def next_candidate(self) -> Side | None:
@@ -98,7 +101,9 @@ class Search:
 def read_candidates(lines: Iterable[str]) -> list[Side]:
     """One candidate a line; blank lines and what follows a # are left out. Raises UserError for a wrong one."""
     texts = (line.partition("#")[0].strip() for line in lines)
-    return list({text: Side.parse(text) for text in texts if text}.values())
+    if not (found := {text: Side.parse(text) for text in texts if text}):
+        raise UserError("--candidates: the file has no side to race, one a line, such as backout=False")
+    return list(found.values())
 
 
 def ranking(search: Search, baseline: Side) -> list[Sequence[str]]:

@@ -19,11 +19,13 @@ import torch
 
 from bench._run import ROOT, worktree
 from nanochat.common import UserError, json_hash
+from nanochat.tokenizer import MIN_VOCAB_SIZE
 
 # Run a command on some cores only: before its threads exist, and without a fork of this process's.
 PINNED = (
     "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); os.execv(sys.argv[2], sys.argv[2:])"
 )
+SAME_FOR_BOTH = ("--minutes", "--data", "--eval-tokens", "--seed", "--model-tag")  # else no race at equal terms
 GRACE_SECONDS = 900.0  # that a run may take beyond its minutes before it counts as hanging
 
 
@@ -42,14 +44,20 @@ class Side:
     def parse(cls, text: str) -> "Side":
         """Raises UserError for a word that is none of these."""
         revision, vocab_size, flags, changes = "", 0, list[str](), list[str]()
-        for word in shlex.split(text):
+        try:
+            words = shlex.split(text)
+        except ValueError as error:  # an open quote
+            raise UserError(f"{text}: {error}") from error
+        for word in words:
             if word.startswith("@") and len(word) > 1:
                 revision = word[1:]
             elif word.startswith("--") and "=" in word:
+                if word.partition("=")[0].replace("_", "-") in SAME_FOR_BOTH:
+                    raise UserError(f"{word} is not a side's: both have the same; see the flags of bench.recipe itself")
                 flags.append(word)
-            elif word.startswith("vocab=") and word[6:].isdigit():
+            elif word.startswith("vocab=") and word[6:].isdigit() and int(word[6:]) >= MIN_VOCAB_SIZE:
                 vocab_size = int(word[6:])
-            elif "=" in word and not word.startswith("-"):
+            elif "=" in word and not word.startswith(("-", "vocab=")):
                 changes += word.split(",")
             else:
                 raise UserError(
@@ -96,16 +104,17 @@ class Race:
 
         At odd seeds they take each other's cores, so that a difference between cores cancels out.
         """
-        sides, halves = [a, b], cpu_halves()
-        if seed % 2:
-            halves.reverse()
-        for side in sides:
+        for side in (a, b):
             self._tokenizer(side)  # outside of the time
         if not self.together:
             return self._finish(self._start(a, seed, None)), self._finish(self._start(b, seed, None))
+        halves = cpu_halves()
+        if seed % 2:
+            halves.reverse()
         runs = list[Started]()
         try:
-            runs += [self._start(side, seed, half) for side, half in zip(sides, halves)]
+            for side, half in zip((a, b), halves):
+                runs.append(self._start(side, seed, half))
             return self._finish(runs[0]), self._finish(runs[1])
         finally:
             for run in runs:
@@ -124,11 +133,19 @@ class Race:
             base = self.folder / key
             flags = [f"--vocab-size={size}", f"--max-chars={self.chars}", f"--data={self.data}"]
             command = [sys.executable, "-P", "-m", "scripts.tok_train", *flags]
-            done = subprocess.run(command, env=environment(tree, base), capture_output=True, text=True)
+            done = subprocess.run(command, env=self._environment(tree, base), capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"tok_train {' '.join(flags)} failed: {last_words(done.stderr)}")
-            report = json.loads((base / "report" / "report.json").read_text())
-            self._tokenizers[key] = base / "tokenizer", report["tokenizer"]["bytes_per_token"]
+                raise UserError(f"{side.text or 'A'}: tok_train {' '.join(flags)} failed: {last_words(done.stderr)}")
+            try:
+                report = json.loads((base / "report" / "report.json").read_text())
+                self._tokenizers[key] = base / "tokenizer", report["tokenizer"]["bytes_per_token"]
+            except (OSError, KeyError) as error:
+                raise UserError(
+                    f"{side.text}: that revision is too old to be raced (no report of tok_train)"
+                ) from error
+            # Its C kernels, once for all runs and outside of their time; a revision without them has none to build.
+            build = [sys.executable, "-P", "-c", "from nanochat.cpu.kernels import library; library()"]
+            subprocess.run(build, env=self._environment(tree, base), capture_output=True)
         return self._tokenizers[key]
 
     def _start(self, side: Side, seed: int, cpus: set[int] | None) -> "Started":
@@ -141,7 +158,14 @@ class Race:
         common.append(f"--eval-tokens={max(1, round(self.eval_bytes / bytes_per_token))}")
         command = [sys.executable, "-P", "-m", "scripts.base_train", *side.command(common)]
         command += [f"--seed={seed}", "--model-tag=race"]
-        return Started(command, self._tree(side), base, cpus, time.monotonic() + 60 * self.minutes + GRACE_SECONDS)
+        env = self._environment(self._tree(side), base)
+        return Started(command, env, base, cpus, time.monotonic() + 60 * self.minutes + GRACE_SECONDS)
+
+    def _environment(self, tree: Path, base: Path) -> dict[str, str]:
+        """For a process with the code of `tree` and the base folder `base`, run with -P: not the code in the current
+        folder, which stays, so that relative paths in flags mean what they mean to the user."""
+        kernels = {"NANOCHAT_KERNELS_DIR": str(self.folder / "kernels")} | os.environ
+        return {**kernels, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": str(tree)}
 
     def _finish(self, run: "Started") -> float | str:
         """Wait for a run's end; its final bits per byte, or why there are none."""
@@ -155,13 +179,15 @@ class Race:
 class Started:
     """A training run in a process group of its own."""
 
-    def __init__(self, command: list[str], tree: Path, base: Path, cpus: set[int] | None, deadline: float) -> None:
+    def __init__(
+        self, command: list[str], env: dict[str, str], base: Path, cpus: set[int] | None, deadline: float
+    ) -> None:
         self.base, self.deadline = base, deadline
         self.log = open(base / "log.txt", "w+")  # noqa: SIM115
         pinned = [sys.executable, "-c", PINNED, ",".join(map(str, cpus)), *command] if cpus else command
         self.process = subprocess.Popen(
             pinned,
-            env=environment(tree, base),
+            env=env,
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -182,15 +208,12 @@ class Started:
     def kill(self) -> None:
         """End the run and whatever it started, if it is still going."""
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:  # Windows
+                self.process.kill()
         self.process.wait()
         self.log.close()
-
-
-def environment(tree: Path, base: Path) -> dict[str, str]:
-    """For a process with the code of `tree` and the base folder `base`, run with -P: not the code in the current
-    folder, which stays, so that relative paths in flags mean what they mean to the user."""
-    return {**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": str(tree)}
 
 
 def last_words(text: str) -> str:

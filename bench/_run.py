@@ -1,5 +1,6 @@
 """Run a benchmark once, or alternately with another revision of the code (--against), and print its result."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -117,18 +118,25 @@ def last_line(name: str, flags: list[str], tree: Path) -> dict[str, Any]:
 @contextmanager
 def worktree(revision: str) -> Iterator[Path]:
     """Check `revision` out into a temporary folder; removed on exit."""
-    commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    if commit.returncode:
-        raise UserError(f"--against={revision}: no such revision in {ROOT}")
+    commit = commit_of(revision)
     with tempfile.TemporaryDirectory(prefix="nanochat-bench-") as folder:
         path = Path(folder) / "tree"
         try:
-            added = git("worktree", "add", "--detach", "--quiet", str(path), commit.stdout.strip())
+            added = git("worktree", "add", "--detach", "--quiet", str(path), commit)
             if added.returncode:
-                raise UserError(f"--against={revision}: {added.stderr.strip().splitlines()[-1]}")
+                raise UserError(f"git cannot check out {revision!r}: {added.stderr.strip().splitlines()[-1]}")
             yield path
         finally:
             git("worktree", "remove", "--force", str(path))
+
+
+@functools.cache
+def commit_of(revision: str) -> str:
+    """The hash of a revision's commit, the same as long as this program runs. UserError if there is none."""
+    found = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if found.returncode:
+        raise UserError(f"there is no git revision {revision!r} in {ROOT}")
+    return found.stdout.strip()
 
 
 def git(*words: str) -> subprocess.CompletedProcess[str]:
@@ -136,4 +144,4 @@ def git(*words: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise UserError("--against needs git, which is not installed") from error
+        raise UserError("comparing revisions needs git, which is not installed") from error

@@ -31,7 +31,10 @@ def test_a_side_is_a_revision_flags_and_changes() -> None:
     assert Side.parse("").command(["--recipe=small"]) == ["--recipe=small"]
 
 
-@pytest.mark.parametrize("text", ["smear", "--depth", "-g=1", "@", "vocab=many --x"])
+@pytest.mark.parametrize(
+    "text",
+    ["smear", "--depth", "-g=1", "@", "smear=1 --x", "vocab=many", "--eval_tokens=5", "--seed=7", "vocab=0", "a='b"],
+)
 def test_a_wrong_word_is_named(text: str) -> None:
     with pytest.raises(UserError, match=text.split()[-1]):
         Side.parse(text)
@@ -74,6 +77,8 @@ def test_a_search_ends_although_nothing_is_told_apart() -> None:
 
 def test_a_candidate_that_fails_is_not_tried_again() -> None:
     search = Search(Side.parse(""), [Side.parse("a=1")])
+    search.record("", "a=1", "exit code 1: disk full", "exit code 1: disk full")
+    assert search.next_candidate() is not None, "where A fails too, nothing is known about B"
     search.record("", "a=1", 1.5, "exit code 2: no such field")
     assert search.next_candidate() is None and search.effect(search.candidates[0]).verdict == "failed"
 
@@ -81,6 +86,8 @@ def test_a_candidate_that_fails_is_not_tried_again() -> None:
 def test_candidates_are_lines() -> None:
     lines = ["# ideas", "", "smear=False  # first", "smear=False", "vocab=512"]
     assert [side.text for side in read_candidates(lines)] == ["smear=False", "vocab=512"]
+    with pytest.raises(UserError):
+        read_candidates(["# none yet", ""])
 
 
 def fake_pairs(monkeypatch: pytest.MonkeyPatch, bpb: Any) -> list[tuple[str, str, int]]:
@@ -120,6 +127,27 @@ def test_a_row_of_the_leaderboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert recipe.main(["--b=smear=False", f"--results={tmp_path / 'r'}", "--seeds=2", "--record"]) == 0
     [row] = board.read_text().splitlines()
     assert row.split("|")[1].strip().startswith("-0.1000") and "smear=False" in row and "2 pairs" in row
+    assert recipe.main(["--b=smear=False", f"--results={tmp_path / 'r'}", "--seeds=3", "--record"]) == 0
+    assert len(board.read_text().splitlines()) == 2
+    other = ["--data=own.txt", "--seeds=3", "--record"]
+    for _ in range(2):  # the second time nothing is new
+        assert recipe.main(["--b=smear=False", f"--results={tmp_path / 'r'}", *other]) == 0
+        assert len(board.read_text().splitlines()) == 3
+    assert "--data=own.txt" in board.read_text().splitlines()[2]
+
+
+def test_the_idea_may_be_in_the_working_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(recipe, "commit_of", str)
+    asked = fake_pairs(monkeypatch, lambda side, seed: 1.5)
+    assert recipe.main(["--a=@HEAD", f"--results={tmp_path / 'r'}", "--seeds=1"]) == 0
+    assert asked == [("@HEAD", "", 1)]
+
+
+def test_a_side_that_fails_is_not_raced_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = fake_pairs(monkeypatch, lambda side, seed: "exit code 1: out of memory" if side.text else 1.5)
+    argv = ["--b=smear=False", f"--results={tmp_path / 'r'}", "--seeds=3"]
+    for _ in range(2):
+        assert recipe.main(argv) == 0 and len(asked) == 1
 
 
 def test_a_yardstick_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -132,6 +160,7 @@ def test_other_code_is_another_race(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     """The results of a branch that has moved since do not count."""
     head = ["1" * 40]
     monkeypatch.setattr(recipe, "commits", lambda *sides: head)
+    monkeypatch.setattr(recipe, "commit_of", lambda revision: head[0])
     argv = ["--b=@branch", f"--results={tmp_path / 'race.jsonl'}", "--seeds=2"]
     for expected in (2, 0):
         asked = fake_pairs(monkeypatch, lambda side, seed: 1.5)
@@ -149,9 +178,14 @@ def test_other_code_is_another_race(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         ["--b=smear=False", "--candidates=x"],
         ["--b=smear"],
         ["--minutes=0", "--b=a=1"],
+        ["--b=backoutt=False"],
+        ["--b=@no-such-revision"],
+        ["--b=smear=False", "--common=--depth 4"],
+        ["--b=smear=False", "--common=smear=False"],
     ],
 )
-def test_wrong_flags(argv: list[str]) -> None:
+def test_wrong_flags(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Race, "pair", None)  # nothing is trained before
     with pytest.raises(UserError):
         recipe.main(argv)
 
@@ -171,6 +205,15 @@ def test_a_recorded_race_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert recipe.race_settings(recipe.Config(b="smear=True")) == before
     code.write_text("n = 2\n")
     assert recipe.race_settings(recipe.Config(b="smear=True")) != before
+
+
+def test_code_that_changes_during_a_race_ends_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = iter([{"code": "1"}, {"code": "1"}, {"code": "2"}])
+    monkeypatch.setattr(recipe, "race_settings", lambda config: next(settings))
+    asked = fake_pairs(monkeypatch, lambda side, seed: 1.5)
+    with pytest.raises(UserError, match="changed"):
+        recipe.main(["--b=smear=False", f"--results={tmp_path / 'new' / 'r'}", "--seeds=3"])
+    assert len(asked) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups")
