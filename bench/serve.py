@@ -121,7 +121,7 @@ class Watch(threading.Thread):
         """Peak memory of the last quarter of the run, relative to the third; the first half is warm-up."""
         quarters: list[list[int]] = [[], [], [], []]
         for at, held in self.memory:
-            quarters[min(3, int(4 * at / seconds))].append(held)
+            quarters[min(3, int(4 * at / max(seconds, 1e-9)))].append(held)
         return max(quarters[3] or [1]) / max(quarters[2] or [1])
 
 
@@ -250,7 +250,7 @@ def measure(flags: ServeFlags, runtime: Runtime) -> Result:
             "statuses": {str(k): v for k, v in sorted(seen.statuses.items())},
             "actions": dict(seen.actions),
             "exit_code": served.process.poll(),
-            "memory_bytes": max(held for _, held in watch.memory),
+            "memory_bytes": max((held for _, held in watch.memory), default=None),
             "memory_growth": watch.growth(flags.seconds),
             "left_over": left_over(served),
         }

@@ -138,6 +138,9 @@ def test_a_call_that_is_being_written_goes_on() -> None:
     other = ToolSession(ToolTable(TOKENIZER))
     other.catch_up([START, *b"2+3", STOP, OUT, *b"5", OUT_END], 100)
     assert not other.forced
+    cut = ToolSession(ToolTable(TOKENIZER))
+    cut.catch_up([START, *b"6*7", STOP, OUT, *b"4"], 100)
+    assert list(cut.forced) == [*b"2", OUT_END], "the rest of a result is not the model's to guess"
 
 
 def test_ids_and_bytes_of_logprobs(client: TestClient) -> None:

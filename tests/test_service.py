@@ -12,6 +12,7 @@ from live import until
 from serve_helpers import Receiver, make_request
 from stubs import TOKENIZER
 
+from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
@@ -184,6 +185,35 @@ def test_dead_replica_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     assert "boom" in capsys.readouterr().err
     pool.close()
     assert not pool.alive
+
+
+def test_a_replica_that_cannot_start_again_leaves_the_others_to_work(capsys: pytest.CaptureFixture[str]) -> None:
+    made = list[Service]()
+
+    def make(index: int) -> Service:
+        if len(made) == 2:
+            raise UserError("the model's file has changed since this server was started")
+        made.append(Service(MODEL, TOKENIZER))  # type: ignore[arg-type]
+        return made[-1]
+
+    pool = WorkerPool(make, 2)
+
+    def explode(**settings: Any) -> None:
+        raise MemoryError("boom")
+
+    for number, replica in enumerate(list(made)):
+        replica.batch.step = explode  # type: ignore[method-assign]
+        receiver = Receiver()
+        replica.submit(make_request(), receiver)
+        assert isinstance(receiver.wait().end.error, MemoryError)  # type: ignore[union-attr]
+        if number == 0:
+            receiver = Receiver()
+            pool.submit(make_request(), receiver)
+            assert receiver.wait().end == Finished() and "changed" in capsys.readouterr().err
+    with pytest.raises(Closed):
+        pool.submit(make_request(), Receiver())
+    assert pool.replaced == 0
+    pool.close()
 
 
 def test_least_loaded_replica_is_chosen() -> None:

@@ -65,10 +65,15 @@ class Python:
 
     def __init__(self) -> None:
         self.session = PythonSession(timeout=5.0)
+        self._closed, self._lock = False, threading.Lock()  # another thread may close it during a call
 
     def __call__(self, text: str) -> str:
         if not self.session.alive:  # ended by an earlier call, whose result said so
-            self.session = PythonSession(timeout=5.0)
+            session = PythonSession(timeout=5.0)
+            with self._lock:
+                self.session = session
+                if self._closed:
+                    self._close_session()
         result = self.session.run(text)
         if result.success:
             return result.stdout.rstrip("\n")
@@ -77,6 +82,11 @@ class Python:
         return (result.stdout[: self.MAX_CHARS] + last_line + gone).strip()
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._close_session()
+
+    def _close_session(self) -> None:
         self.session.stop()
         self.session.close()
 
@@ -127,10 +137,16 @@ class ToolSession:
         return None
 
     def catch_up(self, tokens: Sequence[int], room: int) -> Call | None:
-        """Follow the beginning of an answer, as `observe` its tokens; only a call that it ends with is run."""
+        """Follow the beginning of an answer, as `observe` its tokens; only a call that it ends with is run.
+
+        Where it ends within a quick tool's result, the rest of that is forced.
+        """
         starts = [i for i, token in enumerate(tokens) if token in self._table.by_start]
         call = None
         for token in tokens[starts[-1] :] if starts else ():
+            if self.forced and self.forced[0] == token:
+                self.forced.popleft()
+                continue
             self.forced.clear()
             call = self.observe(token, room)
         return call

@@ -68,7 +68,8 @@ function requestBody(messages, more) {
 
 // The end of a text, as much as a base model can read beside what it adds.
 async function readable(text, signal) {
-  const room = (model()?.max_context ?? Infinity) - 1 - longest();
+  const context = model()?.max_context ?? Infinity;
+  const room = context - 1 - Math.min(longest(), Math.floor(context / 2));  // the server clamps what does not fit
   if (new TextEncoder().encode(text).length <= room) return text;  // a token has at least one byte
   const { tokens } = await getJson("tokenize", state.settings.key, { text: text.slice(-200_000) }, signal);
   if (tokens.length <= room) return text;

@@ -113,7 +113,7 @@ def describe_http_error(request: Request, error: HTTPException) -> ApiError:
 def wrong_path(request: Request) -> ApiError:
     """404; names the path that is there with /v1 before it, or less before it."""
     path = request.scope["path"]  # not of request.url, which fails on a Host that is no URL's
-    for candidate in ("/v1" + path, path[path.rfind("/v1/") :], path.removeprefix("/v1")):
+    for candidate in ("/v1" + path, path[max(0, path.rfind("/v1/")) :], path.removeprefix("/v1")):
         scope = {**request.scope, "path": candidate}
         if candidate != path and any(route.matches(scope)[0] != Match.NONE for route in request.app.router.routes):
             hint = f"{candidate} is meant: an OpenAI client's base URL ends in one /v1"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nanochat.common import is_out_of_memory, warn
+from nanochat.common import UserError, is_out_of_memory, warn
 from nanochat.conversation import Tokenizer, end_tokens
 from nanochat.gpt import GPT
 from nanochat.inference.decoding import RunningBatch
@@ -133,8 +133,9 @@ class Service(Replica):
                 if index is None:
                     self._waiting.remove(handle.request.client, handle)
             admitted = self._take_from_queue()
-        for handle in admitted:
+        for handle in admitted:  # all of them first: if the batch fails on one, none is forgotten
             self._handles |= dict.fromkeys(handle.sequences, handle)
+        for handle in admitted:
             self.batch.submit(handle.sequences)
         for handle, index in cancelled:
             for sequence in handle.sequences if index is None else [handle.sequences[index]]:
@@ -217,7 +218,10 @@ class WorkerPool:
             with self._lock:
                 self._replace_dead()
                 first = next(self._first)
-                chosen = min(self.replicas[first:] + self.replicas[:first], key=lambda replica: replica.load)
+                alive = [r for r in self.replicas[first:] + self.replicas[:first] if not r.died]
+                if not alive:
+                    raise Closed("no replica can be started")
+                chosen = min(alive, key=lambda replica: replica.load)
             try:
                 return chosen.submit(request, deliver, admitted)
             except Closed:
@@ -230,11 +234,16 @@ class WorkerPool:
                 full = replica.error is not None and is_out_of_memory(replica.error)
                 lower = "; lower --max-rows, --cache-mib or --prefix-mib" if full else ""
                 warn(f"replica {index} died ({replica.error!r}) and is replaced{lower}")
+                try:
+                    replacement = self._make(index)
+                except (UserError, OSError, RuntimeError, MemoryError) as error:  # the others go on
+                    warn(f"replica {index} cannot be started again: {error}")
+                    continue
                 if any(each.tokens_made for each in self.replicas):
                     self._crashes = 0
                 elif replica.requests_lost:
                     self._crashes += 1
-                self.replicas[index] = self._make(index)
+                self.replicas[index] = replacement
                 self.replaced += 1
 
     @property
