@@ -177,10 +177,9 @@ def check_sizes(sequence_len: int, rows_per_step: int, num_streams: int, world_s
     if rows_per_step % num_streams:
         raise UserError(f"{num_streams} row streams do not divide {rows_per_step} rows a step; use a divisor")
     if world_size > num_streams:
-        raise UserError(
-            f"at most {num_streams} ranks can share {rows_per_step} rows a step, not {world_size}; make "
-            "--total-batch-size / --max-seq-len a multiple of a larger power of two"
-        )
+        larger = "; make --total-batch-size / --max-seq-len a multiple of a larger power of two"
+        most = "" if num_streams == MAX_STREAMS else larger
+        raise UserError(f"at most {num_streams} ranks can share {rows_per_step} rows a step, not {world_size}{most}")
 
 
 def fingerprint_number(fingerprint: str) -> int:

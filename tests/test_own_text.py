@@ -20,7 +20,7 @@ import zstandard
 from corpus_helpers import Bucket, both, fill_bucket, jsonl, make_texts, texts_of, write_parquet
 
 from nanochat.common import UserError
-from nanochat.data import own_files, rows, textfiles
+from nanochat.data import listing, own_files, rows, textfiles
 from nanochat.data.corpus import Corpus
 from nanochat.data.listing import list_data, split_entries
 from nanochat.data.to_parquet import MAX_WARNINGS
@@ -390,6 +390,16 @@ def test_commas_in_urls(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = "https://host/x.parquet?columns=a,b&c=d"
     assert split_entries(url) == [url]
     assert split_entries(f"a.txt,{url},s3://b/c,a.txt") == ["a.txt", url, "s3://b/c", "a.txt"]
+
+
+def test_a_list_of_thousands_of_names_is_split_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell's *.txt: not every run of names is looked for as a path with commas in it."""
+    looked_for = list[str]()
+    monkeypatch.setattr(listing, "exists", lambda path: looked_for.append(path) or False)
+    for folder in ("", "texts/"):
+        many = [f"{folder}{number:06}.txt" for number in range(2_000)]
+        assert split_entries(",".join(many)) == many
+    assert len(looked_for) < 100_000
     assert split_entries("s3://b/c,starter", ("starter",)) == ["s3://b/c", "starter"]
     assert split_entries("hf://datasets/a/b@main/x,y.parquet") == ["hf://datasets/a/b@main/x,y.parquet"]
 

@@ -18,6 +18,7 @@ from nanochat.data.filesystems import ending_of
 from nanochat.data.remote import Source, find_remote, is_url
 
 COMPRESSIONS = ("", ".gz", ".zst")
+LONGEST_NAME = 255  # characters of a file name, on all usual file systems
 MAX_NAME = 100  # characters of a list of entries that is shown whole
 WEIGHT, MAX_WEIGHT = re.compile(r"\d*\.?\d+"), 1000
 
@@ -66,7 +67,7 @@ def list_data(
     A folder is read with its subfolders, linked ones too, without hidden files. Raises UserError for an entry that
     names nothing, and where no file can be used; `known_names` are listed there.
     """
-    listing = FileListing(usable=kinds)
+    listing, seen = FileListing(usable=kinds), set[Source]()
     for entry in split_entries(data, known_names):
         entry = entry.removeprefix("file://")
         files: Sequence[Source]
@@ -77,8 +78,8 @@ def list_data(
         if not files:
             found = f"none of these can be used: {counts(unused)}" if unused else "the folder is empty"
             raise UserError(f"--data {entry}: {found}; the kinds read are {', '.join(kinds)}")
-        seen = set(listing.files)
-        listing.files += [file for file in files if file not in seen]
+        listing.files += [file for file in dict.fromkeys(files) if file not in seen]
+        seen.update(files)
         listing.unused += unused
     if not listing.files:
         raise UserError(f"--data {data}: it names no file")
@@ -93,11 +94,23 @@ def split_entries(data: str, known_names: Sequence[str] = ()) -> list[str]:
         if entries and is_url(entries[-1]) and not is_own_entry(parts[0], known_names):
             entries[-1] += f",{parts.pop(0)}"
             continue
-        ends = range(len(parts), 1, -1)
-        taken = next((end for end in ends if "://" not in parts[0] and exists(",".join(parts[:end]))), 1)
+        taken = 1 if "://" in parts[0] else parts_of_path(parts)
         entries.append(",".join(parts[:taken]))
         del parts[:taken]
     return [entry for entry in (entry if exists(entry) else entry.strip() for entry in entries) if entry]
+
+
+def parts_of_path(parts: Sequence[str]) -> int:
+    """How many of the first parts, joined by commas, are a path that exists: as many as possible; 1 if none are."""
+    joined, taken = parts[0], 1
+    for end, part in enumerate(parts[1:], start=2):
+        joined += f",{part}"
+        folder, name = os.path.split(joined)
+        if len(name) > LONGEST_NAME or ("/" in part and not exists(folder)):
+            break  # nothing longer exists
+        if exists(joined):
+            taken = end
+    return taken
 
 
 def shown(entries: Sequence[str]) -> str:
@@ -124,10 +137,7 @@ def is_own_entry(part: str, known_names: Sequence[str]) -> bool:
 
 def exists(path: str) -> bool:
     """Whether there is such a file or folder."""
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, an unknown ~user
-        return False
+    return os.path.exists(os.path.expanduser(path))
 
 
 def find_local(

@@ -127,11 +127,12 @@ def read_tokenizer(path: Path) -> RustBPETokenizer:
 
 def read_own(path: Path, step: int) -> PortableModel:
     """A checkpoint of this nanochat, from another base folder: a run's folder, or that of one step."""
+    path = path.resolve()  # it may be "." or a link
     run, number = (path, None if step < 0 else step)
     if (path / MANIFEST).exists():
         if not path.name.isdigit():
             raise UserError(f"{path} is a checkpoint under another name; name it by its step again, such as 000120")
-        run, number = path.absolute().parent, int(path.name)
+        run, number = path.parent, int(path.name)
     checkpoint = open_checkpoint(run, number, ("model.safetensors", "tokenizer.json"))
     config, tokenizer = checkpoint.model_config(), checkpoint.tokenizer()
     stage = STAGE_OF_FOLDER.get(run.absolute().parent.name) or str(checkpoint.meta.get("stage"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nanochat.data.listing import split_entries
+from nanochat.dataset import STARTER_VAL
 from nanochat.train.commands import describe_flags
 from nanochat.train.finetuning import FinetuneConfig
 from nanochat.train.pretraining import PretrainConfig
@@ -37,6 +38,7 @@ OWN = DataSet("own data", "data of its author's own, not published", "not stated
 
 TEXTS = {  # by the name after base_train's --data
     "starter": (STARTER,),
+    STARTER_VAL: (),  # nothing is trained on it
     "fineweb-edu": (
         DataSet("FineWeb-Edu", "FineWeb-Edu, 100B tokens, shuffled", "ODC-By 1.0", "karpathy/fineweb-edu-100b-shuffle"),
     ),

@@ -98,7 +98,7 @@ def parameters(facts: Record) -> Iterator[tuple[str, str]]:
         yield "parameters", f"{total:,}" + (f" ({roles})" if roles else "")
     dtypes = facts.get("dtypes", {})
     words = [
-        DTYPE_WORDS.get(name, name) + (f" {n / sum(dtypes.values()):.0%}" if len(dtypes) > 1 else "")
+        DTYPE_WORDS.get(name, name) + (f" {n / max(1, sum(dtypes.values())):.0%}" if len(dtypes) > 1 else "")
         for name, n in dtypes.items()
     ]
     yield "weights in", ", ".join(words)

@@ -1,5 +1,8 @@
 """All runs of a base folder as rows of a table: `nanochat info` without a path."""
 
+import contextlib
+import os
+import stat
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,7 +67,13 @@ def facts_of(run: Path) -> dict[str, Any]:
 
 def bytes_of(run: Path) -> int:
     """On disk, of the steps and what lies beside them; links are not followed."""
-    return sum(path.lstat().st_size for path in run.rglob("*") if path.is_file() and not path.is_symlink())
+    total = 0
+    for folder, _, names in os.walk(run):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a run prunes its steps meanwhile
+                found = os.lstat(os.path.join(folder, name))
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def overview_rows(entries: list[dict[str, Any]]) -> list[list[str]]:

@@ -39,6 +39,8 @@ def read_contents(path: Path, step: int = -1, verify: bool = False) -> Contents:
         )
     if not path.exists():
         raise UserError(f"{path} does not exist")
+    if step >= 0:
+        raise UserError(f"{path} is a file and has no steps to choose from; leave --step out")
     if path.name == "tokenizer.json":
         return read_tokenizer_folder(path)
     if path.suffix in (".safetensors", ".gguf", ".onnx"):
@@ -63,13 +65,14 @@ def is_run(path: Path) -> bool:
 
 def read_checkpoint(path: Path, step: int, verify: bool) -> Contents:
     """A step: the folder itself, or one of a run's."""
+    path = path.resolve()  # it may be "." or a link
     if (path / MANIFEST).exists() or not list_steps(path):
         if not path.name.isdigit():
             raise UserError(f"{path} is a step's folder under another name; name it as its run did, such as 000120")
         if step not in (-1, int(path.name)):
             raise UserError(f"{path} is step {int(path.name)}, not {step}; leave --step out, or give the run's folder")
-        path, step = path.parent.resolve(), int(path.name)
-    run = path.resolve()
+        path, step = path.parent, int(path.name)
+    run = path
     checkpoint = open_checkpoint(run, None if step < 0 else step, verify)
     meta, manifest = checkpoint.meta, checkpoint.manifest
     found = Contents(

@@ -26,6 +26,8 @@ def read_source(
     Raises UserError if a pretraining run cannot start from it: another tokenizer, another context.
     """
     path, step = Path(init_from), None
+    if (path / "manifest.json").exists():
+        path = path.resolve()  # it may be "." or a link
     if path.is_dir() and path.name.isdigit() and (path / "manifest.json").exists():
         path, step = path.parent, int(path.name)
 
