@@ -50,14 +50,16 @@ class CustomJSON(Task):
         """(training part, validation part): one conversation in fifty is held out, chosen by a hash of its content.
 
         Both get a `usable` conversation if there are two: where chance gives one of them none, the usable one with the
-        smallest hash is held out alone.
+        smallest hash is held out, with its copies.
         """
         hashes = [document_hash(line.decode("utf-8")) for line in self.chats.lines]
         order = sorted(range(len(hashes)), key=lambda i: (hashes[i], i))
         held = {i for i in order if hashes[i] < VAL_LIMIT}
         sides = [[i for i in order if i in held], [i for i in order if i not in held]]
         if not all(any(usable(self[i]) for i in side) for side in sides):
-            held = {next((i for i in order if usable(self[i])), order[0])}
+            chosen = next((i for i in order if usable(self[i])), order[0])
+            copies = {i for i in order if hashes[i] == hashes[chosen]}
+            held = copies if any(usable(self[i]) for i in order if i not in copies) else {chosen}
         return self._parts(held)
 
     def split_tail(self) -> tuple[TaskSubset, TaskSubset]:

@@ -1,7 +1,8 @@
 """The conversations of a finetuning run: loaders over a mixture, and the count of what is used and what is not."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,7 @@ class SFTData:
     loader: ConversationLoader
     make_validation: Callable[[], ConversationLoader]
     fingerprint: str
+    own_fingerprint: str  # of every line of one's own files, where `fingerprint` has samples
     parts: list[PartUse]
     held_out: list[PartUse]
     bad: list[str]  # place and reason of each row that is no conversation
@@ -220,11 +222,19 @@ def open_sft_data(
         loader,
         make_validation,
         mixture.fingerprint(),
+        hash_of_lines(line for source in sources if source.own is not None for line in source.own.chats.lines),
         parts,
         held_parts,
         [row for source in sources if source.own is not None for row in source.own.bad],
         next(conversation for conversation in own if usable(conversation)),
     )
+
+
+def hash_of_lines(lines: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def check_uses(parts: Sequence[PartUse], held_out: Sequence[PartUse], own: Sequence[str], T: int) -> None:

@@ -132,6 +132,15 @@ def test_long_conversations_neither_clog_the_pool_nor_end_in_nan():
     assert loader.stats() | {"truncated": 1, "skipped": 2, "conversations": 23} == loader.stats()
 
 
+def test_no_more_conversations_are_truncated_than_used():
+    """Those that wait in the pool count as neither."""
+    loader = make_loader([chat(f"a{i}", "b", "c", "d" * 200) for i in range(300)], T=96, rows=4)
+    loader.next_batch()
+    stats = loader.stats()
+    loader.close()
+    assert 0 < stats["truncated"] == stats["trained"] < 40
+
+
 def test_a_conversation_without_an_answer_is_left_out():
     loader = make_loader([chat("anyone?"), chat("hello", "yes")])
     assert len(found_conversations(take_all(loader))) == 1

@@ -202,6 +202,15 @@ def test_folders_globs_and_urls(tmp_path: Path, base: Path) -> None:
     fs.rm("/chats", recursive=True)
 
 
+def test_a_copy_of_the_held_out_conversation_is_not_trained_on(tmp_path: Path, base: Path) -> None:
+    """Of few conversations the one with the smallest hash is held out: here it is in the file twice."""
+    alone = CustomJSON(write_lines(tmp_path / "a.jsonl", numbered(5)))
+    (held,) = alone.split(lambda conversation: True)[1]
+    path = write_lines(tmp_path / "b.jsonl", [*numbered(5), held["messages"]])
+    train, val = CustomJSON(path).split(lambda conversation: True)
+    assert list(val) == [held, held] and held not in list(train) and len(train) == 4
+
+
 def test_bad_rows_are_all_named(tmp_path: Path, base: Path) -> None:
     path = write_lines(tmp_path / "mine.jsonl", [*numbered(3), {"text": "x" * 9999}, chat("alone"), *numbered(1)])
     path.write_text(path.read_text() + "nope\n" + json.dumps(chat("a", "\ud800")) + "\n" + '{"a":' * 9999 + "\n")

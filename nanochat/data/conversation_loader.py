@@ -26,11 +26,12 @@ ORDER_OF_CONVERSATIONS, SAMPLE = 3, 4  # purposes of random numbers (batches.see
 
 
 class ConversationCursor(NamedTuple):
-    """A position: the next conversation is the `position`-th of `epoch`; and counters of what came before it."""
+    """A position: the next conversation is the `position`-th of `epoch`; and counters of what came before it, of what
+    is in rows where it says so."""
 
     epoch: int = 0
     position: int = 0
-    truncated: int = 0  # too long for a row: the last turns are left out
+    truncated: int = 0  # in rows; too long for one: the last turns are left out
     skipped: int = 0  # not even the first exchange fits, or the assistant says nothing
     rows: int = 0  # over all ranks
     tokens: int = 0  # in them, without padding
@@ -48,6 +49,7 @@ class Pooled(NamedTuple):
 
     number: int
     ids: np.ndarray  # int32, the mask in the sign (rendered.py)
+    truncated: bool
 
 
 class ConversationPacker:
@@ -81,9 +83,9 @@ class ConversationPacker:
         self.pool: BestFitPool[Pooled] = BestFitPool()
         self._order_epoch, self._order = -1, np.empty(0, np.int64)
         for index in state.pool:
-            ids = self.get(index).ids
+            ids, use = self.get(index)
             assert ids is not None, f"conversation {index} was usable when the state was saved"
-            self.pool.add(len(ids), Pooled(index, ids))
+            self.pool.add(len(ids), Pooled(index, ids, use == TRUNCATED))
 
     def next_step(self) -> tuple[Batch, ConversationState]:
         """The rank's rows of the next step. Raises StopIteration when there is none left."""
@@ -107,7 +109,11 @@ class ConversationPacker:
                 break
             rows.append(row)
             now = self.cursor
-            self.cursor = now._replace(rows=now.rows + 1, tokens=now.tokens + before - self.pool.total)
+            self.cursor = now._replace(
+                rows=now.rows + 1,
+                tokens=now.tokens + before - self.pool.total,
+                truncated=now.truncated + sum(conversation.truncated for conversation in row),
+            )
         return rows
 
     def _refill(self) -> None:
@@ -117,8 +123,7 @@ class ConversationPacker:
             if ids is None:
                 self.cursor = self.cursor._replace(skipped=self.cursor.skipped + 1)
                 continue
-            self.cursor = self.cursor._replace(truncated=self.cursor.truncated + (use == TRUNCATED))
-            self.pool.add(len(ids), Pooled(index, ids))
+            self.pool.add(len(ids), Pooled(index, ids, use == TRUNCATED))
 
     def _next_index(self) -> int | None:
         """The next conversation of the stream, None at its end. UserError if the first epoch had no usable one."""
@@ -193,12 +198,17 @@ class ConversationLoader(PrefetchingLoader[ConversationState]):
         Exact for up to EXACT_CONVERSATIONS, which are all rendered for it. For more, an estimate from a sample that
         errs on the low side: there will be a batch for every step, and a little of the data may go unseen.
         """
+        return -(-self.num_rows() // self.rows_per_step)
+
+    def num_rows(self) -> int:
+        """Rows in num_epochs (in one epoch, if endless), from the start: exact or estimated as num_steps says."""
         epochs = self.num_epochs or 1
         if self.size <= EXACT_CONVERSATIONS:
-            return -(-self._count_rows(self.rendered.get, self.size, epochs) // self.rows_per_step)
+            return self._count_rows(self.rendered.get, self.size, epochs)
         chosen = seeded_rng(SAMPLE, self.seed).choice(self.size, SAMPLE_CONVERSATIONS, replace=False).tolist()
         rows = self._count_rows(lambda i: self.rendered.get(chosen[i]), SAMPLE_CONVERSATIONS, 1)
-        return max(1, int(SAMPLE_MARGIN * rows * self.size / SAMPLE_CONVERSATIONS * epochs / self.rows_per_step))
+        whole_steps = int(SAMPLE_MARGIN * rows * self.size / SAMPLE_CONVERSATIONS * epochs / self.rows_per_step)
+        return max(1, whole_steps) * self.rows_per_step
 
     def _count_rows(self, get: Callable[[int], Rendered], size: int, epochs: int) -> int:
         packer = ConversationPacker(get, size, row_tokens=self.row_tokens, seed=self.seed, num_epochs=epochs)

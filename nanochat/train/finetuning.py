@@ -66,6 +66,9 @@ class FinetuneConfig(TrainConfig):
         return None if self.num_iterations > 0 or self.minutes > 0 else self.num_epochs
 
 
+FEW_HELD_OUT = 2_000  # held-out conversations: so few may be less than was asked for, and are counted
+
+
 class RowSizes(NamedTuple):
     """The shape of a global batch: `rows` rows of T tokens, over all ranks."""
 
@@ -136,9 +139,13 @@ def make_hooks(
 ) -> list[Hook]:
     """Bits per byte on the assistant's tokens of held-out conversations, answers to the fixed questions, and counts of
     the conversations read."""
-    tokens = config.evaluation_tokens(runtime)
     validation = make_validation()
-    steps = max(1, tokens // (validation.rows_per_step * validation.sequence_len))
+    T = validation.sequence_len
+    steps = max(1, config.evaluation_tokens(runtime) // (validation.rows_per_step * T))
+    rows = steps * validation.rows_per_step
+    if validation.size <= FEW_HELD_OUT:
+        rows = min(rows, validation.num_rows())
+    tokens = rows * T
 
     def measure(trainer: Trainer) -> float:
         rows = trainer.step.device_batch_size
