@@ -17,7 +17,7 @@ $BASE/report/report.json holds
     TASK          accuracy in [0, 1] by task name, beside
     counts        {TASK: [passed, total]},  intervals {TASK: [low, high]} (95%),  baselines {TASK: guessing},
     references    {MODEL: {TASK: accuracy}} of other models, as published
-    started_from  the run whose model a finetuning stage started from
+    started_from, started_from_stage    the run whose model a finetuning stage started from: base, sft or rl
     before        metrics measured before the first step
     metrics       path of the stage's metrics.jsonl, relative to $BASE: the curves
     samples       [{"prompt", "text"}, ...], with "task" and "right" where answers are judged
@@ -37,6 +37,7 @@ from typing_extensions import TypedDict
 
 from nanochat.common import UserError, atomic_write, delete_leftovers, free_name, is_writable, warn, write_json
 from nanochat.common.files import check_value, read_json
+from nanochat.reporting.curves import is_number
 from nanochat.reporting.machine import describe_machine
 from nanochat.reporting.pages import render, report_context
 from nanochat.reporting.view import SPECIAL_KEYS, STAGES, Record, stages_of, wilson_interval
@@ -185,7 +186,13 @@ def _merge(old: Record, new: Record) -> Record:
         k: {**old.get(k, {}), **new.get(k, {})}
         for k in ("counts", "intervals", "baselines", "splits", "sizes", "tables")
     }
-    return {**old, **new, **{k: v for k, v in nested.items() if v}}
+    merged = {**old, **new, **{k: v for k, v in nested.items() if v}}
+    asked = {sample.get("task") for sample in new.get("samples", ())}
+    if samples := [s for s in old.get("samples", ()) if s.get("task") not in asked] + new.get("samples", []):
+        merged["samples"] = samples
+    if is_number(old.get("seconds")) and is_number(new.get("seconds")):
+        merged["seconds"] = old["seconds"] + new["seconds"]
+    return merged
 
 
 def to_json(value: Any) -> Any:

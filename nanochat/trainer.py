@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat.checkpoint.async_save import AsyncSaver
-from nanochat.common import UserError, warn
+from nanochat.common import UserError
 from nanochat.data.batches import Batch, Loader
 from nanochat.distributed.rank_checks import (
     DataError,
@@ -131,6 +131,8 @@ class Trainer:
                 except StopIteration:
                     self._end_early()
                     break
+                except FloatingPointError as error:  # the answers of RL, sampled with weights that are not finite
+                    raise self._not_finite(error) from None
                 record = self._take_step(batch)
                 if self.progress.step == first:  # what compilation leaves behind is there by now
                     stack.enter_context(frozen_objects())
@@ -138,6 +140,9 @@ class Trainer:
                 self._observe(record)
                 self._save_if_due()
                 self._await_batch()
+            stopped = self.runtime.all_reduce_max(self.stop_signal or 0, "sharing the stop signal")
+            if stopped:  # in the last hooks: what would follow the run shall not start
+                raise Interrupted(int(stopped))
         return self.progress
 
     def raise_if_stop_requested(self) -> None:
@@ -154,11 +159,14 @@ class Trainer:
         try:
             record = self.step(batch)
         except NonFiniteLoss as error:
-            self.saver.settle(None)
-            raise NonFiniteLoss(f"{error}; {self.last_good()}") from None
+            raise self._not_finite(error) from None
         skipped = len(self.loader.skipped)
         record["wait_seconds"] = self.wait_seconds  # for this rank's batch, before the step
         return record | ({"skipped_shards": skipped} if skipped else {})
+
+    def _not_finite(self, error: Exception) -> NonFiniteLoss:
+        self.saver.settle(None)
+        return NonFiniteLoss(f"{error}; {self.last_good()}")
 
     def _follow_deadline(self, record: Record) -> None:
         if self.deadline:
@@ -242,7 +250,7 @@ class Trainer:
 
     def _end_early(self) -> None:
         """Finish a run whose data ended before the schedule's last step."""
-        warn(f"the data ended after step {self.progress.step} of {self.schedule.num_steps}")
+        self.runtime.warn0(f"the data ended after step {self.progress.step} of {self.schedule.num_steps}")
         self.schedule.num_steps = self.progress.step  # the run is finished, when it is resumed too
         for hook in self.hooks if self.progress.step else ():
             self._run_hook(hook)

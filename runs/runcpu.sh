@@ -50,16 +50,18 @@ stage() {  # stage NAME COMMAND...: run it once
   mkdir -p "$NANOCHAT_BASE_DIR/.done" && touch "$NANOCHAT_BASE_DIR/.done/$name"
 }
 
+# A base model that was begun keeps the minutes it began with.
+if ! compgen -G "$NANOCHAT_BASE_DIR/base_checkpoints/cpu/0*" >/dev/null; then
+  mkdir -p "$NANOCHAT_BASE_DIR/.done" && share 1.0 > "$NANOCHAT_BASE_DIR/.done/minutes"
+fi
 EARLIER="$(cat "$NANOCHAT_BASE_DIR/.done/minutes" 2>/dev/null || true)"
 if [ -n "$EARLIER" ] && [ "$(share 1.0)" != "$EARLIER" ]; then
-  echo "note: the model there was trained with --minutes=$EARLIER and stays; delete $NANOCHAT_BASE_DIR to start over, or set NANOCHAT_BASE_DIR"
+  echo "note: the base model there was begun with --minutes=$EARLIER and stays; delete $NANOCHAT_BASE_DIR to start over, or set NANOCHAT_BASE_DIR"
 fi
 stage tok_train  python -m scripts.tok_train --data=starter --vocab-size=$VOCAB --max-chars=$CHARS
-done_file base_train || FRESH=1
 # The small recipe at every depth: it was made for short runs.
 stage base_train python -m scripts.base_train --resume --data=starter --model-tag=cpu --recipe=small --depth=$DEPTH --head-dim=64 \
   --max-seq-len=$CONTEXT --total-batch-size=$BATCH --sample-every=-1 $BASE
-[ -z "${FRESH:-}" ] || share 1.0 > "$NANOCHAT_BASE_DIR/.done/minutes"
 stage base_eval  python -m scripts.base_eval --data=starter --split-tokens=$SPLIT
 stage chat_sft   python -m scripts.chat_sft --resume --model-tag=cpu --total-batch-size=$BATCH --init-lr-frac=2 $SFT
 stage chat_eval  python -m scripts.chat_eval -i sft $EVAL

@@ -30,7 +30,7 @@ wait $DOWNLOAD
 
 torchrun --standalone --nproc_per_node="$GPUS" -m scripts.base_train -- --resume \
   --data=climbmix --depth=24 --recipe=later --target-param-data-ratio=8 --fp8 --save-every=1000 --run="$RUN"
-torchrun --standalone --nproc_per_node="$GPUS" -m scripts.base_eval -- --data=climbmix --eval=bpb,sample
-torchrun --standalone --nproc_per_node="$GPUS" -m scripts.chat_sft -- --resume --data=published --run="$RUN"
-torchrun --standalone --nproc_per_node="$GPUS" -m scripts.chat_eval -- -i sft
+torchrun --standalone --nproc_per_node="$GPUS" -m scripts.base_eval -- --model-tag=d24 --data=climbmix --eval=bpb,sample
+torchrun --standalone --nproc_per_node="$GPUS" -m scripts.chat_sft -- --resume --model-tag=d24 --data=published --run="$RUN"
+torchrun --standalone --nproc_per_node="$GPUS" -m scripts.chat_eval -- -i sft --model-tag=d24
 python -m scripts.report

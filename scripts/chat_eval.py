@@ -114,6 +114,11 @@ def report(
     # The model may have been trained on another split: no part of ChatCORE.
     usual = all(config.split in ("", TASKS[name].split) for name in scores)
     checkpoint += ("/sample" if config.embedded_sample else "") + ("" if usual else f"/{config.split}")
+    greedy = config.num_samples == 1 and config.temperature == 0
+    if not greedy:  # beside the greedy ones, not in their place
+        decoding = f"{config.num_samples} x at temperature {config.temperature:g}"
+        scores = {f"{name}, {decoding}": score for name, score in scores.items()}
+        samples = [sample | {"task": f"{sample['task']}, {decoding}"} for sample in samples]
     rows = [score.table_row(name) for name, score in scores.items()]
     columns = [*TABLE_COLUMNS, "of several answers"] if any(row[-1] for row in rows) else TABLE_COLUMNS
     print_table("", [row[: len(columns)] for row in rows], columns)
@@ -130,7 +135,7 @@ def report(
     shares = {name: score.shares for name, score in scores.items()}
     earlier, sizes = earlier_shares(base_dir, stage, checkpoint)
     core = chat_core({**earlier, **shares}, {**sizes, **values["sizes"]})
-    if core and usual and not config.embedded_sample:
+    if core and usual and greedy and not config.embedded_sample:
         say(core.describe())
         values |= core.report_values()
     record_stage(base_dir, stage, values)

@@ -4,6 +4,7 @@ The flags are in nanochat/train/reinforcement.py, sampling and learning in nanoc
 tasks/rl_tasks.py.
 """
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -52,10 +53,14 @@ def train(config: Config, runtime: Runtime) -> int:
             Hook(evaluate_held_out, config.eval_every, tokens=config.evaluation_tokens(runtime)),
             Hook(SignalWatch(loader, runtime), 1),
         ]
+        began = time.perf_counter()
         before = checkpoint.meta["before"] if checkpoint else evaluate_held_out(trainer)
+        evaluation_seconds = checkpoint.meta.get("evaluation_seconds") if checkpoint else time.perf_counter() - began
+        trainer.hooks[0].seconds = evaluation_seconds  # what --minutes keeps for the last one
         run.shown = {
             "model": folder.name,
             "started_from": start.base["tag"],
+            "started_from_stage": start.base["source"],
             "before": before,
             "sizes": {task.name: min(config.eval_examples, len(task)) for task in held_out},
             "tables": {"Plan": [{"": name, "planned": value} for name, value in plan]},
@@ -64,7 +69,7 @@ def train(config: Config, runtime: Runtime) -> int:
             trainer,
             start.tokenizer,
             total_batch_tokens=config.examples_per_step * config.num_samples * config.max_new_tokens,
-            meta={"stage": "rl", "base": start.base, "before": before},
+            meta={"stage": "rl", "base": start.base, "before": before, "evaluation_seconds": evaluation_seconds},
             report=partial(report, run, trainer, before),
         )
 
@@ -86,8 +91,11 @@ def make_loader(
 def report(run: Run[Config], trainer: Trainer, before: Record) -> None:
     """Put the run's figures into the report, with the accuracies before and after."""
     lines = read_metrics(run.folder / "metrics.jsonl")
-    last: Record = next((line for line in reversed(lines) if any(k.startswith("accuracy/") for k in line)), {})
-    values: Record = {"after": last}
+    done = (line for line in reversed(lines) if line.get("step") == trainer.progress.step)
+    last: Record = next((line for line in done if any(k.startswith("accuracy/") for k in line)), {})
+    values: Record = {"after": last} if last else {}
+    if not last:
+        warn("the evaluation after the last step was stopped: python -m scripts.chat_eval -i rl measures the model")
     for key in before:
         if key.startswith("accuracy/") and key in last:
             name = key.removeprefix("accuracy/")

@@ -54,9 +54,11 @@ def train(config: Config, runtime: Runtime) -> int:
         sizes = row_sizes(config, start)
         old = run.checkpoint is not None and run.checkpoint.meta.get("held_out") != SPLIT_BY_CONTENT
         data = open_sft_data(sources, tokenizer, runtime, *sizes, config.seed, config.epochs, by_tail=old)
-        if run.checkpoint and run.checkpoint.meta["data"] != data.fingerprint:
+        known = run.checkpoint.meta if run.checkpoint else {}
+        fingerprints = (data.fingerprint, data.own_fingerprint)
+        if known and (known["data"], known.get("own_data", data.own_fingerprint)) != fingerprints:
             raise UserError(
-                f"the conversations have changed since step {run.checkpoint.step} was saved: cannot resume "
+                f"the conversations have changed since step {known['step']} was saved: cannot resume "
                 "exactly; give the same --data, or start a new run"
             )
         data.name_left_out(listing, config.strict, runtime)
@@ -66,7 +68,11 @@ def train(config: Config, runtime: Runtime) -> int:
         trainer.hooks = make_hooks(config, data.make_validation, tokenizer, runtime)
         plan = describe(data, sizes, num_steps, config.epochs)
         run.begin(num_steps, plan)
-        run.shown = {"started_from": start.base["tag"], "tables": {"Conversations": data.table()}}
+        run.shown = {
+            "started_from": start.base["tag"],
+            "started_from_stage": start.base["source"],
+            "tables": {"Conversations": data.table()},
+        }
         if runtime.is_main and not run.checkpoint:
             print_conversation(tokenizer, data.preview)
         return run.train(
@@ -77,6 +83,7 @@ def train(config: Config, runtime: Runtime) -> int:
                 "stage": "sft",
                 "base": start.base,
                 "data": data.fingerprint,
+                "own_data": data.own_fingerprint,
                 "held_out": "the last" if old else SPLIT_BY_CONTENT,
                 "conversations": data.table(),
             },

@@ -58,6 +58,11 @@ class Config(ModelFlags):
     device_batch_size: Annotated[int, Range(1, unset=-1)] = -1
     """Rows per micro-batch and GPU; -1: the largest that fits."""
 
+    @property
+    def by_time(self) -> bool:
+        """Whether --minutes says how long the run is."""
+        return self.minutes > 0 and self.num_iterations == -1
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan."""
@@ -73,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:  # a GPU known by name, with the speed expected from published runs
         gpu = find_gpu(config.gpu, config.fp8)
         run = plan_with_pace(config, model_config, gpu, expected_pace(model_config, gpu), max(1, config.num_gpus))
-    if config.minutes > 0 and config.num_iterations == -1:
+    if config.by_time:
         run.wall_seconds = 60 * config.minutes
         run.assumptions.append(
             "time: --minutes is the whole program's time, evaluations and report included; base_train adjusts the "
@@ -98,9 +103,8 @@ def default_vocab_size(here: bool) -> int:
 
 def horizon(config: Config, model_config: GPTConfig, num_steps: int = -1) -> dict[str, Any]:
     """Arguments of make_plan; `num_steps` is the horizon if --minutes is given."""
-    by_time = config.minutes > 0 and config.num_iterations == -1
     return {
-        "num_iterations": num_steps if by_time else config.num_iterations,
+        "num_iterations": num_steps if config.by_time else config.num_iterations,
         "target_flops": config.target_flops,
         "target_param_data_ratio": config.target_param_data_ratio,
         "total_batch_size": config.total_batch_size,
@@ -122,7 +126,7 @@ def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
         gpu = this_machine(runtime)
         if config.depth == -1:
             of_depth = config.network(config.vocab_size)
-            choice = choose_depth(config.minutes, config.total_batch_size, of_depth, runtime)
+            choice = choose_depth(config.minutes, config.total_batch_size, of_depth, runtime, num_gpus)
             config, model_config = replace(config, depth=choice.key), of_depth(choice.key)
         pace = measure_pace(model_config, gpu, runtime)
         # On a CPU small micro-batches, which stay in its caches, are faster.
@@ -138,15 +142,15 @@ def plan_with_pace(
     """Plan for a machine whose speed is known; with --minutes as many steps as fit, of base_train's batch."""
     if config.dollars_per_gpu_hour >= 0:
         gpu = replace(gpu, dollars_per_hour=config.dollars_per_gpu_hour)
-    by_time, steps = config.minutes > 0 and config.num_iterations == -1, -1
-    if by_time:
+    steps = -1
+    if config.by_time:
         if config.total_batch_size == -1:
             config = replace(config, total_batch_size=batch_for_minutes(gpu.device_type))
         T = model_config.sequence_len
         rows = align_batch(config.total_batch_size, T) // T
         steps = steps_in(config.minutes, pace.step_seconds(math.ceil(rows / num_gpus) * T))
     plan = make_plan(model_config, **horizon(config, model_config, steps))
-    if by_time:
+    if config.by_time:
         plan.horizon = f"--minutes={config.minutes:g}"
     return plan_run(
         model_config,

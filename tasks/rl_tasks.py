@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, atomic_write
 from nanochat.engine import Engine
+from nanochat.execution import choose_level
 from nanochat.rl import Group
 from nanochat.runtime import Runtime
 from nanochat.train.reinforcement import RLConfig
@@ -20,6 +21,8 @@ def open_tasks(config: RLConfig) -> tuple[list[list[Task]], list[Task]]:
     names = list(dict.fromkeys(known_name(n.strip(), REWARDED) for n in config.tasks.split(",") if n.strip()))
     if not names:
         raise UserError(f"--tasks is empty; choose from {', '.join(REWARDED)}")
+    if "Code" in names:
+        choose_level("")  # raises UserError now if there is no sandbox
     levels = [make_levels(name, "train", seed=config.seed) for name in names]
     return levels, [task for name in names for task in make_levels(name, "test", size=config.eval_examples)]
 

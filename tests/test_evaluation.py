@@ -153,16 +153,20 @@ def test_chat_eval_writes_every_answer(
     monkeypatch.setattr(registry, "make_task", lambda name, split: Yes())
     assert chat_eval.main(["-a", "GSM8K", "-n", "4", "-t", "1", "-m", "4", "-x", "3", "--device-type=cpu"]) == 0
     said = capsys.readouterr().out
-    scope = "1 of 6 tasks: GSM8K, first 3 items of each"
-    assert "pass@4" in said and f"ChatCORE ({scope}) " in said
+    assert "pass@4" in said and "ChatCORE" not in said
     lines = (finetuned / "chat_eval" / "sft_tiny_000001" / "GSM8K.jsonl").read_text().splitlines()
     items = [json.loads(line) for line in lines]
     assert [item["index"] for item in items] == [0, 1, 2] and all(len(item["answers"]) == 4 for item in items)
     for item in items:
         assert item["right"] == sum("e" in a["text"] for a in item["answers"]) and item["question"].startswith("say")
+    assert chat_eval.main(["-a", "GSM8K", "-m", "4", "-x", "3", "--device-type=cpu"]) == 0
+    scope = "1 of 6 tasks: GSM8K, first 3 items of each"
+    assert f"ChatCORE ({scope}) " in capsys.readouterr().out
     report = json.loads((finetuned / "report" / "report.json").read_text())["chat_eval"]
-    assert report["counts"]["GSM8K"][0] == pytest.approx(sum(item["right"] for item in items) / 4)
-    assert report["splits"] == {"GSM8K": "test"} and "MMLU" in report["chatcore_missing"]
+    sampled = "GSM8K, 4 x at temperature 1"
+    assert report["counts"][sampled][0] == pytest.approx(sum(item["right"] for item in items) / 4)
+    assert report["splits"] == {sampled: "test", "GSM8K": "test"} and "MMLU" in report["chatcore_missing"]
+    assert [sample["task"] for sample in report["samples"]] == [sampled] * 3 + ["GSM8K"] * 3
     assert report["chatcore_of"] == scope
     for page in ("report.md", "report.html"):
         assert f"ChatCORE ({scope})" in (finetuned / "report" / page).read_text()

@@ -160,6 +160,8 @@ def test_head_rows(dtype: torch.dtype, scale: float) -> None:
     assert (grad.double() - exact.grad).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * exact.grad.norm()
     only, _ = head_rows_(logits.clone(), targets, weights, 15.0, False)
     assert torch.equal(only, got)
+    whole, _ = head_rows_(logits.clone(), targets, weights, 15, True)
+    assert torch.equal(whole, got), "a softcap may be an int"
 
 
 @needs_compiler

@@ -12,6 +12,7 @@ import torch
 from cli_helpers import refused
 from ranks import run_ranks
 
+from nanochat import gpt
 from nanochat.common import UserError
 from nanochat.cpu import fused
 from nanochat.gpt import GPT, GPTConfig
@@ -316,6 +317,20 @@ def test_this_machine_is_measured(capsys: pytest.CaptureFixture[str], monkeypatc
     assert result["steps"] == 3 and result["seconds"] > 0 and result["dollars"] is None
     assert any("with all layers" in sentence for sentence in result["assumptions"])
     assert result["memory_bytes"] < result["memory_available_bytes"]
+
+
+def test_a_learnable_gain_is_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The FLOPs of an update count the matrices of a changed model too, and only those."""
+    config = GPTConfig(sequence_len=64, n_layer=2)
+    before = measured.update_flops(config)
+
+    class Gained(gpt.Block):
+        def __init__(self, config: GPTConfig, layer: int) -> None:
+            super().__init__(config, layer)
+            self.gain = torch.nn.Parameter(torch.ones(8))
+
+    monkeypatch.setattr(gpt, "Block", Gained)
+    assert measured.update_flops(config) == before > 0
 
 
 def test_a_model_too_slow_to_measure_is_scaled_up(monkeypatch: pytest.MonkeyPatch) -> None:

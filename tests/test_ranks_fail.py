@@ -168,7 +168,7 @@ def save_through(runtime: Runtime, run: str, tokenizer: str, fault: str, bad_ran
 
     trainer.log = log
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        code = run_to_end(trainer, Path(run), "again")
+        code = run_to_end(trainer, Path(run), lambda: "again")
     trainer.saver.close()
     if runtime.rank == bad_rank and not repaired:
         getattr(storage, fault)(False)

@@ -268,7 +268,10 @@ def test_stages_of_different_models_get_a_note(tmp_path: Path) -> None:
     record_stage(tmp_path, "chat_sft", talk)  # a name of its own
     record_stage(tmp_path, "chat_eval", {"model": "talk"})
     assert not notes()
-    record_stage(tmp_path, "chat_sft", talk | {"started_from": "d8"})
+    record_stage(tmp_path, "chat_sft", talk | {"started_from": "older_talk", "started_from_stage": "sft"})
+    record_stage(tmp_path, "chat_eval", {"model": "talk"})
+    assert not notes()
+    record_stage(tmp_path, "chat_sft", talk | {"started_from": "d8", "started_from_stage": "base"})
     record_stage(tmp_path, "chat_eval", {"model": "talk"})
     assert_one_note("Supervised finetuning", "d8", "Pretraining", "d4")
 

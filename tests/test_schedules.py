@@ -1,5 +1,7 @@
 """Schedules at exact points."""
 
+from itertools import pairwise
+
 import pytest
 
 from nanochat.train.schedules import decay_multiplier, lr_multiplier, muon_momentum
@@ -12,6 +14,13 @@ def test_learning_rate_at_exact_points() -> None:
     assert at[75] == pytest.approx(0.5 + 0.5 * 0.1)
     assert at[99] == pytest.approx(1 / 50 + 49 / 50 * 0.1)
     assert at[100] == pytest.approx(0.1)
+
+
+def test_a_warmup_longer_than_the_run_leaves_time_to_warm_down() -> None:
+    for steps in (30, 60):
+        at = [lr_multiplier(s, steps, 40, 0.65) for s in range(steps)]
+        assert max(at) == 1.0 and at[-1] <= 0.05 and at[steps // 2 :] == sorted(at[steps // 2 :], reverse=True)
+        assert max(abs(b - a) for a, b in pairwise(at)) <= 0.1 + 1e-9, "no jump"
 
 
 def test_learning_rate_never_negative_past_the_horizon() -> None:

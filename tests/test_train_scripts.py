@@ -55,6 +55,15 @@ def test_init_from_copies_the_weights_and_resuming_does_not_need_the_source(copi
     assert base_train.main([*TINY, data, "--model-tag=third", f"--init-from={step}"]) == 0
 
 
+def test_a_horizon_that_does_not_count_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--num-iterations comes before --minutes and --target-flops; TINY has the first."""
+    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=next", "--minutes=5", "--target-flops=1e9"]
+    assert base_train.main([f for f in flags if "minutes" not in f and "flops" not in f]) == 0
+    assert "not used" not in capsys.readouterr().err
+    assert base_train.main(flags) == 0
+    assert "--minutes=5.0 --target-flops=1000000000.0" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_init_from_keeps_the_context(copied: Path) -> None:
     data = f"--data={copied / 'text.jsonl'}"
     flags = ["--init-from=tiny", "--num-iterations=1", "--total-batch-size=32", "--eval-tokens=64", data]
@@ -81,6 +90,28 @@ def test_sft_resumes_without_its_base_model(copied: Path, chats: str) -> None:
     assert chat_sft.main([*SFT, chats, "--model-tag=mine", "--num-iterations=2", "--save-every=1"]) == 0
     shutil.rmtree(copied / "base_checkpoints")
     assert chat_sft.main([chats, "--resume-from-step=1", "--eval-tokens=16"]) == 0
+
+
+def test_after_going_back_the_command_names_the_step_saved_last(copied: Path) -> None:
+    """Else the latest step of the way that was left would be taken, or the same steps repeated."""
+    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=back", "--save-every=1", "--keep-last=0"]
+    assert base_train.main([*flags, "--num-iterations=3"]) == 0
+    assert base_train.main([*flags, "--num-iterations=3", "--resume-from-step=1"]) == 0
+    report = read_json(copied / "report" / "report.json")["base_train"]
+    assert "--resume-from-step=3" in report["resume_command"]
+
+
+def test_sft_does_not_go_on_with_one_other_conversation_of_many(copied: Path) -> None:
+    path = copied / "many.jsonl"
+    rows = [[{"role": "user", "content": str(n)}, {"role": "assistant", "content": "b"}] for n in range(2_500)]
+    text = lambda: "".join(json.dumps(row) + "\n" for row in rows)  # noqa: E731
+    path.write_text(text())
+    flags = [*SFT, f"--data={path}", "--num-iterations=2", "--save-every=1"]
+    assert chat_sft.main(flags) == 0
+    rows[1237][1]["content"] = "c"
+    path.write_text(text())
+    with pytest.raises(UserError, match=r"step 1.*--data"):
+        chat_sft.main([*flags, "--resume-from-step=1"])
 
 
 def test_sft_does_not_go_on_with_other_conversations(copied: Path, chats: str) -> None:
@@ -280,6 +311,19 @@ def test_a_resumed_run_keeps_the_planned_steps_when_a_deadline_moved_the_horizon
     assert seen[0] == seen[1] and seen[0][:2] == (3, 3)
     assert plan_of(copied, "moved")["num_steps"] == 40
     assert list_steps(copied / "base_checkpoints" / "moved") == [1, 2, 3], "--keep-last=0 is kept"
+
+
+def test_a_resumed_run_keeps_its_batch_on_another_device(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --minutes the batch follows from the kind of device; a resumed run has the one it began with."""
+    own = [flag for flag in TINY if not flag.startswith(("--num-iterations", "--total-batch-size", "--model-tag"))]
+    flags = [*own, f"--data={copied / 'text.jsonl'}", "--model-tag=moved", "--save-every=1", "--minutes=1"]
+    monkeypatch.setattr(Deadline, "horizon", lambda self, step, num_steps, now: 2)
+    monkeypatch.setattr(pretraining, "steps_for_minutes", lambda *_: 40)
+    for batch, more in ((32, []), (256, ["--resume-from-step=1"])):
+        monkeypatch.setattr(pretraining, "batch_for_minutes", lambda kind, batch=batch: batch)
+        assert base_train.main([*flags, *more]) == 0
+        saved = open_checkpoint(run_dir(copied, "base", "moved"))
+        assert saved.step == 2 and saved.meta["plan"]["total_batch_tokens"] == 32
 
 
 def test_a_closed_pipe_does_not_end_the_run(copied: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_non_finite_weights_are_not_saved(hook_fails: bool, tmp_path: Path, caps
             raise FloatingPointError("the model's logits are not finite")
 
     trainer.hooks = [Hook(poison, every=3)]
-    assert run_to_end(trainer, tmp_path, "python -m scripts.base_train --resume") == 1
+    assert run_to_end(trainer, tmp_path, lambda: "python -m scripts.base_train --resume") == 1
     assert saved == [1, 2]
     error = capsys.readouterr().err
     assert all(part in error for part in ("not finite", "step 3", "lm_head.weight", "step 2"))
@@ -186,8 +187,33 @@ def test_a_stop_signal_during_a_hook_saves_the_step(tmp_path: Path) -> None:
         raise AssertionError("not stopped")
 
     trainer.hooks = [Hook(evaluate, every=2)]
-    assert run_to_end(trainer, tmp_path, "python -m scripts.chat_rl --resume") == 128 + signal.SIGTERM
+    assert run_to_end(trainer, tmp_path, lambda: "python -m scripts.chat_rl --resume") == 128 + signal.SIGTERM
     assert saved == [2]
+
+
+def test_a_stop_signal_during_the_last_hook_is_not_lost(tmp_path: Path) -> None:
+    """The run is finished and saved, but a script shall not go on to the next stage."""
+    trainer, saved = make_trainer(steps=3), []
+    trainer.snapshot = lambda t: partial(saved.append, t.progress.step)
+    trainer.hooks = [Hook(lambda t: os.kill(os.getpid(), signal.SIGTERM))]
+    assert run_to_end(trainer, tmp_path, lambda: "again") == 128 + signal.SIGTERM
+    assert saved == [3]
+
+
+def test_answers_that_are_not_finite_end_a_run_like_a_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """RL samples its next batch with the weights of the last step."""
+    trainer = make_trainer(steps=5)
+    trainer.snapshot, trainer.save_every = lambda t: lambda: None, 1
+    real = trainer.loader.next_batch
+
+    def sample() -> Any:
+        if trainer.progress.step == 2:
+            raise FloatingPointError("the model's logits are not finite")
+        return real()
+
+    trainer.loader.next_batch = sample  # type: ignore[method-assign]
+    assert run_to_end(trainer, tmp_path, lambda: "again") == 1
+    assert isinstance(trainer.stopped_by, NonFiniteLoss) and "step 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
@@ -197,7 +223,7 @@ def test_a_signal_finishes_the_step_and_saves(signum: int, tmp_path: Path, capsy
     trainer.snapshot = lambda t: partial(saved.append, t.progress.step)
     trainer.log = lambda t, record: os.kill(os.getpid(), signum) if record["step"] == 3 else None
     inherited = signal.signal(signum, signal.default_int_handler)  # which nohup may have ignored
-    code = run_to_end(trainer, tmp_path, "python -m scripts.base_train --resume")
+    code = run_to_end(trainer, tmp_path, lambda: "python -m scripts.base_train --resume")
     assert code == 128 + signum and saved == [3] and trainer.progress.step == 3
     assert "--resume" in capsys.readouterr().out
     assert signal.signal(signum, inherited) is signal.default_int_handler
@@ -210,7 +236,7 @@ def test_signals_that_the_shell_ignores(signum: int, caught: bool, tmp_path: Pat
     try:
         trainer = make_trainer(steps=5)
         trainer.log = lambda t, record: os.kill(os.getpid(), signum) if record["step"] == 3 else None
-        code = run_to_end(trainer, tmp_path, "")
+        code = run_to_end(trainer, tmp_path, lambda: "")
         assert (code, trainer.progress.step) == ((128 + signum, 3) if caught else (0, 5))
         assert signal.getsignal(signum) is signal.SIG_IGN
     finally:
@@ -274,7 +300,7 @@ def test_a_failed_first_save_ends_the_run_before_the_next_is_due(
     save_every_step(trainer, write)
     trainer.save_every = 2
     trainer.log = lambda t, record: wait([t.saver.writing[1]]) if t.saver.writing else None
-    assert run_to_end(trainer, tmp_path, "the same command") == 1
+    assert run_to_end(trainer, tmp_path, lambda: "the same command") == 1
     error = capsys.readouterr().err
     assert trainer.progress.step == 3 and "step 2" in error and "No space left" in error
     assert "None" not in error and "the same command" in error
@@ -308,7 +334,7 @@ def test_a_failed_final_save_exits_1(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     save_every_step(trainer, write)
     trainer.save_every = -1
-    assert run_to_end(trainer, tmp_path, "") == 1
+    assert run_to_end(trainer, tmp_path, lambda: "") == 1
     assert "No space left" in capsys.readouterr().err
 
 

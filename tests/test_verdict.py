@@ -314,7 +314,7 @@ def test_what_broke_comes_first() -> None:
     dead = {"base_train": Status(alive=False, silent_seconds=60, step=2, saved_step=1)}
     assert commands({"base_train": old}, dead) == [f"{old['command']} --resume"]
     assert (
-        with_flags("a --resume --num-iterations=9 '--data=x y'", "--num-iterations=5")
+        with_flags("a --resume --resume-from-step=7 --num-iterations=9 '--data=x y'", "--num-iterations=5")
         == "a '--data=x y' --num-iterations=5"
     )
 

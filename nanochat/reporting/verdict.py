@@ -139,9 +139,9 @@ def remedy_of(values: Record, finding: Finding, status: Status | None) -> Step:
 
 
 def with_flags(command: str | None, flag: str) -> str:
-    """The command with this flag, without --resume and the flag's other value; "" without a command."""
-    name = flag.partition("=")[0]
-    words = [w for w in shlex.split(command or "") if w.partition("=")[0] not in (name, "--resume")]
+    """The command with this flag, without its other value and those of resuming; "" without a command."""
+    others = (flag.partition("=")[0], "--resume", "--resume-from-step")
+    words = [w for w in shlex.split(command or "") if w.partition("=")[0] not in others]
     return shlex.join([*words, flag]) if words else ""
 
 

@@ -31,6 +31,7 @@ MODEL_OF = {
     "chat_eval": "chat_sft",
     "chat_eval_rl": "chat_rl",
 }
+STARTS_FROM = {"chat_sft": "base", "chat_rl": "sft"}  # as a rule, in the words of --source
 
 # Keys of a stage that are not facts: shown elsewhere on the page, or not at all.
 SPECIAL_KEYS = frozenset(
@@ -137,6 +138,8 @@ def mixed_stages(report: Record) -> dict[str, str]:
             continue
         (title, own), (source_title, other) = found[key], found[source]
         trained = "started_from" in own  # its own run may have another name
+        if own.get("started_from_stage", STARTS_FROM.get(key)) != STARTS_FROM.get(key):
+            continue  # it trained an earlier model of its own kind on
         name = str(own["started_from"]) if trained else run_of(own)
         if name and run_of(other) and name != run_of(other):
             verb = "started from" if trained else "is of"

@@ -12,5 +12,8 @@ snapshot.py        copying the state for a save, restoring it
 hooks.py           evaluations and samples during training
 metrics.py         metrics.jsonl, the console line, wandb, tensorboard
 timing.py, deadline.py, pace.py    how long steps take, and ending on time
+busy_cores.py      whether other programs take cores from the run
+device_batch.py    how many rows fit on a GPU
+pretraining.py, finetuning.py, reinforcement.py    flags, plan and step of each stage
 starting_model.py  the earlier model that a stage starts from
 """

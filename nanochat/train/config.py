@@ -89,7 +89,7 @@ class TrainConfig:
     """Steps between samples; -1 only at the end."""
     save_every: Annotated[int, Range(-1), OnResume.NEW] = -1
     """Steps between checkpoints; -1 only at the end (and on Ctrl-C, SIGTERM or SIGUSR1)."""
-    keep_last: Annotated[int, OnResume.IF_GIVEN] = 2
+    keep_last: Annotated[int, Range(0), OnResume.IF_GIVEN] = 2
     """Checkpoints kept; 0 keeps all."""
     resume: Annotated[bool, OnResume.NEW] = False
     """Resume from the run's latest good checkpoint: to the same bits on a CPU, on a GPU with --deterministic."""
@@ -102,6 +102,13 @@ class TrainConfig:
     def ends_on_time(self) -> bool:
         """True if the clock, not a number of steps, ends the run."""
         return self.minutes > 0 and self.num_iterations <= 0
+
+    @property
+    def horizon_flags(self) -> dict[str, Any]:
+        """The flags given that say how long the run is, in order of precedence: only the first counts."""
+        names = ("num_iterations", "minutes", "target_flops", "target_param_data_ratio", "num_epochs")
+        values = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return {name: value for name, value in values.items() if value not in (-1, getattr(type(self), name))}
 
     def start_from(self, tag: str) -> dict[str, Any]:
         """The flags that start a new run of this stage from the weights of its run `tag`, with their values."""

@@ -82,7 +82,11 @@ class Deadline:
         """
         self._leave_out_pause(now)
         self.pace.add(step, now)
-        if len(self.pace.times) <= SETTLING_STEPS or step < self._next_check or step >= num_steps:
+        if len(self.pace.times) <= SETTLING_STEPS:
+            waits = len(self.pace.times) < 2 or now + self.pace.seconds_per_step <= self.seconds
+        else:
+            waits = step < self._next_check
+        if waits or step >= num_steps:
             return num_steps
         left = self.seconds - self.hooks_seconds - self.closing_seconds - now
         horizon = step + max(0, round(left / self.pace.seconds_per_step))

@@ -13,7 +13,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.planning.hardware import Gpu, Pace
-from nanochat.planning.law import Candidate, Choice, Law
+from nanochat.planning.law import LAW_FILE, Candidate, Choice, Law
 from nanochat.planning.memory import memory_by_kind
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, align_batch, estimate
@@ -31,26 +31,39 @@ PROBES = (2, 6)  # depths that are timed; the pace of others is interpolated lin
 
 
 def choose_depth(
-    minutes: float, total_batch_size: int, config_of_depth: Callable[[int], GPTConfig], runtime: Runtime
+    minutes: float,
+    total_batch_size: int,
+    config_of_depth: Callable[[int], GPTConfig],
+    runtime: Runtime,
+    ranks: int | None = None,
 ) -> Choice:
     """The depth with the lowest loss after `minutes` on this machine, by the fitted law; the same on all ranks.
 
-    `total_batch_size` is in tokens, -1 for the default of --minutes. Raises UserError if there is no law.
+    `total_batch_size` is in tokens, -1 for the default of --minutes. A step is shared by `ranks`, by default those of
+    `runtime`. Raises UserError if there is no law.
     """
     law = Law.load()
     if law is None:
-        raise UserError("--depth=-1 needs a fitted scaling law (bash runs/scaling_laws.sh); give a depth")
+        raise UserError(
+            f"--depth=-1 needs a fitted scaling law in {LAW_FILE} (docs/scaling.md says how to fit one); give a depth"
+        )
     total = batch_for_minutes(runtime.device.type) if total_batch_size == -1 else total_batch_size
-    choice = best_depth(minutes, align_batch(total, config_of_depth(2).sequence_len), config_of_depth, law, runtime)
+    total = align_batch(total, config_of_depth(2).sequence_len)
+    choice = best_depth(minutes, total, config_of_depth, law, runtime, ranks or runtime.world_size)
     return choice._replace(key=int(runtime.all_reduce_max(choice.key, "choosing the depth")))
 
 
 def best_depth(
-    minutes: float, batch_tokens: int, config_of_depth: Callable[[int], GPTConfig], law: Law, runtime: Runtime
+    minutes: float,
+    batch_tokens: int,
+    config_of_depth: Callable[[int], GPTConfig],
+    law: Law,
+    runtime: Runtime,
+    ranks: int = 1,
 ) -> Choice:
     """The depth, from 2 to 12, with the lowest loss after `minutes` on this machine.
 
-    `batch_tokens` are per step, over all ranks.
+    `batch_tokens` are per step, shared by `ranks`.
     """
     gpu, cores = this_machine(runtime), CoreWatch()
     candidates = {depth: Candidate.of(config_of_depth(depth)) for depth in range(SHALLOWEST, REFERENCE_DEPTH + 1)}
@@ -73,7 +86,7 @@ def best_depth(
             pace1.token_seconds,
         )
         update = interpolate(model.params, probe0.params, probe1.params, pace0.update_seconds, pace1.update_seconds)
-        seconds = Pace(token, update, "").step_seconds(batch_tokens // runtime.world_size)
+        seconds = Pace(token, update, "").step_seconds(batch_tokens // ranks)
         steps = steps_in(minutes, runtime.all_reduce_max(seconds, "timing a step"))
         return steps * batch_tokens * model.flops_per_token
 
@@ -152,7 +165,7 @@ def update_flops(config: GPTConfig) -> float:
     """FLOPs of one Muon update: per matrix and iteration, two products with the Gram matrix of its smaller side, and
     one of that with itself. AdamW's are negligible."""
     with torch.device("meta"):
-        shapes = [sorted(p.shape) for p in GPT(config).blocks.parameters()]
+        shapes = [sorted(p.shape) for p in GPT(config).blocks.parameters() if p.dim() == 2]
     return sum(5 * (4 * small**2 * large + 2 * small**3) for small, large in shapes)
 
 

@@ -82,7 +82,8 @@ class PretrainConfig(DataConfig, ModelFlags, TrainConfig):
     max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
     """Context length in tokens; -1 is 2048, or with --init-from what that model has."""
     warmup_steps: Annotated[int, Range(0, unset=-1)] = -1
-    """Linear warm-up, in steps; -1 takes the recipe's, here and below."""
+    """Linear warm-up, in steps; one longer than a third of the run ends where the rates begin to fall. -1 takes the
+    recipe's, here and below."""
     warmup_ratio: Annotated[float, Range(0, 1, unset=-1)] = -1.0
     """Linear warm-up as a share of the run; overrides --warmup-steps."""
     warmdown_ratio: Annotated[float, Range(0, 1, unset=-1)] = -1.0
@@ -130,7 +131,7 @@ def build_model(run: Run[PretrainConfig], tokenizer: RustBPETokenizer) -> GPT:
     share_weights(runtime, model)
     if source:
         load_model_state(model, weights, source.path)
-        runtime.print0(f"weights from {source.path}; its sizes are kept, the schedules start anew")
+        runtime.print0(f"weights and network from {source.path}; rates and schedules start anew")
     return model
 
 
@@ -173,7 +174,9 @@ def fix_plan(run: Run[PretrainConfig], recipe: str, model: GPT) -> Plan:
     """Every number of the run. With --minutes the horizon is estimated by timing real steps."""
     config, runtime = run.config, run.runtime
     arguments = plan_arguments(config, recipe)
-    if config.total_batch_size == -1 and config.minutes > 0:
+    if run.checkpoint:  # the run may go on on another device, whose usual batch is another
+        arguments["total_batch_size"] = run.checkpoint.meta["plan"]["total_batch_tokens"]
+    elif config.total_batch_size == -1 and config.minutes > 0:
         arguments["total_batch_size"] = batch_for_minutes(runtime.device.type)
     make = partial(make_plan, model.config, **arguments)
     if run.planned_steps is not None:

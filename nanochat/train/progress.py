@@ -7,6 +7,8 @@ from dataclasses import dataclass
 FIRST_LOSS_SCALE = 2.0**16
 GOOD_STEPS_TO_DOUBLE = 2000
 
+LOSS_MEMORY = 0.9  # of the average loss, for each step
+
 
 @dataclass
 class Progress:
@@ -27,11 +29,11 @@ class Progress:
         self.step += 1
         self.tokens += tokens
         self.seconds += seconds
-        self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * loss
+        self.smooth_loss = LOSS_MEMORY * self.smooth_loss + (1 - LOSS_MEMORY) * loss
 
-    def debiased_loss(self, beta: float = 0.9) -> float:
+    def debiased_loss(self) -> float:
         """The average loss without the bias of its start at zero; NaN before the first step."""
-        return self.smooth_loss / (1 - beta**self.step) if self.step else math.nan
+        return self.smooth_loss / (1 - LOSS_MEMORY**self.step) if self.step else math.nan
 
     def adjust_loss_scale(self, overflowed: bool) -> None:
         """Halve the scale after an overflow, double it after GOOD_STEPS_TO_DOUBLE steps without one."""

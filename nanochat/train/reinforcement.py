@@ -55,7 +55,7 @@ class RLConfig(TrainConfig):
     top_k: Annotated[int, Range(0)] = 50
     """The answers trained on are sampled among the k most likely tokens; 0 is off."""
     init_lr_frac: Annotated[float, Range(above=0)] = 0.05
-    """All rates are multiplied by this; they fall linearly to zero over the run."""
+    """All rates are multiplied by this alone, whatever the batch; they fall linearly to zero over the run."""
     weight_decay: Annotated[float, Range(0)] = 0.0
     """Cautious decay of the matrices."""
     raise_at: Annotated[float, Range(above=0, max=1)] = 0.8

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -101,10 +101,18 @@ class Run(Generic[Config]):
         check_sinks(self.config)
         if not self.checkpoint:
             move_aside(self.folder, self.runtime)
+            self._warn_of_unused_horizons()
         if self.runtime.is_main:
             write_json(self.folder / "plan.json", {"num_steps": num_steps, "user_config": asdict(self.config)})
             if not self.finished:
                 print_table("plan", plan)
+
+    def _warn_of_unused_horizons(self) -> None:
+        flags = self.config.horizon_flags
+        if len(flags) > 1 and self.runtime.is_main:
+            first = next(iter(flags))
+            used, unused = describe_flags({first: flags.pop(first)}), describe_flags(flags)
+            warn(f"{used} says how long the run is; not used: {unused}")
 
     def train(
         self,
@@ -141,7 +149,7 @@ class Run(Generic[Config]):
         metrics = self._open_metrics(trainer)
         trainer.log = partial(self._log, metrics=metrics)
         try:
-            code = run_to_end(trainer, self.folder, command_line(self.script, config, resume=True))
+            code = run_to_end(trainer, self.folder, partial(self.resume_command, trainer))
         finally:
             trainer.saver.close()
             metrics.close()
@@ -214,10 +222,18 @@ class Run(Generic[Config]):
             "loader": trainer.loader.stats(),
             "metrics": os.path.relpath(self.folder / "metrics.jsonl", get_base_dir()),
             "command": command_line(self.script, self.config),
-            "resume_command": command_line(self.script, self.config, resume=True),
+            "resume_command": self.resume_command(trainer),
             "gentler_command": gentler_command(self.script, self.config),
             **self.shown,
         }
+
+    def resume_command(self, trainer: Trainer) -> str:
+        """The command that resumes the run where it was saved last. A run that went back to an earlier step must name
+        that one: there may be later ones of the way it left."""
+        config, saved = self.config, trainer.saver.last_step
+        if config.resume_from_step >= 0 and saved is not None:
+            config = replace(config, resume_from_step=saved)
+        return command_line(self.script, config, resume=True)
 
     def _open_metrics(self, trainer: Trainer) -> Metrics:
         path, runtime = self.folder / "metrics.jsonl", self.runtime
@@ -302,31 +318,35 @@ def move_aside(folder: Path, runtime: Runtime) -> None:
     runtime.barrier("moving the earlier run aside")
 
 
-def run_to_end(trainer: Trainer, folder: Path, resume_command: str) -> int:
+def run_to_end(trainer: Trainer, folder: Path, resume_command: Callable[[], str]) -> int:
     """Train; turn the known failures into one line and an exit code. 0 if the last step was reached."""
-    runtime, resume = trainer.runtime, f"resume with:\n  {resume_command}"
+    runtime = trainer.runtime
+
+    def resume() -> str:
+        return f"resume with:\n  {resume_command()}"
+
     try:
         with keep_error(trainer):
             trainer.run()
         return 0
     except Interrupted as stop:
-        runtime.print0(f"\n{stop}: stopped after step {trainer.progress.step}, which is saved; {resume}")
+        runtime.print0(f"\n{stop}: stopped after step {trainer.progress.step}, which is saved; {resume()}")
         return 128 + stop.signum
     except CollectiveFailed as error:  # known to this rank only
         runtime.failed = True
-        print(f"\nerror: {error}; {resume}", file=sys.stderr, flush=True)
+        print(f"\nerror: {error}; {resume()}", file=sys.stderr, flush=True)
     except (NonFiniteLoss, RanksDiverged) as error:  # these and the following are raised on all ranks
         runtime.error0(f"\nerror: {error}")
     except DataError as error:
-        runtime.error0(f"\nerror: data cannot be read: {error}; {trainer.last_good()}; {resume}")
+        runtime.error0(f"\nerror: data cannot be read: {error}; {trainer.last_good()}; {resume()}")
     except SaveFailed as error:
-        runtime.error0(f"\nerror: {error}; {trainer.last_good()} in {folder}; once its disk is in order, {resume}")
+        runtime.error0(f"\nerror: {error}; {trainer.last_good()} in {folder}; once its disk is in order, {resume()}")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         fewer = f"--device-batch-size={max(1, trainer.step.device_batch_size // 2)}"
         reason = f"not enough memory: {first_line(error)}; {trainer.last_good()}"
-        print(f"\nerror: {reason}; {resume} {fewer}", file=sys.stderr, flush=True)  # this rank's own, too
+        print(f"\nerror: {reason}; {resume()} {fewer}", file=sys.stderr, flush=True)  # this rank's own, too
     return 1
 
 

@@ -59,8 +59,12 @@ def lr_multiplier(
     step: int, num_steps: int, warmup_steps: int = 0, warmdown_ratio: float = 0.5, final_frac: float = 0.0
 ) -> float:
     """A trapezoid: linear up over `warmup_steps`, 1, then linear down to `final_frac` over the last
-    `warmdown_ratio` of the run. Never negative, also past the horizon."""
+    `warmdown_ratio` of the run. Never negative, also past the horizon.
+
+    A warm-up that is longer than a third of the run ends where the warmdown begins.
+    """
     warmdown_steps = round(warmdown_ratio * num_steps)
+    warmup_steps = min(warmup_steps, max(num_steps // 3, num_steps - warmdown_steps))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     left = num_steps - step
