@@ -221,7 +221,8 @@ def block_softmax_backward_(grad: torch.Tensor, weights: torch.Tensor, scale: fl
 
 def adamw_(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, *rates: Any) -> tuple[torch.Tensor, ...]:
     step, lr, (beta1, beta2), eps, decay = rates
-    factors = (1 - lr * decay, lr / (1 - beta1**step), beta1, beta2, 1 / (1 - beta2**step), eps)
+    rate, correction = lr / (1 - beta1**step), 1 / (1 - beta2**step)
+    factors = (1 - lr * decay, rate, 1 - beta1, beta2, 1 - beta2, correction, eps)
     call("adamw", p, g, m, v, p.numel(), *map(float, factors))
     torch.autograd.graph.increment_version(p)  # decoding copies of the weights are renewed by it
     return p, m, v
@@ -237,5 +238,15 @@ def head_rows_(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float, backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     losses = torch.empty(logits.size(0), dtype=torch.float32)
-    call("head_rows", logits, targets, weights, losses, *logits.shape, cap, backward, logits.dtype == torch.bfloat16)
+    call(
+        "head_rows",
+        logits,
+        targets,
+        weights,
+        losses,
+        *logits.shape,
+        float(cap),
+        backward,
+        logits.dtype == torch.bfloat16,
+    )
     return losses, logits

@@ -188,7 +188,10 @@ FORMS = {
         lambda: (9 * _waves(3, 37), torch.tensor([0, 36, 5], device="cpu"), _waves(3).abs(), 15.0, True),
         # e^cap, summed over a vocabulary, must be finite.
         fits=lambda logits, targets, weights, cap, backward: (
-            cap <= 64 and targets.is_contiguous() and weights.is_contiguous()
+            cap <= 64
+            and (targets.dtype, weights.dtype) == (torch.int64, torch.float32)
+            and targets.is_contiguous()
+            and weights.is_contiguous()
         ),
     ),
 }

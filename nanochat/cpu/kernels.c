@@ -163,11 +163,10 @@ void rotary_backward(const void *gy, const void *y, const float *r, const float 
 
 /* ---- AdamW --------------------------------------------------------------------------------------------------- */
 
-/* In place, all of size n: m += (1 - beta1) * (g - m); v = beta2 * v + (1 - beta2) * g^2;
+/* In place, all of size n: m += new1 * (g - m); v = beta2 * v + new2 * g^2, where new1 is 1 - beta1, new2 1 - beta2;
    p = keep * p - rate * m / (sqrt(v * correction) + eps) */
 void adamw(float *restrict p, const float *restrict g, float *restrict m, float *restrict v, long n, float keep,
-           float rate, float beta1, float beta2, float correction, float eps) {
-    const float new1 = 1 - beta1, new2 = 1 - beta2;
+           float rate, float new1, float beta2, float new2, float correction, float eps) {
 #pragma omp parallel for simd
     for (long i = 0; i < n; i++) {
         m[i] += new1 * (g[i] - m[i]);

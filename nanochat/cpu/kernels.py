@@ -58,10 +58,11 @@ def _as_c(value: Any) -> Any:
 def wide_product() -> Any:
     """MKL's cblas_gemm_bf16bf16f32: factors in bfloat16, sums in float32, which PyTorch links and has no operation for.
 
-    None on CPUs without AMX, where it was not measured, and where PyTorch comes without MKL.
+    None on CPUs without AMX, where it was not measured, where PyTorch comes without MKL, and without the C kernels, as
+    only their forms call it.
     """
     with contextlib.suppress(OSError, AttributeError):
-        if "amx_bf16" in cpu_flags():
+        if kernels_enabled() and "amx_bf16" in cpu_flags():
             return ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).cblas_gemm_bf16bf16f32
     return None
 
