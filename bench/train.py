@@ -1,8 +1,8 @@
 """One whole optimizer step, as base_train takes it: `python -m bench.train --depth=4`.
 
-matmul_share is the yardstick: how long the products of all linear layers of a micro-batch take, run bare at the same
-shapes and in the same dtype, divided by how long forward and backward take. 1 would mean that training costs
-nothing but the products it cannot do without. Products and steps are timed in turn, in one run.
+matmul_share says how much of the time is well spent: how long the products of all linear layers of a micro-batch take,
+run bare at the same shapes and in the same dtype, divided by how long forward and backward take. 1 would mean that
+training costs nothing but the products it cannot do without. Products and steps are timed in turn, in one run.
 
 `--fit` takes the rows per micro-batch that base_train would. `--profile=FILE` writes a table of the operations of one
 step, the slowest first, and beside it a trace for chrome://tracing.

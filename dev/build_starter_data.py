@@ -153,12 +153,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=budgets, default={}, help="MB by source: stories=0,plain_stories=4")
     parser.add_argument("--out", type=Path, default=ROOT / "nanochat" / "starter", help="where to write")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
-        sources = Sources(args.cache, args.manifest, args.synthetic)
+        build(args)
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def build(args: argparse.Namespace) -> None:
+    """Read the sources, write the corpus, the conversations and the words, and say what there is."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    sources = Sources(args.cache, args.manifest, args.synthetic)
     held_out = validation_set(sources, args.validation)
     kept = writer.within_budget(usable_documents(sources, held_out), BUDGETS | args.budget)
     say("writing train.parquet")

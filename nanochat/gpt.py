@@ -1,6 +1,6 @@
 """The network: a GPT, how it is initialised and how large it is. Sizes and features are in gpt_config.py.
 
-    tokens -> embedding + n-grams -> smear -> n_layer x Block (+ attention, + MLP) -> backout -> norm -> head -> cap
+    tokens -> norm(embedding + n-grams) -> smear -> n_layer x Block (attention, MLP) -> backout -> norm -> head -> cap
 
 Weights are float32; each is cast to the activations' dtype, compute_dtype, where it is multiplied. A function marked
 `in_c` also has a C form for CPUs (cpu/fused.py), used while this plain form is the one it was written for.

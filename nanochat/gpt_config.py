@@ -22,7 +22,7 @@ class GPTConfig:
     n_kv_head: Annotated[int, Range(1, 1024)] = 6
     n_embd: Annotated[int, Range(1, 2**17)] = 768
     window_pattern: str = "SSSL"  # tiled over the layers: S short window, L full context; the last layer is always L
-    short_window_divisor: Annotated[int, Range(1)] = 2  # S = sequence_len / divisor; above 2 to a multiple of 128
+    short_window_divisor: Annotated[int, Range(1)] = 2  # S = sequence_len / divisor, rounded up to 128s above 2
     rope_base: Annotated[float, Range(above=0, max=1e12)] = 10_000.0
     qk_scale: Annotated[float, Range(above=0, max=1e6)] = 1.0  # on q and on k, after their norm
     softcap: Annotated[float, Range(above=0, max=1e6)] = 15.0

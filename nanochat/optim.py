@@ -1,4 +1,4 @@
-"""MuonAdamW: Muon for the matrices inside the blocks, AdamW for most of the rest, one optimizer for all.
+"""MuonAdamW: Muon for the matrices of blocks and n-grams, AdamW for most of the rest, one optimizer for all.
 
 The arithmetic and the state of each rule are in optimizer/update_rules.py, which parameter gets which rule and rate in
 optimizer/param_groups.py. DistMuonAdamW does the same on several ranks.

@@ -76,9 +76,9 @@ LATER = Recipe(
     },
     plan_changes={"decay_by_horizon": True},
 )
-# The later one's network and rates, with the published initialisation and schedule, n-grams in place of smear, and
-# rates that rise as the horizon gets shorter: better in the short runs of small models that were compared here
-# (dev/LOG.md, 2026-11-24 and 29).
+# The later one's network and rates, with the published initialisation and schedule of the rate, n-grams in place of
+# smear, and rates that rise as the horizon gets shorter: better in the short runs of small models that were compared
+# here (dev/LOG.md, 2026-11-24 and 29).
 SMALL = replace(
     LATER,
     model_form=GPTConfig.small,

@@ -19,8 +19,8 @@ REFERENCE_BATCH_TOKENS = 2**19  # the batch size at which the reference learning
 REFERENCE_DEPTH = 12
 REFERENCE_RATIO = 10.5  # tokens per scaling parameter of those runs
 MAX_DEPTH = 128
-# The largest network that recipes were compared on here (`bench.recipe --depth=6`: 1.797 bits per byte after
-# 200 steps of 4,096 tokens; the later recipe had 1.971), and the largest budget of planning/law.json. What is measured
+# The largest network that recipes were compared on here (dev/LOG.md; at depth 6 1.797 bits per byte after 200 steps of
+# 4,096 tokens, where the later recipe had 1.971), and the largest budget of planning/law.json. What is measured
 # there does not travel far.
 MEASURED_SIZE = 12 * 6 * 384**2  # see network_size
 MEASURED_FLOPS = 1e14

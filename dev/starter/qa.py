@@ -10,7 +10,7 @@ from typing import Any
 from dev.starter import identity, prose, reading
 from dev.starter.archives import Reader
 from dev.starter.clean import RUDE, fraction, key, sentences, stable_hash, start_sentence
-from dev.starter.reference import countries, field, glosses, recipe_list, with_article
+from dev.starter.reference import as_method, capital_of, countries, field, glosses, recipe_list, with_article
 from dev.starter.stories import Story, stories
 from dev.starter.stories.requests import request
 from dev.starter.synthetic import Answer
@@ -86,8 +86,8 @@ def geography(readers: dict[str, Reader]) -> Iterator[Pair]:
     """Capitals (both ways, in three wordings), neighbours and languages of every country."""
     for name, record in countries(readers["factbook"]).items():
         place = with_article(name)
-        capital = re.split(r"[;(]", field(record, "Government", "Capital", "name"))[0].strip()
-        if capital and re.fullmatch(r"[^\d,:]{2,30}", capital) and "none" not in capital.lower():
+        capital = capital_of(record)
+        if capital and "none" not in capital.lower():
             start = stable_hash(name) % len(CAPITAL)
             for i in range(3):
                 yield CAPITAL[(start + i) % len(CAPITAL)].format(x=place), f"The capital of {place} is {capital}."
@@ -179,8 +179,7 @@ def cooking(readers: dict[str, Reader]) -> Iterator[Pair]:
     """Short recipes: what you need, then the steps."""
     for title, ingredients, steps in recipe_list(readers["recipes"]):
         things = [re.sub(r"\s*\([^)]*\)", "", i).rstrip(".") for i in ingredients]
-        method = " ".join(s if s[-1] in ".!?)" else s + "." for s in steps)
-        answer = f"You need {', '.join(things[:-1])} and {things[-1]}. {method}"
+        answer = f"You need {', '.join(things[:-1])} and {things[-1]}. {as_method(steps)}"
         if len(answer.split()) <= 90 and "(" not in title:
             yield choose(MAKE, title.lower() if title.isascii() else title), answer
 

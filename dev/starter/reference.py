@@ -155,6 +155,12 @@ def countries(reader: Reader) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
+def capital_of(country: dict[str, Any]) -> str:
+    """The name of its capital, if there is one and it is short and plain, else ""."""
+    name = re.split(r"[;(]", field(country, "Government", "Capital", "name"))[0].strip()
+    return name if re.fullmatch(r"[^\d,:]{2,30}", name) else ""
+
+
 def factbook(reader: Reader) -> Iterator[str]:
     """One document per country: its background in prose, then facts as short lines."""
     for name, record in countries(reader).items():
@@ -197,11 +203,15 @@ def recipe_list(reader: Reader) -> list[tuple[str, list[str], list[str]]]:
     return sorted(out)
 
 
+def as_method(steps: list[str]) -> str:
+    """The steps of a recipe as a paragraph."""
+    return " ".join(s if s[-1] in ".!?)" else s + "." for s in steps)
+
+
 def recipes(reader: Reader) -> Iterator[str]:
     """Title, ingredients one a line, then the method as a paragraph."""
     for title, ingredients, steps in recipe_list(reader):
-        method = " ".join(s if s[-1] in ".!?)" else s + "." for s in steps)
         things = "\n".join(f"- {i}" for i in ingredients)
-        text = f"How to make {title}\n\nYou need:\n{things}\n\n{method}"
+        text = f"How to make {title}\n\nYou need:\n{things}\n\n{as_method(steps)}"
         if is_clean(text) and not SEXUAL.search(text):
             yield text

@@ -15,7 +15,7 @@ from dev.starter.archives import Reader
 from dev.starter.clean import fraction, stable_hash, start_sentence
 from dev.starter.identity import variants
 from dev.starter.qa import brief
-from dev.starter.reference import countries, field as fact, glosses, with_article
+from dev.starter.reference import capital_of, countries, field as fact, glosses, with_article
 from dev.starter.stories.cast import lexicon
 from dev.starter.stories.plots import alternatives, pieces
 
@@ -69,25 +69,14 @@ class Facts:
     def __init__(self, readers: dict[str, Reader], leads: dict[str, str], topics: dict[str, str]) -> None:
         self.countries = []
         for name, record in countries(readers["factbook"]).items():
-            capital = re.split(r"[;(]", fact(record, "Government", "Capital", "name"))[0].strip()
+            capital = capital_of(record)
             people = re.match(r"[\d,]+\b", fact(record, "People and Society", "Population", "total"))
             spoken = re.match(
                 r"[A-Z][a-z]+(?= \(official|$| \d|,)", fact(record, "People and Society", "Languages", "Languages")
             )
-            if (
-                re.fullmatch(r"[^\d,:]{2,30}", capital)
-                and people
-                and spoken
-                and 3 < len(name) < 20
-                and name != "Dominican"
-            ):
-                row = {
-                    "country": with_article(name),
-                    "capital": capital,
-                    "population": people[0],
-                    "language": spoken[0],
-                }
-                self.countries.append(row)
+            if capital and people and spoken and 3 < len(name) < 20 and name != "Dominican":
+                values = (with_article(name), capital, people[0], spoken[0])
+                self.countries.append(dict(zip(("country", "capital", "population", "language"), values)))
         people = [title for title, topic in topics.items() if topic == "People" and title in leads]
         first = [(title, brief(leads[title], 30)) for title in sorted(people, key=stable_hash)]
         self.people = [pair for pair in first if pair[1].startswith(pair[0]) and " was " in pair[1][:40]][:300]

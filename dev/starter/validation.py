@@ -2,7 +2,7 @@
 
 It was drawn once, by `draw`, from the corpus of November 2026 and from texts written for it (dev/starter/validation).
 It stays as it is whatever the training text becomes, so that bits per byte compare across tokenizers and versions of
-the corpus: the build reads it and never writes it, and a test holds its hash.
+the corpus: the build reads it, writes one only where there is none, and a test holds its hash.
 """
 
 import hashlib

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dev.starter.clean import fraction, stable_hash
-from nanochat.common import atomic_write
+from nanochat.common import UserError, atomic_write
 
 ROW_GROUP = 1024
 VAL_FRACTION = 0.018
@@ -22,7 +22,12 @@ DOCUMENT = pa.schema([("text", pa.string()), ("source", pa.string())])
 
 
 def within_budget(docs: list[tuple[str, str]], budgets: dict[str, float]) -> list[tuple[str, str]]:
-    """Subsample each source named in `budgets` (MB of UTF-8) by document hash; others are kept whole."""
+    """Subsample each source named in `budgets` (MB of UTF-8) by document hash; others are kept whole.
+
+    Raises UserError for a name that is no source.
+    """
+    if unknown := budgets.keys() - {source for source, _ in docs}:
+        raise UserError(f"--budget names no source of the corpus: {', '.join(sorted(unknown))}")
     left = {source: megabytes * 1e6 for source, megabytes in budgets.items()}
     kept = []
     for source, text in sorted(docs, key=lambda d: (d[0], stable_hash(d[1], "budget"), d[1])):

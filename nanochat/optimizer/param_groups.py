@@ -22,7 +22,7 @@ class OptimizerConfig:
     The defaults are the published recipe; `later()` is its later version.
     """
 
-    matrix_rule: str = "muon"  # of update_rules.RULES, for the matrices inside the blocks
+    matrix_rule: str = "muon"  # of update_rules.RULES, for the matrices of the blocks and of the n-grams
     embedding_lr: float = 0.3
     unembedding_lr: float = 0.004
     matrix_lr: float = 0.02

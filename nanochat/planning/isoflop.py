@@ -59,7 +59,7 @@ def best_sizes(runs: Sequence[Run], law: Law) -> Study:
     x = np.log([r.params for r in runs])
     slope, offset = np.polyfit(x, np.log([r.flops / r.tokens / r.params for r in runs]), 1)
     flops_per_token = sizes * np.exp(offset) * sizes**slope
-    parameters = np.array([law.parameters, *law.resamples])[:, None]  # (1 + S, 1, 5)
+    parameters = np.array([law.parameters, *law.resamples])[:, None]  # (1 + S, 1, 4)
     optima, log_n, log_d = [], [], []
     for budget in budgets:
         tokens = budget / flops_per_token

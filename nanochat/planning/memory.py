@@ -1,6 +1,6 @@
 """Memory of a training step on one GPU, and the largest device batch that fits.
 
-tests/test_memory.py compares it with a step that runs on tensors without memory: within 6% at depths 4 to 26.
+tests/test_memory.py compares it with a step that runs on tensors without memory: within 6% at depths 4 to 20.
 
 Letters: B batch rows, T time, C channels (n_embd), H query heads, G key/value heads, D head size, V vocabulary.
 """
