@@ -130,12 +130,16 @@ def worktree(revision: str) -> Iterator[Path]:
             git("worktree", "remove", "--force", str(path))
 
 
-@functools.cache
 def commit_of(revision: str) -> str:
     """The hash of a revision's commit, the same as long as this program runs. UserError if there is none."""
+    return _commit_of(revision, ROOT)
+
+
+@functools.cache
+def _commit_of(revision: str, root: Path) -> str:
     found = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if found.returncode:
-        raise UserError(f"there is no git revision {revision!r} in {ROOT}")
+        raise UserError(f"there is no git revision {revision!r} in {root}")
     return found.stdout.strip()
 
 

@@ -324,4 +324,4 @@ def test_an_unknown_revision(repository: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as stop:
         _cli.run(lambda: train.main([f"--against={revision}"]))
     said = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(said) == 1 and f"--against={revision}" in said[0]
+    assert stop.value.code == 2 and len(said) == 1 and repr(revision) in said[0]
