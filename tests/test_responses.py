@@ -200,6 +200,7 @@ MESSAGE = {"role": "user", "content": "hi"}
 @pytest.mark.parametrize(
     ("changes", "param", "part"),
     [
+        ({"top_logprobs": 5}, "top_logprobs", "include"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", ""),
         ({"background": True}, "background", ""),
         ({"conversation": "conv_1"}, "conversation", ""),

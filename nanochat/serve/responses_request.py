@@ -122,6 +122,8 @@ class ResponsesRequest(GenerationBody, PromptEnding):
             raise FieldError("n", "a response has one answer")
         if self.response_format:
             raise FieldError("response_format", "is text.format here")
+        if self.top_logprobs and LOGPROBS not in (self.include or ()):
+            raise FieldError("top_logprobs", f"needs include: [{LOGPROBS!r}]")
         if self.text and self.text.format:
             form = self.text.format
             if form.type == "json_schema" and form.json_schema is None:
