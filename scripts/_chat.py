@@ -44,7 +44,9 @@ Ctrl-C stops an answer; pressed twice at the prompt, it leaves. Alt-Enter starts
 def command(chat: Chat, line: str) -> bool:
     """Run a line that begins with a slash; False if it is a message, as "/etc/hosts is what?" is."""
     name, rest = [*line.split(maxsplit=1), ""][:2]
-    if name == "/system":
+    if name == "/system" and rest and not chat.chat_model:
+        print("a base model continues your last text and reads no system message", file=sys.stderr)
+    elif name == "/system":
         chat.clear(system=rest)
     elif rest and name in ("/clear", "/help", "/quit", "/exit"):
         print(f"{name} takes no text; a blank before it makes the line a message", file=sys.stderr)

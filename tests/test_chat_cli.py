@@ -174,6 +174,13 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert prompts(model) == [f"<|bos|><|user_start|>{text}<|user_end|><|assistant_start|>" for text in asked]
 
 
+def test_a_base_model_has_no_system_message(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    script(monkeypatch, answering("Yes."))
+    typed(monkeypatch, "/system Be brief.", "/system", "quit")
+    assert chat_cli.main(["-i", "base"]) == 0
+    assert capsys.readouterr().err.count("system message") == 1
+
+
 def test_only_commands_are_commands(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     model = script(monkeypatch, answering("Yes.", sequence_len=2000))
     messages = [
