@@ -451,6 +451,21 @@ def test_device_batch_is_as_requested_or_by_the_device() -> None:
     assert choose_device_batch(-1, 64, 512, CPU) == 8 and choose_device_batch(16, 4, 512, CPU) == 4
 
 
+def test_a_hook_that_fails_on_one_of_several_ranks_begins_no_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as samples, which the main rank takes alone: a save is collective, and the others are not in it."""
+    trainer, saved = make_trainer(steps=5), []
+    trainer.snapshot = lambda t: partial(saved.append, t.progress.step)
+
+    def fail(t: Trainer) -> None:
+        monkeypatch.setattr(t.runtime, "world_size", 2)
+        raise OSError("no space left on device")
+
+    trainer.hooks = [Hook(fail, every=2)]
+    with pytest.raises(OSError, match="no space"):
+        trainer.run()
+    assert saved == []
+
+
 def test_a_failing_hook_saves_the_steps_before_it() -> None:
     trainer = make_trainer(steps=5)
     saved: list[int] = []
