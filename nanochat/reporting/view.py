@@ -68,7 +68,7 @@ FACT_LABELS = {
     "train_bpb": "training bits per byte",
     "num_params": "parameters",
     "ngram_params": "parameters in n-grams",
-    "tokens_per_second": "tokens per second",
+    "tokens_per_second": "trained tokens per second",
     "bytes_per_token": "bytes per token",
     "vocab_size": "vocabulary",
     "core": "CORE",
