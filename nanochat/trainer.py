@@ -179,8 +179,8 @@ class Trainer:
                 self.runtime.warn0(cut)
 
     def _observe(self, record: Record) -> None:
-        """Run the hooks that are due, and log. If one of them fails, the steps so far are saved first; on several ranks
-        only where all fail alike, as a rank alone would wait for the others in the save."""
+        """Run the hooks that are due, and log. If one of them fails, the steps so far are saved first, on one
+        rank: of several, only one may have failed, and would wait for the others in the save."""
         due = [hook for hook in self.hooks if hook.due(self.progress.step, self.schedule.num_steps)]
         try:
             for hook in due:
@@ -191,8 +191,8 @@ class Trainer:
             if self.deadline and due:
                 self.deadline.hooks_seconds = self.final_hooks_seconds()
             self.log(self, record)
-        except (Exception, KeyboardInterrupt) as error:
-            if self.runtime.world_size == 1 or isinstance(error, FloatingPointError | NonFiniteLoss):
+        except (Exception, KeyboardInterrupt):
+            if self.runtime.world_size == 1:
                 self._save(final=True)
             raise
 

@@ -335,7 +335,7 @@ def run_to_end(trainer: Trainer, folder: Path, resume_command: Callable[[], str]
     except CollectiveFailed as error:  # known to this rank only
         runtime.failed = True
         print(f"\nerror: {error}; {resume()}", file=sys.stderr, flush=True)
-    except (NonFiniteLoss, RanksDiverged) as error:  # these and the following are raised on all ranks
+    except (NonFiniteLoss, RanksDiverged, FloatingPointError) as error:  # these and the following are of all ranks
         runtime.error0(f"\nerror: {error}")
     except DataError as error:
         runtime.error0(f"\nerror: data cannot be read: {error}; {trainer.last_good()}; {resume()}")
