@@ -78,7 +78,7 @@ def list_data(
         if not files:
             found = f"none of these can be used: {counts(unused)}" if unused else "the folder is empty"
             raise UserError(f"--data {entry}: {found}; the kinds read are {', '.join(kinds)}")
-        listing.files += [file for file in dict.fromkeys(files) if file not in seen]
+        listing.files += [file for file in files if file not in seen]
         seen.update(files)
         listing.unused += unused
     if not listing.files:
