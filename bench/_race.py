@@ -53,7 +53,7 @@ class Side:
                 revision = word[1:]
             elif word.startswith("--") and "=" in word:
                 if word.partition("=")[0].replace("_", "-") in SAME_FOR_BOTH:
-                    raise UserError(f"{word} is not a side's: both have the same; see the flags of bench.recipe itself")
+                    raise UserError(f"{word}: both sides have the same; --minutes and --data are flags of bench.recipe")
                 flags.append(word)
             elif word.startswith("vocab=") and word[6:].isdigit() and int(word[6:]) >= MIN_VOCAB_SIZE:
                 vocab_size = int(word[6:])

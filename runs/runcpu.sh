@@ -51,7 +51,7 @@ stage() {  # stage NAME COMMAND...: run it once
 }
 
 # A base model that was begun keeps the minutes it began with.
-if ! compgen -G "$NANOCHAT_BASE_DIR/base_checkpoints/cpu/0*" >/dev/null; then
+if ! compgen -G "$NANOCHAT_BASE_DIR/base_checkpoints/cpu/[0-9]*" >/dev/null; then
   mkdir -p "$NANOCHAT_BASE_DIR/.done" && share 1.0 > "$NANOCHAT_BASE_DIR/.done/minutes"
 fi
 EARLIER="$(cat "$NANOCHAT_BASE_DIR/.done/minutes" 2>/dev/null || true)"

@@ -110,6 +110,23 @@ def test_a_run_is_its_latest_step_and_knows_where_it_is_from(saved: Path) -> Non
     assert facts["stage"] == "sft" and facts["from"] == [origin]
 
 
+def test_a_step_by_other_paths(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From within its folder, and through a link with another name."""
+    step = step_of(saved)
+    link = tmp_path / "latest"
+    link.symlink_to(step)
+    monkeypatch.chdir(step)
+    for path in (Path("."), link):
+        assert describe(read_contents(path))["step"] == 40
+
+
+def test_flags_that_would_change_nothing_are_refused(saved: Path) -> None:
+    file = step_of(saved) / "model.safetensors"
+    for flags in ({"step": 7}, {"verify": True}):
+        with pytest.raises(UserError, match="leave --"):
+            read_contents(file, **flags)  # type: ignore[arg-type]
+
+
 def test_another_run_of_the_same_name_is_not_its_origin(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     os.utime(step_of(tmp_path) / "manifest.json", (2e9, 2e9))

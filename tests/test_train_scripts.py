@@ -93,7 +93,7 @@ def test_sft_resumes_without_its_base_model(copied: Path, chats: str) -> None:
 
 
 def test_after_going_back_the_command_names_the_step_saved_last(copied: Path) -> None:
-    """Else the latest step of the way that was left would be taken, or the same steps repeated."""
+    """Else a later step, saved before going back, would be taken, or the same steps repeated."""
     flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=back", "--save-every=1", "--keep-last=0"]
     assert base_train.main([*flags, "--num-iterations=3"]) == 0
     assert base_train.main([*flags, "--num-iterations=3", "--resume-from-step=1"]) == 0

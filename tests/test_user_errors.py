@@ -47,6 +47,7 @@ from scripts import (
         (["--num-iterations=0"], "--num-iterations"),
         (["--num-iterations=1" + "0" * 30], "--num-iterations"),
         (["--num-iterations=-1", "--minutes=1e300"], "large"),
+        (["--keep-last=-5"], "keep-last"),
         (["--device-batch-size=0"], "--device-batch-size"),
         (["--minutes=nan"], "--minutes"),
         (["--minutes=0"], "--minutes"),

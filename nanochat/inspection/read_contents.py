@@ -32,6 +32,8 @@ def read_contents(path: Path, step: int = -1, verify: bool = False) -> Contents:
             if belongs(path):
                 if step >= 0 and read not in (read_checkpoint, read_published):
                     raise UserError(f"{path} has no steps to choose from; leave --step out")
+                if verify and read is not read_checkpoint:
+                    raise UserError(f"{path} has no recorded hashes to verify; leave --verify out")
                 return read(path, step, verify)
         raise UserError(
             f"{path} holds no model that is known here: no steps of a run, config.json, model_*.pt, weights "
@@ -41,6 +43,8 @@ def read_contents(path: Path, step: int = -1, verify: bool = False) -> Contents:
         raise UserError(f"{path} does not exist")
     if step >= 0:
         raise UserError(f"{path} is a file and has no steps to choose from; leave --step out")
+    if verify:
+        raise UserError(f"{path} is a file and has no recorded hash to verify; leave --verify out")
     if path.name == "tokenizer.json":
         return read_tokenizer_folder(path)
     if path.suffix in (".safetensors", ".gguf", ".onnx"):

@@ -228,8 +228,8 @@ class Run(Generic[Config]):
         }
 
     def resume_command(self, trainer: Trainer) -> str:
-        """The command that resumes the run where it was saved last. A run that went back to an earlier step must name
-        that one: there may be later ones of the way it left."""
+        """The command that resumes the run from its newest checkpoint. After --resume-from-step it must name that step:
+        the folder may still hold later ones, saved before the run went back."""
         config, saved = self.config, trainer.saver.last_step
         if config.resume_from_step >= 0 and saved is not None:
             config = replace(config, resume_from_step=saved)
