@@ -262,6 +262,7 @@ def test_licences(here: Path, tmp_path: Path) -> None:
 
 def test_data_sets_and_licences() -> None:
     assert data_sets("base", {"data": "climbmix"})[0].licence == "CC BY-NC 4.0"
+    assert data_sets("base", {"data": "climbmix,starter-val"}) == data_sets("base", {"data": "climbmix"})
     assert data_sets("sft", {"data": "starter,/home/me/x.jsonl:3"})[-1] is OWN
     assert GSM8K in data_sets("sft", {"data": "published:2"}) and data_sets("rl", {"tasks": "GSM8K"}) == [GSM8K]
     assert data_sets("base", {}) == [] and data_sets("base", {"data": "starter"}) == [STARTER]

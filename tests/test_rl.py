@@ -20,9 +20,11 @@ from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat.report import load_report
 from nanochat.rl import SILENT_STEPS, Curriculum, Group, RolloutLoader, SignalWatch, as_batch, what_was_learnt
 from nanochat.runtime import Runtime
+from nanochat.train.reinforcement import RLConfig
 from nanochat.train.schedules import ScheduleConfig
 from nanochat.train.step import TrainStep
 from scripts import chat_rl, chat_sft
+from tasks import rl_tasks
 from tasks.common import keyed_random
 from tasks.formats import Format
 from tasks.registry import REWARDED, make_levels
@@ -431,3 +433,13 @@ def test_tasks_are_checked_before_the_model_is_loaded(copied: Path, monkeypatch:
     for tasks in ("Juggling", ","):
         with pytest.raises(UserError, match="WordProblems"):
             chat_rl.main([f"--tasks={tasks}", "--device-type=cpu"])
+
+
+def test_code_needs_its_sandbox_before_the_run_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(level: str) -> str:
+        raise UserError("there is no sandbox on this machine")
+
+    monkeypatch.setattr(rl_tasks, "choose_level", none)
+    with pytest.raises(UserError, match="sandbox"):
+        rl_tasks.open_tasks(RLConfig(tasks="Arithmetic,Code"))
+    assert rl_tasks.open_tasks(RLConfig(tasks="Arithmetic"))
