@@ -2,7 +2,9 @@
 
 import functools
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -17,9 +19,10 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import prefill
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
-from nanochat.inference.request import GenerationRequest
+from nanochat.inference.request import GenerationRequest, Token, TokenSequence
 from nanochat.inference.tools import ToolSession, ToolTable
 from nanochat.optim import MuonAdamW, OptimizerConfig, build_param_groups
+from nanochat.serve.sample import Sample
 
 SIZES = {"sequence_len": 32, "vocab_size": 265, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
 CONFIGS = {
@@ -427,13 +430,24 @@ def test_text_of_a_base_model_has_special_tokens_by_name() -> None:
 TOKENS = st.one_of(st.integers(0, 255), st.sampled_from(sorted(set(SPECIAL.values()) - {BOS, END})))
 
 
+def joined(parts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The (kind, text) parts, neighbours of one kind as one."""
+    return [(kind, "".join(text for _, text in run)) for kind, run in groupby(parts, key=lambda part: part[0])]
+
+
 @given(st.lists(TOKENS, max_size=30))
 @settings(max_examples=100, deadline=None)
 def test_streaming_an_answer_equals_parsing_it(ids: list[int]) -> None:
-    stream, parts = AnswerStream(TOKENIZER), {"text": "", "python": "", "python_output": ""}
-    for kind, text in [piece for token in ids for piece in stream.feed(token)] + stream.finish():
-        parts[kind] += text
+    stream = AnswerStream(TOKENIZER)
+    pieces = [piece for token in ids for piece in stream.feed(token)] + stream.finish()
     parsed = parse_answer(TOKENIZER, ids)
-    for kind in parts:
-        whole = [{"type": "text", "text": parsed}] if isinstance(parsed, str) else parsed
-        assert parts[kind] == "".join(part["text"] for part in whole if part["type"] == kind)
+    whole = [("text", parsed)] * bool(parsed) if isinstance(parsed, str) else [(p["type"], p["text"]) for p in parsed]
+    assert joined(pieces) == joined(whole)
+
+
+def test_a_tool_result_without_text_is_a_piece() -> None:
+    sample, sequence = Sample(TOKENIZER, stop=["x"]), TokenSequence(GenerationRequest([BOS], 99))
+    for token in [PYTHON, 65, PYTHON_END, OUTPUT, OUTPUT_END, PYTHON, 66, PYTHON_END]:
+        sample.feed(Token(sequence, token, mask=1))
+    sample.finish()
+    assert sample.pieces == [("python", "A"), ("python_output", ""), ("python", "B")]

@@ -44,13 +44,14 @@ def follow_rules(request: GenerationRequest) -> list[int]:
     """The whole sequence through the model for every token, vLLM's rules, and a draw in float64."""
     params, answer, rng = request.sampling, list[int](), make_rng(request.sampling.seed, 0)
     ends, biases = {END, BOS}, dict(params.logit_bias)
+    begun = request.prompt[len(request.prompt) - request.answer_begun :]
     for _ in range(request.max_tokens):
         logits = MODEL(torch.tensor([request.prompt + answer]))[0, -1].tolist()
-        times = Counter(answer)
+        times = Counter(begun + answer)
         for token in range(len(logits)):
             if request.ignore_eos and token in ends:
                 logits[token] = -math.inf
-            if len(answer) < request.min_tokens and token in ends | set(request.stop_token_ids):
+            if len(begun + answer) < request.min_tokens and token in ends | set(request.stop_token_ids):
                 logits[token] = -math.inf
             logits[token] += biases.get(token, 0)
             if token in request.prompt or token in answer:
@@ -142,6 +143,14 @@ def test_where_an_answer_ends(ending: dict[str, Any]) -> None:
         assert sequence.tokens == expected(request)
         ended[sequence.end] += 1
     assert len(ended) > 1 or ending == {"ignore_eos": True}
+
+
+@pytest.mark.parametrize("rules", [{"presence_penalty": 1.5}, {"frequency_penalty": 2.0}], ids=str)
+def test_the_beginning_that_an_answer_was_given_counts(rules: dict[str, Any]) -> None:
+    params = SamplingParams(0.9, seed=1).override(Given(rules))
+    request = GenerationRequest([*PROMPT, 97, 97, 98], LENGTH, params, answer_begun=3, min_tokens=8)
+    (sequence,) = Engine(MODEL, TOKENIZER).complete([request])
+    assert sequence.tokens == expected(request) != expected(replace(request, answer_begun=0, min_tokens=5))
 
 
 def test_the_same_alone_and_in_a_batch() -> None:

@@ -30,7 +30,7 @@ class LogitRules:
         tokens, biases = zip(*sequence.request.sampling.logit_bias or [(0, 0.0)])
         self._biased, self._biases = self._ids(tokens), to_device(torch.tensor(biases), device)
         self._counts: torch.Tensor | None = None  # (V) of each token in the answer
-        self._counted = 0  # tokens of the answer
+        self._counted = 0  # tokens of the sequence
         self._in_prompt: torch.Tensor | None = None  # (V) bool
 
     @staticmethod
@@ -46,7 +46,7 @@ class LogitRules:
             bias = to_device(self.guide.bias, self.device)
             logits[: len(bias)] += bias
             logits[len(bias) :] = -torch.inf  # a model may have more ids than the tokenizer
-        if len(self.sequence.tokens) < request.min_tokens:
+        if request.answer_begun + len(self.sequence.tokens) < request.min_tokens:
             logits.index_fill_(0, self._all_ends, -torch.inf)
         elif request.ignore_eos:
             logits.index_fill_(0, self._end_tokens, -torch.inf)
@@ -68,9 +68,10 @@ class LogitRules:
         logits -= sampling.presence_penalty * (counts > 0)
 
     def _count(self, logits: torch.Tensor) -> torch.Tensor:
-        """How often each token is in the answer (V)."""
+        """How often each token is in the answer (V), its beginning in the prompt included."""
         if self._counts is None:
-            self._counts = torch.zeros_like(logits)
+            prompt, begun = self.sequence.request.prompt, self.sequence.request.answer_begun
+            self._counts = self._ids(prompt[len(prompt) - begun :]).bincount(minlength=len(logits)).to(logits.dtype)
         new = self.sequence.tokens[self._counted :]
         self._counted += len(new)
         return self._counts.index_add_(0, self._ids(new), torch.ones(len(new), device=self.device))

@@ -3,13 +3,15 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from nanochat.inference.sampling import SamplingParams
 from nanochat.serve.errors import ApiError
@@ -76,9 +78,19 @@ class ServerMetrics:
 
     def watch(self, pool: WorkerPool) -> None:
         """Add gauges that read the pool at each scrape."""
+        self.registry.register(PoolGauges(pool))
+
+
+@dataclass(eq=False)
+class PoolGauges(Collector):
+    """GAUGES of a pool, whose workers are asked once for all of them."""
+
+    pool: WorkerPool
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        stats = self.pool.stats()
         for name, (description, key) in GAUGES.items():
-            gauge = Gauge(f"nanochat_{name}", description, registry=self.registry)
-            gauge.set_function(lambda key=key: pool.stats()[key])  # type: ignore[misc]
+            yield GaugeMetricFamily(f"nanochat_{name}", description, stats[key])
 
 
 class LoopBudget:
@@ -146,6 +158,10 @@ class Api:
         if any(not 0 <= i < size for i in ids):
             raise ApiError(400, f"token ids must be from 0 to {size - 1}", param=param)
 
+    def sampling(self, body: GenerationBody) -> SamplingParams:
+        """How to draw an answer; with a random seed where the body has none."""
+        return replace(self.settings.sampling, seed=uuid.uuid4().int >> 65).override(body)
+
     def decoding_fields(self, body: GenerationBody) -> dict[str, Any]:
         """The fields of a GenerationRequest that say how to draw, within which grammar and where to end. Where the body
         has none: the server's, and a random seed. Raises ApiError. Compiles a grammar: not for the event loop."""
@@ -156,7 +172,7 @@ class Api:
             if grammar is not None and getattr(body, name):
                 raise ApiError(400, f"{name}: a grammar says where the answer ends; leave it out", param=name)
         return {
-            "sampling": replace(self.settings.sampling, seed=uuid.uuid4().int >> 65).override(body),
+            "sampling": self.sampling(body),
             "num_samples": body.n,
             "grammar": grammar,
             "stop_token_ids": body.stop_token_ids,

@@ -79,8 +79,9 @@ def generation_requests(api: Api, body: CompletionRequest) -> list[GenerationReq
     """A request for each prompt. Raises ApiError."""
     max_tokens = api.limit_tokens({None: 16, -1: None}.get(body.max_tokens, body.max_tokens))
     fields: dict[str, Any] = {"top_logprobs": body.logprobs, "prompt_logprobs": body.echo and body.logprobs is not None}
-    return [
-        GenerationRequest(encode_prompt(api, prompt), max_tokens, **fields, **api.decoding_fields(body))
+    fields |= api.decoding_fields(body)
+    return [  # each draws on its own
+        GenerationRequest(encode_prompt(api, prompt), max_tokens, **{**fields, "sampling": api.sampling(body)})
         for prompt in body.prompts()
     ]
 

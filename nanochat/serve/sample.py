@@ -68,7 +68,7 @@ class Sample:
             self._withheld = text[safe:]
         if last:
             final.append(("text", self._withheld))
-        final = [piece for piece in final if piece[1]]
+        final = [(kind, text) for kind, text in final if text or kind != "text"]
         for kind, text in final:
             if self.pieces and self.pieces[-1][0] == kind:
                 self.pieces[-1] = (kind, self.pieces[-1][1] + text)
