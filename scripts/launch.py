@@ -3,9 +3,10 @@
     python -m scripts.launch --nproc_per_node=8 --max-restarts=3 -m scripts.base_train -- --depth=24 --resume
 
 When a rank dies or exits with an error, torchrun stops all ranks on all machines and starts them again, up to
---max-restarts times; with --resume they continue from the last complete checkpoint. A machine that joins or is lost
-restarts them too, with the machines there are. How ranks notice a failure: nanochat/distributed/__init__.py. How a
-checkpoint stays complete: nanochat/checkpoint/__init__.py. Several machines: dev/MANY_MACHINES.md.
+--max-restarts times; with --resume they continue from the last complete checkpoint. (--resume-from-step is refused
+then: it would take every restart back.) A machine that joins or is lost restarts them too, with the machines there
+are. How ranks notice a failure: nanochat/distributed/__init__.py. How a checkpoint stays complete:
+nanochat/checkpoint/__init__.py. Several machines: dev/MANY_MACHINES.md.
 
 Exit codes (torchrun's is 1 for any failure):
 
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--nproc_per_node must be at least 1")
         if args.module and importlib.util.find_spec(args.training_script) is None:
             raise ValueError(f"there is no module {args.training_script}")
+        if args.max_restarts > 0 and any(word.startswith("--resume-from-step") for word in args.training_script_args):
+            raise ValueError("each restart would begin at --resume-from-step again; leave it or --max-restarts out")
     except (ValueError, AssertionError, RuntimeError, ImportError) as error:
         raise UserError(f"{str(error) or 'a number is out of range'}; see --help") from error
     # By default every restart uses the store of the host that had rank 0 at the first start, even if another host has

@@ -51,6 +51,7 @@ def test_lost_hosts_exit_75(
         "--rdzv-conf=foo x.py",
         "--max-restarts=-1 x.py",
         "-m scripts.nosuch",
+        "--max-restarts=2 -m scripts.base_train -- --resume-from-step=5",
     ],
 )
 def test_a_wrong_command_is_one_line(argv: str) -> None:

@@ -4,6 +4,7 @@ import errno
 import io
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from nanochat.data.text_stream import clean
 
 READ_BUFFER_BYTES = 2**20
 MAX_RANGE_BYTES = 64 * 2**20  # of a row group that is fetched from a URL at once
+CONVERTED = "converted"  # folder of the base folder: parquet files made from text of other formats
 STREAM_ROWS = 64  # per batch, when a file is read as a stream
 
 
@@ -49,8 +51,14 @@ def open_parquet(path: Source, field: str = "text") -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         if is_machine_error(error):
             raise
-        reason = f"is not a complete parquet file ({first_line(error)})"
-        raise BadShard(f"{path} {reason}; copy or download it again", path) from error
+        raise damaged(path, f"is not a complete parquet file ({first_line(error)})") from error
+
+
+def damaged(path: Source, problem: str) -> BadShard:
+    """The error for a file that Arrow cannot read, with what makes it whole."""
+    made_here = isinstance(path, Path) and path.parent.parent.name == CONVERTED
+    fix = f"delete {path.parent}, which is made again from your text" if made_here else "copy or download it again"
+    return BadShard(f"{path} {problem}; {fix}", path)
 
 
 def parse_footer(footer: bytes) -> pq.FileMetaData:
@@ -132,7 +140,7 @@ def parquet_documents(
         except (pa.ArrowException, OSError) as error:
             if is_machine_error(error):
                 raise
-            raise BadShard(f"{path} is damaged ({first_line(error)}); copy or download it again", path) from error
+            raise damaged(path, f"is damaged ({first_line(error)})") from error
 
 
 def parquet_rows(path: Source) -> Iterator[dict[str, Any]]:
@@ -148,7 +156,7 @@ def parquet_rows(path: Source) -> Iterator[dict[str, Any]]:
         except (pa.ArrowException, OSError) as error:
             if is_machine_error(error):
                 raise
-            raise BadShard(f"{path} is damaged ({first_line(error)}); copy or download it again", path) from error
+            raise damaged(path, f"is damaged ({first_line(error)})") from error
 
 
 def batch_columns(batch: pa.RecordBatch, columns: list[str]) -> list[list[str | None]]:

@@ -28,7 +28,7 @@ from nanochat.common import BadShard, UserError, atomic_path, delete_leftovers, 
 from nanochat.common.files import read_json
 from nanochat.common.output import ProgressLine
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
-from nanochat.data.parquet import CLEANED, TextOptions
+from nanochat.data.parquet import CLEANED, CONVERTED, TextOptions
 from nanochat.data.remote import RemoteFile, Source
 from nanochat.data.rows import LINE_KINDS
 from nanochat.data.text_stream import MIB
@@ -82,7 +82,7 @@ def convert(
     BadShard for a file that cannot be read to its end.
     """
     key = conversion_key(paths, options)
-    folder = base_dir / "converted" / key
+    folder = base_dir / CONVERTED / key
     tally = read_tally(folder)
     if tally is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
