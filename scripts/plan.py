@@ -24,7 +24,7 @@ from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, make_plan
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train.build import choose_device_batch
+from nanochat.train.build import usual_rows
 from nanochat.train.pace import choose_depth, measure_pace, this_machine
 from nanochat.train.pretraining import ModelFlags
 from nanochat.train.timing import batch_for_minutes, steps_in
@@ -129,16 +129,10 @@ def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
             choice = choose_depth(config.minutes, config.total_batch_size, of_depth, runtime, num_gpus)
             config, model_config = replace(config, depth=choice.key), of_depth(choice.key)
         pace = measure_pace(model_config, gpu, runtime)
-        # On a CPU small micro-batches, which stay in its caches, are faster.
-        rows = choose_device_batch(-1, 2**30, model_config.sequence_len, runtime)
-        return plan_with_pace(
-            config, model_config, gpu, pace, num_gpus, max_rows=None if gpu.device_type == "cuda" else rows
-        )
+        return plan_with_pace(config, model_config, gpu, pace, num_gpus)
 
 
-def plan_with_pace(
-    config: Config, model_config: GPTConfig, gpu: Gpu, pace: Pace, num_gpus: int, max_rows: int | None = None
-) -> RunPlan:
+def plan_with_pace(config: Config, model_config: GPTConfig, gpu: Gpu, pace: Pace, num_gpus: int) -> RunPlan:
     """Plan for a machine whose speed is known; with --minutes as many steps as fit, of base_train's batch."""
     if config.dollars_per_gpu_hour >= 0:
         gpu = replace(gpu, dollars_per_hour=config.dollars_per_gpu_hour)
@@ -158,7 +152,7 @@ def plan_with_pace(
         gpu,
         pace,
         num_gpus=num_gpus,
-        max_rows=max_rows,
+        max_rows=usual_rows(gpu.device_type, model_config.sequence_len),
         device_batch_size=config.device_batch_size,
         law=Law.load(),
         rates=get_recipe(config.recipe).optimizer(),

@@ -25,6 +25,7 @@ from nanochat.planning.planner import USABLE_MEMORY, forecast_values, plan_and_o
 from nanochat.runtime import Runtime
 from nanochat.scaling import derive_sizes, describe, estimate, make_plan, scaling_params
 from nanochat.train import pace as measured, timing
+from nanochat.train.build import choose_device_batch
 from nanochat.train.progress import Progress
 from nanochat.train.step import TrainStep
 from scripts import _cli, plan
@@ -257,6 +258,14 @@ def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert not result["fits"] and result["device_batch_size"] == 1 and "1 row" in " ".join(result["assumptions"])
     plan.main(flags)
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("context", "rows"), [(2048, 32), (1024, 64)])
+def test_no_more_rows_than_training_begins_with(context: int, rows: int, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--depth=12", "--gpu=h200", f"--max-seq-len={context}"]
+    assert planned(flags, capsys)["device_batch_size"] == rows
+    runtime = Runtime(torch.device("cuda"), torch.bfloat16, "test", seed=0)
+    assert choose_device_batch(-1, 2**10, context, runtime) == rows
 
 
 def test_device_batch_and_price_flags(capsys: pytest.CaptureFixture[str]) -> None:
