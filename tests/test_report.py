@@ -499,16 +499,18 @@ def test_answers_are_marked_and_tool_calls_are_told_apart(tmp_path: Path) -> Non
     assert answer_parts(call) == [Part("so"), Part("1+2", True, "3"), Part("3")]
     assert answer_parts("a<|python_start|>1+") == [Part("a"), Part("1+", True, None)] and answer_parts("") == []
     samples = [{"task": task, "prompt": f"{task}{i}", "text": call, "right": i > 0} for task in "AB" for i in range(3)]
+    later = {"task": "A", "prompt": "A9", "text": "new", "right": True}  # asked after RL alone
     record_stage(tmp_path, "chat_eval", {"samples": samples})
-    record_stage(tmp_path, "chat_eval_rl", {"samples": [{**samples[0], "text": "long " * 200, "right": True}]})
+    record_stage(tmp_path, "chat_eval_rl", {"samples": [{**samples[0], "text": "long " * 200, "right": True}, later]})
     (group,) = sample_groups(load_report(tmp_path))
-    assert [question.prompt for question in group.shown] == ["A0", "B0"] and len(group.folded) == 4
+    assert [question.prompt for question in group.shown] == ["A0", "B0"] and len(group.folded) == 5
     assert [answer and answer.right for answer in group.questions[0].answers] == [False, True]
     assert group.questions[1].answers[1] is None
     page = Page(html_of(tmp_path))
     assert "1+2 → 3" in page.text and "python_start" not in page.text and "✗ wrong" in page.text
     markdown = (tmp_path / "report" / "report.md").read_text()
     assert "✗ so[1+2 → 3]3" in markdown and "✓ long" in markdown
+    assert "\nafter RL: ✓ new\n" in markdown
 
 
 def test_stages_stand_in_order_of_time(tmp_path: Path) -> None:
