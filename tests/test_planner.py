@@ -120,23 +120,24 @@ def test_a_forecast_for_other_text_or_far_beyond_the_law_says_so() -> None:
 
     def forecast(batch: int, corpus: str) -> str:
         made = make_plan(config, num_iterations=400, total_batch_size=batch)
-        return next(row["planned"] for row in plan_and_outcome(made, done, -1, corpus) if row[""] == "bits per byte")
+        return next(row["planned"] for row in plan_and_outcome(made, done, -1, corpus, Law.load()) if row[""] == "bits per byte")
 
     assert "starter" in forecast(4096, "my_texts") and "starter" not in forecast(4096, "starter")
     assert "extrapolated" in forecast(2**20, "starter") and "extrapolated" not in forecast(4096, "starter")
     assert "±" in forecast(2**20, "starter") and "±" not in forecast(2**30, "starter"), "none at all that far away"
 
 
-def test_the_reports_forecast_counts_how_far_runs_lie_from_the_law() -> None:
+def test_every_forecast_counts_how_far_runs_lie_from_the_law() -> None:
     config = GPTConfig(n_layer=2, n_embd=128, n_head=2, n_kv_head=2, vocab_size=4096)
     made = make_plan(config, num_iterations=400, total_batch_size=4096)
     law, n, tokens = Law.load(), scaling_params(made.params), made.tokens / 2
-    assert law and forecast_values(made, tokens, "my_texts") == {"text": "starter"}
-    values = forecast_values(made, tokens, "starter")
+    assert law and forecast_values(made, tokens, "my_texts", law) == {"text": "starter"}
+    values = forecast_values(made, tokens, "starter", law)
     assert values["bpb"] == law.loss(n, tokens) and values["tokens"] == tokens
     scatter = float(np.std([loss / law.loss(*point) - 1 for *point, loss in law.points]))
-    assert values["error"] ** 2 == pytest.approx((law.loss_error(n, tokens) or 0) ** 2 + (scatter * values["bpb"]) ** 2)
-    assert forecast_values(made, 2**50, "starter") == {}
+    assert values["error"] ** 2 == pytest.approx(law.loss_error(n, tokens) ** 2 + (scatter * values["bpb"]) ** 2)
+    assert f"± {values['error']:.4f}" in str(law.forecast(n, tokens)), "in the table of the report and in the plan too"
+    assert forecast_values(made, 2**50, "starter", law) == forecast_values(made, tokens, "starter", None) == {}
 
 
 def test_d12_takes_about_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -513,7 +514,7 @@ def test_fit_recovers_the_law(seed: int) -> None:
     far = 6.4e8, 1.2e10  # ten times the largest model
     assert law.loss(*far) == pytest.approx(TRUE.loss(*far), rel=0.01)
     error = law.loss_error(*far)
-    assert error is not None and abs(law.loss(*far) - TRUE.loss(*far)) < 4 * error < 0.2
+    assert abs(law.loss(*far) - TRUE.loss(*far)) < 4 * error < 0.2
     assert 0 < law.errors["alpha"] < 0.05
 
 
