@@ -90,7 +90,7 @@ def train(config: Config, runtime: Runtime) -> int:
             trainer,
             tokenizer,
             total_batch_tokens=plan.total_batch_tokens,
-            meta={"stage": "base", "corpus": corpus.fingerprint, "recipe": recipe},
+            meta={"stage": "base", "corpus": corpus.fingerprint, "corpus_name": corpus.name, "recipe": recipe},
             report=partial(report, run, trainer, plan, corpus.name, law),
         )
 
