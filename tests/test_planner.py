@@ -18,7 +18,7 @@ from nanochat.cpu import fused
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.planning.fit import fit_law
-from nanochat.planning.hardware import GPUS, Gpu, expected_pace, find_gpu, known_gpu
+from nanochat.planning.hardware import GPUS, Gpu, Pace, expected_pace, find_gpu, known_gpu
 from nanochat.planning.law import Candidate, Law
 from nanochat.planning.memory import activation_bytes, choose_rows, memory_by_kind
 from nanochat.planning.planner import USABLE_MEMORY, forecast_values, plan_and_outcome
@@ -253,6 +253,14 @@ def test_minutes_fix_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["seconds"] == pytest.approx(600 * 0.93, rel=0.01)
 
 
+def test_steps_beside_minutes_are_of_the_batch_of_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in base_train."""
+    flags = [*H100, "--depth=24", "--num-iterations=100"]
+    assert planned(flags, capsys)["total_batch_size"] == 2**20
+    result = planned([*flags, "--minutes=30"], capsys)
+    assert (result["steps"], result["total_batch_size"]) == (100, 2**19)
+
+
 def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--depth=40", "--gpu=3090", "--num-iterations=1"]
     result = planned(flags, capsys)
@@ -289,6 +297,8 @@ def test_rows_divide_the_step(step_rows: int, max_rows: int | None, chosen: int)
         (["--gpu=h100", "--num-gpus=0"], "--num-gpus"),
         (["--num-gpus=1000"], "--num-gpus=1000"),
         (["--gpu=h100", "--depth=0"], "--depth"),
+        (["--gpu=h100", "--depth=-1", "--minutes=30"], "--gpu"),
+        (["--depth=-1"], "--minutes"),
         (["--gpu=h100", "--n-embd=100"], "--head-dim"),
         (["--gpu=h100", "--recipe=new"], "--recipe"),
         (["--gpu=h100", "--max-seq-len=0"], "--max-seq-len"),
@@ -368,10 +378,32 @@ def test_a_model_too_slow_to_measure_is_scaled_up(monkeypatch: pytest.MonkeyPatc
     assert "40%" in pace.source and pace.token_seconds == pytest.approx(estimate(config)[0] / 400)
 
 
-def test_available_memory(tmp_path: Path) -> None:
+def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2048 kB\n")
     assert measured.available_memory(str(tmp_path / "meminfo")) == 2**21
     assert measured.available_memory(str(tmp_path / "none")) > 2**20
+    (tmp_path / "other").write_text("MemTotal: 9 kB\n")
+    assert measured.available_memory(str(tmp_path / "other")) > 2**20
+    monkeypatch.setattr(measured, "memory_bytes", lambda: 2**20)  # the limit of a container
+    assert measured.available_memory(str(tmp_path / "meminfo")) == 2**20
+
+
+def test_a_known_gpu_of_this_machine_has_its_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**37))
+    gpu = measured.this_machine(Runtime(torch.device("cuda"), torch.bfloat16, "test", seed=0))
+    assert gpu.dollars_per_hour == GPUS["h100"].dollars_per_hour and gpu.memory_bytes == 2**36
+
+
+def test_the_machine_is_measured_once_to_choose_a_depth(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks = []
+    monkeypatch.setattr(measured, "reference_peak", lambda runtime: peaks.append(1e12) or (1e12, "test"))
+    for module in (measured, plan):
+        monkeypatch.setattr(module, "measure_pace", lambda *given: Pace(1e-3, 0.01, "test"))
+    result = planned(["--depth=-1", "--minutes=1", "--max-seq-len=64", "--vocab-size=300"], capsys)
+    assert result["model_config"]["n_layer"] >= 2 and len(peaks) == 3
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from stubs import TINY
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.planning.fit import fit_law
-from nanochat.planning.hardware import Pace
+from nanochat.planning.hardware import Gpu, Pace
 from nanochat.planning.isoflop import Run, best_sizes, lowest_point, parabola
 from nanochat.planning.law import Law
 from nanochat.runtime import Runtime
@@ -125,17 +125,21 @@ def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         within.add(seconds)
         return Pace(pace.estimate(config)[0] / speed, update_seconds, "test")
 
-    monkeypatch.setattr(pace, "this_machine", lambda runtime: None)
     monkeypatch.setattr(pace, "measure_pace", measure)
     runtime = Runtime.create("cpu")
-    chosen = [pace.best_depth(minutes, 4096, of_depth, law, runtime).key for minutes in (0.1, 30, 600)]
+    gpu = Gpu("", 1e12, 1e12, None, 0.0, None)
+    chosen = [pace.best_depth(minutes, 4096, of_depth, law, gpu, runtime).key for minutes in (0.1, 30, 600)]
     assert chosen == sorted(chosen) and chosen[0] == 2 < chosen[1] < chosen[-1]
     assert within == {0.06, 18.0, 20.0}
     speed, update_seconds = 1e10, 0.1
     monkeypatch.setattr(pace.CoreWatch, "share", lambda watch: 0.0)
     capsys.readouterr()
-    assert pace.best_depth(300, 4096, of_depth, law, runtime).key == chosen[1]
+    assert pace.best_depth(300, 4096, of_depth, law, gpu, runtime).key == chosen[1]
     assert "OMP_WAIT_POLICY" not in capsys.readouterr().err
     monkeypatch.setattr(pace.CoreWatch, "share", lambda watch: 0.9)
-    pace.best_depth(300, 4096, of_depth, law, runtime)
+    pace.best_depth(300, 4096, of_depth, law, gpu, runtime)
     assert "OMP_WAIT_POLICY" in capsys.readouterr().err
+    tokens: list[int] = []
+    monkeypatch.setattr(Pace, "step_seconds", lambda self, own: tokens.append(own) or 1.0)
+    pace.best_depth(300, 3 * 512, of_depth, law, gpu, runtime, ranks=2)
+    assert set(tokens) == {2 * 512}, "ranks share whole rows"

@@ -202,8 +202,8 @@ def assumptions(run: RunPlan) -> Iterator[str]:
         yield "memory: copies in fp8 are not counted"
     if not run.fits:
         yield (
-            f"memory: does not fit, even with {run.device_batch_size} row(s) per micro-batch; time and cost are for "
-            "the same GPU with more memory"
+            f"memory: {run.device_batch_size} row(s) per micro-batch do not fit; time and cost are for the same GPU "
+            "with more memory"
         )
     if run.gpu.dtype == "float16":
         yield f"dtype: {run.gpu.name} has no fast bfloat16; the figures are for NANOCHAT_DTYPE=float16"
