@@ -120,7 +120,8 @@ def test_a_forecast_for_other_text_or_far_beyond_the_law_says_so() -> None:
 
     def forecast(batch: int, corpus: str) -> str:
         made = make_plan(config, num_iterations=400, total_batch_size=batch)
-        return next(row["planned"] for row in plan_and_outcome(made, done, -1, corpus, Law.load()) if row[""] == "bits per byte")
+        rows = plan_and_outcome(made, done, -1, corpus, Law.load())
+        return next(row["planned"] for row in rows if row[""] == "bits per byte")
 
     assert "starter" in forecast(4096, "my_texts") and "starter" not in forecast(4096, "starter")
     assert "extrapolated" in forecast(2**20, "starter") and "extrapolated" not in forecast(4096, "starter")

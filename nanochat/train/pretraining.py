@@ -142,9 +142,7 @@ def new_network(config: PretrainConfig, tokenizer: RustBPETokenizer, runtime: Ru
         return config_of_depth(config.depth)
     if config.minutes <= 0:
         raise UserError("--depth=-1 derives the depth from --minutes: give --minutes, or a depth")
-    choice = choose_depth(
-        config.minutes, config.total_batch_size, config_of_depth, this_machine(runtime), runtime
-    )
+    choice = choose_depth(config.minutes, config.total_batch_size, config_of_depth, this_machine(runtime), runtime)
     runtime.print0(
         f"{config.minutes:g} minutes on this machine suit depth {choice.key}: by the fitted law about "
         f"{format_count(choice.tokens)} tokens and {choice.loss:.3f} bits per byte"
