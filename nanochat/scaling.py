@@ -178,7 +178,7 @@ def make_plan(
             raise UserError(f"{name} must be {Range(1, unset=-1)}, got {value}")
     flops_per_token, params = estimate(config)
     reference = reference_params(config)
-    tokens_per_param = max(target_param_data_ratio, 0.1)
+    tokens_per_param = target_param_data_ratio if target_param_data_ratio > 0 else REFERENCE_RATIO
     reference_tokens = tokens_per_param * reference
     tokens = target_flops / flops_per_token if target_flops > 0 else tokens_per_param * scaling_params(params)
     if total_batch_size == -1:

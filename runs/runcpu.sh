@@ -28,7 +28,7 @@ source .venv/bin/activate
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 
 # The share of the minutes each long stage gets; the rest goes to the tokenizer and the evaluations.
-share() { python -c "print(round($MINUTES * $1, 3))"; }
+share() { python -c "print(round(float('$MINUTES') * $1, 3))"; }
 if [ -n "$SMOKE" ]; then
   export NANOCHAT_BASE_DIR="$(mktemp -d)"
   trap 'rm -rf "$NANOCHAT_BASE_DIR"' EXIT
@@ -51,7 +51,7 @@ stage() {  # stage NAME COMMAND...: run it once
 }
 
 # A base model that was begun keeps the minutes it began with.
-if ! compgen -G "$NANOCHAT_BASE_DIR/base_checkpoints/cpu/[0-9]*" >/dev/null; then
+if ! (cd "$NANOCHAT_BASE_DIR/base_checkpoints/cpu" 2>/dev/null && compgen -G "[0-9]*" >/dev/null); then
   mkdir -p "$NANOCHAT_BASE_DIR/.done" && share 1.0 > "$NANOCHAT_BASE_DIR/.done/minutes"
 fi
 EARLIER="$(cat "$NANOCHAT_BASE_DIR/.done/minutes" 2>/dev/null || true)"

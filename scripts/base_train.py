@@ -18,6 +18,7 @@ from nanochat.evals.core_run import open_bundle
 from nanochat.evals.samples import continuations
 from nanochat.gpt_config import GPTConfig
 from nanochat.planning.hardware import known_gpu
+from nanochat.planning.law import Law
 from nanochat.planning.planner import forecast_values, plan_and_outcome
 from nanochat.recipe import with_changes
 from nanochat.runtime import Runtime
@@ -73,11 +74,12 @@ def train(config: Config, runtime: Runtime) -> int:
         )
         trainer = Trainer(build_step(config, recipe, plan, model, runtime), loader)
         run.begin(plan.num_steps, describe(model.config, plan))
+        law = None if config.init_from else Law.load()  # it knows no model that was trained before
         run.shown = {
             "data": corpus.name,
             "planned_steps": plan.num_steps,
             "tokenizer_hash": tokenizer.hash,
-            "forecast": {} if config.init_from else forecast_values(plan, plan.tokens, corpus.name),
+            "forecast": forecast_values(plan, plan.tokens, corpus.name, law),
         }
         if runtime.is_main and not (saved and saved.record):
             save_record(corpus, folder)
@@ -88,8 +90,8 @@ def train(config: Config, runtime: Runtime) -> int:
             trainer,
             tokenizer,
             total_batch_tokens=plan.total_batch_tokens,
-            meta={"stage": "base", "corpus": corpus.fingerprint, "recipe": recipe},
-            report=partial(report, run, trainer, plan, corpus.name),
+            meta={"stage": "base", "corpus": corpus.fingerprint, "corpus_name": corpus.name, "recipe": recipe},
+            report=partial(report, run, trainer, plan, corpus.name, law),
         )
 
 
@@ -125,19 +127,16 @@ def longer_run(config: Config, network: GPTConfig, now: Progress) -> dict[str, A
     return {"times": LONGER, "command": command_line("base_train", fresh), "seconds": seconds}
 
 
-def report(run: Run[Config], trainer: Trainer, plan: Plan, corpus: str) -> None:
+def report(run: Run[Config], trainer: Trainer, plan: Plan, corpus: str, law: Law | None) -> None:
     """Put the run's figures into the report."""
     now = trainer.progress
-
-    def expected(times: int) -> dict[str, Any]:  # the law knows no model that was trained before
-        return {} if run.config.init_from else forecast_values(plan, times * now.tokens, corpus)
-
+    expected, longer = (forecast_values(plan, times * now.tokens, corpus, law) for times in (1, LONGER))
     values: dict[str, Any] = {
-        "forecast": expected(1),
-        "longer": longer_run(run.config, trainer.model.config, now) | expected(LONGER),
+        "forecast": expected,
+        "longer": longer_run(run.config, trainer.model.config, now) | longer,
         "flops": now.tokens * plan.flops_per_token,
         "plan": describe(trainer.model.config, plan),
-        "tables": {"Plan and outcome": plan_and_outcome(plan, now, run.config.minutes, corpus)},
+        "tables": {"Plan and outcome": plan_and_outcome(plan, now, run.config.minutes, corpus, law)},
     }
     if (gpu := known_gpu(trainer.runtime)) and (price := gpu.dollars_per_hour):
         values["dollars"] = price * trainer.runtime.world_size * now.wall_seconds / 3600

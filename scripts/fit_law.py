@@ -19,6 +19,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.planning.fit import fit_law
 from nanochat.planning.isoflop import Run, Study, best_sizes
 from nanochat.planning.law import Law
+from nanochat.planning.planner import MAX_EXTRAPOLATION
 from nanochat.planning.study_plots import plot_isoflops, plot_series
 from nanochat.recipe import first_meaning, with_changes
 from nanochat.reporting.console import print_table
@@ -35,7 +36,7 @@ class Config:
     out: str = ""
     """Folder for runs.csv, law.json and the plots; empty: study/ in the base folder."""
     fit: bool = True
-    """Fit a law; --no-fit only plots loss over compute."""
+    """Fit a law; --no-fit only plots loss over compute, with the forecasts of the law in use if it is of this text."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for run in sorted(runs, key=lambda run: run.flops)
         ]
         print_table(f"{len(runs)} runs", rows, ("", "parameters", "tokens", "FLOPs", "seconds", "bits per byte"))
-        plot_series(runs, Law.load(), folder / "miniseries.svg")
+        plot_series(runs, law_for(runs, corpus), folder / "miniseries.svg")
     say(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
 
@@ -92,7 +93,8 @@ def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
         config = GPTConfig.from_dict(meta["model_config"])
         flops_per_token, counts = estimate(config)
         tokens = progress["step"] * plan["total_batch_tokens"]
-        corpora.add(user["data"] or "the public shards")
+        # Older checkpoints do not name the corpus that was found where --data was left out.
+        corpora.add(meta.get("corpus_name") or user["data"] or "the public shards")
         recipes.add(with_changes(meta.get("recipe") or first_meaning(user.get("recipe", "published")), config))
         runs.append(
             Run(
@@ -116,6 +118,15 @@ def read_runs(base_dir: Path, pattern: str) -> tuple[list[Run], str]:
             "one only, so give all runs of a study the same --recipe (not default, which depends on the size)"
         )
     return runs, corpora.pop()
+
+
+def law_for(runs: Sequence[Run], corpus: str) -> Law | None:
+    """The law in use, where it can forecast all of these runs: it is of their text, and none is too far beyond it."""
+    law = Law.load()
+    if law is None or law.corpus != corpus:
+        return None
+    farthest = max(law.forecast(run.params, run.tokens).extrapolation for run in runs)
+    return law if farthest <= MAX_EXTRAPOLATION else None
 
 
 def write_csv(path: Path, runs: Sequence[Run]) -> None:

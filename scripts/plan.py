@@ -24,7 +24,7 @@ from nanochat.reporting.console import print_table
 from nanochat.runtime import Runtime
 from nanochat.scaling import align_batch, make_plan
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train.build import choose_device_batch
+from nanochat.train.build import usual_rows
 from nanochat.train.pace import choose_depth, measure_pace, this_machine
 from nanochat.train.pretraining import ModelFlags
 from nanochat.train.timing import batch_for_minutes, steps_in
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.vocab_size == -1:
         config = replace(config, vocab_size=default_vocab_size(here))
     any_depth = here and config.depth == -1 and config.minutes > 0  # to be chosen once the machine is measured
+    if config.depth == -1 and not any_depth:
+        raise UserError("--depth=-1 measures this machine: give --minutes and leave out --gpu, or give a depth")
     model_config = config.network(config.vocab_size)(2 if any_depth else config.depth)
     make_plan(model_config, **horizon(config, model_config, num_steps=1))  # refuse wrong flags before measuring
     if here:
@@ -126,26 +128,20 @@ def plan_here(config: Config, model_config: GPTConfig) -> RunPlan:
         gpu = this_machine(runtime)
         if config.depth == -1:
             of_depth = config.network(config.vocab_size)
-            choice = choose_depth(config.minutes, config.total_batch_size, of_depth, runtime, num_gpus)
+            choice = choose_depth(config.minutes, config.total_batch_size, of_depth, gpu, runtime, num_gpus)
             config, model_config = replace(config, depth=choice.key), of_depth(choice.key)
         pace = measure_pace(model_config, gpu, runtime)
-        # On a CPU small micro-batches, which stay in its caches, are faster.
-        rows = choose_device_batch(-1, 2**30, model_config.sequence_len, runtime)
-        return plan_with_pace(
-            config, model_config, gpu, pace, num_gpus, max_rows=None if gpu.device_type == "cuda" else rows
-        )
+        return plan_with_pace(config, model_config, gpu, pace, num_gpus)
 
 
-def plan_with_pace(
-    config: Config, model_config: GPTConfig, gpu: Gpu, pace: Pace, num_gpus: int, max_rows: int | None = None
-) -> RunPlan:
-    """Plan for a machine whose speed is known; with --minutes as many steps as fit, of base_train's batch."""
+def plan_with_pace(config: Config, model_config: GPTConfig, gpu: Gpu, pace: Pace, num_gpus: int) -> RunPlan:
+    """Plan for a machine whose speed is known; with --minutes base_train's batch, and as many steps as fit."""
     if config.dollars_per_gpu_hour >= 0:
         gpu = replace(gpu, dollars_per_hour=config.dollars_per_gpu_hour)
+    if config.minutes > 0 and config.total_batch_size == -1:
+        config = replace(config, total_batch_size=batch_for_minutes(gpu.device_type))
     steps = -1
     if config.by_time:
-        if config.total_batch_size == -1:
-            config = replace(config, total_batch_size=batch_for_minutes(gpu.device_type))
         T = model_config.sequence_len
         rows = align_batch(config.total_batch_size, T) // T
         steps = steps_in(config.minutes, pace.step_seconds(math.ceil(rows / num_gpus) * T))
@@ -158,7 +154,7 @@ def plan_with_pace(
         gpu,
         pace,
         num_gpus=num_gpus,
-        max_rows=max_rows,
+        max_rows=usual_rows(gpu.device_type, model_config.sequence_len),
         device_batch_size=config.device_batch_size,
         law=Law.load(),
         rates=get_recipe(config.recipe).optimizer(),

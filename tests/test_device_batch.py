@@ -175,9 +175,12 @@ def test_a_failed_trial_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch
 
 
 def search_on_a_rank(runtime: Runtime, fitting: list[int], broken: int) -> Any:
-    """This rank's result, where rank i has room for fitting[i] rows, and rank `broken` meets another error."""
+    """This rank's result, where rank i has room for fitting[i] rows, and rank `broken` meets another error: that or
+    the name of this rank's error, and the sizes that were tried."""
+    tried = []
 
     def trial(rows: int) -> float:
+        tried.append(rows)
         if runtime.rank == broken and rows == 4:
             raise ValueError("no kernel image")
         if rows > fitting[runtime.rank]:
@@ -185,14 +188,15 @@ def search_on_a_rank(runtime: Runtime, fitting: list[int], broken: int) -> Any:
         return 1.0 + rows
 
     try:
-        return find_device_batch(trial, [1, 2, 4, 8], 8, lambda *given: 0.0, 100.0, runtime)
+        return find_device_batch(trial, [1, 2, 4, 8], 8, lambda *given: 0.0, 100.0, runtime), tried
     except (CollectiveFailed, ValueError) as error:
-        return type(error).__name__
+        return type(error).__name__, tried
 
 
 def test_ranks_take_what_fits_on_all_and_end_together() -> None:
-    assert run_ranks(2, search_on_a_rank, [8, 3], -1) == [(2, 3.0)] * 2
-    assert run_ranks(2, search_on_a_rank, [8, 4], 1, timeout=20) == ["CollectiveFailed", "ValueError"]
+    assert run_ranks(2, search_on_a_rank, [8, 3], -1) == [((2, 3.0), [8, 4, 2])] * 2
+    ended = run_ranks(2, search_on_a_rank, [8, 4], 1, timeout=20)
+    assert ended == [("CollectiveFailed", [8, 4]), ("ValueError", [8, 4])], "no rank goes on without the others"
 
 
 # ---------------------------------------------------------------------------------------------------

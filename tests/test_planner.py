@@ -18,13 +18,14 @@ from nanochat.cpu import fused
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.planning.fit import fit_law
-from nanochat.planning.hardware import GPUS, Gpu, expected_pace, find_gpu, known_gpu
+from nanochat.planning.hardware import GPUS, Gpu, Pace, expected_pace, find_gpu, known_gpu
 from nanochat.planning.law import Candidate, Law
 from nanochat.planning.memory import activation_bytes, choose_rows, memory_by_kind
 from nanochat.planning.planner import USABLE_MEMORY, forecast_values, plan_and_outcome
 from nanochat.runtime import Runtime
 from nanochat.scaling import derive_sizes, describe, estimate, make_plan, scaling_params
 from nanochat.train import pace as measured, timing
+from nanochat.train.build import choose_device_batch
 from nanochat.train.progress import Progress
 from nanochat.train.step import TrainStep
 from scripts import _cli, plan
@@ -119,23 +120,25 @@ def test_a_forecast_for_other_text_or_far_beyond_the_law_says_so() -> None:
 
     def forecast(batch: int, corpus: str) -> str:
         made = make_plan(config, num_iterations=400, total_batch_size=batch)
-        return next(row["planned"] for row in plan_and_outcome(made, done, -1, corpus) if row[""] == "bits per byte")
+        rows = plan_and_outcome(made, done, -1, corpus, Law.load())
+        return next(row["planned"] for row in rows if row[""] == "bits per byte")
 
     assert "starter" in forecast(4096, "my_texts") and "starter" not in forecast(4096, "starter")
     assert "extrapolated" in forecast(2**20, "starter") and "extrapolated" not in forecast(4096, "starter")
     assert "±" in forecast(2**20, "starter") and "±" not in forecast(2**30, "starter"), "none at all that far away"
 
 
-def test_the_reports_forecast_counts_how_far_runs_lie_from_the_law() -> None:
+def test_every_forecast_counts_how_far_runs_lie_from_the_law() -> None:
     config = GPTConfig(n_layer=2, n_embd=128, n_head=2, n_kv_head=2, vocab_size=4096)
     made = make_plan(config, num_iterations=400, total_batch_size=4096)
     law, n, tokens = Law.load(), scaling_params(made.params), made.tokens / 2
-    assert law and forecast_values(made, tokens, "my_texts") == {"text": "starter"}
-    values = forecast_values(made, tokens, "starter")
+    assert law and forecast_values(made, tokens, "my_texts", law) == {"text": "starter"}
+    values = forecast_values(made, tokens, "starter", law)
     assert values["bpb"] == law.loss(n, tokens) and values["tokens"] == tokens
     scatter = float(np.std([loss / law.loss(*point) - 1 for *point, loss in law.points]))
-    assert values["error"] ** 2 == pytest.approx((law.loss_error(n, tokens) or 0) ** 2 + (scatter * values["bpb"]) ** 2)
-    assert forecast_values(made, 2**50, "starter") == {}
+    assert values["error"] ** 2 == pytest.approx(law.loss_error(n, tokens) ** 2 + (scatter * values["bpb"]) ** 2)
+    assert f"± {values['error']:.4f}" in str(law.forecast(n, tokens)), "in the table of the report and in the plan too"
+    assert forecast_values(made, 2**50, "starter", law) == forecast_values(made, tokens, "starter", None) == {}
 
 
 def test_d12_takes_about_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,12 +254,28 @@ def test_minutes_fix_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["seconds"] == pytest.approx(600 * 0.93, rel=0.01)
 
 
+def test_steps_beside_minutes_are_of_the_batch_of_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in base_train."""
+    flags = [*H100, "--depth=24", "--num-iterations=100"]
+    assert planned(flags, capsys)["total_batch_size"] == 2**20
+    result = planned([*flags, "--minutes=30"], capsys)
+    assert (result["steps"], result["total_batch_size"]) == (100, 2**19)
+
+
 def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--depth=40", "--gpu=3090", "--num-iterations=1"]
     result = planned(flags, capsys)
     assert not result["fits"] and result["device_batch_size"] == 1 and "1 row" in " ".join(result["assumptions"])
     plan.main(flags)
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("context", "rows"), [(2048, 32), (1024, 64)])
+def test_no_more_rows_than_training_begins_with(context: int, rows: int, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--depth=12", "--gpu=h200", f"--max-seq-len={context}"]
+    assert planned(flags, capsys)["device_batch_size"] == rows
+    runtime = Runtime(torch.device("cuda"), torch.bfloat16, "test", seed=0)
+    assert choose_device_batch(-1, 2**10, context, runtime) == rows
 
 
 def test_device_batch_and_price_flags(capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,6 +298,8 @@ def test_rows_divide_the_step(step_rows: int, max_rows: int | None, chosen: int)
         (["--gpu=h100", "--num-gpus=0"], "--num-gpus"),
         (["--num-gpus=1000"], "--num-gpus=1000"),
         (["--gpu=h100", "--depth=0"], "--depth"),
+        (["--gpu=h100", "--depth=-1", "--minutes=30"], "--gpu"),
+        (["--depth=-1"], "--minutes"),
         (["--gpu=h100", "--n-embd=100"], "--head-dim"),
         (["--gpu=h100", "--recipe=new"], "--recipe"),
         (["--gpu=h100", "--max-seq-len=0"], "--max-seq-len"),
@@ -358,10 +379,32 @@ def test_a_model_too_slow_to_measure_is_scaled_up(monkeypatch: pytest.MonkeyPatc
     assert "40%" in pace.source and pace.token_seconds == pytest.approx(estimate(config)[0] / 400)
 
 
-def test_available_memory(tmp_path: Path) -> None:
+def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2048 kB\n")
     assert measured.available_memory(str(tmp_path / "meminfo")) == 2**21
     assert measured.available_memory(str(tmp_path / "none")) > 2**20
+    (tmp_path / "other").write_text("MemTotal: 9 kB\n")
+    assert measured.available_memory(str(tmp_path / "other")) > 2**20
+    monkeypatch.setattr(measured, "memory_bytes", lambda: 2**20)  # the limit of a container
+    assert measured.available_memory(str(tmp_path / "meminfo")) == 2**20
+
+
+def test_a_known_gpu_of_this_machine_has_its_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**37))
+    gpu = measured.this_machine(Runtime(torch.device("cuda"), torch.bfloat16, "test", seed=0))
+    assert gpu.dollars_per_hour == GPUS["h100"].dollars_per_hour and gpu.memory_bytes == 2**36
+
+
+def test_the_machine_is_measured_once_to_choose_a_depth(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks = []
+    monkeypatch.setattr(measured, "reference_peak", lambda runtime: peaks.append(1e12) or (1e12, "test"))
+    for module in (measured, plan):
+        monkeypatch.setattr(module, "measure_pace", lambda *given: Pace(1e-3, 0.01, "test"))
+    result = planned(["--depth=-1", "--minutes=1", "--max-seq-len=64", "--vocab-size=300"], capsys)
+    assert result["model_config"]["n_layer"] >= 2 and len(peaks) == 3
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -504,7 +547,7 @@ def test_fit_recovers_the_law(seed: int) -> None:
     far = 6.4e8, 1.2e10  # ten times the largest model
     assert law.loss(*far) == pytest.approx(TRUE.loss(*far), rel=0.01)
     error = law.loss_error(*far)
-    assert error is not None and abs(law.loss(*far) - TRUE.loss(*far)) < 4 * error < 0.2
+    assert abs(law.loss(*far) - TRUE.loss(*far)) < 4 * error < 0.2
     assert 0 < law.errors["alpha"] < 0.05
 
 

@@ -144,6 +144,27 @@ def test_sky(tmp_path: Path) -> None:
     assert launched(said.splitlines()) == WANTED
 
 
+def test_runcpu_reads_minutes_and_folders_as_they_are_written(tmp_path: Path) -> None:
+    """Minutes with leading zeros; and a run that was begun in a folder with brackets keeps its own minutes."""
+    record = f'[[ "$2" = print* ]] && exec {sys.executable} "$@"; echo "$*" >> {tmp_path}/commands'
+    program(tmp_path / ".venv" / "bin" / "python", record)
+    (tmp_path / ".venv" / "bin" / "activate").write_text(f"PATH={tmp_path}/.venv/bin:$PATH\n")
+    shutil.copytree(RUNS, tmp_path / "runs")
+    base = tmp_path / "models [old]"
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base)}
+
+    def minutes(flag: str) -> str:
+        command = ["bash", tmp_path / "runs" / "runcpu.sh", flag]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        return (base / ".done" / "minutes").read_text().strip()
+
+    assert minutes("--minutes=010") == "10.0"
+    assert "--minutes=3.6" in (tmp_path / "commands").read_text()
+    assert minutes("--minutes=20") == "20.0", "nothing was saved"
+    (base / "base_checkpoints" / "cpu" / "000500").mkdir(parents=True)
+    assert minutes("--minutes=40") == "20.0"
+
+
 @pytest.mark.parametrize(
     ("script", "preset", "depths"),
     [

@@ -22,7 +22,7 @@ from nanochat.reporting.compare import compare_metric, read_run
 from nanochat.reporting.curves import Curve, curves_of, last_of_each, read_metrics, smooth, sparkline, thin
 from nanochat.reporting.samples import Part, answer_parts, sample_groups
 from nanochat.reporting.scales import Scale, horizontal_scales, vertical_scale
-from nanochat.reporting.view import STAGES, facts_of, headline, mixed_runs, skill_groups, stages_of, wilson_interval
+from nanochat.reporting.view import STAGES, facts_of, headline, mixed_stages, skill_groups, stages_of, wilson_interval
 from nanochat.scaling import describe, estimate, make_plan, ngram_share, reported_params
 from scripts.report import main
 
@@ -241,7 +241,7 @@ def test_parameters_in_the_table_of_n_grams_are_named(tmp_path: Path) -> None:
 
 def test_stages_of_different_models_get_a_note(tmp_path: Path) -> None:
     def notes() -> list[str]:
-        found = mixed_runs(load_report(tmp_path))
+        found = list(mixed_stages(load_report(tmp_path)).values())
         assert all(note in Page(html_of(tmp_path)).text for note in found)
         return found
 
@@ -259,10 +259,10 @@ def test_stages_of_different_models_get_a_note(tmp_path: Path) -> None:
     assert_one_note("Base model", "d6", "Pretraining", "d4")
     report = load_report(tmp_path)
     report["base_eval"]["model"], report["chat_sft"]["finished_at"] = "d4", "2025-01-01T00:00:00+00:00"
-    (note,) = mixed_runs(report)
+    (note,) = mixed_stages(report).values()
     assert "Supervised finetuning" in note and "older" in note and "Pretraining" in note
     del report["chat_sft"]["finished_at"]  # under way
-    assert not mixed_runs(report)
+    assert not mixed_stages(report)
     record_stage(tmp_path, "base_eval", {"model": "d4"})
     talk = {"metrics": "chatsft_checkpoints/talk/metrics.jsonl", "started_from": "d4"}
     record_stage(tmp_path, "chat_sft", talk)  # a name of its own
@@ -441,11 +441,18 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     page = Page(text)
     assert "+0.2500" in page.text and "b<i>" in page.text and "i" not in page.tags - {"i"} and "<b>" not in page.text
     assert "seed" in page.text and "depth" not in page.text and text.count('<svg class="chart"') == 3
-    assert "refresh" not in text
     (tmp_path / "base_checkpoints" / "a" / "plan.json").write_text(json.dumps({"num_steps": 200, "user_config": {}}))
     assert main(["--base-dir", str(tmp_path), "--compare", "a", "b<i>"]) == 0
-    assert "refresh" in (tmp_path / "report" / "compare.html").read_text()  # run a has not finished
-    for wrong, expected in ((["a"], "--compare d4 d4.old1"), (["a", "nobody"], "nobody.*a, b<i>")):
+    text = (tmp_path / "report" / "compare.html").read_text()
+    assert "refresh" not in text, "run a has not finished, but nothing draws the page again"
+    tuned = tmp_path / "chatsft_checkpoints" / "talk" / "metrics.jsonl"
+    tuned.parent.mkdir(parents=True)
+    tuned.touch()
+    for wrong, expected in (
+        (["a"], "--compare d4 d4.old1"),
+        (["a", "nobody"], "nobody.*a, b<i>"),
+        (["a", "sft/nobody"], "chatsft_checkpoints: talk;"),
+    ):
         with pytest.raises(UserError, match=expected):
             main(["--base-dir", str(tmp_path), "--compare", *wrong])
 
@@ -499,16 +506,18 @@ def test_answers_are_marked_and_tool_calls_are_told_apart(tmp_path: Path) -> Non
     assert answer_parts(call) == [Part("so"), Part("1+2", True, "3"), Part("3")]
     assert answer_parts("a<|python_start|>1+") == [Part("a"), Part("1+", True, None)] and answer_parts("") == []
     samples = [{"task": task, "prompt": f"{task}{i}", "text": call, "right": i > 0} for task in "AB" for i in range(3)]
+    later = {"task": "A", "prompt": "A9", "text": "new", "right": True}  # asked after RL alone
     record_stage(tmp_path, "chat_eval", {"samples": samples})
-    record_stage(tmp_path, "chat_eval_rl", {"samples": [{**samples[0], "text": "long " * 200, "right": True}]})
+    record_stage(tmp_path, "chat_eval_rl", {"samples": [{**samples[0], "text": "long " * 200, "right": True}, later]})
     (group,) = sample_groups(load_report(tmp_path))
-    assert [question.prompt for question in group.shown] == ["A0", "B0"] and len(group.folded) == 4
+    assert [question.prompt for question in group.shown] == ["A0", "B0"] and len(group.folded) == 5
     assert [answer and answer.right for answer in group.questions[0].answers] == [False, True]
     assert group.questions[1].answers[1] is None
     page = Page(html_of(tmp_path))
     assert "1+2 → 3" in page.text and "python_start" not in page.text and "✗ wrong" in page.text
     markdown = (tmp_path / "report" / "report.md").read_text()
     assert "✗ so[1+2 → 3]3" in markdown and "✓ long" in markdown
+    assert "\nafter RL: ✓ new\n" in markdown
 
 
 def test_stages_stand_in_order_of_time(tmp_path: Path) -> None:

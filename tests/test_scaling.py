@@ -44,6 +44,14 @@ def test_precedence_of_horizons() -> None:
         plan(D24, num_iterations=0)
 
 
+def test_small_ratios_are_planned_and_an_unset_one_is_the_reference() -> None:
+    assert plan(D24, target_param_data_ratio=0.05, total_batch_size=2**12).tokens_per_param == pytest.approx(
+        0.05, rel=0.01
+    )
+    flags = {"target_flops": 1e19, "decay_by_horizon": True}
+    assert plan(D24, target_param_data_ratio=-1, **flags) == plan(D24, **flags)
+
+
 def test_batch_and_rates() -> None:
     assert optimal_batch_tokens(1e9, 1e9) == 2**19
     assert optimal_batch_tokens(8e9, 1e9) == 2**20  # 8^0.383 = 2.2

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ from stubs import TINY
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.planning.fit import fit_law
-from nanochat.planning.hardware import Pace
+from nanochat.planning.hardware import Gpu, Pace
 from nanochat.planning.isoflop import Run, best_sizes, lowest_point, parabola
 from nanochat.planning.law import Law
 from nanochat.runtime import Runtime
 from nanochat.train import pace
-from scripts.fit_law import main
+from scripts.fit_law import law_for, main, read_runs
 
 N0, D0, POWER = 1e8, 2e8, 0.14  # loss = (N0 / N + D0 / D)^POWER
 
@@ -84,6 +85,7 @@ def test_fit_law_reads_finished_runs(copied: Path, capsys: pytest.CaptureFixture
     assert len(rows) == 9 and all(float(r["flops"]) > 0 and float(r["bpb"]) > 0 for r in rows)
     law = Law.load(out / "law.json")
     assert law is not None and len(law.points) == 9 and json.loads((out / "fit.json").read_text())["errors"]
+    assert law.corpus == str(copied / "text.jsonl")
     main(["--runs=law_1_*", "--no-fit", f"--out={out}"])
     assert (out / "miniseries.svg").read_text().startswith("<?xml")
     capsys.readouterr()
@@ -94,6 +96,20 @@ def test_fit_law_reads_finished_runs(copied: Path, capsys: pytest.CaptureFixture
     base_train.main([*flags, text, "--depth=1", "--recipe=later", "--num-iterations=1", "--model-tag=law_other"])
     with pytest.raises(UserError, match=r"later, small.*--recipe"):
         main(["--runs=law_*"])
+
+
+def test_a_study_is_of_the_text_that_was_found_without_data(copied: Path) -> None:
+    from scripts import base_train
+
+    assert base_train.main([*TINY, "--model-tag=found"]) == 0
+    runs, corpus = read_runs(copied, "found")
+    assert corpus == "starter" and law_for(runs, corpus) == Law.load()
+
+
+def test_forecasts_are_drawn_only_where_the_law_knows_the_text_and_the_size() -> None:
+    law, (run,) = Law.load(), runs_of_a_known_law(noise=0.0)[:1]
+    assert law and law_for([run], law.corpus) == law and law_for([run], "climbmix") is None
+    assert law_for([run, replace(run, tokens=10**13)], law.corpus) is None
 
 
 def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,17 +126,21 @@ def test_the_depth_for_the_minutes(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         within.add(seconds)
         return Pace(pace.estimate(config)[0] / speed, update_seconds, "test")
 
-    monkeypatch.setattr(pace, "this_machine", lambda runtime: None)
     monkeypatch.setattr(pace, "measure_pace", measure)
     runtime = Runtime.create("cpu")
-    chosen = [pace.best_depth(minutes, 4096, of_depth, law, runtime).key for minutes in (0.1, 30, 600)]
+    gpu = Gpu("", 1e12, 1e12, None, 0.0, None)
+    chosen = [pace.best_depth(minutes, 4096, of_depth, law, gpu, runtime).key for minutes in (0.1, 30, 600)]
     assert chosen == sorted(chosen) and chosen[0] == 2 < chosen[1] < chosen[-1]
     assert within == {0.06, 18.0, 20.0}
     speed, update_seconds = 1e10, 0.1
     monkeypatch.setattr(pace.CoreWatch, "share", lambda watch: 0.0)
     capsys.readouterr()
-    assert pace.best_depth(300, 4096, of_depth, law, runtime).key == chosen[1]
+    assert pace.best_depth(300, 4096, of_depth, law, gpu, runtime).key == chosen[1]
     assert "OMP_WAIT_POLICY" not in capsys.readouterr().err
     monkeypatch.setattr(pace.CoreWatch, "share", lambda watch: 0.9)
-    pace.best_depth(300, 4096, of_depth, law, runtime)
+    pace.best_depth(300, 4096, of_depth, law, gpu, runtime)
     assert "OMP_WAIT_POLICY" in capsys.readouterr().err
+    tokens: list[int] = []
+    monkeypatch.setattr(Pace, "step_seconds", lambda self, own: tokens.append(own) or 1.0)
+    pace.best_depth(300, 3 * 512, of_depth, law, gpu, runtime, ranks=2)
+    assert set(tokens) == {2 * 512}, "ranks share whole rows"

@@ -23,6 +23,7 @@ from nanochat.checkpoint_manager import open_checkpoint
 from nanochat.common import UserError
 from nanochat.common.files import read_json
 from nanochat.dataloader import ConversationLoader
+from nanochat.report import load_report
 from nanochat.runtime import Runtime
 from nanochat.train import pretraining
 from nanochat.train.deadline import Deadline
@@ -53,6 +54,9 @@ def test_init_from_copies_the_weights_and_resuming_does_not_need_the_source(copi
     assert base_train.main(["--model-tag=next", "--resume-from-step=1", "--eval-tokens=64", data]) == 0
     step = copied / "base_checkpoints" / "next" / "000001"
     assert base_train.main([*TINY, data, "--model-tag=third", f"--init-from={step}"]) == 0
+    values = load_report(copied)["base_train"]  # the law knows no model that was trained before
+    assert values["forecast"] == {} and "bpb" not in values["longer"] and values["val_bpb"] > 0
+    assert [row[""] for row in values["tables"]["Plan and outcome"]] == ["steps", "tokens"]
 
 
 def test_a_horizon_that_does_not_count_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,7 @@ class Fields(TypedDict):
     progress: NotRequired[dict[str, Number]]  # of Progress
     runtime: NotRequired[RuntimeSettings]
     user_config: NotRequired[Flags]
+    corpus_name: NotRequired[str]  # of pretraining; what --data names, or found if it was left out
     recipe: NotRequired[str]  # of pretraining, with its default resolved; older runs have it in user_config alone
     base: NotRequired[SourceModel]
     before: NotRequired[dict[str, Number]]  # RL: the figures before the first step

@@ -43,16 +43,16 @@ class Choice(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """An expected loss with its standard error."""
+    """An expected loss with its standard error: of the law, and of how far single runs lie from it."""
 
     bpb: float
-    error: float | None
+    error: float
     basis: str
     extrapolation: float = 0.0  # training FLOPs relative to the largest run fitted
 
     def __str__(self) -> str:
         far = f", extrapolated {self.extrapolation:.2g} times" if self.extrapolation > WARN_EXTRAPOLATION else ""
-        return f"{self.bpb:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}") + far
+        return f"{self.bpb:.4f} ± {self.error:.4f}{far}"
 
 
 @dataclass
@@ -93,9 +93,9 @@ class Law:
         """Bits per byte of a model with n scaling parameters after d tokens."""
         return float(law_loss(np.array(self.parameters), n, d))
 
-    def loss_error(self, n: float, d: float) -> float | None:
-        """Standard error of `loss`, from the resamples; None without any."""
-        return float(np.std(law_loss(np.array(self.resamples), n, d))) if self.resamples else None
+    def loss_error(self, n: float, d: float) -> float:
+        """Standard error of `loss`, from the resamples; 0 without any."""
+        return float(np.std(law_loss(np.array(self.resamples), n, d))) if self.resamples else 0.0
 
     def forecast(self, n: float, d: float) -> Forecast:
         """The expected loss of a run, with the basis of the figure in words."""
@@ -103,7 +103,8 @@ class Law:
         basis = f"a law fitted to {len(self.points)} runs" + (f" on {self.corpus}" if self.corpus else "")
         if extrapolation > WARN_EXTRAPOLATION:
             basis += f"; this run is {extrapolation:.3g} times the largest of them, an extrapolation"
-        return Forecast(self.loss(n, d), self.loss_error(n, d), basis, extrapolation)
+        loss = self.loss(n, d)
+        return Forecast(loss, math.hypot(self.loss_error(n, d), self.scatter * loss), basis, extrapolation)
 
     def best(self, budget_flops: Callable[[int], float], candidates: Mapping[int, Candidate]) -> Choice:
         """The candidate with the lowest loss after `budget_flops(key)` training FLOPs each.

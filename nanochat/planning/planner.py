@@ -202,8 +202,8 @@ def assumptions(run: RunPlan) -> Iterator[str]:
         yield "memory: copies in fp8 are not counted"
     if not run.fits:
         yield (
-            f"memory: does not fit, even with {run.device_batch_size} row(s) per micro-batch; time and cost are for "
-            "the same GPU with more memory"
+            f"memory: {run.device_batch_size} row(s) per micro-batch do not fit; time and cost are for the same GPU "
+            "with more memory"
         )
     if run.gpu.dtype == "float16":
         yield f"dtype: {run.gpu.name} has no fast bfloat16; the figures are for NANOCHAT_DTYPE=float16"
@@ -214,7 +214,9 @@ def assumptions(run: RunPlan) -> Iterator[str]:
         yield f"loss: {run.forecast.basis}"
 
 
-def plan_and_outcome(plan: Plan, progress: Progress, minutes: float, corpus: str) -> list[dict[str, Any]]:
+def plan_and_outcome(
+    plan: Plan, progress: Progress, minutes: float, corpus: str, law: Law | None
+) -> list[dict[str, Any]]:
     """Planned and achieved figures, as rows of the report's table.
 
     Steps, tokens, the time if `minutes` was given, bits per byte if there is a law; one fitted to other text than
@@ -227,7 +229,6 @@ def plan_and_outcome(plan: Plan, progress: Progress, minutes: float, corpus: str
     if minutes > 0:
         seconds = max(process_age(), progress.wall_seconds)  # the latter counts earlier sessions too
         rows.append({"": "time", "planned": format_seconds(60 * minutes), "outcome": format_seconds(seconds)})
-    law = Law.load()
     if law and progress.val_bpb is not None:
         planned = "no forecast: too far beyond the runs fitted"
         if forecast := credible_forecast(law, plan):
@@ -236,23 +237,17 @@ def plan_and_outcome(plan: Plan, progress: Progress, minutes: float, corpus: str
     return rows
 
 
-def forecast_values(plan: Plan, tokens: float, corpus: str) -> dict[str, Any]:
+def forecast_values(plan: Plan, tokens: float, corpus: str, law: Law | None) -> dict[str, Any]:
     """The report's values of the loss that the law expects of the planned model after `tokens`.
 
     Empty without a law and too far beyond its runs; only the "text" the law was fitted to if that is not `corpus`.
     """
-    law = Law.load()
     if law is None or law.corpus != corpus:
         return {"text": law.corpus} if law else {}
     forecast = credible_forecast(law, plan, tokens)
     if forecast is None:
         return {}
-    return {
-        "text": law.corpus,
-        "bpb": forecast.bpb,
-        "error": math.hypot(forecast.error or 0.0, law.scatter * forecast.bpb),
-        "tokens": tokens,
-    }
+    return {"text": law.corpus, "bpb": forecast.bpb, "error": forecast.error, "tokens": tokens}
 
 
 def credible_forecast(law: Law | None, plan: Plan, tokens: float | None = None) -> Forecast | None:

@@ -27,10 +27,6 @@ class RunRecord:
     metrics: list[Record]  # lines of metrics.jsonl
     measured_on: Record  # what its validation set depends on, as far as it is known, see validation_set
 
-    @property
-    def done(self) -> bool:
-        return bool(self.metrics) and self.metrics[-1]["step"] >= self.num_steps
-
     def last_core(self) -> str | None:
         """The latest CORE, with what it is the mean of."""
         found = next((line for line in reversed(self.metrics) if is_number(line.get("core"))), None)
@@ -49,14 +45,15 @@ class RunRecord:
 def read_run(base_dir: Path, name: str) -> RunRecord:
     """The run `name`: a base run's tag, sft/TAG, rl/TAG, or the path of a run's folder."""
     kind, _, tag = name.rpartition("/")
-    path = base_dir / FOLDERS.get(kind or "base", kind) / tag
+    folder = base_dir / FOLDERS.get(kind or "base", kind)
+    path = folder / tag
     if not (path / "metrics.jsonl").is_file() and (Path(name) / "metrics.jsonl").is_file():
         path = Path(name)
     if not (path / "metrics.jsonl").is_file():
-        known = sorted(p.parent.name for p in (base_dir / FOLDERS["base"]).glob("*/metrics.jsonl"))
+        known = sorted(p.parent.name for p in folder.glob("*/metrics.jsonl"))
         raise UserError(
-            f"no run {name!r} in {path.parent}; base runs there: {', '.join(known) or 'none'}; "
-            "SFT and RL runs are sft/TAG and rl/TAG, or give a folder"
+            f"no run {name!r}; those in {folder}: {', '.join(known) or 'none'}; "
+            "base runs are named by their tag, SFT and RL runs sft/TAG and rl/TAG, others by their folder"
         )
     plan = read_object(path / "plan.json")
     saved = [meta for found in sorted(path.glob("[0-9]*/meta.json")) if (meta := read_object(found)).get("plan")]
@@ -97,7 +94,7 @@ def read_object(path: Path) -> Record:
 
 
 def write_comparison(base_dir: Path, names: Sequence[str]) -> Path:
-    """report/compare.html over these runs; returns its path. It reloads itself while one of them is running."""
+    """report/compare.html over these runs; returns its path."""
     if len(names) < 2:
         raise UserError("--compare takes at least two runs, such as --compare d4 d4.old1")
     if len(names) > MAX_RUNS:
@@ -148,7 +145,6 @@ def render_comparison(runs: Sequence[RunRecord]) -> str:
     names = [run.name for run in runs]
     return render(
         "compare.html.j2",
-        refresh=not all(run.done for run in runs),
         runs=names,
         outcome_columns=columns,
         outcomes=outcomes,

@@ -41,7 +41,7 @@ REFRESH_SECONDS = 15  # of a page that shows a running stage
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(template: str, *, refresh: bool, **values: Any) -> str:
+def render(template: str, *, refresh: bool = False, **values: Any) -> str:
     """The named template with these values; `refresh` makes the page reload itself."""
     return _environment().get_template(template).render(refresh=REFRESH_SECONDS if refresh else None, **values)
 

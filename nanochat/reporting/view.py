@@ -120,11 +120,6 @@ def run_of(values: Record) -> str:
     return str(values.get("model") or "") or (Path(values["metrics"]).parent.name if values.get("metrics") else "")
 
 
-def mixed_runs(report: Record) -> list[str]:
-    """The sentences of `mixed_stages`."""
-    return list(mixed_stages(report).values())
-
-
 def mixed_stages(report: Record) -> dict[str, str]:
     """A sentence for each stage, by its key, that belongs to another model than the stage before it."""
     found = {key: (title, values) for key, title, values in stages_of(report)}

@@ -55,8 +55,12 @@ def choose_device_batch(requested: int, rows: int, sequence_len: int, runtime: R
         runtime.print0(f"--device-batch-size={requested}: a step has {own} rows on each rank, so it is {own}")
     if requested > 0:
         return min(requested, own)
-    tokens = CPU_TOKENS if runtime.device.type == "cpu" else GPU_TOKENS
-    return max(1, min(own, tokens // sequence_len))
+    return min(own, usual_rows(runtime.device.type, sequence_len))
+
+
+def usual_rows(device_type: str, sequence_len: int) -> int:
+    """Rows per micro-batch that are enough for a device; more would not make it faster."""
+    return max(1, (CPU_TOKENS if device_type == "cpu" else GPU_TOKENS) // sequence_len)
 
 
 def random_batch(rows: int, T: int, vocab_size: int, runtime: Runtime, supervised: float = 1.0) -> Batch:

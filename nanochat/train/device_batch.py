@@ -25,7 +25,7 @@ from nanochat.train.step import TrainStep
 # Of the memory that is free for this process. The rest is for what no trial sees: NCCL's buffers and larger CUDA
 # contexts, other programs on the card, evaluation and samples, and fragmentation.
 USABLE_SHARE = 0.92
-OUT_OF_MEMORY, BROKEN = 1e30, 1e31  # stand for the bytes of a trial that failed, the second for another reason
+OUT_OF_MEMORY, BROKEN = 1e30, math.inf  # stand for the bytes of a trial that failed, the second for another reason
 
 
 def fit_device_batch(step: TrainStep, requested: int, row_tokens: Callable[[], int], saved: int | None = None) -> None:

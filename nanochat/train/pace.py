@@ -3,6 +3,7 @@
 Both are measured by training for a few seconds before the run.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,9 +13,10 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.planning.hardware import Gpu, Pace
+from nanochat.planning.hardware import Gpu, Pace, known_gpu
 from nanochat.planning.law import LAW_FILE, Candidate, Choice, Law
 from nanochat.planning.memory import memory_by_kind
+from nanochat.reporting.machine import memory_bytes
 from nanochat.runtime import Runtime, device_name
 from nanochat.scaling import REFERENCE_DEPTH, USUAL_SHARE_OF_PEAK, align_batch, estimate
 from nanochat.train.build import choose_device_batch, create_step, random_batch
@@ -34,13 +36,14 @@ def choose_depth(
     minutes: float,
     total_batch_size: int,
     config_of_depth: Callable[[int], GPTConfig],
+    gpu: Gpu,
     runtime: Runtime,
     ranks: int | None = None,
 ) -> Choice:
     """The depth with the lowest loss after `minutes` on this machine, by the fitted law; the same on all ranks.
 
-    `total_batch_size` is in tokens, -1 for the default of --minutes. A step is shared by `ranks`, by default those of
-    `runtime`. Raises UserError if there is no law.
+    `total_batch_size` is in tokens, -1 for the default of --minutes; `gpu` is this_machine(). A step is shared by
+    `ranks`, by default those of `runtime`. Raises UserError if there is no law.
     """
     law = Law.load()
     if law is None:
@@ -49,7 +52,7 @@ def choose_depth(
         )
     total = batch_for_minutes(runtime.device.type) if total_batch_size == -1 else total_batch_size
     total = align_batch(total, config_of_depth(2).sequence_len)
-    choice = best_depth(minutes, total, config_of_depth, law, runtime, ranks or runtime.world_size)
+    choice = best_depth(minutes, total, config_of_depth, law, gpu, runtime, ranks or runtime.world_size)
     return choice._replace(key=int(runtime.all_reduce_max(choice.key, "choosing the depth")))
 
 
@@ -58,14 +61,16 @@ def best_depth(
     batch_tokens: int,
     config_of_depth: Callable[[int], GPTConfig],
     law: Law,
+    gpu: Gpu,
     runtime: Runtime,
     ranks: int = 1,
 ) -> Choice:
     """The depth, from 2 to 12, with the lowest loss after `minutes` on this machine.
 
-    `batch_tokens` are per step, shared by `ranks`.
+    `batch_tokens` are per step, shared by `ranks` in whole rows.
     """
-    gpu, cores = this_machine(runtime), CoreWatch()
+    cores, T = CoreWatch(), config_of_depth(SHALLOWEST).sequence_len
+    own_tokens = math.ceil(batch_tokens / T / ranks) * T
     candidates = {depth: Candidate.of(config_of_depth(depth)) for depth in range(SHALLOWEST, REFERENCE_DEPTH + 1)}
     seconds = min(MEASURING_SECONDS, MEASURING_SHARE * 60 * minutes)
     pace0, pace1 = (measure_pace(config_of_depth(depth), gpu, runtime, seconds) for depth in PROBES)
@@ -86,8 +91,7 @@ def best_depth(
             pace1.token_seconds,
         )
         update = interpolate(model.params, probe0.params, probe1.params, pace0.update_seconds, pace1.update_seconds)
-        seconds = Pace(token, update, "").step_seconds(batch_tokens // ranks)
-        steps = steps_in(minutes, runtime.all_reduce_max(seconds, "timing a step"))
+        steps = steps_in(minutes, Pace(token, update, "").step_seconds(own_tokens))
         return steps * batch_tokens * model.flops_per_token
 
     return law.best(flops, candidates)
@@ -95,7 +99,7 @@ def best_depth(
 
 def this_machine(runtime: Runtime) -> Gpu:
     """This machine's device, with its peak from reference_peak. The same on all ranks."""
-    name = device_name(runtime.device)
+    name, known = device_name(runtime.device), known_gpu(runtime)
     if runtime.device.type == "cuda":
         memory = float(torch.cuda.mem_get_info(runtime.device)[0])
     else:
@@ -103,16 +107,18 @@ def this_machine(runtime: Runtime) -> Gpu:
     # Other work on the machine only lowers the peak; ranks must use the same one, as they go on to measure together.
     peak = runtime.all_reduce_max(max(reference_peak(runtime)[0] for _ in range(3)), "measuring the peak")
     memory = -runtime.all_reduce_max(-memory, "measuring the memory")
-    return Gpu(name, memory, peak, None, 0.0, None, str(runtime.dtype).removeprefix("torch."), runtime.device.type)
+    dollars, dtype = known.dollars_per_hour if known else None, str(runtime.dtype).removeprefix("torch.")
+    return Gpu(name, memory, peak, None, 0.0, dollars, dtype, runtime.device.type)
 
 
 def available_memory(path: str = "/proc/meminfo") -> float:
-    """Bytes of memory that programs can still allocate; all physical memory where the system does not say."""
+    """Bytes of memory that this process can still allocate; all it may use where the system does not say."""
+    most = float(memory_bytes())
     try:
         lines = Path(path).read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return min([most, *(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))])
+    except OSError:
+        return most
 
 
 def measure_pace(config: GPTConfig, gpu: Gpu, runtime: Runtime, within: float | None = None) -> Pace:

@@ -19,7 +19,7 @@ from nanochat.scaling import Plan, derive_sizes, make_plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.build import create_step, random_batch
 from nanochat.train.config import DataConfig, OnResume, TrainConfig
-from nanochat.train.pace import choose_depth
+from nanochat.train.pace import choose_depth, this_machine
 from nanochat.train.run import Run
 from nanochat.train.starting_model import read_source
 from nanochat.train.step import TrainStep
@@ -142,7 +142,7 @@ def new_network(config: PretrainConfig, tokenizer: RustBPETokenizer, runtime: Ru
         return config_of_depth(config.depth)
     if config.minutes <= 0:
         raise UserError("--depth=-1 derives the depth from --minutes: give --minutes, or a depth")
-    choice = choose_depth(config.minutes, config.total_batch_size, config_of_depth, runtime)
+    choice = choose_depth(config.minutes, config.total_batch_size, config_of_depth, this_machine(runtime), runtime)
     runtime.print0(
         f"{config.minutes:g} minutes on this machine suit depth {choice.key}: by the fitted law about "
         f"{format_count(choice.tokens)} tokens and {choice.loss:.3f} bits per byte"
