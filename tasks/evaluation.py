@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError, atomic_write, warn
-from nanochat.conversation import Conversation, Tokenizer
+from nanochat.conversation import Conversation, Tokenizer, plain_text
 from nanochat.data.batches import by_length
 from nanochat.engine import Engine
 from nanochat.evals.scoring import pad_rows
@@ -24,7 +24,7 @@ from nanochat.report import load_report
 from nanochat.reporting.curves import scoped
 from nanochat.reporting.view import wilson_interval
 from nanochat.runtime import Runtime
-from tasks.answers import number_after_marker, parse_number, reference_text, text_of
+from tasks.answers import number_after_marker, parse_number, reference_text
 from tasks.common import Task
 from tasks.registry import TASKS
 
@@ -311,7 +311,7 @@ def write_transcripts(path: Path, task: str, split: str, outcomes: Sequence[Outc
                 "task": task,
                 "split": split,
                 "index": outcome.index,
-                "question": "\n\n".join(text_of(m["content"]) for m in messages[:-1]),
+                "question": "\n\n".join(plain_text(m["content"]) for m in messages[:-1]),
                 "reference": messages[-1]["content"],
                 "right": outcome.num_right,
                 "answers": [asdict(sample) for sample in outcome.samples],
