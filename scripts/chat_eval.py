@@ -18,6 +18,7 @@ from nanochat.train.commands import command_line
 from scripts import _cli
 from tasks.common import Task
 from tasks.evaluation import (
+    CHATCORE,
     TABLE_COLUMNS,
     AskFlags,
     TaskScore,
@@ -42,14 +43,15 @@ class Config(_cli.ModelConfig):
     split: str = ""
     """Split of each task, such as validation; empty: the one that the task is meant to be evaluated on."""
     embedded_sample: bool = False
-    """Use only the few items of public benchmarks that are in the package: to try the code, not to report a score."""
+    """Use only the few items of public benchmarks that are in the package: to try the code, so the report gets no
+    figures."""
     max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"]), Range(1, unset=-1)] = 200
     """Items per task; -1 takes all."""
     num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(1)] = 1
     """Answers per item, with -t above 0; an item scores its share of right answers, and pass@k is reported too."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"]), Range(1)] = 32
     """Items decoded together."""
-    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"]), Range(1)] = 128
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"]), Range(1)] = 512
     """Longest answer."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"]), Range(0)] = 0.0
     """0 takes the most likely token."""
@@ -88,14 +90,16 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
     samples: list[dict[str, Any]] = []
     for name, task in tasks.items():
         split = getattr(task, "split", "") or config.split or TASKS[name].split
-        scores[name], outcomes = score_task(name, task, split, config.max_problems, engine, flags, runtime)
+        label = label_of(name, split, config)
+        scores[label], outcomes = score_task(name, task, split, config.max_problems, engine, flags, runtime)
         samples += [
-            {"task": name, "prompt": o.conversation["messages"][0]["content"], **asdict(o.samples[0])}
+            {"task": label, "prompt": o.conversation["messages"][0]["content"], **asdict(o.samples[0])}
             for o in outcomes[:3]
         ]
         suffix = f".rank{runtime.rank}" if runtime.world_size > 1 else ""
         if is_writable(base_dir):
-            write_transcripts(folder / f"{name}{suffix}.jsonl", name, split, outcomes)
+            file = label.replace(",", "").replace(" ", "_")
+            write_transcripts(folder / f"{file}{suffix}.jsonl", name, split, outcomes)
     if runtime.is_main:
         if is_writable(base_dir):
             say(f"every question and answer: {folder}")
@@ -106,22 +110,27 @@ def evaluate(config: Config, tasks: dict[str, Task], runtime: Runtime) -> int:
     return 0
 
 
+def label_of(name: str, split: str, config: Config) -> str:
+    """The task's name, with what keeps its figures from standing for the task: they stand beside those that do."""
+    notes = [split] if split != TASKS[name].split else []  # the model may have been trained on it
+    if config.num_samples > 1 or config.temperature > 0:
+        notes.append(f"{config.num_samples} x at temperature {config.temperature:g}")
+    if config.embedded_sample and not TASKS[name].starter:
+        notes.append("embedded sample")
+    return ", ".join([name, *notes])
+
+
 def report(
     config: Config, scores: dict[str, TaskScore], checkpoint: str, values: dict[str, Any], samples: list[dict[str, Any]]
 ) -> None:
     """Print the table and ChatCORE, and record them."""
     base_dir, stage = get_base_dir(to_write=False), STAGE[config.source]
-    # The model may have been trained on another split: no part of ChatCORE.
-    usual = all(config.split in ("", TASKS[name].split) for name in scores)
-    checkpoint += ("/sample" if config.embedded_sample else "") + ("" if usual else f"/{config.split}")
-    greedy = config.num_samples == 1 and config.temperature == 0
-    if not greedy:  # beside the greedy ones, not in their place
-        decoding = f"{config.num_samples} x at temperature {config.temperature:g}"
-        scores = {f"{name}, {decoding}": score for name, score in scores.items()}
-        samples = [sample | {"task": f"{sample['task']}, {decoding}"} for sample in samples]
     rows = [score.table_row(name) for name, score in scores.items()]
     columns = [*TABLE_COLUMNS, "of several answers"] if any(row[-1] for row in rows) else TABLE_COLUMNS
     print_table("", [row[: len(columns)] for row in rows], columns)
+    if config.embedded_sample:
+        say("of embedded samples, nothing is recorded in the report")
+        return
     results = {name: (score.right, score.total) for name, score in scores.items()}
     values = {
         **values,
@@ -134,8 +143,8 @@ def report(
     }
     shares = {name: score.shares for name, score in scores.items()}
     earlier, sizes = earlier_shares(base_dir, stage, checkpoint)
-    core = chat_core({**earlier, **shares}, {**sizes, **values["sizes"]})
-    if core and usual and greedy and not config.embedded_sample:
+    core = chat_core({**earlier, **shares}, {**sizes, **values["sizes"]}) if CHATCORE.keys() & scores.keys() else None
+    if core:
         say(core.describe())
         values |= core.report_values()
     record_stage(base_dir, stage, values)

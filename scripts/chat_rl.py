@@ -45,12 +45,12 @@ def train(config: Config, runtime: Runtime) -> int:
         plan = [
             ("tasks", ", ".join(task.name for tasks in levels for task in tasks)),
             ("answers per step", f"{config.examples_per_step} prompts x {config.num_samples}"),
-            ("steps", "as --minutes allows" if config.minutes > 0 and not run.planned_steps else f"{num_steps:,}"),
+            ("steps", "as --minutes allows" if config.ends_on_time else f"{num_steps:,}"),
         ]
         run.begin(num_steps, plan)
         evaluate_held_out = partial(evaluate, tasks=held_out, engine=engine, config=config, folder=folder)
         trainer.hooks = [
-            Hook(evaluate_held_out, config.eval_every, tokens=config.evaluation_tokens(runtime)),
+            Hook(evaluate_held_out, config.eval_every),
             Hook(SignalWatch(loader, runtime), 1),
         ]
         began = time.perf_counter()

@@ -65,7 +65,7 @@ def train(config: Config, runtime: Runtime) -> int:
         make_step = partial(build_step, config, start.base["recipe"], sizes, runtime=runtime)
         num_steps = run.planned_steps or find_horizon(config, make_step, model, data.loader, sizes, runtime)
         trainer = Trainer(make_step(model, num_steps), data.loader)
-        trainer.hooks = make_hooks(config, data.make_validation, tokenizer, runtime)
+        trainer.hooks = make_hooks(config, data.make_validation, data.held_out_tokens, tokenizer, runtime)
         plan = describe(data, sizes, num_steps, config.epochs)
         run.begin(num_steps, plan)
         run.shown = {

@@ -7,7 +7,7 @@ import re
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from nanochat.conversation import Conversation
+from nanochat.conversation import Conversation, plain_text
 from nanochat.inference.calculator import use_calculator
 
 OUTPUT_END = "<|output_end|>"
@@ -38,13 +38,6 @@ def calculator_call(expression: str, result: str | None = None) -> list[dict[str
     return [{"type": "python", "text": expression}, {"type": "python_output", "text": output}]
 
 
-def text_of(content: str | list[dict[str, str]]) -> str:
-    """The plain text of a message's content, without tool parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
-
-
 def reference_text(conversation: Conversation) -> str:
     """The reference answer: the text after the last tool output of the final assistant message."""
     content = conversation["messages"][-1]["content"]
@@ -52,14 +45,14 @@ def reference_text(conversation: Conversation) -> str:
     if isinstance(content, str):
         return content
     last_tool = max((i for i, part in enumerate(content) if part["type"] != "text"), default=-1)
-    return text_of(content[last_tool + 1 :])
+    return plain_text(content[last_tool + 1 :])
 
 
 def final_text(conversation: Conversation, completion: str) -> str:
     """The completion's text after its last tool output and before the end of the turn, without echoed questions."""
     text = completion.split(ASSISTANT_END, 1)[0].rsplit(OUTPUT_END, 1)[-1]
     for message in conversation["messages"]:
-        if message["role"] == "user" and (question := text_of(message["content"]).strip()):
+        if message["role"] == "user" and (question := plain_text(message["content"]).strip()):
             text = text.replace(question, " ")
     return text.strip()
 

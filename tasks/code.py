@@ -26,11 +26,6 @@ TIMEOUT_SECONDS = 2.0
 class Code(GeneratedTask):
     """Write a function `f`. The number n in the description decides the split: multiples of five are held out."""
 
-    def __init__(self, size: int = 1000, split: str = "train", *, sandbox: str = "", **kwargs: Any):
-        """`sandbox`: the level to run answers at; empty takes the strongest safe one."""
-        super().__init__(size, split, **kwargs)
-        self.sandbox = sandbox
-
     def get_example(self, index: int) -> Conversation:
         rng = self.rng(index)
         numbers = [n for n in range(2, 100) if (n % 5 == 0) == (self.split == "test")]
@@ -47,4 +42,4 @@ class Code(GeneratedTask):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the function passes its tests. Raises UserError if there is no sandbox."""
         program = extract_program(completion)
-        return "def f" in program and passes_tests(program, conversation["tests"], "f", TIMEOUT_SECONDS, self.sandbox)
+        return "def f" in program and passes_tests(program, conversation["tests"], "f", TIMEOUT_SECONDS)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError, atomic_write, warn
-from nanochat.conversation import Conversation, Tokenizer
+from nanochat.conversation import Conversation, Tokenizer, plain_text
 from nanochat.data.batches import by_length
 from nanochat.engine import Engine
 from nanochat.evals.scoring import pad_rows
@@ -24,7 +24,7 @@ from nanochat.report import load_report
 from nanochat.reporting.curves import scoped
 from nanochat.reporting.view import wilson_interval
 from nanochat.runtime import Runtime
-from tasks.answers import number_after_marker, parse_number, reference_text, text_of
+from tasks.answers import number_after_marker, parse_number, reference_text
 from tasks.common import Task
 from tasks.registry import TASKS
 
@@ -44,6 +44,7 @@ class Sample:
 
     text: str
     right: bool
+    cut: bool = False  # at the limit of tokens, before its end
 
 
 @dataclass
@@ -65,7 +66,7 @@ class AskFlags:
 
     num_samples: int = 1
     batch_size: int = 32
-    max_new_tokens: int = 128
+    max_new_tokens: int = 512
     temperature: float = 0.0
     top_k: int = 50
     seed: int = 42
@@ -144,6 +145,12 @@ def score_task(
     total = len(task) if max_items < 0 else min(max_items, len(task))
     rights, outcomes = ask_on_all_ranks(task, total, engine, flags, runtime)
     answers_per_item = 1 if task.eval_type == "categorical" else flags.num_samples
+    own = torch.tensor(sum(sample.cut for outcome in outcomes for sample in outcome.samples), device=runtime.device)
+    if cut := int(runtime.all_reduce_sum(own, "counting answers that were cut")):
+        runtime.warn0(
+            f"{name}: {cut} of {total * answers_per_item} answers were cut, by --max-new-tokens="
+            f"{flags.max_new_tokens} or the context, and are scored as they are"
+        )
     return TaskScore(split, len(task), rights, answers_per_item, guessing_accuracy(name, task)), outcomes
 
 
@@ -163,8 +170,10 @@ def sample_answers(
         GenerationRequest(tokenizer.render_for_completion(c), flags.max_new_tokens, sampling, n, first_index=item * n)
         for c, item in zip(conversations, items)
     ]
-    texts = [tokenizer.decode(sequence.tokens) for sequence in engine.complete(requests, flags.batch_size)]
-    samples = [Sample(text, bool(task.evaluate(conversations[i // n], text))) for i, text in enumerate(texts)]
+    samples = []
+    for i, sequence in enumerate(engine.complete(requests, flags.batch_size)):
+        text = tokenizer.decode(sequence.tokens)
+        samples.append(Sample(text, bool(task.evaluate(conversations[i // n], text)), sequence.end is None))
     return [samples[i * n : (i + 1) * n] for i in range(len(conversations))]
 
 
@@ -243,13 +252,14 @@ class ChatCore:
     high: float
     tasks: list[str]
     missing: list[str]
-    first: int  # items that were asked of the tasks that have more; 0 if all were
+    first: list[int]  # fewest and most items that were asked of tasks that have more; empty if all were
 
     @property
     def scope(self) -> str:
         """What the mean is of, if not of all of ChatCORE: `1 of 6 tasks: SpellingBee, first 200 items of each`."""
         tasks = f"{len(self.tasks)} of {len(CHATCORE)} tasks: {' '.join(self.tasks)}" if self.missing else ""
-        return ", ".join(part for part in (tasks, f"first {self.first} items of each" if self.first else "") if part)
+        first = f"first {' to '.join(map(str, self.first))} items of each" if self.first else ""
+        return ", ".join(part for part in (tasks, first) if part)
 
     def describe(self) -> str:
         return f"{scoped('ChatCORE', self.scope)} {self.value:.4f} (95% {self.low:.4f} to {self.high:.4f})"
@@ -281,7 +291,8 @@ def chat_core(
         values.append((item.mean() - chance) / (1 - chance))
     low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
     missing = [name for name in CHATCORE if name not in tasks]
-    first = max((len(shares[name]) for name in tasks if len(shares[name]) < (sizes or {}).get(name, 0)), default=0)
+    asked = {len(shares[name]) for name in tasks if len(shares[name]) < (sizes or {}).get(name, 0)}
+    first = sorted({min(asked), max(asked)}) if asked else []
     return ChatCore(float(np.mean(values)), float(low), float(high), tasks, missing, first)
 
 
@@ -311,7 +322,7 @@ def write_transcripts(path: Path, task: str, split: str, outcomes: Sequence[Outc
                 "task": task,
                 "split": split,
                 "index": outcome.index,
-                "question": "\n\n".join(text_of(m["content"]) for m in messages[:-1]),
+                "question": "\n\n".join(plain_text(m["content"]) for m in messages[:-1]),
                 "reference": messages[-1]["content"],
                 "right": outcome.num_right,
                 "answers": [asdict(sample) for sample in outcome.samples],

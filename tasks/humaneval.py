@@ -5,16 +5,12 @@ machine without a safe sandbox level.
 """
 
 import re
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from nanochat.conversation import Conversation
 from nanochat.execution import execute_code
 from tasks.answers import ASSISTANT_END, exchange
 from tasks.hub import HubTask
-
-Executor = Callable[[str], Any]
-"""Replaces the sandbox: runs a program that ends in its tests; returns True/False or an object with `success`."""
 
 TIMEOUT_SECONDS = 5.0
 
@@ -28,22 +24,19 @@ class HumanEval(HubTask):
     splits: ClassVar = {"openai_humaneval": ("test",)}
     columns = ("prompt", "canonical_solution", "test", "entry_point")
 
-    def __init__(self, split: str = "test", *, executor: Executor | None = None, sandbox: str = "", **kwargs: Any):
+    def __init__(self, split: str = "test", *, sandbox: str = "", **kwargs: Any):
         """`sandbox`: the level to run answers at; empty takes the strongest safe one."""
         super().__init__("openai_humaneval", split, **kwargs)
-        self.executor, self.sandbox = executor, sandbox
+        self.sandbox = sandbox
 
     def get_example(self, index: int) -> Conversation:
         row = self.rows[index]
         solution = row["prompt"] + row["canonical_solution"]
         return exchange(row["prompt"], solution, entry_point=row["entry_point"], test=row["test"])
 
-    def evaluate(self, conversation: Conversation, completion: str, executor: Executor | None = None) -> bool:
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completed function passes the problem's tests. Raises UserError if there is no sandbox."""
         program, tests = candidate_program(conversation, completion), tests_program(conversation)
-        if executor := executor or self.executor:
-            result = executor(f"{program}\n\n{tests}")
-            return bool(getattr(result, "success", result))
         return passes_tests(program, tests, conversation["entry_point"], TIMEOUT_SECONDS, self.sandbox)
 
     @staticmethod
@@ -51,7 +44,7 @@ class HumanEval(HubTask):
         return [row["prompt"], row["prompt"] + row["canonical_solution"]]
 
 
-def passes_tests(program: str, tests: str, entry_point: str, timeout: float, sandbox: str) -> bool:
+def passes_tests(program: str, tests: str, entry_point: str, timeout: float, sandbox: str = "") -> bool:
     """Run the tests against a program in the sandbox; `timeout` in seconds."""
     return execute_code(program, timeout, tests=tests, entry_point=entry_point, level=sandbox).success
 

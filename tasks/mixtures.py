@@ -12,7 +12,7 @@ from tasks.arithmetic import Arithmetic
 from tasks.common import Task, TaskSubset, permutation
 from tasks.customjson import NAMED, CustomJSON
 from tasks.gsm8k import GSM8K
-from tasks.hub import DatasetMissing
+from tasks.hub import DatasetMissing, HubTask
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
@@ -93,7 +93,7 @@ def open_source(name: str, passes: float, seed: int) -> Source:
         train, missing = published_mixture("train")
         val, missing_val = published_mixture("val")
         source = Source(name, passes, train, val, missing + [f"to validate on, {reason}" for reason in missing_val])
-        if not source.train or not source.val:
+        if not any(isinstance(part.task, HubTask) for part in train):
             reason = "set NANOCHAT_DATASETS_DIR to a mirror, or use --data=starter"
             raise UserError(f"--data={name}: no public data set is at hand: {reason}")
     else:

@@ -119,6 +119,11 @@ class SFTData:
         """Tokens of an epoch, without padding; an estimate for large data."""
         return sum(use.tokens * use.scale for use in self.parts)
 
+    @property
+    def held_out_tokens(self) -> float:
+        """The same of all held-out conversations."""
+        return sum(use.tokens * use.scale for use in self.held_out)
+
     def plan_rows(self) -> list[tuple[str, str]]:
         """What is used of each part, and of the held-out conversations, as rows of the plan."""
         total = sum(use.used for use in self.parts)

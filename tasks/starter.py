@@ -8,8 +8,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError
-from nanochat.conversation import Conversation
-from tasks.answers import final_text, text_of
+from nanochat.conversation import Conversation, plain_text
+from tasks.answers import final_text
 from tasks.common import Task, check_split
 from tasks.hub import starter_file
 
@@ -55,7 +55,7 @@ class Identity(Task):
         self.items = []
         for conversation in StarterChat(split, "identity", data_dir=data_dir):
             item = first_exchange(conversation)
-            question, answer = (text_of(message["content"]) for message in item["messages"][-2:])
+            question, answer = (plain_text(message["content"]) for message in item["messages"][-2:])
             # An answer without the name cannot be checked; a question with the name could be answered by echoing it.
             if NAME in answer.lower() and NAME not in question.lower() and normalize(question) not in seen:
                 seen.add(normalize(question))
@@ -93,4 +93,4 @@ def first_exchange(conversation: Conversation) -> Conversation:
 
 def normalize(question: str | list[dict[str, str]]) -> str:
     """Letters and digits only, lower case: `Who are you?` and `who are you` are the same question."""
-    return " ".join("".join(c if c.isalnum() else " " for c in text_of(question).casefold()).split())
+    return " ".join("".join(c if c.isalnum() else " " for c in plain_text(question).casefold()).split())

@@ -13,7 +13,7 @@ from stubs import TOKENIZER, stir
 
 from nanochat.evals.contamination import Index, words_of
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.report import record_stage
+from nanochat.report import load_report, record_stage
 from nanochat.runtime import Runtime
 from scripts import chat_eval, contamination
 from tasks import registry
@@ -89,6 +89,9 @@ def test_chatcore_is_centred_and_says_what_is_missing() -> None:
     assert perfect.describe().startswith("ChatCORE 1.0000")
     first = chat_core({name: [1.0] * 20 for name in CHATCORE}, dict.fromkeys(CHATCORE, 21))
     assert first is not None and first.describe().startswith("ChatCORE (first 20 items of each) 1.0000")
+    asked = {"MMLU": [1.0] * 20, "GSM8K": [1.0] * 50, "SpellingBee": [1.0] * 9}
+    several = chat_core(asked, {"MMLU": 99, "GSM8K": 99, "SpellingBee": 9})
+    assert several is not None and several.scope.endswith("first 20 to 50 items of each")
     alone = chat_core({"SpellingBee": [1.0] * 200}, {"SpellingBee": 256})
     assert alone is not None and "(1 of 6 tasks: SpellingBee, first 200 items of each)" in alone.describe()
     guessing = chat_core({"MMLU": [0.25] * 400, "GSM8K": [0.0] * 50, "Arithmetic": [1.0] * 9})
@@ -119,7 +122,9 @@ def test_results_of_earlier_commands_join_only_for_the_same_weights(tmp_path: Pa
 class Yes(Task):
     """Right answers hold the letter e."""
 
-    split = "test"
+    def __init__(self, split: str = "test") -> None:
+        super().__init__()
+        self.split = split
 
     def num_examples(self) -> int:
         return 5
@@ -150,23 +155,31 @@ def finetuned(copied: Path) -> Path:
 def test_chat_eval_writes_every_answer(
     finetuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(registry, "make_task", lambda name, split: Yes())
-    assert chat_eval.main(["-a", "GSM8K", "-n", "4", "-t", "1", "-m", "4", "-x", "3", "--device-type=cpu"]) == 0
-    said = capsys.readouterr().out
+    monkeypatch.setattr(registry, "make_task", lambda name, split: Yes(split or "test"))
+    flags = ["-a", "GSM8K", "-m", "4", "-x", "3", "--device-type=cpu"]
+    assert chat_eval.main([*flags, "-n", "4", "-t", "1"]) == 0
+    said, warned = capsys.readouterr()
     assert "pass@4" in said and "ChatCORE" not in said
-    lines = (finetuned / "chat_eval" / "sft_tiny_000001" / "GSM8K.jsonl").read_text().splitlines()
+    folder = finetuned / "chat_eval" / "sft_tiny_000001"
+    lines = (folder / "GSM8K_4_x_at_temperature_1.jsonl").read_text().splitlines()
     items = [json.loads(line) for line in lines]
+    cut = sum(answer["cut"] for item in items for answer in item["answers"])
+    assert cut > 0 and f"{cut} of 12 " in warned and "--max-new-tokens=4" in warned
     assert [item["index"] for item in items] == [0, 1, 2] and all(len(item["answers"]) == 4 for item in items)
     for item in items:
         assert item["right"] == sum("e" in a["text"] for a in item["answers"]) and item["question"].startswith("say")
-    assert chat_eval.main(["-a", "GSM8K", "-m", "4", "-x", "3", "--device-type=cpu"]) == 0
+    assert chat_eval.main(flags) == 0
     scope = "1 of 6 tasks: GSM8K, first 3 items of each"
     assert f"ChatCORE ({scope}) " in capsys.readouterr().out
+    assert chat_eval.main([*flags, "--split=validation"]) == 0
+    assert "ChatCORE" not in capsys.readouterr().out
+    assert len(list(folder.iterdir())) == 3 and (folder / "GSM8K_validation.jsonl").exists()
     report = json.loads((finetuned / "report" / "report.json").read_text())["chat_eval"]
-    sampled = "GSM8K, 4 x at temperature 1"
+    sampled, other = "GSM8K, 4 x at temperature 1", "GSM8K, validation"
     assert report["counts"][sampled][0] == pytest.approx(sum(item["right"] for item in items) / 4)
-    assert report["splits"] == {sampled: "test", "GSM8K": "test"} and "MMLU" in report["chatcore_missing"]
-    assert [sample["task"] for sample in report["samples"]] == [sampled] * 3 + ["GSM8K"] * 3
+    assert report["splits"] == {sampled: "test", "GSM8K": "test", other: "validation"}
+    assert "MMLU" in report["chatcore_missing"]
+    assert [sample["task"] for sample in report["samples"]] == [sampled] * 3 + ["GSM8K"] * 3 + [other] * 3
     assert report["chatcore_of"] == scope
     for page in ("report.md", "report.html"):
         assert f"ChatCORE ({scope})" in (finetuned / "report" / page).read_text()
@@ -199,6 +212,8 @@ def test_embedded_samples_run(finetuned: Path, capsys: pytest.CaptureFixture[str
         chat_eval.main(["-a", "GSM8K", "--split", "validation", "--device-type=cpu"])
     assert chat_eval.main(["-a", "GSM8K", "--embedded-sample", "-x", "2", "-m", "2", "--device-type=cpu"]) == 0
     assert "GSM8K" in capsys.readouterr().out
+    assert (finetuned / "chat_eval" / "sft_tiny_000001" / "GSM8K_embedded_sample.jsonl").exists()
+    assert "chat_eval" not in load_report(finetuned)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -505,7 +505,7 @@ def test_without_a_safe_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levels, "why_unavailable", why_unavailable.__wrapped__)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(UserError, match=r"bubblewrap.*Linux.*apt install bubblewrap"):
+    with pytest.raises(UserError, match=r"bubblewrap.*Linux.*apt install bubblewrap.*chat_eval.*--sandbox=unsafe"):
         execute_code("pass")
     with pytest.raises(UserError, match="apt install"):
         PythonSession()

@@ -72,5 +72,5 @@ def test_the_guide_is_short_and_names_what_there_is() -> None:
     text = (DEV / "NEW_SKILL.md").read_text(encoding="utf-8")
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (DEV / "new_skill").glob("*.py"))
     assert lines < 100
-    for name in ("tasks/registry.py", "tasks/mixtures.py", "nanochat/inference/tools.py"):
+    for name in ("tasks/registry.py", "tasks/mixtures.py"):
         assert name in text and (DEV.parent / name).exists()

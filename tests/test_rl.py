@@ -418,8 +418,11 @@ def test_a_run_whose_every_reward_is_0_says_so_in_log_and_report(
     common = ["--device-type=cpu", "--num-iterations=2"]
     assert chat_sft.main([f"--data={chats}", "--total-batch-size=16", "--eval-tokens=16", *common]) == 0
     sizes = ["--examples-per-step=2", "--num-samples=2", "--max-new-tokens=1", "--eval-examples=1", "--eval-samples=1"]
-    assert chat_rl.main(["--tasks=Identity", *sizes, *common]) == 0
+    capsys.readouterr()
+    assert chat_rl.main(["--tasks=Identity", "--minutes=9", *sizes, *common]) == 0
     output = capsys.readouterr()
+    assert "bpb" not in output.out
+    assert {"": "steps", "planned": "2"} in load_report(copied)["chat_rl"]["tables"]["Plan"]
     learnt = load_report(copied)["chat_rl"]["learnt"]
     assert "--max-new-tokens" in learnt and learnt in output.err
     last = next(line for line in reversed(output.out.splitlines()) if line.startswith("step 2/2"))

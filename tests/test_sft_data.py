@@ -26,12 +26,16 @@ from nanochat.conversation import render
 from nanochat.data.chat_formats import ANSWERS, LISTS, QUESTIONS, SYSTEMS, to_conversation
 from nanochat.data.listing import split_weight
 from nanochat.data.rendered import NO_ANSWER, TOO_LONG, TRUNCATED, WHOLE, render_row
+from nanochat.dataloader import ConversationLoader
 from nanochat.report import load_report
 from nanochat.reporting.console import print_conversation
+from nanochat.runtime import Runtime
+from nanochat.train.finetuning import make_hooks
 from nanochat.train.run import Run
 from scripts import chat_sft
 from tasks.customjson import CustomJSON
 from tasks.mixtures import PUBLISHED, open_sources
+from tasks.sft_data import open_sft_data
 
 SFT = ["--num-iterations=1", "--total-batch-size=32", "--eval-tokens=16", "--device-type=cpu"]
 
@@ -133,6 +137,8 @@ def test_an_answer_of_weight_0_is_context() -> None:
     assert sum(mask) == len("right") + 1
     messages[3]["weight"] = 0  # type: ignore[assignment]
     assert render_row(TOKENIZER, to_conversation(messages), 100).use == NO_ANSWER
+    messages[3] = chat("", "right" * 10)[1]
+    assert render_row(TOKENIZER, to_conversation(messages), 30).use == TOO_LONG
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -184,6 +190,15 @@ def test_files(name: str, write: Callable[[Path, list[Any]], None], tmp_path: Pa
     task = CustomJSON(tmp_path / name)
     assert [conversation["messages"] for conversation in task] == numbered(5)
     assert all(name in task.place(i) for i in range(5))
+
+
+def test_a_column_of_weights_gives_every_message_one(tmp_path: Path, base: Path) -> None:
+    """Null where a row has none: such messages may be merged as those without the field."""
+    weighted = [HI[0], HI[1] | {"weight": 0}, *HI]
+    as_parquet(tmp_path / "a.parquet", [weighted, [*chat("Hi"), *chat("there"), HI[1]]])
+    task = CustomJSON(tmp_path / "a.parquet", strict=False)
+    assert not task.bad and len(task) == 2
+    assert [message["content"] for message in task[1]["messages"]] == ["Hi\n\nthere", "Ho"]
 
 
 def test_folders_globs_and_urls(tmp_path: Path, base: Path) -> None:
@@ -369,6 +384,14 @@ def test_published_parts_and_what_is_missing(
     assert table["GSM8K"]["passes"] == 2
 
 
+def test_published_needs_a_public_data_set(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other parts come with the package."""
+    monkeypatch.setenv("NANOCHAT_DATASETS_DIR", str(copied / "none"))
+    monkeypatch.setattr("tasks.hub.download_split", lambda *_: (None, "there is no network"))
+    with pytest.raises(UserError, match=r"NANOCHAT_DATASETS_DIR.*--data=starter"):
+        open_sources("published", seed=1)
+
+
 def data_file(folder: Path, split_name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{split_name}-00000-of-00001.parquet"
@@ -464,6 +487,24 @@ def test_uses(messages: list[Any], use: str) -> None:
     assert rendered.use == use
     assert (rendered.ids is None) == (use in (TOO_LONG, NO_ANSWER))
     assert rendered.ids is None or len(rendered.ids) <= 12
+
+
+def test_tokens_of_an_evaluation_are_those_there_are(tmp_path: Path, base: Path) -> None:
+    """Of the rows asked for, or of all rows of the held-out conversations, however many."""
+    runtime = Runtime.create("cpu")
+    data = open_sft_data(
+        open_sources(str(write_lines(tmp_path / "a.jsonl", numbered(60))), 1), TOKENIZER, runtime, 4, 32, 1, 1
+    )
+    loader = data.make_validation()
+    while loader.stats()["trained"] < len(loader.rendered.dataset):
+        loader.next_batch()
+    assert data.held_out_tokens == loader.stats()["tokens"]
+
+    held_out = [{"messages": chat("q", "a")} for _ in range(2_500)]  # of 7 tokens: 4 in a row of 33
+    make: Any = partial(ConversationLoader, held_out, TOKENIZER, sequence_len=32, rows_per_step=5)
+    for asked, tokens in ((320, 320), (2**20, 625 * 32)):
+        config = chat_sft.Config(eval_tokens=asked)
+        assert make_hooks(config, make, 2_500 * 7, TOKENIZER, runtime)[0].tokens == tokens  # type: ignore[arg-type]
 
 
 def test_what_is_left_out_is_in_plan_log_metrics_checkpoint_and_report(

@@ -316,9 +316,10 @@ def test_gsm8k_judges_the_number_after_the_marker(mirror: Path) -> None:
     assert not task.evaluate(task[0], "#### 1234<|python_start|>1<|python_end|><|output_start|>#### 1234<|output_end|>")
 
 
-def run_program(program: str) -> bool:
-    """An executor for programs that this file wrote itself."""
-    return subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, timeout=20).returncode == 0
+def run_program(program: str, tests: str, *_: Any) -> bool:
+    """passes_tests without a sandbox, for programs that this file wrote itself."""
+    command = [sys.executable, "-I", "-c", f"{program}\n\n{tests}"]
+    return subprocess.run(command, capture_output=True, timeout=20).returncode == 0
 
 
 def test_humaneval(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,16 +331,12 @@ def test_humaneval(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="not today"):
             task.evaluate(task[0], whole)
     body = HUMANEVAL_ROW["canonical_solution"]
-    assert task.evaluate(task[0], whole, run_program)
-    assert task.evaluate(task[0], body, run_program)  # goes on where the prompt stops
+    monkeypatch.setattr("tasks.humaneval.passes_tests", run_program)
+    assert task.evaluate(task[0], whole)
+    assert task.evaluate(task[0], body)  # goes on where the prompt stops
     redefined = f"Sure!\n```python\ndef root(n):\n{body}```\nThat is all."
-    assert HumanEval(executor=run_program).evaluate(task[0], redefined)
-    assert not task.evaluate(task[0], "    return 3\n", run_program)
-
-    class Verdict:
-        success = False
-
-    assert not task.evaluate(task[0], whole, lambda program: Verdict())
+    assert task.evaluate(task[0], redefined)
+    assert not task.evaluate(task[0], "    return 3\n")
     with pytest.raises(UserError, match="'train'"):
         HumanEval("train")
 

@@ -54,7 +54,7 @@ def to_conversation(row: Any) -> Conversation:
 def is_mergeable(message: Message) -> bool:
     """Whether messages such as this one may be merged, so that the roles alternate."""
     known = message.get("role") in ("system", "user", "assistant") and isinstance(message.get("content"), str | list)
-    return known and bool(message["content"] or message["role"] != "assistant") and "weight" not in message
+    return known and bool(message["content"] or message["role"] != "assistant") and message.get("weight") is None
 
 
 def is_message(value: Any) -> bool:

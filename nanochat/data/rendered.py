@@ -35,18 +35,19 @@ class Rendered(NamedTuple):
 def render_row(tokenizer: Tokenizer, conversation: Conversation, row_tokens: int) -> Rendered:
     """Render a conversation, without the last turns if it has more than `row_tokens` tokens.
 
-    TOO_LONG: not even the first exchange fits. NO_ANSWER: no token is the assistant's. Raises ValueError if it is not a
-    conversation.
+    TOO_LONG: the turns that fit have no answer to train on. NO_ANSWER: nor has the whole. Raises ValueError if it is
+    not a conversation.
     """
     ids, mask = render(tokenizer, conversation)
     use = WHOLE
+    if not any(mask):
+        return Rendered(None, NO_ANSWER)
     if len(ids) > row_tokens:
         shorter = truncate_turns(tokenizer, conversation, row_tokens)
-        if shorter is None:
-            return Rendered(None, TOO_LONG if any(mask) else NO_ANSWER)
-        (ids, mask), use = render(tokenizer, shorter), TRUNCATED
-    if not any(mask[1:]):
-        return Rendered(None, NO_ANSWER)
+        ids, mask = render(tokenizer, shorter) if shorter else ([], [])
+        if not any(mask):
+            return Rendered(None, TOO_LONG)
+        use = TRUNCATED
     signed = np.array(ids, np.int32)
     np.invert(signed, out=signed, where=np.array(mask) == 0)
     return Rendered(signed, use)

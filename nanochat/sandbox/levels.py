@@ -22,7 +22,7 @@ from nanochat.sandbox.wire import Gone, read_frame, write_frame
 SAFE_LEVELS = ("bubblewrap", "landlock")
 LEVELS = (*SAFE_LEVELS, "unsafe")
 START_TIMEOUT_SECONDS = 30.0
-INSTALL_HINT = "install bubblewrap (apt install bubblewrap), or choose level 'unsafe' explicitly"
+INSTALL_HINT = "install bubblewrap (apt install bubblewrap); chat_eval alone also takes --sandbox=unsafe"
 
 
 class Worker:

@@ -66,9 +66,6 @@ class FinetuneConfig(TrainConfig):
         return None if self.num_iterations > 0 or self.minutes > 0 else self.num_epochs
 
 
-FEW_HELD_OUT = 2_000  # held-out conversations: so few may be less than was asked for, and are counted
-
-
 class RowSizes(NamedTuple):
     """The shape of a global batch: `rows` rows of T tokens, over all ranks."""
 
@@ -134,16 +131,17 @@ def build_step(
 def make_hooks(
     config: FinetuneConfig,
     make_validation: Callable[[], ConversationLoader],
+    held_out_tokens: float,
     tokenizer: RustBPETokenizer,
     runtime: Runtime,
 ) -> list[Hook]:
     """Bits per byte on the assistant's tokens of held-out conversations, answers to the fixed questions, and counts of
-    the conversations read."""
+    the conversations read. `held_out_tokens`: what there is to evaluate, without padding."""
     validation = make_validation()
     T = validation.sequence_len
     steps = max(1, config.evaluation_tokens(runtime) // (validation.rows_per_step * T))
     rows = steps * validation.rows_per_step
-    if validation.size <= FEW_HELD_OUT:
+    if held_out_tokens < rows * T:  # it may end before what was asked for
         rows = min(rows, validation.num_rows())
     tokens = rows * T
 

@@ -43,7 +43,8 @@ class RLConfig(TrainConfig):
     """Separated by commas: WordProblems, GSM8K, Arithmetic, LetterCounting, Spelling, Identity, Unknown,
     Answerable (the questions of Unknown that can be answered), Format, Code."""
     num_epochs: Annotated[int, Range(1)] = 1
-    """Passes over the tasks' training items, unless --num-iterations or --minutes says otherwise."""
+    """As many prompts as the tasks have training items, times this, drawn at random; unless --num-iterations or
+    --minutes says otherwise."""
     examples_per_step: Annotated[int, Range(1)] = 16
     """Prompts in each step."""
     num_samples: Annotated[int, Range(2)] = 16
@@ -59,7 +60,8 @@ class RLConfig(TrainConfig):
     weight_decay: Annotated[float, Range(0)] = 0.0
     """Cautious decay of the matrices."""
     raise_at: Annotated[float, Range(above=0, max=1)] = 0.8
-    """Mean reward at which a task's next level joins."""
+    """Running mean of its rewards at which a level is passed: most prompts then come from the next. From the first step
+    on, 30% come from the next level and those passed."""
     eval_every: Annotated[int, Range(-1), OnResume.NEW] = 60
     """Steps between evaluations on held-out items; -1 only at the end. There is one before the first step."""
     eval_examples: Annotated[int, Range(1)] = 200
@@ -77,7 +79,7 @@ class RLConfig(TrainConfig):
 
 
 def find_horizon(config: RLConfig, items: int) -> int:
-    """Steps: as given, or a first guess for --minutes, or the epochs over all training items."""
+    """Steps: as given, or a first guess for --minutes, or the epochs."""
     if config.num_iterations > 0:
         return config.num_iterations
     return GUESSED_STEPS if config.minutes > 0 else max(1, items * config.num_epochs // config.examples_per_step)
