@@ -7,6 +7,7 @@ $BASE/report/report.json holds
   tokenizer, base_train, contamination, base_eval, chat_sft, chat_rl, chat_eval, chat_eval_rl: one object for each
     recorded stage, with any of
     seconds, finished_at (given, or when it was recorded), updated_at (while running), command, checkpoint, model
+    weights       SHA-256 of the file of weights that base_eval measured
     status        "running" until finished; progress: its terminal line; num_steps: by the plan as it is now
     stopped_early, stopped_by, not_finite   of a run that ended before its last step, and why
     resume_command, gentler_command         to resume it, to run it again with lower learning rates

@@ -98,6 +98,7 @@ def evaluate(config: Config, evaluations: list[str], runtime: Runtime) -> int:
         values |= {
             "model": subject.name,
             "step": subject.meta["step"],
+            "weights": subject.meta["weights"],
             **reported_params(subject.model.num_scaling_params()),
             "seconds": time.perf_counter() - started,
             "command": command_line("base_eval", config),

@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     tag, base_dir = config.model_tag or default_tag(config.path), get_base_dir()
     model = read_model(path, options)
-    folder = write_checkpoint(model, base_dir, tag, config.path)
+    origin = config.path if Path(config.path).exists() else f"hub:{config.path}@{path.name}"  # pull names it by commit
+    folder = write_checkpoint(model, base_dir, tag, origin)
     for line in describe(model, folder):
         say(visible(line))
     if parts := differences(model.config):

@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     base_dir = get_base_dir(to_write=False)
     folder = Path(config.path) if config.path else base_dir
     if not config.source and is_base_dir(folder):
-        show_runs(runs_of(folder), f"runs in {folder}", config.json)
+        show_runs(config, runs_of(folder), f"runs in {folder}")
         return 0
     if not config.source and not config.path:
         raise UserError(f"there are no runs in {base_dir} yet; give a path, or train: bash runs/runcpu.sh")
     paths = find_models(config.path, config.source, base_dir)
     if len(paths) > 1:
-        show_runs(runs_of(base_dir, config.path), f"runs named {config.path}: choose one with -i", config.json)
+        show_runs(config, runs_of(base_dir, config.path), f"runs named {config.path}: choose one with -i")
         return 0
     facts = describe(read_contents(paths[0], config.step, config.verify))
     if config.json:
@@ -60,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def show_runs(entries: list[dict[str, Any]], title: str, as_json: bool) -> None:
-    if as_json:
+def show_runs(config: Config, entries: list[dict[str, Any]], title: str) -> None:
+    if config.verify or config.step >= 0:
+        raise UserError("--verify and --step are for one run: name it by its tag and -i STAGE, or give its folder")
+    if config.json:
         say(json.dumps({"kind": "runs", "runs": entries}))
     else:
         print_table(title, overview_rows(entries), COLUMNS)

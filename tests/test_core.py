@@ -16,7 +16,7 @@ import pytest
 import torch
 from core_helpers import BOS, Letters, random_task, small_model, task, write_bundle
 
-from nanochat.common import UserError
+from nanochat.common import UserError, sha256_file
 from nanochat.core_eval import (
     TaskResult,
     centered,
@@ -534,6 +534,7 @@ def test_base_eval_writes_core(copied: Path, tmp_path: Path, capsys: pytest.Capt
     assert details["tasks"]["pick"]["items"] == 3 and details["examples"]["pick"]
     report = json.loads((copied / "report" / "report.json").read_text())["base_eval"]
     assert report["core"] == details["core_metric"] and report["counts"]["pronoun"][1] == 3
+    assert report["weights"] == sha256_file(copied / "base_checkpoints" / "tiny" / "000001" / "model.safetensors")
     for page in ("report.md", "report.html"):
         assert "CORE (3 tasks of another bundle, first 3 items of each)" in (copied / "report" / page).read_text()
     assert base_eval.main([*flags, "--core-mode=dclm", "--core-tasks=pick"]) == 0

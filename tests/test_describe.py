@@ -22,6 +22,7 @@ from nanochat.checkpoint.tensor_file import DTYPES, read_tensor, tensor_chunks, 
 from nanochat.common import UserError
 from nanochat.formats.hf_folder import write_hf
 from nanochat.formats.portable import PortableModel
+from nanochat.formats.training_data import OWN, STARTER
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inspection.describe import describe
 from nanochat.inspection.differences import compare
@@ -132,6 +133,14 @@ def test_another_run_of_the_same_name_is_not_its_origin(saved: Path, tmp_path: P
     os.utime(step_of(tmp_path) / "manifest.json", (2e9, 2e9))
     facts = describe(read_contents(step_of(tmp_path, "sft", 6)))
     assert facts["from"] == [{"stage": "base", "run": "tiny", "step": 40}]
+
+
+def test_a_long_list_of_files_is_own_data(saved: Path, tmp_path: Path) -> None:
+    start = {"source": "base", "tag": "tiny", "step": 40, "recipe": "small"}
+    save(tmp_path, "base", 40)
+    save(tmp_path, "sft", 6, base=start, user_config={"data": ",".join(f"chats-{i}.jsonl" for i in range(99))})
+    words = describe(read_contents(step_of(tmp_path, "sft", 6)))["training"]["licence"].split("; ")
+    assert [word.partition(" (")[0] for word in words if "data" in word] == [STARTER.short, OWN.short]
 
 
 def test_the_cache_and_the_windows(tmp_path: Path) -> None:
@@ -313,6 +322,25 @@ def test_other_configs_shapes_and_tokenizers(saved: Path, tmp_path: Path) -> Non
     assert tokenizer().decode_bytes([before]) == other_tokenizer().decode_bytes([before])
 
 
+def test_a_tokenizer_in_another_programs_file(saved: Path, tmp_path: Path) -> None:
+    ours, path = read_contents(step_of(saved) / "tokenizer.json"), tmp_path / "tokenizer.json"
+    write_hf(portable(plain()), tmp_path / "out", "float32")
+    content = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    path.write_text(json.dumps(content))
+    assert compare(ours, read_contents(path))["tokenizer"]["same"]
+
+    def differences(change: dict[str, Any]) -> Any:
+        path.write_text(json.dumps(content | change))
+        found = compare(ours, read_contents(path))["tokenizer"]
+        return found["same"], found["only_a"], found["only_b"], found["first"]
+
+    assert differences({"pre_tokenizer": None}) == (False, 0, 0, None)
+    model = {key: value for key, value in content["model"].items() if key != "type"}  # as of 2020
+    model["vocab"] = {f"{name}é" if id == 258 else name: id for name, id in model["vocab"].items()}
+    same, only_a, only_b, first = differences({"model": model})
+    assert (same, only_a, only_b, first["id"]) == (False, 1, 1, 258)
+
+
 def test_numbers_that_are_not_finite_and_rare_dtypes(tmp_path: Path) -> None:
     nan, inf = math.nan, math.inf
     base = {"nan": torch.tensor([nan, 1.0]), "inf": torch.tensor([inf, 1.0]), "empty": torch.zeros(0, 3)}
@@ -372,6 +400,8 @@ def test_info_prints(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert [(run["stage"], run["steps"]) for run in runs] == [("base", [20, 40]), ("sft", [6])]
     assert [run["newest"] for run in runs] == [False, True]
+    for flags in (["--verify"], ["-s", "20"], [str(saved), "--verify"], ["tiny", "--verify"], ["tiny", "-s", "20"]):
+        assert "-i" in refusal(lambda: info.main(flags))  # noqa: B023
     assert "nonesuch" in refusal(lambda: info.main(["nonesuch"]))
     assert "/none/such" in refusal(lambda: info.main(["/none/such"]))
 

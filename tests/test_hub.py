@@ -88,19 +88,21 @@ def test_a_private_repository_stays_private(hub: FakeHub, export: Path, capsys) 
 
 
 def test_the_next_push_says_what_it_replaces_and_deletes_what_would_be_loaded(hub, export: Path, capsys) -> None:
-    write(export, {"modeling_nanochat.py": b"code", "curves-base.png": b"png", "my.txt": b"notes"})
+    graphs = ("onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_quantized.onnx_data")
+    old = dict.fromkeys(("modeling_nanochat.py", "curves-base.png", *graphs), b"old")
+    write(export, {**old, "my.txt": b"notes"})
     push_to(hub, export)
-    for name in ("modeling_nanochat.py", "curves-base.png", "my.txt"):
+    for name in (*old, "my.txt"):
         (export / name).unlink()
     (export / "model.safetensors").write_bytes(WEIGHTS[::-1])
     capsys.readouterr()
     push_to(hub, export)
     files = hub.repos["alice/model"].files
     assert files["model.safetensors"] == WEIGHTS[::-1] and files["my.txt"] == b"notes"
-    assert "modeling_nanochat.py" not in files and "curves-base.png" not in files
+    assert not set(old) & set(files)
     assert len(hub.repos["alice/model"].commits) == 3
     said = capsys.readouterr().out
-    assert all(name in said for name in ("config.json", "model.safetensors", "modeling_nanochat.py", "curves-base.png"))
+    assert all(name in said for name in ("config.json", "model.safetensors", *old))
 
 
 def test_the_same_push_again_makes_no_commit(hub: FakeHub, export: Path) -> None:
@@ -274,6 +276,13 @@ def test_a_pull_takes_what_can_be_read_and_nothing_else(hub: FakeHub, model: Rep
     assert all(not p.is_symlink() and p.read_bytes() == model.files[p.name] for p in folder.iterdir())
     asked = len(hub.requests)
     assert pull_from(hub, tmp_path) == folder and len(hub.requests) == asked + 1  # only which commit is the newest
+
+
+def test_an_adapter_is_pulled_whole(hub: FakeHub, tmp_path: Path) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS}
+    hub.repos["alice/model"] = Repo()
+    hub.repos["alice/model"].add("first", {**files, "README.md": CARD, "training_args.bin": b"pickle"})
+    assert {p.name: p.read_bytes() for p in pull_from(hub, tmp_path).iterdir()} == files
 
 
 def test_a_pull_of_a_revision(hub: FakeHub, model: Repo, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from import_helpers import FORMS, encoding, make_model as make_published, write_
 from nanochat.checkpoint.tensor_file import read_tensors, tensor_chunks, write_file
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError
+from nanochat.formats.card_front import HUB_ORIGIN
 from nanochat.formats.mlx_folder import write_mlx
 from nanochat.formats.published import parse_assumed
 from nanochat.formats.read_model import Options, read_model
@@ -129,6 +130,10 @@ def test_what_cannot_be_known_is_said_and_can_be_given(tmp_path: Path) -> None:
     assumed = parse_assumed("rope_base=50000,qk_scale=1.1,short_window_divisor=4")
     config = read_model(folder, Options(assumed=assumed)).config
     assert (config.rope_base, config.qk_scale, config.short_window_divisor) == (50_000, 1.1, 4)
+    notes = read_model(folder, Options(assumed=parse_assumed("rope_base=50000,qk_scale=1.1"))).meta["notes"]
+    assert not any("50,000" in note or "1.1" in note for note in notes) and any("short window" in n for n in notes)
+    everything = parse_assumed("rope_base=50000,qk_scale=1,short_window_divisor=4,value_gate_scale=2")
+    assert read_model(folder, Options(assumed=everything)).meta["notes"] == []
     for bad in ("n_layer=3", "rope_base=big", "rope_base"):
         assert_one_line_error(lambda bad=bad: parse_assumed(bad), "--assume")
     state = make_published("published").state_dict()
@@ -227,9 +232,18 @@ def test_an_adapter_is_merged(tmp_path: Path) -> None:
     name = "transformer.h.1.mlp.c_fc.weight"
     torch.testing.assert_close(merged.state.pop(name), before.state.pop(name) + 2 * b @ a)
     assert_same_bits(merged.state, before.state)
-    for change in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"r": 8}):
+    for start in (True, False, None, "gaussian", "eva", "orthogonal"):
+        (adapter / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": start}))
+        assert not torch.equal(read_model(adapter, Options(base=out)).state[name], read_model(out).state[name])
+    starts = [
+        {"init_lora_weights": start} for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+    ]
+    others = [{"layer_replication": [[0, 2]]}, {"use_qalora": True}, {"alora_invocation_tokens": [5]}]
+    for change in (*starts, *others, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}):
         (adapter / "adapter_config.json").write_text(json.dumps(settings | change))
-        assert_one_line_error(lambda: read_model(adapter, Options(base=out)), "adapter")
+        assert_one_line_error(lambda: read_model(adapter, Options(base=out)), next(iter(change)), "merge_and_unload")
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"r": 8}))
+    assert_one_line_error(lambda: read_model(adapter, Options(base=out)), "adapter")
 
 
 def test_a_run_of_another_machine(base: Path, tmp_path: Path) -> None:
@@ -240,8 +254,20 @@ def test_a_run_of_another_machine(base: Path, tmp_path: Path) -> None:
         found = read_model(path)
         assert (found.source, found.meta["step"]) == ("base", 100)
         assert_same_bits(found.state, read_model(folder).state)
+    assert read_model(run / "000100", Options(step=100)).meta["step"] == 100
+    assert_one_line_error(lambda: read_model(run / "000100", Options(step=200)), "--step")
     assert_one_line_error(lambda: read_model(base), str(base))
     assert_one_line_error(lambda: read_model(tmp_path / "nothing"), "does not exist")
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export(make_model("class"), tmp_path / ("a" * 40))
+    monkeypatch.setattr("nanochat.formats.hub.pull", lambda *args: folder)
+    for path, origin in (("org/model", f"hub:org/model@{folder.name}"), (str(folder), str(folder))):
+        assert main([path]) == 0
+        meta = load_model("sft", "cpu", base_dir=base, model_tag=Path(path).name)[2]
+        assert meta["imported"]["from"] == origin
+        assert bool(HUB_ORIGIN.fullmatch(origin)) == (path == "org/model")
 
 
 def test_greedy_text_is_the_same(base: Path, tmp_path: Path) -> None:

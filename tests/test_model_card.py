@@ -23,6 +23,7 @@ from nanochat.formats.model_card import write_card
 from nanochat.formats.portable import PortableModel, read_run
 from nanochat.formats.training_data import (
     CONVERSATIONS,
+    EARLIER,
     GSM8K,
     OWN,
     OWN_DATA,
@@ -134,6 +135,9 @@ def test_a_base_model_has_no_chat(here: Path, tmp_path: Path) -> None:
     card = card_of(read_run(here, "base"), tmp_path / "out")
     assert "apply_chat_template" not in card and "(sft)" not in card
     assert front_of(card)["tags"] == ["nanochat"]
+    documented = (Path(__file__).parents[1] / "docs" / "portable.md").read_text()
+    (tested,) = re.findall(r"^\| transformers, .*?\| ([\d.]+) \|", documented, re.M)
+    assert f"transformers {tested}." in card
 
 
 def test_nothing_private_is_published(here: Path, tmp_path: Path) -> None:
@@ -157,7 +161,8 @@ def test_figures_are_of_this_very_checkpoint(here: Path, tmp_path: Path) -> None
     values = accuracy_values(results, {"ARC-Easy": 0.27, "SpellingBee": 0.0})
     values |= {"splits": {"ARC-Easy": "test"}, "chatcore": 0.0123, "model": TAG, "step": model.meta["step"]}
     record_stage(here, "chat_eval", {"checkpoint": checkpoint, **values})
-    record_stage(here, "base_eval", {"model": TAG, "step": 3, "core": 0.0456, "core_interval": [0.04, 0.05]})
+    base = {"model": TAG, "step": 3, "weights": read_run(here, "base").meta["weights"]}
+    record_stage(here, "base_eval", {**base, "core": 0.0456, "core_interval": [0.04, 0.05]})
     card = card_of(model, tmp_path / "out", CardOptions(name="alice/model"))
     assert table(card, "after finetuning")["Science, easy (ARC)"] == ["30.0%", "24.1% – 36.7%", "60/200", "27.0%"]
     assert "0.0123" in card and "0.0456 (95% 0.0400 to 0.0500)" in card
@@ -169,7 +174,7 @@ def test_figures_are_of_this_very_checkpoint(here: Path, tmp_path: Path) -> None
 
     for other in (f"{checkpoint}/validation", checkpoint[:-1] + "x", checkpoint.replace(TAG, "other")):
         record_stage(here, "chat_eval", {"checkpoint": other, **values})
-        record_stage(here, "base_eval", {"model": TAG, "step": 2, "core": 0.0456})
+        record_stage(here, "base_eval", {**base, "weights": "0" * 64, "core": 0.0456})
         card = card_of(model, tmp_path / "out")
         assert not table(card, "after finetuning") and "model-index" not in front_of(card) and "0.0456" not in card
 
@@ -249,6 +254,8 @@ def test_licences(here: Path, tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, str]]] = [
         ("", {}),
         ("apache-2.0", {"license": "apache-2.0"}),
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("MIT", {"license": "mit"}),
         ("My-Own-1", {"license": "other", "license_name": "my-own-1"}),
     ]
     for given, expected in cases:
@@ -266,6 +273,7 @@ def test_data_sets_and_licences() -> None:
     assert data_sets("sft", {"data": "starter,/home/me/x.jsonl:3"})[-1] is OWN
     assert GSM8K in data_sets("sft", {"data": "published:2"}) and data_sets("rl", {"tasks": "GSM8K"}) == [GSM8K]
     assert data_sets("base", {}) == [] and data_sets("base", {"data": "starter"}) == [STARTER]
+    assert data_sets("base", {"data": "starter", "init_from": "other"}) == [STARTER, EARLIER]
     known = {one for sets in (*TEXTS.values(), *CONVERSATIONS.values()) for one in sets}
     assert all(one.licence and one.language == "en" for one in known)
     attribution = (resources.files("nanochat") / "starter" / "ATTRIBUTION.md").read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UserError
-from nanochat.formats.portable import new_folder
+from nanochat.formats.portable import check_new, new_folder
 
 
 def write(out: Path, text: str = "whole") -> None:
@@ -66,6 +66,9 @@ def test_odd_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for out in (Path("."), Path(""), Path("/"), Path(".."), *map(tmp_path.joinpath, ("file", "file/out", "nowhere"))):
         with pytest.raises(UserError):
             write(out)
+    for name in ("file/model.gguf", "file/sub/model.gguf"):  # before a model is loaded
+        with pytest.raises(UserError):
+            check_new(tmp_path / name, is_file=True)
     for name in ("link", "taken"):
         with pytest.raises(UserError):
             write(tmp_path / name)

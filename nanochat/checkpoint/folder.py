@@ -42,6 +42,21 @@ def list_steps(run: Path) -> list[int]:
     return _complete_steps(run)
 
 
+def run_and_step(path: Path, step: int = -1) -> tuple[Path, int | None]:
+    """(the run's folder, the step to take of it or None for the latest) for the folder of a run or of one step.
+
+    Raises UserError for a step's folder that is not of `step`, or is not named by its step.
+    """
+    path = path.resolve()  # it may be "." or a link
+    if not (path / MANIFEST).exists() and (list_steps(path) or not path.name.isdigit()):
+        return path, None if step < 0 else step
+    if not path.name.isdigit():
+        raise UserError(f"{path} is a step's folder under another name; name it as its run did, such as 000120")
+    if 0 <= step != int(path.name):
+        raise UserError(f"{path} is step {int(path.name)}, not {step}; leave --step out, or give the run's folder")
+    return path.parent, int(path.name)
+
+
 def completed_ns(path: Path) -> int:
     """When a step was completed, in nanoseconds; 0 if its run is deleting it at this moment."""
     with contextlib.suppress(FileNotFoundError):

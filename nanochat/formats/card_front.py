@@ -36,7 +36,7 @@ HUB_ORIGIN = re.compile(r"hub:([\w.-]+/[\w.-]+)(@[0-9a-f]{40})?")  # of an impor
 class CardOptions:
     """What the export was asked for."""
 
-    licence: str = ""  # of the weights: an SPDX identifier as the hub writes it, or any name; "": not stated
+    licence: str = ""  # of the weights: an SPDX identifier or any name; "": not stated
     name: str = ""  # on the hub, if it is pushed there
     command: str = ""  # that made the export
 
@@ -53,12 +53,12 @@ def front_matter(
 
     sets = [one for stage in stages for one in stage.data()]
     known = bool(sets) and all(stage.data() for stage in stages) and all(one.language for one in sets)
-    licence, listed = options.licence, options.licence in LICENCES
+    licence = options.licence.lower()  # the hub's identifiers are those of SPDX in lower case
     results = evaluation_results(model.source, report)
     data = ModelCardData(
         language=sorted({one.language for one in sets}) if known else None,
-        license=(licence if listed else "other") if licence else None,
-        license_name=licence.lower() if licence and not listed else None,
+        license=(licence if licence in LICENCES else "other") if licence else None,
+        license_name=licence if licence and licence not in LICENCES else None,
         library_name="transformers.js" if route == "onnx" else "transformers",
         pipeline_tag="text-generation",
         tags=["nanochat", *(["conversational"] if model.is_chat else [])],

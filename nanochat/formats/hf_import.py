@@ -40,8 +40,14 @@ class Adapter(TypedDict):
     use_rslora: NotRequired[bool]
 
 
-NEUTRAL = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+NEUTRAL = (
+    *("use_dora", "use_qalora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"),
+    *("layer_replication", "alora_invocation_tokens"),
+)
 """Settings of an adapter that must be unset, as other formulas belong to them."""
+
+KEEP_BASE = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal")}
+"""Values of settings with which the base model stays as it is; others, such as pissa, change its weights."""
 
 
 def read_hf(folder: Path) -> PortableModel:
@@ -162,7 +168,11 @@ def read_adapter(folder: Path, base: Path | None) -> PortableModel:
     where = folder / ADAPTER_CONFIG
     raw = read_json(where, dict[str, Any], follow_links=False)
     settings = read_json(where, Adapter, follow_links=False, extra="ignore")
-    if other := [name for name in NEUTRAL if raw.get(name)] + ["bias"] * (raw.get("bias", "none") != "none"):
+    other = [name for name in NEUTRAL if raw.get(name)]
+    other += [
+        f"{name}={raw[name]!s:.40}" for name, known in KEEP_BASE.items() if name in raw and raw[name] not in known
+    ]
+    if other:
         raise UserError(f"{where}: {other[0]} is set, so merge it where it was trained: model.merge_and_unload()")
     model = read_hf(base)
     ours = {theirs: name for name, theirs in hf_code.names(model.config).items()}  # the other class's are among them

@@ -172,7 +172,7 @@ def keys_of(stage: Stage, report: Record, base_dir: Path) -> Iterator[str]:
         yield training
     values = report.get(evaluation) or {}
     if stage.name == "base":
-        same = (values.get("model"), values.get("step")) == (stage.tag, stage.step)
+        same = values.get("weights") == stage.weights
     else:
         same = values.get("checkpoint") == reported_name(stage)
     if same:

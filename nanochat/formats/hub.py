@@ -22,11 +22,11 @@ from nanochat.formats.published import MODEL_FILE
 # Files of an earlier push that the next one deletes where it does not replace them: other programs would load them.
 OURS = re.compile(
     r"model[\w.-]*\.safetensors|model\.safetensors\.index\.json|(modeling|configuration)_\w+\.py|curves-\w+\.png|"
-    r"generation_config\.json|chat_template\.jinja"
+    r"generation_config\.json|chat_template\.jinja|onnx/model(_quantized)?\.onnx(_data)?"
 )
 # What a pull takes: weights and plain data, at the top of the repository.
 READ = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|nanochat)\.json|"
+    r"(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|nanochat)\.json|"
     r"chat_template\.jinja|[\w.-]+\.safetensors|[\w.-]+\.safetensors\.index\.json"
 )
 

@@ -7,7 +7,6 @@ the user's own (training_data.py). Everything about the training may be missing,
 import re
 from collections.abc import Sequence
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,6 @@ def describe(model: PortableModel, stages: Sequence[Stage], report: Record) -> d
         "title": title_of(model),
         "summary": summary_of(model, stages),
         "is_chat": model.is_chat,
-        "tested": version_of("transformers"),
         "context": config.sequence_len,
         "facts": facts_of(model, stages),
         "figures": figures_of(stages, report),
@@ -243,11 +241,3 @@ def limits_of(model: PortableModel, seconds: float) -> list[str]:
             "not, and it goes on without the result."
         )
     return limits
-
-
-def version_of(package: str) -> str | None:
-    """The version that is installed here."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

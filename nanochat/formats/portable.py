@@ -54,6 +54,9 @@ def check_new(out: Path, is_file: bool = False) -> None:
     """Raise UserError if `out` exists: nothing is overwritten. A folder may be there if it is empty."""
     if out.is_symlink() or (out.exists() and (is_file or not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out} exists; choose another {'file' if is_file else 'folder'}, or delete it first")
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{above} is no folder; choose another place than {out}")
     if out.absolute() == Path.cwd():  # it is replaced: this program and the shell would be in a folder that is gone
         raise UserError(f"{out} is the current folder; name one inside it")
 

@@ -183,13 +183,13 @@ def infer_config(
 def assumptions(config: GPTConfig, saved: SavedConfig, assumed: Mapping[str, Any]) -> list[str]:
     """What the files do not say, in words."""
     version = "later" if config.init == "later" else "published" if config.value_embeds else "first"
-    unsure = {"RoPE base": ("rope_base", "{:,.0f}"), "scale of q and k": ("qk_scale", "{:g}")}
+    unsure = {"rope_base": f"RoPE base {config.rope_base:,.0f}", "qk_scale": f"scale of q and k {config.qk_scale:g}"}
     if "S" in config.window_pattern.upper():
-        unsure["short window"] = ("short_window", "{} tokens")
+        unsure["short_window_divisor"] = f"short window {config.short_window} tokens"
     if config.value_embeds:
-        unsure["value gate's factor"] = ("value_gate_scale", "{:g}")
-    values = [f"{word} {text.format(getattr(config, name))}" for word, (name, text) in unsure.items()]
-    notes = [f"taken as of the {version} version, which the files do not say: {', '.join(values)}"]
+        unsure["value_gate_scale"] = f"value gate's factor {config.value_gate_scale:g}"
+    values = [words for name, words in unsure.items() if name not in assumed]
+    notes = [f"taken as of the {version} version, which the files do not say: {', '.join(values)}"] if values else []
     if "window_pattern" not in saved and "window_pattern" not in assumed:
         notes.append("no window pattern was saved: full attention, as the published code reads such files")
     if config.init == "later" and not (config.smear and config.backout):

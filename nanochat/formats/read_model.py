@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint.folder import list_steps
+from nanochat.checkpoint.folder import list_steps, run_and_step
 from nanochat.checkpoint.manifest import MANIFEST
 from nanochat.checkpoint.runs import STAGE_OF_FOLDER
 from nanochat.checkpoint_manager import check_shapes, open_checkpoint
@@ -127,15 +127,10 @@ def read_tokenizer(path: Path) -> RustBPETokenizer:
 
 def read_own(path: Path, step: int) -> PortableModel:
     """A checkpoint of this nanochat, from another base folder: a run's folder, or that of one step."""
-    path = path.resolve()  # it may be "." or a link
-    run, number = (path, None if step < 0 else step)
-    if (path / MANIFEST).exists():
-        if not path.name.isdigit():
-            raise UserError(f"{path} is a checkpoint under another name; name it by its step again, such as 000120")
-        run, number = path.parent, int(path.name)
+    run, number = run_and_step(path, step)
     checkpoint = open_checkpoint(run, number, ("model.safetensors", "tokenizer.json"))
     config, tokenizer = checkpoint.model_config(), checkpoint.tokenizer()
-    stage = STAGE_OF_FOLDER.get(run.absolute().parent.name) or str(checkpoint.meta.get("stage"))
+    stage = STAGE_OF_FOLDER.get(run.parent.name) or str(checkpoint.meta.get("stage"))
     meta = dict(checkpoint.meta)
     if any(name.startswith("optimizer") for name in checkpoint.manifest.files):
         meta["notes"] = ["only the model is imported; to resume the run itself, copy its folder"]

@@ -35,6 +35,7 @@ GENERATED = DataSet("generated tasks", "arithmetic, spelling and word problems t
 IDENTITY = DataSet("identity", "nanochat's conversations about itself", "MIT")
 GSM8K = DataSet("GSM8K", "GSM8K", "MIT", "openai/gsm8k")
 OWN = DataSet("own data", "data of its author's own, not published", "not stated", language="")
+EARLIER = DataSet("data of an earlier run", "data of the earlier run that it started from", "not recorded", language="")
 
 TEXTS = {  # by the name after base_train's --data
     "starter": (STARTER,),
@@ -80,6 +81,8 @@ def data_sets(stage: str, flags: Mapping[str, Any]) -> list[DataSet]:
         known = TEXTS if stage == "base" else CONVERSATIONS
         for name in names_of(flags, known):
             found |= dict.fromkeys(known.get(name, (OWN,)))
+        if found and flags.get("init_from"):
+            found[EARLIER] = None
     return list(found)
 
 

@@ -11,7 +11,7 @@ from nanochat.formats.hf_tokenizer import read_tokenizer
 from nanochat.formats.parameters import padded_shape, parameter_shapes
 from nanochat.gpt_config import GPTConfig
 from nanochat.inspection.contents import Contents, TensorFacts, files_in, sizes_of, tensors_of
-from nanochat.inspection.tokenizer_facts import TokenizerFacts, facts_of, read_tokenizer_facts
+from nanochat.inspection.tokenizer_facts import TokenizerFacts, read_tokenizer_facts
 
 KINDS_OF_WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".onnx_data", ".pt", ".pth")
 SMALL_FILES = (".json", ".jinja", ".py", ".md", ".model", ".txt")
@@ -52,11 +52,11 @@ def read_huggingface(path: Path, step: int = -1, verify: bool = False) -> Conten
 
 
 def tokenizer_of(path: Path, found: Contents) -> TokenizerFacts:
-    """The folder's tokenizer, as one of ours where it can be read as such."""
+    """The folder's tokenizer; where its model is one of ours and the tokenizer is not, with a note."""
     facts = read_tokenizer_facts(path)
-    if found.route:
+    if found.route and not facts.hash:
         try:
-            facts = facts_of(read_tokenizer(path))
+            read_tokenizer(path)
         except UserError as error:
             found.notes.append(f"nanochat cannot use its tokenizer: {error}")
     return facts

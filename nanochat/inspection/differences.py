@@ -91,7 +91,7 @@ def compare_tokenizers(a: TokenizerFacts, b: TokenizerFacts) -> Record:
     one, two = a.tokens(), b.tokens()
     first = next((i for i, (x, y) in enumerate(zip(one, two)) if x != y), min(len(one), len(two)))
     pair = {key: shown(tokens[first]) if first < len(tokens) else None for key, tokens in (("a", one), ("b", two))}
-    same = one == two and not (a.hash and b.hash)  # the same tokens under another split pattern are another tokenizer
+    same = one == two and not (a.hash or b.hash)  # the same tokens under another split pattern are another tokenizer
     return {
         "same": same,
         "sizes": sizes,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint.folder import list_steps
+from nanochat.checkpoint.folder import list_steps, run_and_step
 from nanochat.checkpoint.manifest import MANIFEST
 from nanochat.checkpoint.runs import STAGE_OF_FOLDER
 from nanochat.checkpoint_manager import open_checkpoint
@@ -69,15 +69,8 @@ def is_run(path: Path) -> bool:
 
 def read_checkpoint(path: Path, step: int, verify: bool) -> Contents:
     """A step: the folder itself, or one of a run's."""
-    path = path.resolve()  # it may be "." or a link
-    if (path / MANIFEST).exists() or not list_steps(path):
-        if not path.name.isdigit():
-            raise UserError(f"{path} is a step's folder under another name; name it as its run did, such as 000120")
-        if step not in (-1, int(path.name)):
-            raise UserError(f"{path} is step {int(path.name)}, not {step}; leave --step out, or give the run's folder")
-        path, step = path.parent, int(path.name)
-    run = path
-    checkpoint = open_checkpoint(run, None if step < 0 else step, verify)
+    run, number = run_and_step(path, step)
+    checkpoint = open_checkpoint(run, number, verify)
     meta, manifest = checkpoint.meta, checkpoint.manifest
     found = Contents(
         "checkpoint",

@@ -1,15 +1,19 @@
 """What a tokenizer's file says: its vocabulary, special tokens and hash, and the tokens themselves to compare."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import NonNegativeInt
 from typing_extensions import TypedDict
 
 from nanochat.common import UserError
 from nanochat.common.files import check_value, read_json
+from nanochat.formats.bpe_merges import from_byte_level
+from nanochat.formats.hf_tokenizer import read_tokenizer
+from nanochat.formats.portable import part
 from nanochat.tokenizer import FORMAT, RustBPETokenizer
 
 
@@ -30,7 +34,7 @@ class AddedToken(TypedDict):
 
 
 class HFModel(TypedDict):
-    type: str
+    type: NotRequired[str]  # older files lack it
     vocab: dict[str, NonNegativeInt] | list[tuple[str, float]]
 
 
@@ -49,6 +53,8 @@ def read_tokenizer_facts(folder: Path) -> TokenizerFacts:
         return facts_of(RustBPETokenizer.from_directory(folder))
     if not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is neither a tokenizer of nanochat nor one of Hugging Face")
+    with contextlib.suppress(UserError):  # another program's file of a tokenizer of ours
+        return facts_of(read_tokenizer(folder))
     return foreign_facts(content, path)
 
 
@@ -64,14 +70,21 @@ def facts_of(tokenizer: RustBPETokenizer) -> TokenizerFacts:
 
 def foreign_facts(content: dict[str, Any], path: Path) -> TokenizerFacts:
     """Of another program's vocabulary."""
-    content = {"added_tokens": content.get("added_tokens") or [], "model": content["model"]}
-    saved = check_value(content, path, HFFile, extra="ignore")
+    given = {"added_tokens": content.get("added_tokens") or [], "model": content["model"]}
+    saved = check_value(given, path, HFFile, extra="ignore")
     vocab = saved["model"]["vocab"]
     ids = vocab if isinstance(vocab, dict) else {token: index for index, (token, _) in enumerate(vocab)}
     added = {token["content"]: token["id"] for token in saved["added_tokens"]}
     merged = {**ids, **added}
+    byte_level = part(content, "decoder").get("type") == "ByteLevel"
+
+    def token_of(name: str) -> bytes | str:
+        if byte_level and name not in added:
+            with contextlib.suppress(ValueError):
+                return from_byte_level(name)
+        return name
 
     def tokens() -> list[bytes | str]:
-        return sorted(merged, key=lambda token: merged[token])
+        return [token_of(name) for name in sorted(merged, key=lambda name: merged[name])]
 
-    return TokenizerFacts(saved["model"]["type"], len(merged), list(added), tokens=tokens)
+    return TokenizerFacts(saved["model"].get("type", "unnamed"), len(merged), list(added), tokens=tokens)

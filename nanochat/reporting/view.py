@@ -42,6 +42,7 @@ SPECIAL_KEYS = frozenset(
         "model",
         "status",
         "checkpoint",
+        "weights",
         "command",
         "metrics",
         "samples",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint.folder import list_steps
+from nanochat.checkpoint.folder import list_steps, run_and_step
 from nanochat.checkpoint.runs import find_run, run_dir
 from nanochat.checkpoint_manager import Checkpoint, load_model, read_checkpoint
 from nanochat.common import UserError, get_base_dir
@@ -25,11 +25,8 @@ def read_source(
 
     Raises UserError if a pretraining run cannot start from it: another tokenizer, another context.
     """
-    path, step = Path(init_from), None
-    if (path / "manifest.json").exists():
-        path = path.resolve()  # it may be "." or a link
-    if path.is_dir() and path.name.isdigit() and (path / "manifest.json").exists():
-        path, step = path.parent, int(path.name)
+    path = Path(init_from)
+    run, step = run_and_step(path) if path.is_dir() else (run_dir(base_dir, "base", init_from), None)
 
     def read(source: Checkpoint) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
         if source.tokenizer().hash != tokenizer.hash:
@@ -41,7 +38,6 @@ def read_source(
             )
         return source, source.model_state(runtime.device)
 
-    run = path if path.is_dir() else run_dir(base_dir, "base", init_from)
     return read_checkpoint(run, step, read, ("model.safetensors", "tokenizer.json"), runtime)
 
 
