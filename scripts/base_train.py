@@ -12,7 +12,7 @@ from nanochat.checkpoint.runs import run_dir
 from nanochat.common import get_base_dir, say
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, SavedCorpus, open_corpus, save_record
-from nanochat.evals.bits_per_byte import corpus_bpb
+from nanochat.evals.bits_per_byte import corpus_bpb, measured_tokens
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_run import open_bundle
 from nanochat.evals.samples import continuations
@@ -95,7 +95,7 @@ def train(config: Config, runtime: Runtime) -> int:
 
 def make_hooks(config: Config, corpus: Corpus, tokenizer: RustBPETokenizer, runtime: Runtime) -> list[Hook]:
     """Validation bits per byte, and completions of a few prompts."""
-    tokens = config.evaluation_tokens(runtime)
+    tokens = measured_tokens(config.evaluation_tokens(runtime), config.max_seq_len)
     prompts = [(prompt, tokenizer.encode(prompt, prepend="<|bos|>")) for prompt in PROMPTS]
 
     def measure(trainer: Trainer) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from cli_helpers import refused
 from ranks import run_ranks
 from stubs import TINY
@@ -53,6 +54,18 @@ def test_init_from_copies_the_weights_and_resuming_does_not_need_the_source(copi
     assert base_train.main(["--model-tag=next", "--resume-from-step=1", "--eval-tokens=64", data]) == 0
     step = copied / "base_checkpoints" / "next" / "000001"
     assert base_train.main([*TINY, data, "--model-tag=third", f"--init-from={step}"]) == 0
+
+
+def test_the_tokens_named_are_those_measured(copied: Path) -> None:
+    """Whole steps of 32 rows of 16 tokens."""
+    from scripts import base_eval
+
+    data = f"--data={copied / 'text.jsonl'}"
+    assert base_train.main([*TINY, data, "--model-tag=next"]) == 0
+    assert base_eval.main([data, "--eval=bpb", "--split-tokens=1100", "--model-tag=next", "--device-type=cpu"]) == 0
+    found = read_json(copied / "report" / "report.json")
+    assert found["base_train"]["val_bpb_of"] == "512 tokens"
+    assert found["base_eval"]["val_bpb_of"] == found["base_eval"]["train_bpb_of"] == "1,024 tokens"
 
 
 def test_a_horizon_that_does_not_count_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
