@@ -68,6 +68,19 @@ def test_the_tokens_named_are_those_measured(copied: Path) -> None:
     assert found["base_eval"]["val_bpb_of"] == found["base_eval"]["train_bpb_of"] == "1,024 tokens"
 
 
+def test_a_resumed_run_says_when_it_takes_the_saved_number_of_threads(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--num-iterations=2", "--save-every=1", "--model-tag=next"]
+    assert base_train.main(flags) == 0
+    torch.set_num_threads(2)
+    try:
+        assert base_train.main([*flags, "--resume-from-step=1"]) == 0
+        assert torch.get_num_threads() == 1 and "not 2:" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_horizon_that_does_not_count_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--num-iterations comes before --minutes and --target-flops; TINY has the first."""
     flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--model-tag=next", "--minutes=5", "--target-flops=1e9"]
