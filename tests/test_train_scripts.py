@@ -56,6 +56,14 @@ def test_init_from_copies_the_weights_and_resuming_does_not_need_the_source(copi
     assert base_train.main([*TINY, data, "--model-tag=third", f"--init-from={step}"]) == 0
 
 
+def test_the_rates_flag_trains_as_the_recipes_factor_does(copied: Path) -> None:
+    data = f"--data={copied / 'text.jsonl'}"
+    for tag, flags in (("flag", ["--lr-scale=2"]), ("recipe", ["--recipe=default,lr_scale=2"])):
+        assert base_train.main([*TINY, data, f"--model-tag={tag}", *flags]) == 0
+    flag, recipe = (open_checkpoint(run_dir(copied, "base", tag)).model_state() for tag in ("flag", "recipe"))
+    assert all((flag[name] == recipe[name]).all() for name in flag)
+
+
 def test_the_tokens_named_are_those_measured(copied: Path) -> None:
     """Whole steps of 32 rows of 16 tokens."""
     from scripts import base_eval

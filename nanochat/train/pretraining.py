@@ -159,12 +159,13 @@ def run_recipe(run: Run[PretrainConfig], model_config: GPTConfig) -> str:
 
 def plan_arguments(config: PretrainConfig, recipe: str) -> dict[str, Any]:
     """make_plan's arguments, all but the steps; `recipe` is the resolved one."""
-    rates = config.optimizer_config(recipe)
+    rates, rules = config.optimizer_config(recipe), recipe_rules(recipe)
     return {
         "target_flops": config.target_flops,
         "target_param_data_ratio": config.target_param_data_ratio,
         "total_batch_size": config.total_batch_size,
-        **recipe_rules(recipe),
+        **rules,
+        "lr_scale": rules["lr_scale"] * config.lr_scale,
         "weight_decay": rates.weight_decay,
         "matrix_lr": rates.matrix_lr,
     }
@@ -209,7 +210,7 @@ def build_step(config: PretrainConfig, recipe: str, plan: Plan, model: GPT, runt
         runtime,
         rows=plan.total_batch_tokens // config.max_seq_len,
         T=config.max_seq_len,
-        lr_scale=plan.lr_scale * config.lr_scale,
+        lr_scale=plan.lr_scale,
         weight_decay=plan.weight_decay,
         compile=config.compile,
     )
