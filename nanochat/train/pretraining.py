@@ -82,8 +82,8 @@ class PretrainConfig(DataConfig, ModelFlags, TrainConfig):
     max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
     """Context length in tokens; -1 is 2048, or with --init-from what that model has."""
     warmup_steps: Annotated[int, Range(0, unset=-1)] = -1
-    """Linear warm-up, in steps; one longer than a third of the run ends where the rates begin to fall. -1 takes the
-    recipe's, here and below."""
+    """Linear warm-up, in steps; cut to a third of the run, or to where the rates begin to fall if that is later. -1
+    takes the recipe's, here and below."""
     warmup_ratio: Annotated[float, Range(0, 1, unset=-1)] = -1.0
     """Linear warm-up as a share of the run; overrides --warmup-steps."""
     warmdown_ratio: Annotated[float, Range(0, 1, unset=-1)] = -1.0
