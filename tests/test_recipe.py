@@ -128,6 +128,7 @@ def test_mistakes_are_named(text: str, says: str) -> None:
         "matrix_lr=-1.0",
         "decay_shape=foo",
         "momentum_peak=5.0",
+        "momentum_warmup_steps=-5",
     ],
 )
 def test_values_that_cannot_be_are_refused(change: str) -> None:

@@ -19,7 +19,7 @@ class ScheduleConfig:
     warmup_steps: Annotated[int, Range(0)] = 0
     warmdown_ratio: Annotated[float, Range(0, 1)] = 0.5
     final_lr_frac: Annotated[float, Range(0)] = 0.0
-    momentum_warmup_steps: int = 300
+    momentum_warmup_steps: Annotated[int, Range(0)] = 300
     momentum_peak: Annotated[float, Range(0, below=1)] = 0.95
     momentum_warmdown: bool = False
     decay_shape: str = "linear"
