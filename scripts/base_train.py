@@ -120,7 +120,8 @@ def longer_run(config: Config, network: GPTConfig, now: Progress) -> dict[str, A
     minutes = LONGER * config.minutes if config.ends_on_time else -1.0
     steps = -1 if minutes > 0 else LONGER * now.step
     recipe = config.recipe if config.init_from else with_changes(config.recipe, network)
-    fresh = replace(config, resume=False, resume_from_step=-1, minutes=minutes, num_iterations=steps, recipe=recipe)
+    horizon: dict[str, Any] = {"minutes": minutes, "num_iterations": steps}
+    fresh = replace(config, resume=False, resume_from_step=-1, recipe=recipe, window_pattern="", **horizon)
     seconds = 60 * minutes if minutes > 0 else LONGER * now.wall_seconds
     return {"times": LONGER, "command": command_line("base_train", fresh), "seconds": seconds}
 

@@ -46,8 +46,8 @@ class ModelFlags:
     """Key/value heads, a divisor of the query heads."""
     max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
     """Context length in tokens; -1 is 2048."""
-    window_pattern: str = "SSSL"
-    """Per layer, tiled: S short window, L full context; the last layer is always L."""
+    window_pattern: str = ""
+    """Per layer, tiled: S short window, L full context; the last layer is always L. Empty: the recipe's, SSSL or L."""
     recipe: str = "default"
     """default (small or later, by the network's size), small, published, later, plain or portable; changes may follow:
     default,backout=False,matrix_lr=0.03 (docs/training.md)."""
@@ -59,13 +59,15 @@ class ModelFlags:
     def network(self, vocab_size: int) -> Callable[[int], GPTConfig]:
         """The model's config as a function of its depth."""
         context = USUAL_CONTEXT if self.max_seq_len == -1 else self.max_seq_len
-        given = {"sequence_len": context, "vocab_size": vocab_size, "window_pattern": self.window_pattern}
+        given: dict[str, Any] = {"sequence_len": context, "vocab_size": vocab_size}
+        if self.window_pattern:
+            given["window_pattern"] = self.window_pattern
 
         def config_of_depth(depth: int) -> GPTConfig:
             sizes = derive_sizes(depth, self.aspect_ratio, self.head_dim, self.n_embd, self.n_head, self.n_kv_head)
             recipe = resolve_recipe(self.recipe, sizes.n_layer, sizes.n_embd)
             config = get_recipe(recipe).model(**given, **asdict(sizes))
-            if config.window_pattern != self.window_pattern and self.window_pattern != ModelFlags.window_pattern:
+            if self.window_pattern not in ("", config.window_pattern):
                 raise UserError(
                     f"--recipe={self.recipe} fixes the windows as {config.window_pattern}: give yours as "
                     f"--recipe={self.recipe},window_pattern={self.window_pattern}"
