@@ -384,7 +384,10 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def num_scaling_params(self) -> dict[str, int]:
-        """Number of parameters by role; scaling laws fit best on transformer_matrices + lm_head."""
+        """Number of parameters by role; scaling laws fit best on transformer_matrices + lm_head.
+
+        "scalars" are all others, the smear gate's row among them.
+        """
         counts = {
             "wte": self.wte.weight.numel(),
             "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
@@ -392,7 +395,7 @@ class GPT(nn.Module):
             "transformer_matrices": sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2),
         }
         if self.config.ngram_rows:
-            counts["ngram_embed"] = self.ngram_embed.weight.numel()
+            counts |= {"ngram_embed": self.ngram_embed.weight.numel(), "ngram_proj": self.ngram_proj.weight.numel()}
         total = sum(p.numel() for p in self.parameters())
         return {**counts, "scalars": total - sum(counts.values()), "total": total}
 
