@@ -286,16 +286,6 @@ class GPT(nn.Module):
         """Prefill idx (B, T) -> logits (B, V) after the last token."""
         return head_logits(self.hidden(idx, kv_cache)[:, -1], self.head_weight, self.config.softcap)
 
-    def prefill(self, idx: torch.Tensor, kv_cache: "AttentionCache") -> None:
-        """Prefill idx (B, T) without logits: the forward pass ends as soon as the last layer's k and v are stored."""
-        kv_cache.stop_layer = self.config.n_layer - 1
-        try:
-            self.hidden(idx, kv_cache)
-        except AllStored:
-            kv_cache.advance(idx)
-        finally:
-            kv_cache.stop_layer = None
-
     # -- initialisation -------------------------------------------------------------------------------
 
     @classmethod
@@ -425,8 +415,6 @@ def init_uniform(weight: torch.Tensor, config: GPTConfig, generator: torch.Gener
 class AttentionCache(Protocol):
     """A key/value cache as the model uses it (inference.kv_cache.KVCache)."""
 
-    stop_layer: int | None  # the layer where attend only stores k and v, then raises AllStored; None: no layer
-
     @property
     def lengths(self) -> torch.Tensor: ...  # (B,) tokens already cached per row
 
@@ -436,7 +424,3 @@ class AttentionCache(Protocol):
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor: ...
 
     def advance(self, idx: torch.Tensor) -> None: ...  # idx (B, T) are in every layer
-
-
-class AllStored(Exception):
-    """Raised by a cache at its `stop_layer`, once the keys and values of all layers are stored."""
