@@ -1,6 +1,9 @@
 """The network: a GPT, how it is initialised and how large it is. Sizes and features are in gpt_config.py.
 
-    tokens -> norm(embedding + n-grams) -> smear -> n_layer x Block (attention, MLP) -> backout -> norm -> head -> cap
+    tokens -> norm(embedding + n-grams) -> smear -> n_layer x (mix with x0, Block) -> backout -> norm -> head -> cap
+
+x0 is the stream before the first layer. A Block is attention, whose values on every other layer have an embedding of
+the tokens added (value embeddings), and an MLP.
 
 Weights are float32; each is cast to the activations' dtype, compute_dtype, where it is multiplied. A function marked
 `in_c` also has a C form for CPUs (cpu/fused.py), used while this plain form is the one it was written for.
@@ -204,7 +207,9 @@ class GPT(nn.Module):
         x = self._embed(idx, recent)
         if cfg.smear:
             x = self._smear(x, recent)
-        x0, middle, cos_sin = x, None, self._rotary(T, kv_cache)
+        x0 = x  # mixed in again before every layer
+        middle = None  # for backout
+        cos_sin = self._rotary(T, kv_cache)
         for i, block in enumerate(self.blocks):
             if cfg.residual_scalars:
                 x = mix(x, x0, self.resid_lambdas[i], self.x0_lambdas[i])
@@ -241,7 +246,7 @@ class GPT(nn.Module):
         if recent is None:
             before = torch.zeros_like(x[:, :1])
         else:
-            last = recent[:, -1:]  # (B, 1)
+            last = recent[:, -1:]  # (B, 1); embedded again, as a cache keeps ids
             before = self._embed(last.clamp_min(0), recent[:, :-1]).masked_fill((last < 0)[..., None], 0)
         previous = torch.cat([before, x[:, :-1]], dim=1)  # (B, T, C)
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))  # (B, T, 1)
