@@ -1,6 +1,9 @@
 """The network: a GPT, how it is initialised and how large it is. Sizes and features are in gpt_config.py.
 
-    tokens -> norm(embedding + n-grams) -> smear -> n_layer x Block (attention, MLP) -> backout -> norm -> head -> cap
+    tokens -> norm(embedding + n-grams) -> smear -> n_layer x (mix with x0, Block) -> backout -> norm -> head -> cap
+
+x0 is the stream before the first layer. A Block is attention, whose values on every other layer have an embedding of
+the tokens added (value embeddings), and an MLP.
 
 Weights are float32; each is cast to the activations' dtype, compute_dtype, where it is multiplied. A function marked
 `in_c` also has a C form for CPUs (cpu/fused.py), used while this plain form is the one it was written for.
@@ -204,7 +207,9 @@ class GPT(nn.Module):
         x = self._embed(idx, recent)
         if cfg.smear:
             x = self._smear(x, recent)
-        x0, middle, cos_sin = x, None, self._rotary(T, kv_cache)
+        x0 = x  # mixed in again before every layer
+        middle = None  # for backout
+        cos_sin = self._rotary(T, kv_cache)
         for i, block in enumerate(self.blocks):
             if cfg.residual_scalars:
                 x = mix(x, x0, self.resid_lambdas[i], self.x0_lambdas[i])
@@ -241,7 +246,7 @@ class GPT(nn.Module):
         if recent is None:
             before = torch.zeros_like(x[:, :1])
         else:
-            last = recent[:, -1:]  # (B, 1)
+            last = recent[:, -1:]  # (B, 1); embedded again, as a cache keeps ids
             before = self._embed(last.clamp_min(0), recent[:, :-1]).masked_fill((last < 0)[..., None], 0)
         previous = torch.cat([before, x[:, :-1]], dim=1)  # (B, T, C)
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))  # (B, T, 1)
@@ -285,16 +290,6 @@ class GPT(nn.Module):
     def last_logits(self, idx: torch.Tensor, kv_cache: "AttentionCache") -> torch.Tensor:
         """Prefill idx (B, T) -> logits (B, V) after the last token."""
         return head_logits(self.hidden(idx, kv_cache)[:, -1], self.head_weight, self.config.softcap)
-
-    def prefill(self, idx: torch.Tensor, kv_cache: "AttentionCache") -> None:
-        """Prefill idx (B, T) without logits: the forward pass ends as soon as the last layer's k and v are stored."""
-        kv_cache.stop_layer = self.config.n_layer - 1
-        try:
-            self.hidden(idx, kv_cache)
-        except AllStored:
-            kv_cache.advance(idx)
-        finally:
-            kv_cache.stop_layer = None
 
     # -- initialisation -------------------------------------------------------------------------------
 
@@ -384,7 +379,10 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def num_scaling_params(self) -> dict[str, int]:
-        """Number of parameters by role; scaling laws fit best on transformer_matrices + lm_head."""
+        """Number of parameters by role; scaling laws fit best on transformer_matrices + lm_head.
+
+        "scalars" are all others, the smear gate's row among them.
+        """
         counts = {
             "wte": self.wte.weight.numel(),
             "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
@@ -392,7 +390,7 @@ class GPT(nn.Module):
             "transformer_matrices": sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2),
         }
         if self.config.ngram_rows:
-            counts["ngram_embed"] = self.ngram_embed.weight.numel()
+            counts |= {"ngram_embed": self.ngram_embed.weight.numel(), "ngram_proj": self.ngram_proj.weight.numel()}
         total = sum(p.numel() for p in self.parameters())
         return {**counts, "scalars": total - sum(counts.values()), "total": total}
 
@@ -422,8 +420,6 @@ def init_uniform(weight: torch.Tensor, config: GPTConfig, generator: torch.Gener
 class AttentionCache(Protocol):
     """A key/value cache as the model uses it (inference.kv_cache.KVCache)."""
 
-    stop_layer: int | None  # the layer where attend only stores k and v, then raises AllStored; None: no layer
-
     @property
     def lengths(self) -> torch.Tensor: ...  # (B,) tokens already cached per row
 
@@ -433,7 +429,3 @@ class AttentionCache(Protocol):
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor: ...
 
     def advance(self, idx: torch.Tensor) -> None: ...  # idx (B, T) are in every layer
-
-
-class AllStored(Exception):
-    """Raised by a cache at its `stop_layer`, once the keys and values of all layers are stored."""

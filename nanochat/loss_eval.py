@@ -32,7 +32,7 @@ def evaluate_bpb(
     was_training, failure = model.training, None
     model.eval()
     try:
-        for (inputs, targets), _ in zip(batches, range(steps)):
+        for _, (inputs, targets) in zip(range(steps), batches):  # in this order no batch too many is taken
             inputs, targets = inputs.to(model.device), targets.to(model.device)
             losses = model(inputs, targets, loss_reduction="none")  # (B*T,)
             flat = targets.flatten()

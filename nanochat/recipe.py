@@ -149,7 +149,7 @@ def first_meaning(text: str) -> str:
 def with_changes(text: str, config: GPTConfig) -> str:
     """`text` with the changes that make its network `config`, as its name may have meant another when that was made."""
     found = config.to_dict()
-    sizes = {name: found[name] for name in (*SIZES, "window_pattern") if name in found}
+    sizes = {name: found[name] for name in SIZES if name in found}
     try:
         named = get_recipe(resolve_recipe(text, config.n_layer, config.n_embd)).model(**sizes).to_dict()
     except UserError:  # of another version

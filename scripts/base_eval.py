@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from nanochat.common import UserError, get_base_dir, is_writable, say, visible
 from nanochat.common.ranges import Range
 from nanochat.dataset import Corpus
-from nanochat.evals.bits_per_byte import bpb_by_source, corpus_bpb
+from nanochat.evals.bits_per_byte import bpb_by_source, corpus_bpb, measured_tokens
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_run import open_bundle, report_values, run_core, write_details
 from nanochat.evals.samples import continuations
@@ -122,12 +122,13 @@ def evaluate_bpb(subject: Subject, corpus: Corpus, split_tokens: int, runtime: R
     model, tokenizer, tables = subject.model, subject.tokenizer, {}
     values: dict[str, Any] = {"data": corpus.name}
     tokens = split_tokens if split_tokens > 0 else subject.bpb_tokens
+    measured = f"{measured_tokens(tokens, model.config.sequence_len):,} tokens"
     for split in ("train", "val"):
         values[f"{split}_bpb"] = corpus_bpb(
             model, corpus, tokenizer, runtime, split=split, tokens=tokens, device_batch_size=subject.device_batch_size
         )
-        values[f"{split}_bpb_of"] = f"{tokens:,} tokens"
-        runtime.print0(f"{scoped(f'{split} bits per byte', values[f'{split}_bpb_of'])}: {values[f'{split}_bpb']:.4f}")
+        values[f"{split}_bpb_of"] = measured
+        runtime.print0(f"{scoped(f'{split} bits per byte', measured)}: {values[f'{split}_bpb']:.4f}")
     for split, name in (("train", "Training"), ("val", "Validation")) if subject.meta else ():
         rows = bpb_by_source(model, corpus, tokenizer, runtime, split=split, tokens=tokens // 8)
         if len(rows) > 1:

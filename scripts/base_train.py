@@ -12,7 +12,7 @@ from nanochat.checkpoint.runs import run_dir
 from nanochat.common import get_base_dir, say
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, SavedCorpus, open_corpus, save_record
-from nanochat.evals.bits_per_byte import corpus_bpb
+from nanochat.evals.bits_per_byte import corpus_bpb, measured_tokens
 from nanochat.evals.core_bundle import Bundle
 from nanochat.evals.core_run import open_bundle
 from nanochat.evals.samples import continuations
@@ -97,7 +97,7 @@ def train(config: Config, runtime: Runtime) -> int:
 
 def make_hooks(config: Config, corpus: Corpus, tokenizer: RustBPETokenizer, runtime: Runtime) -> list[Hook]:
     """Validation bits per byte, and completions of a few prompts."""
-    tokens = config.evaluation_tokens(runtime)
+    tokens = measured_tokens(config.evaluation_tokens(runtime), config.max_seq_len)
     prompts = [(prompt, tokenizer.encode(prompt, prepend="<|bos|>")) for prompt in PROMPTS]
 
     def measure(trainer: Trainer) -> float:
@@ -122,7 +122,8 @@ def longer_run(config: Config, network: GPTConfig, now: Progress) -> dict[str, A
     minutes = LONGER * config.minutes if config.ends_on_time else -1.0
     steps = -1 if minutes > 0 else LONGER * now.step
     recipe = config.recipe if config.init_from else with_changes(config.recipe, network)
-    fresh = replace(config, resume=False, resume_from_step=-1, minutes=minutes, num_iterations=steps, recipe=recipe)
+    horizon: dict[str, Any] = {"minutes": minutes, "num_iterations": steps}
+    fresh = replace(config, resume=False, resume_from_step=-1, recipe=recipe, window_pattern="", **horizon)
     seconds = 60 * minutes if minutes > 0 else LONGER * now.wall_seconds
     return {"times": LONGER, "command": command_line("base_train", fresh), "seconds": seconds}
 

@@ -410,6 +410,13 @@ def test_counts_by_hand(tiny_model: GPT) -> None:
     assert tiny_model.estimate_flops() == 6 * (2 * layer + gate + 320 * 32) + attention_flops
 
 
+def test_the_matrix_of_the_ngrams_is_no_scalar() -> None:
+    sizes = {"vocab_size": 100, "sequence_len": 16, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 64}
+    counts = GPT.create(GPTConfig.small(**sizes)).num_scaling_params()
+    assert (counts["ngram_embed"], counts["ngram_proj"]) == (64 * 100 * 32, 32 * 64)
+    assert counts["scalars"] == 2 * 2 + 1 and sum(counts.values()) == 2 * counts["total"]
+
+
 def test_explicit_sizes_express_the_published_d24() -> None:
     with torch.device("meta"):
         counts = GPT(GPTConfig(n_layer=24, n_embd=1024, n_head=8, n_kv_head=8)).num_scaling_params()

@@ -21,7 +21,7 @@ from nanochat.inference import graph_decoder
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights, cast_copy
 from nanochat.inference.graph_decoder import GraphDecoder, StaticStep, round_up
-from nanochat.inference.kv_cache import KVCache, plain_step
+from nanochat.inference.kv_cache import KVCache, plain_step, prefill
 from nanochat.inference.sampling import SamplingParams, draw_tokens, make_rng
 from nanochat.inference.tools import ToolTable
 
@@ -106,7 +106,7 @@ def prefilled(model: GPT, lengths: list[int], batch_size: int = 4, max_tokens: i
     cache = KVCache(model.config, batch_size, max_tokens, dtype=model.compute_dtype, num_rows=0)
     for length in lengths:
         alone = KVCache(model.config, 1, max_tokens, dtype=model.compute_dtype)
-        model.prefill(tokens_of(length, length)[None], alone)
+        prefill(model, alone, tokens_of(length, length)[None])
         cache.join(alone)
     return cache
 
@@ -135,7 +135,7 @@ def test_rows_come_and_go(name: str) -> None:
             if waiting and len(running) < 4 and dice.random() < 0.3:
                 seed, length = waiting.pop(), dice.choice([1, 3, 20, 40])
                 alone = KVCache(model.config, 1, 48)
-                model.prefill(ids[seed][None, :length], alone)
+                prefill(model, alone, ids[seed][None, :length])
                 cache.join(alone)
                 running.append([seed, length])
             if not running:

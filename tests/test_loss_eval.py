@@ -12,7 +12,7 @@ from nanochat.common import BadShard, UserError
 from nanochat.data.corpus import Document
 from nanochat.distributed.rank_checks import DataError
 from nanochat.distributed.signals import StopRequested, raise_if_stop_requested, stop_when
-from nanochat.evals.bits_per_byte import bpb_by_source
+from nanochat.evals.bits_per_byte import bpb_by_source, measured_tokens, rows_once
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
@@ -75,7 +75,14 @@ def test_takes_at_most_steps_batches_and_splitting_changes_nothing() -> None:
     whole = evaluate_bpb(MODEL, [(data[:, :-1], data[:, 1:])], 1, sizes)
     parts = evaluate_bpb(MODEL, [(row[None, :-1], row[None, 1:]) for row in data], 99, sizes)
     assert whole == pytest.approx(parts, rel=1e-5)
-    assert evaluate_bpb(MODEL, [(data[:1, :-1], data[:1, 1:])] * 5, 1, sizes) != pytest.approx(whole, rel=1e-6)
+    batches = iter([(data[:1, :-1], data[:1, 1:])] * 5)
+    assert evaluate_bpb(MODEL, batches, 1, sizes) != pytest.approx(whole, rel=1e-6)
+    assert len(list(batches)) == 4, "none is taken that is not measured"
+
+
+def test_measured_tokens_are_whole_steps() -> None:
+    assert [measured_tokens(n, 2048) for n in (1, 1000, 200_000)] == [65_536, 65_536, 196_608]
+    assert [measured_tokens(n, 16, rows=8) for n in (1, 128, 300)] == [128, 128, 256]
 
 
 def test_no_bytes_is_infinite_and_the_mode_is_restored() -> None:
@@ -104,8 +111,8 @@ class Sources:
 class Bytes:
     token_bytes: ClassVar[list[int]] = [1] * 256 + [0] * 44
 
-    def encode(self, text: Any, **settings: Any) -> Any:
-        return list(text.encode()) if isinstance(text, str) else [list(t.encode()) for t in text]
+    def encode(self, text: str, append: int) -> list[int]:
+        return [*text.encode(), append]
 
     def get_bos_token_id(self) -> int:
         return 256
@@ -121,9 +128,9 @@ def of_sources() -> GPT:
     return model
 
 
-def by_source(runtime: Runtime, *settings: Any) -> list[dict[str, Any]]:
+def by_source(runtime: Runtime, *settings: Any, tokens: int = 24) -> list[dict[str, Any]]:
     corpus = Sources(runtime, *settings)
-    return bpb_by_source(of_sources(), corpus, Bytes(), runtime, split="val", tokens=24)  # type: ignore[arg-type]
+    return bpb_by_source(of_sources(), corpus, Bytes(), runtime, split="val", tokens=tokens)  # type: ignore[arg-type]
 
 
 def by_source_fails(runtime: Runtime) -> str:
@@ -144,6 +151,26 @@ def test_bits_per_byte_by_source_do_not_depend_on_the_processes() -> None:
     for rows in run_ranks(2, by_source, timeout=20):
         for row, one in zip(rows, alone, strict=True):
             assert row == one | {"bits per byte": pytest.approx(one["bits per byte"])}
+
+
+def test_a_source_is_measured_once() -> None:
+    """However many tokens are asked for: by hand, on the rows that its text fills."""
+    whole, model = Runtime.create("cpu"), of_sources()
+    for row, document in zip(by_source(whole, tokens=1000), Sources(whole).iter_documents("val")):
+        ids, nats = list(document.text.encode()), 0.0
+        for part in (ids[:24], ids[24:]):
+            inputs, targets = torch.tensor([[256, *part[:-1]]]), torch.tensor([part])
+            nats += model(inputs, targets, loss_reduction="sum").item() if part else 0.0
+        assert row["bits per byte"] == pytest.approx(nats / math.log(2) / len(ids), rel=1e-4)
+
+
+def test_rows_have_each_document_once() -> None:
+    documents = [Document("abcde", ""), Document("xyz", "")]
+    wanted = [*b"abcde", 256, *b"xyz", 256]
+    for tokens in (100, 6):
+        rows = [(x[0].tolist(), y[0].tolist()) for x, y in rows_once(documents, Bytes(), 4, tokens)]  # type: ignore[arg-type]
+        assert [id for _, targets in rows for id in targets] == wanted[:tokens]
+        assert all(inputs == [256, *targets[:-1]] and len(inputs) <= 4 for inputs, targets in rows)
 
 
 def test_sources_that_one_rank_cannot_read_stop_all_or_are_left_out_by_all() -> None:

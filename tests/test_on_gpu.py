@@ -33,7 +33,7 @@ from nanochat.inference import graph_decoder
 from nanochat.inference.decoding import RunningBatch
 from nanochat.inference.decoding_weights import DecodingWeights
 from nanochat.inference.graph_decoder import GraphDecoder
-from nanochat.inference.kv_cache import KVCache, plain_step
+from nanochat.inference.kv_cache import KVCache, plain_step, prefill
 from nanochat.inference.request import GenerationRequest
 from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.tools import ToolTable
@@ -260,7 +260,7 @@ def twins(model: GPT, lengths: list[int], batch_size: int, max_tokens: int) -> l
     caches = [KVCache(model.config, batch_size, max_tokens, GPU, model.compute_dtype, num_rows=0) for _ in range(2)]
     for length in lengths:
         alone = KVCache(model.config, 1, max_tokens, GPU, model.compute_dtype)
-        model.prefill(tokens(1, length, model.config.vocab_size, seed=length).to(GPU), alone)
+        prefill(model, alone, tokens(1, length, model.config.vocab_size, seed=length).to(GPU))
         for cache in caches:
             cache.join(alone)
     return caches

@@ -75,13 +75,36 @@ def test_a_resumed_run_keeps_its_recipe() -> None:
 
 
 def test_a_name_that_meant_another_network_is_followed_by_its_changes() -> None:
-    sizes = {"n_layer": 3, "n_embd": 128, "n_head": 2, "n_kv_head": 2, "vocab_size": 4096, "window_pattern": "SL"}
+    sizes = {"n_layer": 3, "n_embd": 128, "n_head": 2, "n_kv_head": 2, "vocab_size": 4096}
     for name in RECIPES:
         assert with_changes(name, get_recipe(name).model(**sizes)) == name
     old = GPTConfig.small(**sizes, smear=True, ngram_rows=0)
     assert with_changes("small", old) == "small,ngram_rows=0,smear=True"
     assert get_recipe(with_changes("default", old)).model(**sizes) == old
     assert with_changes("unknown", old) == "unknown"
+    assert with_changes("small", GPTConfig.small(**sizes, window_pattern="SL")) == "small,window_pattern=SL"
+
+
+def test_windows_are_the_recipes_unless_given() -> None:
+    def windows(**flags: Any) -> str:
+        return PretrainConfig(**flags).network(300)(1).window_pattern
+
+    assert [windows(recipe=name) for name in ("default", "plain", "small,window_pattern=L")] == ["SSSL", "L", "L"]
+    assert windows(window_pattern="SL") == windows(window_pattern="SL", recipe="plain,window_pattern=SL") == "SL"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "windows", "longer"),
+    [("plain", "SSSL", "plain"), ("small", "SL", "small,window_pattern=SL"), ("small", "", "small")],
+)
+def test_the_command_of_a_longer_run_names_its_windows_once(recipe: str, windows: str, longer: str) -> None:
+    """Runs of earlier versions recorded --window-pattern=SSSL where none was given, with `plain` too."""
+    from nanochat.train.progress import Progress
+    from scripts.base_train import longer_run
+
+    network = get_recipe(recipe).model(**({"window_pattern": windows} if windows else {}))
+    command = longer_run(PretrainConfig(recipe=recipe, window_pattern=windows), network, Progress(step=1))["command"]
+    assert f"--recipe={longer} " in f"{command} " and "--window-pattern" not in command
 
 
 def test_changes_reach_their_owner() -> None:
@@ -128,6 +151,7 @@ def test_mistakes_are_named(text: str, says: str) -> None:
         "matrix_lr=-1.0",
         "decay_shape=foo",
         "momentum_peak=5.0",
+        "momentum_warmup_steps=-5",
     ],
 )
 def test_values_that_cannot_be_are_refused(change: str) -> None:
@@ -151,7 +175,8 @@ def test_a_changed_recipe_trains_and_is_remembered(copied) -> None:  # type: ign
 
 
 def test_a_checkpoint_from_before_small_had_n_grams(copied: Path, tmp_path: Path) -> None:
-    """Its network had smear, its config no fields of n-grams: it resumes and is exported as what it is."""
+    """Its network had smear, its config no fields of n-grams: it resumes and is exported as what it is. Its windows
+    were recorded as a flag that nobody gave."""
     from nanochat.checkpoint.manifest import Manifest, file_record
     from nanochat.common import write_json
     from nanochat.formats.card_front import CardOptions
@@ -167,6 +192,7 @@ def test_a_checkpoint_from_before_small_had_n_grams(copied: Path, tmp_path: Path
     wanted = open_checkpoint(run).model_state()
     meta = open_checkpoint(run, 2).meta
     meta["recipe"] = meta["user_config"]["recipe"] = "small"
+    meta["user_config"]["window_pattern"] = "SSSL"
     del meta["model_config"]["ngram_rows"], meta["model_config"]["ngram_dim"]
     write_json(run / "000002" / "meta.json", meta)
     manifest = Manifest.read(run / "000002")
@@ -182,7 +208,8 @@ def test_a_checkpoint_from_before_small_had_n_grams(copied: Path, tmp_path: Path
     for step in (2, 4):
         model = read_run(copied, "base", "old", step)
         write_hf(model, tmp_path / str(step), "float32", card=CardOptions())
-        assert "--recipe=small,ngram_rows=0,smear=True" in history_of(model, copied)[0].command
+        command = history_of(model, copied)[0].command
+        assert "--recipe=small,ngram_rows=0,smear=True" in command and "--window-pattern" not in command
         assert "small,ngram_rows=0,smear=True" in (tmp_path / str(step) / "README.md").read_text()
 
 

@@ -5,6 +5,7 @@ import pytest
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.scaling import derive_sizes, describe, estimate, make_plan, optimal_batch_tokens, scaling_params
+from nanochat.train.pretraining import PretrainConfig, plan_arguments
 
 D24 = GPTConfig(n_layer=24, n_embd=1536, n_head=12, n_kv_head=12)
 
@@ -79,6 +80,17 @@ def test_horizon_weight_decay_is_bounded() -> None:
     assert not plan(config, num_iterations=20, **{**flags, "matrix_lr": 0.0}).decay_bounded
     shown = [dict(describe(config, result))["matrix weight decay"] for result in (short, long)]
     assert "bounded" in shown[0] and "bounded" not in shown[1]
+
+
+def test_the_flag_of_the_rates_counts_as_the_recipes() -> None:
+    """In the bound on the decay too, and in the plan."""
+    config = GPTConfig(n_layer=2, n_embd=256, n_head=2, n_kv_head=2)
+    flag, recipe = (
+        plan(config, num_iterations=20, **plan_arguments(flags, name))
+        for flags, name in ((PretrainConfig(lr_scale=4.0), "small"), (PretrainConfig(), "small,lr_scale=4"))
+    )
+    assert (flag.lr_scale, flag.weight_decay) == (recipe.lr_scale, recipe.weight_decay) and flag.decay_bounded
+    assert flag.weight_decay * flag.lr_scale * 0.02 == pytest.approx(0.1)
 
 
 def test_short_runs_get_higher_rates() -> None:

@@ -23,6 +23,17 @@ def test_a_warmup_longer_than_the_run_leaves_time_to_warm_down() -> None:
         assert max(abs(b - a) for a, b in pairwise(at)) <= 0.1 + 1e-9, "no jump"
 
 
+@pytest.mark.parametrize("warmup", [20, 33, 40])  # the last is cut to a third of the run
+def test_where_warmup_and_warmdown_overlap_the_lower_one_counts(warmup: int) -> None:
+    at = [lr_multiplier(s, 100, warmup, 0.9) for s in range(100)]
+    assert at[0] == pytest.approx(1 / min(warmup, 33)) and at[33] == pytest.approx(67 / 90)
+    assert max(abs(b - a) for a, b in pairwise(at)) <= 1 / min(warmup, 33) + 1e-9, "no jump"
+
+
+def test_rates_may_rise_towards_the_end() -> None:
+    assert [lr_multiplier(s, 10, 2, 0.5, 3.0) for s in (0, 1, 5, 10)] == [0.5, 1.0, 1.0, 3.0]
+
+
 def test_learning_rate_never_negative_past_the_horizon() -> None:
     assert all(lr_multiplier(s, 10, 0, 0.5, 0.0) >= 0 for s in range(50))
 

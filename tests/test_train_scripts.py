@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from cli_helpers import refused
 from ranks import run_ranks
 from stubs import TINY
@@ -57,6 +58,39 @@ def test_init_from_copies_the_weights_and_resuming_does_not_need_the_source(copi
     values = load_report(copied)["base_train"]  # the law knows no model that was trained before
     assert values["forecast"] == {} and "bpb" not in values["longer"] and values["val_bpb"] > 0
     assert [row[""] for row in values["tables"]["Plan and outcome"]] == ["steps", "tokens"]
+
+
+def test_the_rates_flag_trains_as_the_recipes_factor_does(copied: Path) -> None:
+    data = f"--data={copied / 'text.jsonl'}"
+    for tag, flags in (("flag", ["--lr-scale=2"]), ("recipe", ["--recipe=default,lr_scale=2"])):
+        assert base_train.main([*TINY, data, f"--model-tag={tag}", *flags]) == 0
+    flag, recipe = (open_checkpoint(run_dir(copied, "base", tag)).model_state() for tag in ("flag", "recipe"))
+    assert all((flag[name] == recipe[name]).all() for name in flag)
+
+
+def test_the_tokens_named_are_those_measured(copied: Path) -> None:
+    """Whole steps of 32 rows of 16 tokens."""
+    from scripts import base_eval
+
+    data = f"--data={copied / 'text.jsonl'}"
+    assert base_train.main([*TINY, data, "--model-tag=next"]) == 0
+    assert base_eval.main([data, "--eval=bpb", "--split-tokens=1100", "--model-tag=next", "--device-type=cpu"]) == 0
+    found = read_json(copied / "report" / "report.json")
+    assert found["base_train"]["val_bpb_of"] == "512 tokens"
+    assert found["base_eval"]["val_bpb_of"] == found["base_eval"]["train_bpb_of"] == "1,024 tokens"
+
+
+def test_a_resumed_run_says_when_it_takes_the_saved_number_of_threads(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*TINY, f"--data={copied / 'text.jsonl'}", "--num-iterations=2", "--save-every=1", "--model-tag=next"]
+    assert base_train.main(flags) == 0
+    torch.set_num_threads(2)
+    try:
+        assert base_train.main([*flags, "--resume-from-step=1"]) == 0
+        assert torch.get_num_threads() == 1 and "not 2:" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_horizon_that_does_not_count_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

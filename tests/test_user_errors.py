@@ -43,7 +43,7 @@ from scripts import (
         (["--n-embd=16", "--n-head=2", "--n-kv-head=3"], "n_kv_head=3"),
         (["--max-seq-len=1"], "--max-seq-len"),
         (["--window-pattern=SXL"], "window_pattern"),
-        (["--recipe=plain", "--window-pattern=SL"], "--recipe=plain,window_pattern=SL"),
+        (["--recipe=plain", "--window-pattern=SSSL"], "--recipe=plain,window_pattern=SSSL"),
         (["--num-iterations=0"], "--num-iterations"),
         (["--num-iterations=1" + "0" * 30], "--num-iterations"),
         (["--num-iterations=-1", "--minutes=1e300"], "large"),

@@ -58,19 +58,19 @@ def non_finite(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if not p.isfinite().all()]
 
 
-def describe_non_finite_ranks(runtime: Runtime, own_loss: torch.Tensor | None, origin: str) -> str:
-    """Which ranks' losses are not finite, and their data; the same text on all ranks.
+def describe_non_finite_ranks(runtime: Runtime, own_loss: torch.Tensor, origin: str) -> str:
+    """Describe which ranks' losses are not finite, and their data; the same text on all ranks.
 
     Collective: every rank must call it, with its own summed loss and `origin`, a description of its batch.
     """
-    origins = runtime.all_gather(origin, "gathering the batches' origins")
-    if own_loss is None or runtime.world_size == 1:
+    if runtime.world_size == 1:
         return origin
-    finite = runtime.all_gather(bool(own_loss.isfinite()), "finding the rank of a non-finite loss")
-    bad = [rank for rank, good in enumerate(finite) if not good]
+    own = (bool(own_loss.isfinite()), origin)
+    found = runtime.all_gather(own, "finding the rank of a non-finite loss")
+    bad = [rank for rank, (finite, _) in enumerate(found) if not finite]
     if not bad:  # only their sum overflows
-        return f"all ranks together: {origins[0]}; ..."
-    named = "; ".join(f"rank {rank}: {origins[rank]}" for rank in bad[:4])
+        return f"all ranks together: {found[0][1]}; ..."
+    named = "; ".join(f"rank {rank}: {found[rank][1]}" for rank in bad[:4])
     return named + (f"; and ranks {', '.join(map(str, bad[4:]))}" if bad[4:] else "")
 
 

@@ -2,16 +2,16 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 
 from nanochat.common import UserError
-from nanochat.data.corpus import Corpus, Document, InMemoryCorpus, NoText
+from nanochat.data.corpus import Corpus, Document, NoText
 from nanochat.dataloader import PretrainLoader
 from nanochat.distributed.rank_checks import raise_on_all_ranks
 from nanochat.gpt import GPT
@@ -21,6 +21,11 @@ from nanochat.tokenizer import RustBPETokenizer
 
 MAX_DOCUMENTS = 100_000  # searched for sources
 EVAL_ROWS = 32  # per evaluation step over all ranks: fixed, so that the result does not depend on the world size
+
+
+def measured_tokens(tokens: int, T: int, rows: int = EVAL_ROWS) -> int:
+    """How many tokens are measured where `tokens` are asked for: whole steps of `rows` rows of T, at least one."""
+    return max(1, tokens // (rows * T)) * rows * T
 
 
 def corpus_bpb(
@@ -33,7 +38,7 @@ def corpus_bpb(
     tokens: int,
     device_batch_size: int,
 ) -> float:
-    """Bits per byte over about `tokens` tokens of a split, the same rows every time.
+    """Bits per byte over measured_tokens(tokens, T) tokens of a split, the same rows every time.
 
     Collective: every rank must call it. Raises NoText on all ranks if none finds any text.
     """
@@ -51,7 +56,8 @@ def corpus_bpb(
         empty_if_bad=True,
         num_threads=runtime.loader_threads,
     )
-    bpb = loader_bpb(model, make_loader, tokenizer, runtime, max(1, tokens // (EVAL_ROWS * T)), device_batch_size)
+    steps = measured_tokens(tokens, T) // (EVAL_ROWS * T)
+    bpb = loader_bpb(model, make_loader, tokenizer, runtime, steps, device_batch_size)
     if math.isinf(bpb):
         raise NoText(f"{corpus.name}: no text is left in its {split} split to measure on")
     return bpb
@@ -60,7 +66,7 @@ def corpus_bpb(
 def bpb_by_source(
     model: GPT, corpus: Corpus, tokenizer: RustBPETokenizer, runtime: Runtime, *, split: str, tokens: int
 ) -> list[dict[str, Any]]:
-    """Bits per byte of each source of a split, over at most about `tokens` tokens, and the number of documents.
+    """Bits per byte of each source of a split, over at most `tokens` tokens, and the number of documents found.
 
     Collective: every rank must call it. Each takes some of the sources; the results do not depend on the world size.
     Raises DataError on all ranks if one cannot read the split.
@@ -78,15 +84,11 @@ def bpb_by_source(
     raise_on_all_ranks(runtime, failure)
     # One rank may have skipped a bad shard, and with it all of a source.
     known = [set(names) for names in runtime.all_gather(list(found), "comparing the sources")]
-    sources, T = sorted(set.intersection(*known)), model.config.sequence_len
-    figures = torch.zeros(len(sources), dtype=torch.float32)
+    sources = sorted(set.intersection(*known))
+    figures, token_bytes = torch.zeros(len(sources), dtype=torch.float32), torch.tensor(tokenizer.token_bytes)
     for number in range(runtime.rank, len(sources), runtime.world_size):
-        documents = found[sources[number]]
-        one = InMemoryCorpus(sources[number], documents)
-        make_loader = partial(PretrainLoader, one, tokenizer, sequence_len=T, rows_per_step=1, split=split, seed=0)
-        per_char = len(tokenizer.encode(documents[0].text)) / max(1, len(documents[0].text))
-        rows = max(1, min(tokens, round(chars[sources[number]] * per_char)) // T)
-        figures[number] = loader_bpb(model, make_loader, tokenizer, None, rows, 1)
+        rows = rows_once(found[sources[number]], tokenizer, model.config.sequence_len, tokens)
+        figures[number] = evaluate_bpb(model, rows, 10**9, token_bytes)
     figures = runtime.all_reduce_sum(figures.to(runtime.device), "summing the losses by source").cpu()
     return [
         {"source": source, "documents": len(found[source]), "bits per byte": float(figure)}
@@ -94,11 +96,26 @@ def bpb_by_source(
     ]
 
 
+def rows_once(
+    documents: Iterable[Document], tokenizer: RustBPETokenizer, T: int, tokens: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The documents one after another, each once, as (inputs, targets), each (1, at most T); at most `tokens` in all.
+
+    Documents and rows begin after a bos, as in training.
+    """
+    bos = tokenizer.get_bos_token_id()
+    stream = chain.from_iterable(tokenizer.encode(document.text, append=bos) for document in documents)
+    ids = list(islice(stream, tokens))
+    for start in range(0, len(ids), T):
+        row = torch.tensor([[bos, *ids[start : start + T]]])
+        yield row[:, :-1], row[:, 1:]
+
+
 def loader_bpb(
     model: GPT,
     make_loader: Callable[[], Any],
     tokenizer: RustBPETokenizer,
-    runtime: Runtime | None,
+    runtime: Runtime,
     steps: int,
     device_batch_size: int,
 ) -> float:

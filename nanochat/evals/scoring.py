@@ -13,7 +13,7 @@ import torch
 from nanochat.data.batches import by_length
 from nanochat.evals.core_prompts import Example, Scored, common_prefix
 from nanochat.gpt import GPT
-from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.kv_cache import KVCache, prefill
 from nanochat.loss_head import head_logits
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # with padding: fits a CPU's caches, fills a GPU
@@ -75,7 +75,7 @@ class GPTScorer:
         cache = KVCache(model.config, len(options), longest, num_rows=0, **like)
         for sequences, common in items:
             prefix = KVCache(model.config, 1, common, **like)
-            model.prefill(pad_rows([sequences[0].ids[: common - 1]], model.device), prefix)
+            prefill(model, prefix, pad_rows([sequences[0].ids[: common - 1]], model.device))
             for _ in sequences:
                 cache.join(prefix)
         x = model.hidden(pad_rows(rests, model.device), cache)  # (B, T, C)

@@ -64,7 +64,7 @@ class Stage:
             return ""
         if self.run and "recipe" in flags and not flags.get("init_from"):
             network = GPTConfig.from_dict(part(self.meta, "model_config"))
-            flags = flags | {"recipe": with_changes(str(flags["recipe"]), network)}
+            flags = flags | {"recipe": with_changes(str(flags["recipe"]), network), "window_pattern": ""}
         return public_command(self.name, flags)
 
     def data(self) -> list[DataSet]:

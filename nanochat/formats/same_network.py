@@ -20,7 +20,7 @@ FUNCTIONS: list[tuple[ModuleType, dict[str, str]]] = [
     (
         gpt,
         {
-            "GPT.hidden": "cba8ed75",
+            "GPT.hidden": "95038a48",
             "GPT._smear": "b2fa7b6a",
             "GPT._ngrams": "b3aa4b49",
             "GPT._embed": "74ff5184",

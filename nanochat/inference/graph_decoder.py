@@ -52,8 +52,6 @@ class StaticStep:
     first slot, which the next `join` overwrites.
     """
 
-    stop_layer: int | None = None
-
     def __init__(self, model: GPT, cache: KVCache, size: Size) -> None:
         rows, self.slots = size
         self.model, self.cache, self.num_rows = model, cache, rows

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat.flash_attention import attend_at_positions, flash_attn_func, scaled_dot_product
-from nanochat.gpt import GPT, RECENT, AllStored, GPTConfig
+from nanochat.gpt import GPT, RECENT, GPTConfig
 from nanochat.runtime import to_device
 
 
@@ -30,6 +30,8 @@ class _Decode(NamedTuple):
 
 class KVCache:
     """Keys and values of up to `batch_size` rows of up to `max_tokens` tokens each (gpt.AttentionCache)."""
+
+    stop_layer: int | None = None  # where attend only stores k and v, then raises AllStored; see prefill
 
     def __init__(
         self,
@@ -55,8 +57,6 @@ class KVCache:
         self._use_rows(batch_size if num_rows is None else num_rows)
 
     # -- gpt.AttentionCache ---------------------------------------------------------------------------
-
-    stop_layer: int | None = None
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -231,6 +231,21 @@ class KVCache:
     def num_bytes(self) -> int:
         """Memory allocated for keys and values."""
         return sum(x.numel() * x.element_size() for x in [*self.k, *self.v])
+
+
+class AllStored(Exception):
+    """Raised at a cache's `stop_layer`, once the keys and values of all layers are stored."""
+
+
+def prefill(model: GPT, cache: KVCache, idx: torch.Tensor) -> None:
+    """Append idx (B, T) to the cache without logits: the forward pass ends once the last layer's k and v are stored."""
+    cache.stop_layer = model.config.n_layer - 1
+    try:
+        model.hidden(idx, cache)
+    except AllStored:
+        cache.advance(idx)
+    finally:
+        cache.stop_layer = None
 
 
 def plain_step(model: GPT, cache: KVCache, tokens: Sequence[int]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from nanochat.inference.decoding_weights import DecodingWeights
-from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.kv_cache import KVCache, prefill
 from nanochat.inference.prefix_cache import PrefixCache
 from nanochat.inference.request import TokenLogprobs, TokenSequence
 from nanochat.runtime import to_device
@@ -55,7 +55,7 @@ class Prefill:
         elif end == len(prompt):
             self.logits = self.model.last_logits(ids, self.cache)
         else:
-            self.model.prefill(ids, self.cache)
+            prefill(self.model, self.cache, ids)
         if prefixes and end - start == PREFILL_CHUNK:
             prefixes.add(self.cache, prompt, start)
 

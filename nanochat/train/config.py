@@ -78,7 +78,7 @@ class TrainConfig:
     weight_decay: Annotated[float, Range(0, unset=-1)] = -1.0
     """Cautious decay of the matrices at depth 12; scaled to the run as the recipe says."""
     adam_beta1: Annotated[float, Range(0, below=1, unset=-1)] = -1.0
-    """AdamW's first moment decay."""
+    """AdamW's first moment decay; x0_lambdas keep 0.96."""
     adam_beta2: Annotated[float, Range(0, below=1, unset=-1)] = -1.0
     """AdamW's second moment decay."""
     eval_every: Annotated[int, Range(-1), OnResume.NEW] = 250

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from nanochat.common import UserError
 from nanochat.common.ranges import Range
 from nanochat.dataloader import ConversationLoader
-from nanochat.evals.bits_per_byte import loader_bpb
+from nanochat.evals.bits_per_byte import loader_bpb, measured_tokens
 from nanochat.evals.samples import continuations
 from nanochat.gpt import GPT
 from nanochat.recipe import get_recipe
@@ -139,11 +139,10 @@ def make_hooks(
     the conversations read. `held_out_tokens`: what there is to evaluate, without padding."""
     validation = make_validation()
     T = validation.sequence_len
-    steps = max(1, config.evaluation_tokens(runtime) // (validation.rows_per_step * T))
-    rows = steps * validation.rows_per_step
-    if held_out_tokens < rows * T:  # it may end before what was asked for
-        rows = min(rows, validation.num_rows())
-    tokens = rows * T
+    tokens = measured_tokens(config.evaluation_tokens(runtime), T, validation.rows_per_step)
+    steps = tokens // (validation.rows_per_step * T)
+    if held_out_tokens < tokens:  # they may end before what was asked for
+        tokens = min(tokens, validation.num_rows() * T)
 
     def measure(trainer: Trainer) -> float:
         rows = trainer.step.device_batch_size

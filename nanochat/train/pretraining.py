@@ -46,8 +46,8 @@ class ModelFlags:
     """Key/value heads, a divisor of the query heads."""
     max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
     """Context length in tokens; -1 is 2048."""
-    window_pattern: str = "SSSL"
-    """Per layer, tiled: S short window, L full context; the last layer is always L."""
+    window_pattern: str = ""
+    """Per layer, tiled: S short window, L full context; the last layer is always L. Empty: the recipe's, SSSL or L."""
     recipe: str = "default"
     """default (small or later, by the network's size), small, published, later, plain or portable; changes may follow:
     default,backout=False,matrix_lr=0.03 (docs/training.md)."""
@@ -59,13 +59,15 @@ class ModelFlags:
     def network(self, vocab_size: int) -> Callable[[int], GPTConfig]:
         """The model's config as a function of its depth."""
         context = USUAL_CONTEXT if self.max_seq_len == -1 else self.max_seq_len
-        given = {"sequence_len": context, "vocab_size": vocab_size, "window_pattern": self.window_pattern}
+        given: dict[str, Any] = {"sequence_len": context, "vocab_size": vocab_size}
+        if self.window_pattern:
+            given["window_pattern"] = self.window_pattern
 
         def config_of_depth(depth: int) -> GPTConfig:
             sizes = derive_sizes(depth, self.aspect_ratio, self.head_dim, self.n_embd, self.n_head, self.n_kv_head)
             recipe = resolve_recipe(self.recipe, sizes.n_layer, sizes.n_embd)
             config = get_recipe(recipe).model(**given, **asdict(sizes))
-            if config.window_pattern != self.window_pattern and self.window_pattern != ModelFlags.window_pattern:
+            if self.window_pattern not in ("", config.window_pattern):
                 raise UserError(
                     f"--recipe={self.recipe} fixes the windows as {config.window_pattern}: give yours as "
                     f"--recipe={self.recipe},window_pattern={self.window_pattern}"
@@ -82,8 +84,8 @@ class PretrainConfig(DataConfig, ModelFlags, TrainConfig):
     max_seq_len: Annotated[int, Range(2, unset=-1)] = -1
     """Context length in tokens; -1 is 2048, or with --init-from what that model has."""
     warmup_steps: Annotated[int, Range(0, unset=-1)] = -1
-    """Linear warm-up, in steps; one longer than a third of the run ends where the rates begin to fall. -1 takes the
-    recipe's, here and below."""
+    """Linear warm-up, in steps; cut to a third of the run, or to where the rates begin to fall if that is later. -1
+    takes the recipe's, here and below."""
     warmup_ratio: Annotated[float, Range(0, 1, unset=-1)] = -1.0
     """Linear warm-up as a share of the run; overrides --warmup-steps."""
     warmdown_ratio: Annotated[float, Range(0, 1, unset=-1)] = -1.0
@@ -159,12 +161,13 @@ def run_recipe(run: Run[PretrainConfig], model_config: GPTConfig) -> str:
 
 def plan_arguments(config: PretrainConfig, recipe: str) -> dict[str, Any]:
     """make_plan's arguments, all but the steps; `recipe` is the resolved one."""
-    rates = config.optimizer_config(recipe)
+    rates, rules = config.optimizer_config(recipe), recipe_rules(recipe)
     return {
         "target_flops": config.target_flops,
         "target_param_data_ratio": config.target_param_data_ratio,
         "total_batch_size": config.total_batch_size,
-        **recipe_rules(recipe),
+        **rules,
+        "lr_scale": rules["lr_scale"] * config.lr_scale,
         "weight_decay": rates.weight_decay,
         "matrix_lr": rates.matrix_lr,
     }
@@ -209,7 +212,7 @@ def build_step(config: PretrainConfig, recipe: str, plan: Plan, model: GPT, runt
         runtime,
         rows=plan.total_batch_tokens // config.max_seq_len,
         T=config.max_seq_len,
-        lr_scale=plan.lr_scale * config.lr_scale,
+        lr_scale=plan.lr_scale,
         weight_decay=plan.weight_decay,
         compile=config.compile,
     )

@@ -19,7 +19,7 @@ class ScheduleConfig:
     warmup_steps: Annotated[int, Range(0)] = 0
     warmdown_ratio: Annotated[float, Range(0, 1)] = 0.5
     final_lr_frac: Annotated[float, Range(0)] = 0.0
-    momentum_warmup_steps: int = 300
+    momentum_warmup_steps: Annotated[int, Range(0)] = 300
     momentum_peak: Annotated[float, Range(0, below=1)] = 0.95
     momentum_warmdown: bool = False
     decay_shape: str = "linear"
@@ -61,17 +61,16 @@ def lr_multiplier(
     """A trapezoid: linear up over `warmup_steps`, 1, then linear down to `final_frac` over the last
     `warmdown_ratio` of the run. Never negative, also past the horizon.
 
-    A warm-up that is longer than a third of the run ends where the warmdown begins.
+    A warm-up is cut to a third of the run, or to where the warmdown begins if that is later. Where the two overlap, the
+    lower one counts.
     """
     warmdown_steps = round(warmdown_ratio * num_steps)
     warmup_steps = min(warmup_steps, max(num_steps // 3, num_steps - warmdown_steps))
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    left = num_steps - step
-    if left >= warmdown_steps or warmdown_steps == 0:
-        return 1.0
-    progress = max(left, 0) / warmdown_steps  # 1 at the start of the warmdown, towards 0 at its end
-    return progress + (1 - progress) * final_frac
+    left, down = max(num_steps - step, 0), 1.0
+    if left < warmdown_steps:
+        progress = left / warmdown_steps  # 1 at the start of the warmdown, towards 0 at its end
+        down = progress + (1 - progress) * final_frac
+    return min((step + 1) / warmup_steps, down) if step < warmup_steps else down
 
 
 def muon_momentum(
