@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ import zstandard
 from corpus_helpers import WORDS, both, jsonl, make_texts, texts_of, write_parquet
 
 from nanochat import dataset
-from nanochat.common import UserError
+from nanochat.common import BadShard, UserError
 from nanochat.data import own_files, parquet, shards, text_stream, textfiles, to_parquet
 from nanochat.data.corpus import VAL_LIMIT, Document, document_hash
 from nanochat.dataset import SavedCorpus, open_corpus, resolve_corpus
@@ -244,6 +246,18 @@ def test_a_conversion_with_a_shard_missing_or_cut_is_made_again(damage: Any, own
     damage(next((base / "converted").glob("*/train_*.parquet")))
     again = resolve_corpus(str(own), base)
     assert again.fingerprint == first.fingerprint and len(both(again)) == 300
+
+
+def test_a_conversion_damaged_inside_names_the_folder_to_delete(own: Path, base: Path) -> None:
+    (own / "a.jsonl").write_bytes(jsonl(make_texts(300)))
+    resolve_corpus(str(own), base)
+    shard = next((base / "converted").glob("*/train_*.parquet"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :])
+    with pytest.raises(BadShard, match=re.escape(f"delete {shard.parent}")):
+        both(resolve_corpus(str(own), base))
+    shutil.rmtree(shard.parent)
+    assert len(both(resolve_corpus(str(own), base))) == 300
 
 
 def test_a_full_disk_is_not_the_users_mistake(own: Path, base: Path, monkeypatch) -> None:

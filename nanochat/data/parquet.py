@@ -56,8 +56,9 @@ def open_parquet(path: Source, field: str = "text") -> pq.ParquetFile:
 
 def damaged(path: Source, problem: str) -> BadShard:
     """The error for a file that Arrow cannot read, with what makes it whole."""
-    made_here = isinstance(path, Path) and path.parent.parent.name == CONVERTED
-    fix = f"delete {path.parent}, which is made again from your text" if made_here else "copy or download it again"
+    fix = "copy or download it again"
+    if isinstance(path, Path) and path.parent.parent.name == CONVERTED:
+        fix = f"delete {path.parent}, which is made again from your text"
     return BadShard(f"{path} {problem}; {fix}", path)
 
 
