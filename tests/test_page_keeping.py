@@ -83,6 +83,21 @@ def test_deleting_while_answering_and_bringing_it_back(page: Any, served: Served
     assert page.locator("nav .deleted").count() == 0
 
 
+def test_undo_after_another_tab_deleted_it_for_good(page: Any, served: Served) -> None:
+    ask(page, "keep me")
+    other = page.context.new_page()
+    open_page(other, served)
+    choose(page, "keep me", "Delete")
+    other.locator("nav .deleted summary").click()
+    other.get_by_label("Delete keep me for good").click()
+    page.wait_for_function("!document.querySelector('nav .deleted')")
+    page.locator(".notice button", has_text="Undo").click()
+    other.close()
+    page.reload()
+    ready(page)
+    assert texts(page) == ["keep me", "You said: keep me"]
+
+
 def test_continuing_never_loses_what_was_there(page: Any, served: Served) -> None:
     begin(page, served)
     page.keyboard.press("Escape")

@@ -77,7 +77,7 @@ export async function save(conversation) {
 export async function forget(id) {
   await inStores(["chats", "messages", "drafts"], "readwrite", (chats, texts, drafts) => [chats.delete(id), texts.delete(messagesOf(id)), drafts.delete(id)]);
   saved.clear();
-  channel?.postMessage({ id });
+  channel?.postMessage({ id, forgotten: true });
 }
 
 // ---- drafts: texts not sent yet ---------------------------------------------------------------------------------
@@ -89,9 +89,12 @@ export async function loadDrafts() {
   return new Map(ids.map((id, i) => [id, texts[i]]).filter(([, text]) => typeof text === "string"));
 }
 
-// Call `changed(id)` when another tab stored a conversation, `settings()` when it changed the settings.
+// Call `changed(id)` when another tab stored or forgot a conversation, `settings()` when it changed the settings.
 export function listen(changed, settings) {
-  if (channel) channel.onmessage = ({ data }) => changed(data.id);
+  if (channel) channel.onmessage = ({ data }) => {
+    if (data.forgotten) saved.clear();  // if it is restored here, all of it is to be stored again
+    changed(data.id);
+  };
   addEventListener("storage", ({ key }) => { if (key === SETTINGS) settings(); });
 }
 
