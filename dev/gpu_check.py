@@ -57,6 +57,10 @@ class Check:
         if (out / "table.json").exists():
             rows = json.loads((out / "table.json").read_text(encoding="utf-8"))
             self.outcomes = {row["step"]: Outcome(**row) for row in rows}
+        base, self.gone = out / "base", set[str]()  # steps that passed, but whose results were not kept
+        if not base.exists():
+            self.gone = {needed for step in self.steps.values() for needed in step.needs}
+            base.mkdir()
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -86,7 +90,7 @@ class Check:
         return [name for name in steps if name in wanted]
 
     def has_passed(self, name: str) -> bool:
-        return name in self.outcomes and self.outcomes[name].result == PASSED
+        return name not in self.gone and name in self.outcomes and self.outcomes[name].result == PASSED
 
     def attempt(self, step: Step) -> None:
         """Run a step unless something is in its way; keep and print its outcome."""
@@ -99,7 +103,9 @@ class Check:
             outcome = Outcome(step.name, SKIPPED, note=f"takes about {step.seconds:.0f} s, {max(left, 0):.0f} s left")
         else:
             outcome = self.run_step(step, min(step.limit, left))
-        self.outcomes[step.name] = outcome
+        if not (outcome.result == SKIPPED and self.has_passed(step.name)):  # an earlier piece's result stays
+            self.outcomes[step.name] = outcome
+            self.gone.discard(step.name)
         self.write()
         print("  " + describe(outcome), flush=True)
 

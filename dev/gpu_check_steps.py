@@ -122,7 +122,11 @@ def figure(name: str, value: Any) -> str:
         return f"{by_rows[2]} rows: {BY_ROWS[by_rows[1]](value)}"
     if isinstance(value, str):
         return value
-    return f"{value:,} {name}" if isinstance(value, int) else f"{value:.3g} {name}"
+    if isinstance(value, list):  # a GPU's capability
+        return f"{name} {'.'.join(map(str, value))}"
+    if isinstance(value, float):
+        return f"{value:.3g} {name}"
+    return f"{value:,} {name}" if isinstance(value, int) else f"{name}: {value}"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -98,6 +98,11 @@ def test_in_pieces(tmp_path: Path) -> None:
     code, rows, _ = check(out, "--only=needs_count,elsewhere")
     assert code == 0 and (out / "count").read_text() == "x"
     assert list(rows) == [FIRST, "elsewhere", "counts", "needs_count"]
+    (out / "base").rmdir()  # as where only the table was kept
+    check(out, "--only=needs_count")
+    assert (out / "count").read_text() == "xx"
+    _, rows, _ = check(out, "--only=counts", "--minutes=0.0001")
+    assert rows["counts"]["result"] == "passed"  # there is no time for it now; the earlier result stays
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -173,6 +178,10 @@ def test_figures_from_logs() -> None:
     wanted["model_without_graph_ms_per_step_1"] = 4.0
     assert decoding(json.dumps({"model_ms_per_step_1": 1.5, **wanted})) == wanted
     assert all("rows: " in figure(name, value) for name, value in wanted.items())
+    others = {"capability": [9, 0], "gpus": 1024, "memory_gib": 139.72, "device": "H200", "cuda": None}
+    assert [figure(name, value) for name, value in others.items()] == [
+        *("capability 9.0", "1,024 gpus", "140 memory_gib", "H200", "cuda: None")
+    ]
     trace = "Traceback (most recent call last):\n  File x\nValueError: first\n\nmore\nRuntimeError: last\nbye"
     assert main_error(trace) == "RuntimeError: last" and main_error(f"error: ours\n{trace}") == "error: ours"
 
