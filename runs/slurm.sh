@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretraining on several machines under SLURM: one launcher on each.
 #
-#   sbatch --nodes=4 --gpus-per-node=8 runs/slurm.sh --depth=24 --save-every=250
+#   sbatch --nodes=4 --gpus-per-node=8 runs/slurm.sh --data=climbmix --depth=24 --save-every=250
 #
 # Two minutes before the time limit SLURM sends this script SIGUSR1, which it forwards: the run finishes its step and
 # saves, and the job requeues itself and continues from there (--resume). SLURM requeues it too when a node fails. The

@@ -21,12 +21,14 @@ RUN="${WANDB_RUN:-dummy}" GPUS="${GPUS:-8}"
 # First enough text for the tokenizer; the rest is downloaded while the tokenizer trains.
 python -m nanochat.dataset --set climbmix -n 8
 python -m nanochat.dataset --set climbmix -n 170 & DOWNLOAD=$!
+trap 'kill $DOWNLOAD 2>/dev/null || true' EXIT  # Ctrl-C does not reach a script's background job
 if [ ! -f "$NANOCHAT_BASE_DIR/.done/speedrun_tokenizer" ]; then  # with more shards there it would be another one
   python -m scripts.tok_train --data=climbmix --max-chars=2000000000
   mkdir -p "$NANOCHAT_BASE_DIR/.done" && touch "$NANOCHAT_BASE_DIR/.done/speedrun_tokenizer"
   python -m scripts.tok_eval
 fi
 wait $DOWNLOAD
+trap - EXIT
 
 torchrun --standalone --nproc_per_node="$GPUS" -m scripts.base_train -- --resume \
   --data=climbmix --depth=24 --recipe=later --target-param-data-ratio=8 --fp8 --save-every=1000 --run="$RUN"

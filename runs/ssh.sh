@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretraining on several machines that ssh reaches without a password, this repository at the same path on each.
 #
-#   HOSTS="node1 node2" GPUS=8 bash runs/ssh.sh --depth=24 --save-every=250 --timeout=300
+#   HOSTS="node1 node2" GPUS=8 bash runs/ssh.sh --data=climbmix --depth=24 --save-every=250 --timeout=300
 #   DRY_RUN=1 HOSTS="node1 node2" bash runs/ssh.sh --depth=24          # only print the commands
 #
 # The first host runs the rendezvous. The base folder must be on a disk that all share. When a host is lost the others
@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-read -ra NODES <<< "${HOSTS:?give HOSTS, for instance HOSTS=\"node1 node2\"}"
+read -ra NODES <<< "$(tr '\n' ' ' <<< "${HOSTS:?give HOSTS, for instance HOSTS=\"node1 node2\"}")"
 LINE=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" ${NANOCHAT_BASE_DIR:+NANOCHAT_BASE_DIR="$NANOCHAT_BASE_DIR"}
   .venv/bin/python -m scripts.launch --nnodes="1:${#NODES[@]}" --nproc_per_node="${GPUS:-8}" --max-restarts=3
   --rdzv-backend=c10d --rdzv-id="${RUN_ID:-nanochat}" --rdzv-endpoint="${NODES[0]}:${PORT:-29500}"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cells import API, MODEL, SCHEMA, TOO_LONG, check, check_person, run
 
-HOME = Path(tempfile.mkdtemp())
+FOLDER = tempfile.TemporaryDirectory()  # until this program ends
+HOME = Path(FOLDER.name)
 (HOME / "extra-openai-models.yaml").write_text(
     f"- model_id: local\n  model_name: {MODEL}\n  api_base: {API}\n  supports_schema: true\n  supports_tools: true\n"
     f"- model_id: other\n  model_name: gpt-4o\n  api_base: {API}\n"

@@ -83,7 +83,7 @@ def choose(templates: tuple[str, ...], x: str, **more: str) -> str:
 
 
 def geography(readers: dict[str, Reader]) -> Iterator[Pair]:
-    """Capitals (both ways, in three wordings), neighbours and languages of every country."""
+    """Capitals (both ways, in three wordings), neighbours and location of every country."""
     for name, record in countries(readers["factbook"]).items():
         place = with_article(name)
         capital = capital_of(record)
