@@ -143,7 +143,7 @@ function titleField(c) {
     renaming = null;
     if (take && field.value.trim()) { c.title = field.value.trim(); touch(c); keep(c); }
     drawList();
-    drawn.get(c.id)?.node.querySelector(".open")?.focus();
+    if (document.activeElement === document.body) drawn.get(c.id)?.node.querySelector(".open")?.focus();  // the field had it
   };
   field.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.isComposing) { event.preventDefault(); finish(true); }  // else it would open the conversation

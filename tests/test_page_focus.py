@@ -1,0 +1,55 @@
+"""Focus, pressed buttons and drafts stay on the page while answers are written and models looked for."""
+
+import re
+from typing import Any
+
+import pytest
+from page_helpers import (
+    Served,
+    answer,
+    answered,
+    ask,
+    browser as browser,
+    needs_browser,
+    page as page,
+    ready,
+    served as served,
+    until,
+)
+
+from nanochat.serve.replica import Busy
+
+pytestmark = needs_browser
+BODY = "document.querySelector('.message.assistant:last-child .body').textContent.trim()"
+FOCUSED = "document.activeElement.id"
+
+
+def begin(page: Any, served: Served, script: str = "x" * 300) -> None:
+    """Ask, and return while the answer is being written."""
+    served.pool.pause, served.pool.script = 0.03, lambda text: script
+    ask(page, "go", wait=False)
+    until(page, f"{BODY}.length > 5")
+
+
+def look(page: Any) -> None:
+    page.evaluate("import('/page/state.js').then(({ emit }) => emit('look'))")
+
+
+def show_tokens(page: Any) -> None:
+    page.locator("h1").click()
+    page.keyboard.press("p")
+    answer(page).locator(".tokens .token").nth(2).click()
+
+
+def test_renaming_gives_the_focus_to_where_the_reader_went(page: Any, served: Served) -> None:
+    ask(page, "one")
+    for key in ("", "Enter"):
+        page.get_by_label("More for one").click()
+        page.locator("#choices button", has_text=re.compile("^Rename$")).click()
+        if key:
+            page.keyboard.press(key)
+            until(page, "document.activeElement.className === 'open'")
+        else:
+            page.click("#text")
+            until(page, "!document.querySelector('#list input')")
+            assert page.evaluate(FOCUSED) == "text"
