@@ -53,3 +53,17 @@ def test_renaming_gives_the_focus_to_where_the_reader_went(page: Any, served: Se
             page.click("#text")
             until(page, "!document.querySelector('#list input')")
             assert page.evaluate(FOCUSED) == "text"
+
+
+def test_a_slow_click_on_a_version_while_it_is_written(page: Any, served: Served) -> None:
+    ask(page, "go")
+    served.pool.pause, served.pool.script = 0.02, lambda text: "y" * 200
+    answer(page).get_by_role("button", name="Try again").click()
+    until(page, f"{BODY}.startsWith('yyy')")
+    box = answer(page).get_by_role("button", name="Earlier version").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    length = page.evaluate(f"{BODY}.length")
+    until(page, f"{BODY}.length > {length} + 3")
+    page.mouse.up()
+    assert page.evaluate(BODY) == "You said: go"

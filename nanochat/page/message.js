@@ -18,6 +18,9 @@ export function drawMessage(node, conversation, message, place) {
   const body = node.querySelector(":scope > .body") ?? make("div", { className: "body" }), name = own ? (place.flow ? "Your text" : "You") : message.model || "nanochat";
   node.setAttribute("aria-label", name);
   node.dataset.message = message.id;
+  const drawnAs = JSON.stringify(place);
+  if (message.writing && node.drawnAs === drawnAs) return drawAnswer(body, conversation, message, place);  // its buttons stay, even pressed ones
+  node.drawnAs = message.writing && drawnAs;
   for (const [mark, value] of Object.entries({ dropped: place.dropped, boundary: place.boundary, editing })) node.classList.toggle(mark, value);
   if (editing) editor(body, conversation, message);
   else if (own) { body.replaceChildren(withoutOverrides(message.text)); body.setAttribute("dir", "auto"); }
