@@ -67,3 +67,20 @@ def test_a_slow_click_on_a_version_while_it_is_written(page: Any, served: Served
     until(page, f"{BODY}.length > {length} + 3")
     page.mouse.up()
     assert page.evaluate(BODY) == "You said: go"
+
+
+def test_a_failed_look_at_the_server_keeps_its_models(
+    page: Any, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = served.server.config.app
+    while not hasattr(settings, "state"):
+        settings = settings.app
+    monkeypatch.setattr(settings.state.api.settings, "chat_model", False)
+    page.reload()
+    ready(page)
+    page.route("**/v1/models", lambda route: route.abort())
+    look(page)
+    page.wait_for_selector("#trouble:not(.hidden)")
+    assert page.inner_text("#send") == "Continue"
+    page.unroute("**/v1/models")
+    page.wait_for_selector("#trouble.hidden", state="attached", timeout=8000)  # looked for every 3 s, not every 30 s

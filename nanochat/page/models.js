@@ -23,12 +23,11 @@ async function look() {
   let trouble = null;
   try { state.models = (await getJson("v1/models", state.settings.key)).data; }
   catch (error) {
-    state.models = null;
     trouble = error instanceof AnswerError ? error : new AnswerError("The server cannot be reached. The page looks for it again every few seconds.");
   }
   tell(trouble);
   if (JSON.stringify(state.models) !== before) emit("models");
-  if (!document.hidden) timer = setTimeout(look, state.models ? LOOK_LATER : LOOK_AGAIN);
+  if (!document.hidden) timer = setTimeout(look, trouble ? LOOK_AGAIN : LOOK_LATER);
 }
 
 // Say why there is no model; said again only when it changes, since screen readers read it aloud.
