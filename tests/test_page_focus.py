@@ -84,3 +84,31 @@ def test_a_failed_look_at_the_server_keeps_its_models(
     assert page.inner_text("#send") == "Continue"
     page.unroute("**/v1/models")
     page.wait_for_selector("#trouble.hidden", state="attached", timeout=8000)  # looked for every 3 s, not every 30 s
+
+
+def test_a_branch_that_failed_is_tried_again_with_its_tokens(page: Any, served: Served) -> None:
+    ask(page, "hi")
+    show_tokens(page)
+    served.pool.fail = Busy(3)
+    page.locator("#alternatives .alternative", has_text="a").last.click()
+    page.wait_for_selector(".message .error")
+    served.pool.fail = None
+    answer(page).locator(".error button", has_text="Try again").click()
+    until(page, "document.querySelector('.message.assistant .version')?.textContent === '3/3'")
+    answered(page)
+    request = served.pool.requests[-1]
+    assert request.answer_begun == 3 and request.prompt[-3:] == list(b"Yoa")
+
+
+def test_a_branch_needs_the_model_that_wrote_the_answer(page: Any, served: Served) -> None:
+    ask(page, "hi")
+    page.route(
+        "**/v1/models",
+        lambda route: route.fulfill(json={"data": [{"id": "other", "answers": True, "max_context": 99}]}),
+    )
+    look(page)
+    until(page, "document.querySelector('#model').value === 'other'")
+    show_tokens(page)
+    page.locator("#alternatives .alternative", has_text="a").last.click()
+    page.wait_for_selector(".notice")
+    assert len(served.pool.requests) == 1

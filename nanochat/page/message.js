@@ -126,8 +126,9 @@ function notes(conversation, message, { busy, flow, last }) {
     const box = make("div", { className: "error", role: "alert" }, make("span", {}, message.error.text));
     if (doing) box.append(button(...doing));
     const asked = conversation.messages[message.parent];
+    const given = message.parts.length || message.model !== model()?.id ? [] : message.tokens?.slice(0, message.from ?? 0);  // of a branch
     if (message.error.action === "shorten" && asked) box.append(button("Edit", () => edit(asked, asked.text)));
-    else box.append(button("Try again", () => { answers.ask(conversation, message.parent); toEnd(); }, { disabled: busy }));
+    else box.append(button("Try again", () => { answers.ask(conversation, message.parent, given); toEnd(); }, { disabled: busy }));
     found.push(box);
   }
   return found;
