@@ -112,3 +112,14 @@ def test_a_branch_needs_the_model_that_wrote_the_answer(page: Any, served: Serve
     page.locator("#alternatives .alternative", has_text="a").last.click()
     page.wait_for_selector(".notice")
     assert len(served.pool.requests) == 1
+
+
+def test_an_example_keeps_what_is_written(page: Any, served: Served) -> None:
+    page.fill("#text", "half a thought")
+    page.locator(".empty button").first.click()
+    until(page, "document.querySelector('.message.assistant .rate')")
+    assert page.input_value("#text") == "half a thought"
+    page.reload()
+    ready(page)
+    page.keyboard.press("Control+k")
+    assert page.input_value("#text") == "half a thought"

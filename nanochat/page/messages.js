@@ -54,10 +54,9 @@ export function redrawAll() {
 
 function emptyNode() {
   const chat = model()?.answers ?? true, examples = chat ? EXAMPLES : BEGINNINGS;
-  const say = (text) => { $("text").value = text; $("ask").requestSubmit(); };
   return make("div", { className: "empty" },
     make("p", {}, chat ? "Ask your model something." : "This is a base model: it continues a text. Begin one, or take one of these."),
-    ...examples.map((text) => button(text, () => say(text))));
+    ...examples.map((text) => button(text, () => send(text))));
 }
 
 // An element is drawn again when something it depends on has changed. The text of an answer is compared by its length:
