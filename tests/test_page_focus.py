@@ -123,3 +123,13 @@ def test_an_example_keeps_what_is_written(page: Any, served: Served) -> None:
     ready(page)
     page.keyboard.press("Control+k")
     assert page.input_value("#text") == "half a thought"
+
+
+def test_a_hit_leads_to_the_words_searched_for_last(page: Any, served: Served) -> None:
+    served.pool.script = lambda text: "the needle" if text == "again" else "nothing"
+    ask(page, "hay needles")
+    ask(page, "again")
+    page.fill("#search", "h")
+    page.fill("#search", "hay")
+    page.locator("nav .open").click()
+    assert page.evaluate("[...CSS.highlights.get('found')].map(String)") == ["hay"]

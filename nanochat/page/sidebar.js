@@ -91,7 +91,7 @@ export function dayOf(time, now = Date.now()) {
 // A conversation's entry; the same node as long as nothing of it changes, so that focus stays and a title can be edited.
 function item(c, found, words) {
   const shown = c.id === state.current, busy = answers.isRunning(c), unsaved = state.unsaved.has(c.id), text = found.text ?? null;
-  const from = JSON.stringify([c.title, lastUsed(c), shown, busy, unsaved, text, renaming === c]), old = drawn.get(c.id);
+  const from = JSON.stringify([c.title, lastUsed(c), shown, busy, unsaved, text, found.message?.id, words, renaming === c]), old = drawn.get(c.id);
   if (old && (old.from === from || renaming === c && old.renaming)) return old.node;
   const node = old?.node ?? make("li"), hadFocus = node.contains(document.activeElement) && document.activeElement.className;
   node.className = shown ? "shown" : "";
