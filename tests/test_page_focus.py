@@ -133,3 +133,13 @@ def test_a_hit_leads_to_the_words_searched_for_last(page: Any, served: Served) -
     page.fill("#search", "hay")
     page.locator("nav .open").click()
     assert page.evaluate("[...CSS.highlights.get('found')].map(String)") == ["hay"]
+
+
+def test_the_alternatives_close_with_what_they_belong_to(page: Any, served: Served) -> None:
+    ask(page, "hi")
+    show_tokens(page)
+    page.keyboard.press("p")
+    assert page.locator("#alternatives").get_attribute("class") == "hidden"
+    show_tokens(page)
+    page.keyboard.press("Control+k")
+    assert page.locator("#alternatives").get_attribute("class") == "hidden"
