@@ -143,3 +143,15 @@ def test_the_alternatives_close_with_what_they_belong_to(page: Any, served: Serv
     show_tokens(page)
     page.keyboard.press("Control+k")
     assert page.locator("#alternatives").get_attribute("class") == "hidden"
+
+
+def test_escape_in_the_search_clears_it_and_stops_nothing(page: Any, served: Served) -> None:
+    begin(page, served, "x" * 60)
+    page.keyboard.press("Control+/")
+    assert page.evaluate(FOCUSED) == "search" and page.evaluate("document.body.className") == ""
+    page.keyboard.type("nowhere")
+    assert page.locator("nav .open").count() == 0
+    page.keyboard.press("Escape")
+    assert page.locator("nav .open").count() == 1 and page.input_value("#search") == ""
+    answered(page)
+    assert page.evaluate(BODY) == "x" * 60

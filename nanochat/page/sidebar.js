@@ -15,6 +15,10 @@ export function setUpSidebar() {
   $("search").addEventListener("input", drawList);
   $("search").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.isComposing && event.target.value.trim()) $("list").querySelector("button.open")?.click();
+    if (event.key !== "Escape" || event.isComposing || !event.target.value) return;
+    event.stopPropagation();  // it would stop an answer
+    event.target.value = "";
+    drawList();
   });
   for (const id of ["new", "new-here"]) $(id).addEventListener("click", newChat);
   $("menu").addEventListener("click", () => document.body.classList.contains("open") ? closeMenu() : openMenu());
@@ -171,6 +175,7 @@ function deletedItem(chats) {
 // ---- on small screens the list is a drawer -----------------------------------------------------------------------
 
 export function openMenu() {
+  if (!$("menu").offsetWidth) return;  // on a wide screen the list is always there
   document.body.classList.add("open");
   $("menu").setAttribute("aria-expanded", "true");
   $("new").focus();
