@@ -155,3 +155,15 @@ def test_escape_in_the_search_clears_it_and_stops_nothing(page: Any, served: Ser
     assert page.locator("nav .open").count() == 1 and page.input_value("#search") == ""
     answered(page)
     assert page.evaluate(BODY) == "x" * 60
+
+
+def test_a_continued_answer_counts_all_its_tokens(page: Any, served: Served) -> None:
+    begin(page, served)
+    page.keyboard.press("Escape")
+    answered(page)
+    served.pool.pause, served.pool.script = 0.0, lambda text: "end"
+    answer(page).get_by_role("button", name="Continue").click()
+    until(page, f"{BODY}.endsWith('end')")
+    answered(page)
+    until(page, "document.querySelector('.rate')")
+    assert int(page.inner_text(".rate").split()[0]) == page.evaluate(f"{BODY}.length")

@@ -53,7 +53,7 @@ const chats = () => model()?.answers ?? true;  // whether the model answers; a b
 function toSend(messages) {
   const parts = (m) => m.parts.map(({ kind, text }) => ({ type: kind, text }));
   const sent = messages.map((m) => m.role === "user" ? { role: "user", content: m.text }
-    : { role: "assistant", content: m.parts.some((p) => p.kind !== "text") ? parts(m) : textOf(m) });
+    : { role: "assistant", content: parts(m) });
   return state.settings.system ? [{ role: "system", content: state.settings.system }, ...sent] : sent;
 }
 

@@ -96,9 +96,9 @@ function actions(conversation, message, { number, count, last, busy, flow }) {
     bar.append(button("How sure?", () => changeSettings({ probabilities: !shown }), { "aria-pressed": String(shown), title: "Show how likely each token was" }));
   }
   if (message.usage && (!flow || last)) {
-    const { tokens, seconds } = message.usage;
+    const { tokens, seconds } = message.usage, written = message.tokens?.length || tokens;  // `tokens`: of the last run alone
     const rate = seconds > 0 && tokens > 1 ? `, ${((tokens - 1) / seconds).toFixed(tokens / seconds < 10 ? 1 : 0)} tokens/s` : "";
-    bar.append(make("span", { className: "rate" }, `${tokens} token${tokens === 1 ? "" : "s"}${rate}`));
+    bar.append(make("span", { className: "rate" }, `${written} token${written === 1 ? "" : "s"}${rate}`));
   }
   return bar;
 }
