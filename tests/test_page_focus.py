@@ -167,3 +167,13 @@ def test_a_continued_answer_counts_all_its_tokens(page: Any, served: Served) -> 
     answered(page)
     until(page, "document.querySelector('.rate')")
     assert int(page.inner_text(".rate").split()[0]) == page.evaluate(f"{BODY}.length")
+
+
+def test_a_key_that_no_request_can_carry_points_to_the_settings(page: Any, served: Served) -> None:
+    page.click("#settings-open")
+    page.fill("#key", "kęy")
+    page.locator("#settings .primary").click()
+    page.wait_for_selector("#trouble button")
+    ask(page, "hi")
+    answer(page).locator(".error button", has_text="Open settings").click()
+    assert page.locator("#settings[open]").count() == 1

@@ -3,7 +3,7 @@
 import { $, announce, button, make } from "./dom.js";
 import { openSettings } from "./settings.js";
 import { emit, model, on, state } from "./state.js";
-import { AnswerError, getJson } from "./stream.js";
+import { getJson } from "./stream.js";
 
 const LOOK_AGAIN = 3000, LOOK_LATER = 30_000;  // ms without and with a server
 let timer = null;
@@ -22,9 +22,7 @@ async function look() {
   const before = JSON.stringify(state.models);
   let trouble = null;
   try { state.models = (await getJson("v1/models", state.settings.key)).data; }
-  catch (error) {
-    trouble = error instanceof AnswerError ? error : new AnswerError("The server cannot be reached. The page looks for it again every few seconds.");
-  }
+  catch (error) { trouble = error; }
   tell(trouble);
   if (JSON.stringify(state.models) !== before) emit("models");
   if (!document.hidden) timer = setTimeout(look, trouble ? LOOK_AGAIN : LOOK_LATER);
