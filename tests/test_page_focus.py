@@ -177,3 +177,14 @@ def test_a_key_that_no_request_can_carry_points_to_the_settings(page: Any, serve
     ask(page, "hi")
     answer(page).locator(".error button", has_text="Open settings").click()
     assert page.locator("#settings[open]").count() == 1
+
+
+def test_the_deleted_ones_stay_pressed_and_focused_while_an_answer_is_written(page: Any, served: Served) -> None:
+    ask(page, "old")
+    page.get_by_label("More for old").click()
+    page.locator("#choices button", has_text=re.compile("^Delete$")).click()
+    begin(page, served)
+    page.locator("nav .deleted summary").click()
+    page.get_by_label("Restore old").focus()
+    page.evaluate("import('/page/state.js').then(({ emit }) => emit('list'))")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Restore old"

@@ -157,19 +157,22 @@ function titleField(c) {
   return field;
 }
 
-let deletedShown = false;
+let deletedDrawn = null;  // {node, from: what it was drawn from}
 
+// The list of deleted conversations; the same node as long as nothing of it changes.
 function deletedItem(chats) {
-  const details = make("details", { open: deletedShown }, make("summary", {}, `Deleted (${chats.length})`),
+  const from = JSON.stringify(chats.map((c) => [c.id, c.title]));
+  if (deletedDrawn?.from === from) return deletedDrawn.node;
+  const details = make("details", { open: deletedDrawn?.node.firstChild.open ?? false }, make("summary", {}, `Deleted (${chats.length})`),
     make("p", { className: "quiet" }, `Kept for ${DELETED_DAYS} days, unless room is needed.`));
-  details.addEventListener("toggle", () => { deletedShown = details.open; });
-  for (const c of chats) {
-    const title = withoutOverrides(c.title || "New conversation");
+  for (const { id, title: named } of chats) {
+    const title = withoutOverrides(named || "New conversation"), chat = () => state.chats.get(id);
     details.append(make("div", { className: "row" }, make("span", { className: "title", dir: "auto" }, title),
-      button("Restore", () => restore(c), { "aria-label": `Restore ${title}` }),
-      button("Delete for good", () => { answers.stop(c); erase(c); }, { "aria-label": `Delete ${title} for good` })));
+      button("Restore", () => restore(chat()), { "aria-label": `Restore ${title}` }),
+      button("Delete for good", () => { answers.stop(chat()); erase(chat()); }, { "aria-label": `Delete ${title} for good` })));
   }
-  return make("li", { className: "deleted" }, details);
+  deletedDrawn = { node: make("li", { className: "deleted" }, details), from };
+  return deletedDrawn.node;
 }
 
 // ---- on small screens the list is a drawer -----------------------------------------------------------------------
