@@ -188,3 +188,15 @@ def test_the_deleted_ones_stay_pressed_and_focused_while_an_answer_is_written(pa
     page.get_by_label("Restore old").focus()
     page.evaluate("import('/page/state.js').then(({ emit }) => emit('list'))")
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Restore old"
+
+
+def test_send_and_stop_leave_the_focus_in_the_text(page: Any, served: Served) -> None:
+    served.pool.pause, served.pool.script = 0.03, lambda text: "x" * 300
+    page.fill("#text", "go")
+    page.focus("#send")
+    page.keyboard.press("Enter")
+    until(page, f"{FOCUSED} === 'text'")
+    until(page, f"document.querySelector('.message.assistant .body') && {BODY}.length > 20")
+    page.focus("#stop")
+    page.keyboard.press("Enter")
+    until(page, f"{FOCUSED} === 'text'")

@@ -123,7 +123,7 @@ function notes(conversation, message, { busy, flow, last }) {
   if (message.role === "assistant" && !message.writing && isWritten(message)) say("Another tab is writing this answer.");
   if (message.error) {
     const doing = { settings: ["Open settings", () => $("settings-open").click()], models: ["Look again", () => emit("look")] }[message.error.action];
-    const box = make("div", { className: "error", role: "alert" }, make("span", {}, message.error.text));
+    const box = make("div", { className: "error" }, make("span", {}, message.error.text));
     if (doing) box.append(button(...doing));
     const asked = conversation.messages[message.parent];
     const given = message.parts.length || message.model !== model()?.id ? [] : message.tokens?.slice(0, message.from ?? 0);  // of a branch
