@@ -340,6 +340,17 @@ def test_messages_that_no_longer_fit_are_marked(page: Any, served: Served) -> No
     assert page.locator(".message.boundary .note").count() == 1
 
 
+def test_failed_answers_are_not_counted_among_the_messages_that_no_longer_fit(page: Any, served: Served) -> None:
+    served.pool.fail, served.pool.script = Busy(3), lambda text: "Yes."
+    ask(page, "failed")
+    served.pool.fail = None
+    for text in ("a" * 2500, "b" * 1000, "c" * 1000):
+        ask(page, text)
+    assert served.pool.requests[-1].dropped_messages == 3
+    until(page, "document.querySelectorAll('.message.dropped').length === 4")
+    assert page.locator(".message.boundary .body").inner_text() == "b" * 1000
+
+
 # ---------------------------------------------------------------------------------------------------
 # Several tabs
 

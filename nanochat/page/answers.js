@@ -1,6 +1,6 @@
 // Answers being written, in any number of conversations at once: showing another one does not stop them.
 
-import { announce } from "./dom.js";
+import { announce, notice } from "./dom.js";
 import { hold, isWritten, lookElsewhere } from "./presence.js";
 import { current, emit, keep, model, on, state } from "./state.js";
 import { answerEvents, getJson } from "./stream.js";
@@ -53,7 +53,7 @@ const chats = () => model()?.answers ?? true;  // whether the model answers; a b
 function toSend(messages) {
   const parts = (m) => m.parts.map(({ kind, text }) => ({ type: kind, text }));
   const sent = messages.map((m) => m.role === "user" ? { role: "user", content: m.text }
-    : { role: "assistant", content: m.parts.some((p) => p.kind !== "text") ? parts(m) : textOf(m) });
+    : { role: "assistant", content: parts(m) });
   return state.settings.system ? [{ role: "system", content: state.settings.system }, ...sent] : sent;
 }
 
@@ -88,6 +88,7 @@ export function ask(conversation, parent, tokens = []) {
 
 // Another version of an answer that begins with these tokens; one that is being written is stopped first.
 export async function branch(conversation, message, tokens) {
+  if (message.model !== model()?.id) return void notice(`Another model (${message.model || "unknown"}) wrote this: its tokens are not this model's. Choose that model, or ask again.`);
   stop(conversation);
   while (isRunning(conversation)) await new Promise((resolve) => setTimeout(resolve, 20));
   return ask(conversation, message.parent, tokens);

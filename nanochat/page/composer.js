@@ -1,7 +1,7 @@
 // Where a message is written: it grows with its text, is kept as a draft, and counts its tokens against the context.
 
 import * as answers from "./answers.js";
-import { $, announce, isSendKey } from "./dom.js";
+import { $, announce, isSendKey, touchScreen } from "./dom.js";
 import { send } from "./messages.js";
 import { current, keepDraft, model, on, state } from "./state.js";
 import { getJson } from "./stream.js";
@@ -68,6 +68,7 @@ function showRunning() {
   $("send").classList.toggle("hidden", busy);
   if (busy && $("stop").classList.contains("hidden")) stopShown = performance.now();
   $("stop").classList.toggle("hidden", !busy);
+  if (!touchScreen.matches && document.activeElement?.matches("#send.hidden, #stop.hidden")) $("text").focus();
 }
 
 // Long texts have a fixed height: measuring them at every key would take longer than typing.

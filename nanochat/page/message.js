@@ -18,6 +18,9 @@ export function drawMessage(node, conversation, message, place) {
   const body = node.querySelector(":scope > .body") ?? make("div", { className: "body" }), name = own ? (place.flow ? "Your text" : "You") : message.model || "nanochat";
   node.setAttribute("aria-label", name);
   node.dataset.message = message.id;
+  const drawnAs = JSON.stringify(place);
+  if (message.writing && node.drawnAs === drawnAs) return drawAnswer(body, conversation, message, place);  // its buttons stay, even pressed ones
+  node.drawnAs = message.writing && drawnAs;
   for (const [mark, value] of Object.entries({ dropped: place.dropped, boundary: place.boundary, editing })) node.classList.toggle(mark, value);
   if (editing) editor(body, conversation, message);
   else if (own) { body.replaceChildren(withoutOverrides(message.text)); body.setAttribute("dir", "auto"); }
@@ -93,9 +96,9 @@ function actions(conversation, message, { number, count, last, busy, flow }) {
     bar.append(button("How sure?", () => changeSettings({ probabilities: !shown }), { "aria-pressed": String(shown), title: "Show how likely each token was" }));
   }
   if (message.usage && (!flow || last)) {
-    const { tokens, seconds } = message.usage;
+    const { tokens, seconds } = message.usage, written = message.tokens?.length || tokens;  // `tokens`: of the last run alone
     const rate = seconds > 0 && tokens > 1 ? `, ${((tokens - 1) / seconds).toFixed(tokens / seconds < 10 ? 1 : 0)} tokens/s` : "";
-    bar.append(make("span", { className: "rate" }, `${tokens} token${tokens === 1 ? "" : "s"}${rate}`));
+    bar.append(make("span", { className: "rate" }, `${written} token${written === 1 ? "" : "s"}${rate}`));
   }
   return bar;
 }
@@ -120,11 +123,12 @@ function notes(conversation, message, { busy, flow, last }) {
   if (message.role === "assistant" && !message.writing && isWritten(message)) say("Another tab is writing this answer.");
   if (message.error) {
     const doing = { settings: ["Open settings", () => $("settings-open").click()], models: ["Look again", () => emit("look")] }[message.error.action];
-    const box = make("div", { className: "error", role: "alert" }, make("span", {}, message.error.text));
+    const box = make("div", { className: "error" }, make("span", {}, message.error.text));
     if (doing) box.append(button(...doing));
     const asked = conversation.messages[message.parent];
+    const given = message.parts.length || message.model !== model()?.id ? [] : message.tokens?.slice(0, message.from ?? 0);  // of a branch
     if (message.error.action === "shorten" && asked) box.append(button("Edit", () => edit(asked, asked.text)));
-    else box.append(button("Try again", () => { answers.ask(conversation, message.parent); toEnd(); }, { disabled: busy }));
+    else box.append(button("Try again", () => { answers.ask(conversation, message.parent, given); toEnd(); }, { disabled: busy }));
     found.push(box);
   }
   return found;

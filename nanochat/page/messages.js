@@ -40,9 +40,11 @@ function redrawSome(messages) {
 export function redrawAll() {
   const conversation = current(), log = $("log"), shown = conversation ? steps(conversation) : [];
   const dropped = shown.findLast(({ message }) => message.dropped !== undefined)?.message.dropped ?? 0;
+  let first = 0;  // index of the first message that was read: answers without parts are not counted among those dropped
+  for (let left = dropped; left > 0 && first < shown.length; first++) left -= shown[first].message.role === "user" || shown[first].message.parts.length > 0;
   const common = { busy: answers.isRunning(conversation), flow: model()?.answers === false, probabilities: state.settings.probabilities };
   const wanted = shown.map(({ message, number, count }, index) => messageNode(conversation, message,
-    { ...common, number, count, last: index === shown.length - 1, dropped: index < dropped, boundary: dropped > 0 && index === dropped }));
+    { ...common, number, count, last: index === shown.length - 1, dropped: index < first, boundary: first > 0 && index === first }));
   if (!shown.length) wanted.push(emptyNode());
   wanted.forEach((node, i) => { if (log.children[i] !== node) log.insertBefore(node, log.children[i] ?? null); });
   while (log.children.length > wanted.length) log.lastChild.remove();
@@ -54,10 +56,9 @@ export function redrawAll() {
 
 function emptyNode() {
   const chat = model()?.answers ?? true, examples = chat ? EXAMPLES : BEGINNINGS;
-  const say = (text) => { $("text").value = text; $("ask").requestSubmit(); };
   return make("div", { className: "empty" },
     make("p", {}, chat ? "Ask your model something." : "This is a base model: it continues a text. Begin one, or take one of these."),
-    ...examples.map((text) => button(text, () => say(text))));
+    ...examples.map((text) => button(text, () => send(text))));
 }
 
 // An element is drawn again when something it depends on has changed. The text of an answer is compared by its length:

@@ -3,7 +3,7 @@
 import { $, announce, button, make } from "./dom.js";
 import { openSettings } from "./settings.js";
 import { emit, model, on, state } from "./state.js";
-import { AnswerError, getJson } from "./stream.js";
+import { getJson } from "./stream.js";
 
 const LOOK_AGAIN = 3000, LOOK_LATER = 30_000;  // ms without and with a server
 let timer = null;
@@ -22,13 +22,10 @@ async function look() {
   const before = JSON.stringify(state.models);
   let trouble = null;
   try { state.models = (await getJson("v1/models", state.settings.key)).data; }
-  catch (error) {
-    state.models = null;
-    trouble = error instanceof AnswerError ? error : new AnswerError("The server cannot be reached. The page looks for it again every few seconds.");
-  }
+  catch (error) { trouble = error; }
   tell(trouble);
   if (JSON.stringify(state.models) !== before) emit("models");
-  if (!document.hidden) timer = setTimeout(look, state.models ? LOOK_LATER : LOOK_AGAIN);
+  if (!document.hidden) timer = setTimeout(look, trouble ? LOOK_AGAIN : LOOK_LATER);
 }
 
 // Say why there is no model; said again only when it changes, since screen readers read it aloud.

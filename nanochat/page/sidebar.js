@@ -15,6 +15,10 @@ export function setUpSidebar() {
   $("search").addEventListener("input", drawList);
   $("search").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.isComposing && event.target.value.trim()) $("list").querySelector("button.open")?.click();
+    if (event.key !== "Escape" || event.isComposing || !event.target.value) return;
+    event.stopPropagation();  // it would stop an answer
+    event.target.value = "";
+    drawList();
   });
   for (const id of ["new", "new-here"]) $(id).addEventListener("click", newChat);
   $("menu").addEventListener("click", () => document.body.classList.contains("open") ? closeMenu() : openMenu());
@@ -91,7 +95,7 @@ export function dayOf(time, now = Date.now()) {
 // A conversation's entry; the same node as long as nothing of it changes, so that focus stays and a title can be edited.
 function item(c, found, words) {
   const shown = c.id === state.current, busy = answers.isRunning(c), unsaved = state.unsaved.has(c.id), text = found.text ?? null;
-  const from = JSON.stringify([c.title, lastUsed(c), shown, busy, unsaved, text, renaming === c]), old = drawn.get(c.id);
+  const from = JSON.stringify([c.title, lastUsed(c), shown, busy, unsaved, text, found.message?.id, words, renaming === c]), old = drawn.get(c.id);
   if (old && (old.from === from || renaming === c && old.renaming)) return old.node;
   const node = old?.node ?? make("li"), hadFocus = node.contains(document.activeElement) && document.activeElement.className;
   node.className = shown ? "shown" : "";
@@ -143,7 +147,7 @@ function titleField(c) {
     renaming = null;
     if (take && field.value.trim()) { c.title = field.value.trim(); touch(c); keep(c); }
     drawList();
-    drawn.get(c.id)?.node.querySelector(".open")?.focus();
+    if (document.activeElement === document.body) drawn.get(c.id)?.node.querySelector(".open")?.focus();  // the field had it
   };
   field.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.isComposing) { event.preventDefault(); finish(true); }  // else it would open the conversation
@@ -153,24 +157,28 @@ function titleField(c) {
   return field;
 }
 
-let deletedShown = false;
+let deletedDrawn = null;  // {node, from: what it was drawn from}
 
+// The list of deleted conversations; the same node as long as nothing of it changes.
 function deletedItem(chats) {
-  const details = make("details", { open: deletedShown }, make("summary", {}, `Deleted (${chats.length})`),
+  const from = JSON.stringify(chats.map((c) => [c.id, c.title]));
+  if (deletedDrawn?.from === from) return deletedDrawn.node;
+  const details = make("details", { open: deletedDrawn?.node.firstChild.open ?? false }, make("summary", {}, `Deleted (${chats.length})`),
     make("p", { className: "quiet" }, `Kept for ${DELETED_DAYS} days, unless room is needed.`));
-  details.addEventListener("toggle", () => { deletedShown = details.open; });
-  for (const c of chats) {
-    const title = withoutOverrides(c.title || "New conversation");
+  for (const { id, title: named } of chats) {
+    const title = withoutOverrides(named || "New conversation"), chat = () => state.chats.get(id);
     details.append(make("div", { className: "row" }, make("span", { className: "title", dir: "auto" }, title),
-      button("Restore", () => restore(c), { "aria-label": `Restore ${title}` }),
-      button("Delete for good", () => { answers.stop(c); erase(c); }, { "aria-label": `Delete ${title} for good` })));
+      button("Restore", () => restore(chat()), { "aria-label": `Restore ${title}` }),
+      button("Delete for good", () => { answers.stop(chat()); erase(chat()); }, { "aria-label": `Delete ${title} for good` })));
   }
-  return make("li", { className: "deleted" }, details);
+  deletedDrawn = { node: make("li", { className: "deleted" }, details), from };
+  return deletedDrawn.node;
 }
 
 // ---- on small screens the list is a drawer -----------------------------------------------------------------------
 
 export function openMenu() {
+  if (!$("menu").offsetWidth) return;  // on a wide screen the list is always there
   document.body.classList.add("open");
   $("menu").setAttribute("aria-expanded", "true");
   $("new").focus();

@@ -11,7 +11,7 @@ export const state = {
   current: null,  // id of the conversation shown
   drafts: new Map(),  // id of a conversation, or "edit/" and that of a message -> text that was not sent
   settings: { ...DEFAULTS },
-  models: null,  // of the server; null: not reached
+  models: null,  // of the server when it was last reached; null: never
   stored: true,  // whether this browser keeps what is written
   unsaved: new Set(),  // ids of conversations that could not be stored
 };

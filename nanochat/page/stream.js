@@ -50,18 +50,23 @@ export async function errorOf(response, key = "") {
 
 const headers = (key) => ({ "Content-Type": "application/json", ...(key ? { Authorization: "Bearer " + key } : {}) });
 
-export async function getJson(url, key, body, signal) {
-  const response = await fetch(url, { method: body ? "POST" : "GET", headers: headers(key), signal, body: body && JSON.stringify(body) });
+async function request(url, key, body, signal) {
+  if (/[^\x00-\xff]/.test(key)) throw new AnswerError("The API key has a character that no key has. Correct it in the settings, then try again.", "settings");
+  let response;
+  try { response = await fetch(url, { method: body ? "POST" : "GET", headers: headers(key), signal, body: body && JSON.stringify(body) }); }
+  catch (error) { throw signal?.aborted ? error : new AnswerError("The server cannot be reached; the page looks for it every few seconds. What is written here is kept."); }
   if (!response.ok) throw await errorOf(response, key);
+  return response;
+}
+
+export async function getJson(url, key, body, signal) {
+  const response = await request(url, key, body, signal);
   return response.json().catch(() => { throw new AnswerError(NOT_OURS); });
 }
 
 // Events of an answer: {piece: {kind, text}}, {tokens: [logprob entries]}, {end: reason}, {usage, timings}. Raises AnswerError.
 export async function* answerEvents(url, key, body, signal) {
-  let response;
-  try { response = await fetch(url, { method: "POST", headers: headers(key), body: JSON.stringify(body), signal }); }
-  catch (error) { throw signal.aborted ? error : new AnswerError("The server cannot be reached. Your message is kept; try again when it runs."); }
-  if (!response.ok) throw await errorOf(response, key);
+  const response = await request(url, key, body, signal);
   if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) throw new AnswerError(NOT_OURS);
   try {
     for await (const data of serverEvents(response)) {
@@ -81,6 +86,6 @@ function* choiceEvents(choice) {
   const delta = choice.delta || {};
   if (choice.logprobs?.content?.length) yield { tokens: choice.logprobs.content };
   if (delta.tool) yield { piece: delta.tool };
-  else if (delta.content || choice.text) yield { piece: { kind: "text", text: delta.content || choice.text } };
+  else if (delta.content) yield { piece: { kind: "text", text: delta.content } };
   if (choice.finish_reason) yield { end: choice.finish_reason };
 }

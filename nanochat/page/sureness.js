@@ -3,6 +3,7 @@
 // choosing one makes the answer go on from there, as another version.
 
 import { $, button, make, withoutOverrides } from "./dom.js";
+import { on } from "./state.js";
 import { alternatives, canFollow, isSpecial, level, percent, share, shownText, tokenName } from "./tokens.js";
 
 // `branch(tokens)`: write another version that begins with these tokens.
@@ -110,6 +111,7 @@ function place(box, node) {
 }
 
 export function setUpAlternatives() {
+  for (const event of ["current", "settings"]) on(event, hide);  // its token may no longer be shown
   const box = $("alternatives");
   document.addEventListener("pointerdown", (event) => { if (!box.contains(event.target) && !event.target.closest?.(".token")) hide(); });
   $("log").addEventListener("scroll", () => { if (opener?.isConnected && !box.classList.contains("hidden")) place(box, opener); }, { passive: true });
