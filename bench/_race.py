@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -222,10 +223,20 @@ def last_words(text: str) -> str:
 
 
 def cpu_halves() -> list[set[int]]:
-    """The cores this process may use, in two halves of the same size."""
-    cpus = sorted(os.sched_getaffinity(0))
+    """The CPUs this process may use, in two halves of the same size; where there are two cores or more, the threads of
+    one core are in the same half."""
+    cpus = sorted(os.sched_getaffinity(0), key=lambda cpu: (core_of(cpu), cpu))
     half = len(cpus) // 2
     return [set(cpus[:half]), set(cpus[half : 2 * half])]
+
+
+def core_of(cpu: int) -> int:
+    """The first of the CPUs (hardware threads) that share a core with this one; itself where Linux does not say."""
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")  # such as 0,4 or 0-1
+    try:
+        return int(re.split("[,-]", path.read_text())[0])
+    except (OSError, ValueError):
+        return cpu
 
 
 def can_run_together() -> bool:
@@ -235,13 +246,15 @@ def can_run_together() -> bool:
 
 @contextmanager
 def stopped_by_signal() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt, so that the runs end with this process."""
+    """Turn SIGTERM, and SIGHUP unless it is ignored, into KeyboardInterrupt, so that the runs end with this process."""
 
     def stop(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+    before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

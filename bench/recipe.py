@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 effect = search.effect(b)
                 seed = 1 + len(effect.differences) + len(effect.failures)
                 say(f"pair {seed}: {search.baseline.text or 'A'} against {b.text or 'as it is'}")
-                bpb = race.pair(search.baseline, b, seed)
+                bpb = race.pair(search.baseline, search.baseline.plus(b) if config.candidates else b, seed)
                 sides = search.baseline.text, b.text
                 append_line(results, json.dumps(asdict(Pair(*sides, seed, bpb, settings, commits(*sides)))))
                 search.record(*sides, *bpb)
@@ -140,7 +140,8 @@ def race_settings(config: Config) -> dict[str, Any]:
     """What a pair's result depends on besides its sides: results of other settings do not count."""
     names = ("minutes", "common", "data", "vocab_size", "chars", "eval_bytes")
     changes = git("diff", "HEAD", "--", ".", ":(exclude)dev/LEADERBOARD.md").stdout  # --record writes there
-    code = json_hash([git("rev-parse", "HEAD").stdout, changes])[:12]
+    files = git("ls-tree", "-r", "HEAD").stdout.splitlines()
+    code = json_hash([[line for line in files if not line.endswith("\tdev/LEADERBOARD.md")], changes])[:12]
     machine = {name: describe_machine()[name] for name in ("processor", "cores", "gpus")}
     return {**{name: getattr(config, name) for name in names}, "code": code, "machine": machine}
 

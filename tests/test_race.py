@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import _run, recipe
+from bench import _race, _run, recipe
 from bench._effects import MAX_PAIRS, Effect, Search, read_candidates
 from bench._race import Race, Side, can_run_together
 from nanochat.common import UserError
@@ -118,6 +118,24 @@ def test_a_race_goes_on_where_it_was_stopped(
     assert "better" in capsys.readouterr().out
     asked = fake_pairs(monkeypatch, lambda side, seed: 1.5)
     assert recipe.main([*argv, "--minutes=7"]) == 0 and len(asked) == 3, "other settings are another race"
+
+
+def test_a_candidate_is_trained_on_top_of_what_won(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "ideas").write_text("smear=False\nbackout=False\n")
+    gains = {"smear=False": 0.05, "backout=False": 0.02}
+    asked = fake_pairs(
+        monkeypatch,
+        lambda side, seed: 1.5 - sum(gains[change] for change in side.changes) + 1e-4 * len(side.text) * seed,
+    )
+    assert recipe.main([f"--candidates={tmp_path / 'ideas'}", f"--results={tmp_path / 'r'}"]) == 0
+    assert {b for a, b, _ in asked if a == "smear=False"} == {"smear=False backout=False"}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_the_threads_of_a_core_are_in_the_same_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(_race, "core_of", lambda cpu: cpu % 4)  # as Linux numbers them as a rule
+    assert _race.cpu_halves() == [{0, 4, 1, 5}, {2, 6, 3, 7}]
 
 
 def test_a_row_of_the_leaderboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
