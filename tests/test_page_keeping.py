@@ -90,7 +90,7 @@ def test_undo_after_another_tab_deleted_it_for_good(page: Any, served: Served) -
     choose(page, "keep me", "Delete")
     other.locator("nav .deleted summary").click()
     other.get_by_label("Delete keep me for good").click()
-    page.wait_for_function("!document.querySelector('nav .deleted')")
+    until(page, "!document.querySelector('nav .deleted')")
     page.locator(".notice button", has_text="Undo").click()
     other.close()
     page.reload()
