@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The best model size and number of tokens for a compute budget: train a grid of budgets and depths, fit a law.
 #
-#   bash runs/scaling_laws.sh           # on two CPU cores, on the starter corpus: under an hour
+#   bash runs/scaling_laws.sh           # on two CPU cores, on the starter corpus: one to two hours
 #   bash runs/scaling_laws.sh h100      # on 8xH100, on 300 public shards (30 GB), which it downloads
 #
 # It can be stopped at any time; the same command continues where it stopped. Finished runs are not repeated.
@@ -11,7 +11,7 @@ source .venv/bin/activate 2>/dev/null || { echo "error: no .venv here; run bash 
 
 case "${1:-cpu}" in
   cpu)
-    GRID="4e12:1,2,3 1.2e13:1,2,3,4 3.6e13:1,2,3,4,5 1e14:2,3,4,5"
+    GRID="4e12:1,2,3 1.2e13:1,2,3,4 3.6e13:1,2,3,4,5 1e14:2,3,4,5 3e14:3,4,5"
     FLAGS="--data=starter --recipe=small --head-dim=64 --max-seq-len=512 --total-batch-size=4096 --eval-tokens=262144"
     TRAIN="python -m scripts.base_train" VOCAB="--data=starter --vocab-size=4096 --max-chars=20000000" OUT=cpu ;;
   h100)

@@ -124,8 +124,8 @@ def test_a_forecast_for_other_text_or_far_beyond_the_law_says_so() -> None:
         return next(row["planned"] for row in rows if row[""] == "bits per byte")
 
     assert "starter" in forecast(4096, "my_texts") and "starter" not in forecast(4096, "starter")
-    assert "extrapolated" in forecast(2**20, "starter") and "extrapolated" not in forecast(4096, "starter")
-    assert "±" in forecast(2**20, "starter") and "±" not in forecast(2**30, "starter"), "none at all that far away"
+    assert "extrapolated" in forecast(2**21, "starter") and "extrapolated" not in forecast(4096, "starter")
+    assert "±" in forecast(2**21, "starter") and "±" not in forecast(2**30, "starter"), "none at all that far away"
 
 
 def test_every_forecast_counts_how_far_runs_lie_from_the_law() -> None:
