@@ -57,10 +57,14 @@ class Check:
         if (out / "table.json").exists():
             rows = json.loads((out / "table.json").read_text(encoding="utf-8"))
             self.outcomes = {row["step"]: Outcome(**row) for row in rows}
-        base, self.gone = out / "base", set[str]()  # steps that passed, but whose results were not kept
-        if not base.exists():
+        self.gone = set[str]()  # steps that passed, but whose results were not kept
+        self.gone_file = out / "base" / "gone.json"  # for the next pieces
+        if self.gone_file.exists():
+            self.gone = set(json.loads(self.gone_file.read_text(encoding="utf-8")))
+        elif not self.gone_file.parent.exists():
             self.gone = {needed for step in self.steps.values() for needed in step.needs}
-            base.mkdir()
+            self.gone_file.parent.mkdir()
+            self.write_gone()
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -103,7 +107,8 @@ class Check:
             outcome = Outcome(step.name, SKIPPED, note=f"takes about {step.seconds:.0f} s, {max(left, 0):.0f} s left")
         else:
             outcome = self.run_step(step, min(step.limit, left))
-        if not (outcome.result == SKIPPED and self.has_passed(step.name)):  # an earlier piece's result stays
+        earlier = self.outcomes.get(step.name)
+        if not (outcome.result == SKIPPED and earlier and earlier.result == PASSED):  # an earlier piece's result stays
             self.outcomes[step.name] = outcome
             self.gone.discard(step.name)
         self.write()
@@ -137,8 +142,12 @@ class Check:
             note = f"after {limit:.0f} s: {note}" if result == TIMED_OUT else note
         return Outcome(step.name, result, seconds, figures, note)
 
+    def write_gone(self) -> None:
+        self.gone_file.write_text(json.dumps(sorted(self.gone)), encoding="utf-8")
+
     def write(self) -> None:
         """table.json and table.md."""
+        self.write_gone()
         outcomes = [self.outcomes[name] for name in self.steps if name in self.outcomes]
         (self.out / "table.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
         machine = "; ".join(f"{key} {value}" for key, value in self.machine.items() if isinstance(value, str))

@@ -22,7 +22,7 @@ HEAD="${NODES%%$'\n'*}" # the first line; `| head -n 1` can kill scontrol with S
 GPUS="${SLURM_GPUS_ON_NODE:-8}" CODE=0 SIGNALLED=
 
 trap 'SIGNALLED=1; kill -USR1 "$STEP"' USR1
-srun --cpu-bind=none .venv/bin/python -m scripts.launch --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$GPUS" --max-restarts=3 \
+srun --cpu-bind=none .venv/bin/python -m scripts.launch --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$GPUS" --max-restarts="${MAX_RESTARTS:-3}" \
   --shutdown-timeout=100 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$HEAD:${PORT:-29500}" \
   -m scripts.base_train -- --resume "$@" & STEP=$!
 wait "$STEP" || CODE=$?

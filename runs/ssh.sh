@@ -10,9 +10,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-read -ra NODES <<< "$(tr '\n' ' ' <<< "${HOSTS:?give HOSTS, for instance HOSTS=\"node1 node2\"}")"
+: "${HOSTS:?give HOSTS, for instance HOSTS=\"node1 node2\"}"
+read -ra NODES <<< "${HOSTS//$'\n'/ }"
 LINE=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" ${NANOCHAT_BASE_DIR:+NANOCHAT_BASE_DIR="$NANOCHAT_BASE_DIR"}
-  .venv/bin/python -m scripts.launch --nnodes="1:${#NODES[@]}" --nproc_per_node="${GPUS:-8}" --max-restarts=3
+  .venv/bin/python -m scripts.launch --nnodes="1:${#NODES[@]}" --nproc_per_node="${GPUS:-8}" --max-restarts="${MAX_RESTARTS:-3}"
   --rdzv-backend=c10d --rdzv-id="${RUN_ID:-nanochat}" --rdzv-endpoint="${NODES[0]}:${PORT:-29500}"
   -m scripts.base_train -- --resume "$@")
 REMOTE="cd $(printf %q "$PWD") && exec $(printf '%q ' "${LINE[@]}")"

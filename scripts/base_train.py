@@ -50,6 +50,8 @@ def train(config: Config, runtime: Runtime) -> int:
     folder = run_dir(base_dir, "base", config.model_tag or f"d{config.depth}")
     with open_run("base_train", folder, config, runtime) as run:
         config, old = run.config, run.checkpoint
+        if old and config.window_pattern == "SSSL":  # what earlier versions recorded where none was given
+            config.window_pattern = ""
         tokenizer = old.tokenizer() if old else get_tokenizer()
         # To find the same shards again.
         saved = SavedCorpus.load(folder, old.step, old.meta["corpus"], old.loader_state()) if old else None

@@ -129,7 +129,7 @@ def report(
     columns = [*TABLE_COLUMNS, "of several answers"] if any(row[-1] for row in rows) else TABLE_COLUMNS
     print_table("", [row[: len(columns)] for row in rows], columns)
     if config.embedded_sample:
-        say("of embedded samples, nothing is recorded in the report")
+        say("--embedded-sample: nothing is recorded in the report")
         return
     results = {name: (score.right, score.total) for name, score in scores.items()}
     values = {

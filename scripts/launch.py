@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--nproc_per_node must be at least 1")
         if args.module and importlib.util.find_spec(args.training_script) is None:
             raise ValueError(f"there is no module {args.training_script}")
-        if args.max_restarts > 0 and any(word.startswith("--resume-from-step") for word in args.training_script_args):
-            raise ValueError("each restart would begin at --resume-from-step again; leave it or --max-restarts out")
+        if args.max_restarts > 0 and any(map(is_going_back, args.training_script_args)):
+            raise ValueError("each restart would begin at --resume-from-step again: give --max-restarts=0 with it")
     except (ValueError, AssertionError, RuntimeError, ImportError) as error:
         raise UserError(f"{str(error) or 'a number is out of range'}; see --help") from error
     # By default every restart uses the store of the host that had rank 0 at the first start, even if another host has
@@ -71,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"launch: this host lost the others, or they have exited ({reason})", file=sys.stderr, flush=True)
         return TRY_AGAIN
     return 0
+
+
+def is_going_back(word: str) -> bool:
+    return word.replace("_", "-").startswith("--resume-from-step")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Config(ModelFlags):
     total_batch_size: int = -1
     """Tokens per optimizer step over all GPUs; -1: derived."""
     device_batch_size: Annotated[int, Range(1, unset=-1)] = -1
-    """Rows per micro-batch and GPU; -1: the largest that fits."""
+    """Rows per micro-batch and GPU; -1: what training begins with (on a GPU 65,536 tokens), or what fits."""
 
     @property
     def by_time(self) -> bool:

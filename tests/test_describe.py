@@ -141,6 +141,9 @@ def test_a_long_list_of_files_is_own_data(saved: Path, tmp_path: Path) -> None:
     save(tmp_path, "sft", 6, base=start, user_config={"data": ",".join(f"chats-{i}.jsonl" for i in range(99))})
     words = describe(read_contents(step_of(tmp_path, "sft", 6)))["training"]["licence"].split("; ")
     assert [word.partition(" (")[0] for word in words if "data" in word] == [STARTER.short, OWN.short]
+    save(tmp_path, "base", 41, user_config={"data": ",".join(["starter", *(f"texts-{i}.txt" for i in range(99))])})
+    words = describe(read_contents(step_of(tmp_path, "base", 41)))["training"]["licence"]
+    assert STARTER.short in words and OWN.short in words
 
 
 def test_the_cache_and_the_windows(tmp_path: Path) -> None:

@@ -172,7 +172,12 @@ def test_figures_are_of_this_very_checkpoint(here: Path, tmp_path: Path) -> None
     assert index["name"] == "model" and result["dataset"]["type"] == BENCHMARKS["ARC-Easy"][0]
     assert result["metrics"][0]["value"] == 0.3 and result["metrics"][0]["args"]["num_items"] == 200
 
-    for other in (f"{checkpoint}/validation", checkpoint[:-1] + "x", checkpoint.replace(TAG, "other")):
+    trained = {**values, "GSM8K, train": 0.9, "counts": {"GSM8K, train": [9, 10]}}
+    trained |= {"intervals": {"GSM8K, train": [0.6, 1.0]}, "splits": {"GSM8K, train": "train"}}
+    record_stage(here, "chat_eval", {"checkpoint": checkpoint, **trained})
+    assert "90.0%" not in card_of(model, tmp_path / "out")
+
+    for other in (checkpoint[:-1] + "x", checkpoint.replace(TAG, "other")):
         record_stage(here, "chat_eval", {"checkpoint": other, **values})
         record_stage(here, "base_eval", {**base, "weights": "0" * 64, "core": 0.0456})
         card = card_of(model, tmp_path / "out")

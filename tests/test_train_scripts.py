@@ -88,7 +88,7 @@ def test_a_resumed_run_says_when_it_takes_the_saved_number_of_threads(
     torch.set_num_threads(2)
     try:
         assert base_train.main([*flags, "--resume-from-step=1"]) == 0
-        assert torch.get_num_threads() == 1 and "not 2:" in capsys.readouterr().out
+        assert torch.get_num_threads() == 1 and "instead of 2," in capsys.readouterr().out
     finally:
         torch.set_num_threads(1)
 

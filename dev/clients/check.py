@@ -56,7 +56,9 @@ def main() -> int:
     failed = 0
     print(f"| client | {' | '.join(COLUMNS)} |")
     for client in args.clients:
-        line = command(client, [*(str(Path(python).absolute()) for python in args.python), sys.executable])
+        line = command(
+            client, [*(str(Path(shutil.which(python) or python).absolute()) for python in args.python), sys.executable]
+        )
         if line is None:
             print(f"| {client} | not installed |", flush=True)
             continue

@@ -57,7 +57,7 @@ def open_parquet(path: Source, field: str = "text") -> pq.ParquetFile:
 def damaged(path: Source, problem: str) -> BadShard:
     """The error for a file that Arrow cannot read, with what makes it whole."""
     fix = "copy or download it again"
-    if isinstance(path, Path) and path.parent.parent.name == CONVERTED:
+    if isinstance(path, Path) and path.parent.parent.name == CONVERTED and (path.parent / "manifest.json").is_file():
         fix = f"delete {path.parent}, which is made again from your text"
     return BadShard(f"{path} {problem}; {fix}", path)
 

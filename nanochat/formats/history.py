@@ -16,6 +16,7 @@ from nanochat.gpt_config import GPTConfig
 from nanochat.recipe import with_changes
 from nanochat.report import load_report
 from nanochat.reporting.curves import Curve, metric_of, read_curve, read_metrics
+from nanochat.reporting.view import of_usual_split
 
 Record = dict[str, Any]
 MAX_STAGES = 8
@@ -153,8 +154,14 @@ def own_report(stages: list[Stage], base_dir: Path) -> Record:
     found: Record = {}
     for stage in stages:
         if stage.run:
-            found |= {key: report[key] for key in keys_of(stage, report, base_dir)}
+            found |= {key: held_out(report[key]) for key in keys_of(stage, report, base_dir)}
     return found | ({"machine": report.get("machine") or {}} if found else {})
+
+
+def held_out(values: Record) -> Record:
+    """A stage's values without the tasks that chat_eval measured on another split: the model may have learnt it."""
+    intervals = {name: found for name, found in values.get("intervals", {}).items() if of_usual_split(values, name)}
+    return {**values, "intervals": intervals} if "splits" in values else values
 
 
 def reported_name(stage: Stage) -> str:

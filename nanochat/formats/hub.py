@@ -145,8 +145,11 @@ def pull(name: str, base_dir: Path, revision: str = "main", **settings: Any) -> 
     folder = base_dir / "pulled" / name.replace("/", "--") / info.sha
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / ".lock"):
+        files = {file.rfilename: file for file in info.siblings or ()}
+        if not all((folder / name).is_file() for name in wanted(files)):  # an earlier version took fewer files
+            shutil.rmtree(folder, ignore_errors=True)
         if not folder.is_dir():  # complete if it is there
-            download(hub, folder, info.sha, {file.rfilename: file for file in info.siblings or ()})
+            download(hub, folder, info.sha, files)
     return folder
 
 

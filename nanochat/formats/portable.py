@@ -56,7 +56,7 @@ def check_new(out: Path, is_file: bool = False) -> None:
         raise UserError(f"{out} exists; choose another {'file' if is_file else 'folder'}, or delete it first")
     above = next(path for path in out.absolute().parents if path.exists())
     if not above.is_dir():
-        raise UserError(f"{above} is no folder; choose another place than {out}")
+        raise UserError(f"{out} cannot be made: {above} is a file, not a folder")
     if out.absolute() == Path.cwd():  # it is replaced: this program and the shell would be in a folder that is gone
         raise UserError(f"{out} is the current folder; name one inside it")
 

@@ -28,7 +28,7 @@ from nanochat.formats import hf_class
 from nanochat.formats.features import features_in_words
 from nanochat.formats.history import CHAT_EVALUATIONS, Stage, earlier_stages, reported_name, step_of
 from nanochat.formats.portable import part
-from nanochat.formats.training_data import OWN, data_sets
+from nanochat.formats.training_data import CONVERSATIONS, OWN, TEXTS, data_sets
 from nanochat.gpt_config import GPTConfig
 from nanochat.inspection.contents import Contents
 from nanochat.report import load_report
@@ -215,10 +215,19 @@ def licence(before: list[Record], stage: str, flags: Record) -> str | None:
     stages = [(entry["stage"], {"data": entry.get("data"), "tasks": entry.get("data")}) for entry in before]
     stages = [(name, values) for name, values in [*stages, (stage, flags)] if name in STAGES]
     # A long list is of the user's own files, and the time it takes to part it grows with the square of its length.
-    sets = [data_sets(name, values) if len(str(values.get("data"))) < MAX_DATA else [OWN] for name, values in stages]
+    sets = [
+        data_sets(name, values) if len(str(values.get("data"))) < MAX_DATA else [*data_sets(name, named(values)), OWN]
+        for name, values in stages
+    ]
     known = dict.fromkeys(data for stage_sets in sets for data in stage_sets)
     words = "; ".join(f"{data.short} ({data.licence})" for data in known)
     return f"{words}; of the stages before it not recorded" if words and [] in sets[:-1] else words or None
+
+
+def named(flags: Record) -> Record:
+    """Flags whose --data has only the entries that are known by name."""
+    entries = [entry.strip() for entry in str(flags["data"]).split(",")]
+    return {**flags, "data": ",".join(entry for entry in entries if entry.partition(":")[0] in TEXTS | CONVERSATIONS)}
 
 
 def figures(found: Contents, report: Record) -> Record:

@@ -160,7 +160,7 @@ def plan_run(
     law: Law | None = None,
     rates: OptimizerConfig | None = None,
 ) -> RunPlan:
-    """Plan the steps of `plan` on a machine. A device batch of -1 is the largest that fits."""
+    """Plan the steps of `plan` on a machine. A device batch of -1 is the largest up to max_rows that fits."""
     step_rows = rows_per_step(config, plan, num_gpus)
 
     def fits(rows: int) -> bool:

@@ -7,7 +7,7 @@ from statistics import NormalDist, fmean
 
 from nanochat.reporting.curves import Record, is_number, task_words
 from nanochat.reporting.findings import Finding
-from nanochat.reporting.view import mixed_stages, run_of, skills_of, wilson_interval
+from nanochat.reporting.view import mixed_stages, of_usual_split, run_of, skills_of, wilson_interval
 
 SAME_SCORES = 0.9  # share of prompts whose answers all scored the same: few steps then teach anything
 CUT_OFF = 0.1  # share of answers that reach the limit of tokens and earn nothing for it
@@ -16,7 +16,8 @@ CONFIDENCE = 0.95  # of all the intervals of one comparison together
 
 def finetuning(report: Record) -> Iterator[Finding]:
     """Skills of the finetuned model against guessing."""
-    skills = [s for s in skills_of(report.get("chat_eval") or {}) if s.baseline is not None and s.total]
+    values = report.get("chat_eval") or {}
+    skills = [s for s in skills_of(values) if s.baseline is not None and s.total and of_usual_split(values, s.name)]
     if not skills:
         return
     z = joint_z(len(skills))
@@ -73,7 +74,8 @@ def changes_of(report: Record) -> list[Change]:
     splits, splits_after = before.get("splits", {}), after.get("splits", {})
     if chain and before.get("counts") and after.get("counts"):
         for name in before["counts"]:
-            if name in after["counts"] and splits.get(name) == splits_after.get(name):
+            same = name in after["counts"] and splits.get(name) == splits_after.get(name)
+            if same and of_usual_split(before, name):
                 pairs[name] = (*before["counts"][name], *after["counts"][name])
     elif own.get("status") != "running":
         first, last = own.get("before") or {}, own.get("after") or {}

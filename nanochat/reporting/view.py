@@ -167,6 +167,11 @@ def skills_of(values: Record) -> list[Skill]:
     return skills
 
 
+def of_usual_split(values: Record, name: str) -> bool:
+    """Whether a task of chat_eval was measured on the split it is meant for; others are named `TASK, SPLIT`."""
+    return f", {values.get('splits', {}).get(name)}" not in name
+
+
 @dataclass
 class SkillGroup:
     """Stages that measured the same tasks, and a row for each task."""

@@ -97,7 +97,9 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     saved = {"world_size": 1, **checkpoint.meta["runtime"]}
     if saved["world_size"] == trainer.runtime.world_size:  # else the ranks share the cores differently
         if saved["num_threads"] != (own := torch.get_num_threads()):
-            trainer.runtime.print0(f"{saved['num_threads']} threads as in the saved run, not {own}: for the same bits")
+            trainer.runtime.print0(
+                f"{saved['num_threads']} threads instead of {own}, as in the saved run: the bits stay the same"
+            )
         torch.set_num_threads(saved["num_threads"])
     current = numeric_settings(trainer)
     if saved["world_size"] != current["world_size"]:
