@@ -19,6 +19,7 @@ from nanochat.serve.server import create_app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+BODY = "document.querySelector('.message.assistant:last-child .body').textContent.trim()"  # of the last answer
 PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = (
     TOKENIZER.encode_special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end")
 )
@@ -154,6 +155,13 @@ def ask(page: Any, text: str, wait: bool = True) -> None:
     until(page, f"document.querySelectorAll('.message.assistant').length > {before}")
     if wait:
         answered(page)
+
+
+def begin(page: Any, served: Served, script: str = "x" * 300) -> None:
+    """Ask, and return while the answer is being written."""
+    served.pool.pause, served.pool.script = 0.03, lambda text: script
+    ask(page, "go", wait=False)
+    until(page, f"{BODY}.length > 5")
 
 
 def answered(page: Any) -> None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 from page_helpers import (
+    BODY,
     Served,
     answer,
     answered,
     ask,
+    begin,
     browser as browser,
     needs_browser,
     page as page,
@@ -20,15 +22,7 @@ from page_helpers import (
 from nanochat.serve.replica import Busy
 
 pytestmark = needs_browser
-BODY = "document.querySelector('.message.assistant:last-child .body').textContent.trim()"
 FOCUSED = "document.activeElement.id"
-
-
-def begin(page: Any, served: Served, script: str = "x" * 300) -> None:
-    """Ask, and return while the answer is being written."""
-    served.pool.pause, served.pool.script = 0.03, lambda text: script
-    ask(page, "go", wait=False)
-    until(page, f"{BODY}.length > 5")
 
 
 def look(page: Any) -> None:

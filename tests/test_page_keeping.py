@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from page_helpers import (
+    BODY,
     Served,
     answer,
     answered,
     ask,
+    begin,
     browser as browser,
     needs_browser,
     open_page,
@@ -22,7 +24,6 @@ from page_helpers import (
 )
 
 pytestmark = needs_browser
-BODY = "document.querySelector('.message.assistant:last-child .body').textContent.trim()"
 
 
 def texts(page: Any) -> list[str]:
@@ -32,13 +33,6 @@ def texts(page: Any) -> list[str]:
 def choose(page: Any, title: str, action: str) -> None:
     page.get_by_label(f"More for {title}").first.click()
     page.locator("#choices button", has_text=re.compile(f"^{action}$")).click()
-
-
-def begin(page: Any, served: Served, script: str = "x" * 300) -> None:
-    """Ask, and return while the answer is being written."""
-    served.pool.pause, served.pool.script = 0.03, lambda text: script
-    ask(page, "go", wait=False)
-    until(page, f"{BODY}.length > 5")
 
 
 def test_many_fast_actions(page: Any, served: Served) -> None:

@@ -35,8 +35,8 @@ class Rendered(NamedTuple):
 def render_row(tokenizer: Tokenizer, conversation: Conversation, row_tokens: int) -> Rendered:
     """Render a conversation, without the last turns if it has more than `row_tokens` tokens.
 
-    TOO_LONG: the turns that fit have no answer to train on. NO_ANSWER: nor has the whole. Raises ValueError if it is
-    not a conversation.
+    NO_ANSWER: it has no answer to train on. TOO_LONG: it has, but the turns that fit have none. Raises ValueError if it
+    is not a conversation.
     """
     ids, mask = render(tokenizer, conversation)
     use = WHOLE
