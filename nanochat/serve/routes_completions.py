@@ -80,7 +80,7 @@ def generation_requests(api: Api, body: CompletionRequest) -> list[GenerationReq
     max_tokens = api.limit_tokens({None: 16, -1: None}.get(body.max_tokens, body.max_tokens))
     fields: dict[str, Any] = {"top_logprobs": body.logprobs, "prompt_logprobs": body.echo and body.logprobs is not None}
     fields |= api.decoding_fields(body)
-    return [  # each draws on its own
+    return [  # each prompt has a random seed of its own, unless the body gives one
         GenerationRequest(encode_prompt(api, prompt), max_tokens, **{**fields, "sampling": api.sampling(body)})
         for prompt in body.prompts()
     ]
