@@ -3,9 +3,11 @@
 import contextlib
 import io
 import math
+import os
 import re
 import resource
 import sys
+import time
 from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import join_group, run_ranks
 from toy_training import CONFIG, RandomBatches
 
 from nanochat.checkpoint import folder, saving, tensor_file
@@ -219,3 +221,33 @@ def save_twice(runtime: Runtime, folder: str, tokenizer: str) -> None:
     save_every_other_step(trainer, Path(folder), tokenizer, keep_last=0)
     trainer.run()
     trainer.saver.close()
+
+
+def join_at_the_second_attempt(rank: int, world_size: int, store: Path, timeout: float) -> None:
+    if rank == 1 and not (failed := Path(os.environ["FAILED"])).exists():
+        failed.touch()
+        raise RuntimeError("connection closed by peer")
+    join_group(rank, world_size, store, timeout)
+
+
+def test_ranks_whose_group_was_not_formed_start_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAILED", str(tmp_path / "failed"))
+    began = time.monotonic()
+    assert run_ranks(2, os_rank, join=join_at_the_second_attempt) == ["0", "1"]
+    assert time.monotonic() - began < 30  # rank 0 was not waited for until its timeout
+    monkeypatch.setenv("FAILED", str(tmp_path / "no folder" / "failed"))
+    with pytest.raises(AssertionError, match=r"(?s)rank 1.*FileNotFoundError"):
+        run_ranks(2, os_rank, join=join_at_the_second_attempt)
+
+
+def os_rank(runtime: Runtime) -> str:
+    return os.environ["RANK"]
+
+
+def leave(runtime: Runtime) -> None:
+    os._exit(1)
+
+
+def test_a_rank_that_dies_is_named() -> None:
+    with pytest.raises(AssertionError, match="rank 0 of 1 died"):
+        run_ranks(1, leave)
